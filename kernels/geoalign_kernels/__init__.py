@@ -1,0 +1,23 @@
+"""Fused kernels of a camera-controlled video diffusion transformer and its reinforcement-learning sampler.
+
+Every op has a plain torch reference (CPU and CUDA, any float dtype, differentiable) and a Triton implementation for
+CUDA; `use_backend`, the environment variable GEOALIGN_KERNELS and `report` choose and show which one runs.
+The package imports torch only (Triton at the first kernel launch) and nothing of `geoalign`.
+"""
+
+from geoalign_kernels.dispatch import BackendUnavailableError, report, set_backend, use_backend
+from geoalign_kernels.ops.flow_step import FlowStep, flow_log_prob, flow_step
+from geoalign_kernels.philox import NoiseKey, philox_normal, philox_uniform
+
+__all__ = [
+    "BackendUnavailableError",
+    "FlowStep",
+    "NoiseKey",
+    "flow_log_prob",
+    "flow_step",
+    "philox_normal",
+    "philox_uniform",
+    "report",
+    "set_backend",
+    "use_backend",
+]

@@ -1,0 +1,162 @@
+"""Which implementation of an op runs: one registry, one rule, no import side effects.
+
+`auto` takes the best implementation of the tensor's device (CUDA: triton, then reference; CPU: reference). A backend
+that is asked for by name and cannot run raises `BackendUnavailableError`; it is never replaced silently.
+The choice is read on every call, inside the registered op, so it also holds for compiled graphs.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import importlib
+import importlib.util
+import logging
+import os
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+
+ENV = "GEOALIGN_KERNELS"
+BACKENDS = ("auto", "reference", "triton", "cuda")
+logger = logging.getLogger("geoalign_kernels")
+
+_implementations: dict[str, dict[str, str]] = {}
+_choice: dict[str, str] = {}  # op name, or "*" for all ops -> backend
+
+
+class BackendUnavailableError(RuntimeError):
+    """An explicitly requested backend does not exist for the op or cannot run on this device."""
+
+
+def register(op: str, **targets: str) -> None:
+    """Declares the implementations of `op` as `backend="module:function"`; a module is imported when first used."""
+    _implementations[op] = targets
+
+
+def resolve(op: str, device: torch.device) -> Callable[..., Any]:
+    """The function that runs `op` on `device` under the present choice.
+
+    Raises:
+        BackendUnavailableError: the chosen backend has no implementation of `op` or cannot run on `device`.
+    """
+    return _load(_implementations[op][backend_for(op, device)])
+
+
+def backend_for(op: str, device: torch.device) -> str:
+    """Name of the backend that `resolve` would take; raises as `resolve` does."""
+    wanted = _wanted(op)
+    if wanted != "auto":
+        reason = _why_not(op, wanted, device)
+        if reason:
+            raise BackendUnavailableError(f"kernel backend '{wanted}' asked for op '{op}': {reason}")
+        return wanted
+    if device.type != "cuda":
+        return "reference"
+    for candidate in ("cuda", "triton"):
+        reason = _why_not(op, candidate, device)
+        if not reason:
+            return candidate
+    _warn_fallback(op, reason)
+    return "reference"
+
+
+def set_backend(backend: str, *ops: str) -> None:
+    """Chooses `backend` for the named ops (all ops if none is named) until changed again.
+
+    Raises:
+        ValueError: unknown backend or op.
+    """
+    _check(backend, ops)
+    if not ops:
+        _choice.clear()
+    _choice.update(dict.fromkeys(ops or ("*",), backend))
+
+
+@contextlib.contextmanager
+def use_backend(backend: str, *ops: str) -> Iterator[None]:
+    """`set_backend` for the length of a `with` block; process-wide, not per thread."""
+    before = dict(_choice)
+    set_backend(backend, *ops)
+    try:
+        yield
+    finally:
+        _choice.clear()
+        _choice.update(before)
+
+
+def report(device: torch.device | str | None = None) -> list[dict[str, str]]:
+    """One row per op: `op`, the `backend` of `device` now, what else is `available`, what is `missing` and why."""
+    where = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    rows = []
+    for op, targets in sorted(_implementations.items()):
+        reasons = {name: _why_not(op, name, where) for name in targets}
+        try:
+            chosen = backend_for(op, where)
+        except BackendUnavailableError as error:
+            chosen = f"error: {error}"
+        rows.append(
+            {
+                "op": op,
+                "backend": chosen,
+                "available": ", ".join(name for name, reason in reasons.items() if not reason),
+                "missing": "; ".join(f"{name}: {reason}" for name, reason in reasons.items() if reason),
+            }
+        )
+    return rows
+
+
+def interpreting() -> bool:
+    """Whether Triton kernels run in its CPU interpreter (the flag counts when the kernels are imported)."""
+    return os.environ.get("TRITON_INTERPRET", "0") not in ("", "0")
+
+
+def _wanted(op: str) -> str:
+    return _choice.get(op) or _choice.get("*") or _from_environment(os.environ.get(ENV, "")).get(op, "auto")
+
+
+@functools.lru_cache(maxsize=8)
+def _from_environment(text: str) -> dict[str, str]:
+    """`triton`, or `attention=reference,flow_step=triton`, or both: `triton,attention=reference`."""
+    choice: dict[str, str] = {}
+    for item in filter(None, (part.strip() for part in text.split(","))):
+        op, _, backend = item.rpartition("=")
+        try:
+            _check(backend, (op,) if op else ())
+        except ValueError as error:
+            raise ValueError(f"{ENV}={text!r}: {error}") from error
+        choice.update(dict.fromkeys([op] if op else _implementations, backend))
+    return choice
+
+
+def _check(backend: str, ops: tuple[str, ...]) -> None:
+    if backend not in BACKENDS:
+        raise ValueError(f"unknown kernel backend '{backend}'; choose one of {', '.join(BACKENDS)}")
+    for op in ops:
+        if op not in _implementations:
+            raise ValueError(f"unknown op '{op}'; the ops are {', '.join(sorted(_implementations))}")
+
+
+def _why_not(op: str, backend: str, device: torch.device) -> str:
+    """Empty if `backend` can run `op` on `device`, else the reason."""
+    if backend not in _implementations[op]:
+        return f"the op has only {', '.join(_implementations[op])}"
+    if backend == "reference":
+        return ""
+    if backend == "triton" and importlib.util.find_spec("triton") is None:
+        return "triton is not installed"
+    if device.type != "cuda" and not (backend == "triton" and interpreting()):
+        return f"it needs a CUDA tensor, got one on '{device.type}'"
+    return ""
+
+
+@functools.lru_cache(maxsize=64)
+def _load(target: str) -> Callable[..., Any]:
+    module, _, function = target.partition(":")
+    return getattr(importlib.import_module(module), function)
+
+
+@functools.lru_cache(maxsize=64)
+def _warn_fallback(op: str, reason: str) -> None:
+    logger.warning("op '%s' runs its plain torch reference on CUDA: %s", op, reason)
