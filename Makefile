@@ -1,0 +1,65 @@
+# Two commands do everything on a fresh machine:
+#   make demo    set up a virtual environment, train the embedded default, print where the report lies
+#   make test    set up, lint, check types and layers, run every test that needs no GPU
+# `make check` is the inner loop. PYTHON=/path/to/python3.12 chooses the interpreter, VENV=/path the environment.
+
+VENV ?= .venv
+BIN := $(VENV)/bin
+INPUTS := pyproject.toml setup.py constraints/ci-cpu.txt .ci/setup
+WORKERS ?= 2
+export OMP_NUM_THREADS ?= 1
+
+.PHONY: help setup demo test check lint format types contracts interpreted unit gpu docs clean
+
+help:
+	@sed -n '2,4s/^# \{0,1\}//p' Makefile
+	@echo "  make check   lint and the fast tests            make lint    ruff and codespell"
+	@echo "  make gpu     the tests that need a GPU          make docs    regenerate docs/configuration.md"
+
+# One stamp per set of extras: a finished set-up costs nothing the next time.
+$(VENV)/.geoalign-base: $(INPUTS)
+	@PYTHON="$(PYTHON)" .ci/setup $(VENV)
+	@touch $@
+
+$(VENV)/.geoalign-dev: $(INPUTS)
+	@PYTHON="$(PYTHON)" .ci/setup $(VENV) dev
+	@touch $@ $(VENV)/.geoalign-base
+
+setup: $(VENV)/.geoalign-dev
+
+demo: $(VENV)/.geoalign-base
+	@$(BIN)/geoalign train --config tiny_cpu $(ARGS)
+
+lint: setup
+	@$(BIN)/ruff check .
+	@$(BIN)/ruff format --check .
+	@$(BIN)/codespell geoalign kernels csrc configs profiling tests docs *.md
+
+format: setup
+	@$(BIN)/ruff check --fix .
+	@$(BIN)/ruff format .
+
+types: setup
+	@$(BIN)/pyrefly check
+
+contracts: setup
+	@$(BIN)/lint-imports
+
+interpreted: setup
+	@.ci/interpreted $(BIN)/python
+
+# Recipes of one line each, in this order, so that the first failing stage ends the run and pytest speaks last.
+test: lint types contracts interpreted
+	@$(BIN)/python -m pytest -n $(WORKERS) -q
+
+check: lint types contracts
+	@$(BIN)/python -m pytest -n $(WORKERS) -q -m "not dist and not aot" tests/unit tests/parity
+
+gpu: setup
+	@$(BIN)/python -m pytest -q -m "gpu or multigpu"
+
+docs: setup
+	@$(BIN)/geoalign config docs --write docs/configuration.md
+
+clean:
+	rm -rf build dist *.egg-info .pytest_cache .ruff_cache

@@ -1,0 +1,52 @@
+"""Settings of the whole suite: one thread per process, reproducible property tests, skips that name their reason."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+# Before anything imports torch: two workers share two cores, and a reduction must not depend on the number of cores.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("MKL_NUM_THREADS", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("MPLBACKEND", "Agg")
+
+import pytest
+from hypothesis import HealthCheck, settings
+
+INTERPRETED_FOLDER = Path(__file__).parent / "kernels" / "interpreted"
+
+settings.register_profile(
+    "ci", derandomize=True, deadline=None, database=None, suppress_health_check=[HealthCheck.too_slow]
+)
+settings.register_profile("explore", deadline=None, max_examples=1000, print_blob=True)
+settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "ci"))
+
+
+def pytest_ignore_collect(collection_path: Path) -> bool | None:
+    """Keep interpreter tests to a process of their own: Triton reads TRITON_INTERPRET when a kernel is decorated."""
+    if os.environ.get("TRITON_INTERPRET") != "1" and collection_path == INTERPRETED_FOLDER:
+        return True
+    return None
+
+
+def _missing(marker: str) -> str | None:
+    """Say why tests of ``marker`` cannot run here, or None when they can."""
+    if marker == "weights":
+        return None if os.environ.get("GEOALIGN_WEIGHTS") else "GEOALIGN_WEIGHTS does not name a folder of weights"
+    import torch
+
+    wanted = 2 if marker == "multigpu" else 1
+    found = torch.cuda.device_count()
+    return None if found >= wanted else f"needs {wanted} CUDA device(s), found {found}"
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Skip what the machine cannot run; only these three markers may skip."""
+    for marker in ("gpu", "multigpu", "weights"):
+        marked = [item for item in items if item.get_closest_marker(marker)]
+        reason = _missing(marker) if marked else None
+        if reason:
+            for item in marked:
+                item.add_marker(pytest.mark.skip(reason=reason))
