@@ -1,0 +1,82 @@
+"""Paired renders (source, target and truth of one scene): for pre-training and evaluation only, never for RL."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Generator, Tensor
+
+from geoalign.config.world import WorldConfig
+from geoalign.geometry.trajectory import CameraTrajectory
+from geoalign.types import RetakeBatch, SourceClip
+from geoalign.world.motion import PRESETS, ground_plane, preset_motions, random_curves, source_drift, to_c2w
+from geoalign.world.render import intrinsics, render
+from geoalign.world.scene import sample_scenes
+
+PROMPT = "an aerial view of a landscape"
+
+
+@dataclass(frozen=True, slots=True)
+class LabelBias:
+    """How wrong the pre-training labels are: true motion = label x exp(N(mean, std)), clipped at 2 std.
+
+    This plants the fault that the paper describes in base models, a drifting metric scale, at a known size.
+    """
+
+    translation_mean: float = 0.0
+    translation_std: float = 0.0
+    rotation_mean: float = 0.0
+    rotation_std: float = 0.0
+
+    def draw(self, count: int, generator: Generator) -> Tensor:
+        """Factors ``[count, 1, 4]`` from label motion to true motion."""
+        noise = torch.randn(count, 2, generator=generator).clamp(-2, 2)
+        translation = torch.exp(self.translation_mean + self.translation_std * noise[:, 0])
+        rotation = torch.exp(self.rotation_mean + self.rotation_std * noise[:, 1])
+        return torch.stack([translation, translation, translation, rotation], dim=-1)[:, None]
+
+
+@dataclass(frozen=True, slots=True)
+class PairedVideos:
+    """Conditions with the true target video.
+
+    Attributes:
+        batch: conditions; ``batch.target_camera`` is the *label*, which equals the truth only without label bias.
+        truth: ``[B, F, 3, H, W]`` true render along the true path; frame 0 equals the source's frame 0.
+        names: what each path is.
+    """
+
+    batch: RetakeBatch
+    truth: Tensor
+    names: tuple[str, ...]
+
+
+def paired_videos(
+    world: WorldConfig,
+    count: int,
+    generator: Generator,
+    *,
+    paths: Literal["random", "presets"] = "random",
+    style: str = "synthetic",
+    bias: LabelBias | None = None,
+) -> PairedVideos:
+    """Render ``count`` source and target videos of fresh scenes."""
+    low, high = world.height_m
+    height = low + (high - low) * torch.rand(count, generator=generator)
+    scenes = sample_scenes(count, generator, style=style)
+    source_c2w = to_c2w(source_drift(count, world.frames, generator), world)
+    label = random_curves(count, world.frames, generator) if paths == "random" else preset_motions(count, world.frames, generator)
+    true = label if bias is None else label * bias.draw(count, generator)
+    plane = ground_plane(world, height)
+    videos = render(scenes, torch.cat([source_c2w, to_c2w(true, world)[:, 1:]], dim=1), plane, world)
+    source, target = videos.split([world.frames, world.frames - 1], dim=1)
+    lens = intrinsics(world).expand(count, world.frames, 4)
+    names = tuple(PRESETS[i % len(PRESETS)] if paths == "presets" else f"random_{i:02d}" for i in range(count))
+    batch = RetakeBatch(
+        source=SourceClip(source, CameraTrajectory(source_c2w, lens), plane, names),
+        target_camera=CameraTrajectory(to_c2w(label, world), lens),
+        prompts=(PROMPT,) * count,
+    )
+    return PairedVideos(batch, torch.cat([source[:, :1], target], dim=1), names)
