@@ -1,0 +1,161 @@
+"""Group-relative advantages of several rewards (eq. 5 and 6): normalise each reward key, then combine, then clip."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from geoalign.config.flow import AdvantageConfig
+from geoalign.errors import ConfigError, UsageError
+
+AllReduce = Callable[[Tensor, Literal["max", "sum"]], Tensor]
+"""Reduces a small float64 tensor over the ranks and returns it (the argument may be overwritten)."""
+
+ZERO_STD = 1e-8
+"""A group whose deviation is below this is counted as one without signal."""
+
+
+@dataclass(frozen=True, slots=True)
+class Advantage:
+    """Advantages of B samples.
+
+    Attributes:
+        values: [B] float32, clipped weighted sum; 0 for invalid samples.
+        per_key: [B] float32 per reward key, normalised, before weight and clip; 0 for invalid samples.
+        metrics: per reward key `<key>/{mean, sigma_max, sigma_median, sigma_max_over_median, denominator, zero_variance}`
+            (of this rank's groups, except the denominator) and `clip_fraction`, `valid_fraction`.
+    """
+
+    values: Tensor
+    per_key: Mapping[str, Tensor]
+    metrics: Mapping[str, float]
+
+
+@dataclass(frozen=True, slots=True)
+class _Groups:
+    """Valid members by group: `index` [B] in 0..N-1, `valid` [B] float64 mask, `count` [N]."""
+
+    index: Tensor
+    valid: Tensor
+    count: Tensor
+
+    def mean(self, values: Tensor) -> Tensor:
+        """[N] mean over the valid members; 0 where there are none."""
+        total = torch.zeros_like(self.count).index_add_(0, self.index, values * self.valid)
+        return total / self.count.clamp_min(1.0)
+
+
+def group_advantage(
+    scores: Mapping[str, Tensor],
+    valid: Tensor,
+    group_ids: Tensor,
+    config: AdvantageConfig,
+    all_reduce: AllReduce | None = None,
+) -> Advantage:
+    """Advantages from the scores of one iteration.
+
+    Invalid samples leave mean, deviation and loss. Deviations are population deviations (ddof 0). All arithmetic is
+    float64, so the result does not depend on the order of ranks beyond 1e-15.
+
+    Args:
+        scores: reward key -> [B], higher is better; entries of invalid samples are ignored, NaN included.
+        valid: [B] bool.
+        group_ids: [B] integers; all members of a group must be present.
+        config: denominator, floors, weights, clip.
+        all_reduce: joins the ranks when groups are spread over them; None: this process holds all groups.
+
+    Raises:
+        ConfigError: a weight or floor names a reward that does not exist.
+        UsageError: shapes differ, a valid score is not finite, or a quantile below 1 is asked of several ranks (its
+            groups must be gathered first).
+    """
+    _check(scores, valid, group_ids, config, distributed=all_reduce is not None)
+    reduce = all_reduce if all_reduce is not None else (lambda tensor, _: tensor)
+    index = torch.unique(group_ids, return_inverse=True)[1]
+    mask = valid.double()
+    count = torch.zeros(int(index.max()) + 1, dtype=torch.float64, device=mask.device).index_add_(0, index, mask)
+    groups = _Groups(index, mask, count)
+    per_key: dict[str, Tensor] = {}
+    metrics: dict[str, float] = {"valid_fraction": float(mask.mean())}
+    total = torch.zeros_like(mask)
+    for key, score in scores.items():
+        values = torch.where(valid, score.double(), 0.0)
+        normalised, key_metrics = _normalise(values, groups, config, key, reduce)
+        total += config.weights.get(key, 1.0) * normalised
+        per_key[key] = normalised.float()
+        metrics |= {f"{key}/{name}": number for name, number in key_metrics.items()}
+    bound = float("inf") if config.clip is None else config.clip
+    metrics["clip_fraction"] = float((total.abs() > bound).double().mean())
+    return Advantage(total.clamp(-bound, bound).float(), per_key, metrics)
+
+
+def _normalise(
+    values: Tensor, groups: _Groups, config: AdvantageConfig, key: str, reduce: AllReduce
+) -> tuple[Tensor, dict[str, float]]:
+    centred = (values - groups.mean(values)[groups.index]) * groups.valid
+    std = groups.mean(centred.square()).sqrt()
+    comparable = std[groups.count >= 2]  # a single member has no deviation and must not enter median or quantile
+    denominator = _denominator(values, std, comparable, groups, config, key, reduce)
+    largest, median = (float(torch.quantile(comparable, q)) if comparable.numel() else 0.0 for q in (1.0, 0.5))
+    metrics = {
+        "mean": float(values.sum() / groups.valid.sum().clamp_min(1.0)),
+        "sigma_max": largest,
+        "sigma_median": median,
+        "sigma_max_over_median": largest / max(median, ZERO_STD),
+        "denominator": float(denominator.mean()),
+        "zero_variance": float((comparable < ZERO_STD).sum()),
+    }
+    return centred / denominator[groups.index], metrics
+
+
+def _denominator(
+    values: Tensor,
+    std: Tensor,
+    comparable: Tensor,
+    groups: _Groups,
+    config: AdvantageConfig,
+    key: str,
+    reduce: AllReduce,
+) -> Tensor:
+    """[N] denominators, one per group."""
+    floor = config.floor_of(key)
+    match config.std:
+        case "group":
+            return std + ZERO_STD
+        case "group_floor":
+            return std.clamp_min(floor)
+        case "batch_max":
+            largest = torch.quantile(comparable, config.quantile) if comparable.numel() else std.new_zeros(())
+            shared = reduce(largest.reshape(1), "max")
+        case "batch_rms":
+            sums = reduce(torch.stack([comparable.square().sum(), std.new_tensor(float(comparable.numel()))]), "sum")
+            shared = (sums[:1] / sums[1:].clamp_min(1.0)).sqrt()
+        case "global":
+            first = reduce(torch.stack([values.sum(), groups.valid.sum()]), "sum")
+            size = first[1:].clamp_min(1.0)
+            deviation = (values - first[0] / size) * groups.valid  # a second pass: sum x^2 - n mean^2 would cancel
+            shared = (reduce(deviation.square().sum().reshape(1), "sum") / size).sqrt()
+    return shared.clamp_min(floor).expand(std.shape)
+
+
+def _check(
+    scores: Mapping[str, Tensor], valid: Tensor, group_ids: Tensor, config: AdvantageConfig, distributed: bool
+) -> None:
+    for field, named in (("weights", config.weights), ("floors", config.floors)):
+        unknown = sorted(set(named) - set(scores))
+        if unknown:
+            raise ConfigError(f"advantage.{field} names {unknown}, but the rewards give {sorted(scores)}")
+    for key, score in scores.items():
+        if score.shape != valid.shape or group_ids.shape != valid.shape or valid.dim() != 1:
+            raise UsageError(
+                f"score {key!r} {list(score.shape)}, valid {list(valid.shape)} and group_ids {list(group_ids.shape)} "
+                "must all be [B]"
+            )
+        if not bool(torch.isfinite(score[valid]).all()):
+            raise UsageError(f"score {key!r} is not finite for a valid sample; mark such samples invalid")
+    if distributed and config.quantile < 1:
+        raise UsageError("advantage.quantile < 1 needs all groups in one process: gather the scores first")
