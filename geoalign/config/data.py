@@ -45,9 +45,7 @@ class RescaleConfig(Section):
     ``metric_then_clip``: keep it, but bring peak speeds into the bounds."""
     mode: Literal["paper", "unwrapped", "egocentric"] = Field(
         "unwrapped",
-        json_schema_extra=_assumed(
-            "eq. 14 read literally jumps where a rotation passes 180 degrees; 'paper' is literal"
-        ),
+        json_schema_extra=_assumed("read literally, eq. 14 jumps where a rotation passes 180 degrees"),
     )
     """``paper``: eq. 14 literally; ``unwrapped``: rotation logs unwrapped along the path, then fixed-point passes;
     ``egocentric``: frame-to-frame increments scaled, motion stays aligned with the view."""
@@ -83,7 +81,7 @@ class ClipsConfig(Section):
     path: Path = Path("clips")
     """Folder of the clips, relative to ``data.root`` unless absolute."""
     metadata: Path | None = None
-    """csv or jsonl table, relative to ``path`` unless absolute; default: ``metadata.csv`` in ``path`` if it is there."""
+    """csv or jsonl table, relative to ``path`` unless absolute; default: ``metadata.csv`` in ``path``, if any."""
     layout: Literal["auto", "videos", "frames", "davis"] = "auto"
     """``videos``: video files with an optional table (Sekai, OmniWorld-CityWalk, any folder of mp4);
     ``frames``: one folder of images per clip; ``davis``: a DAVIS folder; ``auto``: decided by what lies on disk."""
@@ -92,15 +90,15 @@ class ClipsConfig(Section):
     reader: Literal["pyav", "dali"] = "pyav"
     """``pyav``: CPU, every container; ``dali``: NVDEC on the rank's GPU, or the DALI CPU decoder (VP8, VP9, MJPEG)."""
     camera: Literal["file", "file_any_scale", "none"] = "file"
-    """Source cameras: ``file``: the clip's metric camera file (or the cache); ``file_any_scale``: accept scale-free files
-    too; ``none``: a static pinhole of ``default_focal``."""
+    """Source cameras: ``file``: the clip's metric camera file (or the cache); ``file_any_scale``: accept scale-free
+    files too; ``none``: a static pinhole of ``default_focal``."""
     default_focal: float = Field(0.9, gt=0)
     """Focal length over frame width when ``camera`` is ``none``."""
     caption: Literal["clean", "verbatim", "blip2", "constant"] = Field(
         "clean", json_schema_extra=_assumed("the paper does not name its caption source")
     )
-    """``clean``: the table's caption without sentences about camera motion; ``verbatim``: as it is; ``blip2``: the short
-    caption made by ``geoalign data caption``; ``constant``: ``caption_text`` for every clip."""
+    """``clean``: the table's caption without sentences about camera motion; ``verbatim``: as it is; ``blip2``: the
+    short caption made by ``geoalign data caption``; ``constant``: ``caption_text`` for every clip."""
     caption_text: str = ""
     """The prompt of ``caption: constant``, and of clips without a caption."""
     val_fraction: float = Field(0.05, ge=0, lt=1)
@@ -120,7 +118,7 @@ class TrajectoriesConfig(Section):
     """``omniworld``: ``*_others.tar.gz`` or unpacked scenes; ``multicam``: a MultiCamVideo ``camera_extrinsics.json``;
     ``files``: npz or json with ``c2w`` and ``intrinsics``; ``auto``: decided by what lies on disk."""
     metadata: Path | None = None
-    """OmniWorld csv with ``UID``, ``Test Split Index`` and optionally ``Metric Scale``; default: the csv in ``path``."""
+    """OmniWorld csv with ``UID``, ``Test Split Index`` and maybe ``Metric Scale``; default: the csv in ``path``."""
     window_step: int = Field(40, ge=1)
     """Frames between window starts where the archive lists no windows of its own (OmniWorld's captions use 40)."""
     max_reprojection_error: float = Field(50.0, gt=0)
