@@ -1,0 +1,127 @@
+"""The ``geoalign`` command: find the verb, import only its module, run it, turn user errors into one line.
+
+A verb's module offers ``add_parser(subparsers)``, which adds the parsers of its verbs; each parser sets
+``run=function(args) -> int``. Nothing heavy is imported before the verb is known, so ``geoalign --help`` is instant.
+"""
+
+from __future__ import annotations
+
+import argparse
+import difflib
+import importlib
+import os
+import re
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from geoalign import __version__
+from geoalign.errors import UsageError, UserError
+
+DEBUG_VARIABLE = "GEOALIGN_DEBUG"
+INTERRUPTED = 130
+OVERRIDE = re.compile(r"[A-Za-z_][\w.]*=")
+
+
+@dataclass(frozen=True, slots=True)
+class Verb:
+    """One command: where its parser lives, the part of the help it belongs to, and what it does in one line."""
+
+    name: str
+    module: str
+    part: str
+    summary: str
+
+
+VERBS = (
+    Verb(
+        "train", "geoalign.training.cli", "Train", "reinforcement learning of the camera (GRPO); ends with report.html"
+    ),
+    Verb("pretrain", "geoalign.training.cli", "Train", "make the base policy of the embedded default anew"),
+    Verb("evaluate", "geoalign.training.cli", "Train", "camera errors of a checkpoint on held-out scenes and paths"),
+    Verb("report", "geoalign.report.cli", "Look", "write the self-contained HTML report of a run folder"),
+    Verb("config", "geoalign.config.cli", "Inspect", "print, check and compare configurations; schema for editors"),
+    Verb(
+        "doctor", "geoalign.doctor", "Inspect", "versions, devices, kernel backends, and what each missing extra adds"
+    ),
+)
+
+EXAMPLES = """\
+examples:
+  geoalign train --config tiny_cpu                       the demo: no GPU, no weights, no downloads
+  geoalign train --config tiny_cpu run.seed=1            any setting by its dotted name
+  torchrun --nproc-per-node 8 -m geoalign train --config node_8gpu run.name=exp1
+  geoalign config print node_8gpu optim.lr=5e-6          the resolved settings of a run, before running it
+  geoalign report runs/exp1                              one HTML file that opens offline
+
+`geoalign VERB --help` explains a verb. Exit codes: 0 done, 1 failed while running, 2 wrong usage or configuration.
+GEOALIGN_DEBUG=1 shows the traceback of an error."""
+
+
+def help_text() -> str:
+    """Compose the overview from the table of verbs; imports nothing."""
+    lines = ["usage: geoalign VERB [options] [section.key=value ...]", ""]
+    lines += ["Post-train a camera-controlled video model so that its camera follows the path you ask for,"]
+    lines += ["rewarded in metres and degrees.", ""]
+    width = max(len(verb.name) for verb in VERBS) + 2
+    for part in dict.fromkeys(verb.part for verb in VERBS):
+        lines.append(f"{part}:")
+        lines += [f"  {verb.name:<{width}}{verb.summary}" for verb in VERBS if verb.part == part]
+        lines.append("")
+    return "\n".join(lines) + EXAMPLES + "\n"
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command line and return its exit code."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    try:
+        return _dispatch(arguments)
+    except UserError as error:
+        if os.environ.get(DEBUG_VARIABLE) == "1":
+            raise
+        print(f"{_speaker()}: error: {error}", file=sys.stderr)
+        return error.exit_code
+    except KeyboardInterrupt:
+        print(f"{_speaker()}: interrupted", file=sys.stderr)
+        return INTERRUPTED
+    except BrokenPipeError:
+        # The reader (`| head`) left: nothing more to say, and the interpreter must not try to flush into the pipe.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+
+
+def _dispatch(arguments: list[str]) -> int:
+    if not arguments or arguments[0] in ("-h", "--help", "help"):
+        print(help_text(), end="")
+        return 0
+    if arguments[0] in ("-V", "--version"):
+        print(f"geoalign {__version__}")
+        return 0
+    verbs = {verb.name: verb for verb in VERBS}
+    verb = verbs.get(arguments[0])
+    if verb is None:
+        close = difflib.get_close_matches(arguments[0], verbs, n=1, cutoff=0.5)
+        hint = f" Did you mean `geoalign {close[0]}`?" if close else ""
+        raise UsageError(f"no such verb: {arguments[0]}.{hint} `geoalign --help` lists all.")
+    parser = argparse.ArgumentParser(prog="geoalign", formatter_class=argparse.RawDescriptionHelpFormatter)
+    importlib.import_module(verb.module).add_parser(parser.add_subparsers(dest="verb", required=True))
+    args = _parse(parser, arguments)
+    return int(args.run(args) or 0)
+
+
+def _parse(parser: argparse.ArgumentParser, arguments: list[str]) -> argparse.Namespace:
+    """Parse, accepting overrides on both sides of an option (argparse alone takes one uninterrupted group)."""
+    args, rest = parser.parse_known_args(arguments)
+    overrides = [word for word in rest if OVERRIDE.match(word)] if hasattr(args, "overrides") else []
+    if len(overrides) < len(rest):
+        unknown = " ".join(word for word in rest if word not in overrides)
+        raise UsageError(f"unrecognized arguments: {unknown}. `geoalign {arguments[0]} --help` lists the options.")
+    if overrides:
+        args.overrides = [*args.overrides, *overrides]
+    return args
+
+
+def _speaker() -> str:
+    """Name the rank under torchrun, so that eight equal lines can be told apart."""
+    rank = os.environ.get("RANK")
+    return f"geoalign [rank {rank}]" if rank is not None else "geoalign"

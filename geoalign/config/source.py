@@ -1,0 +1,224 @@
+"""From YAML files and ``a.b=c`` overrides to merged data that remembers where every value was written.
+
+A preset is a YAML file. ``extends: other`` names a file (or preset) it starts from, at most two deep; mappings merge
+key by key, everything else replaces. Every value remembers where it was written, so that an error of the schema can
+say ``configs/node_8gpu.yaml:12`` instead of a pydantic location tuple. Validation is in :mod:`geoalign.config.load`.
+"""
+
+from __future__ import annotations
+
+import difflib
+import os
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from geoalign.errors import ConfigError
+
+MAX_EXTENDS = 2
+COMMAND_LINE = "command line"
+
+KeyPath = tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class RawConfig:
+    """Merged but unvalidated data, with the origin (``file:line`` or ``command line``) of every key."""
+
+    data: dict[str, Any]
+    origins: dict[KeyPath, str] = field(default_factory=dict)
+
+    def origin(self, path: KeyPath) -> str:
+        """Return where ``path`` was written, or where its nearest enclosing section was, or the empty string."""
+        for length in range(len(path), 0, -1):
+            if found := self.origins.get(path[:length]):
+                return found
+        return ""
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML 1.2 scalars: ``1e-4`` is a number, ``off`` and ``no`` are words, ``1:30`` is text."""
+
+    yaml_implicit_resolvers: dict[str, list[tuple[str, re.Pattern[str]]]] = {}  # noqa: RUF012  (PyYAML's own name)
+
+
+_Loader.add_implicit_resolver("tag:yaml.org,2002:null", re.compile(r"^(?:~|null|)$"), ["~", "n", ""])
+_Loader.add_implicit_resolver("tag:yaml.org,2002:bool", re.compile(r"^(?:true|false)$"), list("tf"))
+_Loader.add_implicit_resolver("tag:yaml.org,2002:int", re.compile(r"^[-+]?[0-9][0-9_]*$"), list("-+0123456789"))
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float",
+    re.compile(r"^(?:[-+]?(?:\.[0-9]+|[0-9][0-9_]*(?:\.[0-9]*)?)(?:[eE][-+]?[0-9]+)?|[-+]?\.inf|\.nan)$"),
+    list("-+0123456789."),
+)
+
+
+def _construct_float(loader: _Loader, node: yaml.ScalarNode) -> float:
+    text = loader.construct_scalar(node).replace("_", "")
+    return float(text.replace(".inf", "inf").replace(".nan", "nan"))
+
+
+def _construct_int(loader: _Loader, node: yaml.ScalarNode) -> int:
+    return int(loader.construct_scalar(node).replace("_", ""), 10)  # 010 is ten, not eight
+
+
+_Loader.add_constructor("tag:yaml.org,2002:float", _construct_float)
+_Loader.add_constructor("tag:yaml.org,2002:int", _construct_int)
+
+
+class _Dumper(yaml.SafeDumper):
+    """Quotes exactly the strings that :class:`_Loader` would read as something else."""
+
+    yaml_implicit_resolvers = _Loader.yaml_implicit_resolvers
+
+
+def dump_yaml(data: Any) -> str:
+    """Write plain data so that this module's reader gives back equal data."""
+    return yaml.dump(data, Dumper=_Dumper, sort_keys=False, width=120, allow_unicode=True)
+
+
+def presets_folder() -> Path:
+    """Return ``configs/`` of the repository when running from a checkout, else the copy inside the installed wheel."""
+    package = Path(__file__).resolve().parents[1]
+    checkout = package.parent / "configs"
+    return checkout if (checkout / "base.yaml").is_file() else package / "_presets"
+
+
+def preset_names() -> list[str]:
+    """List the presets that ``--config NAME`` accepts (``base`` only serves others and is left out)."""
+    folder = presets_folder()
+    names = (path.relative_to(folder).with_suffix("").as_posix() for path in folder.rglob("*.yaml"))
+    return sorted(name for name in names if name != "base")
+
+
+def resolve_path(name: str, relative_to: Path | None = None) -> Path:
+    """Turn a preset name or a path into an existing file; a path is tried beside ``relative_to`` first."""
+    is_path = name.endswith((".yaml", ".yml")) or name.startswith((".", "/", "~"))
+    candidates = []
+    if is_path:
+        path = Path(name).expanduser()
+        candidates = [relative_to.parent / path, path] if relative_to else [path]
+        candidates.append(presets_folder() / path)
+    else:
+        candidates.append(presets_folder() / f"{name}.yaml")
+    for candidate in candidates:
+        if candidate.is_file():
+            return candidate
+    known = preset_names()
+    hint = did_you_mean(name, known) if not is_path else ""
+    what = f"no such configuration file: {name}" if is_path else f"no preset is called {name!r}"
+    raise ConfigError(f"{what}{hint}. Presets: {', '.join(known) or 'none found'}; or give the path of a .yaml file.")
+
+
+def load_raw(name: str, overrides: Sequence[str] = ()) -> RawConfig:
+    """Read a preset name or path, follow ``extends`` and apply ``a.b=c`` overrides, without validating the result."""
+    raw = _read_chain(resolve_path(name), ())
+    for text in overrides:
+        _apply_override(raw, text)
+    return raw
+
+
+def _read_chain(path: Path, children: tuple[Path, ...]) -> RawConfig:
+    if path.resolve() in (child.resolve() for child in children):
+        raise ConfigError(f"{_show(path)}: `extends` goes in a circle; remove one of the links.")
+    if len(children) > MAX_EXTENDS:
+        chain = " -> ".join(_show(child) for child in (*children, path))
+        raise ConfigError(f"`extends` may be at most {MAX_EXTENDS} deep, found {chain}; merge two of these files.")
+    own = _read_file(path)
+    parent = own.data.pop("extends", None)
+    if parent is None:
+        return own
+    if not isinstance(parent, str):
+        raise ConfigError(f"{own.origin(('extends',))}: `extends` takes one preset name or path, got {parent!r}.")
+    try:
+        base = _read_chain(resolve_path(parent, relative_to=path), (*children, path))
+    except ConfigError as error:
+        if len(children) or "extends" in str(error):
+            raise
+        raise ConfigError(f"{own.origin(('extends',))}: {error}") from None
+    _merge(base, own.data, own.origins)
+    return base
+
+
+def _read_file(path: Path) -> RawConfig:
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{_show(path)}: cannot be read ({error}).") from None
+    loader = _Loader(text)
+    try:
+        node = loader.get_single_node()
+        origins: dict[KeyPath, str] = {}
+        if node is not None:
+            _note_origins(node, (), _show(path), origins)
+        data = {} if node is None else loader.construct_document(node)
+    except yaml.MarkedYAMLError as error:
+        mark = error.problem_mark
+        line = f":{mark.line + 1}" if mark else ""
+        raise ConfigError(f"{_show(path)}{line}: not valid YAML: {error.problem or error.context}.") from None
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{_show(path)}: not valid YAML: {error}.") from None
+    finally:
+        loader.dispose()
+    if not isinstance(data, dict):
+        raise ConfigError(f"{_show(path)}: expected sections such as `run:` at the top, got {type(data).__name__}.")
+    return RawConfig(data, origins)
+
+
+def _note_origins(node: yaml.Node, path: KeyPath, file: str, origins: dict[KeyPath, str]) -> None:
+    """Record the line of every key and refuse keys given twice (YAML would silently keep the last)."""
+    if not isinstance(node, yaml.MappingNode):
+        return
+    for key, value in node.value:
+        here = (*path, str(key.value))
+        place = f"{file}:{key.start_mark.line + 1}"
+        if here in origins:
+            raise ConfigError(f"{place}: `{'.'.join(here)}` is given twice (first at {origins[here]}); keep one.")
+        origins[here] = place
+        _note_origins(value, here, file, origins)
+
+
+def _merge(base: RawConfig, data: Mapping[str, Any], origins: Mapping[KeyPath, str]) -> None:
+    _merge_mapping(base.data, data)
+    base.origins.update(origins)
+
+
+def _merge_mapping(into: dict[str, Any], data: Mapping[str, Any]) -> None:
+    for key, value in data.items():
+        current = into.get(key)
+        if isinstance(current, dict) and isinstance(value, Mapping):
+            _merge_mapping(current, value)
+        else:
+            into[key] = value
+
+
+def _apply_override(raw: RawConfig, text: str) -> None:
+    key, equals, written = text.partition("=")
+    path = tuple(part.strip() for part in key.split("."))
+    if not equals or not all(path):
+        raise ConfigError(f"{COMMAND_LINE}: {text!r} is not an override; write section.key=value, e.g. optim.lr=1e-4.")
+    loader = _Loader(written)
+    try:
+        value = loader.get_single_data()
+    except yaml.YAMLError:
+        raise ConfigError(f"{COMMAND_LINE}: the value of {text!r} is not valid YAML; quote it.") from None
+    finally:
+        loader.dispose()
+    nested: Any = value
+    for part in reversed(path):
+        nested = {part: nested}
+    _merge(raw, nested, {path: f"{COMMAND_LINE} ({text})"})
+
+
+def did_you_mean(word: str, known: Sequence[str]) -> str:
+    close = difflib.get_close_matches(word, known, n=1, cutoff=0.5)
+    return f"; did you mean {close[0]}?" if close else ""
+
+
+def _show(path: Path) -> str:
+    """Show a path relative to the working directory when it lies inside it."""
+    relative = os.path.relpath(path)
+    return str(path) if relative.startswith("..") else relative
