@@ -35,7 +35,7 @@ class FlowConfig(Section):
     sde: SdeVariant = Field(
         "flow", json_schema_extra=_assumed("the paper builds on MixGRPO, which uses Flow-SDE; alternatives selectable")
     )
-    """Stochastic step of the window: Flow-SDE, Dance-SDE, coefficient-preserving (CPS) or Flow-SDE with capped noise."""
+    """Stochastic step of the window: Flow-SDE, Dance-SDE, coefficient-preserving (CPS), Flow-SDE with capped noise."""
 
     eta: float = Field(0.7, gt=0, json_schema_extra=_assumed("MixGRPO and Flow-GRPO use 0.7; LongCat-Video uses 1"))
     """Noise level of the stochastic step (for CPS at most 1)."""
@@ -50,7 +50,7 @@ class FlowConfig(Section):
     """Share of the time grid kept after the window (MixGRPO-Flash). Below 1 it CHANGES the videos that are rewarded."""
 
     tail_solver: OdeSolver = "euler"
-    """Solver of the steps after the window and of all-deterministic sampling; steps before the window are Euler steps."""
+    """Solver of the steps after the window and of deterministic sampling; steps before the window are Euler steps."""
 
     t_dtype: Literal["float32", "bfloat16"] = "float32"
     """Precision to which the timestep (1000 sigma) that the network sees is rounded, in rollout and learner alike."""
@@ -113,8 +113,8 @@ class AdvantageConfig(Section):
             "eq. 5 prints max(sigma_group, eps) but cites LongCat-Video, whose rule is the largest group deviation"
         ),
     )
-    """Denominator: largest or root-mean-square group deviation of the batch, own deviation (with or without a floor), or
-    deviation of the whole batch."""
+    """Denominator: largest or root-mean-square group deviation of the batch, own deviation of the group (with or
+    without a floor), or deviation of the whole batch."""
 
     floor: float | None = Field(None, gt=0)
     """Smallest denominator; None means 1e-4 and is refused for `group_floor`, where the floor is the algorithm."""

@@ -1,7 +1,7 @@
 """The one step table: every sampler step is x' = a x + b v + c eps + d m_prev with float64 host coefficients.
 
-Notation: v is the velocity n - x0 of the rectified flow x_sigma = (1 - sigma) x0 + sigma n, sigma' < sigma the next noise
-level, D = sigma - sigma', m = x - sigma v the predicted clean latent, m_prev that of the step before, eps standard normal.
+Notation: v is the velocity n - x0 of the rectified flow x_sigma = (1 - sigma) x0 + sigma n, sigma' < sigma the next
+noise level, m = x - sigma v the predicted clean latent, m_prev that of the step before, eps standard normal.
 Rollout, learner and every kernel read (a, b, c, d) and the timesteps from the same table, so they cannot disagree.
 """
 
@@ -84,12 +84,12 @@ def build_step_table(config: FlowConfig, window: StepWindow | None = None) -> St
     exists only after a window.
 
     Raises:
-        ConfigError: the window reaches the last step, which must stay deterministic (its noise would stay in the video).
+        ConfigError: the window reaches the last step, which must be deterministic: its noise would stay in the video.
     """
     if window is not None and window.stop > config.steps - 1:
         raise ConfigError(
-            f"window [{window.start}, {window.stop}) reaches the last of {config.steps} steps, which must be deterministic:"
-            f" use a window that ends at step {config.steps - 1} at most"
+            f"window [{window.start}, {window.stop}) reaches the last of {config.steps} steps, which must be "
+            f"deterministic: use a window that ends at step {config.steps - 1} at most"
         )
     if window is None:
         sigmas = full_grid(config.steps, config.shift)
@@ -118,10 +118,10 @@ def _timesteps(sigmas: Tensor, dtype: str) -> Tensor:
 
 
 def ode_row(solver: OdeSolver, sigmas: list[float], k: int) -> Row:
-    """Deterministic step k. DPM-Solver++ of order 1 is the Euler step of this flow; order 2 is the multistep midpoint rule.
+    """Deterministic step k. DPM-Solver++ of order 1 is the Euler step of this flow, order 2 multistep midpoint.
 
-    Order 2 falls back to order 1 where its log signal-to-noise ratios are infinite: without history, after sigma = 1 and
-    into sigma = 0 (arXiv 2211.01095, with alpha = 1 - sigma).
+    Order 2 falls back to order 1 without history and where its log signal-to-noise ratios are infinite: in the first
+    two steps and in the last (arXiv 2211.01095, with alpha = 1 - sigma).
     """
     sigma, after = sigmas[k], sigmas[k + 1]
     gain = 1.0
@@ -152,7 +152,7 @@ def _flow_level(sigmas: list[float], k: int, eta: float) -> float:
 
 
 def _score_row(sigma: float, after: float, level: float) -> Row:
-    """The SDE dx = (v + s^2/(2 sigma) (x + (1 - sigma) v)) dsigma + s dW of constant level s, one Euler-Maruyama step."""
+    """One Euler-Maruyama step of dx = (v + s^2 / (2 sigma) (x + (1 - sigma) v)) dsigma + s dW with level s."""
     delta = sigma - after
     pull = level * level * delta / (2.0 * sigma)
     return 1.0 - pull, -delta - pull * (1.0 - sigma), level * math.sqrt(delta), 0.0

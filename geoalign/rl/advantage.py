@@ -26,8 +26,9 @@ class Advantage:
     Attributes:
         values: [B] float32, clipped weighted sum; 0 for invalid samples.
         per_key: [B] float32 per reward key, normalised, before weight and clip; 0 for invalid samples.
-        metrics: per reward key `<key>/{mean, sigma_max, sigma_median, sigma_max_over_median, denominator, zero_variance}`
-            (of this rank's groups, except the denominator) and `clip_fraction`, `valid_fraction`.
+        metrics: `<key>/mean`, `<key>/sigma_max`, `<key>/sigma_median`, `<key>/sigma_max_over_median`,
+            `<key>/zero_variance` (number of groups) of this rank's groups, `<key>/denominator` (mean over groups),
+            `clip_fraction`, `valid_fraction`.
     """
 
     values: Tensor

@@ -1,4 +1,4 @@
-"""The objective (eq. 7): time-weighted clipped surrogate over the window, with an optional KL term to a reference policy."""
+"""The objective (eq. 7): time-weighted clipped surrogate over the window, optionally with a KL term to a reference."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ from geoalign.flow.table import StepTable
 def loss_weights(table: StepTable, config: ObjectiveConfig) -> Tensor:
     """Time weights w_t of the window steps: [K] float64, from the same table as the steps themselves.
 
-    With D = sigma - sigma' and the step x' = a x + b v + c eps, the gradient of the log-probability to v is proportional
-    to |b| / c, which falls by about a hundred from the first step to the last. The choices:
+    With D = sigma - sigma' and the step x' = a x + b v + c eps, the gradient of the log-probability to v is
+    proportional to |b| / c, which grows about a hundredfold from the first step to the last. The choices:
 
     - longcat: sqrt(sigma / ((1 - sigma) D)), LongCat-Video's weight (arXiv 2510.22200), with sigma_1 in 1 - sigma at
       sigma = 1; it cancels |b| / c of an uncapped Flow-SDE up to a constant.
@@ -51,7 +51,7 @@ def loss_weights(table: StepTable, config: ObjectiveConfig) -> Tensor:
 
 @dataclass(frozen=True, slots=True)
 class RatioStats:
-    """Statistics of the probability ratio over valid samples; scalars on the device, added over steps and micro-batches.
+    """Statistics of the ratio over valid samples; scalars on the device, to be added over steps and micro-batches.
 
     Attributes:
         count: number of (sample, step) pairs.
@@ -113,7 +113,7 @@ def clipped_surrogate(
     denominator: float,
     valid: Tensor | None = None,
 ) -> LossOutput:
-    """-weight / denominator * sum_i min(r_i A_i, clip(r_i, 1 - clip, 1 + clip) A_i) with r = exp(log_prob - log_prob_old).
+    """-weight / denominator * sum_i min(r_i A_i, clip(r_i, 1 - clip, 1 + clip) A_i), r = exp(log_prob - log_prob_old).
 
     The denominator is the number of (valid sample, window step) pairs of the whole update, over all ranks, steps and
     micro-batches; the shares then add up to the same loss under every layout.
@@ -125,8 +125,8 @@ def clipped_surrogate(
         clip: clip range.
         weight: time weight w_t of this window step.
         denominator: see above.
-        valid: [B] bool; samples that are False contribute neither loss nor gradient nor statistics. Their states must be
-            finite all the same (`Rollout.neutralised`): a zero gradient times a NaN activation is NaN.
+        valid: [B] bool; False ones contribute neither loss nor gradient nor statistics. Their states must be finite
+            all the same (`Rollout.neutralised`): a zero gradient times a NaN activation is NaN.
     """
     keep = torch.ones_like(advantage, dtype=torch.bool) if valid is None else valid
     log_ratio = torch.where(keep, log_prob - log_prob_old, 0.0)
@@ -152,7 +152,7 @@ def _ratio_stats(log_ratio: Tensor, ratio: Tensor, gain: Tensor, keep: Tensor, c
 
 
 def reference_kl(velocity: Tensor, reference: Tensor, coefficients: Tensor) -> Tensor:
-    """KL divergence of one step between the policy and a reference, as an element mean: b^2 mean((v - v_ref)^2) / (2 c^2).
+    """KL divergence of one step of the policy from a reference, as an element mean: b^2 mean((v - v_ref)^2) / (2 c^2).
 
     Both transitions are Gaussians of the same deviation c, whose means differ by b (v - v_ref).
 
@@ -171,8 +171,9 @@ def reference_kl(velocity: Tensor, reference: Tensor, coefficients: Tensor) -> T
 
 
 def kl_loss(kl: Tensor, *, kl_weight: float, weight: float, denominator: float, valid: Tensor | None = None) -> Tensor:
-    """kl_weight w_t^2 / denominator * sum_i kl_i: LongCat-Video weighs the KL term by the square of the policy's weight,
-    which cancels (b / c)^2 as w_t cancels |b| / c. Arguments as in `clipped_surrogate`; kl is [B].
+    """kl_weight w_t^2 / denominator * sum_i kl_i; arguments as in `clipped_surrogate`, kl is [B].
+
+    LongCat-Video squares the policy's weight here: w_t^2 cancels (b / c)^2 as w_t cancels |b| / c.
     """
     kept = kl if valid is None else torch.where(valid, kl, 0.0)
     return (kl_weight * weight**2 / denominator) * kept.sum()

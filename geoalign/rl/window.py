@@ -1,4 +1,4 @@
-"""Window schedules: which steps are stochastic in an iteration. Pure functions, so a resumed run needs no window state."""
+"""Window schedules: which steps are stochastic in an iteration. Pure functions: a resumed run needs no window state."""
 
 from __future__ import annotations
 
@@ -34,12 +34,13 @@ class WindowSchedule:
         limit = self.steps - 1 - self.config.size
         if limit < self.config.start:
             raise ConfigError(
-                f"window start {self.config.start} + size {self.config.size} must be at most {self.steps - 1}: the last of "
-                f"{self.steps} steps is deterministic; lower window.start or window.size, or raise flow.steps"
+                f"window start {self.config.start} + size {self.config.size} must be at most {self.steps - 1}: the "
+                f"last of {self.steps} steps is deterministic; lower window.start or window.size, or raise flow.steps"
             )
         if self.config.max_start is not None and not self.config.start <= self.config.max_start <= limit:
             raise ConfigError(
-                f"window.max_start {self.config.max_start} must lie between window.start {self.config.start} and {limit}"
+                f"window.max_start {self.config.max_start} must lie between window.start {self.config.start} "
+                f"and {limit}"
             )
 
     @property
