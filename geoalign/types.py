@@ -1,0 +1,96 @@
+"""The two records that all parts exchange: what is known of a source clip, and what is asked of a retake."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from geoalign.errors import DataError
+from geoalign.geometry.trajectory import CameraTrajectory
+
+
+def _pick(values: tuple[str, ...], index: Tensor) -> tuple[str, ...]:
+    return tuple(values[i] for i in index.tolist())
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class SourceClip:
+    """What anyone may know about B source videos.
+
+    Attributes:
+        video: ``[B, F, 3, H, W]`` float32 in [-1, 1].
+        camera: ``[B, F]`` camera-to-world relative to source frame 0.
+        ground_plane: ``[B, 4]`` (nx, ny, nz, d) with ``n . X = d`` in the camera axes of source frame 0, metres: the
+            "known depth" of the embedded world; None where no plane is known.
+        clip_ids: B names.
+    """
+
+    video: Tensor
+    camera: CameraTrajectory
+    ground_plane: Tensor | None
+    clip_ids: tuple[str, ...]
+
+    def __post_init__(self) -> None:
+        batch = self.video.shape[0]
+        plane = batch if self.ground_plane is None else len(self.ground_plane)
+        if not batch == len(self.camera) == plane == len(self.clip_ids):
+            sizes = f"video {batch}, camera {len(self.camera)}, plane {plane}, ids {len(self.clip_ids)}"
+            raise DataError(f"a source clip's parts have different batch sizes: {sizes}")
+
+    def __len__(self) -> int:
+        return self.video.shape[0]
+
+    def select(self, index: Tensor | Sequence[int]) -> SourceClip:
+        """The clips at ``index`` (integers, repeats allowed), on the same device."""
+        index = torch.as_tensor(index, dtype=torch.long, device=self.video.device)
+        plane = None if self.ground_plane is None else self.ground_plane[index]
+        return SourceClip(self.video[index], self.camera[index], plane, _pick(self.clip_ids, index))
+
+    def repeat_interleave(self, repeats: int) -> SourceClip:
+        """Each clip ``repeats`` times in a row."""
+        return self.select(torch.arange(len(self)).repeat_interleave(repeats))
+
+    def to(self, device: torch.device | str) -> SourceClip:
+        """Copy the tensors to ``device``."""
+        plane = None if self.ground_plane is None else self.ground_plane.to(device)
+        return SourceClip(self.video.to(device), self.camera.to(device), plane, self.clip_ids)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class RetakeBatch:
+    """B conditions: a source clip, the wanted camera path and a prompt each.
+
+    Attributes:
+        source: B source clips.
+        target_camera: ``[B, F]``, frame 0 is the identity (the first view of the source).
+        prompts: B strings.
+    """
+
+    source: SourceClip
+    target_camera: CameraTrajectory
+    prompts: tuple[str, ...]
+
+    def __post_init__(self) -> None:
+        if not len(self.source) == len(self.target_camera) == len(self.prompts):
+            sizes = f"source {len(self.source)}, target camera {len(self.target_camera)}, prompts {len(self.prompts)}"
+            raise DataError(f"a retake batch's parts have different batch sizes: {sizes}")
+
+    def __len__(self) -> int:
+        return len(self.source)
+
+    def select(self, index: Tensor | Sequence[int]) -> RetakeBatch:
+        """The conditions at ``index`` (integers, repeats allowed)."""
+        index = torch.as_tensor(index, dtype=torch.long, device=self.source.video.device)
+        camera = self.target_camera[index.to(self.target_camera.device)]
+        return RetakeBatch(self.source.select(index), camera, _pick(self.prompts, index))
+
+    def repeat_interleave(self, repeats: int) -> RetakeBatch:
+        """Each condition ``repeats`` times in a row: the layout of a group of rollouts."""
+        return self.select(torch.arange(len(self)).repeat_interleave(repeats))
+
+    def to(self, device: torch.device | str) -> RetakeBatch:
+        """Copy the tensors to ``device``."""
+        return RetakeBatch(self.source.to(device), self.target_camera.to(device), self.prompts)
