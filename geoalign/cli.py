@@ -68,7 +68,7 @@ def help_text() -> str:
         lines.append(f"{part}:")
         lines += [f"  {verb.name:<{width}}{verb.summary}" for verb in VERBS if verb.part == part]
         lines.append("")
-    return "\n".join(lines) + EXAMPLES + "\n"
+    return "\n".join([*lines, EXAMPLES, ""])
 
 
 def main(argv: Sequence[str] | None = None) -> int:

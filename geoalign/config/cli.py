@@ -8,12 +8,13 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from geoalign.config.layout import place_groups
 from geoalign.config.load import flatten, load_config, to_yaml
 from geoalign.config.source import load_raw, preset_names
-from geoalign.errors import ConfigError, UsageError
+from geoalign.errors import UsageError
 
 if TYPE_CHECKING:
-    from geoalign.config.schema import RunConfig
+    from geoalign.config.schema import Config
 
 EXAMPLES = """\
 examples:
@@ -30,7 +31,7 @@ def add_parser(subparsers: Any) -> None:
     parser = subparsers.add_parser(
         "config",
         help="print, check and compare configurations",
-        description="Look at the settings of a run before running it. CONFIG is a preset name or the path of a .yaml file.",
+        description="Look at the settings of a run before running it. CONFIG is a preset or a .yaml path.",
         epilog=EXAMPLES + f"\npresets: {', '.join(preset_names())}",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
@@ -81,10 +82,7 @@ def run_check(args: argparse.Namespace) -> int:
     if args.world_size is not None:
         if args.world_size < 1:
             raise UsageError(f"--world-size must be at least 1, got {args.world_size}.")
-        try:
-            config.check_world_size(args.world_size)
-        except ValueError as error:
-            raise ConfigError(str(error)) from None
+        place_groups(config.groups.conditions, config.groups.size, args.world_size)
     suffix = f" on {args.world_size} process(es)" if args.world_size is not None else ""
     print(f"{args.config}: valid{suffix}")
     return 0
@@ -131,10 +129,10 @@ def _add_config_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="settings that replace the file's")
 
 
-def _schema() -> type[RunConfig]:
-    from geoalign.config.schema import RunConfig
+def _schema() -> type[Config]:
+    from geoalign.config.schema import Config
 
-    return RunConfig
+    return Config
 
 
 def _resolved(name: str) -> dict[str, Any]:

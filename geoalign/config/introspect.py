@@ -24,6 +24,14 @@ def value_models(annotation: Any) -> list[type[BaseModel]]:
     return []
 
 
+def item_model(annotation: Any) -> type[BaseModel] | None:
+    """Return the section class of the entries of a ``tuple[Section, ...]`` or ``list[Section]`` field."""
+    for part in _alternatives(annotation):
+        if get_origin(part) in (tuple, list):
+            return model_of(get_args(part)[0])
+    return None
+
+
 def field_paths(model: type[BaseModel], prefix: str = "") -> list[str]:
     """List the dotted paths of all keys, sections included; entries of by-name mappings appear as ``NAME``."""
     paths: list[str] = []

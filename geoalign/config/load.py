@@ -121,10 +121,21 @@ def _error_text(raw: RawConfig, problem: Any) -> str:
         message = f"{_lower(message)}"
     else:
         message = f"{_lower(message)}, got {value!r}"
-    where = f"`{'.'.join(path)}` " if path else ""
+    if not path:
+        path = _named_key(raw, message)
+        return f"{_place(raw, path)}{message}"
+    where = f"`{'.'.join(path)}` "
     joiner = "" if kind == "missing" or message.startswith(("must", "should")) else ": "
     where = where.rstrip() if joiner else where
-    return f"{_place(raw, path)}{where}{joiner if where else ''}{message}"
+    return f"{_place(raw, path)}{where}{joiner}{message}"
+
+
+def _named_key(raw: RawConfig, message: str) -> KeyPath:
+    """Find the first written key that a message about several sections names, to point at its line."""
+    for name in re.findall(r"[a-z_]+(?:\.[a-z_]+)+", message):
+        if (path := tuple(name.split("."))) in raw.origins:
+            return path
+    return ()
 
 
 def _lower(message: str) -> str:

@@ -8,6 +8,7 @@ say ``configs/node_8gpu.yaml:12`` instead of a pydantic location tuple. Validati
 from __future__ import annotations
 
 import difflib
+import itertools
 import os
 import re
 from collections.abc import Mapping, Sequence
@@ -92,6 +93,13 @@ def preset_names() -> list[str]:
     folder = presets_folder()
     names = (path.relative_to(folder).with_suffix("").as_posix() for path in folder.rglob("*.yaml"))
     return sorted(name for name in names if name != "base")
+
+
+def preset_summary(name: str) -> str:
+    """Return the comment lines at the top of a preset as one sentence: what the preset is for."""
+    lines = resolve_path(name).read_text(encoding="utf-8").splitlines()
+    comments = itertools.takewhile(lambda line: line.startswith("#"), lines)
+    return " ".join(line.lstrip("# ").strip() for line in comments)
 
 
 def resolve_path(name: str, relative_to: Path | None = None) -> Path:
