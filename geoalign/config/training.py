@@ -1,0 +1,161 @@
+"""Settings of the loop: run folder, groups, optimizer, checkpoints, evaluation, pre-training."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Literal
+
+from pydantic import Field, field_validator
+
+from geoalign.config.base import Section
+
+
+def _published(why: str) -> dict[str, str]:
+    return {"paper": "published", "why": why}
+
+
+def _assumed(why: str) -> dict[str, str]:
+    return {"paper": "assumed", "why": why}
+
+
+class RunConfig(Section):
+    """Where a run lives and what makes it reproducible."""
+
+    name: str = "run"
+    """Name of the run."""
+    dir: Path = Path("runs/{name}")
+    """Run folder; ``{name}`` is replaced by the run's name."""
+    seed: int = Field(0, ge=0, lt=2**32)
+    """Seed of every random draw (counter-based: equal on any number of ranks)."""
+    threads: int = Field(0, ge=0)
+    """Intra-op CPU threads; 0 leaves PyTorch's choice (one thread is fastest for the embedded model)."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """``auto``: the local GPU when there is one."""
+
+    @property
+    def folder(self) -> Path:
+        """The run folder with the name filled in."""
+        return Path(str(self.dir).replace("{name}", self.name))
+
+
+class CodecConfig(Section):
+    """Pixels to latents."""
+
+    kind: Literal["patch", "wan_vae"] = "patch"
+    """``patch``: fixed orthonormal lapped patch transform (embedded default); ``wan_vae``: the Wan 2.1 VAE."""
+    patch: int = Field(16, gt=0)
+    """Patch size of the patch codec in pixels."""
+    luma: int = Field(5, gt=0)
+    """Lowest luma coefficients kept per axis and patch."""
+    chroma: int = Field(3, gt=0)
+    """Lowest coefficients kept per axis and patch of each colour plane."""
+
+
+class GroupsConfig(Section):
+    """How many conditions and rollouts an iteration has."""
+
+    conditions: int = Field(
+        64, gt=0, json_schema_extra=_assumed("not printed; 64 groups of 12, one a GPU, reproduce the 130 hours best")
+    )
+    """Groups per iteration over all ranks; each is one source clip with one target trajectory."""
+    size: int = Field(12, gt=1, json_schema_extra=_published("G = 12"))
+    """Rollouts per group, which share condition, initial noise and window."""
+
+
+class ParameterGroup(Section):
+    """Parameters with their own learning rate."""
+
+    pattern: str
+    """Regular expression searched in the parameter name; the first group that matches wins."""
+    lr: float = Field(gt=0)
+    """Peak learning rate."""
+    weight_decay: float = Field(0.0, ge=0)
+    """Decoupled weight decay."""
+
+    @field_validator("pattern")
+    @classmethod
+    def _compiles(cls, value: str) -> str:
+        try:
+            re.compile(value)
+        except re.error as error:
+            raise ValueError(f"not a regular expression: {error}") from error
+        return value
+
+
+class OptimConfig(Section):
+    """AdamW over the trained parameters."""
+
+    trainable: str = Field(r"\.self_attn\.", json_schema_extra=_published("only self-attention is updated"))
+    """Regular expression: parameters whose name it matches are trained, all others are frozen."""
+    lr: float = Field(1e-4, gt=0, json_schema_extra=_published("1e-4, constant"))
+    """Learning rate of trained parameters that no group names."""
+    groups: tuple[ParameterGroup, ...] = ()
+    """Parameter groups with their own learning rates."""
+    betas: tuple[float, float] = Field((0.9, 0.999), json_schema_extra=_assumed("library default"))
+    """AdamW betas."""
+    eps: float = Field(1e-8, gt=0, json_schema_extra=_assumed("library default"))
+    """AdamW epsilon; mean-reduced log-probs make gradients small, so small models need a small one."""
+    weight_decay: float = Field(1e-4, ge=0, json_schema_extra=_assumed("MixGRPO and its peers"))
+    """Decoupled weight decay of the default group."""
+    grad_clip: float = Field(1.0, gt=0, json_schema_extra=_assumed("all published peers"))
+    """Largest gradient norm."""
+    schedule: Literal["constant", "linear"] = Field("constant", json_schema_extra=_published("constant"))
+    """``linear`` decays to zero at the last iteration."""
+    warmup: int = Field(0, ge=0, json_schema_extra=_assumed("none named"))
+    """Iterations of linear warm-up."""
+    ema: float = Field(0.0, ge=0, lt=1, json_schema_extra=_assumed("none named"))
+    """Decay of the moving average of trained parameters; 0 switches it off. Evaluation and export use the average."""
+    updates_per_rollout: int = Field(1, gt=0, json_schema_extra=_assumed("MixGRPO ships 4; 1 is strictly on-policy"))
+    """Optimizer updates per iteration; the group's members are split into that many equal parts."""
+
+
+class TrainConfig(Section):
+    """The RL loop."""
+
+    iterations: int = Field(140, gt=0, json_schema_extra=_published("140 iterations"))
+    """Iterations to run."""
+    base: Path | None = None
+    """Policy to start from; ``builtin:tiny_base`` is the embedded default's checkpoint."""
+    max_log_prob_diff: float = Field(1e-6, ge=0)
+    """Largest |log-prob(replay) - log-prob(rollout)| before the first update; beyond it the run stops and says why."""
+    checkpoint_every: int = Field(10, gt=0)
+    """Iterations between checkpoints; the last iteration always writes one."""
+    keep_checkpoints: int = Field(2, gt=0)
+    """Checkpoints kept in the run folder."""
+    shuffle_advantages: bool = False
+    """Control experiment: permute advantages inside each group, which must remove all learning."""
+
+
+class EvalConfig(Section):
+    """Held-out evaluation before and after training."""
+
+    every: int = Field(0, ge=0)
+    """Iterations between evaluations on the way; 0: only before and after."""
+    samples: int = Field(40, gt=0)
+    """Held-out conditions of each kind (presets, random curves)."""
+    noise_seeds: tuple[int, ...] = Field((11, 12, 13), min_length=1)
+    """Noise seeds; the spread over them is reported."""
+    seed: int = 777
+    """Seed of the held-out scenes and paths."""
+
+
+class PretrainConfig(Section):
+    """Supervised flow matching of the embedded base policy, with mis-scaled labels on purpose."""
+
+    steps: int = Field(1500, gt=0)
+    """Optimizer steps."""
+    batch: int = Field(32, gt=0)
+    """Samples per step."""
+    pool: int = Field(4096, gt=0)
+    """Rendered pairs that the batches are drawn from."""
+    lr: float = Field(2e-3, gt=0)
+    """Peak learning rate (cosine decay)."""
+    gain_lr: float = Field(6e-3, gt=0)
+    """Peak learning rate of the camera gains."""
+    translation_bias: tuple[float, float] = (0.34, 0.35)
+    """Mean and spread of the log factor from label to true translation; (0, s) is an unbiased control."""
+    rotation_bias: tuple[float, float] = (0.0, 0.2)
+    """Mean and spread of the log factor from label to true yaw."""
+    ema: float = Field(0.995, ge=0, lt=1)
+    """Decay of the weight average that becomes the checkpoint."""

@@ -1,0 +1,89 @@
+"""Rewards and pose evaluators by name; heavy packages are imported only when something is built."""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+import inspect
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+from torch import Tensor
+
+from geoalign.config.rewards import RewardConfig
+from geoalign.errors import ConfigError
+from geoalign.rewards.base import PoseEstimate, PoseEvaluator, Reward
+from geoalign.types import SourceClip
+
+# name -> "module:callable". The callable takes keyword options; one called `evaluator` is resolved by name.
+REWARDS = {
+    "geometry": "geoalign.rewards.geometry:GeometryReward",
+    "source_consistency": "geoalign.rewards.geometry:SourceConsistencyReward",
+}
+EVALUATORS = {
+    "planar": "geoalign.rewards.planar:PlanarAligner",
+}
+
+
+class LastResult:
+    """Keeps an evaluator's last answer, so that several rewards of one batch share one pose estimate."""
+
+    def __init__(self, evaluator: PoseEvaluator) -> None:
+        self.evaluator, self.name = evaluator, evaluator.name
+        self._seen: tuple[Tensor, SourceClip] | None = None
+        self._answer: PoseEstimate | None = None
+
+    def __call__(self, video: Tensor, source: SourceClip) -> PoseEstimate:
+        """Estimate poses, or return the answer for the very same tensor objects."""
+        if self._answer is None or self._seen is None or self._seen[0] is not video or self._seen[1] is not source:
+            self._answer, self._seen = self.evaluator(video, source), (video, source)
+        return self._answer
+
+
+def _resolve(table: Mapping[str, str], name: str, what: str) -> Callable[..., Any]:
+    if name not in table:
+        near = difflib.get_close_matches(name, table, n=1)
+        hint = f"; did you mean {near[0]!r}?" if near else ""
+        raise ConfigError(f"unknown {what} {name!r}{hint} (known: {', '.join(sorted(table))})")
+    module, attribute = table[name].split(":")
+    return getattr(importlib.import_module(module), attribute)
+
+
+def _check_options(factory: Callable[..., Any], options: Iterable[str], where: str) -> None:
+    known = [name for name in inspect.signature(factory).parameters if name != "self"]
+    for name in options:
+        if name not in known:
+            raise ConfigError(f"{where}: unknown option {name!r} (known: {', '.join(known)})")
+
+
+def build_evaluator(name: str, **options: Any) -> PoseEvaluator:
+    """Build a pose evaluator by registered name."""
+    factory = _resolve(EVALUATORS, name, "pose evaluator")
+    _check_options(factory, options, f"evaluator {name}")
+    return factory(**options)
+
+
+def build_rewards(configs: Mapping[str, RewardConfig]) -> dict[str, Reward]:
+    """Build all rewards of a run; evaluators named alike with equal options are shared.
+
+    Raises:
+        ConfigError: unknown reward, evaluator or option, or two rewards that emit the same key.
+    """
+    shared: dict[str, PoseEvaluator] = {}
+    rewards: dict[str, Reward] = {}
+    for name, config in configs.items():
+        factory = _resolve(REWARDS, config.kind, "reward")
+        options = dict(config.options)
+        _check_options(factory, [key for key in options if key != "evaluator_options"], f"rewards.{name}.options")
+        evaluator_options = options.pop("evaluator_options", {})
+        if "evaluator" in options:
+            key = f"{options['evaluator']}:{sorted(evaluator_options.items())}"
+            if key not in shared:
+                shared[key] = LastResult(build_evaluator(options["evaluator"], **evaluator_options))
+            options["evaluator"] = shared[key]
+        rewards[name] = factory(**options)
+    emitted = [key for reward in rewards.values() for key in reward.keys]
+    twice = sorted({key for key in emitted if emitted.count(key) > 1})
+    if twice:
+        raise ConfigError(f"rewards: keys {twice} are emitted by more than one reward; remove one of them")
+    return rewards

@@ -1,0 +1,110 @@
+"""A policy as one file: weights, codec statistics and the settings that rebuild both, in one safetensors file."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+import torch
+from pydantic import ValidationError
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from geoalign.config.model import ModelConfig
+from geoalign.config.training import CodecConfig
+from geoalign.errors import CheckpointError, ConfigError
+from geoalign.io_utils import atomic_path
+from geoalign.models.codec import PatchCodec
+from geoalign.models.dit import RetakeDiT
+from geoalign.rl.policy import RetakePolicy
+from geoalign.training.checkpoint import copy_strictly
+
+_KIND = "geoalign-policy"
+
+
+def build_codec(config: CodecConfig) -> PatchCodec:
+    """The codec of a configuration.
+
+    Raises:
+        ConfigError: the codec needs files that only ``train.base`` can name.
+    """
+    if config.kind != "patch":
+        raise ConfigError("codec.kind=wan_vae is loaded from a model folder: set train.base to that folder")
+    return PatchCodec(config.patch, config.luma, config.chroma)
+
+
+def save_policy(path: Path, policy: RetakePolicy, codec: CodecConfig, notes: Mapping[str, Any]) -> None:
+    """Write model and codec weights with their settings and ``notes`` (provenance: command, seed, numbers)."""
+    tensors = {f"model.{name}": value.detach().contiguous() for name, value in policy.model.state_dict().items()}
+    if isinstance(policy.codec, PatchCodec):
+        tensors["codec.channel_std"] = policy.codec.channel_std
+    header = {
+        "kind": _KIND,
+        "model": policy.model.config.model_dump_json(),
+        "codec": codec.model_dump_json(),
+        "notes": json.dumps(dict(notes)),
+    }
+    with atomic_path(path) as temporary:
+        save_file(tensors, temporary, metadata=header)
+
+
+def resolve_base(name: Path) -> Path:
+    """Path of a policy file; ``builtin:NAME`` names one that ships with the package."""
+    text = str(name)
+    if text.startswith("builtin:"):
+        folder = Path(str(resources.files("geoalign"))) / "_assets"
+        path = folder / f"{text.removeprefix('builtin:')}.safetensors"
+        if not path.exists():
+            shipped = ", ".join(sorted(f"builtin:{file.stem}" for file in folder.glob("*.safetensors")))
+            raise CheckpointError(f"{text}: no such built-in policy (there are: {shipped or 'none'})")
+        return path
+    return name
+
+
+def load_policy(name: Path) -> tuple[RetakePolicy, dict[str, Any]]:
+    """Load a policy file; returns the policy and its notes.
+
+    Raises:
+        CheckpointError: missing, truncated, not a policy file, or keys that do not fit its own settings.
+    """
+    path = resolve_base(name)
+    if not path.exists():
+        raise CheckpointError(f"{path}: no such policy file; make one with `geoalign pretrain` or use builtin:tiny_base")
+    try:
+        with safe_open(path, framework="pt") as file:
+            header = file.metadata() or {}
+            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 - safe_open has no __iter__
+        if header.get("kind") != _KIND:
+            raise CheckpointError(f"{path}: a safetensors file, but not a geoalign policy (header kind {header.get('kind')!r})")
+        config, codec_config = (
+            ModelConfig.model_validate_json(header["model"]),
+            CodecConfig.model_validate_json(header["codec"]),
+        )
+    except (OSError, SafetensorError, KeyError, ValidationError) as error:
+        raise CheckpointError(f"{path}: not a readable policy file ({error}); it may be truncated") from error
+    model, codec = RetakeDiT(config), build_codec(codec_config)
+    copy_strictly(_part(tensors, "model."), model.state_dict(), str(path))
+    copy_strictly(_part(tensors, "codec."), dict(codec.named_buffers()), str(path))
+    rest = [key for key in tensors if not key.startswith(("model.", "codec."))]
+    if rest:
+        raise CheckpointError(f"{path}: unexpected tensors {rest[:3]} ({len(rest)} in all)")
+    return RetakePolicy(model, codec), json.loads(header.get("notes", "{}"))
+
+
+def _part(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    return {key.removeprefix(prefix): value for key, value in tensors.items() if key.startswith(prefix)}
+
+
+def new_policy(model: ModelConfig, codec: CodecConfig, seed: int) -> RetakePolicy:
+    """A policy with fresh weights, reproducible from ``seed``."""
+    from geoalign.models.dit import init_tiny_
+
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        network = RetakeDiT(model)
+        init_tiny_(network)
+    return RetakePolicy(network, build_codec(codec))
