@@ -1,0 +1,320 @@
+"""`FlowSampler`: group rollouts with a shared deterministic prefix, their replay in the learner, and plain sampling.
+
+All G members of a group share condition and initial noise, so the steps before the window and the first window forward
+have one result per group. They are computed once; the members part at the noise of the first stochastic step.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from geoalign.errors import UsageError
+from geoalign.flow.policy import Condition, PhasedPolicy, VelocityFn
+from geoalign.flow.rollout import ForwardCount, Rollout
+from geoalign.flow.table import StepTable
+from geoalign_kernels import NoiseKey, flow_log_prob, flow_step, philox_normal
+
+SDE_STREAM = 0
+INITIAL_NOISE_STREAM = 1
+
+WindowObserver = Callable[[int, slice, Tensor], None]
+"""observer(window position, rows, log_prob [rows] with the graph of the rollout's own forward)."""
+
+
+class ReplayStep(NamedTuple):
+    """A window step recomputed by the learner."""
+
+    log_prob: Tensor
+    """[n] of the n replayed rows, with graph."""
+    velocity: Tensor
+    """With graph: one per row, or one per condition where the forward is shared (repeat it by G for a KL term)."""
+
+
+def initial_noise(
+    shape: Sequence[int],
+    seed: int,
+    iteration: int,
+    group_ids: Tensor,
+    *,
+    sample: Tensor | int = 0,
+    stream: int = INITIAL_NOISE_STREAM,
+) -> Tensor:
+    """Standard normal latents [len(group_ids), *shape] float32, a function of the counters only.
+
+    `sample` 0 is the noise that a group shares; other streams serve evaluation.
+    """
+    return philox_normal(shape, NoiseKey(seed, iteration, group_ids, sample, 0, stream), device=group_ids.device)
+
+
+@dataclass(slots=True)
+class _Run:
+    """One call of `rollout`: who acts, what names the noise, and the buffers that are filled."""
+
+    phases: PhasedPolicy
+    observer: WindowObserver | None
+    seed: int
+    iteration: int
+    groups: Tensor
+    members: Tensor
+    x_start: Tensor
+    x_next: Tensor
+    log_prob: Tensor
+    final: Tensor
+    forwards: Counter[str] = field(default_factory=Counter)
+
+    @property
+    def rows_per_lane(self) -> int:
+        """Rows that one state of the prefix stands for: G if the prefix is shared, else 1."""
+        return self.final.shape[0] // self.x_start.shape[0]
+
+
+@dataclass(frozen=True, slots=True)
+class FlowSampler:
+    """Walks one step table; holds no state between calls.
+
+    Args:
+        table: steps of the trajectory.
+        group_size: G, members per condition.
+        share_prefix: compute what the members have in common once per condition. False runs everything per member and
+            gives the same numbers (the exactness test).
+        rows_per_forward: largest batch of one network forward; None: all rows at once. Part of the artefact that
+            rollout and learner must share, because kernels round differently at other batch shapes.
+        window_grad: run window forwards with gradients enabled even if nobody observes them, for compiled policies
+            whose graphs differ between the two modes.
+    """
+
+    table: StepTable
+    group_size: int = 1
+    share_prefix: bool = True
+    rows_per_forward: int | None = None
+    window_grad: bool = False
+
+    def rollout(
+        self,
+        policy: VelocityFn | PhasedPolicy,
+        cond: Condition,
+        x_init: Tensor,
+        *,
+        seed: int,
+        iteration: int,
+        group_ids: Tensor,
+        member_ids: Tensor | None = None,
+        observer: WindowObserver | None = None,
+    ) -> Rollout:
+        """Sample G trajectories for each of M conditions.
+
+        Args:
+            policy: velocity function, or one per phase.
+            cond: M conditions.
+            x_init: [M, ...] initial noise shared in each group; without `share_prefix` also [M * G, ...].
+            seed, iteration: name the noise together with the ids.
+            group_ids: [M] int64, unique in the iteration over all ranks.
+            member_ids: [G] int64, unique in the group; default 0..G-1. Lets several ranks share a group.
+            observer: called after every window step with log-probabilities that still carry the graph of the forward
+                (streaming backward); it decides how long the graph lives.
+
+        Raises:
+            UsageError: the table has no window, or batch sizes do not fit.
+        """
+        run = self._begin(PhasedPolicy.of(policy), observer, x_init, seed, iteration, group_ids, member_ids)
+        conditions, size = group_ids.numel(), self.group_size
+        x_init = _repeat(_working(x_init), run.x_start.shape[0] // x_init.shape[0])
+        for lanes in _split(0, run.x_start.shape[0], self.rows_per_forward):
+            lane_cond = _condition(cond, lanes, size // run.rows_per_lane, conditions)
+            rows, x, m_prev = self._prefix_and_branch(run, lane_cond, x_init[lanes], lanes)
+            for part in _split(rows.start, rows.stop, self.rows_per_forward):
+                local = slice(part.start - rows.start, part.stop - rows.start)
+                history = None if m_prev is None else m_prev[local]
+                self._finish(run, _condition(cond, part, size, conditions), x[local], history, part)
+        counts = ForwardCount(run.forwards["prefix"], run.forwards["window"], run.forwards["tail"])
+        return Rollout(run.x_start, run.x_next, run.log_prob, run.final, self.table, self.group_size, counts)
+
+    def replay(
+        self,
+        policy: VelocityFn | PhasedPolicy,
+        rollout: Rollout,
+        position: int,
+        cond: Condition,
+        rows: slice | None = None,
+    ) -> ReplayStep:
+        """Log-probabilities of window step `position` (0..K-1) under the current policy, from the stored states.
+
+        The same functions in the same order as in the rollout, hence equal bit for bit while the policy is unchanged
+        and the batches are those of `replay_batches`. Where the state is shared, the policy runs once per condition
+        and its velocity serves all replayed members (merged first learner step).
+
+        Args:
+            policy: its `window` function is used; the caller chooses the gradient mode.
+            rollout: made by a sampler of the same table.
+            position: window position.
+            cond: the M conditions of the rollout.
+            rows: the rows to replay, default all.
+        """
+        rows = slice(0, rollout.num_rows) if rows is None else rows
+        step = self._window_steps[position]
+        state = rollout.state(position)
+        per_lane = rollout.num_rows // state.shape[0]
+        lanes = slice(rows.start // per_lane, -(-rows.stop // per_lane))
+        num_conditions = rollout.num_rows // rollout.group_size
+        lane_cond = _condition(cond, lanes, rollout.group_size // per_lane, num_conditions)
+        velocity = self._velocity(PhasedPolicy.of(policy).window, state[lanes], step, lane_cond)
+        offset = rows.start - lanes.start * per_lane
+        members = slice(offset, offset + rows.stop - rows.start)
+        x, v = (_repeat(_working(part), per_lane)[members] for part in (state[lanes], velocity))
+        x_next = rollout.x_next[position][rows]
+        return ReplayStep(flow_log_prob(x, v, x_next, self.table.row(step)), velocity)
+
+    def replay_batches(self, rollout: Rollout, position: int) -> list[slice]:
+        """The row batches whose forwards have the shapes that the rollout had."""
+        num_lanes = rollout.state(position).shape[0]
+        per_lane = rollout.num_rows // num_lanes
+        lanes = _split(0, num_lanes, self.rows_per_forward)
+        return [slice(lane.start * per_lane, lane.stop * per_lane) for lane in lanes]
+
+    @torch.no_grad()
+    def sample(self, policy: VelocityFn | PhasedPolicy, cond: Condition, x_init: Tensor) -> Tensor:
+        """Deterministic sampling of a table without window, one trajectory per condition: latents [M, ...] at sigma 0.
+
+        Uses the policy's `tail` function.
+
+        Raises:
+            UsageError: the table has a stochastic window.
+        """
+        if self.table.window is not None:
+            raise UsageError("FlowSampler.sample needs a table without window; use rollout for stochastic steps")
+        tail, steps, batch = PhasedPolicy.of(policy).tail, range(self.table.num_steps), x_init.shape[0]
+        parts = []
+        for rows in _split(0, batch, self.rows_per_forward):
+            part_cond = _condition(cond, rows, 1, batch)
+            parts.append(self._ode(tail, _working(x_init[rows]), None, steps, part_cond))
+        return torch.cat(parts)
+
+    # The phases of a rollout, in order.
+
+    def _begin(
+        self,
+        phases: PhasedPolicy,
+        observer: WindowObserver | None,
+        x_init: Tensor,
+        seed: int,
+        iteration: int,
+        group_ids: Tensor,
+        member_ids: Tensor | None,
+    ) -> _Run:
+        conditions, size = group_ids.numel(), self.group_size
+        if member_ids is None:
+            member_ids = torch.arange(size, device=group_ids.device)
+        allowed = (conditions,) if self.share_prefix else (conditions, conditions * size)
+        if x_init.shape[0] not in allowed or member_ids.numel() != size:
+            raise UsageError(
+                f"x_init has {x_init.shape[0]} samples and member_ids {member_ids.numel()} entries for {conditions} "
+                f"groups of {size} (share_prefix={self.share_prefix})"
+            )
+        num_rows, shape, num_window_steps = conditions * size, x_init.shape[1:], len(self._window_steps)
+        like = _working(x_init[:0])
+        return _Run(
+            phases=phases,
+            observer=observer,
+            seed=seed,
+            iteration=iteration,
+            groups=group_ids.repeat_interleave(size),
+            members=member_ids.repeat(conditions),
+            x_start=like.new_empty(conditions if self.share_prefix else num_rows, *shape),
+            x_next=like.new_empty(num_window_steps, num_rows, *shape),
+            log_prob=like.new_empty(num_rows, num_window_steps),
+            final=like.new_empty(num_rows, *shape),
+        )
+
+    def _prefix_and_branch(
+        self, run: _Run, cond: Condition, x: Tensor, lanes: slice
+    ) -> tuple[slice, Tensor, Tensor | None]:
+        """Steps up to and including the first stochastic one; returns its rows, their states and history."""
+        first, per_lane = self._window_steps[0], run.rows_per_lane
+        run.forwards["prefix"] += first * x.shape[0]
+        x = self._ode(run.phases.prefix, x, None, range(first), cond)
+        run.x_start[lanes] = x
+        velocity = _working(self._window_velocity(run, x, first, cond))
+        rows = slice(lanes.start * per_lane, lanes.stop * per_lane)
+        return rows, *self._stochastic(run, 0, _repeat(x, per_lane), _repeat(velocity, per_lane), rows)
+
+    def _finish(self, run: _Run, cond: Condition, x: Tensor, m_prev: Tensor | None, rows: slice) -> None:
+        """The other window steps and the deterministic tail of some rows."""
+        for position, step in enumerate(self._window_steps[1:], start=1):
+            velocity = self._window_velocity(run, x, step, cond)
+            x, m_prev = self._stochastic(run, position, x, velocity, rows)
+        tail = range(self._window_steps.stop, self.table.num_steps)
+        run.forwards["tail"] += len(tail) * x.shape[0]
+        run.final[rows] = self._ode(run.phases.tail, x, m_prev, tail, cond)
+
+    def _window_velocity(self, run: _Run, x: Tensor, step: int, cond: Condition) -> Tensor:
+        run.forwards["window"] += x.shape[0]
+        with torch.set_grad_enabled(self.window_grad or run.observer is not None):
+            return self._velocity(run.phases.window, x, step, cond)
+
+    def _stochastic(
+        self, run: _Run, position: int, x: Tensor, velocity: Tensor, rows: slice
+    ) -> tuple[Tensor, Tensor | None]:
+        """One stochastic step: stores state and log-probability, returns state and history."""
+        step = self._window_steps[position]
+        key = NoiseKey(run.seed, run.iteration, run.groups[rows], run.members[rows], step, SDE_STREAM)
+        taken = flow_step(x, velocity.detach(), self.table.row(step), key=key)
+        run.x_next[position, rows] = taken.x_next
+        run.log_prob[rows, position] = taken.log_prob
+        if run.observer is not None:
+            run.observer(position, rows, flow_log_prob(x, velocity, taken.x_next, self.table.row(step)))
+        return taken.x_next, self._history(x, velocity.detach(), step)
+
+    @torch.no_grad()
+    def _ode(self, velocity_fn: VelocityFn, x: Tensor, m_prev: Tensor | None, steps: range, cond: Condition) -> Tensor:
+        """Deterministic steps; no log-probability is taken, so never with a graph."""
+        for step in steps:
+            velocity = self._velocity(velocity_fn, x, step, cond)
+            used = m_prev if self.table.needs_history(step) else None
+            m_prev = self._history(x, velocity, step)
+            x = flow_step(x, velocity, self.table.row(step), m_prev=used).x_next
+        return x
+
+    def _velocity(self, velocity_fn: VelocityFn, x: Tensor, step: int, cond: Condition) -> Tensor:
+        timestep = torch.full((x.shape[0],), float(self.table.timesteps[step]), dtype=x.dtype, device=x.device)
+        return velocity_fn(x, timestep, cond)
+
+    def _history(self, x: Tensor, velocity: Tensor, step: int) -> Tensor | None:
+        """Predicted clean latent x - sigma v of this step, if the next step reads it."""
+        if not self.table.needs_history(step + 1):
+            return None
+        return x - float(self.table.sigmas[step]) * velocity.to(x.dtype)
+
+    @property
+    def _window_steps(self) -> range:
+        if self.table.window is None:
+            raise UsageError("this table has no stochastic window; use FlowSampler.sample")
+        return self.table.window.steps
+
+
+def _condition(cond: Condition, rows: slice, per_condition: int, num_conditions: int) -> Condition:
+    """The conditions of `rows`, each condition having `per_condition` of them in a row."""
+    if rows.start == 0 and rows.stop == num_conditions * per_condition:
+        return cond if per_condition == 1 else cond.repeat_interleave(per_condition)
+    return cond.select(torch.arange(rows.start, rows.stop) // per_condition)
+
+
+def _working(x: Tensor) -> Tensor:
+    # Latents are float32 throughout (float64 in exactness tests), whatever dtype the caller made them in.
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
+def _repeat(x: Tensor, count: int) -> Tensor:
+    # repeat_interleave by an int: its backward is a sum over a view, which is deterministic on every device.
+    return x if count == 1 else x.repeat_interleave(count, 0)
+
+
+def _split(start: int, stop: int, size: int | None) -> Iterator[slice]:
+    width = max(stop - start if size is None else size, 1)
+    for left in range(start, stop, width):
+        yield slice(left, min(left + width, stop))
