@@ -168,7 +168,7 @@ def _kernel_report() -> dict[str, Any]:
 def _kernel_lines(kernels: dict[str, Any]) -> list[str]:
     lines = [f"  {kernels['error']}"] if kernels["error"] else []
     for row in kernels["ops"]:
-        lines.append(f"  {row['op']:<22}{row['backend']:<12}{_reason(row)}".rstrip())
+        lines.append(f"  {row['op']:<26}{row['backend']:<12}{_reason(row)}".rstrip())
     return lines
 
 
