@@ -1,0 +1,69 @@
+"""Reading and writing small tables of strings: csv (with or without a byte-order mark) and json lines."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+
+from geoalign.errors import DataError, UsageError
+from geoalign.io_utils import atomic_write_text
+
+
+def read_rows(path: Path) -> list[dict[str, str]]:
+    """Read ``.csv`` or ``.jsonl``; every value is a string, absent values are left out.
+
+    Raises:
+        DataError: missing file, wrong encoding or broken syntax; the message names file and line.
+        UsageError: another file type.
+    """
+    if path.suffix not in (".csv", ".jsonl"):
+        raise UsageError(f"{path}: tables are .csv or .jsonl; convert other formats first")
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+    except OSError as error:
+        raise DataError(f"{path}: cannot be read ({error.strerror or error})") from error
+    except UnicodeDecodeError as error:
+        raise DataError(f"{path}: not UTF-8 (byte {error.start}); save it as UTF-8") from error
+    return _csv_rows(text, path) if path.suffix == ".csv" else _jsonl_rows(text, path)
+
+
+def _csv_rows(text: str, path: Path) -> list[dict[str, str]]:
+    reader = csv.DictReader(io.StringIO(text, newline=""))
+    try:
+        return [
+            {
+                key.strip(): value.strip()
+                for key, value in row.items()
+                if key and isinstance(value, str) and value.strip()
+            }
+            for row in reader
+        ]
+    except csv.Error as error:
+        raise DataError(f"{path}: line {reader.line_num}: {error}") from error
+
+
+def _jsonl_rows(text: str, path: Path) -> list[dict[str, str]]:
+    rows = []
+    for number, line in enumerate(text.splitlines(), start=1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+        except ValueError as error:
+            raise DataError(f"{path}: line {number}: {error}") from error
+        if not isinstance(row, dict):
+            raise DataError(f"{path}: line {number}: expected an object, got {type(row).__name__}")
+        rows.append({key: str(value) for key, value in row.items() if value is not None and str(value).strip()})
+    return rows
+
+
+def write_csv(path: Path, columns: Sequence[str], rows: Iterable[Mapping[str, object]]) -> None:
+    """Write a csv atomically; missing values become empty cells, unknown keys are errors."""
+    buffer = io.StringIO(newline="")
+    writer = csv.DictWriter(buffer, fieldnames=list(columns), lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    atomic_write_text(path, buffer.getvalue())
