@@ -181,7 +181,10 @@ class CameraTrajectory:
         return CameraTrajectory(torch.cat((identity, rest), -3), self.intrinsics)
 
     def increments(self) -> tuple[Tensor, Tensor]:
-        """Body-frame steps ``[..., F-1, 3]`` each: rotation vectors ``log(R_i^T R_i+1)`` and ``R_i^T (t_i+1 - t_i)``."""
+        """Body-frame steps between frames: rotation vectors and moves, ``[..., F-1, 3]`` each.
+
+        The rotation vector is ``log(R_i^T R_i+1)``, the move ``R_i^T (t_i+1 - t_i)``.
+        """
         back = self.rotation[..., :-1, :, :].transpose(-1, -2)
         rotvec = so3.log(so3.matmul(back, self.rotation[..., 1:, :, :]))
         return rotvec, so3.apply(back, self.position.diff(dim=-2))
@@ -190,7 +193,7 @@ class CameraTrajectory:
     def from_increments(
         cls, rotvec: Tensor, step: Tensor, intrinsics: Tensor, *, start: Tensor | None = None
     ) -> CameraTrajectory:
-        """Inverse of :meth:`increments`: integrate ``[..., F-1, 3]`` steps from ``start`` ``[..., 4, 4]`` (identity)."""
+        """Inverse of :meth:`increments`: integrate steps from ``start`` ``[..., 4, 4]``, by default the identity."""
         moves = so3.rigid(so3.exp(rotvec), step)
         if start is None:
             start = torch.eye(4, dtype=moves.dtype, device=moves.device).expand(*moves.shape[:-3], 4, 4)
