@@ -61,8 +61,6 @@ class RescaleConfig(Section):
     """Peak rotation speed in degrees per second."""
     static_rotation_deg: float = Field(0.02, ge=0, json_schema_extra=_assumed("jitter must not be amplified"))
     """Below this peak rotation (degrees per frame) the rotation is kept as it is."""
-    static_straightness: float = Field(0.05, ge=0, le=1, json_schema_extra=_assumed("jitter must not be amplified"))
-    """Net displacement over path length below which a jittering path counts as standing still."""
     max_rotation_scale: float = Field(4.0, gt=0, json_schema_extra=_assumed("jitter must not be amplified"))
     """Largest factor that a rotation may be amplified by."""
     max_outlier_ratio: float = Field(8.0, gt=1, json_schema_extra=_assumed("one bad pose would freeze the rest"))
@@ -125,6 +123,8 @@ class TrajectoriesConfig(Section):
     """Splits whose refined reprojection error exceeds this are rejected."""
     skip_scenes: tuple[str, ...] = ("05017c153ac9", "05346c2f4648")
     """Scene ids that are known to be broken."""
+    val_fraction: float = Field(0.05, ge=0, lt=1)
+    """Share of tracks kept out of training, by a hash of their name, where the archive names no test splits."""
     intrinsics: Literal["source", "trajectory"] = Field(
         "source", json_schema_extra=_assumed("the base model uses the source camera's intrinsics for the target")
     )

@@ -1,0 +1,226 @@
+"""Folders of video clips with a table: Sekai-Real-Walking-HQ, OmniWorld-CityWalk, or any folder of mp4.
+
+The published layout is ``files/{video_id}/{video_id}_{start}_{end}.mp4`` with a csv whose columns are ``videoFile,
+cameraFile, caption, location, scene, crowdDensity, weather, timeOfDay``; start and end are frame numbers of the source
+video, not of the clip. Rows whose file is missing are normal (videos vanish from YouTube) and are counted. Camera files
+hold ``extrinsic`` (camera-to-world, OpenCV) and ``intrinsic`` (pixels); the published ones are scale-free.
+Source: huggingface.co/datasets/Lixsp11/Sekai-Project, huggingface.co/datasets/InternRobotics/OmniWorld.
+"""
+
+from __future__ import annotations
+
+import zipfile
+import zlib
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from geoalign.data.clips import VIDEO_SUFFIXES, ClipRecord, youtube_id
+from geoalign.data.tables import read_rows, write_csv
+from geoalign.data.tally import Tally
+from geoalign.errors import DataError
+from geoalign.geometry import so3
+from geoalign.geometry.trajectory import CameraTrajectory
+from geoalign.io_utils import atomic_path
+
+COLUMNS = ("videoFile", "cameraFile", "caption", "location", "scene", "crowdDensity", "weather", "timeOfDay")
+"""Columns of the published table, in order."""
+
+ALIASES: Mapping[str, tuple[str, ...]] = {
+    "path": ("path", "videoFile", "file_name", "video", "video_path"),
+    "caption": ("caption", "text", "prompt", "Video_Caption"),
+    "camera": ("camera", "cameraFile"),
+    "start_frame": ("start_frame",),
+    "end_frame": ("end_frame",),
+}
+"""Canonical column -> accepted names, first match wins."""
+
+
+def find_metadata(root: Path, metadata: Path | None) -> Path | None:
+    """The table of ``root``: the configured one (must exist), else ``metadata.csv`` / ``.jsonl``, else the only csv."""
+    if metadata is not None:
+        path = root / metadata
+        if not path.is_file():
+            raise DataError(f"{path}: no such table (data.clips.metadata)")
+        return path
+    for name in ("metadata.csv", "metadata.jsonl"):
+        if (root / name).is_file():
+            return root / name
+    tables = sorted(root.glob("*.csv"))
+    return tables[0] if len(tables) == 1 else None
+
+
+def list_video_clips(root: Path, metadata: Path | None, tally: Tally) -> list[ClipRecord]:
+    """Records of a folder of videos, from its table or (without one) from the files found under it."""
+    index = _FileIndex(root)
+    if metadata is None:
+        rows: list[dict[str, str]] = [{"path": path.relative_to(root).as_posix()} for path in index.videos()]
+    else:
+        rows = read_rows(metadata)
+        if rows and not any(name in row for row in rows for name in ALIASES["path"]):
+            raise DataError(
+                f"{metadata}: no column with file names; expected one of {ALIASES['path']}, got {list(rows[0])}"
+            )
+    records: dict[str, ClipRecord] = {}
+    for number, row in enumerate(rows, start=2):
+        values = {key: next((row[name] for name in names if name in row), "") for key, names in ALIASES.items()}
+        if not values["path"]:
+            tally.reject(f"line {number}", "row without a file name")
+            continue
+        stem = Path(values["path"]).stem
+        if stem in records:
+            tally.remarks["listed twice, first row kept"] += 1
+            continue
+        path = index.find(values["path"], VIDEO_SUFFIXES)
+        bounds = _bounds(values["start_frame"], values["end_frame"])
+        if path is None or bounds is None:
+            tally.reject(stem, "missing file" if path is None else "bad start_frame or end_frame")
+            continue
+        camera = index.find(values["camera"] or f"{stem}.npz", {".npz"}, beside=path.parent)
+        known = {name for names in ALIASES.values() for name in names}
+        extra = {key: value for key, value in row.items() if key not in known}
+        records[stem] = ClipRecord(stem, youtube_id(stem), path, values["caption"], camera, *bounds, extra)
+    return list(records.values())
+
+
+def _bounds(start: str, end: str) -> tuple[int, int | None] | None:
+    try:
+        first, last = int(float(start or 0)), int(float(end)) if end else None
+    except (ValueError, OverflowError):
+        return None
+    return (first, last) if first >= 0 and (last is None or last > first) else None
+
+
+class _FileIndex:
+    """Finds the files of a table: at the named place, at the published places, else by name anywhere under the root."""
+
+    def __init__(self, root: Path) -> None:
+        self._root = root
+        self._by_name: dict[str, Path] | None = None
+
+    def videos(self) -> list[Path]:
+        return sorted(path for path in self._names().values() if path.suffix.lower() in VIDEO_SUFFIXES)
+
+    def find(self, name: str, suffixes: Iterable[str], beside: Path | None = None) -> Path | None:
+        relative = Path(name) if Path(name).suffix.lower() in suffixes else Path(f"{name}.mp4")
+        video_id = youtube_id(relative.stem)
+        places = [self._root / relative, self._root / video_id / relative, self._root / "files" / video_id / relative]
+        for place in [beside / relative.name, *places] if beside else places:
+            if place.is_file():
+                return place
+        return self._names().get(relative.name)
+
+    def _names(self) -> dict[str, Path]:
+        if self._by_name is None:
+            found = sorted(path for path in self._root.rglob("*") if not path.name.startswith(".") and path.is_file())
+            self._by_name = {path.name: path for path in reversed(found)}
+        return self._by_name
+
+
+def write_metadata(path: Path, rows: Iterable[Mapping[str, object]]) -> None:
+    """Write the published csv (`COLUMNS`, plus any further keys of the rows as columns at the end)."""
+    rows = list(rows)
+    further = dict.fromkeys(key for row in rows for key in row if key not in COLUMNS)
+    write_csv(path, [*COLUMNS, *further], rows)
+
+
+@dataclass(frozen=True, slots=True)
+class ClipCamera:
+    """The camera of every frame of a clip.
+
+    Attributes:
+        path: ``[F]`` float64 camera-to-world in the file's world frame.
+        metric: whether lengths are metres.
+        ground_plane: ``[4]`` float64 (n, d) with ``n . X = d`` in the file's world frame, or None.
+    """
+
+    path: CameraTrajectory
+    metric: bool
+    ground_plane: Tensor | None
+
+    def window(self, frames: list[int]) -> tuple[CameraTrajectory, Tensor | None]:
+        """Poses of ``frames`` relative to the first of them, and the plane in that first camera's axes."""
+        cut = self.path.frames(frames)
+        if self.ground_plane is None:
+            return cut.relative_to_first(), None
+        first = cut.c2w[0]
+        normal, distance = self.ground_plane[:3], self.ground_plane[3:]
+        turned = so3.apply(first[:3, :3].T, normal)
+        return cut.relative_to_first(), torch.cat([turned, distance - (normal * first[:3, 3]).sum()])
+
+
+def read_clip_camera(path: Path, image_size: tuple[int, int]) -> ClipCamera:
+    """Read a camera npz.
+
+    Keys: ``extrinsic`` ``[F, 4, 4]`` camera-to-world; ``intrinsic`` ``[3, 3]`` or ``[F, 3, 3]`` in pixels; optional
+    ``image_size`` (H, W) that the pixels refer to (default: the video's), ``metric`` (default false: the published
+    files are scale-free) and ``ground_plane`` ``[4]``.
+
+    Args:
+        path: the file.
+        image_size: (H, W) of the video.
+
+    Raises:
+        DataError: the file is damaged or is no camera path.
+    """
+    arrays = load_npz(path)
+    try:
+        extrinsic = torch.from_numpy(arrays["extrinsic"].astype(np.float64))
+        intrinsic = torch.from_numpy(arrays["intrinsic"].astype(np.float64)).expand(len(extrinsic), 3, 3)
+        height, width = (int(v) for v in arrays.get("image_size", np.array(image_size)))
+        metric = bool(arrays.get("metric", np.array(False)))
+        plane = (
+            torch.from_numpy(arrays["ground_plane"].astype(np.float64).reshape(4)) if "ground_plane" in arrays else None
+        )
+    except (KeyError, ValueError, TypeError, RuntimeError, OverflowError) as error:
+        raise DataError(f"{path}: expected extrinsic [F, 4, 4] and intrinsic [3, 3] or [F, 3, 3] ({error})") from error
+    if height <= 0 or width <= 0 or (plane is not None and not bool(torch.isfinite(plane).all())):
+        raise DataError(f"{path}: image_size must be positive and ground_plane finite")
+    pixels = torch.stack([intrinsic[:, 0, 0], intrinsic[:, 1, 1], intrinsic[:, 0, 2], intrinsic[:, 1, 2]], dim=-1)
+    lens = pixels / torch.tensor([width, height, width, height], dtype=torch.float64)
+    return ClipCamera(CameraTrajectory.validated(extrinsic, lens, name=str(path)), metric, plane)
+
+
+def write_clip_camera(
+    path: Path,
+    camera: CameraTrajectory,
+    image_size: tuple[int, int],
+    *,
+    metric: bool = True,
+    ground_plane: Tensor | None = None,
+) -> None:
+    """Write the npz that :func:`read_clip_camera` reads (atomic; equal input gives equal bytes)."""
+    height, width = image_size
+    pixels = camera.intrinsics.double() * torch.tensor([width, height, width, height], dtype=torch.float64)
+    intrinsic = torch.eye(3, dtype=torch.float64).repeat(camera.num_frames, 1, 1)
+    for column, entry in enumerate(((0, 0), (1, 1), (0, 2), (1, 2))):
+        intrinsic[:, *entry] = pixels[:, column]
+    arrays: dict[str, Any] = {
+        "extrinsic": camera.c2w.double().numpy(),
+        "intrinsic": intrinsic.numpy(),
+        "image_size": np.array(image_size),
+        "metric": np.array(metric),
+    }
+    if ground_plane is not None:
+        arrays["ground_plane"] = ground_plane.double().numpy()
+    with atomic_path(path) as temporary:
+        np.savez(temporary, **arrays)
+
+
+def load_npz(path: Path) -> dict[str, np.ndarray[Any, Any]]:
+    """All arrays of an npz; never unpickles. Raises DataError naming ``path`` for anything that is not a sound npz."""
+    try:
+        with np.load(path, allow_pickle=False) as archive:
+            if not isinstance(archive, np.lib.npyio.NpzFile):
+                raise DataError(f"{path}: not an npz archive")
+            return {key: archive[key] for key in archive.files}
+    except (OSError, EOFError, ValueError, zipfile.BadZipFile, zlib.error, KeyError, NotImplementedError) as error:
+        raise DataError(f"{path}: cannot be read as npz ({error}); regenerate it") from error
+    except (MemoryError, OverflowError, RuntimeError, TypeError, SyntaxError, AttributeError) as error:
+        # A flipped bit in a header may promise a petabyte, a cipher or nonsense syntax.
+        raise DataError(f"{path}: damaged npz ({error}); regenerate it") from error
