@@ -37,7 +37,8 @@ def intersect_plane(c2w: Tensor, rays: Tensor, plane: Tensor) -> Tensor:
         plane: ``[..., 4]``.
 
     Returns:
-        ``[..., N, 3]`` points in the reference frame; rays that would miss are clamped to a far point, with finite gradients.
+        ``[..., N, 3]`` points in the reference frame; rays that would miss are clamped to a far point, with
+        finite gradients.
     """
     normal, distance = plane[..., None, :3], plane[..., 3:]
     directions = rays @ c2w[..., :3, :3].transpose(-1, -2)
@@ -63,6 +64,25 @@ def project(c2w: Tensor, intrinsics: Tensor, points: Tensor) -> tuple[Tensor, Te
     depth = local[..., 2]
     xy = local[..., :2] / depth.clamp_min(1e-3)[..., None]
     return xy * intrinsics[..., None, :2] + intrinsics[..., None, 2:], depth
+
+
+def warp_pixels(
+    from_c2w: Tensor, from_intrinsics: Tensor, to_c2w: Tensor, to_intrinsics: Tensor, plane: Tensor, pixels: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Where the ground seen at ``pixels`` of one camera appears in another (the homography that the plane induces).
+
+    Args:
+        from_c2w, to_c2w: ``[..., 4, 4]`` poses relative to the plane's reference frame; batch dimensions broadcast.
+        from_intrinsics, to_intrinsics: ``[..., 4]``.
+        plane: ``[..., 4]``.
+        pixels: ``[N, 2]`` as fractions of (W, H).
+
+    Returns:
+        Pixels ``[..., N, 2]`` as fractions of (W, H) and depths ``[..., N]`` in the second camera; a depth that is not
+        positive marks ground behind it.
+    """
+    points = intersect_plane(from_c2w, pixel_rays(from_intrinsics, pixels), plane)
+    return project(to_c2w, to_intrinsics, points)
 
 
 def pixel_grid(height: int, width: int, *, step: int = 1, offset: int = 0) -> Tensor:

@@ -2,8 +2,8 @@
 
 ReDirector (``model_utils.py``, Wan-Fun control adapter) receives per frame a 19-vector in RealEstate10K layout, but
 with a camera-to-world pose, turns it into a six-channel ray map (moment, direction) at full resolution, and packs four
-frames into the channels of one latent frame. Upstream edits the caller's intrinsics in place while fitting the aspect ratio
-and picks the reference size by the scheduler's state; here nothing is edited and the reference size is an argument.
+frames into the channels of one latent frame. Upstream edits the caller's intrinsics in place while fitting the aspect
+ratio and picks the reference size by the scheduler's state; here nothing is edited and that size is an argument.
 """
 
 from __future__ import annotations

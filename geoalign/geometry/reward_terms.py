@@ -1,8 +1,8 @@
 """The geometry reward's distances: temporally weighted translation and rotation error (Geo-Align eq. 3 and 4).
 
 ``D_trans = sum_i w_i |t_i - t*_i|`` in metres and ``D_rot = sum_i w_i angle(R_i^T R*_i)`` in radians, over the
-evaluated frames, both paths relative to frame 0. The rewards are their negatives. The paper prints ``arccos((tr - 1) / 2)``;
-the same angle is computed by ``atan2``, which keeps its digits near 0.
+evaluated frames, both paths relative to frame 0. The rewards are their negatives. The paper prints
+``arccos((tr - 1) / 2)``; the same angle is computed by ``atan2``, which keeps its digits near 0.
 """
 
 from __future__ import annotations
