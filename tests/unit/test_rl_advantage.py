@@ -1,0 +1,208 @@
+"""Advantages: hand-computed cases of every denominator, masks, combination, ranks."""
+
+from __future__ import annotations
+
+import math
+import threading
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from pydantic import ValidationError
+from torch import Tensor
+
+from geoalign.config.flow import AdvantageConfig
+from geoalign.errors import ConfigError, UsageError
+from geoalign.rl.advantage import group_advantage
+
+# Two groups: 1, 2, 3, 6 (mean 3, population deviation sqrt(3.5)) and 10, 10, 12, 12 (mean 11, deviation 1).
+SCORES = torch.tensor([1.0, 2.0, 3.0, 6.0, 10.0, 10.0, 12.0, 12.0])
+CENTRED = torch.tensor([-2.0, -1.0, 0.0, 3.0, -1.0, -1.0, 1.0, 1.0])
+GROUPS = torch.tensor([8, 8, 8, 8, 3, 3, 3, 3])
+ALL = torch.ones(8, dtype=torch.bool)
+# All arithmetic is float64; the result is rounded to float32 once.
+TOLERANCE = {"rtol": 2e-7, "atol": 1e-12}
+
+
+def values(config: AdvantageConfig, scores: Tensor = SCORES, valid: Tensor = ALL, groups: Tensor = GROUPS) -> Tensor:
+    return group_advantage({"r": scores}, valid, groups, config).values
+
+
+@pytest.mark.parametrize(
+    ("config", "denominators"),
+    [
+        (AdvantageConfig(), [math.sqrt(3.5)] * 2),
+        (AdvantageConfig(std="group"), [math.sqrt(3.5) + 1e-8, 1.0 + 1e-8]),
+        (AdvantageConfig(std="group_floor", floor=1.5), [math.sqrt(3.5), 1.5]),
+        (AdvantageConfig(std="group_floor", floor=0.5), [math.sqrt(3.5), 1.0]),
+        (AdvantageConfig(std="batch_rms"), [1.5] * 2),
+        # Mean 7, deviations from it -6 -5 -4 -1 3 3 5 5: squares sum to 146.
+        (AdvantageConfig(std="global"), [math.sqrt(146 / 8)] * 2),
+        (AdvantageConfig(std="batch_max", floor=4.0), [4.0] * 2),
+        (AdvantageConfig(std="batch_max", floors={"r": 2.5}), [2.5] * 2),
+        # The median of two deviations is their mean.
+        (AdvantageConfig(std="batch_max", quantile=0.5), [(math.sqrt(3.5) + 1) / 2] * 2),
+    ],
+)
+def test_denominators_by_hand(config: AdvantageConfig, denominators: list[float]) -> None:
+    expected = CENTRED / torch.tensor(denominators).repeat_interleave(4)
+    torch.testing.assert_close(values(config), expected, **TOLERANCE)
+
+
+@pytest.mark.parametrize("std", ["batch_max", "batch_rms", "group", "global"])
+def test_invalid_members_leave_mean_deviation_and_loss(std: str) -> None:
+    """The masked batch equals the batch without those members, whatever their scores are."""
+    valid = torch.tensor([1, 1, 1, 0, 1, 0, 1, 1], dtype=torch.bool)
+    scores = SCORES.clone()
+    scores[3], scores[5] = float("nan"), 1e9
+    config = AdvantageConfig(std=std)
+    masked = values(config, scores, valid)
+    assert masked[~valid].tolist() == [0.0, 0.0]
+    expected = values(config, SCORES[valid], ALL[valid], GROUPS[valid])
+    torch.testing.assert_close(masked[valid], expected, **TOLERANCE)
+
+
+@pytest.mark.parametrize("std", ["batch_max", "batch_rms", "group", "global"])
+@pytest.mark.parametrize("score", [0.1, -3e7])
+def test_groups_without_signal_get_zero(std: str, score: float) -> None:
+    """Equal rewards must not be blown up by rounding, nor may a group with one or no valid member."""
+    groups = torch.arange(4).repeat_interleave(3)
+    scores = torch.full((12,), score)
+    valid = torch.ones(12, dtype=torch.bool)
+    valid[3:5] = valid[6:9] = False
+    scores[9:] = torch.tensor([0.0, 1.0, 2.0])
+    result = group_advantage({"r": scores}, valid, groups, AdvantageConfig(std=std))
+    # A float64 sum of a few equal float32 numbers is exact, hence so is their mean.
+    assert float(result.values[:9].abs().max()) == 0.0
+    assert float(result.values[9]) < 0.0
+    assert result.metrics["r/zero_variance"] == 1.0  # the group of equal ones; the others are not comparable
+    assert result.metrics["valid_fraction"] == pytest.approx(7 / 12)
+
+
+def test_single_members_do_not_enter_the_median() -> None:
+    groups = torch.tensor([0, 0, 1, 2])
+    metrics = group_advantage(
+        {"r": torch.tensor([0.0, 2.0, 5.0, 9.0])}, torch.ones(4, dtype=torch.bool), groups, AdvantageConfig()
+    ).metrics
+    assert metrics["r/sigma_median"] == metrics["r/sigma_max"] == 1.0
+
+
+def test_nothing_valid_gives_zeros() -> None:
+    for std in ("batch_max", "batch_rms", "group", "global"):
+        result = group_advantage({"r": SCORES}, ~ALL, GROUPS, AdvantageConfig(std=std))
+        assert result.values.tolist() == [0.0] * 8
+        assert all(math.isfinite(number) for number in result.metrics.values())
+
+
+def test_rewards_are_combined_after_normalisation_then_clipped() -> None:
+    other = torch.tensor([100.0, 0, 0, 0, 0, 0, 0, 0])
+    config = AdvantageConfig(weights={"b": 4.0}, clip=5.0)
+    result = group_advantage({"a": SCORES, "b": other}, ALL, GROUPS, config)
+    first = CENTRED.double() / math.sqrt(3.5)
+    spread = math.sqrt((75.0**2 + 3 * 25.0**2) / 4)
+    second = torch.tensor([75.0, -25, -25, -25, 0, 0, 0, 0], dtype=torch.float64) / spread
+    torch.testing.assert_close(result.per_key["b"], second.float(), **TOLERANCE)
+    expected = first + 4 * second
+    assert float(expected.max()) > 5
+    torch.testing.assert_close(result.values, expected.clamp(-5, 5).float(), **TOLERANCE)
+    assert result.metrics["clip_fraction"] == 1 / 8
+    unbounded = group_advantage({"a": SCORES, "b": other}, ALL, GROUPS, config.model_copy(update={"clip": None}))
+    torch.testing.assert_close(unbounded.values, expected.float(), **TOLERANCE)
+
+
+def test_metrics_by_hand() -> None:
+    metrics = group_advantage({"r": SCORES}, ALL, GROUPS, AdvantageConfig()).metrics
+    assert metrics["r/sigma_max"] == pytest.approx(math.sqrt(3.5))
+    assert metrics["r/sigma_median"] == pytest.approx((1 + math.sqrt(3.5)) / 2)
+    assert metrics["r/sigma_max_over_median"] == pytest.approx(2 * math.sqrt(3.5) / (1 + math.sqrt(3.5)))
+    assert metrics["r/mean"] == 7.0
+    assert metrics["r/denominator"] == pytest.approx(math.sqrt(3.5))
+
+
+def on_ranks(config: AdvantageConfig, scores: Tensor, groups: Tensor, parts: list[slice]) -> Tensor:
+    """One thread per rank; a reduction waits for all of them, as a collective does."""
+    barrier = threading.Barrier(len(parts), timeout=60)
+    slots: list[Tensor] = [torch.empty(0)] * len(parts)
+
+    def rank(index: int) -> Tensor:
+        def reduce(tensor: Tensor, op: str) -> Tensor:
+            slots[index] = tensor.clone()
+            barrier.wait()
+            together = torch.stack(slots)
+            barrier.wait()
+            return together.amax(0) if op == "max" else together.sum(0)
+
+        part = parts[index]
+        valid = torch.ones(scores[part].numel(), dtype=torch.bool)
+        return group_advantage({"r": scores[part]}, valid, groups[part], config, reduce).values
+
+    with ThreadPoolExecutor(len(parts)) as pool:
+        return torch.cat(list(pool.map(rank, range(len(parts)))))
+
+
+@pytest.mark.parametrize("std", ["batch_max", "batch_rms", "group", "global"])
+def test_groups_spread_over_ranks_equal_one_process(std: str) -> None:
+    scores = torch.cat([SCORES, 3 * SCORES + 1])
+    groups = torch.cat([GROUPS, GROUPS + 100])
+    config = AdvantageConfig(std=std)
+    alone = group_advantage({"r": scores}, torch.ones(16, dtype=torch.bool), groups, config).values
+    spread = on_ranks(config, scores, groups, [slice(0, 4), slice(4, 12), slice(12, 16)])
+    torch.testing.assert_close(spread, alone, **TOLERANCE)
+
+
+@given(
+    st.lists(st.tuples(st.integers(0, 3), st.floats(-1e3, 1e3, width=32), st.booleans()), min_size=1, max_size=24),
+    st.sampled_from(["batch_max", "batch_rms", "group", "global"]),
+)
+def test_advantages_sum_to_zero_in_every_group(members: list[tuple[int, float, bool]], std: str) -> None:
+    groups = torch.tensor([group for group, _, _ in members])
+    scores = torch.tensor([score for _, score, _ in members])
+    valid = torch.tensor([flag for _, _, flag in members])
+    advantage = group_advantage({"r": scores}, valid, groups, AdvantageConfig(std=std, clip=None)).values
+    for group in groups.unique():
+        share = advantage[groups == group]
+        # float32 rounding of up to 24 members of magnitude share.
+        assert float(share.sum().abs()) <= 2e-6 * (1e-3 + float(share.abs().sum()))
+
+
+@given(st.integers(0, 2**31), st.floats(0.1, 100.0), st.floats(-50.0, 50.0))
+def test_normalisation_ignores_scale_and_offset(seed: int, scale: float, offset: float) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    scores = torch.randn(8, generator=generator, dtype=torch.float64)
+    config = AdvantageConfig(floor=1e-9)
+    torch.testing.assert_close(values(config, scores), values(config, scale * scores + offset), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("call", "error", "message"),
+    [
+        (lambda: values(AdvantageConfig(weights={"x": 1.0})), ConfigError, r"weights names \['x'\]"),
+        (lambda: values(AdvantageConfig(floors={"y": 1.0})), ConfigError, r"floors names \['y'\]"),
+        (lambda: values(AdvantageConfig(), SCORES[:7]), UsageError, r"must all be \[B\]"),
+        (lambda: values(AdvantageConfig(), SCORES.log() * float("inf")), UsageError, "not finite"),
+        (
+            lambda: group_advantage({"r": SCORES}, ALL, GROUPS, AdvantageConfig(quantile=0.9), lambda t, _: t),
+            UsageError,
+            "gather the scores",
+        ),
+    ],
+)
+def test_misuse_is_named(call: Callable[[], object], error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=message):
+        call()
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"std": "group_floor"}, "explicit floor"),
+        ({"std": "group", "quantile": 0.9}, "quantile is read by"),
+        ({"floors": {"r": 0.0}}, "positive"),
+    ],
+)
+def test_impossible_settings_are_refused(fields: dict[str, object], message: str) -> None:
+    with pytest.raises(ValidationError, match=message):
+        AdvantageConfig(**fields)
