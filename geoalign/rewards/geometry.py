@@ -5,8 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from geoalign.geometry.metrics import rotation_error_deg, translation_error_m
-from geoalign.geometry.metrics import temporal_weights as weights_over_frames
+from geoalign.geometry import so3
+from geoalign.geometry.reward_terms import WeightKind
+from geoalign.geometry.reward_terms import temporal_weights as weights_over_frames
 from geoalign.rewards.base import PoseEstimate, PoseEvaluator, RewardOutput
 from geoalign.types import RetakeBatch
 
@@ -14,8 +15,8 @@ from geoalign.types import RetakeBatch
 class GeometryReward:
     """Paper eq. 3 (translation) and eq. 4 (rotation), negated so that higher is better.
 
-    Errors of evaluated frames 1.. are clamped (a lost track is the worst error, not infinity: rule R4), then averaged
-    with temporal weights that grow with time. Emits the keys ``trans`` (metres) and ``rot`` (degrees).
+    Errors per frame are clamped (a lost track is the worst error, not infinity), then summed with temporal
+    weights that grow with time. Emits the keys ``trans`` (metres) and ``rot`` (radians); ``parts`` are unweighted.
 
     Args:
         evaluator: reads the camera from the video; never sees the target.
@@ -32,7 +33,7 @@ class GeometryReward:
         self,
         evaluator: PoseEvaluator,
         *,
-        temporal_weights: str = "linear",
+        temporal_weights: WeightKind = "linear",
         max_translation_m: float = 3.0,
         max_rotation_deg: float = 45.0,
         min_tracked: float = 0.2,
@@ -45,22 +46,25 @@ class GeometryReward:
         """Score ``videos`` ``[B, F, 3, H, W]`` against ``batch.target_camera`` re-based to its first frame."""
         estimate = self.evaluator(videos, batch.source)
         target = batch.target_camera.relative_to_first().c2w[:, estimate.frame_indices].float()
-        translation = translation_error_m(estimate.c2w, target)[:, 1:]  # [B, K - 1], metres
-        rotation = rotation_error_deg(estimate.c2w, target)[:, 1:]
-        lost = self._lost(estimate)[:, None]
-        translation = torch.where(lost, self.max_translation_m, translation.clamp_max(self.max_translation_m))
-        rotation = torch.where(lost, self.max_rotation_deg, rotation.clamp_max(self.max_rotation_deg))
-        weight = weights_over_frames(translation.shape[1], self.temporal_weights).to(translation)
+        translation = so3.safe_norm(estimate.c2w[..., :3, 3] - target[..., :3, 3])  # [B, K] metres
+        rotation = torch.rad2deg(so3.relative_angle(estimate.c2w[..., :3, :3], target[..., :3, :3]))
+        lost = (estimate.tracked < self.min_tracked)[:, None]
+        later = estimate.frame_indices > 0  # frame 0 is given and counts as exact
+        translation = later * torch.where(lost, self.max_translation_m, translation.clamp_max(self.max_translation_m))
+        rotation = later * torch.where(lost, self.max_rotation_deg, rotation.clamp_max(self.max_rotation_deg))
+        weight = weights_over_frames(videos.shape[1], self.temporal_weights, frame_indices=estimate.frame_indices)
         moved = path_length(estimate.c2w) / path_length(target).clamp_min(1e-6)
+        frames = later.sum()
         return RewardOutput(
-            scores={"trans": -(translation * weight).sum(1), "rot": -(rotation * weight).sum(1)},
+            scores={"trans": -(translation * weight).sum(1), "rot": -(torch.deg2rad(rotation) * weight).sum(1)},
             valid=torch.isfinite(translation).all(1) & torch.isfinite(rotation).all(1),
-            parts={"trans_m": translation.mean(1), "rot_deg": rotation.mean(1), "path_length_ratio": moved},
+            parts={
+                "trans_m": translation.sum(1) / frames,
+                "rot_deg": rotation.sum(1) / frames,
+                "path_length_ratio": moved,
+            },
             diagnostics={"lost": lost[:, 0].float(), "tracked": estimate.tracked, **estimate.diagnostics},
         )
-
-    def _lost(self, estimate: PoseEstimate) -> Tensor:
-        return estimate.tracked < self.min_tracked
 
 
 def path_length(c2w: Tensor) -> Tensor:
