@@ -105,7 +105,7 @@ class WindowConfig(Section):
 
 
 class AdvantageConfig(Section):
-    """From rewards to advantages: per reward key, inside each group, combined after normalisation (eq. 5 and 6)."""
+    """From rewards to advantages: per reward key, inside each group, combined after normalisation (eq. 5)."""
 
     std: StdMode = Field(
         "batch_max",

@@ -1,4 +1,4 @@
-"""Group-relative advantages of several rewards (eq. 5 and 6): normalise each reward key, then combine, then clip."""
+"""Group-relative advantages of several rewards (eq. 5): normalise each reward key, then combine, then clip."""
 
 from __future__ import annotations
 
