@@ -46,9 +46,9 @@ class CodecConfig(Section):
     """``patch``: fixed orthonormal lapped patch transform (embedded default); ``wan_vae``: the Wan 2.1 VAE."""
     patch: int = Field(16, gt=0)
     """Patch size of the patch codec in pixels."""
-    luma: int = Field(5, gt=0)
+    luma: int = Field(4, gt=0)
     """Lowest luma coefficients kept per axis and patch."""
-    chroma: int = Field(3, gt=0)
+    chroma: int = Field(2, gt=0)
     """Lowest coefficients kept per axis and patch of each colour plane."""
 
 
@@ -143,11 +143,11 @@ class EvalConfig(Section):
 class PretrainConfig(Section):
     """Supervised flow matching of the embedded base policy, with mis-scaled labels on purpose."""
 
-    steps: int = Field(1500, gt=0)
+    steps: int = Field(2000, gt=0)
     """Optimizer steps."""
     batch: int = Field(32, gt=0)
     """Samples per step."""
-    pool: int = Field(4096, gt=0)
+    pool: int = Field(8192, gt=0)
     """Rendered pairs that the batches are drawn from."""
     lr: float = Field(2e-3, gt=0)
     """Peak learning rate (cosine decay)."""

@@ -76,7 +76,7 @@ class PatchCodec(nn.Module):
     frame_rule = "any number of frames"
     channel_std: Tensor
 
-    def __init__(self, patch: int = 16, luma: int = 5, chroma: int = 2) -> None:
+    def __init__(self, patch: int = 16, luma: int = 4, chroma: int = 2) -> None:
         super().__init__()
         if patch % 2 or not 0 < chroma <= luma <= patch:
             raise UsageError(f"PatchCodec(patch={patch}, luma={luma}, chroma={chroma}): need an even patch >= luma >= chroma > 0")
@@ -113,7 +113,7 @@ class PatchCodec(nn.Module):
         return torch.einsum("bfphw,pc->bfchw", torch.stack(planes, 2), _COLOUR.to(x))
 
     @torch.no_grad()
-    def fit(self, videos: Tensor, floor: float = 0.1) -> PatchCodec:
+    def fit(self, videos: Tensor, floor: float = 0.2) -> PatchCodec:
         """Set ``channel_std`` from example videos ``[B, F, 3, H, W]``; weak channels are lifted by ``floor`` x the largest.
 
         The lift keeps high-frequency noise from being blown up to unit variance.

@@ -203,6 +203,9 @@ def init_tiny_(model: RetakeDiT) -> RetakeDiT:
             nn.init.normal_(projection.weight, std=0.02)
             nn.init.ones_(projection.bias)
         nn.init.zeros_(block.self_attn.v.bias)
+        # The camera phases before and after the output projection cancel only if it commutes with them, as this does.
+        nn.init.eye_(block.self_attn.o.weight)
+        nn.init.zeros_(block.self_attn.o.bias)
         block.modulation.zero_()
         block.modulation[:, [2, 5]] = 0.5
     nn.init.zeros_(model.time_projection[1].weight)

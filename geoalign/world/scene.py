@@ -38,7 +38,7 @@ class Scene:
 
 def sample_scenes(count: int, generator: Generator, *, style: str = "synthetic") -> Scene:
     """Draw scenes. ``style``: "synthetic" (pre-training) or "real" (RL and evaluation: other wave lengths and colours)."""
-    shortest, longest = (4.4, 12.0) if style == "synthetic" else (4.0, 10.0)
+    shortest, longest = (5.5, 13.0) if style == "synthetic" else (5.0, 11.0)
     shape = (count, _WAVES + _TINT_WAVES)
     length = shortest * (longest / shortest) ** torch.rand(shape, generator=generator)
     angle = torch.rand(shape, generator=generator) * 2 * math.pi
