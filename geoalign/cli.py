@@ -41,6 +41,7 @@ VERBS = (
     Verb("evaluate", "geoalign.training.cli", "Train", "camera errors of a checkpoint on held-out scenes and paths"),
     Verb("report", "geoalign.report.cli", "Look", "write the self-contained HTML report of a run folder"),
     Verb("config", "geoalign.config.cli", "Inspect", "print, check and compare configurations; schema for editors"),
+    Verb("budget", "geoalign.training.budget_cli", "Inspect", "predicted hours of a configuration, lever by lever"),
     Verb(
         "doctor", "geoalign.doctor", "Inspect", "versions, devices, kernel backends, and what each missing extra adds"
     ),

@@ -1,0 +1,259 @@
+"""Cost of a whole run: forwards per iteration, predicted hours, and what each speed-up is worth (the lever ladder).
+
+Levers labelled EXACT run the same algorithm and draw from the same distribution, rounding aside. Those labelled CHANGES
+alter what is sampled, so they need evidence of quality and are off by default; their total is stated apart.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal
+
+from geoalign.perf.cost import DeviceProfile, Execution, TransformerCost, VideoCost
+
+BACKWARD_EQUIVALENT = 2
+"""A backward counts as two forwards, the usual convention (in FLOPs it is 2.3 here, because attention dominates)."""
+_OVERHEAD = 0.02
+"""Optimizer, gradient reduction, logging and barriers, as a share of everything else (assumed)."""
+
+
+@dataclass(frozen=True, slots=True)
+class Walk:
+    """The steps of one trajectory: `prefix` deterministic, `window` stochastic, `tail` deterministic ones."""
+
+    prefix: int
+    window: int
+    tail: int
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """How an iteration is executed.
+
+    Attributes:
+        execution: kernels and caches.
+        share_prefix: prefix and first window forward once per condition.
+        merge_first: one learner pass of the first window step per condition and optimizer update.
+        keep_attention: attention outputs saved, everything else recomputed in the backward.
+        checkpoint: blocks are recomputed in the backward; False saves all activations.
+        stream_backward: the backward starts from the rollout's graph; no learner forward (one update per rollout).
+        hide_host: host code of the rewards off the critical path.
+        int8_attention: int8 scores in steps outside the window.
+        guidance: forwards per velocity (2 with classifier-free guidance), in rollout and learner.
+    """
+
+    execution: Execution = field(default_factory=Execution)
+    share_prefix: bool = False
+    merge_first: bool = False
+    keep_attention: bool = False
+    checkpoint: bool = True
+    stream_backward: bool = False
+    hide_host: bool = False
+    int8_attention: bool = False
+    guidance: int = 1
+
+
+@dataclass(frozen=True, slots=True)
+class PassCount:
+    """Network passes of one iteration, counted per sample.
+
+    Attributes:
+        prefix, window, tail: rollout forwards.
+        replay: learner forwards.
+        recompute: forwards repeated for the backward.
+        backward: backwards.
+    """
+
+    prefix: int = 0
+    window: int = 0
+    tail: int = 0
+    replay: int = 0
+    recompute: int = 0
+    backward: int = 0
+
+    @property
+    def rollout(self) -> int:
+        """Forwards of the rollout."""
+        return self.prefix + self.window + self.tail
+
+    @property
+    def forwards(self) -> int:
+        """All forwards, recomputation included."""
+        return self.rollout + self.replay + self.recompute
+
+    @property
+    def forward_equivalents(self) -> int:
+        """Forwards plus `BACKWARD_EQUIVALENT` times backwards."""
+        return self.forwards + BACKWARD_EQUIVALENT * self.backward
+
+
+def count_passes(walk: Walk, conditions: int, group_size: int, updates: int, plan: Plan) -> PassCount:
+    """Passes of one iteration of `conditions` groups.
+
+    `updates` optimizer updates split the members of every group into equal parts; the first window step can be merged
+    inside a part only, because the weights change between parts.
+    """
+    rows, guidance = conditions * group_size, plan.guidance
+    lanes = conditions if plan.share_prefix else rows
+    first = conditions * updates if plan.merge_first else rows
+    learned = first + rows * (walk.window - 1)
+    return PassCount(
+        prefix=guidance * lanes * walk.prefix,
+        window=guidance * (lanes + rows * (walk.window - 1)),
+        tail=guidance * rows * walk.tail,
+        replay=0 if plan.stream_backward else guidance * learned,
+        recompute=guidance * learned if plan.checkpoint else 0,
+        backward=guidance * learned,
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class PhaseSeconds:
+    """Predicted device seconds of one or more iterations by phase, summed over all devices."""
+
+    rollout: float
+    learner: float
+    reward: float
+
+    @property
+    def other(self) -> float:
+        """Optimizer, communication, logging."""
+        return _OVERHEAD * (self.rollout + self.learner + self.reward)
+
+    @property
+    def total(self) -> float:
+        """All phases."""
+        return self.rollout + self.learner + self.reward + self.other
+
+
+@dataclass(frozen=True, slots=True)
+class Run:
+    """What is run: the network, the work per video, and every iteration's walk.
+
+    Attributes:
+        transformer, video: costs per sample and per video.
+        walks: walk -> number of iterations that take it.
+        conditions, group_size, updates: per iteration.
+    """
+
+    transformer: TransformerCost
+    video: VideoCost
+    walks: Mapping[Walk, int]
+    conditions: int
+    group_size: int
+    updates: int = 1
+
+    @property
+    def iterations(self) -> int:
+        """Iterations of the run."""
+        return sum(self.walks.values())
+
+    def passes(self, plan: Plan) -> dict[Walk, PassCount]:
+        """Passes of one iteration for every walk."""
+        return {walk: count_passes(walk, self.conditions, self.group_size, self.updates, plan) for walk in self.walks}
+
+    def seconds(self, device: DeviceProfile, plan: Plan) -> PhaseSeconds:
+        """Predicted device seconds of the whole run."""
+        forward = self.transformer.forward(device, plan.execution)
+        outside = self.transformer.forward(device, plan.execution, int8_attention=plan.int8_attention).total
+        backward = self.transformer.backward(device, plan.execution).total
+        recompute = forward.total - (forward.attention if plan.keep_attention else 0.0)
+        rollout = learner = 0.0
+        for walk, count in self.passes(plan).items():
+            times = self.walks[walk]
+            rollout += times * (count.window * forward.total + (count.prefix + count.tail) * outside)
+            learner += times * (count.replay * forward.total + count.recompute * recompute + count.backward * backward)
+        per_video = self.video.seconds(device, hide_host=plan.hide_host)
+        encode = self.video.encode / device.convolution
+        reward = self.iterations * self.conditions * (self.group_size * per_video + encode)
+        return PhaseSeconds(rollout, learner, reward)
+
+    def hours(self, device: DeviceProfile, plan: Plan, devices: int) -> float:
+        """Predicted wall hours on `devices` equal devices, each with whole groups: the fullest one sets the pace."""
+        share = -(-self.conditions // devices) / self.conditions
+        return self.seconds(device, plan).total * share / 3600.0
+
+
+@dataclass(frozen=True, slots=True)
+class Lever:
+    """One speed-up.
+
+    Attributes:
+        name: what it does.
+        kind: EXACT or CHANGES.
+        plan: fields of `Plan` that it sets.
+        execution: fields of `Execution` that it sets.
+        coarse_tail: whether it shortens the walk after the window.
+        one_update: whether it needs a single optimizer update per rollout.
+    """
+
+    name: str
+    kind: Literal["EXACT", "CHANGES"]
+    plan: Mapping[str, Any] = field(default_factory=dict)
+    execution: Mapping[str, Any] = field(default_factory=dict)
+    coarse_tail: bool = False
+    one_update: bool = False
+
+    def apply(self, plan: Plan) -> Plan:
+        """`plan` with this lever pulled."""
+        return replace(plan, execution=replace(plan.execution, **self.execution), **self.plan)
+
+
+LEVERS: tuple[Lever, ...] = (
+    Lever("fused norm, rotary, gate and GELU kernels", "EXACT", execution={"kernels": "fused"}),
+    Lever("camera adapter and phases cached per condition", "EXACT", execution={"cached": True}),
+    Lever("source tokens pruned in the last block", "EXACT", execution={"pruned": True}),
+    Lever("attention output kept, the rest recomputed", "EXACT", plan={"keep_attention": True}),
+    Lever("shared prefix and first window forward", "EXACT", plan={"share_prefix": True}),
+    Lever("merged first learner step", "EXACT", plan={"merge_first": True}),
+    Lever("reward host work off the critical path", "EXACT", plan={"hide_host": True}),
+    Lever("backward streamed from the rollout", "EXACT", plan={"stream_backward": True}, one_update=True),
+    Lever("int8 attention outside the window", "CHANGES", plan={"int8_attention": True}),
+    Lever("int8 frozen linears", "CHANGES", execution={"int8_linear": True}),
+    Lever("coarser tail (MixGRPO-Flash)", "CHANGES", coarse_tail=True),
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Rung:
+    """A lever on a run: predicted hours with it alone, and with all rungs up to it."""
+
+    lever: Lever
+    alone_hours: float
+    cumulative_hours: float
+
+
+@dataclass(frozen=True, slots=True)
+class Ladder:
+    """Predicted hours without any lever, rung by rung, and the two totals."""
+
+    reference_hours: float
+    rungs: Sequence[Rung]
+
+    def total(self, kind: Literal["EXACT", "CHANGES"]) -> float:
+        """Hours with all EXACT levers, or with all levers."""
+        fitting = [rung for rung in self.rungs if kind == "CHANGES" or rung.lever.kind == "EXACT"]
+        return fitting[-1].cumulative_hours if fitting else self.reference_hours
+
+
+def climb(run: Run, coarse: Run, device: DeviceProfile, devices: int, guidance: int = 1) -> Ladder:
+    """The ladder of a run; `coarse` is the same run with the coarser tail, read by the lever that asks for it."""
+    start = Plan(guidance=guidance)
+    plan, current = start, run
+    rungs = []
+    for lever in LEVERS:
+        if lever.one_update and run.updates > 1:
+            continue
+        changed = coarse if lever.coarse_tail else run
+        current = coarse if lever.coarse_tail else current
+        plan = lever.apply(plan)
+        alone = changed.hours(device, lever.apply(start), devices)
+        rungs.append(Rung(lever, alone, current.hours(device, plan, devices)))
+    return Ladder(run.hours(device, start, devices), tuple(rungs))
+
+
+def tally(walks: Iterable[Walk]) -> dict[Walk, int]:
+    """How many iterations take each walk."""
+    return dict(Counter(walks))

@@ -1,0 +1,351 @@
+"""Analytic cost of the network: FLOPs, memory traffic, activation bytes and seconds of one forward or backward.
+
+Nothing here is a measurement. The rates of a device profile are taken from published charts and data sheets and named
+there; every second that follows from them is a *prediction*. One FLOP is half a multiply-add; traffic counts reads and
+writes of device memory, every operand once per pass.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal, Self
+
+from geoalign.config.model import ModelConfig
+
+Kernels = Literal["eager", "compiled", "fused"]
+
+_TERA, _GIGA = 1e12, 1e9
+_BF16_BYTES, _LSE_BYTES = 2, 4
+_CLIP_TOKENS = 257
+_ADAPTER_CHANNELS = 24 * 64
+"""Pluecker rays of four frames (24 channels), 8 x 8 pixels unfolded."""
+_COMPILED_TRAFFIC = 2.1
+"""Memory traffic of compiled real-valued kernels relative to hand-fused ones (assumed)."""
+_BACKWARD_OF_ATTENTION = 2.5
+"""FLOPs of the attention backward over its forward: five matrix products for two (FlashAttention-2)."""
+_BACKWARD_OF_ELEMENTWISE = 2.0
+
+
+@dataclass(frozen=True, slots=True)
+class DeviceProfile:
+    """Achieved rates of one accelerator: FLOP/s unless said otherwise.
+
+    Attributes:
+        peak: dense bf16, data sheet.
+        attention, attention_backward: head dimension 128, long sequences, not causal.
+        attention_int8: int8 scores, equivalent FLOP/s.
+        matmul, matmul_int8: large products, bf16 and W8A8 including the quantisation of activations.
+        convolution: causal 3-D convolutions of the video autoencoder.
+        reward: transformers of the reward models.
+        bandwidth: streaming, bytes per second.
+    """
+
+    name: str
+    peak: float
+    attention: float
+    attention_backward: float
+    attention_int8: float
+    matmul: float
+    matmul_int8: float
+    convolution: float
+    reward: float
+    bandwidth: float
+
+
+# A800: SageAttention's chart for that card (FlashAttention-2 and int8); backward by the FlashAttention-2 paper's ratio
+# on A100; 80 % of the data sheet's bandwidth. H200: attention of FlashAttention-3 or cuDNN class; `h200_fa2` has the
+# rates of FlashAttention-2 there. Convolution and reward rates are assumed shares of the peak.
+DEVICES: dict[str, DeviceProfile] = {
+    "a800": DeviceProfile(
+        "A800 80 GB", 312 * _TERA, 188 * _TERA, 165 * _TERA, 266 * _TERA, 225 * _TERA, 330 * _TERA,
+        80 * _TERA, 140 * _TERA, 0.80 * 2039 * _GIGA,
+    ),
+    "h200": DeviceProfile(
+        "H200 141 GB", 989 * _TERA, 600 * _TERA, 530 * _TERA, 880 * _TERA, 700 * _TERA, 1100 * _TERA,
+        240 * _TERA, 380 * _TERA, 0.90 * 4300 * _GIGA,
+    ),
+    "h200_fa2": DeviceProfile(
+        "H200 141 GB (FlashAttention-2)", 989 * _TERA, 370 * _TERA, 322 * _TERA, 880 * _TERA, 700 * _TERA, 1100 * _TERA,
+        240 * _TERA, 380 * _TERA, 0.90 * 4300 * _GIGA,
+    ),
+}  # fmt: skip
+
+
+@dataclass(frozen=True, slots=True)
+class Execution:
+    """How forwards and backwards are executed.
+
+    Attributes:
+        kernels: memory-bound passes as published (`eager`), compiled with real-valued rotary, or hand-fused.
+        cached: adapter output and camera phases are kept per condition.
+        pruned: source tokens skip query, output and feed-forward work of the last block, whose result is unused.
+        int8_linear: W8A8 products in the frozen linears.
+    """
+
+    kernels: Kernels = "eager"
+    cached: bool = False
+    pruned: bool = False
+    int8_linear: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Seconds:
+    """Predicted seconds of one forward or backward by kind of work."""
+
+    attention: float
+    matmul: float
+    elementwise: float
+    adapter: float = 0.0
+
+    @property
+    def total(self) -> float:
+        """All kinds."""
+        return self.attention + self.matmul + self.elementwise + self.adapter
+
+
+@dataclass(frozen=True, slots=True)
+class Pass:
+    """A memory-bound pass of one block, in units of one bf16 [tokens, dim] tensor moved."""
+
+    name: str
+    eager: float
+    fused: float
+
+
+@dataclass(frozen=True, slots=True)
+class TransformerCost:
+    """Work of one sample in a Wan-shaped transformer; the defaults are ReDirector's 1.3B at 81 x 480 x 832.
+
+    Attributes:
+        dim, heads, ffn_dim, layers: of the transformer.
+        target_tokens, source_tokens: noisy tokens, and clean ones joined to them.
+        context_tokens: keys of the cross-attention (text and image).
+        phase_channels: camera phases per token and block made by learned linears; 0 without them.
+        adapter: whether a Pluecker adapter runs.
+    """
+
+    dim: int = 1536
+    heads: int = 12
+    ffn_dim: int = 8960
+    layers: int = 30
+    target_tokens: int = 32760
+    source_tokens: int = 32760
+    context_tokens: int = 512 + _CLIP_TOKENS
+    phase_channels: int = 504
+    adapter: bool = True
+
+    @classmethod
+    def of(cls, model: ModelConfig, frames: int, height: int, width: int) -> Self:
+        """The work of `model` on videos of that many frames and pixels."""
+        time, rows, columns = model.patch
+        latent_frames = (frames - 1) // model.time_stride + 1
+        plane = (height // model.space_stride // rows) * (width // model.space_stride // columns)
+        target = (latent_frames - model.first_frame_given) // time * plane
+        return cls(
+            dim=model.dim,
+            heads=model.heads,
+            ffn_dim=model.ffn_dim,
+            layers=model.layers,
+            target_tokens=target,
+            source_tokens=latent_frames // time * plane if model.source == "frames" else 0,
+            context_tokens=model.text_length + (_CLIP_TOKENS if model.image_dim else 0),
+            # Rotated pairs of a head apart from those of the time axis.
+            phase_channels=model.heads * 2 * (model.head_dim // 6) if model.camera == "learned" else 0,
+            adapter=model.pluecker_adapter,
+        )
+
+    @property
+    def tokens(self) -> int:
+        """Tokens of the self-attention."""
+        return self.target_tokens + self.source_tokens
+
+    @property
+    def stream_bytes(self) -> float:
+        """Bytes of one bf16 [tokens, dim] tensor."""
+        return float(self.tokens * self.dim * _BF16_BYTES)
+
+    def block_flops(self) -> dict[str, float]:
+        """FLOPs of one block's forward by part."""
+        n, d = self.tokens, self.dim
+        return {
+            "self_attention": 4.0 * n * n * d,
+            "qkvo": 8.0 * n * d * d,
+            "camera_phases": 4.0 * n * d * self.phase_channels,
+            "cross_linear": 4.0 * (n + self.context_tokens) * d * d,
+            "cross_attention": 4.0 * n * self.context_tokens * d,
+            "ffn": 4.0 * n * d * self.ffn_dim,
+        }
+
+    def adapter_flops(self) -> float:
+        """FLOPs of the Pluecker adapter: a 2 x 2 convolution and two 3 x 3 ones at token resolution."""
+        if not self.adapter:
+            return 0.0
+        return 2.0 * self.tokens * self.dim * (_ADAPTER_CHANNELS * 4 + 2 * 9 * self.dim)
+
+    def forward_flops(self) -> float:
+        """FLOPs of one forward."""
+        return self.layers * sum(self.block_flops().values()) + self.adapter_flops()
+
+    def backward_flops(self) -> float:
+        """FLOPs of one backward that trains the self-attention parameters only (frozen weights get no gradient)."""
+        part = self.block_flops()
+        attention = _BACKWARD_OF_ATTENTION * (part["self_attention"] + part["cross_attention"])
+        return self.layers * (attention + 2 * part["qkvo"] + part["camera_phases"] + part["cross_linear"] + part["ffn"])
+
+    def passes(self) -> tuple[Pass, ...]:
+        """Memory-bound passes of one block.
+
+        Eager counts follow the published code: rotary embedding in complex128 with its casts, RMSNorm through float32,
+        one kernel per operation. Fused counts read inputs and write outputs once.
+        """
+        widening = self.ffn_dim / self.dim
+        phases = self.phase_channels / self.dim
+        camera = self.phase_channels > 0
+        rotary, rotary_with_camera, rotary_value = 22.0, 35.7, 27.3  # passes per tensor in complex128
+        return (
+            Pass("LayerNorm and modulation (three per block)", 14.0, 4.0),
+            Pass("q and k RMSNorm", 36.0, 0.0),
+            Pass("rotary phases of q and k", 2 * (rotary_with_camera if camera else rotary), 4.0 + phases),
+            Pass(
+                "camera rotation of v and output",
+                2 * rotary_value + 4 if camera else 0.0,
+                2 + 2 * phases if camera else 0.0,
+            ),
+            Pass("gates and residuals", 13.0, 9.0),
+            Pass("cross-attention norm, sum and copies", 25.0, 7.0),
+            Pass("GELU of the feed-forward hidden layer", 2 * widening, 0.0),
+        )
+
+    def traffic_bytes(self, kernels: Kernels) -> float:
+        """Bytes that the memory-bound passes of one forward move."""
+        fused = sum(item.fused for item in self.passes())
+        units = {
+            "eager": sum(item.eager for item in self.passes()),
+            "compiled": _COMPILED_TRAFFIC * fused,
+            "fused": fused,
+        }
+        return self.layers * units[kernels] * self.stream_bytes
+
+    def forward(self, device: DeviceProfile, execution: Execution, *, int8_attention: bool = False) -> Seconds:
+        """Predicted seconds of one forward of one sample."""
+        part = self.block_flops()
+        frozen = part["cross_linear"] + part["ffn"]
+        trained = part["qkvo"] + (0.0 if execution.cached else part["camera_phases"])
+        attention_rate = device.attention_int8 if int8_attention else device.attention
+        attention = self.layers * part["self_attention"] / attention_rate
+        cross = self.layers * part["cross_attention"] / device.attention
+        linear = self.layers * (
+            trained / device.matmul + frozen / (device.matmul_int8 if execution.int8_linear else device.matmul)
+        )
+        elementwise = self.traffic_bytes(execution.kernels) / device.bandwidth
+        # Source keys and values of the last block are still needed: about four fifths of its source work falls away.
+        kept = 1.0 - self._unused_share if execution.pruned else 1.0
+        linear_kept = 1.0 - 0.8 * self._unused_share if execution.pruned else 1.0
+        return Seconds(
+            attention=attention * kept,
+            matmul=linear * linear_kept + cross * kept,
+            elementwise=elementwise * linear_kept,
+            adapter=0.0 if execution.cached else self.adapter_flops() / device.convolution,
+        )
+
+    def backward(self, device: DeviceProfile, execution: Execution) -> Seconds:
+        """Predicted seconds of one backward of one sample, recomputation not included."""
+        part = self.block_flops()
+        to_inputs = part["qkvo"] + part["cross_linear"] + part["ffn"]
+        to_weights = part["qkvo"] + part["camera_phases"]
+        attention = _BACKWARD_OF_ATTENTION * part["self_attention"] / device.attention_backward
+        cross = _BACKWARD_OF_ATTENTION * part["cross_attention"] / device.attention_backward
+        traffic = _BACKWARD_OF_ELEMENTWISE * self.traffic_bytes(execution.kernels) / device.bandwidth
+        kept = 1.0 - self._unused_share if execution.pruned else 1.0
+        return Seconds(
+            attention=kept * self.layers * attention,
+            matmul=kept * self.layers * (cross + (to_inputs + to_weights) / device.matmul),
+            elementwise=kept * traffic,
+        )
+
+    def activation_bytes(self, saved: Literal["inputs", "attention", "all"]) -> float:
+        """Bytes of saved activations of one sample.
+
+        `inputs`: block inputs only; `attention`: also attention outputs and their log-sum-exp; `all`: no recomputation.
+        """
+        stream, log_sum_exp = self.layers * self.stream_bytes, self.layers * self.heads * self.tokens * _LSE_BYTES
+        return {"inputs": stream, "attention": 2 * stream + log_sum_exp, "all": 20.8 * stream}[saved]
+
+    @property
+    def _unused_share(self) -> float:
+        """Share of the whole stack that the last block spends on source tokens, whose output nobody reads."""
+        return self.source_tokens / self.tokens / self.layers
+
+
+@dataclass(frozen=True, slots=True)
+class VideoCost:
+    """Work beside the transformer for one generated video, in FLOPs; the defaults are the paper's at 81 x 480 x 832.
+
+    Attributes:
+        decode, encode: Wan video autoencoder.
+        scorers: reward name -> FLOPs.
+        host_seconds: decoding, resizing and waiting of the scorers' host code (assumed).
+    """
+
+    decode: float
+    encode: float
+    scorers: dict[str, float]
+    host_seconds: float
+
+    def seconds(self, device: DeviceProfile, *, hide_host: bool) -> float:
+        """Predicted seconds to decode and score one video."""
+        host = 0.0 if hide_host else self.host_seconds
+        return self.decode / device.convolution + sum(self.scorers.values()) / device.reward + host
+
+
+def wan_decode_flops(latent_frames: int, rows: int, columns: int) -> float:
+    """FLOPs of the Wan 2.1 VAE decoder: 3-D convolutions of four resolution levels, and their upsamplers."""
+    frames = (latent_frames, 2 * latent_frames - 1, 4 * latent_frames - 3, 4 * latent_frames - 3)
+    channels, inputs = (384, 384, 192, 96), (384, 192, 192, 96)
+
+    def conv3d(level: int, into: int, out: int) -> float:
+        return 2.0 * frames[level] * (rows << level) * (columns << level) * into * out * 27
+
+    flops = conv3d(0, 16, 384) + 4 * conv3d(0, 384, 384) + conv3d(3, 96, 3)
+    for level in range(4):
+        flops += conv3d(level, inputs[level], channels[level]) + 5 * conv3d(level, channels[level], channels[level])
+        if level < 3:
+            pixels = (rows << level) * (columns << level)
+            flops += 2.0 * frames[level + 1] * 4 * pixels * channels[level] * (channels[level] // 2) * 9
+            if level < 2:
+                flops += 2.0 * frames[level] * pixels * channels[level] * 2 * channels[level] * 3
+    return flops
+
+
+def mapanything_flops(frames: int, rows: int = 21, columns: int = 37) -> float:
+    """FLOPs of MapAnything on all frames: 24 encoder and 16 alternating layers of width 1536, and a dense head."""
+    dim, hidden, patches = 1536, 4096, rows * columns
+    linear = 2.0 * (4 * dim * dim + 3 * dim * hidden) * frames * patches * 40
+    local = 4.0 * patches**2 * dim * frames * (24 + 8)
+    across = 4.0 * (frames * patches) ** 2 * dim * 8
+    return linear + local + across + 0.4e12 * frames
+
+
+def hpsv3_flops(frames: int, text_tokens: int = 250) -> float:
+    """FLOPs of HPSv3 (Qwen2-VL-7B) on every frame: 1,024 image patches, 256 image tokens in one language-model pass."""
+    return frames * (2 * 0.675e9 * 1024 + 2 * 6.6e9 * (256 + text_tokens))
+
+
+def videoalign_flops(sampled_frames: int = 10, text_tokens: int = 500) -> float:
+    """FLOPs of VideoAlign (Qwen2-VL-2B) on frames sampled at two a second."""
+    return 2 * 0.675e9 * sampled_frames * 1024 + 2 * 1.31e9 * (sampled_frames * 128 + text_tokens)
+
+
+_ENCODER_OVER_DECODER = 0.595
+"""Two residual blocks per level on the way down, three on the way up."""
+
+
+def video_cost(frames: int, height: int, width: int, scorers: tuple[str, ...], host_seconds: float = 3.0) -> VideoCost:
+    """Work beside the transformer; `scorers` from mapanything, hpsv3, videoalign."""
+    decode = wan_decode_flops((frames - 1) // 4 + 1, height // 8, width // 8)
+    known = {
+        "mapanything": mapanything_flops(frames),
+        "hpsv3": hpsv3_flops(frames),
+        "videoalign": videoalign_flops(),
+    }
+    return VideoCost(decode, _ENCODER_OVER_DECODER * decode, {name: known[name] for name in scorers}, host_seconds)

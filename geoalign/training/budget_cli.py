@@ -1,0 +1,194 @@
+"""`geoalign budget`: how long a configuration would take on data-centre GPUs, and what every speed-up is worth."""
+
+from __future__ import annotations
+
+import argparse
+from collections import Counter
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from geoalign.config.load import load_config
+from geoalign.errors import UsageError
+from geoalign.io_utils import atomic_write_json
+from geoalign.perf.budget import Ladder, Plan, Run, Walk, climb
+from geoalign.perf.cost import DEVICES, TransformerCost, VideoCost, video_cost
+
+if TYPE_CHECKING:
+    from geoalign.config.schema import Config
+
+COARSE_TAIL = 0.4
+"""Share of the time grid kept after the window by the ladder's tail rung, where the configuration names none."""
+
+LAUNCH_BOUND_S = 0.05
+"""Below this, the launches of one forward (a few thousand at some microseconds) take longer than its work."""
+
+EXAMPLES = """\
+examples:
+  geoalign budget paper_64xa800                         hours on 64 A800, lever by lever
+  geoalign budget paper_64xa800 --device h200 --devices 32
+  geoalign budget paper_64xa800 optim.updates_per_rollout=4 window.size=2
+  geoalign budget node_8gpu --json budget.json
+
+All numbers are predictions from published rates of the device, none is a measurement.
+EXACT levers keep algorithm and distribution; CHANGES levers do not, and are off by default."""
+
+
+def add_parser(subparsers: Any) -> None:
+    """Add the verb `budget`."""
+    parser = subparsers.add_parser(
+        "budget",
+        help="predicted hours of a configuration and the lever ladder",
+        description=__doc__,
+        epilog=EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("config", help="preset or .yaml path")
+    parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="settings by dotted name")
+    parser.add_argument("--device", choices=sorted(DEVICES), default="a800", help="device profile (default: a800)")
+    parser.add_argument("--devices", type=int, metavar="N", help="number of devices (default: one per condition)")
+    parser.add_argument("--guidance", action="store_true", help="count two forwards per velocity, as guidance needs")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="also write the numbers to FILE")
+    parser.set_defaults(run=run_budget)
+
+
+def run_budget(args: argparse.Namespace) -> int:
+    """Print the prediction; returns the exit code."""
+    from geoalign.config.schema import Config
+
+    config = load_config(Config, args.config, args.overrides)
+    devices = config.groups.conditions if args.devices is None else args.devices
+    if not 1 <= devices <= config.groups.conditions:
+        raise UsageError(
+            f"--devices {devices}: the prediction places whole groups, so 1 to {config.groups.conditions} devices "
+            "(groups.conditions) can be used"
+        )
+    run, coarse, left_out = describe(config)
+    guidance = 2 if args.guidance else 1
+    ladder = climb(run, coarse, DEVICES[args.device], devices, guidance)
+    numbers = _numbers(run, coarse, ladder, args.device, devices, guidance)
+    print(_text(numbers, ladder, args.config, left_out))
+    if args.json is not None:
+        atomic_write_json(args.json, numbers)
+    return 0
+
+
+def describe(config: Config) -> tuple[Run, Run, list[str]]:
+    """The run of a configuration on the full grid, the same with the coarser tail, and the rewards without a model."""
+    transformer = TransformerCost.of(config.model, config.data.num_frames, config.data.height, config.data.width)
+    video, left_out = _video(config)
+    ratio = config.flow.tail_ratio if config.flow.tail_ratio < 1 else COARSE_TAIL
+    full, coarse = (
+        Run(
+            transformer=transformer,
+            video=video,
+            walks=_walks(config, tail_ratio),
+            conditions=config.groups.conditions,
+            group_size=config.groups.size,
+            updates=config.optim.updates_per_rollout,
+        )
+        for tail_ratio in (1.0, ratio)
+    )
+    return full, coarse, left_out
+
+
+def _walks(config: Config, tail_ratio: float) -> dict[Walk, int]:
+    """Every iteration's steps, from the very schedule and table that training uses."""
+    from geoalign.flow.table import build_step_table
+    from geoalign.rl.window import WindowSchedule
+
+    schedule = WindowSchedule(config.window, config.flow.steps, config.run.seed)
+    windows = Counter(schedule(iteration) for iteration in range(config.train.iterations))
+    flow = config.flow.model_copy(update={"tail_ratio": tail_ratio})
+    walks: Counter[Walk] = Counter()
+    for window, count in windows.items():
+        tail = build_step_table(flow, window).num_steps - window.stop
+        walks[Walk(window.start, window.size, tail)] += count
+    return dict(walks)
+
+
+def _video(config: Config) -> tuple[VideoCost, list[str]]:
+    if config.codec.kind != "wan_vae":
+        return VideoCost(decode=0.0, encode=0.0, scorers={}, host_seconds=0.0), sorted(config.rewards)
+    scorers, left_out = [], []
+    for name, reward in config.rewards.items():
+        scorer = reward.options.get("evaluator", "") if reward.kind == "geometry" else reward.kind
+        (scorers if scorer in ("mapanything", "hpsv3", "videoalign") else left_out).append(scorer or name)
+    data = config.data
+    return video_cost(data.num_frames, data.height, data.width, tuple(dict.fromkeys(scorers))), left_out
+
+
+def _numbers(run: Run, coarse: Run, ladder: Ladder, device: str, devices: int, guidance: int) -> dict[str, Any]:
+    profile, start = DEVICES[device], Plan(guidance=guidance)
+    phases = run.seconds(profile, start)
+    passes = [(count, run.walks[walk]) for walk, count in run.passes(start).items()]
+    return {
+        "predicted": True,
+        "device": profile.name,
+        "devices": devices,
+        "tokens": run.transformer.tokens,
+        "forward_tflop": run.transformer.forward_flops() / 1e12,
+        "forward_s": run.transformer.forward(profile, start.execution).total,
+        "backward_s": run.transformer.backward(profile, start.execution).total,
+        "iterations": run.iterations,
+        "conditions": run.conditions,
+        "group_size": run.group_size,
+        "updates_per_rollout": run.updates,
+        "forwards_per_iteration": sum(count.forwards * times for count, times in passes) / run.iterations,
+        "backwards_per_iteration": sum(count.backward * times for count, times in passes) / run.iterations,
+        "share": {
+            "rollout": phases.rollout / phases.total,
+            "learner": phases.learner / phases.total,
+            "reward": phases.reward / phases.total,
+            "other": phases.other / phases.total,
+        },
+        "hours": {
+            "reference": ladder.reference_hours,
+            "exact": ladder.total("EXACT"),
+            "changes": ladder.total("CHANGES"),
+        },
+        "coarse_tail_steps": {walk.prefix: walk.tail for walk in coarse.walks},
+        "ladder": [
+            {
+                "lever": rung.lever.name,
+                "kind": rung.lever.kind,
+                "alone_h": rung.alone_hours,
+                "cumulative_h": rung.cumulative_hours,
+            }
+            for rung in ladder.rungs
+        ],
+    }
+
+
+def _text(numbers: dict[str, Any], ladder: Ladder, name: str, left_out: list[str]) -> str:
+    share, hours = numbers["share"], numbers["hours"]
+    lines = [
+        f"{name} on {numbers['devices']} x {numbers['device']} (all seconds and hours are predicted, none is measured)",
+        "",
+        f"  {numbers['iterations']} iterations of {numbers['conditions']} conditions x {numbers['group_size']} "
+        f"rollouts, {numbers['updates_per_rollout']} optimizer update(s) each",
+        f"  {numbers['tokens']:,} tokens: {numbers['forward_tflop']:.3g} TFLOP and {numbers['forward_s']:.3g} s a "
+        f"forward, {numbers['backward_s']:.3g} s a backward",
+        f"  {numbers['forwards_per_iteration']:,.0f} forwards and {numbers['backwards_per_iteration']:,.0f} backwards "
+        "an iteration without levers",
+        "  of the time: " + ", ".join(f"{phase} {100 * part:.0f} %" for phase, part in share.items()),
+    ]
+    if numbers["forward_s"] < LAUNCH_BOUND_S:
+        lines.append("  so small a model waits for kernel launches: read the ratios of the counts, not the seconds")
+    if left_out:
+        lines.append(f"  counted as free, because no cost is known: rewards {', '.join(left_out)}")
+    lines += ["", f"  {'lever':<54}{'kind':<9}{'alone':>10}{'so far':>10}"]
+    lines.append(f"  {'none: eager kernels, nothing shared':<63}{'':>10}{_hours(hours['reference']):>10}")
+    lines += [
+        f"  {rung.lever.name:<54}{rung.lever.kind:<9}{_hours(rung.alone_hours):>10}{_hours(rung.cumulative_hours):>10}"
+        for rung in ladder.rungs
+    ]
+    lines += [
+        "",
+        f"  EXACT levers together:        {_hours(hours['exact'])}  (x{hours['reference'] / hours['exact']:.2f})",
+        f"  with the CHANGES levers too:  {_hours(hours['changes'])}  (x{hours['reference'] / hours['changes']:.2f})",
+    ]
+    return "\n".join(lines)
+
+
+def _hours(hours: float) -> str:
+    return f"{hours:.1f} h" if hours >= 0.1 else f"{3600 * hours:.2g} s"

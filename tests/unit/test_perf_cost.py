@@ -1,0 +1,200 @@
+"""Cost model: FLOPs against a counter on the real network, closed forms, published run times, and the lever ladder."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from geoalign.config.model import ModelConfig
+from geoalign.perf.budget import LEVERS, PassCount, Plan, Run, Walk, climb, count_passes
+from geoalign.perf.cost import DEVICES, Execution, TransformerCost, video_cost
+
+A800, H200 = DEVICES["a800"], DEVICES["h200"]
+FASTEST = Execution(kernels="fused", cached=True, pruned=True)
+PAPER_SCORERS = ("mapanything", "hpsv3", "videoalign")
+
+
+def redirector() -> ModelConfig:
+    return ModelConfig(in_channels=32, image_dim=1280, source="frames", camera="learned", pluecker_adapter=True)
+
+
+def paper_run(updates: int = 1, tail: int = 19) -> Run:
+    return Run(
+        transformer=TransformerCost(),
+        video=video_cost(81, 480, 832, PAPER_SCORERS),
+        walks={Walk(2, 4, tail): 140},
+        conditions=64,
+        group_size=12,
+        updates=updates,
+    )
+
+
+def test_sizes_follow_from_the_configuration() -> None:
+    assert TransformerCost.of(redirector(), 81, 480, 832) == TransformerCost()
+    text_only = TransformerCost.of(ModelConfig(), 81, 480, 832)
+    assert (text_only.tokens, text_only.context_tokens, text_only.phase_channels) == (32760, 512, 0)
+    assert text_only.adapter_flops() == 0.0
+
+
+def test_block_flops_equal_a_counter_on_the_real_network() -> None:
+    """FlopCounterMode over the transformer on the meta device, at the published size (two of thirty blocks)."""
+    from torch.utils.flop_counter import FlopCounterMode
+
+    from geoalign.models.conditioning import Conditioning
+    from geoalign.models.dit import RetakeDiT
+
+    config = ModelConfig(layers=2, source="frames")
+    with torch.device("meta"):
+        model = RetakeDiT(config).requires_grad_(False)
+        latents = torch.empty(1, 16, 21, 60, 104)
+        cond = Conditioning(source_latents=latents, context=torch.empty(1, 512, 4096))
+        cache = model.prepare(cond)
+        model.prune_source = False
+        with FlopCounterMode(display=False) as counter:
+            model(latents, torch.empty(1), cond, cache)
+    counted = counter.get_flop_counts()["RetakeDiT.blocks.0"]
+    cost = TransformerCost.of(config, 81, 480, 832)
+    part = cost.block_flops()
+    # Keys and values of the text are made once per condition, outside the block.
+    context = 4.0 * cost.context_tokens * cost.dim**2
+    assert sum(counted.values()) == sum(part.values()) - context
+
+
+def test_forward_flops_of_the_published_model() -> None:
+    """977.5 TFLOP, independently counted as 977.55 on meta tensors of the published implementation."""
+    assert TransformerCost().forward_flops() / 1e12 == pytest.approx(977.55, rel=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("cost", "device", "published_s"),
+    [
+        # TeaCache's README: Wan2.1-1.3B, 480p, one A800.
+        (TransformerCost(source_tokens=0, context_tokens=512, phase_channels=0, adapter=False), A800, 175.0),
+        # Wan2.1's README: 14B, 720p, A800 class.
+        (
+            TransformerCost(
+                dim=5120, heads=40, ffn_dim=13824, layers=40, target_tokens=21 * 45 * 80, source_tokens=0,
+                context_tokens=512, phase_channels=0, adapter=False,
+            ),
+            A800,
+            3342.6,
+        ),
+        # The same on H100 with FlashAttention-2 rates.
+        (
+            TransformerCost(
+                dim=5120, heads=40, ffn_dim=13824, layers=40, target_tokens=21 * 45 * 80, source_tokens=0,
+                context_tokens=512, phase_channels=0, adapter=False,
+            ),
+            replace(H200, attention=370e12, matmul=650e12, bandwidth=0.8 * 3350e9),
+            1837.9,
+        ),
+    ],
+)  # fmt: skip
+def test_predictions_are_near_published_run_times(cost: TransformerCost, device, published_s: float) -> None:  # type: ignore[no-untyped-def]
+    """Fifty guided steps of text-to-video; no rate was fitted to these numbers."""
+    assert 100 * cost.forward(device, Execution()).total == pytest.approx(published_s, rel=0.08)
+
+
+def test_seconds_add_up_from_flops_and_rates() -> None:
+    cost = TransformerCost()
+    part, eager = cost.block_flops(), cost.forward(A800, Execution())
+    assert eager.attention == pytest.approx(30 * part["self_attention"] / 188e12)
+    assert eager.elementwise == pytest.approx(cost.traffic_bytes("eager") / A800.bandwidth)
+    assert eager.total == pytest.approx(eager.attention + eager.matmul + eager.elementwise + eager.adapter)
+    quantised = cost.forward(A800, Execution(), int8_attention=True)
+    assert quantised.attention == pytest.approx(30 * part["self_attention"] / 266e12)
+    assert cost.forward(A800, Execution(int8_linear=True)).matmul < eager.matmul
+    assert cost.backward(A800, Execution()).attention == pytest.approx(2.5 * 30 * part["self_attention"] / 165e12)
+
+
+@pytest.mark.parametrize("device", [A800, H200])
+def test_every_execution_lever_saves_time(device) -> None:  # type: ignore[no-untyped-def]
+    cost = TransformerCost()
+    eager = cost.forward(device, Execution()).total
+    for lever in ({"kernels": "compiled"}, {"kernels": "fused"}, {"cached": True}, {"pruned": True}):
+        assert cost.forward(device, Execution(**lever)).total < eager
+    assert cost.traffic_bytes("fused") < cost.traffic_bytes("compiled") < cost.traffic_bytes("eager")
+    assert cost.backward(device, FASTEST).total < cost.backward(device, Execution()).total
+
+
+def test_activation_bytes() -> None:
+    """Block inputs of 30 blocks are 30 bf16 tensors; attention adds its outputs and one float32 per head and token."""
+    cost = TransformerCost()
+    tensor = 65520 * 1536 * 2
+    assert cost.stream_bytes == tensor
+    assert cost.activation_bytes("inputs") == 30 * tensor
+    assert cost.activation_bytes("attention") == 60 * tensor + 30 * 12 * 65520 * 4
+    assert cost.activation_bytes("all") > 8 * cost.activation_bytes("attention")
+
+
+def test_pass_counts_by_hand() -> None:
+    """12 members, 12 steps, window of 4 at step 3."""
+    walk = Walk(3, 4, 5)
+    plain = count_passes(walk, 1, 12, 1, Plan())
+    assert plain == PassCount(prefix=36, window=48, tail=60, replay=48, recompute=48, backward=48)
+    assert (plain.rollout, plain.forwards, plain.forward_equivalents) == (144, 240, 336)
+    assert count_passes(walk, 1, 12, 1, Plan(share_prefix=True)).rollout == 100
+    merged = Plan(merge_first=True)
+    assert count_passes(walk, 1, 12, 1, merged).backward == 1 + 36
+    assert count_passes(walk, 1, 12, 4, merged).backward == 4 + 36
+    streamed = count_passes(walk, 2, 12, 1, Plan(share_prefix=True, merge_first=True, stream_backward=True))
+    assert streamed == PassCount(prefix=6, window=74, tail=120, replay=0, recompute=74, backward=74)
+    kept = count_passes(walk, 1, 12, 1, Plan(checkpoint=False))
+    assert (kept.recompute, kept.replay) == (0, 48)
+    assert count_passes(walk, 1, 12, 1, Plan(guidance=2)).forwards == 2 * plain.forwards
+
+
+@pytest.mark.parametrize("share", [True, False])
+def test_rollout_counts_equal_what_the_sampler_spends(share: bool) -> None:
+    from geoalign.config.flow import FlowConfig
+    from geoalign.flow.sampler import FlowSampler
+    from geoalign.flow.table import StepWindow, build_step_table
+
+    class Cond:
+        def repeat_interleave(self, count: int) -> Cond:
+            return self
+
+    table = build_step_table(FlowConfig(steps=11, tail_ratio=0.5), StepWindow(2, 5))
+    spent = (
+        FlowSampler(table, 4, share_prefix=share)
+        .rollout(
+            lambda x, timestep, cond: 0 * x, Cond(), torch.zeros(3, 2), seed=0, iteration=0, group_ids=torch.arange(3)
+        )
+        .forwards
+    )
+    predicted = count_passes(Walk(2, 3, table.num_steps - 5), 3, 4, 1, Plan(share_prefix=share))
+    assert (spent.prefix, spent.window, spent.tail) == (predicted.prefix, predicted.window, predicted.tail)
+
+
+def test_the_unshared_run_costs_what_the_paper_reports() -> None:
+    """About 130 h on 64 A800: 396 forwards and 48 backwards per condition. A plausibility check, not a fit."""
+    run = paper_run()
+    (count,) = run.passes(Plan()).values()
+    assert (count.forwards, count.backward) == (64 * 396, 64 * 48)
+    hours = run.hours(A800, Plan(), 64)
+    assert hours == pytest.approx(130, rel=0.05)
+    assert run.hours(A800, Plan(), 32) == pytest.approx(2 * hours)
+    # 64 conditions on 48 devices: some carry two, the others wait.
+    assert run.hours(A800, Plan(), 48) == pytest.approx(2 * hours)
+
+
+@pytest.mark.parametrize("updates", [1, 4])
+def test_the_ladder_only_descends_and_keeps_the_two_kinds_apart(updates: int) -> None:
+    ladder = climb(paper_run(updates), paper_run(updates, tail=7), A800, 64)
+    reached = [ladder.reference_hours, *(rung.cumulative_hours for rung in ladder.rungs)]
+    assert reached == sorted(reached, reverse=True)
+    assert all(rung.alone_hours < ladder.reference_hours for rung in ladder.rungs)
+    kinds = [rung.lever.kind for rung in ladder.rungs]
+    assert kinds == sorted(kinds, key=["EXACT", "CHANGES"].index)
+    assert ladder.total("CHANGES") < ladder.total("EXACT") < ladder.reference_hours
+    streamed = [rung for rung in ladder.rungs if rung.lever.one_update]
+    assert bool(streamed) == (updates == 1)
+
+
+def test_exact_levers_leave_the_samples_alone() -> None:
+    """An EXACT lever may not touch precision or the number of steps."""
+    for lever in LEVERS:
+        touched = {*lever.plan, *lever.execution} & {"int8_attention", "int8_linear", "guidance"}
+        assert (lever.kind == "CHANGES") == bool(touched or lever.coarse_tail)
