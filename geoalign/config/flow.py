@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal, Self
+from typing import Any, Literal, Self
 
 from pydantic import Field, field_validator, model_validator
 
@@ -15,7 +15,7 @@ StdMode = Literal["batch_max", "batch_rms", "group_floor", "group", "global"]
 LossWeight = Literal["longcat", "exact_inverse", "guard", "tempflow", "none"]
 
 
-def _assumed(why: str) -> dict[str, object]:
+def _assumed(why: str) -> dict[str, Any]:
     return {"paper": "assumed", "why": why}
 
 

@@ -264,6 +264,7 @@ class FlowSampler:
         step = self._window_steps[position]
         key = NoiseKey(run.seed, run.iteration, run.groups[rows], run.members[rows], step, SDE_STREAM)
         taken = flow_step(x, velocity.detach(), self.table.row(step), key=key)
+        assert taken.log_prob is not None  # the table gives window steps c > 0
         run.x_next[position, rows] = taken.x_next
         run.log_prob[rows, position] = taken.log_prob
         if run.observer is not None:
