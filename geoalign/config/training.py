@@ -46,9 +46,9 @@ class CodecConfig(Section):
     """``patch``: fixed orthonormal lapped patch transform (embedded default); ``wan_vae``: the Wan 2.1 VAE."""
     patch: int = Field(16, gt=0)
     """Patch size of the patch codec in pixels."""
-    luma: int = Field(4, gt=0)
+    luma: int = Field(5, gt=0)
     """Lowest luma coefficients kept per axis and patch."""
-    chroma: int = Field(2, gt=0)
+    chroma: int = Field(3, gt=0)
     """Lowest coefficients kept per axis and patch of each colour plane."""
 
 

@@ -76,7 +76,7 @@ class PatchCodec(nn.Module):
     frame_rule = "any number of frames"
     channel_std: Tensor
 
-    def __init__(self, patch: int = 16, luma: int = 4, chroma: int = 2) -> None:
+    def __init__(self, patch: int = 16, luma: int = 5, chroma: int = 3) -> None:
         super().__init__()
         if patch % 2 or not 0 < chroma <= luma <= patch:
             raise UsageError(f"PatchCodec(patch={patch}, luma={luma}, chroma={chroma}): need an even patch >= luma >= chroma > 0")

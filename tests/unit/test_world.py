@@ -1,0 +1,194 @@
+"""The embedded world: exact geometry, formats that the ordinary loaders read, a codec without seams."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from geoalign.config.data import DataConfig
+from geoalign.config.world import WorldConfig
+from geoalign.data.source import RetakeDataset
+from geoalign.errors import DataError, UsageError
+from geoalign.geometry import so3
+from geoalign.geometry.plane import ground_axes, intersect_plane, pixel_grid, pixel_rays, project
+from geoalign.models.codec import PatchCodec, lapped_transform, seam_ratio
+from geoalign.world.dataset import is_complete, write_world
+from geoalign.world.motion import PRESETS, ground_normal, ground_plane, preset_motions, random_curves, to_c2w
+from geoalign.world.pairs import LabelBias, paired_videos
+from geoalign.world.render import intrinsics, render
+from geoalign.world.scene import colour, sample_scenes
+
+WORLD = WorldConfig(clips=12, trajectories=20)
+
+
+def generator(seed: int = 0) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+def test_motion_keeps_the_gimbal_level() -> None:
+    """Pitch and roll never change: every rotation fixes the vertical; its angle is the yaw."""
+    motion = random_curves(16, 5, generator())
+    c2w = to_c2w(motion.double(), WORLD)
+    normal = ground_normal(WORLD).double()
+    assert torch.allclose(c2w[..., :3, :3] @ normal, normal.expand(16, 5, 3), atol=1e-7)  # float32 normal: 6e-8
+    angle = so3.relative_angle(c2w[..., :3, :3], torch.eye(3, dtype=torch.float64).expand(16, 5, 3, 3))
+    assert torch.allclose(angle, motion[..., 3].abs().double(), atol=1e-6)
+    assert torch.equal(c2w[:, 0], torch.eye(4, dtype=torch.float64).expand(16, 4, 4))  # frame 0 is the source's frame 0
+
+
+def test_presets_do_what_their_names_say() -> None:
+    motion = preset_motions(len(PRESETS), 5, generator())
+    end = dict(zip(PRESETS, motion[:, -1], strict=True))
+    assert end["slide_right"][0] > 1 and end["slide_left"][0] < -1
+    assert end["fly_forward"][1] < -1 and end["fly_backward"][1] > 1  # e2 points to the bottom of the picture
+    assert end["descend"][2] > 1 and end["climb"][2] < -1
+    assert end["pan_right"][3] > 0.1 and end["arc_left"][3] < -0.1
+    # A point ahead of a camera that flies forward moves down the picture.
+    c2w = to_c2w(end["fly_forward"][None, None], WORLD)[0]
+    lens = intrinsics(WORLD)
+    point = torch.tensor([[[0.0, 0.0, 10.0]]])
+    assert project(c2w[None], lens[None, None], point[None])[0][..., 1].item() > 0.5
+
+
+def test_render_is_the_map_seen_through_a_pinhole() -> None:
+    """Independent derivation in float64: march along the ray of single pixels until the plane, then colour that point."""
+    scene = sample_scenes(2, generator())
+    height = torch.tensor([9.0, 11.0])
+    c2w = to_c2w(random_curves(2, 3, generator(1)), WORLD)
+    plane = ground_plane(WORLD, height)
+    video = render(scene, c2w, plane, WORLD)
+    for b, f, row, column in ((0, 0, 0, 0), (0, 2, 47, 63), (1, 1, 20, 33)):
+        direction = torch.tensor(
+            [(column + 0.5 - 32) / WORLD.focal_px, (row + 0.5 - 24) / WORLD.focal_px, 1.0], dtype=torch.float64
+        )
+        pose = c2w[b, f].double()
+        world_direction, origin = pose[:3, :3] @ direction, pose[:3, 3]
+        normal = plane[b, :3].double()
+        length = (plane[b, 3].double() - origin @ normal) / (world_direction @ normal)
+        point = origin + length * world_direction
+        ground = (ground_axes(plane[b : b + 1])[0, :2].double() @ point).float()
+        expected = colour(scene[b : b + 1], ground[None, None])[0, 0]
+        # float32 ground points are good to 1e-6 m; colour changes by at most about 3 per metre.
+        assert torch.allclose(video[b, f, :, row, column], expected, atol=2e-5)
+
+
+def test_far_rays_have_finite_gradients() -> None:
+    """A camera that looks past the horizon gives clamped points, not infinities."""
+    c2w = so3.exp(torch.tensor([1.5, 0.0, 0.0])).requires_grad_()
+    pose = torch.eye(4).index_put((torch.arange(3)[:, None], torch.arange(3)), c2w)
+    rays = pixel_rays(intrinsics(WORLD), pixel_grid(8, 8))
+    points = intersect_plane(pose, rays, torch.tensor([0.0, 0.0, 1.0, 10.0]))
+    points.square().mean().backward()
+    assert torch.isfinite(points).all() and c2w.grad is not None and torch.isfinite(c2w.grad).all()
+
+
+def test_label_bias_scales_the_true_motion_only() -> None:
+    plain = paired_videos(WORLD, 6, generator(3))
+    biased = paired_videos(WORLD, 6, generator(3), bias=LabelBias(0.34, 0.0, 0.0, 0.0))
+    assert torch.equal(plain.batch.target_camera.c2w, biased.batch.target_camera.c2w)
+    assert torch.equal(plain.truth[:, 0], biased.truth[:, 0]) and not torch.equal(plain.truth, biased.truth)
+    assert torch.equal(plain.truth[:, 0], plain.batch.source.video[:, 0])  # frame 0 is given
+
+
+class TestCodec:
+    def test_lapped_transform_is_orthonormal_and_passes_constants(self) -> None:
+        matrix = lapped_transform(64, 16)
+        assert torch.allclose(matrix @ matrix.T, torch.eye(64, dtype=torch.float64), atol=1e-12)
+        flat = (matrix @ torch.ones(64, dtype=torch.float64)).reshape(4, 16)
+        assert torch.allclose(flat[:, 0], torch.full((4,), 4.0, dtype=torch.float64)) and flat[:, 1:].abs().max() < 1e-12
+
+    def test_round_trip_error_is_the_dropped_energy(self) -> None:
+        video = torch.randn(2, 3, 3, 48, 64, generator=generator(), dtype=torch.float64)
+        codec = PatchCodec(16, 5, 3).double()
+        latents = codec.encode(video)
+        assert latents.shape == (2, *codec.latent_shape(3, 48, 64)) == (2, 43, 3, 3, 4)
+        error = (codec.decode(latents) - video).square().sum()
+        assert torch.isclose(error, video.square().sum() - latents.square().sum(), rtol=1e-12)
+        assert torch.allclose(codec.encode(codec.decode(latents)), latents, atol=1e-12)
+
+    def test_complete_codec_loses_nothing(self) -> None:
+        video = torch.randn(1, 1, 3, 16, 16, generator=generator(), dtype=torch.float64)
+        codec = PatchCodec(8, 8, 8).double()
+        assert torch.allclose(codec.decode(codec.encode(video)), video, atol=1e-12)
+
+    def test_truncation_leaves_no_seams(self) -> None:
+        """A plain patch DCT of the same size leaves twice the seams; the bound is the product's own (1.15)."""
+        pairs = paired_videos(WORLD, 32, generator(), style="real")
+        codec = PatchCodec(16, 5, 3).fit(pairs.truth)
+        assert seam_ratio(codec.decode(codec.encode(pairs.truth)), 16) < 1.15
+        stripes = torch.zeros(1, 1, 3, 32, 32)
+        stripes[..., 16:] = 1
+        assert seam_ratio(stripes, 16) == float("inf")
+
+    def test_wrong_sizes_are_refused(self) -> None:
+        with pytest.raises(UsageError, match="multiple of the patch size"):
+            PatchCodec(16).latent_shape(5, 50, 64)
+        with pytest.raises(UsageError, match="at least one frame"):
+            PatchCodec(16).latent_shape(0, 48, 64)
+        with pytest.raises(UsageError, match="even patch"):
+            PatchCodec(15)
+
+
+class TestDataset:
+    def data(self, root: Path) -> DataConfig:
+        return DataConfig.model_validate(
+            {
+                "root": root,
+                "num_frames": WORLD.frames,
+                "height": WORLD.height,
+                "width": WORLD.width,
+                "clips": {"stride": 1, "caption": "verbatim"},
+                "trajectories": {
+                    "rescale": {
+                        "play_fps": 12.0,
+                        "translation": {"mean": 7.0, "std": 2.2, "low": 2.8, "high": 11.0},
+                        "rotation": {"mean": 32.0, "std": 18.0, "low": 1.0, "high": 63.0},
+                        "max_outlier_ratio": 30.0,
+                    }
+                },
+            }
+        )
+
+    def test_ordinary_loaders_read_the_world_back(self, tmp_path: Path) -> None:
+        data = self.data(tmp_path / "world")
+        write_world(data, WORLD)
+        assert is_complete(data, WORLD) and not is_complete(data, WORLD.model_copy(update={"seed": 1}))
+        source = RetakeDataset(data, seed=0)
+        batch = source.batch(0, [0, 1, 2])
+        assert batch.source.video.shape == (3, 5, 3, 48, 64) and batch.source.ground_plane is not None
+        assert torch.equal(batch.target_camera.c2w[:, 0], torch.eye(4).expand(3, 4, 4))
+        # The pixels are the exact renders (lossless mp4): half a grey level of rounding on the way.
+        name = batch.source.clip_ids[0].split("_")[0]
+        number = int(name.removeprefix("drone"))
+        gen = generator(WORLD.seed + 101)
+        low, high = WORLD.height_m
+        height = low + (high - low) * torch.rand(WORLD.clips, generator=gen)
+        scenes = sample_scenes(WORLD.clips, gen, style="real")
+        from geoalign.world.motion import source_drift
+
+        c2w = to_c2w(source_drift(WORLD.clips, WORLD.frames, gen), WORLD)
+        truth = render(scenes, c2w, ground_plane(WORLD, height), WORLD)[number]
+        assert (batch.source.video[0] - truth).abs().max() <= 1.01 / 255
+        assert torch.allclose(batch.source.camera.c2w[0], c2w[number], atol=1e-6)
+        assert torch.isclose(batch.source.ground_plane[0, 3], height[number])
+
+    def test_a_foreign_folder_is_never_overwritten(self, tmp_path: Path) -> None:
+        (tmp_path / "notes.txt").write_text("mine")
+        with pytest.raises(DataError, match="not an embedded world"):
+            write_world(self.data(tmp_path), WORLD)
+        assert (tmp_path / "notes.txt").read_text() == "mine"
+
+    def test_an_interrupted_write_starts_over(self, tmp_path: Path) -> None:
+        data = self.data(tmp_path / "world")
+
+        def interrupt(_: int) -> None:
+            raise KeyboardInterrupt
+
+        with pytest.raises(KeyboardInterrupt):
+            write_world(data, WORLD, interrupt)
+        assert not is_complete(data, WORLD)
+        write_world(data, WORLD)
+        assert json.loads((data.root / "world.json").read_text())["settings"]["clips"] == 12
