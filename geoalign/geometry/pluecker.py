@@ -62,7 +62,8 @@ def ray_map(trajectory: CameraTrajectory, size: tuple[int, int], *, reference_si
     inverse = (x.square() + y.square() + 1).rsqrt()
     local = (x * inverse, y * inverse, inverse)
     rotation, centre = trajectory.rotation[..., None, None], trajectory.position[..., None, None]
-    direction = [sum(rotation[..., i, k, :, :] * local[k] for k in range(3)) for i in range(3)]
+    rows = [rotation[..., i, :, :, :].unbind(-3) for i in range(3)]
+    direction = [row[0] * local[0] + row[1] * local[1] + row[2] * local[2] for row in rows]
     c = centre.unbind(-3)
     moment = [c[(i + 1) % 3] * direction[(i + 2) % 3] - c[(i + 2) % 3] * direction[(i + 1) % 3] for i in range(3)]
     return torch.stack((*moment, *direction), -3)
