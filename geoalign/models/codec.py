@@ -79,7 +79,9 @@ class PatchCodec(nn.Module):
     def __init__(self, patch: int = 16, luma: int = 5, chroma: int = 3) -> None:
         super().__init__()
         if patch % 2 or not 0 < chroma <= luma <= patch:
-            raise UsageError(f"PatchCodec(patch={patch}, luma={luma}, chroma={chroma}): need an even patch >= luma >= chroma > 0")
+            raise UsageError(
+                f"PatchCodec(patch={patch}, luma={luma}, chroma={chroma}): need an even patch >= luma >= chroma > 0"
+            )
         self.patch, self.luma, self.chroma = patch, luma, chroma
         self.latent_channels = luma * luma + 2 * chroma * chroma
         self.register_buffer("channel_std", torch.ones(self.latent_channels))

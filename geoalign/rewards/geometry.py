@@ -8,7 +8,7 @@ from torch import Tensor
 from geoalign.geometry import so3
 from geoalign.geometry.reward_terms import WeightKind
 from geoalign.geometry.reward_terms import temporal_weights as weights_over_frames
-from geoalign.rewards.base import PoseEstimate, PoseEvaluator, RewardOutput
+from geoalign.rewards.base import PoseEvaluator, RewardOutput
 from geoalign.types import RetakeBatch
 
 

@@ -59,13 +59,18 @@ class PlanarAligner:
     def __call__(self, video: Tensor, source: SourceClip) -> PoseEstimate:
         """Read the camera of ``video`` ``[B, F, 3, H, W]``; frame 0 is given and returned as the identity."""
         if source.ground_plane is None:
-            raise UsageError("the planar evaluator needs the ground plane of the source clip; use another evaluator for such clips")
+            raise UsageError(
+                "the planar evaluator needs the ground plane of the source clip; use another evaluator for such clips"
+            )
         batch, frames, _, height, width = video.shape
         plane, axes = source.ground_plane, ground_axes(source.ground_plane)
         rays = pixel_rays(source.camera.intrinsics[:, 0], pixel_grid(height, width, step=self.step, offset=self.offset))
         local = rays @ axes.transpose(-1, -2)
         slope = local[..., :2] / local[..., 2:].clamp_min(0.05)  # where a ray meets the ground, per metre of height
-        generated = [_luma_levels(video, sigma)[:, :, self.offset :: self.step, self.offset :: self.step] for sigma, _ in self.levels]
+        generated = [
+            _luma_levels(video, sigma)[:, :, self.offset :: self.step, self.offset :: self.step]
+            for sigma, _ in self.levels
+        ]
         references = [_with_gradients(_luma_levels(source.video, sigma)) for sigma, _ in self.levels]
         motion = torch.zeros(batch, frames, 4)
         residual, tracked = torch.zeros(batch, frames), torch.ones(batch, frames)
@@ -76,7 +81,9 @@ class PlanarAligner:
                 reference = _Reference(references[level][:, j], source.camera.c2w[:, j], source.camera.intrinsics[:, j])
                 values = generated[level][:, i].flatten(1)
                 for _ in range(iterations):
-                    pose, residual[:, i], tracked[:, i] = _gauss_newton(pose, values, slope, reference, plane[:, 3], axes)
+                    pose, residual[:, i], tracked[:, i] = _gauss_newton(
+                        pose, values, slope, reference, plane[:, 3], axes
+                    )
             motion[:, i] = pose
         return PoseEstimate(
             c2w=_motion_to_c2w(motion, axes),
@@ -102,20 +109,29 @@ def _gauss_newton(
     sampled = F.grid_sample(reference.image, (uv * 2 - 1)[:, None], align_corners=False, padding_mode="border")[:, :, 0]
     inside = ((uv > 0) & (uv < 1)).all(-1).float()
     error = sampled[:, 0] - values
-    scale = 1.4826 * torch.where(inside > 0, error.abs(), torch.nan).nanmedian(1, keepdim=True).values.nan_to_num(1.0) + 0.01
+    scale = (
+        1.4826 * torch.where(inside > 0, error.abs(), torch.nan).nanmedian(1, keepdim=True).values.nan_to_num(1.0)
+        + 0.01
+    )
     weight = inside * (1 - (error / (4 * scale)).square()).clamp_min(0).square()
     # Chain rule: value -> pixel -> ground point -> pose.
     size = torch.tensor([reference.image.shape[-1], reference.image.shape[-2]], dtype=uv.dtype)
     moved = axes[:, :2] @ rotation  # rows: camera-frame direction of a ground step along e1, e2
-    shift = (moved[:, None, :, :2] - (seen[..., None, :2] / depth[..., None, None]) * moved[:, None, :, 2:]) / depth[..., None, None]
-    slope_ground = (shift * (reference.intrinsics[:, None, None, :2] * size) * sampled[:, None, 1:].permute(0, 3, 1, 2)).sum(-1)
+    shift = (moved[:, None, :, :2] - (seen[..., None, :2] / depth[..., None, None]) * moved[:, None, :, 2:]) / depth[
+        ..., None, None
+    ]
+    slope_ground = (
+        shift * (reference.intrinsics[:, None, None, :2] * size) * sampled[:, None, 1:].permute(0, 3, 1, 2)
+    ).sum(-1)
     gx, gy = slope_ground[..., 0], slope_ground[..., 1]
     jacobian = torch.stack([gx, gy, -(gx * turned_x + gy * turned_y), above * (gy * turned_x - gx * turned_y)], -1)
     unit = torch.cat([height[:, None].expand(-1, 3), torch.ones_like(height)[:, None]], 1)  # metres per unit of height
     jacobian = jacobian * unit[:, None]
     normal = torch.einsum("bn,bni,bnj->bij", weight, jacobian, jacobian)
     damping = 1e-3 * normal.diagonal(dim1=1, dim2=2).mean(1) + 1e-4
-    step = -torch.linalg.solve(normal + damping[:, None, None] * torch.eye(4), torch.einsum("bn,bni,bn->bi", weight, jacobian, error))
+    step = -torch.linalg.solve(
+        normal + damping[:, None, None] * torch.eye(4), torch.einsum("bn,bni,bn->bi", weight, jacobian, error)
+    )
     step = step * (_MAX_STEP / step.norm(dim=1, keepdim=True).clamp_min(_MAX_STEP))
     bound = torch.tensor(_BOUND)
     pose = torch.minimum(torch.maximum(pose + step * unit, -bound), bound)

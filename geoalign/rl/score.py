@@ -38,7 +38,9 @@ class Scores:
     seconds: Mapping[str, float]
 
 
-def score_videos(rewards: Mapping[str, Reward], videos: Tensor, batch: RetakeBatch, usable: Tensor | None = None) -> Scores:
+def score_videos(
+    rewards: Mapping[str, Reward], videos: Tensor, batch: RetakeBatch, usable: Tensor | None = None
+) -> Scores:
     """Score ``videos`` ``[R, F, 3, H, W]`` of R conditions.
 
     A scorer that raises makes its samples invalid; it is logged with its cause and counted. Usage errors (a wrong
@@ -74,7 +76,7 @@ def _call(name: str, reward: Reward, videos: Tensor, batch: RetakeBatch) -> Rewa
         return reward(videos, batch).masked_by_finite()
     except UsageError:
         raise
-    except Exception as error:  # noqa: BLE001 - a scorer may fail in any way; the sample is masked, the run goes on
+    except Exception as error:
         logger.warning("reward %s failed on %d videos: %s: %s", name, len(batch), type(error).__name__, error)
         zero = torch.zeros(len(batch))
-        return RewardOutput({key: zero for key in reward.keys}, torch.zeros(len(batch), dtype=torch.bool))
+        return RewardOutput(dict.fromkeys(reward.keys, zero), torch.zeros(len(batch), dtype=torch.bool))

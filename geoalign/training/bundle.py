@@ -73,13 +73,17 @@ def load_policy(name: Path) -> tuple[RetakePolicy, dict[str, Any]]:
     """
     path = resolve_base(name)
     if not path.exists():
-        raise CheckpointError(f"{path}: no such policy file; make one with `geoalign pretrain` or use builtin:tiny_base")
+        raise CheckpointError(
+            f"{path}: no such policy file; make one with `geoalign pretrain` or use builtin:tiny_base"
+        )
     try:
         with safe_open(path, framework="pt") as file:
             header = file.metadata() or {}
             tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 - safe_open has no __iter__
         if header.get("kind") != _KIND:
-            raise CheckpointError(f"{path}: a safetensors file, but not a geoalign policy (header kind {header.get('kind')!r})")
+            raise CheckpointError(
+                f"{path}: a safetensors file, but not a geoalign policy (header kind {header.get('kind')!r})"
+            )
         config, codec_config = (
             ModelConfig.model_validate_json(header["model"]),
             CodecConfig.model_validate_json(header["codec"]),

@@ -76,7 +76,9 @@ def save_checkpoint(folder: Path, state: TrainState, *, config: str, keep: int) 
             shutil.rmtree(final)
         temporary.rename(final)
     except (OSError, SafetensorError) as error:
-        raise CheckpointError(f"cannot write checkpoint {final}: {error}; free disk space, then --resume auto") from error
+        raise CheckpointError(
+            f"cannot write checkpoint {final}: {error}; free disk space, then --resume auto"
+        ) from error
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
     for old in list_checkpoints(folder)[:-keep]:
@@ -98,9 +100,13 @@ def load_checkpoint(path: Path, *, config: str, allow_config_change: bool = Fals
     """
     try:
         meta = json.loads((path / "state.json").read_text(encoding="utf-8"))
-        trained, average, flat = (load_file(path / f"{part}.safetensors") for part in ("trained", "average", "optimizer"))
+        trained, average, flat = (
+            load_file(path / f"{part}.safetensors") for part in ("trained", "average", "optimizer")
+        )
     except (OSError, ValueError, SafetensorError) as error:
-        raise CheckpointError(f"{path}: not a readable checkpoint ({error}); delete it and resume from an older one") from error
+        raise CheckpointError(
+            f"{path}: not a readable checkpoint ({error}); delete it and resume from an older one"
+        ) from error
     if meta.get("format") != FORMAT:
         raise CheckpointError(f"{path}: checkpoint format {meta.get('format')!r}, this version reads {FORMAT}")
     if meta["config"] != config and not allow_config_change:
@@ -115,13 +121,18 @@ def load_checkpoint(path: Path, *, config: str, allow_config_change: bool = Fals
     return TrainState(meta["iteration"], trained, average, optimizer, meta["notes"])
 
 
-def optimizer_state(optimizer: torch.optim.Optimizer, trained: Mapping[str, nn.Parameter]) -> dict[str, dict[str, Tensor]]:
+def optimizer_state(
+    optimizer: torch.optim.Optimizer, trained: Mapping[str, nn.Parameter]
+) -> dict[str, dict[str, Tensor]]:
     """The optimizer's tensors by parameter name (empty before the first update)."""
     return {name: dict(optimizer.state[p]) for name, p in trained.items() if p in optimizer.state}
 
 
 def restore(
-    state: TrainState, trained: Mapping[str, nn.Parameter], average: Mapping[str, Tensor], optimizer: torch.optim.Optimizer
+    state: TrainState,
+    trained: Mapping[str, nn.Parameter],
+    average: Mapping[str, Tensor],
+    optimizer: torch.optim.Optimizer,
 ) -> None:
     """Copy a checkpoint into parameters, moving average and optimizer.
 

@@ -26,7 +26,9 @@ examples:
 def add_parser(subparsers: Any) -> None:
     """Add the three verbs."""
     train = _verb(subparsers, "train", "reinforcement learning of the camera", run_train, TRAIN_EXAMPLES)
-    train.add_argument("--resume", metavar="auto|latest|PATH", help="continue from a checkpoint (auto: if there is one)")
+    train.add_argument(
+        "--resume", metavar="auto|latest|PATH", help="continue from a checkpoint (auto: if there is one)"
+    )
     train.add_argument("--allow-config-change", action="store_true", help="resume although settings changed")
     train.add_argument("--dry-run", action="store_true", help="print what would run, then stop")
     pre = _verb(subparsers, "pretrain", "supervised base policy of the embedded world", run_pretrain)
@@ -40,7 +42,9 @@ def _verb(subparsers: Any, name: str, summary: str, run: Any, epilog: str = "") 
     parser = subparsers.add_parser(
         name, help=summary, description=summary, epilog=epilog, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--config", required=True, help="preset name or .yaml path (geoalign config print NAME shows it)")
+    parser.add_argument(
+        "--config", required=True, help="preset name or .yaml path (geoalign config print NAME shows it)"
+    )
     parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="settings that differ from the file")
     parser.set_defaults(run=run)
     return parser
@@ -78,7 +82,11 @@ def _print_comparison(summary: dict[str, Any]) -> None:
     for kind in summary["held_out"]:
         before, after = (summary["held_out"][kind][stage] for stage in ("before", "after"))
         for key, title in names.items():
-            change = f"{after[key] - before[key]:+.2f}" if key in ("psnr_db", "scale_ratio") else f"{after[key] / before[key] - 1:+.0%}"
+            change = (
+                f"{after[key] - before[key]:+.2f}"
+                if key in ("psnr_db", "scale_ratio")
+                else f"{after[key] / before[key] - 1:+.0%}"
+            )
             print(f"  {kind:<8} {title:<32} {before[key]:>8.3f} {after[key]:>8.3f} {change:>8}")
 
 
@@ -122,7 +130,10 @@ def run_pretrain(args: argparse.Namespace) -> int:
 
         torch.set_num_threads(config.run.threads)
     began = time.process_time()
-    with bar(config.pretrain.pool, "rendering pairs", "pair") as rendered, bar(config.pretrain.steps, "pre-training", "step") as steps:
+    with (
+        bar(config.pretrain.pool, "rendering pairs", "pair") as rendered,
+        bar(config.pretrain.steps, "pre-training", "step") as steps,
+    ):
 
         def on_step(step: int, loss: float) -> None:
             steps.update()

@@ -78,7 +78,11 @@ def retake(policy: RetakePolicy, flow: FlowConfig, batch: RetakeBatch, noise_see
 
 @torch.no_grad()
 def evaluate(
-    policy: RetakePolicy, flow: FlowConfig, held_out: HeldOut, config: EvalConfig, evaluator: PoseEvaluator | None = None
+    policy: RetakePolicy,
+    flow: FlowConfig,
+    held_out: HeldOut,
+    config: EvalConfig,
+    evaluator: PoseEvaluator | None = None,
 ) -> Evaluation:
     """Evaluate ``policy`` on all held-out sets and noise seeds.
 

@@ -62,7 +62,7 @@ class Learner:
         for part in range(updates):
             keep = valid & (member * updates // rollout.group_size == part)
             self.optimizer.zero_grad(set_to_none=True)
-            loss, part_stats, drift = self._accumulate(sampler, rollout, conditioning, advantage, keep)
+            loss, part_stats, drift = self._accumulate(sampler, rollout, conditioning, advantage, keep, valid)
             norm = nn.utils.clip_grad_norm_(list(self.trained.values()), self.optim.grad_clip)
             if bool(torch.isfinite(norm)):
                 self.optimizer.step()
@@ -71,24 +71,37 @@ class Learner:
                 numbers["parity/log_prob_diff_max"] = drift
             stats = part_stats if stats is None else stats + part_stats
             numbers |= {"policy/loss": loss, "policy/grad_norm": float(norm)}
-            numbers["policy/skipped_updates"] = numbers.get("policy/skipped_updates", 0.0) + float(not torch.isfinite(norm))
+            numbers["policy/skipped_updates"] = numbers.get("policy/skipped_updates", 0.0) + float(
+                not torch.isfinite(norm)
+            )
         assert stats is not None
         return numbers | {f"policy/{name}": value for name, value in stats.summary().items()}
 
     def _accumulate(
-        self, sampler: FlowSampler, rollout: Rollout, conditioning: Conditioning, advantage: Tensor, keep: Tensor
+        self,
+        sampler: FlowSampler,
+        rollout: Rollout,
+        conditioning: Conditioning,
+        advantage: Tensor,
+        keep: Tensor,
+        valid: Tensor,
     ) -> tuple[float, RatioStats, float]:
-        """Sum gradients over the window; returns the loss, ratio statistics and largest log-probability drift."""
+        """Sum gradients over the window; returns the loss, ratio statistics and largest log-probability drift.
+
+        ``keep`` are the rows of this update, ``valid`` all rows whose rollout can be trusted.
+        """
         weights = loss_weights(sampler.table, self.objective)
         denominator = max(float(keep.sum()) * rollout.num_window_steps, 1.0)
-        loss, drift = 0.0, 0.0
+        loss, drift = 0.0, torch.zeros(())
         stats: RatioStats | None = None
         for position in range(rollout.num_window_steps):
             for rows in sampler.replay_batches(rollout, position):
                 prepared = self.policy.prepare(conditioning)  # with graph: camera gains live in it
                 replayed = sampler.replay(self.policy.velocity, rollout, position, prepared, rows).log_prob
                 old = rollout.log_prob[rows, position]
-                drift = max(drift, float((replayed.detach() - old).abs().max()))
+                # Rows that failed carry zeros instead of states; a NaN of a valid row must not be lost in a maximum.
+                difference = torch.where(valid[rows], replayed.detach() - old, 0.0).abs()
+                drift = torch.maximum(drift, difference.max())
                 output = clipped_surrogate(
                     replayed,
                     old,
@@ -102,4 +115,4 @@ class Learner:
                 loss += float(output.loss.detach())
                 stats = output.stats if stats is None else stats + output.stats
         assert stats is not None
-        return loss, stats, drift
+        return loss, stats, float(drift)

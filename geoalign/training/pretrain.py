@@ -127,5 +127,3 @@ def _loss(policy: RetakePolicy, pool: Pool, index: Tensor, shift: float, generat
 def _blend(average: torch.nn.Module, model: torch.nn.Module, decay: float) -> None:
     for kept, current in zip(average.parameters(), model.parameters(), strict=True):
         kept.lerp_(current, 1 - decay)
-
-

@@ -89,9 +89,15 @@ def run_training(config: Config, *, resume: str | None = None, allow_config_chan
     checkpoint = _find_checkpoint(folder, resume)
     _refuse_overwrite(folder, checkpoint, resume)
     if config.train.base is None:
-        raise ConfigError("train.base is not set: give a policy file (geoalign pretrain makes one) or builtin:tiny_base")
+        raise ConfigError(
+            "train.base is not set: give a policy file (geoalign pretrain makes one) or builtin:tiny_base"
+        )
     policy, _ = load_policy(config.train.base)
-    state = None if checkpoint is None else load_checkpoint(checkpoint, config=fingerprint, allow_config_change=allow_config_change)
+    state = (
+        None
+        if checkpoint is None
+        else load_checkpoint(checkpoint, config=fingerprint, allow_config_change=allow_config_change)
+    )
     prepare_run(config)
     trainer = Trainer(config, policy, RetakeDataset(config.data, seed=config.run.seed), build_rewards(config.rewards))
     folder.mkdir(parents=True, exist_ok=True)
@@ -165,7 +171,10 @@ def _loop(
             if trainer.iteration % config.train.checkpoint_every == 0 or trainer.iteration == total or stop.signal_name:
                 save()
             if stop.signal_name and trainer.iteration < total:
-                print(f"stopped after iteration {trainer.iteration} of {total}; continue with --resume auto", file=sys.stderr)
+                print(
+                    f"stopped after iteration {trainer.iteration} of {total}; continue with --resume auto",
+                    file=sys.stderr,
+                )
                 return False
     trainer.notes = base_notes
     return True
@@ -173,7 +182,11 @@ def _loop(
 
 def _headline(numbers: Mapping[str, float]) -> str:
     parts = []
-    for key, text in (("reward/trans_m", "{:.2f} m"), ("reward/rot_deg", "{:.2f} deg"), ("policy/ratio_max", "ratio<{:.4f}")):
+    for key, text in (
+        ("reward/trans_m", "{:.2f} m"),
+        ("reward/rot_deg", "{:.2f} deg"),
+        ("policy/ratio_max", "ratio<{:.4f}"),
+    ):
         if key in numbers:
             parts.append(text.format(numbers[key]))
     return ", ".join(parts)
@@ -221,7 +234,9 @@ def _summary(notes: Mapping[str, Any], after: Mapping[str, Mapping[str, list[flo
         rows = {kind: dict(values) for kind, values in kinds.items()}
         if rows:
             metrics = next(iter(rows.values()))
-            rows["mean"] = {m: [sum(v) / len(v) for v in zip(*(k[m] for k in rows.values()), strict=True)] for m in metrics}
+            rows["mean"] = {
+                m: [sum(v) / len(v) for v in zip(*(k[m] for k in rows.values()), strict=True)] for m in metrics
+            }
         for kind, values in rows.items():
             per_seed.setdefault(kind, {})[stage] = values
     means = {
@@ -237,7 +252,9 @@ def _find_checkpoint(folder: Path, resume: str | None) -> Path | None:
     if resume not in ("auto", "latest"):
         path = Path(resume)
         if not path.is_dir():
-            raise UsageError(f"--resume {resume}: no such checkpoint folder (use auto, latest or .../checkpoints/step_NNNNNN)")
+            raise UsageError(
+                f"--resume {resume}: no such checkpoint folder (use auto, latest or .../checkpoints/step_NNNNNN)"
+            )
         return path
     found = list_checkpoints(folder / "checkpoints")
     if not found and resume == "latest":
@@ -247,7 +264,9 @@ def _find_checkpoint(folder: Path, resume: str | None) -> Path | None:
 
 def _refuse_overwrite(folder: Path, checkpoint: Path | None, resume: str | None) -> None:
     if checkpoint is None and resume is None and list_checkpoints(folder / "checkpoints"):
-        raise UsageError(f"{folder} already holds checkpoints: continue with --resume auto, or choose another run.name or run.dir")
+        raise UsageError(
+            f"{folder} already holds checkpoints: continue with --resume auto, or choose another run.name or run.dir"
+        )
 
 
 def describe_environment() -> dict[str, Any]:

@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import logging
-import time
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
-from dataclasses import dataclass, field
+from collections.abc import Mapping
 from typing import Any, Protocol
 
 import torch
@@ -16,7 +13,7 @@ from geoalign.config.schema import Config
 from geoalign.errors import RunError
 from geoalign.flow.sampler import FlowSampler, initial_noise
 from geoalign.flow.table import build_step_table
-from geoalign.perf.spans import span
+from geoalign.perf.timer import PhaseTimer
 from geoalign.rewards.base import Reward
 from geoalign.rl.advantage import Advantage, group_advantage
 from geoalign.rl.policy import RetakePolicy
@@ -38,21 +35,6 @@ class ConditionSource(Protocol):
     def batch(self, iteration: int, group_ids: list[int]) -> RetakeBatch:
         """The conditions of these groups."""
         ...
-
-
-@dataclass(slots=True)
-class PhaseClock:
-    """Seconds of every phase of one iteration, by span name."""
-
-    seconds: dict[str, float] = field(default_factory=dict)
-
-    @contextmanager
-    def phase(self, name: str) -> Iterator[None]:
-        """Time a phase and name it in profilers."""
-        began = time.perf_counter()
-        with span(name):
-            yield
-        self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - began
 
 
 class Trainer:
@@ -81,7 +63,7 @@ class Trainer:
         Raises:
             RunError: too many invalid samples, or log-probabilities of rollout and replay differ beyond the bound.
         """
-        config, clock, began = self.config, PhaseClock(), time.perf_counter()
+        config, clock = self.config, PhaseTimer()
         groups = torch.arange(config.groups.conditions)
         window = self.schedule(self.iteration)
         sampler = FlowSampler(build_step_table(config.flow, window), config.groups.size, window_grad=True)
@@ -114,9 +96,7 @@ class Trainer:
             "perf/forwards_rollout": float(rollout.forwards.total),
             "perf/forwards_learner": float(sum(rollout.state(k).shape[0] for k in range(rollout.num_window_steps))),
         }
-        seconds = {f"time/{name.replace('/', '_')}_s": value for name, value in clock.seconds.items()}
-        seconds |= {f"time/reward_{name}_s": value for name, value in scores.seconds.items()}
-        seconds["time/iteration_s"] = time.perf_counter() - began
+        seconds = clock.collect() | {f"time/reward/{name}_s": value for name, value in scores.seconds.items()}
         place = {"window/start": float(window.start), "optim/lr_factor": factor}
         return _reward_metrics(scores, advantage) | update | forwards | seconds | place
 

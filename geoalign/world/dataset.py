@@ -10,7 +10,6 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable
-from pathlib import Path
 
 import torch
 
@@ -61,7 +60,9 @@ def write_world(data: DataConfig, world: WorldConfig, progress: Callable[[int], 
     (root / ".writing").touch()
     _write_paths(data, world)
     _write_clips(data, world, progress)
-    atomic_write_text(stamp, json.dumps({"fingerprint": _fingerprint(world), "settings": world.model_dump(mode="json")}) + "\n")
+    atomic_write_text(
+        stamp, json.dumps({"fingerprint": _fingerprint(world), "settings": world.model_dump(mode="json")}) + "\n"
+    )
     (root / ".writing").unlink()
 
 
@@ -83,7 +84,9 @@ def _write_clips(data: DataConfig, world: WorldConfig, progress: Callable[[int],
             write_video(folder / f"{stem}.mp4", videos[i], world.fps, lossless=True)
             camera = CameraTrajectory.build(c2w[i], intrinsics(world))
             write_clip_camera(folder / f"{stem}.npz", camera, (world.height, world.width), ground_plane=plane[i])
-            rows.append({"videoFile": f"{stem}.mp4", "cameraFile": f"{stem}.npz", "caption": PROMPT, "scene": "landscape"})
+            rows.append(
+                {"videoFile": f"{stem}.mp4", "cameraFile": f"{stem}.npz", "caption": PROMPT, "scene": "landscape"}
+            )
         progress(count)
     write_metadata(data.clips_path / "metadata.csv", rows)
 

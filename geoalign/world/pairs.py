@@ -67,7 +67,11 @@ def paired_videos(
     height = low + (high - low) * torch.rand(count, generator=generator)
     scenes = sample_scenes(count, generator, style=style)
     source_c2w = to_c2w(source_drift(count, world.frames, generator), world)
-    label = random_curves(count, world.frames, generator) if paths == "random" else preset_motions(count, world.frames, generator)
+    label = (
+        random_curves(count, world.frames, generator)
+        if paths == "random"
+        else preset_motions(count, world.frames, generator)
+    )
     true = label if bias is None else label * bias.draw(count, generator)
     plane = ground_plane(world, height)
     videos = render(scenes, torch.cat([source_c2w, to_c2w(true, world)[:, 1:]], dim=1), plane, world)

@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from geoalign.config.rewards import RewardConfig
 from geoalign.config.world import WorldConfig
 from geoalign.errors import ConfigError, UsageError
 from geoalign.geometry import so3
@@ -13,7 +14,6 @@ from geoalign.models.codec import PatchCodec
 from geoalign.rewards.geometry import GeometryReward, SourceConsistencyReward
 from geoalign.rewards.planar import PlanarAligner
 from geoalign.rewards.registry import build_evaluator, build_rewards
-from geoalign.config.rewards import RewardConfig
 from geoalign.training.evaluate import second_evaluator
 from geoalign.types import SourceClip
 from geoalign.world.pairs import PairedVideos, paired_videos

@@ -98,7 +98,9 @@ class TestCodec:
         matrix = lapped_transform(64, 16)
         assert torch.allclose(matrix @ matrix.T, torch.eye(64, dtype=torch.float64), atol=1e-12)
         flat = (matrix @ torch.ones(64, dtype=torch.float64)).reshape(4, 16)
-        assert torch.allclose(flat[:, 0], torch.full((4,), 4.0, dtype=torch.float64)) and flat[:, 1:].abs().max() < 1e-12
+        assert (
+            torch.allclose(flat[:, 0], torch.full((4,), 4.0, dtype=torch.float64)) and flat[:, 1:].abs().max() < 1e-12
+        )
 
     def test_round_trip_error_is_the_dropped_energy(self) -> None:
         video = torch.randn(2, 3, 3, 48, 64, generator=generator(), dtype=torch.float64)
