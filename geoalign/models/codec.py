@@ -43,7 +43,7 @@ def _dct4(size: int) -> Tensor:
 
 @cache
 def lapped_transform(length: int, patch: int) -> Tensor:
-    """Orthonormal lapped transform of a signal of ``length`` samples in blocks of ``patch``, float64 ``[length, length]``.
+    """Orthonormal lapped transform of ``length`` samples in blocks of ``patch``, float64 ``[length, length]``.
 
     Rows ``k * patch .. (k + 1) * patch - 1`` are the basis functions of block k, lowest frequency first. The pre-filter
     acts on ``patch`` samples around every inner border (half on each side); the outer borders are left alone.
@@ -116,9 +116,9 @@ class PatchCodec(nn.Module):
 
     @torch.no_grad()
     def fit(self, videos: Tensor, floor: float = 0.2) -> PatchCodec:
-        """Set ``channel_std`` from example videos ``[B, F, 3, H, W]``; weak channels are lifted by ``floor`` x the largest.
+        """Set ``channel_std`` from example videos ``[B, F, 3, H, W]``.
 
-        The lift keeps high-frequency noise from being blown up to unit variance.
+        Weak channels are lifted by ``floor`` times the largest, which keeps high-frequency noise from being blown up to unit variance.
         """
         raw = self._analyse(videos)
         std = raw.movedim(1, 0).flatten(1).std(dim=1)

@@ -78,7 +78,8 @@ class PlanarAligner:
             pose = motion[:, i - 1] + (motion[:, i - 1] - motion[:, max(i - 2, 0)])
             j = i if self.reference == "same" else 0
             for level, (_, iterations) in enumerate(self.levels):
-                reference = _Reference(references[level][:, j], source.camera.c2w[:, j], source.camera.intrinsics[:, j])
+                camera = source.camera
+                reference = _Reference(references[level][:, j], camera.c2w[:, j], camera.intrinsics[:, j])
                 values = generated[level][:, i].flatten(1)
                 for _ in range(iterations):
                     pose, residual[:, i], tracked[:, i] = _gauss_newton(
@@ -96,7 +97,7 @@ class PlanarAligner:
 def _gauss_newton(
     pose: Tensor, values: Tensor, slope: Tensor, reference: _Reference, height: Tensor, axes: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """One damped step. Returns the new pose ``[B, 4]``, mean robust residual ``[B]`` and share of tracked pixels ``[B]``."""
+    """One damped step: the new pose ``[B, 4]``, mean robust residual ``[B]`` and share of tracked pixels ``[B]``."""
     cos, sin = pose[:, 3:].cos(), pose[:, 3:].sin()
     turned_x, turned_y = cos * slope[..., 0] - sin * slope[..., 1], sin * slope[..., 0] + cos * slope[..., 1]
     above = (height - pose[:, 2])[:, None]

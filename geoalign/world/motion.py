@@ -1,8 +1,9 @@
 """How the drone moves: four true degrees of freedom (3 of translation in metres, yaw about the vertical).
 
 A motion is ``[B, F, 4]``: metres along e1 (right), e2 (backward over the ground: towards the bottom of the picture) and
-down, and yaw in radians. :func:`to_c2w` turns it into ordinary camera-to-world matrices relative to the first frame. The gimbal fixes
-pitch and roll, so the presets of the literature appear here as a stabilised drone can fly them (see ``PRESETS``).
+down, and yaw in radians. :func:`to_c2w` turns it into ordinary camera-to-world matrices relative to the first frame.
+The gimbal fixes pitch and roll, so the presets of the literature appear here as a stabilised drone can fly them (see
+``PRESETS``).
 """
 
 from __future__ import annotations

@@ -21,7 +21,7 @@ class Scene:
     """B ground maps, each a sum of plane waves mapped through a palette.
 
     Attributes:
-        wave: ``[B, K, 2]`` wave vectors in rad/m; the last ``_TINT_WAVES`` carry the light/dark tint, the others elevation.
+        wave: ``[B, K, 2]`` wave vectors in rad/m; the last ``_TINT_WAVES`` carry light and dark, the others elevation.
         phase: ``[B, K]`` rad.
         amplitude: ``[B, K]``.
         palette: ``[B, P, 3]`` colours in [-1, 1] along elevation.
@@ -37,7 +37,7 @@ class Scene:
 
 
 def sample_scenes(count: int, generator: Generator, *, style: str = "synthetic") -> Scene:
-    """Draw scenes. ``style``: "synthetic" (pre-training) or "real" (RL and evaluation: other wave lengths and colours)."""
+    """Draw scenes in the style "synthetic" (pre-training) or "real" (RL and evaluation: other waves and colours)."""
     shortest, longest = (5.5, 13.0) if style == "synthetic" else (5.0, 11.0)
     shape = (count, _WAVES + _TINT_WAVES)
     length = shortest * (longest / shortest) ** torch.rand(shape, generator=generator)

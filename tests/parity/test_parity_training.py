@@ -131,7 +131,7 @@ def test_drift_between_rollout_and_learner_stops_the_run(config: Config) -> None
     def drifting(self, conditioning):  # type: ignore[no-untyped-def]
         prepared = original(self, conditioning)
         if torch.is_grad_enabled():  # the learner's preparation only
-            return replace(prepared, cache=replace(prepared.cache, token_offset=1.001 * prepared.cache.token_offset))
+            return replace(prepared, cache=replace(prepared.cache, token_offset=2.0 * prepared.cache.token_offset))
         return prepared
 
     with pytest.MonkeyPatch.context() as patch:

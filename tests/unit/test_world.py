@@ -54,7 +54,7 @@ def test_presets_do_what_their_names_say() -> None:
 
 
 def test_render_is_the_map_seen_through_a_pinhole() -> None:
-    """Independent derivation in float64: march along the ray of single pixels until the plane, then colour that point."""
+    """Independent derivation in float64: follow the ray of single pixels to the plane, then colour that point."""
     scene = sample_scenes(2, generator())
     height = torch.tensor([9.0, 11.0])
     c2w = to_c2w(random_curves(2, 3, generator(1)), WORLD)
