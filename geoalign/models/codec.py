@@ -118,7 +118,8 @@ class PatchCodec(nn.Module):
     def fit(self, videos: Tensor, floor: float = 0.2) -> PatchCodec:
         """Set ``channel_std`` from example videos ``[B, F, 3, H, W]``.
 
-        Weak channels are lifted by ``floor`` times the largest, which keeps high-frequency noise from being blown up to unit variance.
+        Weak channels are lifted by ``floor`` times the largest, which keeps high-frequency noise from being blown up
+        to unit variance.
         """
         raw = self._analyse(videos)
         std = raw.movedim(1, 0).flatten(1).std(dim=1)

@@ -39,7 +39,7 @@ def is_complete(data: DataConfig, world: WorldConfig) -> bool:
     return stamp.exists() and json.loads(stamp.read_text())["fingerprint"] == _fingerprint(world)
 
 
-def write_world(data: DataConfig, world: WorldConfig, progress: Callable[[int], None] = lambda count: None) -> None:
+def write_world(data: DataConfig, world: WorldConfig, progress: Callable[[int], object] = lambda count: None) -> None:
     """Render clips and camera archives into ``data.root``; a stamp is written last, so a killed run starts over.
 
     Args:
@@ -59,13 +59,11 @@ def write_world(data: DataConfig, world: WorldConfig, progress: Callable[[int], 
     (root / ".writing").touch()
     _write_paths(data, world)
     _write_clips(data, world, progress)
-    atomic_write_text(
-        stamp, json.dumps({"fingerprint": _fingerprint(world), "settings": world.model_dump(mode="json")}) + "\n"
-    )
+    atomic_write_json(stamp, {"fingerprint": _fingerprint(world), "settings": world.model_dump(mode="json")})
     (root / ".writing").unlink()
 
 
-def _write_clips(data: DataConfig, world: WorldConfig, progress: Callable[[int], None]) -> None:
+def _write_clips(data: DataConfig, world: WorldConfig, progress: Callable[[int], object]) -> None:
     generator = torch.Generator().manual_seed(world.seed + 101)
     low, high = world.height_m
     rows = []
