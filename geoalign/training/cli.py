@@ -35,6 +35,9 @@ def add_parser(subparsers: Any) -> None:
     pre.add_argument("--out", type=Path, required=True, help="policy file to write (.safetensors)")
     ev = _verb(subparsers, "evaluate", "held-out camera errors of a policy", run_evaluate)
     ev.add_argument("--policy", type=Path, required=True, help="policy file, or builtin:tiny_base")
+    ev.add_argument(
+        "--condition-scale", type=float, default=1.0, metavar="S", help="oracle: ask for S times the motion"
+    )
     ev.add_argument("--json", type=Path, metavar="FILE", help="also write the numbers there")
 
 
@@ -167,7 +170,9 @@ def run_evaluate(args: argparse.Namespace) -> int:
     if config.world is None:
         raise ConfigError("evaluate needs held-out pairs with a true render: set the world section (tiny_cpu has it)")
     policy, _ = load_policy(args.policy)
-    result = evaluate(policy, config.flow, HeldOut.build(config.world, config.eval), config.eval)
+    result = evaluate(
+        policy, config.flow, HeldOut.build(config.world, config.eval), config.eval, condition_scale=args.condition_scale
+    )
     _print_numbers(result.numbers)
     if args.json:
         atomic_write_json(args.json, {"policy": str(args.policy), "held_out": result.numbers, **describe_environment()})

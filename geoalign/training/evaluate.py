@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -91,6 +91,8 @@ def evaluate(
         flow: sampler settings; sampling is deterministic.
         held_out: conditions and truth.
         config: noise seeds.
+        condition_scale: multiplies the translation that the policy is asked for (an oracle that knows the scale error
+            of a base); errors are always against the true target.
         evaluator: reads the cameras; default: the reward's planar aligner. The second evaluator always runs beside it.
     """
     primary, second = evaluator or PlanarAligner(), second_evaluator()
@@ -99,8 +101,9 @@ def evaluate(
     estimated: dict[str, Tensor] = {}
     for kind, pairs in held_out.sets.items():
         rows: dict[str, list[float]] = {}
+        asked = replace(pairs.batch, target_camera=pairs.batch.target_camera.scale_translation(condition_scale))
         for number, noise_seed in enumerate(config.noise_seeds):
-            video = retake(policy, flow, pairs.batch, noise_seed)
+            video = retake(policy, flow, asked, noise_seed)
             pose = primary(video, pairs.batch.source).c2w
             row = camera_errors(pose, pairs.batch.target_camera.c2w)
             other = camera_errors(second(video, pairs.batch.source).c2w, pairs.batch.target_camera.c2w)

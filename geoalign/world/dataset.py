@@ -20,6 +20,7 @@ from geoalign.data.omniworld import split_record, write_archive
 from geoalign.data.video import write_video
 from geoalign.errors import DataError
 from geoalign.geometry.trajectory import CameraTrajectory
+from geoalign.io_utils import atomic_write_json
 from geoalign.world.motion import ground_plane, random_curves, source_drift, to_c2w
 from geoalign.world.pairs import PROMPT
 from geoalign.world.render import intrinsics, render
