@@ -7,6 +7,10 @@ The package imports torch only (Triton at the first kernel launch) and nothing o
 
 from geoalign_kernels.dispatch import BackendUnavailableError, report, set_backend, use_backend
 from geoalign_kernels.ops.flow_step import FlowStep, flow_log_prob, flow_step
+from geoalign_kernels.ops.gated_residual import gated_residual
+from geoalign_kernels.ops.modulated_norm import modulated_norm
+from geoalign_kernels.ops.qk_norm_rotary import qk_norm_rotary
+from geoalign_kernels.ops.unrotate_gate_norm import unrotate_gate_norm
 from geoalign_kernels.philox import NoiseKey, philox_normal, philox_uniform
 
 __all__ = [
@@ -15,9 +19,13 @@ __all__ = [
     "NoiseKey",
     "flow_log_prob",
     "flow_step",
+    "gated_residual",
+    "modulated_norm",
     "philox_normal",
     "philox_uniform",
+    "qk_norm_rotary",
     "report",
     "set_backend",
+    "unrotate_gate_norm",
     "use_backend",
 ]

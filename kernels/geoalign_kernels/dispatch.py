@@ -30,22 +30,21 @@ class BackendUnavailableError(RuntimeError):
     """An explicitly requested backend does not exist for the op or cannot run on this device."""
 
 
+class UnsupportedInput(ValueError):
+    """A kernel cannot take these shapes or dtypes; under `auto` the reference runs instead."""
+
+
 def register(op: str, **targets: str) -> None:
     """Declares the implementations of `op` as `backend="module:function"`; a module is imported when first used."""
     _implementations[op] = targets
 
 
-def resolve(op: str, device: torch.device) -> Callable[..., Any]:
-    """The function that runs `op` on `device` under the present choice.
+def backend_for(op: str, device: torch.device) -> str:
+    """Name of the backend that runs `op` on `device` under the present choice.
 
     Raises:
         BackendUnavailableError: the chosen backend has no implementation of `op` or cannot run on `device`.
     """
-    return _load(_implementations[op][backend_for(op, device)])
-
-
-def backend_for(op: str, device: torch.device) -> str:
-    """Name of the backend that `resolve` would take; raises as `resolve` does."""
     wanted = _wanted(op)
     if wanted != "auto":
         reason = _why_not(op, wanted, device)
@@ -155,6 +154,23 @@ def _why_not(op: str, backend: str, device: torch.device) -> str:
 def _load(target: str) -> Callable[..., Any]:
     module, _, function = target.partition(":")
     return getattr(importlib.import_module(module), function)
+
+
+def run(op: str, device: torch.device, args: tuple[Any, ...]) -> Any:
+    """Calls the implementation of `op`; what `auto` picked may decline its input in favour of the reference.
+
+    Raises:
+        BackendUnavailableError: as `backend_for`.
+        UnsupportedInput: a backend chosen by name cannot take these inputs.
+    """
+    backend = backend_for(op, device)
+    try:
+        return _load(_implementations[op][backend])(*args)
+    except UnsupportedInput as error:
+        if _wanted(op) != "auto":
+            raise
+        _warn_fallback(op, str(error))
+        return _load(_implementations[op]["reference"])(*args)
 
 
 @functools.lru_cache(maxsize=64)

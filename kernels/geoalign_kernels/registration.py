@@ -33,7 +33,7 @@ def define(
     _library.define(f"{name}{schema}", tags=(torch.Tag.pt2_compliant_tag,))
 
     def run(first: torch.Tensor, *args: Any) -> Any:
-        return dispatch.resolve(name, first.device)(first, *args)
+        return dispatch.run(name, first.device, (first, *args))
 
     for key in ("CPU", "CUDA"):
         _library.impl(name, run, key)

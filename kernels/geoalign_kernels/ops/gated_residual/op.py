@@ -1,0 +1,67 @@
+"""`gated_residual`: public function, validation, registration. Differentiable in all tensors; bitwise reproducible."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from geoalign_kernels import dispatch
+from geoalign_kernels.ops.modulated_norm.op import check_vectors, vector_gradient
+from geoalign_kernels.ops.modulated_norm.reference import working_dtype
+from geoalign_kernels.registration import define
+
+_HERE = "geoalign_kernels.ops.gated_residual"
+for _name in ("gated_residual", "gated_residual_backward"):
+    dispatch.register(_name, reference=f"{_HERE}.reference:{_name}", triton=f"{_HERE}.triton_impl:{_name}")
+
+
+def gated_residual(x: Tensor, y: Tensor, gate: Tensor) -> Tensor:
+    """x + gate * y.
+
+    Args:
+        x: residual stream [B, S, D], any floating dtype; arithmetic in float32 (float64 for float64), one rounding.
+        y: branch output, like x in shape.
+        gate: [B or 1, D] or [D], any floating dtype.
+
+    Returns:
+        [B, S, D] in the dtype of x.
+
+    Raises:
+        ValueError: shapes do not fit.
+    """
+    check_vectors(x, gate=gate)
+    if y.shape != x.shape:
+        raise ValueError(f"y must be like x {list(x.shape)}, got {list(y.shape)}")
+    return torch.ops.geoalign.gated_residual(x, y, gate)
+
+
+def _fake(x: Tensor, *_: Any) -> Tensor:
+    return torch.empty_like(x, memory_format=torch.contiguous_format)
+
+
+def _backward_fake(grad: Tensor, y: Tensor, *_: Any) -> Tensor:
+    return torch.empty_like(y, memory_format=torch.contiguous_format)
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    ctx.save_for_backward(*inputs[1:])
+
+
+def _backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
+    y, gate = ctx.saved_tensors
+    _, need_y, need_gate = ctx.needs_input_grad
+    dy = torch.ops.geoalign.gated_residual_backward(grad, y, gate) if need_y else None
+    dtype = working_dtype(grad)
+    return grad, dy, vector_gradient(grad.to(dtype) * y.to(dtype), gate) if need_gate else None
+
+
+define(
+    "gated_residual",
+    "(Tensor x, Tensor y, Tensor gate) -> Tensor",
+    fake=_fake,
+    backward=_backward,
+    setup_context=_setup_context,
+)
+define("gated_residual_backward", "(Tensor grad, Tensor y, Tensor gate) -> Tensor", fake=_backward_fake)

@@ -1,0 +1,89 @@
+"""`modulated_norm`: public function, validation, registration.
+
+Differentiable in all tensors. The kernel computes dx; gradients of scale and shift, which are frozen when only
+self-attention is trained, are plain torch reductions that run only if asked for. Bitwise reproducible.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from geoalign_kernels import dispatch
+from geoalign_kernels.ops.modulated_norm import reference
+from geoalign_kernels.registration import define
+
+_HERE = "geoalign_kernels.ops.modulated_norm"
+for _name in ("modulated_norm", "modulated_norm_backward"):
+    dispatch.register(_name, reference=f"{_HERE}.reference:{_name}", triton=f"{_HERE}.triton_impl:{_name}")
+
+
+def modulated_norm(x: Tensor, scale: Tensor, shift: Tensor, eps: float = 1e-6) -> Tensor:
+    """LayerNorm(x) * (1 + scale) + shift over the last dimension; an affine LayerNorm is scale = weight - 1.
+
+    Args:
+        x: [B, S, D], any floating dtype; arithmetic in float32 (float64 for float64), one rounding at the end.
+        scale: [B or 1, D] or [D], any floating dtype. shift: likewise.
+        eps: added to the variance.
+
+    Returns:
+        [B, S, D] in the dtype of x.
+
+    Raises:
+        ValueError: shapes do not fit.
+    """
+    check_vectors(x, scale=scale, shift=shift)
+    return torch.ops.geoalign.modulated_norm(x, scale, shift, eps)
+
+
+def check_vectors(x: Tensor, **vectors: Tensor) -> None:
+    """Raises ValueError unless x is [B, S, D] and every vector [B or 1, D] or [D]."""
+    if x.dim() != 3:
+        raise ValueError(f"x must be [B, S, D], got {list(x.shape)}")
+    for name, vector in vectors.items():
+        if tuple(vector.shape) not in ((x.shape[2],), (1, x.shape[2]), (x.shape[0], x.shape[2])):
+            raise ValueError(f"{name} must be [{x.shape[0]} or 1, {x.shape[2]}], got {list(vector.shape)}")
+
+
+def vector_gradient(grad: Tensor, vector: Tensor) -> Tensor:
+    """Sums a gradient [B, S, D] over tokens (and samples) to the shape and dtype of `vector`."""
+    per_sample = grad.sum(1)
+    return per_sample.sum_to_size(vector.shape if vector.dim() == 2 else (1, *vector.shape)).view_as(vector).to(vector)
+
+
+def _fake(x: Tensor, *_: Any) -> Tensor:
+    return torch.empty_like(x, memory_format=torch.contiguous_format)
+
+
+def _backward_fake(grad: Tensor, x: Tensor, *_: Any) -> Tensor:
+    return torch.empty_like(x, memory_format=torch.contiguous_format)
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    ctx.save_for_backward(*inputs[:3])
+    ctx.eps = inputs[3]
+
+
+def _backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
+    x, scale, shift = ctx.saved_tensors
+    need_x, need_scale, need_shift = ctx.needs_input_grad[:3]
+    dx = torch.ops.geoalign.modulated_norm_backward(grad, x, scale, ctx.eps) if need_x else None
+    dscale = dshift = None
+    if need_scale:
+        unit, _ = reference.normalised(x, ctx.eps)
+        dscale = vector_gradient(grad.to(unit) * unit, scale)
+    if need_shift:
+        dshift = vector_gradient(grad.to(reference.working_dtype(x)), shift)
+    return dx, dscale, dshift, None
+
+
+define(
+    "modulated_norm",
+    "(Tensor x, Tensor scale, Tensor shift, float eps) -> Tensor",
+    fake=_fake,
+    backward=_backward,
+    setup_context=_setup_context,
+)
+define("modulated_norm_backward", "(Tensor grad, Tensor x, Tensor scale, float eps) -> Tensor", fake=_backward_fake)
