@@ -103,7 +103,7 @@ def run_study(study: Study, out: Path, work: Path, config: str) -> None:
 def table(results: Path) -> str:
     """Markdown table of all result files: before -> after per kind, mean and range over noise seeds."""
     lines = [
-        "| run | set | position error (m) | change | direction error (deg) | PSNR (dB) | second evaluator | travelled / asked |",
+        "| run | set | position error (m) | change | direction (deg) | PSNR (dB) | 2nd evaluator | travelled / asked |",
         "| --- | --- | --- | --- | --- | --- | --- | --- |",
     ]
     for study in STUDIES:
