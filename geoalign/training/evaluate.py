@@ -83,6 +83,7 @@ def evaluate(
     held_out: HeldOut,
     config: EvalConfig,
     evaluator: PoseEvaluator | None = None,
+    condition_scale: float = 1.0,
 ) -> Evaluation:
     """Evaluate ``policy`` on all held-out sets and noise seeds.
 
