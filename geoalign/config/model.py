@@ -57,7 +57,7 @@ class ModelConfig(Section):
     """
     pluecker_adapter: bool = False
     """Whether the Pluecker adapter of Wan-Fun-Control-Camera adds camera tokens to the patch embedding."""
-    time_stride: int = Field(4, gt=0)
+    time_stride: Literal[1, 4] = 4
     """Video frames per latent frame after the first (4 for the Wan VAE)."""
     space_stride: int = Field(8, gt=0)
     """Pixels per latent row and column (8 for the Wan VAE)."""
@@ -88,7 +88,7 @@ class ModelConfig(Section):
             raise ValueError("model.camera=learned takes its phases from the adapter; set model.pluecker_adapter=true")
         if self.camera in ("geometric", "modulated") and self.pluecker_adapter:
             raise ValueError(f"model.camera={self.camera} has no Pluecker adapter; set model.pluecker_adapter=false")
-        if self.camera in ("learned", "geometric", "modulated") and self.source == "none":
+        if self.camera != "none" and self.source == "none":
             raise ValueError(f"model.camera={self.camera} relates target to source tokens; set model.source=frames")
         if self.first_frame_given and self.source == "none":
             raise ValueError(

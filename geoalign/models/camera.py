@@ -18,6 +18,7 @@ from geoalign.config.model import ModelConfig
 from geoalign.errors import UsageError
 from geoalign.geometry import so3
 from geoalign.geometry.plane import ground_axes, intersect_plane, pixel_grid, pixel_rays
+from geoalign.geometry.pluecker import pack_frames, ray_map
 from geoalign.models.conditioning import Conditioning, LayerRotation, Rotation
 from geoalign.models.rope import axis_frequencies, axis_pairs, frame_indices, grid_angles
 
@@ -59,26 +60,10 @@ class _ResidualBlock(nn.Module):
         return x + self.conv2(F.relu(self.conv1(x)))
 
 
-def pluecker_map(camera: CameraTrajectory, height: int, width: int) -> Tensor:
-    """Pluecker coordinates (moment, direction) of every pixel's ray, ``[B, 6, F, height, width]`` in the pose's dtype.
-
-    Poses are camera-to-world and used as given; directions are unit vectors in the world; moment = origin x direction.
-    """
-    pixels = pixel_grid(height, width).to(camera.c2w)
-    rays = F.normalize(pixel_rays(camera.intrinsics, pixels), dim=-1) @ camera.c2w[..., :3, :3].transpose(-1, -2)
-    moment = torch.linalg.cross(camera.c2w[..., None, :3, 3].expand_as(rays), rays)
-    return torch.cat([moment, rays], -1).unflatten(2, (height, width)).permute(0, 4, 1, 2, 3)
-
-
-def pack_frames(maps: Tensor, stride: int) -> Tensor:
-    """Pack ``[B, C, F, H, W]`` with F = stride * k + 1 to latent frames ``[B, C * stride, k + 1, H, W]``.
-
-    Frame 0 is repeated ``stride`` times; output channel = ``stride * c + frame within the group``.
-    """
-    if (maps.shape[2] - 1) % stride:
-        raise UsageError(f"{maps.shape[2]} camera frames do not fit the frame rule {stride}k + 1")
-    padded = torch.cat([maps[:, :, :1].expand(-1, -1, stride - 1, -1, -1), maps], 2)
-    return padded.unflatten(2, (-1, stride)).permute(0, 1, 3, 2, 4, 5).flatten(1, 2)
+def adapter_input(camera: CameraTrajectory, height: int, width: int, stride: int) -> Tensor:
+    """Ray maps of B trajectories, ``[B, 6 * stride, T, height, width]``; ``stride`` video frames per latent frame."""
+    rays = ray_map(camera, (height, width), reference_size=None)
+    return pack_frames(rays) if stride == 4 else rays.transpose(1, 2)
 
 
 def latent_frame_poses(camera: CameraTrajectory, stride: int) -> Tensor:

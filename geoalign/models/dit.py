@@ -16,6 +16,7 @@ from torch.utils.checkpoint import checkpoint
 from geoalign.config.model import ModelConfig
 from geoalign.errors import UsageError
 from geoalign.geometry.plane import pixel_grid
+from geoalign.geometry.trajectory import CameraTrajectory
 from geoalign.models import camera as cameras
 from geoalign.models.conditioning import ConditionCache, Conditioning, LayerRotation
 from geoalign.models.layers import Block, Head, ImageProjector, PatchEmbedding, sinusoid
@@ -61,7 +62,7 @@ class RetakeDiT(nn.Module):
         Returns:
             ``[B, out_channels, T, h, w]`` float32.
         """
-        cache = self.prepare(cond) if cache is None else cache
+        cache = self.prepare(cond, x.shape[2:]) if cache is None else cache
         tokens = self.patch_embedding(x)
         count = tokens.shape[1]
         if cache.source_tokens is not None:
@@ -80,11 +81,12 @@ class RetakeDiT(nn.Module):
         flow = self._unpatch(self.head(h[:, :count], embedded), x.shape)
         return flow if self.config.data_variance is None else self._precondition(x, timestep, flow)
 
-    def prepare(self, cond: Conditioning) -> ConditionCache:
+    def prepare(self, cond: Conditioning, size: torch.Size | None = None) -> ConditionCache:
         """Compute what depends neither on noisy latents nor on time, once per condition.
 
         Gradients flow into self-attention's camera gains if they are enabled, so a learner calls this at every update
-        while rollouts keep one result.
+        while rollouts keep one result. ``size`` (T, h, w) of the target latents is needed only by a model that has the
+        Pluecker adapter and no source video.
         """
         config = self.config
         text = self.text_embedding(self._context(cond))
@@ -95,7 +97,11 @@ class RetakeDiT(nn.Module):
             image = self.img_emb(cond.image_tokens)
         cache = ConditionCache(cross=tuple(block.cross_attn.prepare(text, image) for block in self.blocks))
         if config.source == "none":
-            return cache
+            if not config.pluecker_adapter:
+                return cache
+            if size is None:
+                raise UsageError("prepare() needs the size of the target latents when there is no source video")
+            return replace(cache, token_offset=self._adapter_tokens(cond.target_camera, size))
         if cond.source_latents is None:
             raise UsageError("this model needs source_latents")
         tokens = self.patch_embedding(cond.source_latents)
@@ -106,7 +112,8 @@ class RetakeDiT(nn.Module):
         frames, rows, columns = (n // p for n, p in zip(size, config.patch, strict=True))
         target_frames = frames - int(config.first_frame_given)
         if config.pluecker_adapter:
-            offset = self._adapter_tokens(cond, target_frames, size)
+            target = self._adapter_tokens(cond.target_camera, torch.Size((target_frames, *size[1:])))
+            offset = torch.cat([target, self._adapter_tokens(cond.source_camera, size)], 1)
             return replace(cache, token_offset=offset, camera_tokens=offset if config.camera == "learned" else None)
         if config.camera == "geometric":
             gains = torch.stack([block.self_attn.camera_gain for block in self.blocks])
@@ -122,16 +129,13 @@ class RetakeDiT(nn.Module):
             return replace(cache, poses=poses.repeat_interleave(rows * columns, 1).repeat(1, 2, 1))
         return cache
 
-    def _adapter_tokens(self, cond: Conditioning, target_frames: int, size: torch.Size) -> Tensor:
-        """Adapter tokens ``[B, N, dim]``, target first."""
-        if cond.source_camera is None or cond.target_camera is None:
-            raise UsageError("this model needs source_camera and target_camera")
+    def _adapter_tokens(self, camera: CameraTrajectory | None, size: torch.Size) -> Tensor:
+        """Adapter tokens ``[B, T * rows * columns, dim]`` of one stream of latents of ``size`` (T, h, w)."""
+        if camera is None:
+            raise UsageError("a model with the Pluecker adapter needs the cameras of all its streams")
         height, width = (n * self.config.space_stride for n in size[1:])
-        halves = []
-        for camera, frames in ((cond.target_camera, target_frames), (cond.source_camera, size[0])):
-            maps = cameras.pack_frames(cameras.pluecker_map(camera, height, width), self.config.time_stride)
-            halves.append(self.control_adapter(maps[:, :, -frames:]))
-        return torch.cat(halves, 1)
+        maps = cameras.adapter_input(camera, height, width, self.config.time_stride)
+        return self.control_adapter(maps[:, :, -size[0] :])
 
     def _block(
         self, layer: int, h: Tensor, modulation: Tensor, size: torch.Size, cache: ConditionCache, keep: int

@@ -1,0 +1,283 @@
+"""The transformer against diffusers, and invariants of the joint source/target forward and of the camera phases."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from torch import Tensor
+
+from geoalign.config.model import ModelConfig
+from geoalign.errors import UsageError
+from geoalign.geometry import so3
+from geoalign.geometry.trajectory import CameraTrajectory
+from geoalign.models.camera import geometric_rotations, scaled_poses
+from geoalign.models.conditioning import Conditioning
+from geoalign.models.dit import RetakeDiT, init_tiny_
+from geoalign.models.layouts import original_names
+from geoalign.models.rope import axis_pairs, rotate
+
+WAN = ModelConfig(
+    dim=96, heads=4, layers=2, ffn_dim=160, in_channels=16, out_channels=16, text_dim=24, text_length=512, freq_dim=64
+)
+IMAGE = WAN.model_copy(update={"in_channels": 36, "image_dim": 1280})
+REDIRECTOR = WAN.model_copy(
+    update={"in_channels": 32, "source": "frames", "camera": "learned", "pluecker_adapter": True, "space_stride": 2}
+)
+TINY = ModelConfig(
+    dim=96, heads=4, layers=2, ffn_dim=160, in_channels=10, out_channels=10, patch=(1, 1, 1), text_dim=8, freq_dim=32,
+    rope_theta=(21.5, 14.2), rope_scale=(1.2, 2.2), source="frames", first_frame_given=True, camera="geometric",
+    time_stride=1, space_stride=16, data_variance=0.6,
+)  # fmt: skip
+
+
+def randomised(config: ModelConfig, seed: int = 0) -> RetakeDiT:
+    """A model whose every parameter is random, gates and camera phases included."""
+    torch.manual_seed(seed)
+    model = RetakeDiT(config)
+    for name, parameter in model.named_parameters():
+        spread = 0.3 if "modulation" in name else 1 / math.sqrt(max(parameter[0].numel(), 2))
+        centre = 1.0 if "norm" in name and name.endswith("weight") else 0.0
+        parameter.data.normal_(centre, spread)
+    return model.requires_grad_(False)
+
+
+def cameras(batch: int, frames: int, seed: int = 3) -> CameraTrajectory:
+    torch.manual_seed(seed)
+    steps = torch.linspace(0, 1, frames)[None, :, None]
+    c2w = so3.rigid(so3.exp(0.4 * torch.randn(batch, 1, 3) * steps), torch.randn(batch, 1, 3) * steps)
+    return CameraTrajectory.build(c2w, (0.8, 1.1, 0.5, 0.5))
+
+
+def redirector_condition(batch: int = 2) -> Conditioning:
+    torch.manual_seed(1)
+    return Conditioning(
+        source_latents=torch.randn(batch, 16, 3, 6, 4), source_camera=cameras(batch, 9, 3),
+        target_camera=cameras(batch, 9, 4), context=torch.randn(batch, 7, 24),
+    )  # fmt: skip
+
+
+def relative(a: Tensor, b: Tensor) -> float:
+    return float(((a - b).norm() / b.norm()).detach())
+
+
+@pytest.mark.parametrize("config", [WAN, IMAGE], ids=["t2v", "i2v"])
+def test_equals_diffusers(config: ModelConfig) -> None:
+    """fp32 forward of a random model against WanTransformer3DModel; two orders of summation differ by under 1e-5."""
+    from diffusers import WanTransformer3DModel
+
+    ours = randomised(config)
+    theirs = WanTransformer3DModel(
+        patch_size=(1, 2, 2), num_attention_heads=4, attention_head_dim=24, in_channels=config.in_channels,
+        out_channels=16, text_dim=24, freq_dim=64, ffn_dim=160, num_layers=2, image_dim=config.image_dim,
+        added_kv_proj_dim=96 if config.image_dim else None,
+    )  # fmt: skip
+    state, names = ours.state_dict(), original_names(config)
+    theirs.load_state_dict({theirs_name: state[name] for theirs_name, name in names.items()}, strict=True)
+    torch.manual_seed(2)
+    x, context = torch.randn(2, config.in_channels, 3, 8, 6), torch.randn(2, 512, 24)
+    image = torch.randn(2, 257, 1280) if config.image_dim else None
+    for time in (12.0, 500.0, 904.0):
+        t = torch.full((2,), time)
+        with torch.no_grad():
+            expected = theirs(x, t, context, encoder_hidden_states_image=image, return_dict=False)[0]
+        assert relative(ours(x, t, Conditioning(context=context, image_tokens=image)), expected) < 1e-5
+
+
+def test_joint_forward_without_camera_equals_diffusers_with_doubled_positions() -> None:
+    """Zero adapter and zero phases: source joined on the frame axis, both halves on the same rotary positions."""
+    from diffusers import WanTransformer3DModel
+
+    ours = randomised(REDIRECTOR)
+    for name, parameter in ours.named_parameters():
+        if "control_adapter" in name or "rope_phase" in name:
+            parameter.zero_()
+    theirs = WanTransformer3DModel(
+        patch_size=(1, 2, 2), num_attention_heads=4, attention_head_dim=24, in_channels=32, out_channels=16,
+        text_dim=24, freq_dim=64, ffn_dim=160, num_layers=2,
+    )  # fmt: skip
+    plain = REDIRECTOR.model_copy(update={"camera": "none", "pluecker_adapter": False})
+    state = ours.state_dict()
+    theirs.load_state_dict({k: state[v] for k, v in original_names(plain).items()}, strict=True)
+    single = theirs.rope.forward
+
+    def doubled(hidden: Tensor) -> tuple[Tensor, ...]:
+        return tuple(torch.cat([part, part], 1) for part in single(hidden[:, :, : hidden.shape[2] // 2]))
+
+    theirs.rope.forward = doubled
+    cond, t = redirector_condition(), torch.tensor([900.0, 100.0])
+    x = torch.randn(2, 16, 3, 6, 4)
+    joined = torch.cat([torch.cat([x, cond.source_latents], 2), torch.zeros(2, 16, 6, 6, 4)], 1)
+    with torch.no_grad():
+        expected = theirs(joined, t, cond.context, return_dict=False)[0][:, :, :3]
+    assert relative(ours(x, t, cond), expected) < 1e-5
+
+
+def test_zero_phases_are_plain_attention_bit_for_bit() -> None:
+    model = randomised(REDIRECTOR)
+    for block in model.blocks:
+        block.self_attn.rope_phase_qk[1].weight.zero_()
+        block.self_attn.rope_phase_vo[1].weight.zero_()
+    plain = RetakeDiT(REDIRECTOR.model_copy(update={"camera": "none"}))
+    plain.load_state_dict({k: v for k, v in model.state_dict().items() if "rope_phase" not in k})
+    cond, x, t = redirector_condition(), torch.randn(2, 16, 3, 6, 4), torch.tensor([900.0, 100.0])
+    assert torch.equal(model(x, t, cond), plain(x, t, cond))
+
+
+def test_exchanging_streams_exchanges_outputs() -> None:
+    """No stream embedding: swapping (latents, cameras) of target and source gives the other half of the output."""
+    model = randomised(REDIRECTOR)
+    model.prune_source = False
+    halves: list[Tensor] = []
+    model.blocks[-1].register_forward_hook(lambda module, args, output: halves.append(output))
+    cond, x, t = redirector_condition(1), torch.randn(1, 16, 3, 6, 4), torch.tensor([700.0])
+    swapped = Conditioning(x, cond.target_camera, cond.source_camera, context=cond.context)
+    model(x, t, cond)
+    model(cond.source_latents, t, swapped)
+    target, source = halves[0].chunk(2, 1)
+    assert relative(torch.cat([source, target], 1), halves[1]) < 1e-5
+
+
+def test_pruning_and_cache_change_nothing() -> None:
+    for config, cond in ((REDIRECTOR, redirector_condition()), (TINY, tiny_condition())):
+        model = randomised(config)
+        shape = (2, 16, 3, 6, 4) if config is REDIRECTOR else (2, 10, 3, 3, 4)
+        x, t = torch.randn(shape), torch.tensor([900.0, 100.0])
+        pruned = model(x, t, cond)
+        model.prune_source = False
+        # Pruning changes the shapes of matrix products, hence the order of summation, and nothing else.
+        assert relative(pruned, model(x, t, cond)) < 1e-5
+        cache = model.prepare(cond).repeat_interleave(2)
+        again = model(x.repeat_interleave(2, 0), t.repeat_interleave(2), cond.repeat_interleave(2), cache)
+        assert relative(again[::2], pruned) < 1e-5
+
+
+def test_equal_cameras_cancel_between_queries_and_keys_but_not_between_value_and_output() -> None:
+    """A phase common to all tokens leaves q.k unchanged; o sits between the rotations of v and output, so they stay."""
+    from geoalign.models.camera import learned_rotation
+    from geoalign.models.conditioning import LayerRotation
+    from geoalign.models.rope import grid_rotation
+
+    attention = randomised(REDIRECTOR).blocks[0].self_attn
+    base = grid_rotation(REDIRECTOR, (0, 1, 2), 3, 2, torch.device("cpu"))
+    torch.manual_seed(5)
+    x, phase = torch.randn(1, 18, 96), torch.randn(1, 1, 32).expand(1, 18, 32)
+    plain = attention(x, LayerRotation(base), 18)
+    both = learned_rotation(REDIRECTOR, base, phase, phase)
+    assert relative(attention(x, LayerRotation(both.qk), 18), plain) < 1e-5
+    assert relative(attention(x, both, 18), plain) > 0.1
+    # The time pairs of every head keep phase 0 exactly; v is undone by the inverse.
+    assert both.vo is not None and not both.vo.sin[..., : axis_pairs(24)[0]].any()
+    heads = torch.randn(1, 18, 4, 24)
+    torch.testing.assert_close(rotate(rotate(heads, both.vo), both.vo.inverse()), heads, atol=1e-6, rtol=0)
+
+
+def tiny_condition(batch: int = 2) -> Conditioning:
+    torch.manual_seed(6)
+    plane = torch.tensor([0.0, math.sin(0.35), math.cos(0.35), 9.0]).repeat(batch, 1)
+    return Conditioning(torch.randn(batch, 10, 4, 3, 4), cameras(batch, 4, 7), cameras(batch, 4, 8), plane)
+
+
+def test_geometric_phases_follow_ground_points() -> None:
+    """Tokens whose rays meet the same ground point get equal angles, and one patch of ground turns by theta."""
+    cond = tiny_condition()
+    assert cond.source_camera is not None
+    same = Conditioning(cond.source_latents, cond.source_camera, cond.source_camera, cond.ground_plane)
+    rotations = geometric_rotations(TINY, torch.zeros(2, 4, 4), same, 3, (4, 3, 4))
+    vo = rotations[0].vo
+    assert vo is not None
+    target, source = vo.cos[:, : 3 * 12], vo.cos[:, 3 * 12 + 12 :]
+    torch.testing.assert_close(target, source, atol=2e-5, rtol=0)
+    # A camera looking straight down: neighbouring columns are one patch apart on the map.
+    down = Conditioning(
+        cond.source_latents, _still(2, 4),
+        _still(2, 4), torch.tensor([[0.0, 0.0, 1.0, 5.0]]).repeat(2, 1),
+    )  # fmt: skip
+    qk = geometric_rotations(TINY, torch.zeros(2, 4, 4), down, 3, (4, 3, 4))[1].qk
+    angle = torch.atan2(qk.sin, qk.cos)[0, :, 0]
+    step = (angle[1] - angle[0])[-4:]
+    expected = torch.tensor([2.2 * 14.2 ** (-j / 4) for j in range(4)])
+    difference = torch.remainder(step - expected + math.pi, 2 * math.pi) - math.pi
+    assert difference.abs().max() < 1e-5
+
+
+def _still(batch: int, frames: int) -> CameraTrajectory:
+    return CameraTrajectory.build(torch.eye(4).repeat(batch, frames, 1, 1), (0.8, 1.1, 0.5, 0.5))
+
+
+def test_gains_scale_motion_and_receive_gradient() -> None:
+    cond = tiny_condition()
+    camera, plane = cond.target_camera, cond.ground_plane
+    assert camera is not None and plane is not None
+    same = scaled_poses(camera.c2w, plane, torch.zeros(1, 4))[:, 0]
+    torch.testing.assert_close(same, camera.c2w, atol=1e-6, rtol=0)
+    double = scaled_poses(camera.c2w, plane, torch.full((1, 4), math.log(2.0)))[:, 0]
+    torch.testing.assert_close(double[..., :3, 3], 2 * camera.c2w[..., :3, 3], atol=1e-5, rtol=0)
+    expected = camera.rotation @ camera.rotation
+    torch.testing.assert_close(double[..., :3, :3], expected, atol=1e-5, rtol=0)
+    model = randomised(TINY)
+    for block in model.blocks:
+        block.self_attn.camera_gain.zero_().requires_grad_(True)
+    x, t = torch.randn(2, 10, 3, 3, 4), torch.tensor([500.0, 800.0])
+    model(x, t, cond).square().mean().backward()
+    for block in model.blocks:
+        gradient = block.self_attn.camera_gain.grad
+        assert torch.isfinite(gradient).all() and (gradient != 0).all()
+
+
+def test_target_pose_enters_only_through_the_phases() -> None:
+    """Freezing the rotations makes the model blind to the target camera, so attention alone can correct its scale."""
+    model, cond = randomised(TINY), tiny_condition()
+    first = model.prepare(cond)
+    other = model.prepare(Conditioning(cond.source_latents, cond.source_camera, cameras(2, 4, 99), cond.ground_plane))
+    assert torch.equal(first.token_offset, other.token_offset)
+    assert torch.equal(first.source_tokens, other.source_tokens)
+    assert not torch.equal(first.rotations[0].qk.cos, other.rotations[0].qk.cos)
+
+
+def test_rays_that_miss_the_ground_keep_gradients_finite() -> None:
+    cond = tiny_condition()
+    up = so3.rigid(so3.exp(torch.tensor([2.2, 0.0, 0.0])), torch.zeros(3)).repeat(2, 4, 1, 1)
+    sky = Conditioning(
+        cond.source_latents, cond.source_camera, CameraTrajectory.build(up, (0.8, 1.1, 0.5, 0.5)), cond.ground_plane
+    )
+    model = init_tiny_(RetakeDiT(TINY))
+    model(torch.randn(2, 10, 3, 3, 4), torch.tensor([500.0, 800.0]), sky).square().mean().backward()
+    assert all(p.grad is None or torch.isfinite(p.grad).all() for p in model.parameters())
+
+
+def test_preconditioning_is_optimal_for_gaussian_data() -> None:
+    """With network output 0 the velocity is E[n - x0 | x] of x0 ~ N(0, s2): closed form by Gaussian regression."""
+    model = randomised(TINY)
+    model.head.head.weight.zero_()
+    model.head.head.bias.zero_()
+    x, t = torch.randn(2, 10, 3, 3, 4), torch.tensor([300.0, 950.0])
+    sigma = (t / 1000).view(2, 1, 1, 1, 1)
+    variance = sigma**2 + (1 - sigma) ** 2 * 0.6
+    expected = (sigma - (1 - sigma) * 0.6) / variance * x  # Cov(n - x0, x) / Var(x)
+    torch.testing.assert_close(model(x, t, tiny_condition()), expected, atol=1e-6, rtol=1e-6)
+
+
+def test_recammaster_sequential_frames_and_pose_injection() -> None:
+    config = WAN.model_copy(update={"source": "frames", "camera": "modulated", "rope_layout": "sequential"})
+    model, cond = randomised(config), redirector_condition()
+    x, t = torch.randn(2, 16, 3, 6, 4), torch.tensor([900.0, 100.0])
+    moved = Conditioning(cond.source_latents, cond.source_camera, cameras(2, 9, 50), context=cond.context)
+    assert relative(model(x, t, moved), model(x, t, cond)) > 1e-3
+    for block in model.blocks:  # published initialisation: no camera, identity projector
+        block.cam_encoder.weight.zero_()
+        block.cam_encoder.bias.zero_()
+        torch.nn.init.eye_(block.projector.weight)
+        block.projector.bias.zero_()
+    plain = RetakeDiT(config.model_copy(update={"camera": "none"}))
+    state = {k: v for k, v in model.state_dict().items() if "cam_encoder" not in k and "projector" not in k}
+    plain.load_state_dict(state)
+    assert relative(model(x, t, cond), plain(x, t, cond)) < 1e-5
+
+
+def test_head_dimension_without_one_rotary_split_is_refused() -> None:
+    with pytest.raises(ValueError, match="head dimension 16"):
+        ModelConfig(dim=64, heads=4)
+    with pytest.raises(UsageError, match="source_latents"):
+        randomised(TINY)(torch.randn(1, 10, 3, 3, 4), torch.tensor([1.0]), Conditioning())
