@@ -1,0 +1,124 @@
+"""Resize, crop and 8-bit rounding against Pillow; pose maths against scipy."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from PIL import Image
+from scipy.spatial.transform import Rotation
+
+from geoalign.errors import UsageError
+from geoalign.rewards.mapanything.poses import quaternion_to_rotation, relative_to_first, small_matmul
+from geoalign.rewards.mapanything.preprocess import Preprocessor, plan_resize, resize_matrix, to_uint8
+
+
+def test_plan_of_the_paper_size() -> None:
+    plan = plan_resize(480, 832)
+    assert (plan.resized, plan.output, plan.offset) == ((298, 518), (294, 518), (2, 0))
+
+
+@given(st.integers(20, 1200), st.integers(20, 1200))
+def test_plan_covers_and_crops_the_centre(height: int, width: int) -> None:
+    plan = plan_resize(height, width)
+    assert max(plan.output) == 518 and plan.output[0] % 14 == plan.output[1] % 14 == 0
+    for source, resized, output, offset in zip(plan.source, plan.resized, plan.output, plan.offset, strict=True):
+        assert 0 <= offset <= resized - output
+        assert abs(2 * offset - (resized - output)) <= 1
+        assert resized <= source * max(plan.output[0] / height, plan.output[1] / width) + 1e-3
+    assert any(r == o for r, o in zip(plan.resized, plan.output, strict=True))
+
+
+# Pillow sums in 22-bit fixed point and we in float32, so a near-tie may fall on either side: in below 1 of 5000
+# values, never by more than one level.
+@pytest.mark.parametrize(("height", "width"), [(480, 832), (240, 416), (48, 64), (416, 240), (532, 532)])
+def test_resize_equals_pillow(height: int, width: int) -> None:
+    pixels = np.random.default_rng(height).integers(0, 256, (height, width, 3), dtype=np.uint8)
+    plan = plan_resize(height, width)
+    rows, columns = plan.resized
+    kernel = Image.Resampling.LANCZOS if columns < width else Image.Resampling.BICUBIC
+    resized = np.asarray(Image.fromarray(pixels).resize((columns, rows), kernel), dtype=np.int16)
+    top, left = plan.offset
+    expected = resized[top : top + plan.output[0], left : left + plan.output[1]]
+    got = Preprocessor(plan).resize(torch.from_numpy(pixels).permute(2, 0, 1)).permute(1, 2, 0).numpy()
+    assert got.dtype == np.float32 and np.array_equal(got, got.round())
+    assert np.abs(got - expected).max() <= 1
+    assert (got != expected).mean() < 2e-4
+
+
+def test_resize_keeps_constants_and_identity() -> None:
+    for source, target in ((832, 518), (64, 522), (300, 300)):
+        matrix = resize_matrix(source, target)
+        torch.testing.assert_close(matrix.sum(1), torch.ones(target, dtype=torch.float64))
+    torch.testing.assert_close(resize_matrix(300, 300), torch.eye(300, dtype=torch.float64))
+
+
+def test_levels_and_normalisation() -> None:
+    levels = torch.arange(256, dtype=torch.uint8)
+    assert torch.equal(to_uint8(levels.float() / 127.5 - 1), levels)  # every stored level survives the trip
+    assert to_uint8(torch.tensor([-3.0, 3.0, 0.0])).tolist() == [0, 255, 128]
+    processor = Preprocessor(plan_resize(28, 28))
+    white = processor(torch.full((3, 28, 28), 255, dtype=torch.uint8))
+    expected = [(1 - 0.485) / 0.229, (1 - 0.456) / 0.224, (1 - 0.406) / 0.225]
+    torch.testing.assert_close(white.amax((1, 2)), torch.tensor(expected))
+    torch.testing.assert_close(white.amin((1, 2)), torch.tensor(expected))
+
+
+def test_wrong_sizes_are_refused() -> None:
+    with pytest.raises(UsageError, match=r"expected frames of \(28, 42\)"):
+        Preprocessor(plan_resize(28, 42)).resize(torch.zeros(3, 28, 28, dtype=torch.uint8))
+    with pytest.raises(UsageError, match="0 x 5"):
+        plan_resize(0, 5)
+
+
+def quaternions(count: int, seed: int = 0) -> torch.Tensor:
+    return torch.from_numpy(Rotation.random(count, rng=np.random.default_rng(seed)).as_quat()).float()
+
+
+def test_quaternion_to_rotation_equals_scipy() -> None:
+    unit = quaternions(200)
+    expected = torch.from_numpy(Rotation.from_quat(unit.double().numpy()).as_matrix())
+    # Entries are sums of a few products of numbers below 1: a handful of float32 roundings of 6e-8.
+    torch.testing.assert_close(quaternion_to_rotation(unit).double(), expected, rtol=0, atol=5e-7)
+    torch.testing.assert_close(quaternion_to_rotation(-3 * unit).double(), expected, rtol=0, atol=5e-7)
+
+
+def test_poses_relative_to_first_equal_scipy() -> None:
+    quaternion = quaternions(10, seed=3).view(2, 5, 4)
+    translation = torch.randn(2, 5, 3, generator=torch.Generator().manual_seed(0))
+    c2w = relative_to_first(quaternion, translation)
+    assert torch.equal(c2w[:, 0], torch.eye(4).expand(2, 4, 4))
+    assert torch.equal(c2w[..., 3, :], torch.tensor([0.0, 0.0, 0.0, 1.0]).expand(2, 5, 4))
+    for scene in range(2):
+        world = Rotation.from_quat(quaternion[scene].double().numpy())
+        turned = (world[0].inv() * world).as_matrix()
+        moved = world[0].inv().apply((translation[scene] - translation[scene, 0]).double().numpy())
+        torch.testing.assert_close(c2w[scene, :, :3, :3].double(), torch.from_numpy(turned), rtol=0, atol=1e-6)
+        torch.testing.assert_close(c2w[scene, :, :3, 3].double(), torch.from_numpy(moved), rtol=0, atol=3e-6)
+
+
+def test_relative_poses_ignore_the_network_frame() -> None:
+    """Moving every camera by one rigid motion changes nothing: what the network calls its world does not matter."""
+    quaternion, translation = quaternions(6, seed=5), torch.randn(6, 3, generator=torch.Generator().manual_seed(1))
+    turn = Rotation.from_euler("xyz", [20, -35, 70], degrees=True)
+    world = (turn * Rotation.from_quat(quaternion.double().numpy())).as_quat()
+    moved = turn.apply(translation.double().numpy()) + np.array([4.0, -2.0, 1.0])
+    again = relative_to_first(torch.from_numpy(world).float(), torch.from_numpy(moved).float())
+    torch.testing.assert_close(again, relative_to_first(quaternion, translation), rtol=0, atol=5e-6)
+
+
+def test_small_angles_survive_float32() -> None:
+    """0.001 degrees between two large rotations is read back to 1%, which a bf16 or TF32 product would lose."""
+    base = Rotation.from_euler("xyz", [80, 30, -50], degrees=True)
+    near = base * Rotation.from_rotvec([0, math.radians(1e-3), 0])
+    both = torch.from_numpy(np.stack([base.as_quat(), near.as_quat()]))
+    rotation = quaternion_to_rotation(both.double())
+    relative = small_matmul(rotation[0].T, rotation[1])
+    assert math.degrees(relative[0, 2].item()) == pytest.approx(1e-3, rel=1e-6)
+    c2w = relative_to_first(both.float(), torch.zeros(2, 3))
+    # float32 quaternions carry 6e-8 rad each, 3.4e-6 degrees; a few of them stay within 2% of 1e-3 degrees.
+    assert math.degrees(c2w[1, 0, 2].item()) == pytest.approx(1e-3, rel=0.02)
