@@ -5,6 +5,7 @@ Peak host memory is the model itself plus the tensor in flight; :class:`LoadRepo
 
 from __future__ import annotations
 
+import copy
 import json
 import pickle
 import struct
@@ -61,7 +62,7 @@ class TensorFile:
     """
 
     def __init__(self, path: Path) -> None:
-        self.path = path
+        self.path, self._prefix = path, ""
         self._where: dict[str, Path] = {}
         self._torch: dict[str, Tensor] = {}
         self.shapes: dict[str, tuple[int, ...]] = {}
@@ -86,15 +87,23 @@ class TensorFile:
         self.shapes.update({name: shape for name, (shape, _) in entries.items()})
         self.dtypes.update({name: dtype for name, (_, dtype) in entries.items()})
 
+    def part(self, prefix: str) -> TensorFile:
+        """The tensors whose names begin with ``prefix``, without it."""
+        other = copy.copy(self)
+        other._prefix = self._prefix + prefix
+        other.shapes = {n.removeprefix(prefix): v for n, v in self.shapes.items() if n.startswith(prefix)}
+        other.dtypes = {n.removeprefix(prefix): v for n, v in self.dtypes.items() if n.startswith(prefix)}
+        return other
+
     def items(self) -> Iterator[tuple[str, Tensor]]:
         """Every (name, tensor), one in memory at a time."""
         for file in dict.fromkeys(self._where.values()):
-            names = [name for name, where in self._where.items() if where == file]
+            names = [name for name in self.shapes if self._where[self._prefix + name] == file]
             if file.suffix != ".safetensors":
-                yield from ((name, self._torch[name]) for name in names)
+                yield from ((name, self._torch[self._prefix + name]) for name in names)
                 continue
             with safe_open(file, framework="pt") as reader:
-                yield from ((name, reader.get_tensor(name)) for name in names)
+                yield from ((name, reader.get_tensor(self._prefix + name)) for name in names)
 
 
 def _files(path: Path) -> list[Path]:

@@ -1,0 +1,57 @@
+"""``geoalign export``: a trained model as a file that other inference code reads."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+FORMATS = ("redirector", "recammaster", "diffusers", "lora")
+
+
+def add_parser(subparsers: argparse._SubParsersAction) -> None:
+    """Register ``export``."""
+    parser = subparsers.add_parser("export", help="write a trained model for other inference code")
+    parser.add_argument("--format", required=True, choices=FORMATS, help="layout of the result")
+    parser.add_argument(
+        "--model", type=Path, required=True, help="policy file, exported folder, or published base folder"
+    )
+    parser.add_argument("--checkpoint", type=Path, help="what was trained on top of it (delta or full state dict)")
+    parser.add_argument("--base", type=Path, help="for lora: checkpoint before training, on the same --model")
+    parser.add_argument("--rank", type=int, default=64, help="for lora: rank of the factors (default 64)")
+    parser.add_argument(
+        "--dtype", choices=("keep", "bfloat16", "float32"), default="keep",
+        help="bfloat16 rounds to 8 significant bits (relative error up to 2^-9); keep is exact",
+    )  # fmt: skip
+    parser.add_argument("--out", type=Path, required=True, help="file, or folder for diffusers")
+    parser.set_defaults(run=_run)
+
+
+def _run(args: argparse.Namespace) -> int:
+    import torch
+
+    from geoalign.export import formats, lora
+    from geoalign.io_utils import atomic_write_json
+    from geoalign.models.open import open_model
+
+    loaded = None if args.dtype == "keep" else getattr(torch, args.dtype)
+    model, _ = open_model(args.model, args.checkpoint)
+    if args.format == "lora":
+        base, _ = open_model(args.model, args.base)
+        report = lora.export_lora(base, model, args.out, args.rank, loaded or torch.float32)
+        print(f"LoRA of rank {args.rank}: lossy, it leaves {report.residual:.2%} of the matrices' change (norm)")
+        if report.omitted_names:
+            print(
+                f"{report.omitted_names} biases, norms or phase maps also changed ({report.omitted:.2%}); LoRA has none"
+            )
+        tensors = report.tensors
+    elif args.format == "diffusers":
+        tensors = formats.save_pretrained(model, args.out, loaded)
+    elif args.format == "recammaster":
+        tensors = formats.export_recammaster(model, args.out, loaded)
+    else:
+        tensors = formats.export_redirector(model, args.out, loaded)
+    summary = formats.manifest(tensors)
+    atomic_write_json(args.out.with_name(args.out.name + ".manifest.json"), summary)
+    rounding = "every bit kept" if args.dtype == "keep" else f"rounded to {args.dtype}"
+    print(f"{args.out}: {summary['tensors']} tensors, {summary['parameters']:,} parameters, {rounding}")
+    return 0

@@ -1,0 +1,159 @@
+"""Exported checkpoints: the files that the original inference code, and ours, read back."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from geoalign.config.model import ModelConfig
+from geoalign.errors import CheckpointError, UsageError
+from geoalign.io_utils import atomic_path
+from geoalign.models.checkpoint import LoadReport
+from geoalign.models.dit import RetakeDiT
+from geoalign.models.layouts import diffusers_name, is_self_attention, model_shapes
+from geoalign.models.open import CONFIG_FILE, open_model
+
+WEIGHTS_FILE = "diffusion_pytorch_model.safetensors"
+
+
+def export_redirector(model: RetakeDiT, path: Path, dtype: torch.dtype | None = None) -> dict[str, Tensor]:
+    """Write the self-attention tensors alone, names relative to the transformer, as ReDirector's inference reads them.
+
+    Args:
+        model: any retake model.
+        path: a ``.safetensors`` file.
+        dtype: round to this type (bfloat16 keeps 8 significant bits); None keeps every bit.
+
+    Returns:
+        What was written, by name.
+    """
+    tensors = {name: value for name, value in _state(model, dtype).items() if is_self_attention(name)}
+    save_safetensors(tensors, path)
+    return tensors
+
+
+def export_recammaster(model: RetakeDiT, path: Path, dtype: torch.dtype | None = None) -> dict[str, Tensor]:
+    """Write the full state dict with torch, as ReCamMaster's inference reads it (strictly).
+
+    Raises:
+        UsageError: the model has other parameters than ReCamMaster's.
+    """
+    if model.config.camera != "modulated":
+        raise UsageError(f"format recammaster needs a model with camera=modulated, not {model.config.camera!r}")
+    tensors = _state(model, dtype)
+    with atomic_path(path) as temporary:
+        torch.save(tensors, temporary)
+    return tensors
+
+
+def save_pretrained(model: RetakeDiT, folder: Path, dtype: torch.dtype | None = None) -> dict[str, Tensor]:
+    """Write a folder with ``config.json`` and safetensors in diffusers' names; appears complete or not at all.
+
+    A model without source video and cameras is a stock ``WanTransformer3DModel`` and loads as one. Camera modules have
+    no home in that class: they keep their own names, and :func:`from_pretrained` reads them.
+
+    Raises:
+        CheckpointError: the folder exists already.
+    """
+    if folder.exists():
+        raise CheckpointError(f"{folder} exists already; remove it or choose another name")
+    tensors = {diffusers_name(name): value for name, value in _state(model, dtype).items()}
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
+    try:
+        (temporary / CONFIG_FILE).write_text(json.dumps(diffusers_config(model.config), indent=2) + "\n", "utf-8")
+        save_file(tensors, temporary / WEIGHTS_FILE, metadata={"format": "pt"})
+        temporary.chmod(0o755)
+        os.replace(temporary, folder)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+    return tensors
+
+
+def from_pretrained(
+    folder: Path, *, dtype: torch.dtype = torch.float32, device: str = "cpu"
+) -> tuple[RetakeDiT, LoadReport]:
+    """Read a folder of :func:`save_pretrained`; never touches the network.
+
+    Raises:
+        CheckpointError: missing, damaged, or not such a folder.
+    """
+    return open_model(folder, dtype=dtype, device=device)
+
+
+def diffusers_config(config: ModelConfig) -> dict[str, Any]:
+    """``config.json``: diffusers' fields, and all of ours under ``retake``."""
+    stock = config.camera == "none" and config.source == "none" and not config.pluecker_adapter
+    return {
+        "_class_name": "WanTransformer3DModel" if stock else "RetakeDiT",
+        "patch_size": list(config.patch),
+        "num_attention_heads": config.heads,
+        "attention_head_dim": config.head_dim,
+        "in_channels": config.in_channels,
+        "out_channels": config.out_channels,
+        "text_dim": config.text_dim,
+        "freq_dim": config.freq_dim,
+        "ffn_dim": config.ffn_dim,
+        "num_layers": config.layers,
+        "cross_attn_norm": True,
+        "qk_norm": "rms_norm_across_heads",
+        "eps": config.eps,
+        "image_dim": config.image_dim,
+        "added_kv_proj_dim": config.dim if config.image_dim else None,
+        "rope_max_seq_len": 1024,
+        "retake": config.model_dump(mode="json"),
+    }
+
+
+def manifest(tensors: Mapping[str, Tensor]) -> dict[str, Any]:
+    """Totals and, per name, ``dtype shape``; repeated blocks are written once with ``{0..N-1}`` if all are equal."""
+    rows = {name: f"{str(t.dtype).removeprefix('torch.')} {list(t.shape)}" for name, t in tensors.items()}
+    merged: dict[tuple[str, str], list[int]] = {}
+    for name, row in rows.items():
+        head, dot, rest = name.partition("blocks.")
+        number, _, tail = rest.partition(".")
+        key = (f"{head}blocks.{{}}.{tail}", row) if dot and number.isdigit() else (name, row)
+        merged.setdefault(key, []).append(int(number) if dot and number.isdigit() else -1)
+    entries = {}
+    for (pattern, row), numbers in merged.items():
+        span = f"{{{numbers[0]}..{numbers[-1]}}}" if len(numbers) > 1 else str(numbers[0])
+        entries[pattern.replace("{}", span)] = row
+    return {"tensors": len(rows), "parameters": sum(t.numel() for t in tensors.values()), "entries": entries}
+
+
+def published_manifest(config: ModelConfig, kind: str, rank: int = 16) -> dict[str, Any]:
+    """Manifest of an export of a full-size model in bfloat16, from its configuration alone (nothing is allocated)."""
+    from geoalign.export.lora import PREFIX, is_factored
+
+    shapes = model_shapes(config)
+    if kind == "redirector":
+        shapes = {name: shape for name, shape in shapes.items() if is_self_attention(name)}
+    elif kind == "diffusers":
+        shapes = {diffusers_name(name): shape for name, shape in shapes.items()}
+    elif kind == "lora":
+        pairs = {n.removesuffix(".weight"): s for n, s in shapes.items() if is_factored(n)}
+        down = {f"{PREFIX}{name}.lora_A.weight": (rank, shape[1]) for name, shape in pairs.items()}
+        shapes = down | {f"{PREFIX}{name}.lora_B.weight": (shape[0], rank) for name, shape in pairs.items()}
+    return manifest({n: torch.empty(s, dtype=torch.bfloat16, device="meta") for n, s in shapes.items()})
+
+
+def _state(model: RetakeDiT, dtype: torch.dtype | None) -> dict[str, Tensor]:
+    return {
+        name: value.detach().cpu().to(dtype or value.dtype).contiguous() for name, value in model.state_dict().items()
+    }
+
+
+def save_safetensors(tensors: dict[str, Tensor], path: Path) -> None:
+    if path.suffix != ".safetensors":
+        raise UsageError(f"{path}: this format is written as .safetensors")
+    with atomic_path(path) as temporary:
+        save_file(tensors, temporary, metadata={"format": "pt"})

@@ -1,0 +1,96 @@
+"""LoRA export: the difference of two models' self-attention as low-rank factors. Lossy, and says by how much."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from geoalign.errors import CheckpointError, UsageError
+from geoalign.export.formats import save_safetensors
+from geoalign.models.dit import RetakeDiT
+
+PREFIX = "diffusion_model."
+_FACTORED = re.compile(r"blocks\.\d+\.self_attn\.[qkvo]\.weight$")
+
+
+@dataclass(frozen=True, slots=True)
+class LoraReport:
+    """What the factors keep.
+
+    Attributes:
+        tensors: what was written, by name.
+        residual: norm of the part of the matrices' difference that the rank cannot hold, over the norm of the whole.
+        omitted: norm of the difference of biases, norms and phase maps (not expressible as LoRA), over the whole.
+        omitted_names: how many such tensors differ.
+    """
+
+    tensors: dict[str, Tensor]
+    residual: float
+    omitted: float
+    omitted_names: int
+
+
+def is_factored(name: str) -> bool:
+    """Whether a parameter is one of the matrices that the LoRA format covers."""
+    return _FACTORED.match(name) is not None
+
+
+def export_lora(
+    base: RetakeDiT, tuned: RetakeDiT, path: Path, rank: int, dtype: torch.dtype = torch.bfloat16
+) -> LoraReport:
+    """Write ``diffusion_model.blocks.N.self_attn.{q,k,v,o}.lora_{A,B}.weight`` of ``tuned - base`` by truncated SVD.
+
+    B A is the best approximation of each difference at this rank (Eckart-Young); singular values are split evenly.
+
+    Raises:
+        UsageError: a rank that is not positive, or exceeds the width.
+        CheckpointError: the two models have different parameters in common.
+    """
+    if not 0 < rank <= base.config.dim:
+        raise UsageError(f"--rank {rank} must be between 1 and the model width {base.config.dim}")
+    before, after = dict(base.named_parameters()), dict(tuned.named_parameters())
+    tensors: dict[str, Tensor] = {}
+    lost = omitted = whole = 0.0
+    names = 0
+    for name, value in after.items():
+        old = before.get(name)
+        if old is not None and old.shape != value.shape:
+            raise CheckpointError(
+                f"{name} has shape {list(old.shape)} in the base and {list(value.shape)} after training"
+            )
+        difference = value.detach().float() - (0 if old is None else old.detach().float())
+        energy = float(difference.square().sum(dtype=torch.float64))
+        whole += energy
+        if not is_factored(name):
+            omitted, names = omitted + energy, names + (energy > 0)
+            continue
+        u, s, vh = torch.linalg.svd(difference, full_matrices=False)
+        root = s[:rank].sqrt()
+        stem = PREFIX + name.removesuffix(".weight")
+        tensors[f"{stem}.lora_A.weight"] = (root[:, None] * vh[:rank]).to(dtype).contiguous()
+        tensors[f"{stem}.lora_B.weight"] = (u[:, :rank] * root).to(dtype).contiguous()
+        lost += float(s[rank:].square().sum(dtype=torch.float64))
+    save_safetensors(tensors, path)
+    matrices = max(whole - omitted, 1e-300)
+    return LoraReport(tensors, (lost / matrices) ** 0.5, (omitted / max(whole, 1e-300)) ** 0.5, names)
+
+
+@torch.no_grad()
+def apply_lora(model: RetakeDiT, factors: dict[str, Tensor]) -> None:
+    """Add ``B A`` of every pair to the matrices of ``model`` in place.
+
+    Raises:
+        CheckpointError: a factor without its partner or without a matrix in the model.
+    """
+    parameters = dict(model.named_parameters())
+    stems = {name.rsplit(".lora_", 1)[0] for name in factors}
+    for stem in stems:
+        down, up = factors.get(f"{stem}.lora_A.weight"), factors.get(f"{stem}.lora_B.weight")
+        target = parameters.get(stem.removeprefix(PREFIX) + ".weight")
+        if down is None or up is None or target is None:
+            raise CheckpointError(f"LoRA factor {stem} is incomplete or has no matrix in this model")
+        target += (up.float() @ down.float()).to(target.dtype)

@@ -1,0 +1,197 @@
+"""Text (umT5-xxl) and image (CLIP ViT-H/14) encoders of Wan2.1: transformers' networks, the original files' names."""
+
+from __future__ import annotations
+
+import html
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from geoalign.errors import CheckpointError
+from geoalign.models.checkpoint import TensorFile, check, place
+
+if TYPE_CHECKING:
+    from transformers import CLIPVisionModel, PreTrainedTokenizerBase, UMT5EncoderModel
+
+_TEXT_BLOCK = {
+    "layer.0.layer_norm": "norm1",
+    "layer.0.SelfAttention.relative_attention_bias": "pos_embedding.embedding",
+    "layer.0.SelfAttention": "attn",
+    "layer.1.layer_norm": "norm2",
+    "layer.1.DenseReluDense.wi_0": "ffn.gate.0",
+    "layer.1.DenseReluDense.wi_1": "ffn.fc1",
+    "layer.1.DenseReluDense.wo": "ffn.fc2",
+}
+_IMAGE_LAYER = {"layer_norm1": "norm1", "layer_norm2": "norm2", "self_attn.out_proj": "attn.proj"} | {
+    "mlp.fc1": "mlp.0",
+    "mlp.fc2": "mlp.2",
+}
+_IMAGE_ENDS = {
+    "embeddings.class_embedding": "cls_embedding",
+    "embeddings.patch_embedding.weight": "patch_embedding.weight",
+    "embeddings.position_embedding.weight": "pos_embedding",
+    "pre_layrnorm": "pre_norm",
+    "post_layernorm": "post_norm",
+}
+# CLIP's preprocessing constants (openai/CLIP).
+_CLIP_MEAN, _CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
+
+
+def original_text_name(name: str) -> str:
+    """Name in ``models_t5_umt5-xxl-enc-bf16.pth`` of a parameter of transformers' ``UMT5EncoderModel``."""
+    name = {"shared.weight": "token_embedding.weight", "encoder.final_layer_norm.weight": "norm.weight"}.get(name, name)
+    name = name.replace("encoder.block.", "blocks.")
+    for theirs, ours in _TEXT_BLOCK.items():
+        name = name.replace(f".{theirs}.", f".{ours}.")
+    return name
+
+
+def fill_text_encoder(model: UMT5EncoderModel, path: Path, dtype: torch.dtype, device: torch.device | str) -> None:
+    """Place an original umT5 file into transformers' encoder, strictly."""
+    shapes = {name: tuple(p.shape) for name, p in model.named_parameters()}  # tied parameters appear once
+    names = {original_text_name(name): name for name in shapes}
+    source = TensorFile(path)
+    check(source, shapes, "the umT5 encoder of Wan2.1", lambda name: names.get(name, name))
+    place(model, source, dtype, device, lambda name: names.get(name, name))
+    model.encoder.embed_tokens = model.shared
+
+
+class TextEncoder:
+    """Prompts to ``[B, length, dim]`` with zeros beyond each prompt's own tokens."""
+
+    def __init__(self, model: UMT5EncoderModel, tokenizer: PreTrainedTokenizerBase, length: int = 512) -> None:
+        self.model, self.tokenizer, self.length = model.eval().requires_grad_(False), tokenizer, length
+
+    @torch.no_grad()
+    def __call__(self, prompts: Sequence[str]) -> Tensor:
+        """Encode prompts, padded or cut to ``length`` tokens; every prompt is masked by its own length."""
+        tokens = self.tokenizer(
+            [clean_text(p) for p in prompts], padding="max_length", truncation=True, max_length=self.length,
+            return_tensors="pt",
+        ).to(self.model.device)  # fmt: skip
+        hidden = self.model(tokens.input_ids, attention_mask=tokens.attention_mask).last_hidden_state
+        return hidden * tokens.attention_mask[..., None].to(hidden.dtype)
+
+
+def clean_text(text: str) -> str:
+    """Unescape HTML entities (twice, as captions are often escaped twice) and collapse white space."""
+    return re.sub(r"\s+", " ", html.unescape(html.unescape(text))).strip()
+
+
+def load_text_encoder(
+    weights: Path, tokenizer: Path, *, dtype: torch.dtype = torch.bfloat16, device: torch.device | str = "cpu"
+) -> TextEncoder:
+    """Load the original ``.pth`` or a transformers folder, with a tokenizer folder.
+
+    Raises:
+        CheckpointError: missing or damaged files, or another model's weights.
+    """
+    from transformers import AutoTokenizer, UMT5Config, UMT5EncoderModel
+
+    try:
+        words = AutoTokenizer.from_pretrained(tokenizer, local_files_only=True)
+        if weights.is_dir():
+            return TextEncoder(UMT5EncoderModel.from_pretrained(weights, dtype=dtype, local_files_only=True), words)
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{weights}: text encoder or tokenizer cannot be read ({error})") from error
+    config = UMT5Config(
+        vocab_size=256384,
+        d_model=4096,
+        d_kv=64,
+        d_ff=10240,
+        num_layers=24,
+        num_heads=64,
+        feed_forward_proj="gated-gelu",
+    )
+    with torch.device("meta"):
+        model = UMT5EncoderModel(config)
+    fill_text_encoder(model, weights, dtype, device)
+    return TextEncoder(model, words)
+
+
+def original_image_name(name: str) -> str:
+    """Name in the open-clip file's ``visual.`` part of a parameter of transformers' ``CLIPVisionModel``."""
+    layer = re.match(r"encoder\.layers\.(\d+)\.(.+)\.(weight|bias)$", name)
+    if layer:
+        return f"visual.transformer.{layer[1]}.{_IMAGE_LAYER.get(layer[2], layer[2])}.{layer[3]}"
+    for theirs, ours in _IMAGE_ENDS.items():
+        if name.startswith(theirs):
+            return f"visual.{ours}{name.removeprefix(theirs)}"
+    return name
+
+
+def convert_image_state(state: dict[str, Tensor], layers: int) -> dict[str, Tensor]:
+    """Original ``visual.`` tensors to transformers' names: q, k, v are cut apart, singleton axes dropped.
+
+    Text tower, temperature and the projection head are left out: Wan2.1 does not use them.
+    """
+    visual = {name: value for name, value in state.items() if name.startswith("visual.") and name != "visual.head"}
+    result: dict[str, Tensor] = {}
+    for theirs, ours in _IMAGE_ENDS.items():
+        for suffix in ("",) if theirs.startswith("embeddings") else (".weight", ".bias"):
+            value = visual.pop(f"visual.{ours}{suffix}")
+            flat = (
+                value.flatten() if ours == "cls_embedding" else value.squeeze(0) if ours == "pos_embedding" else value
+            )
+            result[theirs + suffix] = flat
+    for layer in range(layers):
+        prefix = f"visual.transformer.{layer}."
+        for kind in ("weight", "bias"):
+            joined = visual.pop(f"{prefix}attn.to_qkv.{kind}").chunk(3)
+            for part, value in zip("qkv", joined, strict=True):
+                result[f"encoder.layers.{layer}.self_attn.{part}_proj.{kind}"] = value
+            for theirs, ours in _IMAGE_LAYER.items():
+                result[f"encoder.layers.{layer}.{theirs}.{kind}"] = visual.pop(f"{prefix}{ours}.{kind}")
+    if visual:
+        raise KeyError(next(iter(visual)))
+    return result
+
+
+class ImageEncoder:
+    """First frames to CLIP tokens ``[B, 257, 1280]``: output after all but the last block, no final norm."""
+
+    def __init__(self, model: CLIPVisionModel) -> None:
+        self.model = model.eval().requires_grad_(False)
+
+    @torch.no_grad()
+    def __call__(self, frames: Tensor) -> Tensor:
+        """``[B, 3, H, W]`` in [-1, 1]: bicubic to the model's size without crop or antialiasing, then encode."""
+        size = self.model.config.image_size
+        x = F.interpolate(frames.float(), size=(size, size), mode="bicubic", align_corners=False)
+        mean, std = (torch.tensor(v, device=x.device).view(1, 3, 1, 1) for v in (_CLIP_MEAN, _CLIP_STD))
+        x = ((x * 0.5 + 0.5) - mean) / std
+        return self.model(x.to(self.model.dtype), output_hidden_states=True).hidden_states[-2]
+
+
+def load_image_encoder(
+    path: Path, *, dtype: torch.dtype = torch.bfloat16, device: torch.device | str = "cpu"
+) -> ImageEncoder:
+    """Load the open-clip ``.pth`` (its vision tower) or a transformers folder.
+
+    Raises:
+        CheckpointError: missing or damaged files, or another model's weights.
+    """
+    from transformers import CLIPVisionConfig, CLIPVisionModel
+
+    if path.is_dir():
+        try:
+            return ImageEncoder(CLIPVisionModel.from_pretrained(path, dtype=dtype, local_files_only=True).to(device))
+        except (OSError, ValueError) as error:
+            raise CheckpointError(f"{path}: not a CLIP vision folder ({error})") from error
+    settings: dict[str, Any] = {"hidden_size": 1280, "intermediate_size": 5120, "num_hidden_layers": 32}
+    config = CLIPVisionConfig(**settings, num_attention_heads=16, image_size=224, patch_size=14, hidden_act="gelu")
+    with torch.device("meta"):
+        model = CLIPVisionModel(config)
+    try:
+        state = convert_image_state(dict(TensorFile(path).items()), 32)
+        model.load_state_dict({k: v.to(device, dtype) for k, v in state.items()}, strict=False, assign=True)
+    except (KeyError, RuntimeError) as error:
+        raise CheckpointError(f"{path}: not the open-clip ViT-H/14 file of Wan2.1 ({error})") from error
+    ids = torch.arange(model.embeddings.num_positions, device=device).expand(1, -1)
+    model.embeddings.register_buffer("position_ids", ids, persistent=False)
+    return ImageEncoder(model)
