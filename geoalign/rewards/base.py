@@ -19,7 +19,7 @@ class PoseEstimate:
     Attributes:
         c2w: ``[B, K, 4, 4]`` float32 camera-to-world of the evaluated frames; frame 0 is the identity.
         frame_indices: ``[K]`` int64, which video frames were evaluated (strictly increasing, starts at 0).
-        tracked: ``[B]`` float32 in [0, 1], share of pixels that the estimate explains.
+        tracked: ``[B]`` float32 in [0, 1], how much of the picture the estimate explains.
         residual: ``[B]`` float32, photometric or reprojection residual of the estimate (unit named by the evaluator).
         diagnostics: named ``[B]`` tensors (for instance the estimator's metric scale).
     """

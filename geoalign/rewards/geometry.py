@@ -36,7 +36,7 @@ class GeometryReward:
         temporal_weights: WeightKind = "linear",
         max_translation_m: float = 3.0,
         max_rotation_deg: float = 45.0,
-        min_tracked: float = 0.2,
+        min_tracked: float = 0.15,
     ) -> None:
         self.evaluator, self.temporal_weights, self.min_tracked = evaluator, temporal_weights, min_tracked
         self.max_translation_m, self.max_rotation_deg = max_translation_m, max_rotation_deg

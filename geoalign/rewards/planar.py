@@ -97,7 +97,7 @@ class PlanarAligner:
 def _gauss_newton(
     pose: Tensor, values: Tensor, slope: Tensor, reference: _Reference, height: Tensor, axes: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """One damped step: the new pose ``[B, 4]``, mean robust residual ``[B]`` and share of tracked pixels ``[B]``."""
+    """One damped step: the new pose ``[B, 4]``, mean robust residual ``[B]`` and explained share ``[B]``."""
     cos, sin = pose[:, 3:].cos(), pose[:, 3:].sin()
     turned_x, turned_y = cos * slope[..., 0] - sin * slope[..., 1], sin * slope[..., 0] + cos * slope[..., 1]
     above = (height - pose[:, 2])[:, None]
@@ -136,9 +136,21 @@ def _gauss_newton(
     step = step * (_MAX_STEP / step.norm(dim=1, keepdim=True).clamp_min(_MAX_STEP))
     bound = torch.tensor(_BOUND)
     pose = torch.minimum(torch.maximum(pose + step * unit, -bound), bound)
-    tracked = (weight > 0).float().sum(1) / inside.sum(1).clamp_min(1)
-    residual = (weight * error.abs()).sum(1) / (weight.sum(1) + 1e-3) + (1 - tracked)
-    return pose, residual, tracked * inside.mean(1)
+    fitted = (weight > 0).float().sum(1) / inside.sum(1).clamp_min(1)
+    residual = (weight * error.abs()).sum(1) / (weight.sum(1) + 1e-3) + (1 - fitted)
+    return pose, residual, inside.mean(1) * _explained(sampled[:, 0], values, inside)
+
+
+def _explained(reference: Tensor, values: Tensor, inside: Tensor) -> Tensor:
+    """Share ``[B]`` of the variance of ``values`` ``[B, N]`` that the aligned reference explains (squared correlation).
+
+    Near 1 for a true retake, near 0 for noise, black frames or other content, whatever pose the alignment ended in.
+    """
+    count = inside.sum(1, keepdim=True).clamp_min(1)
+    x = (reference - (reference * inside).sum(1, keepdim=True) / count) * inside
+    y = (values - (values * inside).sum(1, keepdim=True) / count) * inside
+    correlation = (x * y).sum(1) / (x.square().sum(1) * y.square().sum(1)).clamp_min(1e-8).sqrt()
+    return correlation.clamp_min(0).square()
 
 
 def _motion_to_c2w(motion: Tensor, axes: Tensor) -> Tensor:
