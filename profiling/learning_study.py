@@ -3,8 +3,8 @@
     python profiling/learning_study.py run --out docs/results/learning          all runs; finished ones are skipped
     python profiling/learning_study.py table --results docs/results/learning --write docs/learning.md
 
-Main runs: three RL seeds from the shipped base and one from each of two fresh bases. Controls: advantages shuffled inside
-groups, camera gains frozen, a base trained on unbiased labels, and an oracle that divides the requested translation by
+Main runs: three RL seeds from the shipped base and one from each of two fresh bases. Controls: advantages shuffled
+inside groups, camera gains frozen, a base trained on unbiased labels, and an oracle that divides the requested translation by
 the known label bias. About 40 CPU-minutes.
 """
 
