@@ -1,4 +1,4 @@
-"""Atomic file writing: a reader sees the old file or the new one, never half of one."""
+"""Files: atomic writing (a reader sees the old file or the new one, never half of one) and JSON lines."""
 
 from __future__ import annotations
 
@@ -9,6 +9,8 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+
+from geoalign.errors import DataError
 
 
 @contextlib.contextmanager
@@ -46,3 +48,21 @@ def atomic_write_text(path: str | os.PathLike[str], text: str) -> None:
 def atomic_write_json(path: str | os.PathLike[str], value: Any) -> None:
     """Write ``value`` as indented JSON to ``path`` atomically; NaN and infinity are refused (not JSON)."""
     atomic_write_text(path, json.dumps(value, indent=2, allow_nan=False) + "\n")
+
+
+def read_jsonl(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
+    """Rows of a JSON-lines file; a last line cut off by a kill is ignored.
+
+    Raises:
+        DataError: a line other than the last is not JSON.
+    """
+    rows = []
+    lines = Path(path).read_text(encoding="utf-8").splitlines()
+    for number, line in enumerate(lines, 1):
+        try:
+            rows.append(json.loads(line))
+        except json.JSONDecodeError as error:
+            if number == len(lines):
+                break
+            raise DataError(f"{path}: line {number} is not JSON ({error}); delete the line") from error
+    return rows

@@ -9,8 +9,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from geoalign.errors import DataError
-from geoalign.io_utils import atomic_write_text
+from geoalign.io_utils import atomic_write_text, read_jsonl
 
 
 class MetricsWriter:
@@ -24,7 +23,7 @@ class MetricsWriter:
 
         self.path = folder / "metrics.jsonl"
         if self.path.exists():
-            kept = [row for row in read_metrics(self.path) if row["iteration"] < first_iteration]
+            kept = [row for row in read_jsonl(self.path) if row["iteration"] < first_iteration]
             atomic_write_text(self.path, "".join(_line(row) for row in kept))
         self._board = SummaryWriter(str(folder / "tb"), purge_step=first_iteration)
 
@@ -48,21 +47,3 @@ class MetricsWriter:
 def _line(row: Mapping[str, Any]) -> str:
     clean = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in row.items()}
     return json.dumps(clean) + "\n"
-
-
-def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """Rows of a metrics file; a last line cut by a kill is ignored.
-
-    Raises:
-        DataError: a line other than the last is not JSON.
-    """
-    rows = []
-    lines = path.read_text(encoding="utf-8").splitlines()
-    for number, line in enumerate(lines, 1):
-        try:
-            rows.append(json.loads(line))
-        except json.JSONDecodeError as error:
-            if number == len(lines):
-                break
-            raise DataError(f"{path}: line {number} is not JSON ({error}); delete the line") from error
-    return rows

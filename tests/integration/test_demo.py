@@ -12,9 +12,9 @@ from pathlib import Path
 
 import pytest
 
+from geoalign.io_utils import read_jsonl
 from geoalign.models.codec import seam_ratio
 from geoalign.training.bundle import load_policy
-from geoalign.training.metrics import read_metrics
 
 ROOT = Path(__file__).parents[2]
 
@@ -62,7 +62,7 @@ def test_the_run_folder_is_complete(demo: Path) -> None:
     summary = json.loads((demo / "summary.json").read_text())
     assert summary["seed"] == 5 and summary["wall_s"] > 0 and summary["cpu_s"] > 0
     assert summary["versions"]["torch"] and summary["commit"]
-    rows = read_metrics(demo / "metrics.jsonl")
+    rows = read_jsonl(demo / "metrics.jsonl")
     assert [row["iteration"] for row in rows] == list(range(40))
     assert all(row["parity/log_prob_diff_max"] == 0.0 for row in rows)
     assert [row["window/start"] for row in rows[:6]] == [0, 1, 2, 0, 1, 2]
@@ -130,7 +130,7 @@ def test_ctrl_c_leaves_a_checkpoint_that_continues(tmp_path: Path) -> None:
     process.send_signal(signal.SIGINT)
     _, errors = process.communicate(timeout=60)
     assert process.returncode == 0 and "--resume auto" in errors, errors
-    rows = len(read_metrics(metrics))
+    rows = len(read_jsonl(metrics))
     assert 2 <= rows < 30
     done = geoalign(*arguments[:-1], f"train.iterations={30}", "--resume", "auto", "--dry-run", cwd=tmp_path)
     assert done.returncode == 0
