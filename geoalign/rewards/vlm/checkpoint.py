@@ -1,0 +1,122 @@
+"""Strict loading of the published scorers: every tensor is used or on the list of what is dropped, and none is random."""
+
+from __future__ import annotations
+
+import pickle
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from geoalign.errors import CheckpointError, RewardError
+from geoalign.rewards.vlm.body import RewardQwen
+from geoalign.rewards.vlm.layout import QwenLayout
+
+PEFT_PREFIX = "base_model.model."
+# The language head is never run: the reward head reads hidden states.
+DROPPED = ("lm_head.weight",)
+_BASE, _DOWN, _UP = ".base_layer.", ".lora_A.default.weight", ".lora_B.default.weight"
+_SHOWN = 5
+
+
+def read_tensors(path: str | Path, download: str) -> dict[str, Tensor]:
+    """Read ``.safetensors`` or a ``.pth`` of plain tensors (no code is run), memory-mapped where possible.
+
+    Raises RewardError naming the ``download`` command when the file is missing, CheckpointError when it is unreadable.
+    """
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    file = Path(path).expanduser()
+    if not file.is_file():
+        raise RewardError(f"reward weights not found at {file}. On a machine with a network run: {download}")
+    try:
+        if file.suffix == ".safetensors":
+            return load_file(file)
+        state = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
+    except (SafetensorError, OSError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
+        raise CheckpointError(f"{file} cannot be read ({error}); delete it and download it again") from error
+    if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
+        raise CheckpointError(f"{file} is no plain state dict of tensors")
+    return state
+
+
+def strip_prefix(state: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    """Remove ``prefix`` from every key; a key without it is an error."""
+    strangers = [name for name in state if not name.startswith(prefix)]
+    if strangers:
+        raise CheckpointError(f"{len(strangers)} keys lack the prefix {prefix!r}: {_shorten(strangers)}")
+    return {name[len(prefix) :]: tensor for name, tensor in state.items()}
+
+
+def fold_lora(state: Mapping[str, Tensor], scale: float) -> dict[str, Tensor]:
+    """Fold unmerged low-rank updates: W + scale * B @ A in float32, rounded once to the dtype of W.
+
+    Args:
+        state: keys of a PEFT module (``X.base_layer.weight``, ``X.lora_A.default.weight``, ``X.lora_B.default.weight``).
+        scale: alpha / rank.
+
+    Raises CheckpointError for an incomplete triple.
+    """
+    out: dict[str, Tensor] = {}
+    for name, tensor in state.items():
+        if name.endswith((_DOWN, _UP)):
+            stem = name.removesuffix(_DOWN).removesuffix(_UP)
+            lost = [stem + part for part in (_BASE + "weight", _DOWN, _UP) if stem + part not in state]
+            if lost:
+                raise CheckpointError(f"incomplete low-rank update of {stem}: {_shorten(lost)} missing")
+        elif name.endswith(_BASE + "weight"):
+            stem = name.removesuffix(_BASE + "weight")
+            if stem + _DOWN not in state or stem + _UP not in state:
+                raise CheckpointError(f"incomplete low-rank update of {stem}: {_DOWN} or {_UP} missing")
+            update = state[stem + _UP].float() @ state[stem + _DOWN].float()
+            out[f"{stem}.weight"] = (tensor.float() + scale * update).to(tensor.dtype)
+        else:
+            out[name.replace(_BASE, ".")] = tensor
+    return out
+
+
+def load_scorer(
+    layout: QwenLayout,
+    head: nn.Module,
+    state: Mapping[str, Tensor],
+    *,
+    source: str | Path,
+    device: torch.device | str = "cpu",
+    matrix_dtype: torch.dtype = torch.bfloat16,
+) -> RewardQwen:
+    """Put ``state`` (published key names) into a frozen :class:`RewardQwen` of ``layout``.
+
+    Args:
+        head: the reward head; give it on the meta device to save memory.
+        source: named in errors.
+
+    Raises CheckpointError for a missing, unknown or wrongly shaped tensor.
+    """
+    with torch.device("meta"):
+        network = RewardQwen(layout, head).use_matrix_dtype(matrix_dtype)
+    wanted = network.state_dict()
+    _check_keys(source, state, wanted)
+    loaded = {name: state[name].to(tensor.dtype).to(device) for name, tensor in wanted.items()}
+    network.load_state_dict(loaded, strict=True, assign=True)
+    return network.eval().requires_grad_(False)
+
+
+def _check_keys(source: str | Path, found: Mapping[str, Tensor], wanted: Mapping[str, Tensor]) -> None:
+    missing = [name for name in (*wanted, *DROPPED) if name not in found]
+    extra = [name for name in found if name not in wanted and name not in DROPPED]
+    reshaped = [
+        f"{name} {list(found[name].shape)} (expected {list(tensor.shape)})"
+        for name, tensor in wanted.items()
+        if name in found and found[name].shape != tensor.shape
+    ]
+    groups = (("missing", missing), ("unknown", extra), ("of another shape", reshaped))
+    problems = [f"{len(names)} {label}: {_shorten(names)}" for label, names in groups if names]
+    if problems:
+        raise CheckpointError(f"{source} does not fit: {'; '.join(problems)}. Download the published file again.")
+
+
+def _shorten(names: list[str]) -> str:
+    more = f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
+    return ", ".join(names[:_SHOWN]) + more
