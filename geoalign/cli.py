@@ -39,7 +39,16 @@ VERBS = (
     ),
     Verb("pretrain", "geoalign.training.cli", "Train", "make the base policy of the embedded default anew"),
     Verb("evaluate", "geoalign.training.cli", "Train", "camera errors of a checkpoint on held-out scenes and paths"),
+    Verb("score", "geoalign.score_cli", "Look", "score any video against a camera path; probe a reward with cheats"),
+    Verb("world", "geoalign.world.cli", "Look", "render the embedded world: clips, camera archives, a contact sheet"),
     Verb("report", "geoalign.report.cli", "Look", "write the self-contained HTML report of a run folder"),
+    Verb(
+        "sample", "geoalign.sample_cli", "Use", "retake a video along a camera path, with trained or published weights"
+    ),
+    Verb(
+        "export", "geoalign.export.cli", "Use", "write a trained model for ReDirector, ReCamMaster, diffusers or LoRA"
+    ),
+    Verb("model", "geoalign.models.cli", "Inspect", "published layouts, and which model a checkpoint file belongs to"),
     Verb("config", "geoalign.config.cli", "Inspect", "print, check and compare configurations; schema for editors"),
     Verb("budget", "geoalign.training.budget_cli", "Inspect", "predicted hours of a configuration, lever by lever"),
     Verb(
