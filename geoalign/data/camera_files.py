@@ -40,7 +40,7 @@ def load_camera_files(path: Path, num_frames: int, config: TrajectoriesConfig, t
 
 
 def load_multicam(path: Path, num_frames: int, config: TrajectoriesConfig, tally: Tally) -> list[CameraTrack]:
-    """Tracks ``scene/camNN`` of all ``camera_extrinsics.json`` under ``path`` (centimetres and Unreal axes absorbed)."""
+    """Tracks ``scene/camNN`` of all ``camera_extrinsics.json`` under ``path`` (Unreal axes and units absorbed)."""
     files = [path] if path.is_file() else sorted(path.rglob(_MULTICAM_NAME))
     tracks = []
     for file in files:

@@ -7,134 +7,33 @@ run and any reader see the same conditions. Clips and camera paths are drawn ind
 from __future__ import annotations
 
 import hashlib
-import threading
 import time
-from collections import OrderedDict
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
-from pathlib import Path
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
 from geoalign.config.data import DataConfig
+from geoalign.data.cache import Entry, open_cache
 from geoalign.data.captions import prompt_of
-from geoalign.data.citywalk import ClipCamera, read_clip_camera
 from geoalign.data.clips import ClipRecord, Split, in_split, list_clips
-from geoalign.data.frames import cover_crop_intrinsics, to_float
+from geoalign.data.frames import to_float
+from geoalign.data.loader import ClipLoader, LoadedWindow, cause_of
+from geoalign.data.prepare import data_settings
 from geoalign.data.readers import open_reader
 from geoalign.data.tally import Tally
-from geoalign.data.trajectories import PathRescaler, load_pool
-from geoalign.data.video import VideoInfo, VideoReader
+from geoalign.data.trajectories import PathRescaler, draw_path, load_pool
+from geoalign.data.video import VideoReader
 from geoalign.errors import DataError
 from geoalign.geometry.rescale import RescaleResult
 from geoalign.geometry.trajectory import CameraTrajectory
 from geoalign.types import RetakeBatch, SourceClip
 from geoalign_kernels import philox_uniform
 
-STREAM_CLIP, STREAM_PATH = 2, 3
-_CLIP_ATTEMPTS, _PATH_ATTEMPTS = 32, 256
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class LoadedWindow:
-    """A decoded window of a clip.
-
-    Attributes:
-        record: the clip.
-        start: first frame in the file.
-        frames: uint8 ``[F, 3, H, W]``.
-        camera: ``[F]`` float64 relative to the window's first frame.
-        ground_plane: ``[4]`` float64 in the first frame's camera axes, or None.
-    """
-
-    record: ClipRecord
-    start: int
-    frames: Tensor
-    camera: CameraTrajectory
-    ground_plane: Tensor | None
-
-
-class ClipLoader:
-    """Decodes windows of clips, with a bounded memory of recent ones; safe to call from two threads."""
-
-    def __init__(self, config: DataConfig, reader: VideoReader) -> None:
-        self._config = config
-        self._reader = reader
-        self._recent: OrderedDict[tuple[str, int], LoadedWindow] = OrderedDict()
-        self._budget = config.clips.keep_decoded_mb << 20
-        self._info: dict[str, VideoInfo] = {}
-        self._camera: dict[str, ClipCamera] = {}
-        self._lock = threading.Lock()
-        self.decoded = 0
-
-    @property
-    def span(self) -> int:
-        """Source frames that a window covers."""
-        return (self._config.num_frames - 1) * self._config.clips.stride + 1
-
-    def starts(self, record: ClipRecord) -> range:
-        """All window starts of a clip (frames in the file).
-
-        Raises:
-            DataError: unreadable, too short or of variable frame rate.
-        """
-        with self._lock:
-            info = self._probe(record)
-        end = min(info.frames, record.end_frame or info.frames)
-        count = end - record.start_frame - self.span + 1
-        if count < 1:
-            raise DataError(f"{record.path}: too short, {max(end - record.start_frame, 0)} of {self.span} frames")
-        return range(record.start_frame, record.start_frame + count)
-
-    def load(self, record: ClipRecord, start: int) -> LoadedWindow:
-        """Decode the window that starts at file frame ``start``; raises DataError if the clip is unusable."""
-        with self._lock:
-            key = (record.clip_id, start)
-            if (window := self._recent.get(key)) is not None:
-                self._recent.move_to_end(key)
-                return window
-            window = self._decode(record, start)
-            self.decoded += 1
-            self._recent[key] = window
-            size = window.frames.nbytes
-            while len(self._recent) * size > self._budget and len(self._recent) > 1:
-                self._recent.popitem(last=False)
-            return window
-
-    def _probe(self, record: ClipRecord) -> VideoInfo:
-        if (info := self._info.get(record.clip_id)) is None:
-            info = self._info[record.clip_id] = self._reader.probe(record.path)
-        if not info.constant_rate:
-            raise DataError(f"{record.path}: variable frame rate; re-encode at a constant rate")
-        return info
-
-    def _decode(self, record: ClipRecord, start: int) -> LoadedWindow:
-        config = self._config
-        info, size = self._probe(record), (config.height, config.width)
-        indices = list(range(start, start + self.span, config.clips.stride))
-        camera, plane = self._camera_of(record, info, indices)
-        lens = cover_crop_intrinsics(camera.intrinsics, info.height, info.width, size)
-        frames = self._reader.read(record.path, indices, size)
-        return LoadedWindow(record, start, frames, camera.with_intrinsics(lens), plane)
-
-    def _camera_of(
-        self, record: ClipRecord, info: VideoInfo, indices: list[int]
-    ) -> tuple[CameraTrajectory, Tensor | None]:
-        policy, focal = self._config.clips.camera, self._config.clips.default_focal
-        if policy == "none":
-            lens = (focal, focal * info.width / info.height, 0.5, 0.5)
-            return CameraTrajectory.identity(len(indices), lens, dtype=torch.float64), None
-        if record.camera is None:
-            raise DataError(f"{record.path}: no camera file; run `geoalign prepare` or set data.clips.camera=none")
-        if (camera := self._camera.get(record.clip_id)) is None:
-            camera = self._camera[record.clip_id] = read_clip_camera(record.camera, (info.height, info.width))
-        if not camera.metric and policy != "file_any_scale":
-            raise DataError(f"{record.camera}: scale-free camera; run `geoalign prepare` for metric ones")
-        if camera.path.num_frames <= indices[-1]:
-            raise DataError(f"{record.camera}: {camera.path.num_frames} poses, frame {indices[-1]} is needed")
-        return camera.window(indices)
+STREAM_CLIP = 2
+_CLIP_ATTEMPTS = 32
 
 
 class RetakeDataset:
@@ -145,6 +44,9 @@ class RetakeDataset:
         seed: run seed.
         split: "train", "val" or "all".
         reader: video reader; default the configured one.
+
+    With ``data.use_cache`` the windows, cameras and captions are those that ``geoalign prepare`` stored, and
+    :meth:`prepared` returns the encoded tensors.
 
     Raises:
         DataError: no usable clips or camera paths.
@@ -162,6 +64,8 @@ class RetakeDataset:
             raise DataError(f"{config.clips_path}: none of {len(listed)} clips is in split '{split}'")
         self.paths = load_pool(config.trajectories_path, config.num_frames, config.trajectories, self.path_tally, split)
         self.loader = ClipLoader(config, reader or open_reader(config.clips.reader))
+        self.cache = open_cache(config.cache, data_settings(config)) if config.use_cache else None
+        self._entries = self._usable_entries()
         self.rescaler = PathRescaler(config.trajectories.rescale)
         self._pending: dict[tuple[int, tuple[int, ...]], Future[RetakeBatch]] = {}
         self._worker = ThreadPoolExecutor(max_workers=1, thread_name_prefix="geoalign-data")
@@ -208,6 +112,8 @@ class RetakeDataset:
         """Clip and window of a group; unusable clips are counted and drawn again (the same way on every rank)."""
         for attempt in range(_CLIP_ATTEMPTS):
             uniforms = philox_uniform(2, self.seed, iteration, group, 0, attempt, STREAM_CLIP).tolist()
+            if self.cache is not None:
+                return self._cached_window(self._entries[int(uniforms[0] * len(self._entries))])
             record = self.clips[int(uniforms[0] * len(self.clips))]
             try:
                 starts = self.loader.starts(record)
@@ -221,20 +127,46 @@ class RetakeDataset:
 
     def draw_path(self, iteration: int, group: int) -> RescaleResult:
         """Rescaled target path of a group; windows that a guard rejects are counted and drawn again."""
-        for attempt in range(_PATH_ATTEMPTS):
-            uniforms = philox_uniform(3, self.seed, iteration, group, 0, attempt, STREAM_PATH).tolist()
-            index = int(uniforms[0] * len(self.paths))
-            result = self.rescaler(self.paths.raw(index), self.paths.locate(index)[0].metric_scale, uniforms[1:])
-            if result.accepted:
-                return result
-        raise DataError(
-            f"no camera path passed the guards in {_PATH_ATTEMPTS} draws for group {group} of iteration {iteration}; "
-            f"rejections so far: {dict(self.rescaler.rejected)}; see `geoalign data trajectories`"
+        return draw_path(self.paths, self.rescaler, self.seed, iteration, group)[1]
+
+    def prepared(self, clip_ids: Sequence[str]) -> list[dict[str, Tensor]]:
+        """Encoded tensors of the windows ``clip_ids`` of a batch, one dict each (empty without ``data.use_cache``)."""
+        if self.cache is None:
+            return [{} for _ in clip_ids]
+        entries = {window_id(entry.clip_id, entry.start): entry for entry in self._entries}
+        return [self.cache.read(entries[clip_id]) for clip_id in clip_ids]
+
+    def _usable_entries(self) -> list[Entry]:
+        """Prepared windows of this split whose clip is unchanged since, in a fixed order."""
+        if self.cache is None:
+            return []
+        records = {record.clip_id: record for record in self.clips}
+        found = []
+        for entry in sorted(self.cache.entries().values(), key=lambda entry: (entry.clip_id, entry.start)):
+            record = records.get(entry.clip_id)
+            if record is None:
+                continue
+            if entry.matches(record.path):
+                found.append(entry)
+            else:
+                self.clip_tally.remarks["changed since it was prepared, not used"] += 1
+        if not found:
+            raise DataError(f"{self.cache.path}: no prepared window of split '{self.split}'; run `geoalign prepare`")
+        return found
+
+    def _cached_window(self, entry: Entry) -> LoadedWindow:
+        assert self.cache is not None
+        record = next(record for record in self.clips if record.clip_id == entry.clip_id)
+        stored = self.cache.read(entry)
+        camera = CameraTrajectory(stored["camera.c2w"], stored["camera.intrinsics"])
+        frames = self.loader.load(replace(record, camera=None), entry.start, camera).frames
+        return LoadedWindow(
+            replace(record, caption=entry.caption), entry.start, frames, camera, stored.get("camera.ground_plane")
         )
 
     def _reject(self, record: ClipRecord, error: DataError) -> None:
         if record.clip_id not in self.clip_tally.rejected:
-            self.clip_tally.reject(record.clip_id, _cause(str(error), record))
+            self.clip_tally.reject(record.clip_id, cause_of(error, record))
             self.clip_tally.accepted -= 1
             self.clip_tally.check(self.config.clips.max_bad_fraction)
 
@@ -251,14 +183,15 @@ class RetakeDataset:
             video=to_float(torch.stack([window.frames for window in windows])),
             camera=CameraTrajectory.stack([window.camera for window in windows]).to(dtype=torch.float32),
             ground_plane=torch.stack(known).float() if len(known) == len(planes) else None,
-            clip_ids=tuple(f"{window.record.clip_id}@{window.start}" for window in windows),
+            clip_ids=tuple(window_id(window.record.clip_id, window.start) for window in windows),
         )
-        prompts = tuple(prompt_of(window.record, self.config.clips) for window in windows)
+        if self.cache is None:
+            prompts = tuple(prompt_of(window.record, self.config.clips) for window in windows)
+        else:
+            prompts = tuple(window.record.caption for window in windows)
         return RetakeBatch(source, CameraTrajectory.stack(paths).to(dtype=torch.float32), prompts)
 
 
-def _cause(message: str, record: ClipRecord) -> str:
-    """The error without the file's name, so that equal causes are counted together."""
-    for path in (record.path, record.camera):
-        message = message.removeprefix(f"{path}: ") if isinstance(path, Path) else message
-    return message
+def window_id(clip_id: str, start: int) -> str:
+    """The name of a window in ``SourceClip.clip_ids``."""
+    return f"{clip_id}@{start}"

@@ -19,6 +19,10 @@ from geoalign.data.tracks import CameraTrack
 from geoalign.errors import DataError
 from geoalign.geometry.rescale import RescaleResult, RescaleSettings, SpeedLaw, rescale
 from geoalign.geometry.trajectory import CameraTrajectory
+from geoalign_kernels import philox_uniform
+
+STREAM_PATH = 3
+_ATTEMPTS = 256
 
 
 class TrajectoryPool:
@@ -143,6 +147,28 @@ class PathRescaler:
             clip = config.scale_mode == "metric_then_clip"
             laws.append(SpeedLaw(peak, 0.0, law.low if clip else peak, law.high if clip else peak))
         return _settings(config, *laws)
+
+
+def draw_path(
+    pool: TrajectoryPool, rescaler: PathRescaler, seed: int, iteration: int, group: int
+) -> tuple[int, RescaleResult]:
+    """Window index and target path of a group: a pure function of (seed, iteration, group).
+
+    Windows that a guard rejects are counted and drawn again, with the attempt as the step of the counter.
+
+    Raises:
+        DataError: no window passed the guards.
+    """
+    for attempt in range(_ATTEMPTS):
+        uniforms = philox_uniform(3, seed, iteration, group, 0, attempt, STREAM_PATH).tolist()
+        index = int(uniforms[0] * len(pool))
+        result = rescaler(pool.raw(index), pool.locate(index)[0].metric_scale, uniforms[1:])
+        if result.accepted:
+            return index, result
+    raise DataError(
+        f"no camera path passed the guards in {_ATTEMPTS} draws for group {group} of iteration {iteration}; "
+        f"rejections so far: {dict(rescaler.rejected)}; see `geoalign data trajectories`"
+    )
 
 
 def _law(gaussian: TruncatedGaussian) -> SpeedLaw:

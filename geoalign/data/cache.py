@@ -1,0 +1,238 @@
+"""The preparation cache: encoded windows in safetensors shards beside json-lines manifests.
+
+``{cache}/{settings hash}/`` holds ``settings.json``, ``parts/{key}.safetensors`` (one finished window each, so an
+interrupted run loses at most the window in hand) and ``shard-*.safetensors`` with ``shard-*.jsonl`` (parts packed
+together). A key is the hash of the clip's content, the window and the settings: nothing stale is ever read, and running
+``prepare`` again does only what is missing.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
+from torch import Tensor
+
+from geoalign.errors import DataError
+from geoalign.io_utils import atomic_write_bytes, atomic_write_json, atomic_write_text
+
+Settings = Mapping[str, Mapping[str, Any]]
+"""``{"data": ..., "encoder": ...}``: everything that changes what is stored."""
+
+
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """One prepared window.
+
+    Attributes:
+        key: hash of content, window and settings.
+        clip_id: clip name.
+        start: first frame in the file.
+        source: path of the clip when it was prepared.
+        content: sha256 of the clip's bytes.
+        size: bytes of the clip file.
+        mtime_ns: modification time of the clip file (equal size and time: the content is not read again).
+        caption: the prompt.
+        shard: name of the file that holds the tensors, relative to the settings folder.
+        shard_sha256: its hash, "" for a part that is not packed yet.
+    """
+
+    key: str
+    clip_id: str
+    start: int
+    source: str
+    content: str
+    size: int
+    mtime_ns: int
+    caption: str
+    shard: str = ""
+    shard_sha256: str = ""
+
+    def matches(self, path: Path) -> bool:
+        """Whether the clip at ``path`` still has the content that was prepared."""
+        try:
+            status = path.stat()
+        except OSError:
+            return False
+        same = (status.st_size, status.st_mtime_ns) == (self.size, self.mtime_ns)
+        return same or content_hash(path) == self.content
+
+
+def settings_hash(settings: Settings) -> str:
+    """Sixteen hex digits that name a settings folder."""
+    return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def content_hash(path: Path) -> str:
+    """sha256 of a file, or of the names and bytes of a folder's files."""
+    digest = hashlib.sha256()
+    try:
+        files = sorted(file for file in path.iterdir() if file.is_file()) if path.is_dir() else [path]
+        for file in files:
+            if file is not path:
+                digest.update(file.name.encode("utf-8", "surrogateescape") + b"\0")
+            with file.open("rb") as stream:
+                while block := stream.read(1 << 20):
+                    digest.update(block)
+    except OSError as error:
+        raise DataError(f"{path}: cannot be read ({error.strerror or error})") from error
+    return digest.hexdigest()
+
+
+def window_key(content: str, start: int, settings: Settings) -> str:
+    """The key of a window; 32 hex digits."""
+    return hashlib.sha256(f"{content}\0{start}\0{settings_hash(settings)}".encode()).hexdigest()[:32]
+
+
+def trim_tokens(context: Tensor) -> Tensor:
+    """Drop the all-zero rows at the end of ``[L, D]`` (text encoders pad with zeros); at least one row stays."""
+    used = context.any(dim=1).nonzero()
+    return context[: int(used[-1]) + 1 if len(used) else 1].contiguous()
+
+
+def pad_tokens(context: Tensor, length: int) -> Tensor:
+    """Inverse of :func:`trim_tokens`: ``[L, D]`` with zero rows appended up to ``length``."""
+    return torch.nn.functional.pad(context, (0, 0, 0, length - context.shape[0]))
+
+
+class CacheFolder:
+    """One settings folder: write parts, pack them into shards, read everything back.
+
+    Args:
+        cache: root of all settings folders.
+        settings: what the entries were made with.
+    """
+
+    def __init__(self, cache: Path, settings: Settings) -> None:
+        self.settings = settings
+        self.path = cache / settings_hash(settings)
+        self._parts = self.path / "parts"
+
+    def entries(self) -> dict[str, Entry]:
+        """All finished windows by key; a manifest without its shard, or a damaged line, counts as not prepared."""
+        found = {}
+        for manifest in sorted(self.path.glob("shard-*.jsonl")):
+            if manifest.with_suffix(".safetensors").is_file():
+                for entry in _read_manifest(manifest):
+                    found[entry.key] = entry
+        for part in sorted(self._parts.glob("*.safetensors")):
+            with contextlib.suppress(DataError):
+                entry = _part_entry(part)
+                found.setdefault(entry.key, entry)
+        return found
+
+    def add(self, entry: Entry, tensors: Mapping[str, Tensor]) -> None:
+        """Store one window as a part, atomically."""
+        if not (self.path / "settings.json").is_file():
+            atomic_write_json(self.path / "settings.json", self.settings)
+        payload = save(
+            {name: value.contiguous() for name, value in tensors.items()}, {"entry": json.dumps(asdict(entry))}
+        )
+        atomic_write_bytes(self._parts / f"{entry.key}.safetensors", payload)
+
+    def pack(self, keys: Sequence[str]) -> Path:
+        """Move the parts ``keys`` into one shard. Killed halfway, the parts are still there and are packed again."""
+        entries, tensors = [], {}
+        for key in keys:
+            part = self._parts / f"{key}.safetensors"
+            entries.append(_part_entry(part))
+            tensors |= {f"{key}/{name}": value for name, value in _read_tensors(part, "").items()}
+        name = f"shard-{hashlib.sha256(''.join(keys).encode()).hexdigest()[:16]}"
+        payload = save(tensors)
+        digest = hashlib.sha256(payload).hexdigest()
+        shard = self.path / f"{name}.safetensors"
+        atomic_write_bytes(shard, payload)
+        lines = [
+            json.dumps(asdict(entry) | {"shard": shard.name, "shard_sha256": digest}, ensure_ascii=False)
+            for entry in entries
+        ]
+        atomic_write_text(self.path / f"{name}.jsonl", "\n".join(lines) + "\n")
+        for key in keys:
+            (self._parts / f"{key}.safetensors").unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # not empty: other parts are still waiting
+            self._parts.rmdir()
+        return shard
+
+    def parts(self) -> list[str]:
+        """Keys of the parts that wait to be packed, sorted."""
+        return sorted(part.stem for part in self._parts.glob("*.safetensors"))
+
+    def read(self, entry: Entry) -> dict[str, Tensor]:
+        """The tensors of one window (memory-mapped: only their bytes are read)."""
+        return _read_tensors(self.path / entry.shard, "" if entry.shard.startswith("parts/") else f"{entry.key}/")
+
+    def verify(self) -> Iterator[tuple[str, str]]:
+        """Yield (file, defect) for every shard whose bytes changed and every part that cannot be read."""
+        hashes = {entry.shard: entry.shard_sha256 for entry in self.entries().values()}
+        for shard, expected in sorted(hashes.items()):
+            if expected and content_hash(self.path / shard) != expected:
+                yield shard, "bytes differ from the manifest"
+        for part in sorted(self._parts.glob("*.safetensors")):
+            try:
+                _read_tensors(part, "")
+                _part_entry(part)
+            except DataError:
+                yield f"parts/{part.name}", "unreadable"
+        for manifest in sorted(self.path.glob("shard-*.jsonl")):
+            if not manifest.with_suffix(".safetensors").is_file():
+                yield manifest.name, "shard missing"
+
+
+def open_cache(cache: Path, data_settings: Mapping[str, Any], encoder: Mapping[str, Any] | None = None) -> CacheFolder:
+    """The settings folder made with these data settings (and encoder, if given).
+
+    Raises:
+        DataError: none fits (the message names the settings that differ), or several do.
+    """
+    fitting, differences = [], []
+    for path in sorted(cache.glob("*/settings.json")):
+        try:
+            settings = json.loads(path.read_text())
+            made_with = settings["data"]
+        except (OSError, ValueError, KeyError, TypeError):
+            differences.append(f"{path}: unreadable")
+            continue
+        keys = sorted(key for key in {*made_with, *data_settings} if made_with.get(key) != data_settings.get(key))
+        if not keys and (encoder is None or settings.get("encoder") == dict(encoder)):
+            fitting.append(settings)
+        else:
+            differences.append(f"{path.parent}: differs in {', '.join(keys) or 'the encoder'}")
+    if len(fitting) != 1:
+        found = "\n  ".join(differences) or "nothing is prepared there"
+        reason = "several encoders were used; remove all but one folder" if fitting else "run `geoalign prepare`"
+        raise DataError(f"{cache}: no single cache for these settings; {reason}\n  {found}")
+    return CacheFolder(cache, fitting[0])
+
+
+def _read_manifest(path: Path) -> list[Entry]:
+    entries = []
+    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
+        with contextlib.suppress(ValueError, TypeError):
+            entries.append(Entry(**json.loads(line)))
+    return entries
+
+
+def _part_entry(path: Path) -> Entry:
+    try:
+        with safe_open(path, framework="pt") as file:
+            facts = json.loads((file.metadata() or {})["entry"])
+        return Entry(**facts | {"shard": f"parts/{path.name}", "shard_sha256": ""})
+    except (OSError, SafetensorError, KeyError, ValueError, TypeError) as error:
+        raise DataError(f"{path}: not a prepared window ({error}); delete it and run `geoalign prepare`") from error
+
+
+def _read_tensors(path: Path, prefix: str) -> dict[str, Tensor]:
+    try:
+        with safe_open(path, framework="pt") as file:
+            names = [name for name in file.keys() if name.startswith(prefix)]  # noqa: SIM118 - no __iter__
+            return {name.removeprefix(prefix): file.get_tensor(name) for name in names}
+    except (OSError, SafetensorError) as error:
+        raise DataError(f"{path}: damaged shard ({error}); delete it and run `geoalign prepare`") from error

@@ -1,0 +1,183 @@
+"""``geoalign prepare`` and ``geoalign data check | trajectories``."""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from geoalign.errors import DataError
+
+if TYPE_CHECKING:
+    from geoalign.config.schema import Config
+    from geoalign.data.trajectories import TrajectoryPool
+
+ENCODERS = "geoalign.training.encoders"
+"""Module that builds the encoder of a configuration; looked up by name because data knows no models."""
+
+EXAMPLES = """\
+examples:
+  geoalign prepare --config tiny_cpu                       encode every clip once; run again to continue
+  geoalign prepare --config paper_64xa800 --dry-run        predict disk and time from one window
+  torchrun --nproc-per-node 8 -m geoalign prepare --config paper_64xa800
+  geoalign data check --config tiny_cpu                    what is usable, what is not and why; cache intact?
+  geoalign data trajectories --config tiny_cpu --plot paths.png
+"""
+
+
+def add_parser(subparsers: Any) -> None:
+    """Add ``prepare`` and ``data`` with its sub-verbs."""
+    options: dict[str, Any] = {"epilog": EXAMPLES, "formatter_class": argparse.RawDescriptionHelpFormatter}
+    prepare = subparsers.add_parser("prepare", help="encode latents, text and source cameras once", **options)
+    _add_config(prepare)
+    prepare.add_argument(
+        "--dry-run", action="store_true", help="encode one window, predict disk and time, write nothing"
+    )
+    prepare.set_defaults(run=run_prepare)
+    data = subparsers.add_parser("data", help="look at clips, camera paths and the cache", **options)
+    verbs = data.add_subparsers(dest="data_verb", required=True, metavar="check|trajectories")
+    check = verbs.add_parser("check", help="count usable clips, camera paths and cache entries; list defects")
+    _add_config(check)
+    check.set_defaults(run=run_check)
+    paths = verbs.add_parser("trajectories", help="statistics of raw and rescaled target paths")
+    _add_config(paths)
+    paths.add_argument("--count", type=int, default=200, metavar="N", help="paths to draw (default 200)")
+    paths.add_argument("--plot", type=Path, metavar="FILE", help="write a figure (.png, .svg, .pdf)")
+    paths.set_defaults(run=run_trajectories)
+
+
+def run_prepare(args: argparse.Namespace) -> int:
+    """Encode this process's share of the windows."""
+    from geoalign.data.clips import list_clips
+    from geoalign.data.prepare import prepare
+    from geoalign.data.tally import Tally
+
+    config = _load(args)
+    rank, world_size = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+    encoders = importlib.import_module(ENCODERS)
+    encoders.render_missing_data(config, rank)
+    encoder = encoders.build_encoder(config)
+    if args.dry_run:
+        report = prepare(config.data, encoder, limit=1, dry_run=True)
+        if not report.encoded:
+            print(f"nothing to do: the first {report.reused} windows are prepared")
+            return 0
+        total = len(list_clips(config.data.clips_path, config.data.clips, Tally("clips")))
+        total *= config.data.prepare.windows_per_clip
+        print(f"predicted for at most {total:,} windows, from {report.encoded} measured on this machine:")
+        print(
+            f"  disk {_size(report.bytes / report.encoded * total)}, one process {report.seconds * total / 3600:.2f} h"
+        )
+        return 0
+    from tqdm import tqdm
+
+    with tqdm(desc="preparing", unit="clip", disable=None if rank == 0 else True) as bar:
+
+        def progress(done: int, total: int) -> None:
+            bar.total = total
+            bar.update(done - bar.n)
+
+        report = prepare(config.data, encoder, rank=rank, world_size=world_size, progress=progress)
+    print(f"encoded {report.encoded} windows ({_size(report.bytes)}) in {report.seconds:.1f} s, kept {report.reused}")
+    if report.tally is not None and report.tally.rejected:
+        print(report.tally.summary())
+    return 0
+
+
+def run_check(args: argparse.Namespace) -> int:
+    """Probe every clip and camera path, verify the cache; exit 1 if too much is unusable or the cache is damaged."""
+    from geoalign.data.cache import CacheFolder, open_cache
+    from geoalign.data.clips import list_clips
+    from geoalign.data.loader import ClipLoader, cause_of
+    from geoalign.data.prepare import data_settings
+    from geoalign.data.readers import open_reader
+    from geoalign.data.tally import Tally
+    from geoalign.data.trajectories import load_pool
+
+    config = _load(args).data
+    clips, paths = Tally("clips"), Tally("camera paths")
+    loader = ClipLoader(config, open_reader(config.clips.reader))
+    windows = 0
+    for record in list_clips(config.clips_path, config.clips, clips):
+        try:
+            windows += len(loader.starts(record))
+        except DataError as error:
+            clips.accepted -= 1
+            clips.reject(record.clip_id, cause_of(error, record))
+    print(f"{clips.summary()}\n  {windows:,} windows of {config.num_frames} frames at stride {config.clips.stride}")
+    pool = load_pool(config.trajectories_path, config.num_frames, config.trajectories, paths, "all")
+    print(f"{paths.summary()}\n  {len(pool):,} windows of {config.num_frames} frames")
+    damaged = []
+    if config.cache.is_dir():
+        folder: CacheFolder = open_cache(config.cache, data_settings(config))
+        entries = folder.entries()
+        used = sum(file.stat().st_size for file in folder.path.rglob("*") if file.is_file())
+        damaged = [f"{name}: {defect}" for name, defect in folder.verify()]
+        print(f"cache {folder.path}: {len(entries):,} windows, {_size(used)}, {len(damaged)} damaged files")
+        print("\n".join(f"  {line}" for line in damaged), end="\n" if damaged else "")
+    else:
+        print(f"cache {config.cache}: nothing prepared")
+    clips.check(config.clips.max_bad_fraction)
+    if damaged:
+        raise DataError(f"{config.cache}: delete the damaged files above and run `geoalign prepare` again")
+    return 0
+
+
+def run_trajectories(args: argparse.Namespace) -> int:
+    """Draw target paths as training does and show what the rescale did to them."""
+    from geoalign.data.tally import Tally
+    from geoalign.data.trajectories import load_pool
+
+    config = _load(args)
+    tally = Tally("camera paths")
+    pool = load_pool(config.data.trajectories_path, config.data.num_frames, config.data.trajectories, tally)
+    print(tally.summary())
+    _report_paths(config, pool, args.count, args.plot)
+    return 0
+
+
+def _report_paths(config: Config, pool: TrajectoryPool, count: int, plot: Path | None) -> None:
+    from geoalign.data.trajectories import PathRescaler, draw_path
+
+    rescaler = PathRescaler(config.data.trajectories.rescale)
+    draws = [draw_path(pool, rescaler, config.run.seed, 0, group) for group in range(count)]
+    results = [result for _, result in draws]
+    fps = config.data.trajectories.rescale.play_fps
+    print(f"{count} target paths of {len(pool)} windows, {rescaler.drawn} drawn; speeds per second at {fps:g} fps")
+    for title, unit, values in (
+        ("peak speed", "m/s", [result.peak_translation for result in results]),
+        ("peak turn", "deg/s", [result.peak_rotation for result in results]),
+        ("path length", "m", [result.path_m for result in results]),
+        ("yaw span", "deg", [result.yaw_deg for result in results]),
+    ):
+        low, middle, high = (sorted(values)[int(q * (len(values) - 1))] for q in (0.05, 0.5, 0.95))
+        print(f"  {title:<12} 5% {low:8.3f}   median {middle:8.3f}   95% {high:8.3f} {unit}")
+    for title, counts in (("rejected", rescaler.rejected), ("adjusted", rescaler.adjusted)):
+        print(f"  {title}: {', '.join(f'{name} {number}' for name, number in counts.most_common()) or 'none'}")
+    if plot is not None:
+        from geoalign.data.plots import plot_paths
+
+        plot_paths(plot, [pool.raw(index) for index, _ in draws], results, config.data.trajectories.rescale)
+        print(f"figure: {plot}")
+
+
+def _add_config(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--config", required=True, metavar="NAME|FILE", help="preset name or .yaml path")
+    parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="settings that replace the file's")
+
+
+def _load(args: argparse.Namespace) -> Config:
+    from geoalign.config.load import load_config
+    from geoalign.config.schema import Config
+
+    return load_config(Config, args.config, args.overrides)
+
+
+def _size(count: float) -> str:
+    for unit in ("B", "kB", "MB", "GB"):
+        if count < 1000:
+            return f"{count:.1f} {unit}"
+        count /= 1000
+    return f"{count:.2f} TB"

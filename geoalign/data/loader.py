@@ -1,0 +1,149 @@
+"""Decoding windows of clips together with their source cameras."""
+
+from __future__ import annotations
+
+import threading
+from collections import OrderedDict
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from geoalign.config.data import DataConfig
+from geoalign.data.citywalk import ClipCamera, read_clip_camera
+from geoalign.data.clips import ClipRecord
+from geoalign.data.frames import cover_crop_intrinsics, to_float
+from geoalign.data.video import VideoInfo, VideoReader
+from geoalign.errors import DataError
+from geoalign.geometry.trajectory import CameraTrajectory
+
+CameraEstimate = tuple[CameraTrajectory, Tensor | None]
+"""Source camera ``[F]`` relative to frame 0, metres, and the ground plane ``[4]`` if known."""
+CameraEstimator = Callable[[Tensor], CameraEstimate | None]
+"""From frames ``[F, 3, H, W]`` in [-1, 1]; None if it cannot."""
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class LoadedWindow:
+    """A decoded window of a clip.
+
+    Attributes:
+        record: the clip.
+        start: first frame in the file.
+        frames: uint8 ``[F, 3, H, W]``.
+        camera: ``[F]`` float64 relative to the window's first frame.
+        ground_plane: ``[4]`` float64 in the first frame's camera axes, or None.
+    """
+
+    record: ClipRecord
+    start: int
+    frames: Tensor
+    camera: CameraTrajectory
+    ground_plane: Tensor | None
+
+
+class ClipLoader:
+    """Decodes windows of clips, with a bounded memory of recent ones; safe to call from two threads."""
+
+    def __init__(
+        self, config: DataConfig, reader: VideoReader, estimate_camera: CameraEstimator = lambda frames: None
+    ) -> None:
+        self._config = config
+        self._reader = reader
+        self._estimate_camera = estimate_camera
+        self._recent: OrderedDict[tuple[str, int], LoadedWindow] = OrderedDict()
+        self._budget = config.clips.keep_decoded_mb << 20
+        self._info: dict[str, VideoInfo] = {}
+        self._camera: dict[str, ClipCamera] = {}
+        self._lock = threading.Lock()
+        self.decoded = 0
+
+    @property
+    def span(self) -> int:
+        """Source frames that a window covers."""
+        return (self._config.num_frames - 1) * self._config.clips.stride + 1
+
+    def starts(self, record: ClipRecord) -> range:
+        """All window starts of a clip (frames in the file).
+
+        Raises:
+            DataError: unreadable, too short or of variable frame rate.
+        """
+        with self._lock:
+            info = self._probe(record)
+        end = min(info.frames, record.end_frame or info.frames)
+        count = end - record.start_frame - self.span + 1
+        if count < 1:
+            raise DataError(f"{record.path}: too short, {max(end - record.start_frame, 0)} of {self.span} frames")
+        return range(record.start_frame, record.start_frame + count)
+
+    def load(self, record: ClipRecord, start: int, camera: CameraTrajectory | None = None) -> LoadedWindow:
+        """Decode the window that starts at file frame ``start``; raises DataError if the clip is unusable.
+
+        ``camera`` ``[F]`` replaces the clip's own camera (a prepared one).
+        """
+        with self._lock:
+            key = (record.clip_id, start)
+            if (window := self._recent.get(key)) is not None:
+                self._recent.move_to_end(key)
+                return window
+            window = self._decode(record, start, camera)
+            self.decoded += 1
+            self._recent[key] = window
+            size = window.frames.nbytes
+            while len(self._recent) * size > self._budget and len(self._recent) > 1:
+                self._recent.popitem(last=False)
+            return window
+
+    def _probe(self, record: ClipRecord) -> VideoInfo:
+        if (info := self._info.get(record.clip_id)) is None:
+            info = self._info[record.clip_id] = self._reader.probe(record.path)
+        if not info.constant_rate:
+            raise DataError(f"{record.path}: variable frame rate; re-encode at a constant rate")
+        return info
+
+    def _decode(self, record: ClipRecord, start: int, camera: CameraTrajectory | None) -> LoadedWindow:
+        config = self._config
+        info, size = self._probe(record), (config.height, config.width)
+        indices = list(range(start, start + self.span, config.clips.stride))
+        found = None if camera is not None else self._camera_on_disk(record, info, indices)
+        frames = self._reader.read(record.path, indices, size)
+        if camera is not None:
+            return LoadedWindow(record, start, frames, camera, None)
+        if found is None:
+            camera, plane = self._estimated(record, frames)
+        else:
+            lens = cover_crop_intrinsics(found[0].intrinsics, info.height, info.width, size)
+            camera, plane = found[0].with_intrinsics(lens), found[1]
+        return LoadedWindow(record, start, frames, camera, plane)
+
+    def _camera_on_disk(self, record: ClipRecord, info: VideoInfo, indices: list[int]) -> CameraEstimate | None:
+        """The configured static camera or the clip's camera file; None if it must be estimated from the frames."""
+        policy, focal = self._config.clips.camera, self._config.clips.default_focal
+        if policy == "none":
+            lens = (focal, focal * info.width / info.height, 0.5, 0.5)
+            return CameraTrajectory.identity(len(indices), lens, dtype=torch.float64), None
+        if record.camera is None:
+            return None
+        if (camera := self._camera.get(record.clip_id)) is None:
+            camera = self._camera[record.clip_id] = read_clip_camera(record.camera, (info.height, info.width))
+        if not camera.metric and policy != "file_any_scale":
+            return None
+        if camera.path.num_frames <= indices[-1]:
+            raise DataError(f"{record.camera}: {camera.path.num_frames} poses, frame {indices[-1]} is needed")
+        return camera.window(indices)
+
+    def _estimated(self, record: ClipRecord, frames: Tensor) -> CameraEstimate:
+        estimate = self._estimate_camera(to_float(frames))
+        if estimate is None:
+            raise DataError(f"{record.path}: no metric camera file; run `geoalign prepare`, or see data.clips.camera")
+        return estimate
+
+
+def cause_of(error: DataError, record: ClipRecord) -> str:
+    """The error without the file's name, so that equal causes are counted together."""
+    message = str(error)
+    for path in (record.path, record.camera):
+        message = message.removeprefix(f"{path}: ")
+    return message
