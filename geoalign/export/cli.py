@@ -34,9 +34,9 @@ def _run(args: argparse.Namespace) -> int:
     from geoalign.models.open import open_model
 
     loaded = None if args.dtype == "keep" else getattr(torch, args.dtype)
-    model, _ = open_model(args.model, args.checkpoint)
+    model, _ = open_model(args.model, args.checkpoint, dtype=None)
     if args.format == "lora":
-        base, _ = open_model(args.model, args.base)
+        base, _ = open_model(args.model, args.base, dtype=None)
         report = lora.export_lora(base, model, args.out, args.rank, loaded or torch.float32)
         print(f"LoRA of rank {args.rank}: lossy, it leaves {report.residual:.2%} of the matrices' change (norm)")
         if report.omitted_names:

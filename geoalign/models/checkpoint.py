@@ -182,18 +182,21 @@ def _guess(found: Shapes) -> str:
 def place(
     model: nn.Module,
     source: TensorFile,
-    dtype: torch.dtype,
+    dtype: torch.dtype | None,
     device: torch.device | str = "cpu",
     rename: Rename = lambda name: name,
 ) -> LoadReport:
-    """Move the tensors of a checked file into ``model`` one by one, replacing meta or existing parameters."""
+    """Move the tensors of a checked file into ``model`` one by one, replacing meta or existing parameters.
+
+    ``dtype`` None keeps the type of every tensor as stored.
+    """
     size, peak, read, placed = 0, 0, 0, 0
     parameters = dict(model.named_parameters())
     for name, tensor in source.items():
         target = rename(name)
         old = parameters[target]
         freed = 0 if old.is_meta else old.nbytes
-        value = tensor.to(device=device, dtype=dtype, copy=True)
+        value = tensor.to(device=device, dtype=dtype or tensor.dtype, copy=True)
         size += value.nbytes
         peak = max(peak, size + tensor.nbytes)
         size -= freed
@@ -204,7 +207,7 @@ def place(
 
 
 def load_dit(
-    config: ModelConfig, path: Path, *, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu"
+    config: ModelConfig, path: Path, *, dtype: torch.dtype | None = torch.float32, device: torch.device | str = "cpu"
 ) -> tuple[RetakeDiT, LoadReport]:
     """Build a model on the meta device and fill it from a complete checkpoint (original Wan or diffusers names).
 
@@ -223,7 +226,7 @@ def load_redirector(
     base: Path,
     delta: Path,
     *,
-    dtype: torch.dtype = torch.bfloat16,
+    dtype: torch.dtype | None = torch.bfloat16,
     device: torch.device | str = "cpu",
     config: ModelConfig = REDIRECTOR,
 ) -> tuple[RetakeDiT, LoadReport]:

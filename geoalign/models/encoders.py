@@ -16,7 +16,7 @@ from geoalign.errors import CheckpointError
 from geoalign.models.checkpoint import TensorFile, check, place
 
 if TYPE_CHECKING:
-    from transformers import CLIPVisionModel, PreTrainedTokenizerBase, UMT5EncoderModel
+    from transformers import CLIPVisionModel, PreTrainedTokenizerBase, UMT5Config, UMT5EncoderModel
 
 _TEXT_BLOCK = {
     "layer.0.layer_norm": "norm1",
@@ -83,23 +83,11 @@ def clean_text(text: str) -> str:
     return re.sub(r"\s+", " ", html.unescape(html.unescape(text))).strip()
 
 
-def load_text_encoder(
-    weights: Path, tokenizer: Path, *, dtype: torch.dtype = torch.bfloat16, device: torch.device | str = "cpu"
-) -> TextEncoder:
-    """Load the original ``.pth`` or a transformers folder, with a tokenizer folder.
+def umt5_xxl_config() -> UMT5Config:
+    """Settings of google/umt5-xxl's encoder."""
+    from transformers import UMT5Config
 
-    Raises:
-        CheckpointError: missing or damaged files, or another model's weights.
-    """
-    from transformers import AutoTokenizer, UMT5Config, UMT5EncoderModel
-
-    try:
-        words = AutoTokenizer.from_pretrained(tokenizer, local_files_only=True)
-        if weights.is_dir():
-            return TextEncoder(UMT5EncoderModel.from_pretrained(weights, dtype=dtype, local_files_only=True), words)
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"{weights}: text encoder or tokenizer cannot be read ({error})") from error
-    config = UMT5Config(
+    return UMT5Config(
         vocab_size=256384,
         d_model=4096,
         d_kv=64,
@@ -108,8 +96,26 @@ def load_text_encoder(
         num_heads=64,
         feed_forward_proj="gated-gelu",
     )
+
+
+def load_text_encoder(
+    weights: Path, tokenizer: Path, *, dtype: torch.dtype = torch.bfloat16, device: torch.device | str = "cpu"
+) -> TextEncoder:
+    """Load the original ``.pth`` or a transformers folder, with a tokenizer folder.
+
+    Raises:
+        CheckpointError: missing or damaged files, or another model's weights.
+    """
+    from transformers import AutoTokenizer, UMT5EncoderModel
+
+    try:
+        words = AutoTokenizer.from_pretrained(tokenizer, local_files_only=True)
+        if weights.is_dir():
+            return TextEncoder(UMT5EncoderModel.from_pretrained(weights, dtype=dtype, local_files_only=True), words)
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{weights}: text encoder or tokenizer cannot be read ({error})") from error
     with torch.device("meta"):
-        model = UMT5EncoderModel(config)
+        model = UMT5EncoderModel(umt5_xxl_config())
     fill_text_encoder(model, weights, dtype, device)
     return TextEncoder(model, words)
 

@@ -15,14 +15,14 @@ from geoalign.models.checkpoint import LoadReport, TensorFile, check, load_dit, 
 from geoalign.models.codec import PatchCodec
 from geoalign.models.codec_base import LatentCodec
 from geoalign.models.dit import RetakeDiT
-from geoalign.models.layouts import LAYOUTS, RECAMMASTER, identify, is_self_attention, model_shapes
+from geoalign.models.layouts import LAYOUTS, RECAMMASTER, REDIRECTOR, identify, is_self_attention, model_shapes
 from geoalign.models.wan_vae import load_wan_codec
 
 CONFIG_FILE = "config.json"
 
 
 def open_model(
-    model: Path, checkpoint: Path | None = None, *, dtype: torch.dtype = torch.float32, device: str = "cpu"
+    model: Path, checkpoint: Path | None = None, *, dtype: torch.dtype | None = torch.float32, device: str = "cpu"
 ) -> tuple[RetakeDiT, LoadReport]:
     """Load a transformer.
 
@@ -31,7 +31,7 @@ def open_model(
             a folder with the published weights of a base model.
         checkpoint: what was trained on top: a ReDirector or geoalign delta (self-attention only) or a complete state
             dict such as ReCamMaster's ``.ckpt``.
-        dtype: of the parameters.
+        dtype: of the parameters; None keeps each as stored.
         device: where they go.
 
     Raises:
@@ -58,7 +58,21 @@ def open_model(
     return load_dit(RECAMMASTER, checkpoint, dtype=dtype, device=device)
 
 
-def apply_delta(model: RetakeDiT, delta: Path, dtype: torch.dtype, device: str = "cpu") -> LoadReport:
+def config_of(model: Path, checkpoint: Path | None = None) -> ModelConfig:
+    """The configuration that :func:`open_model` would use, from file headers alone; same errors."""
+    if not model.exists():
+        raise CheckpointError(f"{model}: no such model file or folder")
+    if model.is_file():
+        return ModelConfig.model_validate_json(_header(model)["model"])
+    config = read_config(model)
+    if config is not None:
+        return config
+    if checkpoint is None:
+        raise UsageError(f"{model}: published base weights cannot retake videos by themselves; give --checkpoint")
+    return REDIRECTOR if all(map(is_self_attention, TensorFile(checkpoint).shapes)) else RECAMMASTER
+
+
+def apply_delta(model: RetakeDiT, delta: Path, dtype: torch.dtype | None, device: str = "cpu") -> LoadReport:
     """Replace all self-attention parameters of ``model`` by those of a file that holds exactly these."""
     source = TensorFile(delta)
     shapes = {n: s for n, s in model_shapes(model.config).items() if is_self_attention(n)}
@@ -116,7 +130,9 @@ def _header(path: Path) -> dict[str, str]:
     return header
 
 
-def _open_policy(path: Path, checkpoint: Path | None, dtype: torch.dtype, device: str) -> tuple[RetakeDiT, LoadReport]:
+def _open_policy(
+    path: Path, checkpoint: Path | None, dtype: torch.dtype | None, device: str
+) -> tuple[RetakeDiT, LoadReport]:
     try:
         config = ModelConfig.model_validate_json(_header(path)["model"])
     except ValidationError as error:

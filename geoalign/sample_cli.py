@@ -1,0 +1,236 @@
+"""``geoalign sample``: retake one video along a camera path."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from geoalign.sampling import CostEstimate, RetakeInputs
+
+_NEGATIVE = "blurry, low quality, distorted, jittery, watermark, text"
+
+
+def add_parser(subparsers: argparse._SubParsersAction) -> None:
+    """Register ``sample``."""
+    parser = subparsers.add_parser("sample", help="retake a video along a camera path")
+    add = parser.add_argument
+    add("--model", type=Path, required=True, help="policy file, exported folder, or folder with published weights")
+    add("--checkpoint", type=Path, help="delta or full state dict trained on top of published weights")
+    add("--video", type=Path, required=True, help="source video file, or a folder of frames")
+    add("--trajectory", required=True, help="pan_right, tilt_up, zoom_in, translate_up, arc_left, ... or a camera file")
+    add("--speed", type=float, default=1.0, help="multiplies the camera's motion per frame (default 1)")
+    add("--source-camera", type=Path, help="camera file of the source (default: its camera does not move)")
+    add("--intrinsics", type=_numbers, metavar="FX,FY,CX,CY", help="of the source frames, fractions of W,H,W,H")
+    add("--ground-plane", type=_numbers, metavar="NX,NY,NZ,D", help="n.X = d in metres; for geometric models only")
+    add("--frames", type=int, help="length (Wan: 4k + 1; default: the longest that fits, at most 81)")
+    add("--size", type=_size, metavar="HxW", help="frame size after scale and centre crop (Wan default 480x832)")
+    add("--prompt", help="what the video shows, or @FILE with the text")
+    add("--negative-prompt", default=_NEGATIVE, help="text of the second guidance pass, or @FILE")
+    add("--guidance", type=float, help="classifier-free guidance (default 5 with a text encoder, else 1)")
+    add("--steps", type=int, default=25, help="sampling steps (default 25)")
+    add("--shift", type=float, default=5.0, help="time shift of the noise levels (default 5)")
+    add("--seed", type=int, default=0, help="seed of the initial noise")
+    add("--device", default="cpu", help="cpu, cuda or cuda:N")
+    add("--dtype", choices=("float32", "bfloat16"), help="of the weights (default bfloat16 on cuda, float32 on cpu)")
+    add("--tiled", action="store_true", help="encode and decode in tiles (less memory, faint borders)")
+    add("--out", type=Path, required=True, help="an .mp4; a side-by-side mp4, a JSON and a camera plot lie beside it")
+    add("--dry-run", action="store_true", help="print shapes, tokens, memory and predicted time, and stop")
+    parser.set_defaults(run=_run)
+
+
+def _run(args: argparse.Namespace) -> int:
+    import torch
+
+    from geoalign.config.flow import FlowConfig
+    from geoalign.errors import ConfigError, UsageError
+    from geoalign.models.layouts import count, model_shapes
+    from geoalign.models.open import config_of, open_codec, open_model
+    from geoalign.sampling import build_condition, estimate, read_inputs, retake
+
+    if args.out.suffix != ".mp4":
+        raise UsageError(f"--out {args.out} must end in .mp4")
+    dtype = getattr(torch, args.dtype or ("bfloat16" if args.device.startswith("cuda") else "float32"))
+    try:
+        flow = FlowConfig(steps=args.steps, shift=args.shift)
+    except ValueError as error:
+        raise ConfigError(f"--steps {args.steps} --shift {args.shift}: {error}") from error
+    config = config_of(args.model, args.checkpoint)
+    codec = open_codec(args.model, dtype=dtype, device=args.device, tiled=args.tiled)
+    inputs = read_inputs(
+        args.video, args.trajectory, codec=codec, speed=args.speed, frames=args.frames, size=args.size,
+        source_camera=args.source_camera, intrinsics=args.intrinsics, ground_plane=args.ground_plane,
+    )  # fmt: skip
+    text = _texts(args, dtype)
+    guidance = args.guidance if args.guidance is not None else (5.0 if text else 1.0)
+    if guidance != 1.0 and not text:
+        raise UsageError(f"--guidance {guidance} needs a text encoder, and {args.model} has none; use --guidance 1")
+    forwards = args.steps * (1 if guidance == 1.0 else 2)
+    latent = codec.latent_shape(*inputs.video.shape[1:2], *inputs.video.shape[-2:])
+    cost = estimate(config, count(model_shapes(config))["parameters"], latent, forwards, dtype, args.device)
+    _print_cost(inputs, cost)
+    if args.dry_run:
+        return 0
+    model, _ = open_model(args.model, args.checkpoint, dtype=dtype, device=args.device)
+    moved = _to_device(inputs, args.device)
+    cond = build_condition(model, codec, moved, text[0] if text else None, _image_tokens(args, config, moved, dtype))
+    with _progress(forwards) as bar:
+        video = retake(
+            model, codec, moved, cond, flow, seed=args.seed, guidance=guidance, negative=text[1] if text else None,
+            on_forward=bar.update,
+        )  # fmt: skip
+    _write(args, inputs, video.cpu(), cost, guidance)
+    return 0
+
+
+def _texts(args: argparse.Namespace, dtype: Any) -> tuple[Tensor, Tensor] | None:
+    """Context of the prompt and of the negative prompt, or None for a model without a text encoder."""
+    from geoalign.errors import UsageError
+    from geoalign.models.encoders import load_text_encoder
+
+    pairs = (
+        (args.model / "text_encoder", args.model / "tokenizer"),
+        (args.model / "models_t5_umt5-xxl-enc-bf16.pth", args.model / "google" / "umt5-xxl"),
+    )
+    found = [pair for pair in pairs if pair[0].exists()]
+    if not found:
+        if args.prompt:
+            raise UsageError(f"--prompt needs a text encoder, and {args.model} has none")
+        return None
+    if args.prompt is None:
+        raise UsageError("this model reads text: say what the video shows with --prompt TEXT or --prompt @FILE")
+    prompts = [_text(args.prompt), _text(args.negative_prompt)]
+    context = load_text_encoder(*found[0], dtype=dtype, device=args.device)(prompts)
+    return context[:1], context[1:]
+
+
+def _text(value: str) -> str:
+    from geoalign.errors import DataError
+
+    if not value.startswith("@"):
+        return value
+    try:
+        return Path(value[1:]).read_text("utf-8").strip()
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(f"{value[1:]}: prompt file cannot be read ({error})") from error
+
+
+def _image_tokens(args: argparse.Namespace, config: Any, inputs: RetakeInputs, dtype: Any) -> Tensor | None:
+    if config.image_dim is None:
+        return None
+    from geoalign.models.encoders import load_image_encoder
+
+    names = ("image_encoder", "models_clip_open-clip-xlm-roberta-large-vit-huge-14.pth")
+    for path in (args.model / name for name in names):
+        if path.exists():
+            return load_image_encoder(path, dtype=dtype, device=args.device)(inputs.video[:, 0])
+    return None
+
+
+def _to_device(inputs: RetakeInputs, device: str) -> RetakeInputs:
+    from dataclasses import replace
+
+    plane = None if inputs.ground_plane is None else inputs.ground_plane.to(device)
+    cameras = {"source_camera": inputs.source_camera.to(device), "target_camera": inputs.target_camera.to(device)}
+    return replace(inputs, video=inputs.video.to(device), ground_plane=plane, **cameras)
+
+
+def _print_cost(inputs: RetakeInputs, cost: CostEstimate) -> None:
+    _, frames, _, height, width = inputs.video.shape
+    print(f"video    {frames} frames of {height} x {width} at {inputs.fps:g} fps")
+    print(
+        f"latents  {' x '.join(map(str, cost.latent_shape))} (channels, frames, rows, columns), {cost.tokens:,} tokens"
+    )
+    print(f"work     {cost.forwards} forwards, {cost.tflop:,.3g} TFLOP, about {cost.memory_gb:.3g} GB")
+    print(f"time     about {cost.seconds:,.3g} s (predicted from a matrix product on this device)")
+
+
+def _progress(total: int) -> Any:
+    from tqdm import tqdm
+
+    return tqdm(total=total, desc="sampling", unit="forward", file=sys.stderr, disable=None)
+
+
+def _write(args: argparse.Namespace, inputs: RetakeInputs, video: Tensor, cost: CostEstimate, guidance: float) -> None:
+    import torch
+
+    from geoalign import __version__
+    from geoalign.data.video import write_video
+    from geoalign.io_utils import atomic_write_json
+
+    args.out.parent.mkdir(parents=True, exist_ok=True)
+    stem = args.out.with_suffix("")
+    beside = {
+        "video": args.out,
+        "side_by_side": stem.with_name(stem.name + ".side_by_side.mp4"),
+        "cameras": stem.with_name(stem.name + ".cameras.png"),
+    }
+    write_video(beside["video"], video[0], inputs.fps)
+    write_video(beside["side_by_side"], torch.cat([inputs.video[0], video[0]], -1), inputs.fps)
+    _plot(inputs, beside["cameras"])
+    settings = {name: str(v) if isinstance(v, Path) else v for name, v in vars(args).items() if _plain(v)}
+    used = {"guidance": guidance, "frames": video.shape[1], "size": list(video.shape[-2:]), "fps": inputs.fps}
+    record = {
+        "geoalign": __version__, "torch": torch.__version__, "arguments": settings, "used": used,
+        "tokens": cost.tokens, "forwards": cost.forwards, "files": {k: str(v) for k, v in beside.items()},
+        "target_c2w": inputs.target_camera.c2w[0].tolist(), "source_c2w": inputs.source_camera.c2w[0].tolist(),
+        "intrinsics": inputs.target_camera.intrinsics[0, 0].tolist(),
+    }  # fmt: skip
+    atomic_write_json(stem.with_name(stem.name + ".json"), record)
+    print("\n".join(f"{name:13}{path}" for name, path in beside.items()))
+
+
+def _plain(value: object) -> bool:
+    return value is None or isinstance(value, str | int | float | bool | Path | tuple)
+
+
+def _plot(inputs: RetakeInputs, path: Path) -> None:
+    """Source and target camera paths seen from above and from the side, with viewing directions."""
+    from matplotlib.figure import Figure
+
+    from geoalign.io_utils import atomic_path
+
+    figure = Figure(figsize=(9, 4), layout="constrained")
+    views = (
+        ("from above", 0, 2, "x right (m)", "z forward (m)"),
+        ("from the side", 2, 1, "z forward (m)", "y down (m)"),
+    )
+    for axis, (title, i, j, across, along) in zip(figure.subplots(1, 2), views, strict=True):
+        for name, camera, colour in (
+            ("source", inputs.source_camera, "#777777"),
+            ("target", inputs.target_camera, "#c2410c"),
+        ):
+            centre, look = camera.position[0], camera.rotation[0][:, :, 2]
+            axis.plot(centre[:, i], centre[:, j], "-o", color=colour, markersize=2, linewidth=1.5, label=name)
+            step = slice(None, None, max(1, len(centre) // 8))
+            axis.quiver(
+                centre[step, i], centre[step, j], look[step, i], look[step, j], color=colour, width=0.004, scale=14,
+                angles="xy",
+            )  # fmt: skip
+        axis.set(title=title, xlabel=across, ylabel=along)
+        axis.margins(0.25)
+        axis.set_aspect("equal", adjustable="datalim")
+        axis.grid(alpha=0.3)
+        if along.startswith("y"):
+            axis.invert_yaxis()
+    figure.axes[0].legend(frameon=False)
+    with atomic_path(path) as temporary:
+        figure.savefig(temporary, dpi=110)
+
+
+def _numbers(text: str) -> tuple[float, float, float, float]:
+    parts = [float(part) for part in text.split(",")]
+    if len(parts) != 4:
+        raise argparse.ArgumentTypeError(f"four numbers separated by commas, got {text!r}")
+    return parts[0], parts[1], parts[2], parts[3]
+
+
+def _size(text: str) -> tuple[int, int]:
+    height, cross, width = text.partition("x")
+    if not cross:
+        raise argparse.ArgumentTypeError(f"HEIGHTxWIDTH such as 480x832, got {text!r}")
+    return int(height), int(width)

@@ -1,0 +1,271 @@
+"""Retake one video with a trained model: from files to files, on one device."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from geoalign.config.flow import FlowConfig
+from geoalign.config.model import ModelConfig
+from geoalign.data.frames import cover_crop_intrinsics, to_float
+from geoalign.data.readers import AnyReader
+from geoalign.data.video import PyAVReader
+from geoalign.errors import UsageError
+from geoalign.flow.sampler import FlowSampler, initial_noise
+from geoalign.flow.table import build_step_table
+from geoalign.geometry.io import load_trajectory
+from geoalign.geometry.presets import PRESETS, preset, preset_name, retime
+from geoalign.geometry.trajectory import DEFAULT_INTRINSICS, CameraTrajectory
+from geoalign.models.codec_base import LatentCodec
+from geoalign.models.conditioning import Conditioning
+from geoalign.models.dit import RetakeDiT
+
+WAN_SIZE, MAX_FRAMES = (480, 832), 81
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class RetakeInputs:
+    """A decoded source video with both camera paths, batch of one.
+
+    Attributes:
+        video: ``[1, F, 3, H, W]`` float32 in [-1, 1].
+        source_camera: ``[1, F]``.
+        target_camera: ``[1, F]``, frame 0 is the identity.
+        ground_plane: ``[1, 4]`` or None.
+        fps: frames per second of the source.
+    """
+
+    video: Tensor
+    source_camera: CameraTrajectory
+    target_camera: CameraTrajectory
+    ground_plane: Tensor | None
+    fps: float
+
+
+def read_inputs(
+    video: Path,
+    trajectory: str,
+    *,
+    codec: LatentCodec,
+    speed: float = 1.0,
+    frames: int | None = None,
+    size: tuple[int, int] | None = None,
+    source_camera: Path | None = None,
+    intrinsics: tuple[float, float, float, float] | None = None,
+    ground_plane: tuple[float, float, float, float] | None = None,
+) -> RetakeInputs:
+    """Decode and crop the source and lay out both camera paths.
+
+    Args:
+        video: a video file or a folder of frames.
+        trajectory: a preset name, or a camera file.
+        codec: decides which lengths and sizes are possible.
+        speed: multiplies the camera's motion per frame.
+        frames: length; default: the longest that fits the codec, at most 81.
+        size: (H, W) to scale to cover and centre-crop to; default 480 x 832 for the Wan VAE, else the video's own.
+        source_camera: camera file of the source; None: its camera does not move.
+        intrinsics: of the original frames, as fractions of (W, H, W, H); default: the camera file's, else 60 degrees.
+        ground_plane: for models with geometric camera phases.
+
+    Raises:
+        UserError: anything that cannot be read or does not fit; nothing has been written.
+    """
+    reader = AnyReader(PyAVReader())
+    info = reader.probe(video)
+    count = choose_frames(codec, info.frames) if frames is None else frames
+    if count > info.frames:
+        raise UsageError(f"{video} has {info.frames} frames, --frames {count} asks for more")
+    size = size or (WAN_SIZE if codec.name == "wan_vae" else (info.height, info.width))
+    codec.latent_shape(count, *size)
+    source = _source_camera(source_camera, count, (info.height, info.width), intrinsics)
+    lens = cover_crop_intrinsics(source.intrinsics, info.height, info.width, size)
+    source = source.with_intrinsics(lens)
+    target = _target_camera(trajectory, count, speed, lens[0])
+    pixels = to_float(reader.read(video, range(count), size))
+    plane = None if ground_plane is None else _unit_plane(ground_plane)
+    fps = info.fps if info.fps > 0 else 24.0
+    return RetakeInputs(pixels[None], _batch(source), _batch(target), plane, fps)
+
+
+def choose_frames(codec: LatentCodec, available: int) -> int:
+    """The largest length up to 81 that the codec takes; 81 gives 81 and 70 gives 69 if it must be 4k + 1."""
+    for count in range(min(available, MAX_FRAMES), 0, -1):
+        try:
+            codec.check_frames(count)
+        except UsageError:
+            continue
+        return count
+    raise UsageError(f"no length up to {available} fits the frame rule {codec.frame_rule}")
+
+
+def build_condition(
+    model: RetakeDiT, codec: LatentCodec, inputs: RetakeInputs, context: Tensor | None, image_tokens: Tensor | None
+) -> Conditioning:
+    """Encode the source and gather everything the network is conditioned on.
+
+    Raises:
+        UsageError: the model needs a ground plane or image tokens that are not given.
+    """
+    if model.config.camera == "geometric" and inputs.ground_plane is None:
+        raise UsageError("this model needs the ground plane of the scene: give --ground-plane nx,ny,nz,d (metres)")
+    if model.config.image_dim is not None and image_tokens is None:
+        raise UsageError(
+            "this model needs an image encoder; put image_encoder/ or the open-clip .pth beside its weights"
+        )
+    return Conditioning(
+        source_latents=codec.encode(inputs.video),
+        source_camera=inputs.source_camera,
+        target_camera=inputs.target_camera,
+        ground_plane=inputs.ground_plane,
+        context=context,
+        image_tokens=image_tokens,
+    )
+
+
+@torch.no_grad()
+def retake(
+    model: RetakeDiT,
+    codec: LatentCodec,
+    inputs: RetakeInputs,
+    cond: Conditioning,
+    flow: FlowConfig,
+    *,
+    seed: int = 0,
+    guidance: float = 1.0,
+    negative: Tensor | None = None,
+    on_forward: Callable[[], object] = lambda: None,
+) -> Tensor:
+    """Sample deterministically and decode: ``[1, F, 3, H, W]`` in [-1, 1].
+
+    ``guidance`` w gives ``v = v_neg + w (v - v_neg)``; 1 skips the second pass. Both passes differ in the text only.
+    """
+    assert cond.source_latents is not None
+    cache = model.prepare(cond)
+    unconditional = cond if negative is None else cond.with_context(negative)
+    other = None if guidance == 1.0 else model.prepare(unconditional)
+
+    def velocity(x: Tensor, timestep: Tensor, rows: Conditioning) -> Tensor:
+        v = model(x, timestep, rows, cache)
+        on_forward()
+        if other is None:
+            return v
+        v_neg = model(x, timestep, unconditional, other)
+        on_forward()
+        return v_neg + guidance * (v - v_neg)
+
+    _, channels, frames, rows, columns = cond.source_latents.shape
+    shape = (channels, frames - int(model.config.first_frame_given), rows, columns)
+    noise = initial_noise(shape, seed, 0, torch.zeros(1, dtype=torch.int64, device=cond.source_latents.device))
+    latents = FlowSampler(build_step_table(flow)).sample(velocity, cond, noise)
+    video = codec.decode(latents).clamp(-1, 1)
+    if model.config.first_frame_given:
+        video = torch.cat([inputs.video[:, :1].to(video), video], 1)
+    return video
+
+
+@dataclass(frozen=True, slots=True)
+class CostEstimate:
+    """What one retake will take; seconds are predicted from a short matrix product on the same device."""
+
+    latent_shape: tuple[int, int, int, int]
+    tokens: int
+    forwards: int
+    tflop: float
+    memory_gb: float
+    seconds: float
+
+
+def estimate(
+    config: ModelConfig,
+    parameters: int,
+    latent: tuple[int, int, int, int],
+    forwards: int,
+    dtype: torch.dtype,
+    device: str,
+) -> CostEstimate:
+    """Predict tokens, arithmetic, memory and time of sampling one video."""
+    _, frames, rows, columns = latent
+    t, r, c = config.patch
+    per_frame = (rows // r) * (columns // c)
+    target = (frames - int(config.first_frame_given)) // t * per_frame
+    tokens = target + (frames // t * per_frame if config.source == "frames" else 0)
+    flop = forwards * forward_flops(config, tokens)
+    width = torch.empty(0, dtype=dtype).element_size()
+    # Parameters, plus at the widest point the float32 residual stream, q, k, v and the hidden feed-forward activations.
+    memory = parameters * width + tokens * (2 * 4 * config.dim + width * (4 * config.dim + 2 * config.ffn_dim))
+    return CostEstimate(latent, tokens, forwards, flop / 1e12, memory / 1e9, flop / _throughput(dtype, device))
+
+
+def forward_flops(config: ModelConfig, tokens: int) -> float:
+    """Multiply-adds times two of all matrix products of one forward that grow with the number of tokens."""
+    d, text = config.dim, config.text_length + (257 if config.image_dim else 0)
+    attention = 4 * tokens**2 * d + 8 * tokens * d * d
+    cross = 4 * tokens * d * d + 4 * tokens * text * d
+    return float(config.layers * (attention + cross + 4 * tokens * d * config.ffn_dim))
+
+
+def _throughput(dtype: torch.dtype, device: str) -> float:
+    """Floating-point operations per second of a matrix product, measured in a fraction of a second."""
+    size = 4096 if device.startswith("cuda") else 384
+    a = torch.ones(size, size, dtype=dtype, device=device)
+    a @ a
+    start = time.perf_counter()
+    total = sum(((a @ a)[0, 0] for _ in range(4)), start=a[0, 0])
+    float(total)  # waits for the device
+    return 4 * 2 * size**3 / (time.perf_counter() - start)
+
+
+def _source_camera(
+    path: Path | None, count: int, image_size: tuple[int, int], intrinsics: tuple[float, ...] | None
+) -> CameraTrajectory:
+    if path is None:
+        return CameraTrajectory.identity(count, intrinsics or DEFAULT_INTRINSICS)
+    camera = load_trajectory(path, intrinsics=intrinsics, image_size=image_size)
+    if camera.num_frames < count:
+        raise UsageError(
+            f"{path} has {camera.num_frames} poses, the video needs {count}; use --frames {camera.num_frames}"
+        )
+    return camera.frames(slice(0, count)).relative_to_first()
+
+
+def _target_camera(trajectory: str, count: int, speed: float, lens: Tensor) -> CameraTrajectory:
+    if not speed > 0:
+        raise UsageError(f"--speed must be positive, got {speed}")
+    path = Path(trajectory)
+    if not path.suffix and not path.exists():
+        return preset(preset_name(trajectory), count, speed=speed, intrinsics=lens)
+    camera = load_trajectory(path, intrinsics=lens)
+    if speed == 1.0 and camera.num_frames >= count:
+        poses = camera.frames(slice(0, count)).c2w
+    else:
+        poses = retime(camera.c2w, count, speed).to(camera.dtype)
+    return CameraTrajectory.build(poses, lens).relative_to_first()
+
+
+def _unit_plane(plane: tuple[float, float, float, float]) -> Tensor:
+    value = torch.tensor([plane])
+    length = value[:, :3].norm()
+    if not (torch.isfinite(value).all() and length > 0 and plane[3] > 0):
+        raise UsageError(f"--ground-plane {plane}: needs a direction and a positive distance in metres")
+    return torch.cat([value[:, :3] / length, value[:, 3:] / length], 1)
+
+
+def _batch(camera: CameraTrajectory) -> CameraTrajectory:
+    return CameraTrajectory.stack([camera])
+
+
+__all__ = [
+    "PRESETS",
+    "CostEstimate",
+    "RetakeInputs",
+    "build_condition",
+    "choose_frames",
+    "estimate",
+    "read_inputs",
+    "retake",
+]
