@@ -1,8 +1,8 @@
 """Qwen2-VL as a static function: fixed shapes, no host reads, ready for capture in a CUDA graph.
 
-Parameter names are those of the published checkpoints (the layout of transformers before 4.52). Two choices follow how the
-scorers were trained, with transformers 4.45: text positions are 0, 1, 2, ... on all three rotary axes, and attention of the
-vision tower stays inside one temporal slice. All slices have one length, so that attention is one dense call.
+Parameter names are those of the published checkpoints (the layout of transformers before 4.52). Two choices follow how
+the scorers were trained, with transformers 4.45: text positions are 0, 1, 2, ... on all three rotary axes, and attention
+of the vision tower stays inside one temporal slice. All slices have one length, so that attention is one dense call.
 """
 
 from __future__ import annotations
@@ -252,7 +252,7 @@ def videoalign_head(layout: QwenLayout) -> nn.Module:
 
 
 def hpsv3_head(layout: QwenLayout, widths: tuple[int, int] = (1024, 16)) -> nn.Module:
-    """HPSv3's head: mean and log standard deviation. Dropout is a no-op here but keeps the published indices 0, 3, 5."""
+    """HPSv3's head: mean and log standard deviation. Dropout, idle here, keeps the published indices 0, 3, 5."""
     first, second = widths
     return nn.Sequential(
         nn.Linear(layout.width, first), nn.ReLU(), nn.Dropout(0.05), nn.Linear(first, second), nn.ReLU(),

@@ -1,4 +1,4 @@
-"""Strict loading of the published scorers: every tensor is used or on the list of what is dropped, and none is random."""
+"""Strict loading of the published scorers: every tensor is used or listed as dropped, and none is random."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def fold_lora(state: Mapping[str, Tensor], scale: float) -> dict[str, Tensor]:
     """Fold unmerged low-rank updates: W + scale * B @ A in float32, rounded once to the dtype of W.
 
     Args:
-        state: keys of a PEFT module (``X.base_layer.weight``, ``X.lora_A.default.weight``, ``X.lora_B.default.weight``).
+        state: PEFT keys ``X.base_layer.weight``, ``X.lora_A.default.weight``, ``X.lora_B.default.weight``.
         scale: alpha / rank.
 
     Raises CheckpointError for an incomplete triple.

@@ -82,7 +82,7 @@ class PatchMaker(nn.Module):
         return levels.round().clamp(0, 255)
 
     def forward(self, frames: Tensor) -> Tensor:
-        """uint8 ``[B, T, 3, H, W]`` to float32 ``[B, T / 2, S, patch_values]``; a single frame (T = 1) is shown twice."""
+        """uint8 ``[B, T, 3, H, W]`` to float32 ``[B, T / 2, S, patch_values]``; a single frame is shown twice."""
         batch, count = frames.shape[:2]
         part, patch, merge = self.layout.temporal_patch, self.layout.patch, self.layout.merge
         if count != 1 and count % part:

@@ -40,7 +40,7 @@ def chat_opening(pad: str) -> str:
 
 
 def plan_tokens(encode: Encode, text: str, *, pad: str, visual_tokens: int, reads: Sequence[str]) -> TokenPlan:
-    """Encode ``chat_opening(pad) + text``, cut after the last read token, repeat the placeholder ``visual_tokens`` times.
+    """Encode ``chat_opening(pad) + text``, cut after the last read token, repeat the placeholder per visual token.
 
     What follows the last read token cannot change the score (attention is causal), so it is not computed.
 

@@ -1,0 +1,358 @@
+"""VideoAlign (visual quality, motion quality, text alignment) and HPSv3 (human preference of frames) as rewards."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from geoalign.errors import UsageError
+from geoalign.rewards.base import RewardOutput
+from geoalign.rewards.graphed import CaptureBackend, CudaGraphBackend, GraphedScorer
+from geoalign.rewards.vlm import prompts, templates
+from geoalign.rewards.vlm.body import RewardQwen, hpsv3_head, text_table, videoalign_head, vision_table
+from geoalign.rewards.vlm.checkpoint import PEFT_PREFIX, fold_lora, load_scorer, read_tensors, strip_prefix
+from geoalign.rewards.vlm.layout import HPSV3_BODY, VIDEOALIGN_BODY
+from geoalign.rewards.vlm.preprocess import PatchMaker, sample_frames, to_uint8
+from geoalign.rewards.vlm.prompts import Encode, TokenPlan
+from geoalign.types import RetakeBatch
+
+DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
+DType = Literal["bfloat16", "float32"]
+CaptionPolicy = Literal["constant", "prompt"]
+
+# Mean and standard deviation of the raw outputs (inference_config of the released model_config.json): logging units.
+VIDEOALIGN_STATISTICS = {"vq": (3.6757, 2.2476), "mq": (1.1646, 1.3811), "ta": (2.8105, 2.5121)}
+_VIDEOALIGN_TOKENS = {"vq": prompts.VQ, "mq": prompts.MQ, "ta": prompts.TA}
+# Key names of the paper; text alignment is not in the paper.
+_VIDEOALIGN_KEYS = {"vq": "vis", "mq": "mot", "ta": "align"}
+_VIDEOALIGN_AREA = (128 * 28 * 28, 256 * 28 * 28)
+_HPSV3_AREA = (256 * 28 * 28, 256 * 28 * 28)
+_LORA_SCALE = 2.0  # alpha 128 / rank 64
+_CAPTION_SLOT = "{text_prompt}"
+# Captioned prompts are padded to a multiple of this many tokens, so that few graphs serve all captions.
+_BUCKET = 32
+
+
+class StaticBody(nn.Module):
+    """The captured part: 8-bit frames and tokens in, raw head outputs out. Static shapes, no host reads."""
+
+    def __init__(self, network: RewardQwen, patches: PatchMaker, length: int, visual_index: Sequence[int]) -> None:
+        super().__init__()
+        self.network, self.patches = network, patches
+        tables = (*vision_table(patches.grid, network.layout), *text_table(length, network.layout))
+        for name, table in zip(("vision_cos", "vision_sin", "text_cos", "text_sin"), tables, strict=True):
+            self.register_buffer(name, table, persistent=False)
+        self.register_buffer("visual_index", torch.tensor(visual_index), persistent=False)
+
+    def forward(self, frames: Tensor, ids: Tensor, pool_index: Tensor) -> dict[str, Tensor]:
+        """``frames`` uint8 ``[B, T, 3, H, W]``, ``ids`` int64 ``[B, L]``, ``pool_index`` int64 ``[B, K]`` to ``raw``
+        ``[B, K, outputs]`` float32."""
+        vision, text = (self.vision_cos, self.vision_sin), (self.text_cos, self.text_sin)
+        raw = self.network(self.patches(frames), ids, self.visual_index, pool_index, vision, text)
+        return {"raw": raw}
+
+
+class _Runner:
+    """Runs frames with their token plans in chunks; keeps one static body per (frame size, length, placeholder) key."""
+
+    def __init__(
+        self,
+        network: RewardQwen,
+        area: tuple[int, int],
+        chunk: int,
+        graphs: bool,
+        capture: CaptureBackend | None,
+    ) -> None:
+        if chunk < 1:
+            raise UsageError(f"at least one video or frame must run at a time, got {chunk}")
+        self.network, self.area, self.chunk, self.graphs = network, area, chunk, graphs
+        self._capture = capture or CudaGraphBackend()
+        self._bodies: dict[tuple[tuple[int, int], int, tuple[int, ...]], GraphedScorer] = {}
+
+    @property
+    def device(self) -> torch.device:
+        return self.network.model.norm.weight.device
+
+    def tokens_per_slice(self, size: tuple[int, int]) -> int:
+        return self._patches(size).tokens_per_slice
+
+    def __call__(self, frames: Tensor, plans: Sequence[TokenPlan]) -> Tensor:
+        """``frames`` uint8 ``[N, T, 3, H, W]`` and N plans of one length to ``[N, K, outputs]`` float32."""
+        ids = torch.tensor([plan.ids for plan in plans], device=self.device)
+        pool = torch.tensor([plan.pool_index for plan in plans], device=self.device)
+        run = self._prepared(tuple(frames.shape[-2:]), plans[0])
+        parts = zip(frames.split(self.chunk), ids.split(self.chunk), pool.split(self.chunk), strict=True)
+        return torch.cat([run(part.to(self.device), *rest)["raw"] for part, *rest in parts])
+
+    def _patches(self, size: tuple[int, int]) -> PatchMaker:
+        low, high = self.area
+        return PatchMaker(size, self.network.layout, min_pixels=low, max_pixels=high)
+
+    def _prepared(self, size: tuple[int, int], plan: TokenPlan) -> Callable[..., dict[str, Tensor]]:
+        key = (size, len(plan.ids), plan.visual_index)
+        if key not in self._bodies:
+            body = StaticBody(self.network, self._patches(size), len(plan.ids), plan.visual_index).to(self.device)
+            self._bodies[key] = GraphedScorer(body, body, self._capture)
+        scorer = self._bodies[key]
+        return scorer if self.graphs else scorer.body
+
+
+def _as_levels(videos: Tensor) -> tuple[Tensor, Tensor]:
+    """8-bit frames, and which videos are finite (``[B]`` bool); NaN has no level and is shown as grey."""
+    finite = torch.isfinite(videos).flatten(1).all(dim=1)
+    return to_uint8(torch.nan_to_num(videos)), finite
+
+
+class VideoAlignReward:
+    """VideoAlign (arXiv 2501.13918): ``vis`` and ``mot`` read the video alone, ``align`` also the prompt.
+
+    Scores are (raw - mean) / std of the release; inside a GRPO group that constant cancels.
+
+    Args:
+        network: loaded weights.
+        encode: the release's tokenizer.
+        template: the release's prompt, with the slot for the caption.
+        clip_fps: frame rate the clip is said to have. It decides how many frames are seen, so it changes scores.
+        text_alignment: also emit ``align``; the prompt then becomes longer and depends on the caption.
+        greyscale_motion: show the motion score a grey video (some recipes do); costs a second pass.
+        videos_per_forward: bounds the activation memory.
+        graphs, capture: replay CUDA graphs on CUDA devices; backend to share a memory pool.
+    """
+
+    name = "videoalign"
+
+    def __init__(
+        self,
+        network: RewardQwen,
+        encode: Encode,
+        template: str,
+        *,
+        clip_fps: float = 16.0,
+        text_alignment: bool = False,
+        greyscale_motion: bool = False,
+        videos_per_forward: int = 4,
+        graphs: bool = True,
+        capture: CaptureBackend | None = None,
+    ) -> None:
+        self.parts = ("vq", "mq", "ta") if text_alignment else ("vq", "mq")
+        self.keys = tuple(_VIDEOALIGN_KEYS[part] for part in self.parts)
+        self.encode, self.template, self.clip_fps = encode, template, clip_fps
+        self.greyscale_motion = greyscale_motion
+        self._run = _Runner(network, _VIDEOALIGN_AREA, videos_per_forward, graphs, capture)
+
+    @torch.no_grad()
+    def __call__(self, videos: Tensor, batch: RetakeBatch) -> RewardOutput:
+        """Score ``videos`` ``[B, F, 3, H, W]`` in [-1, 1]; a video with a non-finite pixel is invalid."""
+        chosen = torch.tensor(sample_frames(videos.shape[1], self.clip_fps), device=videos.device)
+        levels, finite = _as_levels(videos.index_select(1, chosen))
+        plans = self._plans(levels, batch.prompts)
+        raw = self._run(levels, plans)[..., 0]
+        if self.greyscale_motion:
+            motion = self.parts.index("mq")
+            raw[:, motion] = self._run(_grey(levels), plans)[:, motion, 0]
+        raw = raw.to(videos.device)
+        scores, parts = {}, {}
+        for column, (part, key) in enumerate(zip(self.parts, self.keys, strict=True)):
+            mean, std = VIDEOALIGN_STATISTICS[part]
+            scores[key], parts[f"{part}_raw"] = (raw[:, column] - mean) / std, raw[:, column]
+        return RewardOutput(scores, finite & torch.isfinite(raw).all(dim=1), parts)
+
+    def _plans(self, levels: Tensor, captions: Sequence[str]) -> list[TokenPlan]:
+        slices = levels.shape[1] // self._run.network.layout.temporal_patch
+        tokens = slices * self._run.tokens_per_slice(tuple(levels.shape[-2:]))
+        reads = [_VIDEOALIGN_TOKENS[part] for part in self.parts]
+
+        def plan(caption: str) -> TokenPlan:
+            text = self.template.replace(_CAPTION_SLOT, caption)
+            return prompts.plan_tokens(self.encode, text, pad=prompts.VIDEO_PAD, visual_tokens=tokens, reads=reads)
+
+        if "ta" not in self.parts:
+            return [plan("")] * len(captions)  # the prompt is cut before the caption
+        return _to_one_length([plan(caption) for caption in captions])
+
+
+class Hpsv3Reward:
+    """HPSv3 (arXiv 2508.03789): human preference of single frames, aggregated over the video as ``hps``.
+
+    Args:
+        network, encode: loaded weights and tokenizer.
+        instruction, suffix: the release's prompt around the caption, and its end with the reward token.
+        frame_stride: score frames 0, s, 2s, ...; 1 scores all frames. Every frame costs a full pass of the 7B model.
+        caption_policy: "constant" judges looks alone and gives one static prompt; "prompt" uses each retake's prompt.
+        caption: the constant caption.
+        best_share: mean over this share of the best frames; 1 is the plain mean.
+        frames_per_forward: bounds the activation memory.
+        graphs, capture: replay CUDA graphs on CUDA devices; backend to share a memory pool.
+    """
+
+    name = "hpsv3"
+    keys = ("hps",)
+
+    def __init__(
+        self,
+        network: RewardQwen,
+        encode: Encode,
+        instruction: str,
+        suffix: str,
+        *,
+        frame_stride: int = 1,
+        caption_policy: CaptionPolicy = "constant",
+        caption: str = "A high-quality image.",
+        best_share: float = 1.0,
+        frames_per_forward: int = 8,
+        graphs: bool = True,
+        capture: CaptureBackend | None = None,
+    ) -> None:
+        if frame_stride < 1 or not 0 < best_share <= 1 or caption_policy not in ("constant", "prompt"):
+            raise UsageError(
+                "frame_stride must be at least 1, best_share in (0, 1] and caption_policy constant or prompt; got "
+                f"{frame_stride}, {best_share}, {caption_policy}"
+            )
+        self.encode, self.instruction, self.suffix = encode, instruction, suffix
+        self.frame_stride, self.best_share = frame_stride, best_share
+        self.caption_policy, self.caption = caption_policy, caption
+        self._run = _Runner(network, _HPSV3_AREA, frames_per_forward, graphs, capture)
+
+    @torch.no_grad()
+    def __call__(self, videos: Tensor, batch: RetakeBatch) -> RewardOutput:
+        """Score ``videos`` ``[B, F, 3, H, W]`` in [-1, 1]; a video with a non-finite pixel is invalid."""
+        levels, finite = _as_levels(videos[:, :: self.frame_stride])
+        count, frames = levels.shape[:2]
+        captions = batch.prompts if self.caption_policy == "prompt" else (self.caption,) * count
+        tokens = self._run.tokens_per_slice(tuple(levels.shape[-2:]))
+        plans = _to_one_length([self._plan(caption, tokens) for caption in captions])
+        raw = self._run(levels.flatten(0, 1)[:, None], [plan for plan in plans for _ in range(frames)])
+        mean, log_std = raw[:, 0].to(videos.device).view(count, frames, 2).unbind(dim=-1)
+        kept = max(1, round(self.best_share * frames))
+        score = mean.topk(kept, dim=1).values.mean(dim=1) if kept < frames else mean.mean(dim=1)
+        parts = {"hps_worst_frame": mean.amin(dim=1), "hps_sigma": log_std.exp().mean(dim=1)}
+        return RewardOutput({"hps": score}, finite & torch.isfinite(mean).all(dim=1), parts)
+
+    def _plan(self, caption: str, tokens: int) -> TokenPlan:
+        text = self.instruction.replace(_CAPTION_SLOT, caption) + self.suffix
+        reads = [prompts.REWARD]
+        return prompts.plan_tokens(self.encode, text, pad=prompts.IMAGE_PAD, visual_tokens=tokens, reads=reads)
+
+
+def _to_one_length(plans: list[TokenPlan]) -> list[TokenPlan]:
+    """Right-pad to the longest, rounded up to a bucket; prompts that agree in length stay as they are."""
+    lengths = {len(plan.ids) for plan in plans}
+    if len(lengths) == 1 and len(set(plans)) == 1:
+        return plans
+    length = -(-max(lengths) // _BUCKET) * _BUCKET
+    return [plan.padded(length) for plan in plans]
+
+
+def _grey(levels: Tensor) -> Tensor:
+    """Luma (ITU-R BT.601) of uint8 ``[..., 3, H, W]`` in all three channels."""
+    weights = torch.tensor([0.299, 0.587, 0.114], device=levels.device).view(3, 1, 1)
+    luma = (levels.float() * weights).sum(dim=-3, keepdim=True).round().to(torch.uint8)
+    return luma.expand_as(levels).contiguous()
+
+
+def _device(name: str) -> torch.device:
+    return torch.device(("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name)
+
+
+def _dtype(name: str) -> torch.dtype:
+    if name not in DTYPES:
+        raise UsageError(f"unknown dtype {name!r}; known: {', '.join(DTYPES)}")
+    return DTYPES[name]
+
+
+def build_videoalign(
+    checkpoint: str,
+    *,
+    tokenizer: str | None = None,
+    template_folder: str | None = None,
+    device: str = "auto",
+    dtype: DType = "bfloat16",
+    clip_fps: float = 16.0,
+    text_alignment: bool = False,
+    greyscale_motion: bool = False,
+    videos_per_forward: int = 4,
+    graphs: bool = True,
+) -> VideoAlignReward:
+    """Build VideoAlign from configuration values.
+
+    Args:
+        checkpoint: the release's ``model.pth``.
+        tokenizer: its tokenizer folder; by default ``tokenizer`` beside the checkpoint.
+        template_folder: where ``geoalign doctor --fetch-rewards`` put the prompt; None takes the default place.
+        device: "auto" takes CUDA where there is one.
+
+    Raises:
+        RewardError: weights, tokenizer or prompt are missing (the message holds the command to get them).
+        CheckpointError: the weights are not the published ones.
+    """
+    matrix_dtype = _dtype(dtype)
+    template = templates.load("videoalign", template_folder)
+    download = 'hf download KlingTeam/VideoReward --include "checkpoint-11352/*" --local-dir videoalign'
+    state = fold_lora(strip_prefix(read_tensors(checkpoint, download), PEFT_PREFIX), _LORA_SCALE)
+    with torch.device("meta"):
+        head = videoalign_head(VIDEOALIGN_BODY)
+    network = load_scorer(
+        VIDEOALIGN_BODY, head, state, source=checkpoint, device=_device(device), matrix_dtype=matrix_dtype
+    )
+    folder = tokenizer or str(Path(checkpoint).expanduser().parent / "tokenizer")
+    encode = prompts.load_encoder(folder, (prompts.VQ, prompts.MQ, prompts.TA))
+    return VideoAlignReward(
+        network,
+        encode,
+        template,
+        clip_fps=clip_fps,
+        text_alignment=text_alignment,
+        greyscale_motion=greyscale_motion,
+        videos_per_forward=videos_per_forward,
+        graphs=graphs,
+    )
+
+
+def build_hpsv3(
+    checkpoint: str,
+    *,
+    tokenizer: str,
+    template_folder: str | None = None,
+    device: str = "auto",
+    dtype: DType = "bfloat16",
+    frame_stride: int = 1,
+    caption_policy: CaptionPolicy = "constant",
+    caption: str = "A high-quality image.",
+    best_share: float = 1.0,
+    frames_per_forward: int = 8,
+    graphs: bool = True,
+) -> Hpsv3Reward:
+    """Build HPSv3 from configuration values.
+
+    Args:
+        checkpoint: the release's ``HPSv3.safetensors``.
+        tokenizer: folder with the tokenizer files of Qwen/Qwen2-VL-7B-Instruct.
+        template_folder: where ``geoalign doctor --fetch-rewards`` put the prompt; None takes the default place.
+        device: "auto" takes CUDA where there is one.
+
+    Raises:
+        RewardError: weights, tokenizer or prompt are missing (the message holds the command to get them).
+        CheckpointError: the weights are not the published ones.
+    """
+    matrix_dtype = _dtype(dtype)
+    instruction, suffix = (templates.load(f"hpsv3_{part}", template_folder) for part in ("instruction", "suffix"))
+    state = read_tensors(checkpoint, "hf download MizzenAI/HPSv3 HPSv3.safetensors --local-dir hpsv3")
+    with torch.device("meta"):
+        head = hpsv3_head(HPSV3_BODY)
+    network = load_scorer(HPSV3_BODY, head, state, source=checkpoint, device=_device(device), matrix_dtype=matrix_dtype)
+    return Hpsv3Reward(
+        network,
+        prompts.load_encoder(tokenizer, (prompts.REWARD,)),
+        instruction,
+        suffix,
+        frame_stride=frame_stride,
+        caption_policy=caption_policy,
+        caption=caption,
+        best_share=best_share,
+        frames_per_forward=frames_per_forward,
+        graphs=graphs,
+    )
