@@ -12,7 +12,7 @@ from geoalign.config.base import Section
 _OPEN = "the paper prints no numbers for its truncated Gaussians"
 
 
-def _assumed(why: str) -> dict[str, str]:
+def _assumed(why: str) -> dict[str, object]:
     return {"paper": "assumed", "why": why}
 
 

@@ -11,11 +11,11 @@ from pydantic import Field, field_validator
 from geoalign.config.base import Section
 
 
-def _published(why: str) -> dict[str, str]:
+def _published(why: str) -> dict[str, object]:
     return {"paper": "published", "why": why}
 
 
-def _assumed(why: str) -> dict[str, str]:
+def _assumed(why: str) -> dict[str, object]:
     return {"paper": "assumed", "why": why}
 
 
