@@ -9,6 +9,7 @@ INPUTS := pyproject.toml setup.py constraints/ci-cpu.txt .ci/setup
 WORKERS ?= 2
 export OMP_NUM_THREADS ?= 1
 
+.NOTPARALLEL:
 .PHONY: help setup demo test check lint format types contracts interpreted unit gpu docs clean
 
 help:

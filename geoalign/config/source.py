@@ -82,14 +82,14 @@ def dump_yaml(data: Any) -> str:
 
 
 def presets_folder() -> Path:
-    """Return ``configs/`` of the repository when running from a checkout, else the copy inside the installed wheel."""
+    """Return the copy of ``configs/`` inside an installed wheel, else the folder of the repository."""
     package = Path(__file__).resolve().parents[1]
-    checkout = package.parent / "configs"
-    return checkout if (checkout / "base.yaml").is_file() else package / "_presets"
+    bundled = package / "_presets"
+    return bundled if bundled.is_dir() else package.parent / "configs"
 
 
 def preset_names() -> list[str]:
-    """List the presets that ``--config NAME`` accepts (``base`` only serves others and is left out)."""
+    """List the presets that ``--config NAME`` accepts (``base`` only serves others to extend and is left out)."""
     folder = presets_folder()
     names = (path.relative_to(folder).with_suffix("").as_posix() for path in folder.rglob("*.yaml"))
     return sorted(name for name in names if name != "base")

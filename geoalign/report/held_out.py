@@ -1,0 +1,78 @@
+"""The before/after comparison: numbers with their spread over noise seeds, and an honest verdict about each change."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from geoalign.report.words import HELD_OUT, Better, Metric
+
+
+@dataclass(frozen=True, slots=True)
+class Value:
+    """Mean over noise seeds and, from two seeds on, their sample standard deviation."""
+
+    mean: float
+    spread: float | None
+
+    @classmethod
+    def parse(cls, entry: Any, per_noise_seed: Any = ()) -> Value | None:
+        """Read a mean and the values that it was taken over; None for what is not a number."""
+        if not isinstance(entry, int | float):
+            return None
+        seeds = [float(value) for value in per_noise_seed or ()]
+        return cls(float(entry), statistics.stdev(seeds) if len(seeds) > 1 else None)
+
+
+@dataclass(frozen=True, slots=True)
+class Comparison:
+    """One metric on one held-out set."""
+
+    key: str
+    metric: Metric
+    before: Value
+    after: Value
+
+    @property
+    def percent(self) -> float | None:
+        """Relative change in per cent; None where a ratio of the two means nothing (dB, ratios, zero)."""
+        if self.metric.better not in ("lower", "unknown") or self.before.mean == 0:
+            return None
+        return 100 * (self.after.mean / self.before.mean - 1)
+
+    @property
+    def gain(self) -> float:
+        """How much better it got in the metric's own unit; negative: worse."""
+        better: Better = self.metric.better
+        if better == "higher":
+            return self.after.mean - self.before.mean
+        if better == "one":
+            return abs(self.before.mean - 1) - abs(self.after.mean - 1)
+        return self.before.mean - self.after.mean
+
+    @property
+    def verdict(self) -> str:
+        """``good`` or ``bad`` when the change exceeds the spread over noise seeds, else ``even``."""
+        if self.metric.better == "unknown":
+            return "even"
+        noise = max(self.before.spread or 0.0, self.after.spread or 0.0)
+        if abs(self.gain) <= noise:
+            return "even"
+        return "good" if self.gain > 0 else "bad"
+
+
+def comparisons(summary: Mapping[str, Any], kind: str) -> Iterator[Comparison]:
+    """Yield the metrics of one held-out set in the order of the glossary, then those it does not know."""
+    both = (summary.get("held_out") or {}).get(kind) or {}
+    seeds = (summary.get("held_out_per_noise_seed") or {}).get(kind) or {}
+    before, after = both.get("before") or {}, both.get("after") or {}
+    seeds_before, seeds_after = seeds.get("before") or {}, seeds.get("after") or {}
+    known = [key for key in HELD_OUT if key in before]
+    for key in [*known, *(key for key in before if key not in HELD_OUT)]:
+        first = Value.parse(before[key], seeds_before.get(key))
+        second = Value.parse(after.get(key), seeds_after.get(key))
+        if first and second:
+            metric = HELD_OUT.get(key, Metric(key.replace("_", " "), "", "unknown", ""))
+            yield Comparison(key, metric, first, second)

@@ -1,0 +1,182 @@
+"""Compose the report of a run: one HTML file, no scripts, no network, readable by someone new to the project."""
+
+from __future__ import annotations
+
+import math
+from html import escape
+from importlib import resources
+from typing import Any
+
+import yaml
+
+from geoalign import __version__
+from geoalign.report.curves import curves_section, phases_section
+from geoalign.report.figure import LOOP_FIGURE
+from geoalign.report.held_out import Comparison, Value, comparisons
+from geoalign.report.run_folder import Run
+from geoalign.report.samples import samples_section
+from geoalign.report.svg import number
+from geoalign.report.words import SETS
+
+CARD_METRICS = ("translation_error_m", "rotation_error_deg", "scale_ratio", "psnr_db")
+
+
+def report_page(run: Run, samples: int = 4) -> str:
+    """Return the whole HTML document.
+
+    Args:
+        run: what :func:`geoalign.report.run_folder.read_run` found.
+        samples: held-out samples to show with clips and paths.
+    """
+    style = resources.files("geoalign.report").joinpath("style.css").read_text(encoding="utf-8")
+    title = escape(run.name)
+    body = [
+        _header(run),
+        "<main>",
+        _what_this_is(),
+        _results(run),
+        samples_section(run, samples),
+        curves_section(run),
+        phases_section(run),
+        _how(run),
+        "</main>",
+        f"<footer>Written by geoalign {__version__}. This file needs no network.</footer>",
+    ]
+    return (
+        f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><title>{title} - geoalign report</title>'
+        f'<meta name="viewport" content="width=device-width, initial-scale=1"><style>{style}</style></head>\n<body>'
+        + "\n".join(part for part in body if part)
+        + "</body></html>\n"
+    )
+
+
+def _header(run: Run) -> str:
+    summary = run.summary
+    facts = {
+        "run": run.name,
+        "iterations": len(run.metrics) or None,
+        "seed": summary.get("seed"),
+        "wall time": _duration(summary.get("wall_s")),
+        "CPU time": _duration(summary.get("cpu_s")),
+        "commit": str(summary.get("commit") or run.environment.get("commit") or "")[:12] or None,
+    }
+    chips = [
+        f"<li>{label} <b>{escape(str(value))}</b></li>" for label, value in facts.items() if value not in (None, "")
+    ]
+    return f"""<header><div class="eyebrow">geoalign run report</div><h1>{_headline(run)}</h1>
+<p class="lead">{_lead(run)}</p><ul class="chips">{"".join(chips)}</ul></header>"""
+
+
+def _headline(run: Run) -> str:
+    found = {item.key: item for item in comparisons(run.summary, "mean")}
+    main = found.get("translation_error_m")
+    if main is None:
+        return "This run has no held-out result yet"
+    if main.verdict == "even":
+        return "The camera is as far from its path as before"
+    less = "less" if main.gain > 0 else "more"
+    return f"The camera strays {abs(main.percent or 0):.0f}&thinsp;% {less} from the path it was asked to follow"
+
+
+def _lead(run: Run) -> str:
+    found = {item.key: item for item in comparisons(run.summary, "mean")}
+    main = found.get("translation_error_m")
+    if main is None:
+        return "It stopped before its final evaluation, or is still running. The curves below show how far it came."
+    text = (
+        f"On scenes and paths that training never saw, the mean distance between the camera and its target went from "
+        f"{number(main.before.mean)} to {number(main.after.mean)} metres"
+    )
+    if ratio := found.get("scale_ratio"):
+        now, then = number(ratio.after.mean), number(ratio.before.mean)
+        text += f"; for each metre asked for, the camera travels {now} metres instead of {then}"
+    return text + "."
+
+
+def _what_this_is() -> str:
+    return f"""<section id="what"><h2>What this is</h2>
+<p>A <em>retake model</em> films a scene again. It is given a source video and a camera path that someone would have
+liked instead, and it generates the video which that camera would have seen. Such models tend to get the shape of the
+movement right and its size wrong: asked for one metre, the camera travels one metre forty.</p>
+<p>geoalign corrects this by <em>reinforcement learning</em>. The model makes several retakes of the same request. An
+evaluator, which is never told what was asked for, reads from the pixels where the camera of each retake was, in metres
+and degrees. Retakes closer to the request than their siblings are made more likely, the others less. No correct
+video is ever shown in this stage: the measurement alone teaches.</p>{LOOP_FIGURE}</section>"""
+
+
+def _results(run: Run) -> str:
+    kinds = [kind for kind in SETS if any(True for _ in comparisons(run.summary, kind))]
+    if not kinds:
+        return ""
+    shown = [item for item in comparisons(run.summary, kinds[-1]) if item.key in CARD_METRICS]
+    rows = []
+    for kind in kinds:
+        rows.append(f'<tr class="group"><td colspan="4">{SETS[kind]}</td></tr>')
+        rows += [_row(item) for item in comparisons(run.summary, kind)]
+    return f"""<section id="results"><h2>What changed</h2>
+<p>Measured on fixed held-out scenes, paths and noise, before and after training, with the same settings.</p>
+<div class="cards">{"".join(_card(item) for item in shown)}</div>
+<div class="scroll"><table><thead><tr><th></th><th>before</th><th>after</th><th>change</th></tr></thead>
+<tbody>{"".join(rows)}</tbody></table></div>
+<p class="note">&plusmn; is the sample standard deviation over evaluation noise seeds. A change is coloured only where
+it exceeds that spread.</p></section>"""
+
+
+def _card(item: Comparison) -> str:
+    unit = f"&thinsp;{item.metric.unit}" if item.metric.unit else ""
+    before, after = number(item.before.mean), number(item.after.mean)
+    return f"""<div class="card"><h3>{item.metric.title}</h3><div class="change {item.verdict}">{_change(item)}</div>
+<div class="fromto">{before} &rarr; <b>{after}</b>{unit}</div><p class="note">{item.metric.meaning}</p></div>"""
+
+
+def _row(item: Comparison) -> str:
+    unit = f" <small>{item.metric.unit}</small>" if item.metric.unit else ""
+    return (
+        f"<tr><td>{escape(item.metric.title)}{unit}</td><td>{_value(item.before)}</td><td>{_value(item.after)}</td>"
+        f'<td class="{item.verdict}">{_change(item)}</td></tr>'
+    )
+
+
+def _value(value: Value) -> str:
+    spread = f" <small>&plusmn;&thinsp;{number(value.spread, 2)}</small>" if value.spread is not None else ""
+    return number(value.mean) + spread
+
+
+def _change(item: Comparison) -> str:
+    if item.percent is not None:
+        return _signed(item.percent, 0) + "&thinsp;%"
+    difference = item.after.mean - item.before.mean
+    unit = "&thinsp;dB" if item.metric.unit == "dB" else ""
+    return _signed(difference, 2) + unit
+
+
+def _signed(value: float, digits: int) -> str:
+    text = f"{abs(value):.{digits}f}"
+    if float(text) == 0:
+        return text
+    return ("+" if value > 0 else "&minus;") + text
+
+
+def _how(run: Run) -> str:
+    blocks = []
+    if run.config:
+        text = escape(yaml.safe_dump(run.config, sort_keys=False, allow_unicode=True, width=110))
+        blocks.append(f"<details><summary>Configuration as resolved</summary><pre>{text}</pre></details>")
+    facts = run.environment | {key: run.summary[key] for key in ("versions", "commit", "seed") if key in run.summary}
+    if facts:
+        text = escape(yaml.safe_dump(facts, sort_keys=True, allow_unicode=True, width=110))
+        blocks.append(f"<details><summary>Machine and versions</summary><pre>{text}</pre></details>")
+    if not blocks:
+        return ""
+    command = escape(f"geoalign train --config {run.folder / 'config.yaml'} run.name={run.name}-again")
+    return f"""<section id="how"><h2>How to make it again</h2><p>Every random draw follows from the seed, so the same
+configuration on the same kind of machine gives the same run.</p><pre>{command}</pre>{"".join(blocks)}</section>"""
+
+
+def _duration(seconds: Any) -> str | None:
+    if not isinstance(seconds, int | float) or not math.isfinite(seconds):
+        return None
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    minutes = round(seconds / 60)
+    return f"{minutes} min" if minutes < 90 else f"{minutes // 60} h {minutes % 60} min"

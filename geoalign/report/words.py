@@ -1,0 +1,118 @@
+"""What the numbers mean in plain words; the report shows these texts next to them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+Better = Literal["lower", "higher", "one", "unknown"]
+
+
+@dataclass(frozen=True, slots=True)
+class Metric:
+    """A held-out quantity: title, unit, which direction is better, one explaining sentence."""
+
+    title: str
+    unit: str
+    better: Better
+    meaning: str
+
+
+HELD_OUT = {
+    "translation_error_m": Metric(
+        "Position error", "m", "lower", "How far the camera of the generated clip is from where it was asked to be."
+    ),
+    "rotation_error_deg": Metric(
+        "Direction error",
+        "\N{DEGREE SIGN}",
+        "lower",
+        "The angle between the view asked for and the view shown.",
+    ),
+    "scale_ratio": Metric(
+        "Travelled / asked",
+        "\N{MULTIPLICATION SIGN}",
+        "one",
+        "1 means that a metre asked for is a metre travelled.",
+    ),
+    "psnr_db": Metric(
+        "Likeness to the truth", "dB", "higher", "PSNR against the true render; it is never part of a reward."
+    ),
+    "second_translation_error_m": Metric(
+        "Position error, second evaluator", "m", "lower", "Read by another estimator that no reward uses."
+    ),
+    "second_rotation_error_deg": Metric(
+        "Direction error, second evaluator",
+        "\N{DEGREE SIGN}",
+        "lower",
+        "Read by another estimator that no reward uses.",
+    ),
+    "second_scale_ratio": Metric(
+        "Travelled / asked, second evaluator", "\N{MULTIPLICATION SIGN}", "one", "As above, by the second evaluator."
+    ),
+}
+
+SETS = {
+    "presets": "Named movements (pan, arc, dolly, ...)",
+    "random": "Unseen random curves",
+    "mean": "Mean of both",
+}
+
+STAGES = {
+    "source": ("Source", "what the model is given"),
+    "before": ("Before", "base model"),
+    "after": ("After", "after reinforcement learning"),
+    "truth": ("Truth", "true render from the target path"),
+}
+
+
+@dataclass(frozen=True, slots=True)
+class CurveGroup:
+    """Curves under one heading: the keys that start with ``prefix`` and end with one of ``suffixes`` (if any)."""
+
+    title: str
+    meaning: str
+    prefix: str
+    suffixes: tuple[str, ...] = ()
+    with_zero: bool = False
+    hide_zeros: bool = False
+
+    def takes(self, key: str) -> bool:
+        """Say whether a metric key belongs here."""
+        return key.startswith(self.prefix) and (not self.suffixes or key.endswith(self.suffixes))
+
+
+# A key goes to the first group that takes it.
+CURVES = (
+    CurveGroup(
+        "Camera errors of the sampled clips",
+        "In plain units, lower is better. Samples explore on purpose, so they are further off than the held-out clips.",
+        "reward/",
+        suffixes=("_m", "_deg"),
+        with_zero=True,
+    ),
+    CurveGroup(
+        "Rewards",
+        "Scores of the model's own samples, which it is trained to raise. Camera rewards are negative errors.",
+        "reward/",
+    ),
+    CurveGroup("Held-out checks on the way", "As in the table above: fixed scenes, paths and noise.", "eval/"),
+    CurveGroup(
+        "Numerical parity",
+        "Before each update the sampled step is computed again. A difference of exactly 0 means that sampling and "
+        "learning agree bit by bit, so that every later change of the ratio comes from learning.",
+        "parity/",
+        with_zero=True,
+    ),
+    CurveGroup(
+        "Policy update",
+        "How far one update moves the policy. The ratio is new over old probability of the same samples and should "
+        "stay near 1; the clipped share says how often the safety limit acted.",
+        "policy/",
+    ),
+    CurveGroup(
+        "Advantages",
+        "How the samples of a group compare with each other; without spread nothing is learnt.",
+        "advantage/",
+    ),
+    CurveGroup("Samples left out", "Failures by cause; they are masked, never scored 0.", "failures/", hide_zeros=True),
+)
