@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Literal, Self
+from typing import Any, Literal, Self
 
 from pydantic import Field, model_validator
 
@@ -12,7 +12,7 @@ from geoalign.config.base import Section
 _OPEN = "the paper prints no numbers for its truncated Gaussians"
 
 
-def _assumed(why: str) -> dict[str, object]:
+def _assumed(why: str) -> dict[str, Any]:
     return {"paper": "assumed", "why": why}
 
 

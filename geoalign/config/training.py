@@ -4,18 +4,18 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from pydantic import Field, field_validator
 
 from geoalign.config.base import Section
 
 
-def _published(why: str) -> dict[str, object]:
+def _published(why: str) -> dict[str, Any]:
     return {"paper": "published", "why": why}
 
 
-def _assumed(why: str) -> dict[str, object]:
+def _assumed(why: str) -> dict[str, Any]:
     return {"paper": "assumed", "why": why}
 
 

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
@@ -101,7 +102,7 @@ class ConditionCache:
         source_tokens: ``[B, N_source, dim]`` patch embedding of the source latents, or None.
         token_offset: ``[B, N, dim]`` camera tokens added to the patch embedding (target first), or None.
         camera_tokens: ``[B, N, dim]`` adapter output from which learned phases are computed in each block, or None.
-        frame_offset: per layer ``[B, N, dim]`` added to the self-attention input (ReCamMaster), or empty.
+        poses: ``[B, N, 12]`` camera pose of every token (ReCamMaster), or None.
         rotations: per layer, when the phases are the same at every step and small (geometric), or empty.
         cross: per layer.
     """
@@ -115,15 +116,19 @@ class ConditionCache:
 
     def repeat_interleave(self, count: int) -> ConditionCache:
         """The cache of ``conditioning.repeat_interleave(count)`` without computing it again."""
-        return _repeat(self, count)
+        return _on_tensors(self, lambda tensor: tensor.repeat_interleave(count, 0))
+
+    def select(self, index: Tensor | slice) -> ConditionCache:
+        """The cache of ``conditioning.select(index)``."""
+        return _on_tensors(self, lambda tensor: tensor[index])
 
 
-def _repeat(value, count: int):  # type: ignore[no-untyped-def]
-    """Repeat every tensor inside nested dataclasses and tuples along its first axis; a broadcast axis stays 1."""
+def _on_tensors(value: Any, change: Callable[[Tensor], Tensor]) -> Any:
+    """Apply ``change`` to every tensor inside nested dataclasses and tuples."""
     if isinstance(value, Tensor):
-        return value.repeat_interleave(count, 0)
+        return change(value)
     if isinstance(value, tuple):
-        return tuple(_repeat(item, count) for item in value)
+        return tuple(_on_tensors(item, change) for item in value)
     if value is None:
         return None
-    return type(value)(*(_repeat(getattr(value, name), count) for name in value.__slots__))
+    return type(value)(*(_on_tensors(getattr(value, name), change) for name in value.__slots__))

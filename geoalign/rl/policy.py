@@ -24,6 +24,10 @@ class Prepared:
         """The same for groups of ``count`` members lying next to each other."""
         return Prepared(self.conditioning.repeat_interleave(count), self.cache.repeat_interleave(count))
 
+    def select(self, index: Tensor) -> Prepared:
+        """The conditions at ``index`` ``[N]`` int64."""
+        return Prepared(self.conditioning.select(index), self.cache.select(index))
+
 
 @dataclass(frozen=True, slots=True)
 class RetakePolicy:

@@ -10,6 +10,7 @@ import copy
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -38,7 +39,7 @@ def label_bias(config: Config) -> LabelBias:
     return LabelBias(*config.pretrain.translation_bias, *config.pretrain.rotation_bias)
 
 
-def render_pool(config: Config, policy: RetakePolicy, progress: Callable[[int], None]) -> Pool:
+def render_pool(config: Config, policy: RetakePolicy, progress: Callable[[int], object]) -> Pool:
     """Render ``pretrain.pool`` pairs and encode them; the patch codec's channel scale is fitted on the first chunk."""
     assert config.world is not None
     generator = torch.Generator().manual_seed(config.run.seed + 1)
@@ -57,7 +58,7 @@ def render_pool(config: Config, policy: RetakePolicy, progress: Callable[[int], 
 def concatenate(conditions: list[Conditioning]) -> Conditioning:
     """Join conditions along the batch axis."""
     first = conditions[0]
-    joined = {}
+    joined: dict[str, Any] = {}
     for name in first.__slots__:
         values = [getattr(cond, name) for cond in conditions]
         if values[0] is None or isinstance(values[0], Tensor):
@@ -67,7 +68,7 @@ def concatenate(conditions: list[Conditioning]) -> Conditioning:
     return Conditioning(**joined)
 
 
-def pretrain(config: Config, on_step: Callable[[int, float], None], on_render: Callable[[int], None]) -> RetakePolicy:
+def pretrain(config: Config, on_step: Callable[[int, float], None], on_render: Callable[[int], object]) -> RetakePolicy:
     """Train a base policy from scratch and return its weight average.
 
     Deterministic in ``run.seed`` on one machine. ``on_step(step, loss)`` and ``on_render(pairs)`` report progress.
