@@ -30,7 +30,7 @@ class Affine(nn.Module):
 
 
 class FixedAddresses:
-    """Capture for the CPU with the semantics of a CUDA graph: a replay reads and writes only the addresses it recorded."""
+    """Capture for the CPU that behaves like a CUDA graph: a replay touches only the addresses it recorded."""
 
     device_type = "cpu"
 

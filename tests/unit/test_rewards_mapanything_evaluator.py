@@ -1,4 +1,4 @@
-"""MapAnything as an evaluator: strict loading, frame subsets, batching, failures, and the published package's adapter."""
+"""MapAnything as an evaluator: strict loading, frame subsets, batching, failures, the published package."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ SMALL_V1 = PoseNetworkLayout(48, 2, 2, "gelu", True, 32, 2, 2, "gelu", False, Fa
 
 
 def published_file(layout: PoseNetworkLayout, names_from: str) -> dict[str, Tensor]:
-    """A scaled-down checkpoint in the published key layout: our tensors, and every other published name as one number."""
+    """A small checkpoint in the published key layout: our tensors, and every other published name as one number."""
     torch.manual_seed(0)
     other = json.loads((GOLDEN / f"{names_from}_keys.json").read_text())["other_keys"]
     state = {name: tensor.clone() for name, tensor in PoseNetwork(layout).state_dict().items()}
