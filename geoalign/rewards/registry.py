@@ -19,9 +19,12 @@ from geoalign.types import SourceClip
 REWARDS = {
     "geometry": "geoalign.rewards.geometry:GeometryReward",
     "source_consistency": "geoalign.rewards.geometry:SourceConsistencyReward",
+    "videoalign": "geoalign.rewards.vlm.scorers:build_videoalign",
+    "hpsv3": "geoalign.rewards.vlm.scorers:build_hpsv3",
 }
 EVALUATORS = {
     "planar": "geoalign.rewards.planar:PlanarAligner",
+    "mapanything": "geoalign.rewards.mapanything.evaluator:build_evaluator",
 }
 
 
@@ -50,16 +53,22 @@ def _resolve(table: Mapping[str, str], name: str, what: str) -> Callable[..., An
 
 
 def _check_options(factory: Callable[..., Any], options: Iterable[str], where: str) -> None:
-    known = [name for name in inspect.signature(factory).parameters if name != "self"]
-    for name in options:
-        if name not in known:
-            raise ConfigError(f"{where}: unknown option {name!r} (known: {', '.join(known)})")
+    """Refuse unknown options and name the ones that are missing."""
+    parameters = {name: p for name, p in inspect.signature(factory).parameters.items() if name != "self"}
+    given = set(options)
+    for name in given - set(parameters):
+        near = difflib.get_close_matches(name, parameters, n=1)
+        hint = f"; did you mean {near[0]!r}?" if near else ""
+        raise ConfigError(f"{where}: unknown option {name!r}{hint} (known: {', '.join(parameters)})")
+    missing = [name for name, p in parameters.items() if p.default is p.empty and name not in given]
+    if missing:
+        raise ConfigError(f"{where}: needs {', '.join(missing)}")
 
 
 def build_evaluator(name: str, **options: Any) -> PoseEvaluator:
     """Build a pose evaluator by registered name."""
     factory = _resolve(EVALUATORS, name, "pose evaluator")
-    _check_options(factory, options, f"evaluator {name}")
+    _check_options(factory, options, f"pose evaluator {name}")
     return factory(**options)
 
 

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from geoalign.config.rewards import RewardConfig
 from geoalign.config.world import WorldConfig
-from geoalign.errors import ConfigError, UsageError
+from geoalign.errors import ConfigError, RewardError, UsageError
 from geoalign.geometry import so3
 from geoalign.models.codec import PatchCodec
 from geoalign.rewards.geometry import GeometryReward, SourceConsistencyReward
@@ -173,3 +173,12 @@ def test_consistency_prefers_sharp_copies(pairs: PairedVideos) -> None:
     blurred = torch.nn.functional.avg_pool2d(pairs.truth.flatten(0, 1), 9, 1, 4).unflatten(0, pairs.truth.shape[:2])
     sharp = reward(pairs.truth, pairs.batch).scores["consistency"]
     assert (sharp > reward(blurred, pairs.batch).scores["consistency"]).all()
+
+
+def test_heavy_scorers_name_what_they_need() -> None:
+    with pytest.raises(ConfigError, match="needs checkpoint"):
+        build_evaluator("mapanything")
+    with pytest.raises(ConfigError, match="needs checkpoint, tokenizer"):
+        build_rewards({"x": RewardConfig(kind="hpsv3")})
+    with pytest.raises(RewardError, match="nowhere"):
+        build_evaluator("mapanything", checkpoint="nowhere")
