@@ -2,8 +2,8 @@
 
 Corners of frame 0 are lifted to 3D by known depth, followed from frame to frame by pyramidal Lucas-Kanade with a
 forward-backward check, and every frame's camera is solved from the surviving points (RANSAC, SQPnP of Terzakis and
-Lourakis 2020, Levenberg-Marquardt refinement). It shares no code or assumption with the dense planar aligner, so the two
-check each other. It wants frames of about 120 x 208 pixels or more: below, corner noise dominates small motions.
+Lourakis 2020, Levenberg-Marquardt refinement). Sparse and feature-based where the planar aligner is dense and direct,
+it can check that one. It wants frames of about 120 x 208 pixels or more: below, corner noise dominates small motions.
 Valid only while frame 0 of the video shows the view of source frame 0, as it does for retakes.
 """
 
@@ -24,7 +24,7 @@ from geoalign.rewards.base import PoseEstimate
 from geoalign.types import SourceClip
 
 FrameDepth = Callable[[SourceClip, int, int], Tensor]
-"""(source, height, width) -> depth along z of source frame 0, ``[B, H, W]`` metres; non-finite or <= 0 where unknown."""
+"""(source, height, width) -> z depth of source frame 0, ``[B, H, W]`` metres; non-finite or <= 0 where unknown."""
 
 _LUMA = (0.299, 0.587, 0.114)
 _LK_WINDOW, _LK_LEVELS = (15, 15), 3
@@ -56,9 +56,9 @@ class _Track(NamedTuple):
 class FlowPnpEvaluator:
     """PoseEvaluator by tracking and PnP on the CPU (OpenCV).
 
-    ``tracked`` is the share of frame-0 points inside the estimated view that the estimate explains, averaged over frames
-    1..; a frame without a solution counts 0 and keeps the pose before it. ``residual`` is the mean reprojection error of
-    the explained points in pixels (the RANSAC bound for frames without a solution).
+    ``tracked`` is the share of frame-0 points inside the estimated view that the estimate explains, averaged over
+    frames 1..; a frame without a solution counts 0 and keeps the pose before it. ``residual`` is the mean reprojection
+    error of the explained points in pixels (the RANSAC bound for frames without a solution).
 
     Args:
         frame_depth: depth of source frame 0; the ground plane of the clip by default.

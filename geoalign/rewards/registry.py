@@ -23,6 +23,7 @@ REWARDS = {
     "hpsv3": "geoalign.rewards.vlm.scorers:build_hpsv3",
 }
 EVALUATORS = {
+    "flow_pnp": "geoalign.rewards.flow_pnp:FlowPnpEvaluator",
     "planar": "geoalign.rewards.planar:PlanarAligner",
     "mapanything": "geoalign.rewards.mapanything.evaluator:build_evaluator",
 }

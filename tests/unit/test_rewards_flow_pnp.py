@@ -108,7 +108,7 @@ def score(evaluate: FlowPnpEvaluator, video: Tensor, truth: Tensor) -> tuple[flo
 
 
 # Bounds below: a corner is located to about 0.1 px; at focal length 187 px, 3 m depth and some hundred corners that is
-# a few millimetres and hundredths of a degree. Tracking drift over 8 frames multiplies it; the bounds leave a factor ~3.
+# a few millimetres and hundredths of a degree. Tracking drift over 8 frames multiplies it; the bounds leave a factor 3.
 def test_reads_metres_and_degrees(evaluate: FlowPnpEvaluator, honest: tuple[Tensor, Tensor]) -> None:
     assert isinstance(evaluate, PoseEvaluator)
     truth, video = honest
