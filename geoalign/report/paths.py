@@ -16,8 +16,8 @@ MARGIN = 34.0
 
 # OpenCV camera axes of frame 0. A view is (horizontal axis, vertical axis, sign of the vertical axis on paper).
 PLANES = {
-    "above": (0, 2, 1.0, "right", "forward", "Seen from above"),
-    "behind": (0, 1, -1.0, "right", "up", "Seen along the first frame's line of sight"),
+    "above": (0, 2, 1.0, "right", "forward", "From above"),
+    "behind": (0, 1, -1.0, "right", "up", "Along the first view"),
 }
 # Axonometric directions on paper of the x (right), y (down) and z (forward) axes.
 AXONOMETRIC = np.array([[0.87, 0.30], [0.0, 0.92], [0.50, -0.55]])

@@ -63,8 +63,8 @@ def _sample(clips: dict[str, EvaluationClips], index: int, rank: str, plane: str
     columns = " three" if len(videos) == 3 else ""
     return f"""<article class="sample"><header><h3>{escape(_title(any_stage.names[index]))}</h3>
 <span class="note">{rank} &middot; position error {trend}</span></header>
-<div class="body{small}"><div><div class="clips{columns}">{pictures}</div>
-<div class="strips">{strips}</div></div>
+<div class="clips{columns}{small}">{pictures}</div>
+<div class="body{small}"><div class="strips">{strips}</div>
 <figure><figcaption><b>{PLANES[plane][5]}</b></figcaption>{plane_view(tracks, plane)}</figure>
 <figure><figcaption><b>In space</b></figcaption>{axonometric_view(tracks)}</figure></div></article>"""
 

@@ -60,8 +60,8 @@ SETS = {
 STAGES = {
     "source": ("Source", "what the model is given"),
     "before": ("Before", "base model"),
-    "after": ("After", "after reinforcement learning"),
-    "truth": ("Truth", "true render from the target path"),
+    "after": ("After", "after training"),
+    "truth": ("Truth", "true render"),
 }
 
 
