@@ -1,0 +1,144 @@
+"""The command line: lazy verbs, a true table of verbs, one-line errors with exit codes, doctor, the generated page."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from geoalign import cli
+from geoalign.config.docs import reference_page
+from geoalign.config.layout import GroupPlacement, place_groups
+from geoalign.config.load import load_config
+from geoalign.config.schema import Config
+from geoalign.config.source import preset_names
+from geoalign.errors import ConfigError
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def geoalign(*arguments: str, code: str | None = None) -> subprocess.CompletedProcess[str]:
+    """Run the command, or a piece of Python, in a fresh process."""
+    command = ["-c", code] if code else ["-m", "geoalign", *arguments]
+    env = os.environ | {"PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'kernels'}"}
+    return subprocess.run([sys.executable, *command], capture_output=True, text=True, env=env, check=False, timeout=120)
+
+
+def test_help_and_config_print_import_no_torch() -> None:
+    code = """
+import sys
+from geoalign.cli import main
+assert main(["--help"]) == 0
+assert main(["config", "print", "tiny_cpu"]) == 0
+heavy = {"torch", "numpy", "diffusers", "transformers", "matplotlib"} & set(sys.modules)
+assert not heavy, heavy
+"""
+    done = geoalign(code=code)
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize("verb", cli.VERBS, ids=lambda verb: verb.name)
+def test_every_listed_verb_exists_and_teaches(verb: cli.Verb, capsys: pytest.CaptureFixture[str]) -> None:
+    assert callable(importlib.import_module(verb.module).add_parser)
+    with pytest.raises(SystemExit) as stopped:
+        cli.main([verb.name, "--help"])
+    assert stopped.value.code == 0
+    assert f"usage: geoalign {verb.name}" in capsys.readouterr().out
+    assert f"  {verb.name} " in cli.help_text()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["trian"], "Did you mean `geoalign train`?"),
+        (["config", "print", "tiny_cpuu"], "did you mean tiny_cpu?"),
+        (["config", "print", "tiny_cpu", "optim.lrr=1"], "did you mean `optim.lr`?"),
+        (["config", "print", "tiny_cpu", "--sauces"], "unrecognized arguments: --sauces"),
+        (["config", "check", "tiny_cpu", "--world-size", "3"], "set groups.conditions=9, or use 2 processes"),
+        (["report", "/nonexistent"], "no run folder at /nonexistent"),
+    ],
+)
+def test_user_errors_are_one_line_and_exit_2(
+    arguments: list[str], said: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv(cli.DEBUG_VARIABLE, raising=False)
+    assert cli.main(arguments) == 2
+    captured = capsys.readouterr()
+    assert said in captured.err and len(captured.err.strip().splitlines()) == 1
+    monkeypatch.setenv(cli.DEBUG_VARIABLE, "1")
+    with pytest.raises(Exception, match=r"\w") as raised:
+        cli.main(arguments)
+    assert said in str(raised.value)
+
+
+def test_interrupt_exits_130_and_ranks_are_named(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupted(_: list[str]) -> int:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(cli, "_dispatch", interrupted)
+    monkeypatch.setenv("RANK", "3")
+    assert cli.main([]) == 130
+    assert capsys.readouterr().err == "geoalign [rank 3]: interrupted\n"
+
+
+def test_overrides_are_taken_on_both_sides_of_an_option(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["config", "print", "tiny_cpu", "run.seed=7", "--sources", "run.name=x"]) == 0
+    out = capsys.readouterr().out
+    assert "# command line (run.seed=7)" in out and "# command line (run.name=x)" in out
+
+
+def test_diff_shows_only_what_differs(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["config", "diff", "tiny_cpu", "tiny_cpu"]) == 0
+    assert "same settings" in capsys.readouterr().out
+    assert cli.main(["config", "diff", "defaults", "tiny_cpu"]) == 0
+    assert "-> 40" in next(line for line in capsys.readouterr().out.splitlines() if line.startswith("train.iterations"))
+
+
+def test_schema_is_json(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["config", "schema"]) == 0
+    assert "run" in json.loads(capsys.readouterr().out)["properties"]
+
+
+@pytest.mark.parametrize("name", preset_names())
+def test_every_preset_is_valid_and_says_what_it_is_for(name: str) -> None:
+    load_config(Config, name)
+
+
+def test_doctor_reports_as_text_and_json(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["doctor"]) == 0
+    assert "Kernels" in capsys.readouterr().out
+    assert cli.main(["doctor", "--json"]) == 0
+    report = json.loads(capsys.readouterr().out)
+    assert report["kernels"]["error"] is None and report["kernels"]["ops"]
+    assert report["packages"]["torch"]
+
+
+def test_the_reference_page_is_up_to_date() -> None:
+    written = (ROOT / "docs" / "configuration.md").read_text(encoding="utf-8")
+    assert written == reference_page(Config), "run `make docs` and commit docs/configuration.md"
+
+
+@pytest.mark.parametrize(
+    ("conditions", "size", "world", "placed"),
+    [
+        (8, 12, 1, GroupPlacement(8, 12)),
+        (8, 12, 4, GroupPlacement(2, 12)),
+        (8, 12, 8, GroupPlacement(1, 12)),
+        (8, 12, 32, GroupPlacement(1, 3)),
+    ],
+)
+def test_groups_are_dealt_whole_or_split_evenly(conditions: int, size: int, world: int, placed: GroupPlacement) -> None:
+    assert place_groups(conditions, size, world) == placed
+    assert placed.groups * placed.members * world == conditions * size
+
+
+def test_layouts_that_do_not_divide_are_refused() -> None:
+    with pytest.raises(ConfigError, match=r"groups\.conditions=10, or use 4 processes"):
+        place_groups(8, 12, 5)
