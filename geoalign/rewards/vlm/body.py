@@ -1,8 +1,8 @@
 """Qwen2-VL as a static function: fixed shapes, no host reads, ready for capture in a CUDA graph.
 
 Parameter names are those of the published checkpoints (the layout of transformers before 4.52). Two choices follow how
-the scorers were trained, with transformers 4.45: text positions are 0, 1, 2, ... on all three rotary axes, and attention
-of the vision tower stays inside one temporal slice. All slices have one length, so that attention is one dense call.
+the scorers were trained, with transformers 4.45: text positions are 0, 1, 2, ... on all three rotary axes, and the
+vision tower attends inside one temporal slice. All slices have one length, so that attention is one dense call.
 """
 
 from __future__ import annotations
