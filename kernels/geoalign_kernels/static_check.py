@@ -3,8 +3,8 @@
     python -m geoalign_kernels.static_check [--json FILE] [--update] [--only PART_OF_A_NAME]
 
 A row per kernel, configuration and target. Gates: no spills; no stack frame; shared memory and registers within what
-one block may have; the tensor-core instruction the kernel is built on is there; no fp64 arithmetic; and, under the Triton
-version the table was made with, no drift from the table (`static_expectations.json`). Under another version only the
+one block may have; the tensor-core instruction the kernel is built on is there; no fp64 arithmetic; and, under the
+Triton version the table was made with, no drift from it (`static_expectations.json`). Under another version only the
 gates hold. `--update` rewrites the table; its diff is what a reviewer reads.
 Needs triton alone: its wheel carries ptxas and nvdisasm.
 """

@@ -69,6 +69,7 @@ def _each(kind: Type, *names: str) -> dict[str, Type]:
 _ROTARY_SHAPE = {
     "WIDTH": 1536, "HEAD": 128, "PAIRS_QK": 42, "PAIRS_VO": 42, "ROWS": 2, "CHUNK": 512, "CHUNKS": 3, "VECTOR": 2,
 }  # fmt: skip
+_NO_FUSION = {"num_warps": 4, "enable_fp_fusion": False}
 _NORM_SHAPE = {"WIDTH": 1536, "ROWS": 4, "CHUNK": 512, "CHUNKS": 3}
 _EPILOGUE_SHAPE = {"WIDTH": 1536, "HEAD": 128, "PAIRS": 42, "ROWS": 2, "CHUNK": 512, "CHUNKS": 3, "VECTOR": 2}
 
@@ -183,5 +184,60 @@ CONFIGS: tuple[KernelConfig, ...] = (
             {"num_warps": 8},
         )
         for label, residual in (("bf16 forward", "*bf16"), ("bf16 backward", None))
+    ),
+    *(
+        KernelConfig(
+            "flow_step.triton_impl:step_kernel",
+            label,
+            {
+                **_each("*fp32", "X", "Table", "Out"),
+                "Velocity": "*bf16",
+                "Uncond": uncond,
+                "Previous": None,
+                "Noise": None,
+                **_each(ids, "Group", "Sample"),
+                **_each("i32", "table_stride", "key0", "key1", "step"),
+                "count": "i32/16",
+                "guidance": "fp32",
+            },
+            {"BLOCK": 1024},
+            _NO_FUSION,
+        )
+        for label, uncond, ids in (("SDE, counter noise", None, "*i64"), ("ODE, guidance", "*bf16", None))
+    ),
+    KernelConfig(
+        "flow_step.triton_impl:log_prob_kernel",
+        "bf16 velocity",
+        {
+            **_each("*fp32", "X", "XNext", "Table", "Partial"),
+            "Velocity": "*bf16",
+            "Uncond": None,
+            "table_stride": "i32",
+            "count": "i32/16",
+            "guidance": "fp32",
+        },
+        {"BLOCK": 1024},
+        _NO_FUSION,
+    ),
+    KernelConfig(
+        "flow_step.triton_impl:log_prob_finish_kernel",
+        "second stage",
+        {**_each("*fp32", "Partial", "Table", "Out"), **_each("i32", "table_stride", "blocks")},
+        {"BLOCK": 1024, "PRECISION": 4, "CONSTANT": 5},
+        _NO_FUSION,
+    ),
+    KernelConfig(
+        "flow_step.triton_impl:log_prob_backward_kernel",
+        "bf16 velocity",
+        {
+            **_each("*fp32", "Grad", "X", "XNext", "Table", "Out"),
+            "Velocity": "*bf16",
+            "Uncond": None,
+            "table_stride": "i32",
+            "count": "i32/16",
+            "guidance": "fp32",
+        },
+        {"BLOCK": 1024, "SLOPE": 6},
+        _NO_FUSION,
     ),
 )

@@ -1,0 +1,97 @@
+"""Triton kernels in its CPU interpreter, float32, against the float64 reference: odd shapes, masks, strides, empties.
+
+Run as `TRITON_INTERPRET=1 pytest tests/kernels/interpreted`: Triton reads the flag when a kernel is decorated.
+"""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from kernel_cases import NAMES, op_cases
+
+import geoalign_kernels as gk
+from geoalign_kernels.philox import NORMAL_ATOL
+from geoalign_kernels.testing import assert_gradients_match, assert_matches_reference, run_with_gradients
+
+pytestmark = pytest.mark.interp
+SHAPES = ((2, 5, 3, 16, 5), (1, 7, 6, 32, 11))  # batch, tokens, heads, head size, phases: tails, odd and even phases
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("name", NAMES)
+def test_outputs_and_gradients(name: str, shape: tuple[int, ...]) -> None:
+    function, inputs = op_cases(torch.float32, *shape)[name]
+    truth_function, truth_inputs = op_cases(torch.float64, *shape)[name]
+    truth, truth_gradients = run_with_gradients(truth_function, truth_inputs)
+    eager, _ = run_with_gradients(function, inputs)
+    with gk.use_backend("triton"):
+        actual, gradients = run_with_gradients(function, inputs)
+    for index, (a, t, e) in enumerate(zip(actual, truth, eager, strict=True)):
+        assert_matches_reference(a, t, e, name=f"output {index}")
+    assert_gradients_match(gradients, truth_gradients, tolerance=1e-5)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_empty_input(name: str) -> None:
+    function, inputs = op_cases(torch.float32, 1, 0, 2, 16, 4)[name]
+    with gk.use_backend("triton"):
+        outputs, _ = run_with_gradients(function, inputs)
+    assert all(o.numel() == 0 for o in outputs)
+
+
+def test_strided_inputs_and_inplace() -> None:
+    packed = torch.randn(2, 5, 3, 2, 16)
+    q, k, v = packed.unbind(2)
+    weight, position, phase = torch.rand(32), torch.rand(5, 8), torch.rand(1, 5, 2, 3)
+    expected = gk.qk_norm_rotary(q, k, v, weight, weight, position, phase_qk=phase, phase_vo=phase)
+    with gk.use_backend("triton"):
+        gk.qk_norm_rotary(q, k, v, weight, weight, position, phase_qk=phase, phase_vo=phase, inplace=True)
+    for got, want in zip(packed.unbind(2), expected, strict=True):
+        torch.testing.assert_close(got, want, rtol=0, atol=4e-6)
+
+
+def test_unsupported_width_is_refused_when_named() -> None:
+    x = torch.zeros(1, 2, 17)
+    with gk.use_backend("triton"), pytest.raises(ValueError, match="power-of-two"):
+        gk.gated_residual(x, x, x[:, 0])
+
+
+def test_flow_step_noise_and_density() -> None:
+    table = (0.98, -0.04, 0.3, 0.0)
+    key = gk.NoiseKey(0xFEDCBA9876, 3, torch.tensor([1, 9]), torch.tensor([0, 4]), 5)
+    x, velocity, other = torch.randn(3, 2, 3, 421).unbind(0)
+    zero, extra = torch.zeros_like(x), {"velocity_uncond": other, "guidance": 3.0}
+    expected = gk.flow_step(x, velocity, table, key=key, **extra)
+    noise = gk.philox_normal(x.shape[1:], key)
+    with gk.use_backend("triton"):
+        got = gk.flow_step(x, velocity, table, key=key, **extra)
+        replay = gk.flow_log_prob(x, velocity, got.x_next, table, **extra)
+        got_noise = gk.flow_step(zero, zero, (0.0, 0.0, 1.0, 0.0), key=key).x_next
+        _, got_gradient = run_with_gradients(lambda v: gk.flow_log_prob(x, v, got.x_next, table), [velocity])
+        ode = gk.flow_step(x, velocity, (1.0, -0.1, 0.0, 0.2), m_prev=other).x_next
+    assert torch.equal(got.log_prob, replay)
+    assert (got_noise - noise).abs().max() <= NORMAL_ATOL
+    torch.testing.assert_close(got.x_next, expected.x_next, rtol=0, atol=4e-6)
+    _, gradient = run_with_gradients(lambda v: gk.flow_log_prob(x, v, got.x_next, table), [velocity])
+    assert_gradients_match(got_gradient, gradient, tolerance=1e-5)
+    torch.testing.assert_close(ode, x - 0.1 * velocity + 0.2 * other, rtol=0, atol=2e-6)
+
+
+def test_philox_words_of_the_kernel_are_the_reference_words() -> None:
+    import triton
+    import triton.language as tl
+
+    from geoalign_kernels.ops.flow_step.triton_impl import philox_block
+    from geoalign_kernels.philox import philox_words
+
+    @triton.jit
+    def words_kernel(Out, k0, k1, BLOCK: tl.constexpr):
+        block, zero = tl.arange(0, BLOCK).to(tl.uint32), tl.zeros((BLOCK,), tl.uint32)
+        words = philox_block(block, zero + 7, zero + 2, zero + 9, zero + k0.to(tl.uint32), zero + k1.to(tl.uint32))
+        for w in tl.static_range(4):
+            tl.store(Out + w * BLOCK + tl.arange(0, BLOCK), words[w].to(tl.int64))
+
+    out = torch.empty(4, 256, dtype=torch.int64)
+    words_kernel[(1,)](out, 0xFEDCBA98, 3, BLOCK=256)
+    expected = philox_words(tuple(torch.tensor(c) for c in (list(range(256)), [7], [2], [9])), (0xFEDCBA98, 3))
+    assert torch.equal(out, torch.stack(expected))

@@ -1,0 +1,91 @@
+"""The row ops against closed forms, autograd's finite differences and torch's own layers (CPU reference)."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from kernel_cases import NAMES, op_cases
+
+import geoalign_kernels as gk
+from geoalign_kernels.testing import assert_gradients_match, assert_matches_reference
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_gradients_agree_with_finite_differences(name: str) -> None:
+    function, inputs = op_cases(torch.float64, 2, 4, 2, 6, 2)[name]
+    assert torch.autograd.gradcheck(function, [t.clone().requires_grad_() for t in inputs])
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_registration_passes_opcheck(name: str) -> None:
+    function, inputs = op_cases(torch.float32, 2, 4, 2, 6, 2)[name]
+    compiled = torch.compile(function, backend="aot_eager", fullgraph=True)
+    eager, graph = function(*inputs), compiled(*[t.clone().requires_grad_() for t in inputs])
+    for a, b in zip(torch.utils._pytree.tree_leaves(eager), torch.utils._pytree.tree_leaves(graph), strict=True):
+        assert torch.equal(a, b)
+
+
+def test_opcheck_of_every_schema() -> None:
+    leaf = lambda *s: torch.randn(*s, requires_grad=True)  # noqa: E731 - a one-line fixture
+    x, y, vector, phase = leaf(1, 3, 12), leaf(1, 3, 12), leaf(1, 12), leaf(1, 3, 2, 2)
+    q, position = leaf(1, 3, 2, 6), torch.randn(3, 3)
+    table = torch.tensor([0.9, -0.1, 0.3, 0.0], dtype=torch.float64)
+    ops = torch.ops.geoalign
+    for op, args in (
+        (ops.modulated_norm, (x, vector, vector, 1e-6)),
+        (ops.gated_residual, (x, y, vector)),
+        (ops.unrotate_gate_norm, (y, x, vector, vector, vector, phase, 2, 1e-6)),
+        (ops.qk_norm_rotary, (q, q, q, leaf(12), leaf(12), position, phase, phase, 1e-6)),
+        (ops.flow_step, (x, y, table, torch.randn(1, 3, 12), [], None, None, None, 1.0, None)),
+        (ops.flow_log_prob, (x, y, torch.randn(1, 3, 12), table, None, 1.0)),
+    ):
+        torch.library.opcheck(op, args, test_utils=("test_schema", "test_autograd_registration", "test_faketensor"))
+
+
+def test_modulated_norm_is_torchs_layer_norm() -> None:
+    x, weight, bias = torch.randn(2, 5, 12), torch.randn(12), torch.randn(12)
+    truth = torch.nn.functional.layer_norm(x.double(), (12,), weight.double(), bias.double(), eps=1e-6)
+    eager = torch.nn.functional.layer_norm(x, (12,), weight, bias, eps=1e-6)
+    assert_matches_reference(gk.modulated_norm(x, weight - 1.0, bias), truth, eager)
+
+
+def test_rotation_is_complex_multiplication() -> None:
+    """RMSNorm, then exp(i(position + phase)) on the last pairs, in complex128."""
+    (function, inputs), heads, head = op_cases(torch.float64, 2, 5, 3, 8, 3)["qk_norm_rotary"], 3, 8
+    q, k, v, weight_q, _, phase_qk, phase_vo = inputs
+    generator_position = op_cases(torch.float64, 2, 5, 3, 8, 3)["qk_norm_rotary"][0].__closure__
+    position = next(c.cell_contents for c in generator_position if isinstance(c.cell_contents, torch.Tensor))
+    rms = torch.nn.functional.rms_norm(q.flatten(2), (heads * head,), weight_q, eps=1e-6).view_as(q)
+    angle = position[:3, None] + torch.nn.functional.pad(phase_qk[:, :3], (1, 0))
+    pair = torch.view_as_complex(rms.unflatten(-1, (-1, 2)).contiguous()) * torch.polar(torch.ones_like(angle), angle)
+    turned_v = torch.view_as_complex(v.unflatten(-1, (-1, 2)).contiguous())
+    turned_v = turned_v * torch.exp(-1j * torch.nn.functional.pad(phase_vo, (1, 0)))
+    q_out, _, v_out = function(*inputs)
+    torch.testing.assert_close(q_out, torch.view_as_real(pair).flatten(-2), rtol=0, atol=1e-13)
+    torch.testing.assert_close(v_out, torch.view_as_real(turned_v).flatten(-2), rtol=0, atol=1e-13)
+
+
+def test_zero_phases_change_nothing_and_inplace_equals_out_of_place() -> None:
+    q, k, v = (torch.randn(1, 4, 2, 6) for _ in range(3))
+    weight, position, zero = torch.rand(12), torch.rand(4, 3), torch.zeros(1, 4, 2, 2)
+    plain = gk.qk_norm_rotary(q, k, v, weight, weight, position)
+    camera = gk.qk_norm_rotary(q, k, v, weight, weight, position, phase_qk=zero, phase_vo=zero)
+    assert all(torch.equal(a, b) for a, b in zip(plain, camera, strict=True))
+    for a, b in zip(gk.qk_norm_rotary(q, k, v, weight, weight, position, inplace=True), plain, strict=True):
+        assert torch.equal(a, b)
+    with pytest.raises(ValueError, match="inplace"):
+        gk.qk_norm_rotary(q.requires_grad_(), k, v, weight, weight, position, inplace=True)
+
+
+def test_wrong_shapes_are_named() -> None:
+    x = torch.zeros(2, 3, 8)
+    with pytest.raises(ValueError, match="scale must be"):
+        gk.modulated_norm(x, torch.zeros(3, 8), torch.zeros(8))
+    with pytest.raises(ValueError, match="phase must be"):
+        gk.unrotate_gate_norm(x, x, *[torch.zeros(8)] * 3, phase=torch.zeros(2, 4, 2, 2), heads=2)
+
+
+def test_missing_gradient_is_detected() -> None:
+    truth = [torch.ones(4, 3)]
+    with pytest.raises(AssertionError, match="missing|L2"):
+        assert_gradients_match([torch.cat([torch.ones(3, 3), torch.zeros(1, 3)])], truth, tolerance=0.6)
