@@ -195,6 +195,8 @@ def _plot(inputs: RetakeInputs, path: Path) -> None:
     from geoalign.io_utils import atomic_path
 
     figure = Figure(figsize=(9, 4), layout="constrained")
+    moved = [camera.position[0] for camera in (inputs.source_camera, inputs.target_camera)]
+    reach = 0.2 * max([float((centre - centre[0]).norm(dim=-1).max()) for centre in moved] + [0.5])
     views = (
         ("from above", 0, 2, "x right (m)", "z forward (m)"),
         ("from the side", 2, 1, "z forward (m)", "y down (m)"),
@@ -206,11 +208,9 @@ def _plot(inputs: RetakeInputs, path: Path) -> None:
         ):
             centre, look = camera.position[0], camera.rotation[0][:, :, 2]
             axis.plot(centre[:, i], centre[:, j], "-o", color=colour, markersize=2, linewidth=1.5, label=name)
-            step = slice(None, None, max(1, len(centre) // 8))
-            axis.quiver(
-                centre[step, i], centre[step, j], look[step, i], look[step, j], color=colour, width=0.004, scale=14,
-                angles="xy",
-            )  # fmt: skip
+            for point, ray in zip(*(part[:: max(1, len(centre) // 8)] for part in (centre, look)), strict=True):
+                tip = point + reach * ray  # a short line of sight, drawn even where the camera does not move
+                axis.plot([point[i], tip[i]], [point[j], tip[j]], color=colour, linewidth=0.8)
         axis.set(title=title, xlabel=across, ylabel=along)
         axis.margins(0.25)
         axis.set_aspect("equal", adjustable="datalim")

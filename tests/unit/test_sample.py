@@ -1,0 +1,193 @@
+"""`geoalign sample` end to end on CPU: an mp4 and a frame folder, two codecs, guidance, and every refusal."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from geoalign.cli import main
+from geoalign.config.flow import FlowConfig
+from geoalign.config.model import ModelConfig
+from geoalign.data.video import PyAVReader, write_video
+from geoalign.export.formats import save_pretrained
+from geoalign.flow.table import build_step_table
+from geoalign.geometry.presets import preset
+from geoalign.geometry.trajectory import CameraTrajectory
+from geoalign.models.conditioning import Conditioning
+from geoalign.models.dit import RetakeDiT
+from geoalign.sampling import RetakeInputs, retake
+
+RECAM = ModelConfig(
+    dim=48, heads=2, layers=2, ffn_dim=64, text_dim=16, freq_dim=32, source="frames", camera="modulated",
+    rope_layout="sequential",
+)  # fmt: skip
+
+
+def moving_picture(frames: int, height: int, width: int) -> torch.Tensor:
+    """uint8 ``[F, H, W, 3]``: a coloured gradient that slides."""
+    y, x = torch.meshgrid(torch.linspace(0, 1, height), torch.linspace(0, 1, width), indexing="ij")
+    pictures = [torch.stack([(x + 0.05 * i) % 1, y, 1 - x], -1) for i in range(frames)]
+    return (torch.stack(pictures) * 255).to(torch.uint8)
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a random transformer and a random Wan VAE."""
+    from diffusers import AutoencoderKLWan
+
+    folder = tmp_path_factory.mktemp("models") / "tiny"
+    torch.manual_seed(0)
+    save_pretrained(RetakeDiT(RECAM), folder)
+    AutoencoderKLWan(base_dim=8).save_pretrained(folder / "vae")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def clip(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("clips") / "in.mp4"
+    write_video(path, moving_picture(9, 50, 70), 12.0)
+    return path
+
+
+def run(model: Path, video: Path, out: Path, *more: str) -> int:
+    arguments = ["--model", str(model), "--video", str(video), "--out", str(out), "--size", "32x48", "--steps", "2"]
+    if "--trajectory" not in more:
+        arguments += ["--trajectory", "pan_right"]
+    return main(["sample", *arguments, *more])
+
+
+def test_mp4_end_to_end(model: Path, clip: Path, tmp_path: Path) -> None:
+    out = tmp_path / "made" / "out.mp4"
+    assert run(model, clip, out, "--speed", "1.5", "--frames", "5") == 0
+    info = PyAVReader().probe(out)
+    assert (info.frames, info.height, info.width, info.fps) == (5, 32, 48, 12.0)
+    beside = PyAVReader().probe(out.with_name("out.side_by_side.mp4"))
+    assert (beside.frames, beside.width) == (5, 96)
+    record = json.loads(out.with_name("out.json").read_text("utf-8"))
+    expected = preset("pan_right", 5, speed=1.5).c2w
+    torch.testing.assert_close(torch.tensor(record["target_c2w"]), expected, atol=1e-6, rtol=0)
+    assert record["arguments"]["seed"] == 0 and record["forwards"] == 2
+    with Image.open(out.with_name("out.cameras.png")) as picture:
+        assert picture.width > 400
+    first = out.read_bytes()
+    assert run(model, clip, tmp_path / "again.mp4", "--speed", "1.5", "--frames", "5") == 0
+    assert (tmp_path / "again.mp4").read_bytes() == first
+
+
+def test_frame_folder_with_odd_sizes_and_camera_file(model: Path, tmp_path: Path) -> None:
+    """A DAVIS-style folder; pictures of odd size are scaled and cropped; the target comes from a file."""
+    folder = tmp_path / "bear"
+    folder.mkdir()
+    for index, picture in enumerate(moving_picture(6, 51, 71).numpy()):
+        Image.fromarray(picture).save(folder / f"{index:05d}.jpg")
+    poses = torch.eye(4).repeat(5, 1, 1)
+    poses[:, 2, 3] = torch.linspace(0, 1, 5)
+    np.save(tmp_path / "path.npy", poses.numpy())
+    out = tmp_path / "out.mp4"
+    assert run(model, folder, out, "--trajectory", str(tmp_path / "path.npy")) == 0
+    record = json.loads((tmp_path / "out.json").read_text("utf-8"))
+    assert record["used"]["frames"] == 5  # the longest 4k + 1 of six
+    assert record["target_c2w"][4][2][3] == pytest.approx(1.0)
+
+
+def test_policy_file_of_the_embedded_default(tmp_path: Path) -> None:
+    from importlib import resources
+
+    base = Path(str(resources.files("geoalign"))) / "_assets" / "tiny_base.safetensors"
+    clip = tmp_path / "in.mp4"
+    write_video(clip, moving_picture(5, 48, 64), 12.0)
+    out, plane = tmp_path / "out.mp4", ("--ground-plane", "0,0.342,0.94,10")
+    assert run(base, clip, out, "--size", "48x64") == 2  # geometric phases need the plane
+    assert not out.exists()
+    assert run(base, clip, out, "--size", "48x64", *plane) == 0
+    # Frame 0 is given: up to the video coding of both files it is the source's.
+    made, source = (PyAVReader().read(path, [0]).float() for path in (out, clip))
+    assert (made - source).abs().mean() < 8
+
+
+def test_dry_run_writes_nothing(model: Path, clip: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(model, clip, tmp_path / "out.mp4", "--dry-run") == 0
+    text = capsys.readouterr().out
+    # Nine frames make three latent frames of 4 x 6; patches of 2 x 2; source and target: 2 * 3 * 2 * 3 tokens.
+    assert "16 x 3 x 4 x 6" in text and "36 tokens" in text and "predicted" in text
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_refusals_are_one_line_and_write_nothing(
+    model: Path, clip: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    inputs = tmp_path / "inputs"
+    inputs.mkdir()
+    (inputs / "empty.mp4").write_bytes(b"")
+    (inputs / "short.mp4").write_bytes(clip.read_bytes()[:300])
+    poses = torch.eye(4).repeat(9, 1, 1).numpy()
+    np.save(inputs / "mirror.npy", poses * np.diag([-1, 1, 1, 1]))
+    np.save(inputs / "nan.npy", np.where(np.arange(9)[:, None, None] == 4, np.nan, poses))
+    (inputs / "cut.json").write_text('{"c2w": [', "utf-8")
+    out = tmp_path / "out" / "out.mp4"
+    cases = [
+        (1, clip.with_name("none.mp4"), ()),
+        (1, inputs / "empty.mp4", ()),
+        (1, inputs / "short.mp4", ()),
+        (1, clip, ("--trajectory", str(inputs / "mirror.npy"))),
+        (1, clip, ("--trajectory", str(inputs / "nan.npy"))),
+        (1, clip, ("--trajectory", str(inputs / "cut.json"))),
+        (2, clip, ("--trajectory", "pan_rigth")),
+        (2, clip, ("--frames", "6")),
+        (2, clip, ("--frames", "13")),
+        (2, clip, ("--size", "33x48")),
+        (2, clip, ("--speed", "0")),
+        (2, clip, ("--guidance", "5")),
+        (2, clip, ("--steps", "0")),
+        (1, clip, ("--checkpoint", str(clip))),
+    ]
+    for code, video, more in cases:
+        assert run(model, video, out, *more) == code, more
+        message = capsys.readouterr().err
+        assert message.count("error:") == 1 and "Traceback" not in message, message
+    assert not out.parent.exists()
+
+
+def test_guidance_is_the_published_combination() -> None:
+    """v_neg + 5 (v - v_neg) at every step, by hand; guidance 1 does one pass and ignores the negative text."""
+    torch.manual_seed(1)
+    config = RECAM.model_copy(update={"time_stride": 1, "space_stride": 1})
+    model = RetakeDiT(config).requires_grad_(False)
+    camera = CameraTrajectory.stack([CameraTrajectory.identity(2)])
+    text, negative = torch.randn(1, 3, 16), torch.randn(1, 3, 16)
+    cond = Conditioning(torch.randn(1, 16, 2, 4, 4), camera, camera, context=text)
+    inputs = RetakeInputs(torch.zeros(1, 2, 3, 4, 4), camera, camera, None, 10.0)
+
+    class Latents:
+        """A codec that shows the latents themselves."""
+
+        name, frame_rule, latent_channels = "latents", "any", 16
+
+        def decode(self, latents: torch.Tensor) -> torch.Tensor:
+            return latents / 100
+
+    flow, calls = FlowConfig(steps=3, shift=5.0), []
+    made = retake(
+        model, Latents(), inputs, cond, flow, guidance=5.0, negative=negative, on_forward=lambda: calls.append(1)
+    )
+    single = retake(model, Latents(), inputs, cond, flow)
+    assert len(calls) == 6
+    from geoalign.flow.sampler import initial_noise
+
+    table = build_step_table(flow)
+    # sigma = 5u / (1 + 4u) for u = 1, 2/3, 1/3, 0 (Wan2.1, shift 5).
+    torch.testing.assert_close(
+        table.sigmas, torch.tensor([1, 10 / 11, 5 / 7, 0], dtype=torch.float64), atol=1e-6, rtol=0
+    )
+    for guidance, result in ((5.0, made), (1.0, single)):
+        x = initial_noise((16, 2, 4, 4), 0, 0, torch.zeros(1, dtype=torch.int64))
+        for sigma, after in zip(table.sigmas[:-1].tolist(), table.sigmas[1:].tolist(), strict=True):
+            t = torch.tensor([1000 * sigma])
+            v, v_neg = model(x, t, cond), model(x, t, cond.with_context(negative))
+            x = x + (after - sigma) * (v_neg + guidance * (v - v_neg))
+        torch.testing.assert_close(result, (x / 100).clamp(-1, 1), atol=1e-6, rtol=1e-5)
