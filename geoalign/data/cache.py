@@ -21,6 +21,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
+from geoalign.data.clips import ClipRecord
 from geoalign.errors import DataError
 from geoalign.io_utils import atomic_write_bytes, atomic_write_json, atomic_write_text
 
@@ -33,7 +34,7 @@ class Entry:
     """One prepared window.
 
     Attributes:
-        key: hash of content, window and settings.
+        key: see :func:`window_key`.
         clip_id: clip name.
         start: first frame in the file.
         source: path of the clip when it was prepared.
@@ -56,14 +57,16 @@ class Entry:
     shard: str = ""
     shard_sha256: str = ""
 
-    def matches(self, path: Path) -> bool:
-        """Whether the clip at ``path`` still has the content that was prepared."""
+    def is_current(self, record: ClipRecord, settings: Settings) -> bool:
+        """Whether clip, caption and camera file are still those that were prepared."""
         try:
-            status = path.stat()
+            status = record.path.stat()
         except OSError:
             return False
         same = (status.st_size, status.st_mtime_ns) == (self.size, self.mtime_ns)
-        return same or content_hash(path) == self.content
+        if not same and content_hash(record.path) != self.content:
+            return False
+        return window_key(record, self.content, self.start, settings) == self.key
 
 
 def settings_hash(settings: Settings) -> str:
@@ -87,9 +90,11 @@ def content_hash(path: Path) -> str:
     return digest.hexdigest()
 
 
-def window_key(content: str, start: int, settings: Settings) -> str:
-    """The key of a window; 32 hex digits."""
-    return hashlib.sha256(f"{content}\0{start}\0{settings_hash(settings)}".encode()).hexdigest()[:32]
+def window_key(record: ClipRecord, content: str, start: int, settings: Settings) -> str:
+    """The key of a window (32 hex digits): clip name, bytes, caption, camera file, start and settings."""
+    camera = content_hash(record.camera) if record.camera else ""
+    facts = [record.clip_id, content, record.caption, camera, start, settings_hash(settings)]
+    return hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:32]
 
 
 def trim_tokens(context: Tensor) -> Tensor:

@@ -111,7 +111,7 @@ def prepare(
         try:
             facts = file_facts(record.path)
             for start in chosen_starts(loader.starts(record), config.prepare.windows_per_clip):
-                key = window_key(facts["content"], start, settings)
+                key = window_key(record, facts["content"], start, settings)
                 if int(key, 16) % world_size != rank:
                     continue
                 if key in known:

@@ -146,7 +146,7 @@ class RetakeDataset:
             record = records.get(entry.clip_id)
             if record is None:
                 continue
-            if entry.matches(record.path):
+            if entry.is_current(record, self.cache.settings):
                 found.append(entry)
             else:
                 self.clip_tally.remarks["changed since it was prepared, not used"] += 1

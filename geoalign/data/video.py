@@ -197,6 +197,8 @@ def _opened(path: Path) -> Iterator[tuple[Any, Any]]:
                 raise DataError(f"{path}: no video stream")
             stream = container.streams.video[0]
             context = stream.codec_context
+            if context is None or not context.width or not context.height:
+                raise DataError(f"{path}: the video stream has no usable header; re-download or remove it")
             context.options = {"err_detect": "explode"}
             context.thread_type = "AUTO"
             context.thread_count = 1 if context.width * context.height < _THREADED_PIXELS else 0

@@ -1,0 +1,170 @@
+"""Conditions are pure functions of (seed, iteration, group); the cache returns what was encoded."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from geoalign.config.data import DataConfig
+from geoalign.data.cache import CacheFolder, open_cache, pad_tokens, trim_tokens
+from geoalign.data.prepare import chosen_starts, data_settings, prepare
+from geoalign.data.source import RetakeDataset
+from geoalign.errors import DataError
+from geoalign.types import RetakeBatch
+
+
+class Encoder:
+    """Stands in for codec and text encoder: cheap, deterministic."""
+
+    def __init__(self, fail_after: int | None = None) -> None:
+        self.identity: Mapping[str, str] = {"codec": "mean"}
+        self.calls, self.fail_after = 0, fail_after
+
+    def encode(self, frames: Tensor, prompt: str) -> Mapping[str, Tensor]:
+        if self.fail_after is not None and self.calls >= self.fail_after:
+            raise KeyboardInterrupt
+        self.calls += 1
+        context = torch.zeros(16, 4)
+        context[: len(prompt.split())] = 1.5
+        return {"latents": frames.mean((-1, -2)), "context": context}
+
+    def caption(self, frames: Tensor) -> str | None:
+        return None
+
+    def estimate_camera(self, frames: Tensor) -> None:
+        return None
+
+
+def same(a: RetakeBatch, b: RetakeBatch) -> bool:
+    return (
+        torch.equal(a.source.video, b.source.video)
+        and torch.equal(a.target_camera.c2w, b.target_camera.c2w)
+        and torch.equal(a.source.camera.c2w, b.source.camera.c2w)
+        and a.prompts == b.prompts
+        and a.source.clip_ids == b.source.clip_ids
+    )
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 8])
+def test_any_rank_layout_and_order_gives_the_same_conditions(world: DataConfig, ranks: int) -> None:
+    whole = RetakeDataset(world, seed=5).batch(3, range(16))
+    for rank in range(ranks):
+        groups = list(range(rank, 16, ranks))
+        dataset = RetakeDataset(world, seed=5)
+        dataset.batch(9, [4, 1])  # drawing something else first changes nothing
+        dataset.prefetch(3, groups)
+        assert same(dataset.batch(3, groups), whole.select(groups))
+    assert not same(RetakeDataset(world, seed=6).batch(3, range(16)), whole)
+    assert len(set(whole.source.clip_ids)) > 6
+
+
+def test_batches_have_the_promised_conventions(world: DataConfig) -> None:
+    dataset = RetakeDataset(world, seed=0)
+    batch = dataset.batch(0, range(4))
+    assert batch.source.video.shape == (4, 5, 3, 48, 64) and batch.source.video.abs().max() <= 1
+    identity = torch.eye(4).expand(4, 4, 4)
+    assert torch.equal(batch.target_camera.c2w[:, 0], identity) and torch.equal(batch.source.camera.c2w[:, 0], identity)
+    torch.testing.assert_close(batch.target_camera.intrinsics, batch.source.camera.intrinsics)
+    # The grey level of frame k of the file is 4 k: the pixels belong to the window that the name tells.
+    starts = [int(name.split("@")[1]) for name in batch.source.clip_ids]
+    levels = ((batch.source.video.mean((2, 3, 4)) + 1) * 127.5 / 4).round().long()
+    assert levels.tolist() == [list(range(start, start + 5)) for start in starts]
+    telemetry = dataset.telemetry()
+    assert telemetry["data/decoded_windows"] <= 4 and telemetry["data/wait_s"] > 0
+    assert dataset.fingerprint() == RetakeDataset(world, seed=1).fingerprint()
+
+
+def test_damaged_clips_are_drawn_again_and_a_run_stops_above_the_limit(world: DataConfig) -> None:
+    files = sorted((world.root / "clips").rglob("*.mp4"))
+    files[0].write_bytes(files[0].read_bytes()[:700])
+    dataset = RetakeDataset(world, seed=0, split="all")
+    batches = [dataset.batch(iteration, range(8)) for iteration in range(6)]
+    assert not any(files[0].stem in name for batch in batches for name in batch.source.clip_ids)
+    assert list(dataset.clip_tally.rejected) == [files[0].stem] and dataset.telemetry()["data/bad_clips"] == 1
+    assert same(RetakeDataset(world, seed=0, split="all").batch(5, range(8)), batches[5])
+    for file in files[1:6]:
+        file.write_bytes(b"")
+    with pytest.raises(DataError, match="more than the allowed fraction"):
+        fresh = RetakeDataset(world, seed=0, split="all")
+        for iteration in range(6):
+            fresh.batch(iteration, range(8))
+
+
+def test_prepare_is_idempotent_resumable_and_shared_between_ranks(world: DataConfig) -> None:
+    interrupted = Encoder(fail_after=5)
+    with pytest.raises(KeyboardInterrupt):
+        prepare(world, interrupted)
+    encoder = Encoder()
+    reports = [prepare(world, encoder, rank=rank, world_size=3) for rank in range(3)]
+    assert [sum(r.encoded for r in reports), sum(r.reused for r in reports)] == [7, 5] and encoder.calls == 7
+    again = prepare(world, encoder)
+    assert (again.encoded, again.reused, encoder.calls) == (0, 12, 7)
+    folder = open_cache(world.cache, data_settings(world))
+    entries = folder.entries()
+    assert len(entries) == 12 and not folder.parts() and not list(folder.verify())
+    assert not [path for path in world.cache.rglob("*") if ".tmp" in path.name]
+
+
+def test_cached_conditions_equal_direct_ones(world: DataConfig) -> None:
+    config = world.model_copy(update={"prepare": world.prepare.model_copy(update={"windows_per_clip": 5})})
+    prepare(config, Encoder())
+    cached = RetakeDataset(config.model_copy(update={"use_cache": True}), seed=2)
+    batch = cached.batch(0, range(6))
+    direct = RetakeDataset(config, seed=2)
+    records = {record.clip_id: record for record in direct.clips}
+    for row, name in enumerate(batch.source.clip_ids):
+        clip, start = name.split("@")
+        window = direct.loader.load(records[clip], int(start))
+        stored = cached.prepared([name])[0]
+        torch.testing.assert_close(batch.source.camera.c2w[row], window.camera.c2w.float(), atol=0, rtol=0)
+        assert batch.source.ground_plane is not None and window.ground_plane is not None
+        torch.testing.assert_close(batch.source.ground_plane[row], window.ground_plane.float(), atol=0, rtol=0)
+        assert stored["latents"].dtype == torch.bfloat16 and stored["context"].shape == (2, 4)
+        video = batch.source.video[row].mean((-1, -2)).bfloat16()
+        assert torch.equal(stored["latents"], video) and batch.prompts[row] == records[clip].caption
+    assert direct.prepared(batch.source.clip_ids) == [{}] * 6
+
+
+def test_stale_and_damaged_caches_are_noticed(world: DataConfig) -> None:
+    prepare(world, Encoder())
+    with pytest.raises(DataError, match="differs in stride"):
+        other = world.model_copy(update={"clips": world.clips.model_copy(update={"stride": 2}), "use_cache": True})
+        RetakeDataset(other, seed=0)
+    folder: CacheFolder = open_cache(world.cache, data_settings(world))
+    clip = sorted((world.root / "clips").rglob("*.mp4"))
+    clip[3].write_bytes(clip[4].read_bytes())  # another content under the same name
+    cached = RetakeDataset(world.model_copy(update={"use_cache": True}), seed=0, split="all")
+    assert len(cached._entries) == 11
+    rebuilt = prepare(world, Encoder())
+    assert (rebuilt.encoded, rebuilt.reused) == (1, 11)
+    shard = next(folder.path.glob("*.safetensors"))
+    shard.write_bytes(shard.read_bytes()[:-1] + b"\xff")
+    assert [defect for _, defect in folder.verify()] == ["bytes differ from the manifest"]
+    manifest = next(folder.path.glob("*.jsonl"))
+    manifest.write_text(manifest.read_text() + "{torn line\n" + json.dumps({"key": 1}) + "\n")
+    assert len(folder.entries()) == 13
+
+
+def test_small_helpers() -> None:
+    context = torch.zeros(6, 3)
+    context[1] = 2.0
+    assert trim_tokens(context).shape == (2, 3) and torch.equal(pad_tokens(trim_tokens(context), 6), context)
+    assert trim_tokens(torch.zeros(6, 3)).shape == (1, 3)
+    assert chosen_starts(range(10, 20), 1) == [14] and chosen_starts(range(10, 20), 3) == [10, 14, 19]
+    assert chosen_starts(range(2), 5) == [0, 1]
+
+
+def test_missing_cameras_are_named(world: DataConfig) -> None:
+    for file in (world.root / "clips").rglob("*.npz"):
+        file.unlink()
+    with pytest.raises(DataError, match="no metric camera file"):
+        RetakeDataset(world, seed=0).batch(0, [0])
+    static = world.model_copy(update={"clips": world.clips.model_copy(update={"camera": "none"})})
+    batch = RetakeDataset(static, seed=0).batch(0, [0])
+    assert torch.equal(batch.source.camera.c2w[0], torch.eye(4).expand(5, 4, 4))
+    assert Path(world.root).is_dir()
