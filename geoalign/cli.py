@@ -39,6 +39,8 @@ VERBS = (
     ),
     Verb("pretrain", "geoalign.training.cli", "Train", "make the base policy of the embedded default anew"),
     Verb("evaluate", "geoalign.training.cli", "Train", "camera errors of a checkpoint on held-out scenes and paths"),
+    Verb("data", "geoalign.data.cli", "Prepare", "check clips, camera paths and the cache; plot the paths"),
+    Verb("prepare", "geoalign.data.cli", "Prepare", "encode clips, text and source cameras once, for many runs"),
     Verb("score", "geoalign.score_cli", "Look", "score any video against a camera path; probe a reward with cheats"),
     Verb("world", "geoalign.world.cli", "Look", "render the embedded world: clips, camera archives, a contact sheet"),
     Verb("report", "geoalign.report.cli", "Look", "write the self-contained HTML report of a run folder"),

@@ -108,7 +108,7 @@ def _read_yaml(path: Path) -> dict[str, Any]:
         return {}
     try:
         value = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise DataError(f"{path}: not valid YAML ({error}); delete or restore the file.") from None
     return _mapping(path, value)
 

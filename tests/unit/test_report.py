@@ -1,0 +1,217 @@
+"""The report of a small made-up run: complete, self-contained, honest about changes, clear about damaged files."""
+
+from __future__ import annotations
+
+import base64
+import io
+import json
+import re
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from geoalign import cli
+from geoalign.errors import DataError, UsageError
+from geoalign.report.cli import write_report
+from geoalign.report.held_out import comparisons
+from geoalign.report.media import filmstrip, looping_clip
+from geoalign.report.page import report_page
+from geoalign.report.paths import choose_plane
+from geoalign.report.run_folder import read_run
+from geoalign.report.samples import choose_samples
+from geoalign.report.svg import number, smooth, ticks
+
+FRAMES, HEIGHT, WIDTH = 4, 12, 16
+
+
+def summary() -> dict[str, Any]:
+    """Three noise seeds a value, in the layout that training writes."""
+    before = {
+        "translation_error_m": [0.48, 0.50, 0.52],
+        "rotation_error_deg": [0.9, 1.0, 1.1],
+        "scale_ratio": [1.40, 1.40, 1.40],
+        "psnr_db": [18.0, 18.0, 18.0],
+        "new_measure": [1.0, 2.0, 3.0],
+    }
+    after = {
+        "translation_error_m": [0.24, 0.25, 0.26],
+        "rotation_error_deg": [1.0, 1.05, 1.1],
+        "scale_ratio": [0.98, 0.98, 0.98],
+        "psnr_db": [17.0, 17.0, 17.0],
+        "new_measure": [3.0, 2.0, 1.0],
+    }
+    kinds = ("presets", "random", "mean")
+    seeds = {kind: {"before": before, "after": after} for kind in kinds}
+    means = {
+        kind: {stage: {key: float(np.mean(values)) for key, values in rows.items()} for stage, rows in stages.items()}
+        for kind, stages in seeds.items()
+    }
+    return {"held_out": means, "held_out_per_noise_seed": seeds, "seed": 3, "wall_s": 100.0, "commit": "abc"}
+
+
+def paths(count: int, scale: float) -> np.ndarray:
+    c2w = np.tile(np.eye(4), (count, FRAMES, 1, 1))
+    c2w[:, :, 0, 3] = scale * np.linspace(0, 1, FRAMES) * np.arange(1, count + 1)[:, None]
+    return c2w
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    rng = np.random.default_rng(0)
+    (tmp_path / "eval").mkdir()
+    for stage, scale in (("before", 1.4), ("after", 1.1)):
+        clips = {
+            key: rng.integers(0, 255, (5, FRAMES, 3, HEIGHT, WIDTH), np.uint8)
+            for key in ("source", "generated", "truth")
+        }
+        np.savez(
+            tmp_path / "eval" / f"{stage}.npz",
+            names=np.array([f"presets/<arc_{i}>" for i in range(5)]),
+            target_c2w=paths(5, 1.0),
+            estimated_c2w=paths(5, scale),
+            **clips,
+        )
+    rows = [
+        {"iteration": i, "reward/trans": -1.0 / (i + 1), "reward/trans_m": 1.0 / (i + 1),
+         "parity/log_prob_diff_max": 0.0, "policy/ratio_max": 1.0 + i * 1e-4, "failures/nan": 0.0, "reward/rot": None,
+         "time/rollout_denoise_s": 2.0, "time/rollout_decode_s": 1.0, "time/update_s": 1.0, "time/iteration_s": 4.5}
+        for i in range(6)
+    ]  # fmt: skip
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (tmp_path / "config.yaml").write_text("run:\n  name: <script>alert(1)</script>\n")
+    (tmp_path / "env.json").write_text('{"python": "3.11"}')
+    (tmp_path / "summary.json").write_text(json.dumps(summary()))
+    return tmp_path
+
+
+class Checker(HTMLParser):
+    """Collects tags that are not closed and every reference that would leave the file."""
+
+    VOID = frozenset(("meta", "img", "br"))
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.open: list[str] = []
+        self.outside: list[str] = []
+        self.images = 0
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        if tag not in self.VOID:
+            self.open.append(tag)
+        self.images += tag == "img"
+        for name, value in attrs:
+            if name in ("src", "href") and value and not value.startswith(("data:", "#")):
+                self.outside.append(value)
+
+    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        pass
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open and self.open[-1] == tag, f"</{tag}> closes {self.open[-3:]}"
+        self.open.pop()
+
+
+def test_the_page_is_well_formed_complete_and_needs_no_network(folder: Path) -> None:
+    page = report_page(read_run(folder), samples=3)
+    checker = Checker()
+    checker.feed(page)
+    assert not checker.open and not checker.outside
+    assert checker.images == 3 * 8  # source, before, after, truth: one clip and one filmstrip each
+    assert "http" not in page and "<script" not in page and "&lt;script&gt;" in page
+    for section in ("what", "results", "samples", "curves", "time", "how"):
+        assert f'id="{section}"' in page
+    assert "strays 50&thinsp;% less" in page
+    assert "best of 5" in page and "worst of 5" in page and "&lt;arc" in page
+    assert page.count('class="track') == 3 * 2 * 3  # samples x views x (target, before, after)
+    assert "nan" not in re.sub(r"base64,[^\"]*", "", page).lower()
+
+
+def test_changes_are_coloured_only_beyond_the_spread() -> None:
+    found = {item.key: item for item in comparisons(summary(), "mean")}
+    assert found["translation_error_m"].verdict == "good"
+    assert found["translation_error_m"].percent == pytest.approx(-50)
+    assert found["rotation_error_deg"].verdict == "even"  # +0.05 with a spread of 0.1
+    assert found["scale_ratio"].verdict == "good"  # 0.4 off to 0.02 off, although it went below 1
+    assert found["psnr_db"].verdict == "bad"
+    assert found["new_measure"].verdict == "even"  # unknown direction: shown, not judged
+    assert found["rotation_error_deg"].before.spread == pytest.approx(0.1)
+
+
+def test_the_verb_writes_the_file_and_says_where(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["report", str(folder), "--samples", "1"]) == 0
+    assert capsys.readouterr().out.strip() == str(folder / "report.html")
+    assert (folder / "report.html").stat().st_size > 10_000
+
+
+def test_a_run_stopped_early_gives_a_report_that_says_so(folder: Path) -> None:
+    (folder / "summary.json").unlink()
+    for stage in ("before", "after"):
+        (folder / "eval" / f"{stage}.npz").unlink()
+    page = report_page(read_run(folder))
+    assert "no held-out result yet" in page and 'id="curves"' in page
+    assert 'id="samples"' not in page and 'id="results"' not in page
+
+
+@pytest.mark.parametrize("name", ["summary.json", "metrics.jsonl", "config.yaml", "env.json", "eval/after.npz"])
+def test_damaged_files_are_named(folder: Path, name: str) -> None:
+    (folder / name).write_bytes(b"{[\n: : \xff\xfe\n{}\n")
+    with pytest.raises(DataError, match=re.escape(Path(name).name)):
+        write_report(folder)
+    assert not (folder / "report.html").exists()
+
+
+def test_a_cut_archive_is_named(folder: Path) -> None:
+    archive = folder / "eval" / "before.npz"
+    archive.write_bytes(archive.read_bytes()[:-400])
+    with pytest.raises(DataError, match=r"before\.npz"):
+        read_run(folder)
+
+
+def test_folders_without_a_run_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="not a run folder"):
+        read_run(tmp_path)
+
+
+def decode(uri: str) -> Image.Image:
+    return Image.open(io.BytesIO(base64.b64decode(uri.partition(",")[2])))
+
+
+def test_clips_loop_for_ever_and_keep_their_frames() -> None:
+    levels = np.array([0, 80, 160, 240], np.uint8)
+    video = np.broadcast_to(levels[:, None, None, None], (4, 3, HEIGHT, WIDTH))
+    clip = decode(looping_clip(video))
+    assert clip.size == (WIDTH, HEIGHT) and clip.n_frames == 4 and clip.info["loop"] == 0
+    for index, level in enumerate(levels):
+        clip.seek(index)
+        # Lossy WebP stores limited-range luma: one code step is 255/219, rounding twice stays below 3 levels.
+        assert abs(float(np.asarray(clip.convert("RGB")).mean()) - level) < 3
+    strip = decode(filmstrip(video))
+    assert strip.size == (4 * WIDTH + 3, HEIGHT)
+    assert decode(looping_clip(np.zeros((90, 3, 96, 640), np.uint8))).size == (320, 48)
+
+
+def test_samples_are_taken_at_even_ranks_and_unreadable_ones_come_last() -> None:
+    chosen = choose_samples(np.array([0.3, np.nan, 0.1, 0.2, 0.5]), 3)
+    assert [index for index, _ in chosen] == [2, 0, 1]
+    assert choose_samples(np.array([1.0]), 4) == [(0, "best of 1")]
+
+
+def test_the_view_follows_the_larger_extent() -> None:
+    c2w = np.tile(np.eye(4), (1, 3, 1, 1))
+    c2w[0, :, 2, 3] = [0, 1, 2]
+    assert choose_plane(c2w) == "above"
+    c2w[0, :, 1, 3] = [0, 2, 4]
+    assert choose_plane(c2w) == "behind"
+
+
+def test_numbers_ticks_and_smoothing() -> None:
+    assert [number(value) for value in (0, 0.12345, 12.345, 123.4, 1e-7, float("nan"))] == [
+        "0", "0.123", "12.3", "123", "1.00e-07", "n/a",
+    ]  # fmt: skip
+    assert ticks(0, 1) == pytest.approx([0, 0.25, 0.5, 0.75, 1])
+    assert ticks(-0.9, 9.9) == pytest.approx([0, 5]) or len(ticks(-0.9, 9.9)) >= 3
+    assert smooth([2.0, 2.0, 2.0]) == pytest.approx([2, 2, 2])
