@@ -14,6 +14,7 @@ from geoalign.config.data import DataConfig
 from geoalign.data.cache import CacheFolder, open_cache, pad_tokens, trim_tokens
 from geoalign.data.prepare import chosen_starts, data_settings, prepare
 from geoalign.data.source import RetakeDataset
+from geoalign.data.video import write_video
 from geoalign.errors import DataError
 from geoalign.types import RetakeBatch
 
@@ -137,7 +138,7 @@ def test_stale_and_damaged_caches_are_noticed(world: DataConfig) -> None:
         RetakeDataset(other, seed=0)
     folder: CacheFolder = open_cache(world.cache, data_settings(world))
     clip = sorted((world.root / "clips").rglob("*.mp4"))
-    clip[3].write_bytes(clip[4].read_bytes())  # another content under the same name
+    write_video(clip[3], torch.full((9, 48, 64, 3), 9, dtype=torch.uint8), 12)  # other content, same name
     cached = RetakeDataset(world.model_copy(update={"use_cache": True}), seed=0, split="all")
     assert len(cached._entries) == 11
     rebuilt = prepare(world, Encoder())
