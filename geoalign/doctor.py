@@ -44,8 +44,6 @@ class Extra:
 
 
 EXTRAS = (
-    Extra("gpu", ("torchao",), "int8 frozen linears in ODE steps, 8-bit AdamW", "pip install 'geoalign[gpu]'"),
-    Extra("gpu", ("deepspeed",), "engine.kind=deepspeed (ZeRO) beside plain DDP", "pip install 'geoalign[gpu]'"),
     Extra(
         "dali",
         ("nvidia-dali-cuda130", "nvidia-dali-cuda120"),
@@ -58,8 +56,6 @@ EXTRAS = (
         "FlashAttention kernels; PyTorch's own flash kernels are used without it",
         "pip install --no-build-isolation 'geoalign[flash]'   (needs nvcc)",
     ),
-    Extra("captions", ("accelerate",), "BLIP-2 captions of clips without text", "pip install 'geoalign[captions]'"),
-    Extra("wandb", ("wandb",), "Weights & Biases tracking beside TensorBoard", "pip install 'geoalign[wandb]'"),
 )
 
 
