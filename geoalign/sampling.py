@@ -19,7 +19,7 @@ from geoalign.errors import UsageError
 from geoalign.flow.sampler import FlowSampler, initial_noise
 from geoalign.flow.table import build_step_table
 from geoalign.geometry.io import load_trajectory
-from geoalign.geometry.presets import PRESETS, preset, preset_name, retime
+from geoalign.geometry.presets import preset, preset_name, retime
 from geoalign.geometry.trajectory import DEFAULT_INTRINSICS, CameraTrajectory
 from geoalign.models.codec_base import LatentCodec
 from geoalign.models.conditioning import Conditioning
@@ -257,15 +257,3 @@ def _unit_plane(plane: tuple[float, float, float, float]) -> Tensor:
 
 def _batch(camera: CameraTrajectory) -> CameraTrajectory:
     return CameraTrajectory.stack([camera])
-
-
-__all__ = [
-    "PRESETS",
-    "CostEstimate",
-    "RetakeInputs",
-    "build_condition",
-    "choose_frames",
-    "estimate",
-    "read_inputs",
-    "retake",
-]

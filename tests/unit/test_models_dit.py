@@ -281,3 +281,22 @@ def test_head_dimension_without_one_rotary_split_is_refused() -> None:
         ModelConfig(dim=64, heads=4)
     with pytest.raises(UsageError, match="source_latents"):
         randomised(TINY)(torch.randn(1, 10, 3, 3, 4), torch.tensor([1.0]), Conditioning())
+
+
+def test_adapter_reads_ray_maps_in_the_published_channel_order() -> None:
+    """Pixel (dy, dx) of channel c enters as c * s^2 + s * dy + dx, c = 4 * Pluecker channel + sub-frame; s = stride."""
+    from geoalign.geometry.pluecker import ray_map
+    from geoalign.models.camera import PlueckerAdapter, adapter_input
+
+    adapter = PlueckerAdapter(REDIRECTOR).requires_grad_(False)
+    for parameter in adapter.parameters():
+        parameter.zero_()
+    pluecker, sub_frame, dy, dx, ky, kx = 4, 2, 1, 0, 1, 0
+    adapter.conv.weight[5, (4 * pluecker + sub_frame) * 4 + 2 * dy + dx, ky, kx] = 1.0
+    path = cameras(1, 9)
+    tokens = adapter(adapter_input(path, 12, 8, 4))
+    rays = ray_map(path, (12, 8), reference_size=None)[0]
+    # Latent frame 1 packs video frames 1..4; token (row 2, column 1) covers pixels 8..11 x 4..7.
+    expected = rays[1 + sub_frame, pluecker, 8 + 2 * ky + dy, 4 + 2 * kx + dx]
+    assert tokens.shape == (1, 3 * 3 * 2, 96)
+    torch.testing.assert_close(tokens[0, 6 + 2 * 2 + 1, 5], expected)
