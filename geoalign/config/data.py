@@ -96,7 +96,7 @@ class ClipsConfig(Section):
         "clean", json_schema_extra=_assumed("the paper does not name its caption source")
     )
     """``clean``: the table's caption without sentences about camera motion; ``verbatim``: as it is; ``blip2``: the
-    short caption made by ``geoalign data caption``; ``constant``: ``caption_text`` for every clip."""
+    caption generated while preparing (an encoder without a captioner is an error); ``constant``: ``caption_text``."""
     caption_text: str = ""
     """The prompt of ``caption: constant``, and of clips without a caption."""
     val_fraction: float = Field(0.05, ge=0, lt=1)

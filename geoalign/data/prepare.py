@@ -19,7 +19,7 @@ from geoalign.data.frames import to_float
 from geoalign.data.loader import CameraEstimate, ClipLoader, cause_of
 from geoalign.data.readers import open_reader
 from geoalign.data.tally import Tally
-from geoalign.errors import DataError
+from geoalign.errors import ConfigError, DataError
 
 
 class WindowEncoder(Protocol):
@@ -164,6 +164,8 @@ def _encode(
     window = loader.load(record, start)
     frames = to_float(window.frames)
     generated = encoder.caption(frames) if config.clips.caption == "blip2" else None
+    if config.clips.caption == "blip2" and generated is None:
+        raise ConfigError("data.clips.caption=blip2, but the encoder has no captioner; use clean, verbatim or constant")
     prompt = prompt_of(record, config.clips, generated)
     dtype = torch.bfloat16 if config.prepare.dtype == "bfloat16" else torch.float32
     tensors = {name: value.to(dtype) for name, value in encoder.encode(frames, prompt).items()}
