@@ -6,6 +6,7 @@ The package imports torch only (Triton at the first kernel launch) and nothing o
 """
 
 from geoalign_kernels.dispatch import BackendUnavailableError, report, set_backend, use_backend
+from geoalign_kernels.ops.attention import AttentionOutput, attention, exact_only, resolve_attention
 from geoalign_kernels.ops.flow_step import FlowStep, flow_log_prob, flow_step
 from geoalign_kernels.ops.gated_residual import gated_residual
 from geoalign_kernels.ops.modulated_norm import modulated_norm
@@ -14,9 +15,12 @@ from geoalign_kernels.ops.unrotate_gate_norm import unrotate_gate_norm
 from geoalign_kernels.philox import NoiseKey, philox_normal, philox_uniform
 
 __all__ = [
+    "AttentionOutput",
     "BackendUnavailableError",
     "FlowStep",
     "NoiseKey",
+    "attention",
+    "exact_only",
     "flow_log_prob",
     "flow_step",
     "gated_residual",
@@ -25,6 +29,7 @@ __all__ = [
     "philox_uniform",
     "qk_norm_rotary",
     "report",
+    "resolve_attention",
     "set_backend",
     "unrotate_gate_norm",
     "use_backend",

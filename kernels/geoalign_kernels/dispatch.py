@@ -45,12 +45,12 @@ def backend_for(op: str, device: torch.device) -> str:
     Raises:
         BackendUnavailableError: the chosen backend has no implementation of `op` or cannot run on `device`.
     """
-    wanted = _wanted(op)
-    if wanted != "auto":
-        reason = _why_not(op, wanted, device)
+    choice = wanted(op)
+    if choice != "auto":
+        reason = _why_not(op, choice, device)
         if reason:
-            raise BackendUnavailableError(f"kernel backend '{wanted}' asked for op '{op}': {reason}")
-        return wanted
+            raise BackendUnavailableError(f"kernel backend '{choice}' asked for op '{op}': {reason}")
+        return choice
     if device.type != "cuda":
         return "reference"
     for candidate in ("cuda", "triton"):
@@ -111,7 +111,8 @@ def interpreting() -> bool:
     return os.environ.get("TRITON_INTERPRET", "0") not in ("", "0")
 
 
-def _wanted(op: str) -> str:
+def wanted(op: str) -> str:
+    """The backend asked for: `use_backend`, else the environment, else `auto`."""
     return _choice.get(op) or _choice.get("*") or _from_environment(os.environ.get(ENV, "")).get(op, "auto")
 
 
@@ -167,7 +168,7 @@ def run(op: str, device: torch.device, args: tuple[Any, ...]) -> Any:
     try:
         return _load(_implementations[op][backend])(*args)
     except UnsupportedInput as error:
-        if _wanted(op) != "auto":
+        if wanted(op) != "auto":
             raise
         _warn_fallback(op, str(error))
         return _load(_implementations[op]["reference"])(*args)

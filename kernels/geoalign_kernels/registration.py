@@ -14,7 +14,7 @@ import torch
 from geoalign_kernels import dispatch
 
 NAMESPACE = "geoalign"
-_library = torch.library.Library(NAMESPACE, "DEF")
+library = torch.library.Library(NAMESPACE, "DEF")
 
 
 def define(
@@ -30,13 +30,13 @@ def define(
     The first tensor argument decides the device. `backward` and `setup_context` are those of
     `torch.library.register_autograd`.
     """
-    _library.define(f"{name}{schema}", tags=(torch.Tag.pt2_compliant_tag,))
+    library.define(f"{name}{schema}", tags=(torch.Tag.pt2_compliant_tag,))
 
     def run(first: torch.Tensor, *args: Any) -> Any:
         return dispatch.run(name, first.device, (first, *args))
 
     for key in ("CPU", "CUDA"):
-        _library.impl(name, run, key)
-    torch.library.register_fake(f"{NAMESPACE}::{name}", fake, lib=_library)
+        library.impl(name, run, key)
+    torch.library.register_fake(f"{NAMESPACE}::{name}", fake, lib=library)
     if backward is not None:
-        torch.library.register_autograd(f"{NAMESPACE}::{name}", backward, setup_context=setup_context, lib=_library)
+        torch.library.register_autograd(f"{NAMESPACE}::{name}", backward, setup_context=setup_context, lib=library)

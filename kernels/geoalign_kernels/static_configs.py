@@ -240,4 +240,45 @@ CONFIGS: tuple[KernelConfig, ...] = (
         {"BLOCK": 1024, "SLOPE": 6},
         _NO_FUSION,
     ),
+    *(
+        KernelConfig(
+            "attention.triton_impl:attention_kernel",
+            label,
+            {
+                **_each(query, "Q", "K"),
+                **_each("*bf16", "V", "Out"),
+                "Lse": lse,
+                **_each(scales, "QScale", "KScale"),
+                **_each(DENSE, "q_strides", "k_strides", "v_strides"),
+                **_each("i32/16", "tokens_q", "tokens_k"),
+                "scale_log2": "fp32",
+                "heads": "i32",
+            },
+            {"HEAD": 128, "BM": 128, "BN": 64},
+            {"num_warps": 8, "num_stages": 3},
+            mma,
+        )
+        for label, query, lse, scales, mma in (
+            ("exact bf16", "*bf16", "*fp32", None, {"sm_80": "HMMA", "sm_90": "HGMMA"}),
+            ("int8 scores, bf16 values", "*i8", None, "*fp32", {"sm_80": "HMMA+IMMA", "sm_90": "HGMMA+IGMMA"}),
+        )
+    ),
+    *(
+        KernelConfig(
+            "attention.triton_impl:quantise_kernel",
+            label,
+            {
+                "X": "*bf16",
+                "Mean": mean,
+                "Out": "*i8",
+                "Scale": "*fp32",
+                "strides": DENSE,
+                "tokens": "i32/16",
+                "heads": "i32",
+            },
+            {"HEAD": 128, "BLOCK": block},
+            {"num_warps": 4},
+        )
+        for label, mean, block in (("queries", None, 128), ("keys, mean removed", "*fp32", 64))
+    ),
 )

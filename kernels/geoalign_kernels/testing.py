@@ -1,4 +1,4 @@
-"""Assertions for comparing an op with its reference: error relative to eager's own, gradients with missing parts found."""
+"""Assertions for comparing an op with its reference: error relative to eager's own, no gradient missing."""
 
 from __future__ import annotations
 

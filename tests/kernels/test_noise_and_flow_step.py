@@ -77,11 +77,10 @@ def test_replay_equals_rollout_bit_for_bit(guided: bool) -> None:
 def test_gradients_agree_with_finite_differences() -> None:
     leaf = [torch.randn(2, 5, dtype=torch.float64, requires_grad=True) for _ in range(5)]
     table = torch.tensor([[0.9, -0.1, 0.3, 0.2], [0.8, -0.2, 0.4, 0.1]], dtype=torch.float64)
-    step = lambda x, v, n, u, m: (
-        gk.flow_step(
-            x, v, table, noise=n, velocity_uncond=u, guidance=2.0, m_prev=m
-        ).x_next
-    )
+
+    def step(x: torch.Tensor, v: torch.Tensor, n: torch.Tensor, u: torch.Tensor, m: torch.Tensor) -> torch.Tensor:
+        return gk.flow_step(x, v, table, noise=n, velocity_uncond=u, guidance=2.0, m_prev=m).x_next
+
     assert torch.autograd.gradcheck(step, leaf)
     fixed, x_next = leaf[0].detach(), torch.randn(2, 5, dtype=torch.float64)
     density = lambda v, u: gk.flow_log_prob(fixed, v, x_next, table, velocity_uncond=u, guidance=2.0)  # noqa: E731

@@ -7,10 +7,13 @@ from __future__ import annotations
 
 import pytest
 import torch
+import triton
+import triton.language as tl
 from kernel_cases import NAMES, op_cases
 
 import geoalign_kernels as gk
-from geoalign_kernels.philox import NORMAL_ATOL
+from geoalign_kernels.ops.flow_step.triton_impl import philox_block
+from geoalign_kernels.philox import NORMAL_ATOL, philox_words
 from geoalign_kernels.testing import assert_gradients_match, assert_matches_reference, run_with_gradients
 
 pytestmark = pytest.mark.interp
@@ -77,21 +80,35 @@ def test_flow_step_noise_and_density() -> None:
     torch.testing.assert_close(ode, x - 0.1 * velocity + 0.2 * other, rtol=0, atol=2e-6)
 
 
+@triton.jit
+def words_kernel(Out, k0, k1, BLOCK: tl.constexpr):
+    block, zero = tl.arange(0, BLOCK).to(tl.uint32), tl.zeros((BLOCK,), tl.uint32)
+    words = philox_block(block, zero + 7, zero + 2, zero + 9, zero + k0.to(tl.uint32), zero + k1.to(tl.uint32))
+    for w in tl.static_range(4):
+        tl.store(Out + w * BLOCK + tl.arange(0, BLOCK), words[w].to(tl.int64))
+
+
 def test_philox_words_of_the_kernel_are_the_reference_words() -> None:
-    import triton
-    import triton.language as tl
-
-    from geoalign_kernels.ops.flow_step.triton_impl import philox_block
-    from geoalign_kernels.philox import philox_words
-
-    @triton.jit
-    def words_kernel(Out, k0, k1, BLOCK: tl.constexpr):
-        block, zero = tl.arange(0, BLOCK).to(tl.uint32), tl.zeros((BLOCK,), tl.uint32)
-        words = philox_block(block, zero + 7, zero + 2, zero + 9, zero + k0.to(tl.uint32), zero + k1.to(tl.uint32))
-        for w in tl.static_range(4):
-            tl.store(Out + w * BLOCK + tl.arange(0, BLOCK), words[w].to(tl.int64))
-
     out = torch.empty(4, 256, dtype=torch.int64)
     words_kernel[(1,)](out, 0xFEDCBA98, 3, BLOCK=256)
     expected = philox_words(tuple(torch.tensor(c) for c in (list(range(256)), [7], [2], [9])), (0xFEDCBA98, 3))
     assert torch.equal(out, torch.stack(expected))
+
+
+@pytest.mark.parametrize("lengths", [(5, 3), (130, 150)], ids=str)
+def test_attention_kernel(lengths: tuple[int, int]) -> None:
+    q, k, v = (torch.randn(1, n, 2, 16) for n in (lengths[0], lengths[1], lengths[1]))
+    truth = gk.attention(q.double(), k.double(), v.double(), core="reference")
+    eager = gk.attention(q, k, v, core="reference")
+    with gk.use_backend("triton"):
+        got, gradients = gk.attention(q, k, v), run_with_gradients(lambda *t: gk.attention(*t).out, [q, k, v])[1]
+        quantised = gk.attention(q, k, v, mode="int8").out
+    assert_matches_reference(got.out, truth.out, eager.out)
+    assert_matches_reference(got.lse, truth.lse, eager.lse, name="lse")
+    expected = run_with_gradients(
+        lambda *t: gk.attention(*t, core="reference").out, [q.double(), k.double(), v.double()]
+    )
+    assert_gradients_match(gradients, expected[1], tolerance=1e-5)
+    emulated = gk.attention(q, k, v, mode="int8").out
+    # Halves round differently in the two quantisers: one level of 1/127 in a few entries.
+    assert (quantised - emulated).norm() <= 5e-3 * emulated.norm()

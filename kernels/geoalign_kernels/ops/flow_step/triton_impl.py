@@ -1,7 +1,7 @@
 """Triton kernels of `flow_step` and `flow_log_prob`.
 
 The density of a new step is not reduced inside the step kernel: it is one more launch of the very kernel that the
-replay launches, on the stored x'. Two compiled kernels may order or contract the same sum differently, one kernel cannot, and
+replay launches, on the stored x'. Two compiled kernels may order or contract the same sum differently, one cannot, and
 the ratio of an unchanged policy must be 1 to the last bit. The operands are still in the L2 cache. For the same reason
 no multiply-add is contracted here.
 """

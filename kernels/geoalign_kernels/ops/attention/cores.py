@@ -1,0 +1,135 @@
+"""The exact attention cores behind one interface: forward -> (O, LSE), backward from (O, LSE).
+
+Every core computes in the input dtype with float32 accumulation and gives LSE as the natural logarithm [B, H, Sq], so a
+backward may come from another core than the forward: our Triton forward hands O and LSE to the flash backward.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from geoalign_kernels import dispatch
+from geoalign_kernels.ops.attention import reference
+
+ENV = "GEOALIGN_ATTENTION"
+CORES = ("reference", "sdpa_flash", "sdpa_cudnn", "flash2", "flash3", "flash4", "triton")
+aten = torch.ops.aten
+
+
+def why_not(core: str, device: torch.device, dtype: torch.dtype) -> str:
+    """Empty if `core` can run here, else the reason."""
+    if core == "reference" or (core == "sdpa_flash" and device.type == "cpu"):
+        return ""
+    if core == "triton" and dispatch.interpreting():
+        return ""
+    if device.type != "cuda":
+        return f"it needs CUDA, not '{device.type}'"
+    if dtype not in (torch.float16, torch.bfloat16):
+        return f"it takes float16 and bfloat16, not {dtype}"
+    module = {"flash2": "flash_attn", "flash3": "flash_attn_interface", "flash4": "flash_attn.cute"}.get(core)
+    if module and not _importable(module):
+        return f"the package '{module}' is not installed"
+    if core == "flash3" and torch.cuda.get_device_capability(device) != (9, 0):
+        return "FlashAttention 3 is for sm_90"
+    return ""
+
+
+def _importable(module: str) -> bool:
+    try:
+        return importlib.util.find_spec(module) is not None
+    except ModuleNotFoundError:
+        return False
+
+
+def resolve(device: torch.device, dtype: torch.dtype) -> str:
+    """The core of this run: GEOALIGN_ATTENTION, else what `use_backend` names, else the first that is there.
+
+    Raises:
+        BackendUnavailableError: a core named explicitly cannot run.
+    """
+    named = os.environ.get(ENV, "")
+    if not named:
+        chosen = dispatch.wanted("attention")
+        named = chosen if chosen in ("reference", "triton") else ""
+    if named:
+        if named not in CORES:
+            raise ValueError(f"{ENV}={named!r}: the attention cores are {', '.join(CORES)}")
+        reason = why_not(named, device, dtype)
+        if reason:
+            raise dispatch.BackendUnavailableError(f"attention core '{named}' was asked for: {reason}")
+        return named
+    order = ("flash3", "flash2", "sdpa_flash") if device.type == "cuda" else ("sdpa_flash",)
+    return next((core for core in order if not why_not(core, device, dtype)), "reference")
+
+
+def forward(core: str, q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+    """(O [B, Sq, H, hd], LSE [B, H, Sq]) by the named core."""
+    if core == "reference" or 0 in (*q.shape, *k.shape):
+        return reference.forward(q, k, v, scale)
+    if core == "triton":
+        from geoalign_kernels.ops.attention import triton_impl
+
+        return triton_impl.forward(q, k, v, scale)
+    if core == "flash2":
+        from flash_attn.flash_attn_interface import _flash_attn_forward
+
+        out, lse, *_ = _flash_attn_forward(q, k, v, 0.0, scale, False, -1, -1, 0.0, None, False)
+        return out, lse
+    turned = [t.transpose(1, 2) for t in (q, k, v)]
+    if q.device.type == "cpu":
+        out, lse = aten._scaled_dot_product_flash_attention_for_cpu(*turned, scale=scale)
+    elif core == "sdpa_cudnn":
+        out, lse, *_ = aten._scaled_dot_product_cudnn_attention(*turned, None, True, scale=scale)
+    else:
+        _activate(core)
+        out, lse, *_ = aten._scaled_dot_product_flash_attention(*turned, scale=scale)
+    return out.transpose(1, 2).contiguous(), lse.reshape(q.shape[0], q.shape[2], q.shape[1])
+
+
+def backward(
+    core: str, grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, scale: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(dq, dk, dv); the Triton core uses the flash backward on CUDA and the reference in the interpreter."""
+    if core == "reference" or q.numel() == 0 or k.numel() == 0 or (core == "triton" and q.device.type == "cpu"):
+        return reference.backward(grad, q, k, v, out, lse, scale)
+    if core == "flash2":
+        from flash_attn.flash_attn_interface import _flash_attn_backward
+
+        grads = [torch.empty_like(t) for t in (q, k, v)]
+        _flash_attn_backward(
+            grad.contiguous(), q, k, v, out, lse, *grads, 0.0, scale, False, -1, -1, 0.0, None, True, None
+        )  # fmt: skip
+        return grads[0], grads[1], grads[2]
+    turned: list[Any] = [t.transpose(1, 2) for t in (grad, q, k, v, out)]
+    if q.device.type == "cpu":
+        grads = aten._scaled_dot_product_flash_attention_for_cpu_backward(*turned, lse, 0.0, False, scale=scale)
+    else:
+        none, lengths = torch.empty(0, dtype=torch.int64, device=q.device), (q.shape[1], k.shape[1])
+        if core == "sdpa_cudnn":
+            grads = aten._scaled_dot_product_cudnn_attention_backward(
+                *turned, lse[..., None], none, none, none, none, none, *lengths, 0.0, False, scale=scale
+            )
+        else:
+            _activate(core)
+            grads = aten._scaled_dot_product_flash_attention_backward(
+                *turned, lse, none, none, *lengths, 0.0, False, none, none, scale=scale
+            )
+    return tuple(g.transpose(1, 2) for g in grads)
+
+
+def _activate(core: str) -> None:
+    """Puts FlashAttention 3 or 4 behind torch's flash operator, or takes it away again (process-wide in torch)."""
+    from torch.nn import attention as switch
+
+    wanted = {"flash3": "FA3", "flash4": "FA4"}.get(core)
+    if switch.current_flash_attention_impl() == wanted:
+        return
+    if wanted is None:
+        switch.restore_flash_attention_impl()
+    else:
+        switch.activate_flash_attention_impl(wanted)

@@ -1,0 +1,142 @@
+"""`attention`: public function, the guard of the SDE window, registration.
+
+The exact op is one opaque operator with outputs (O, LSE): a selective checkpoint policy can keep both and recompute the
+rest. Its core is an argument of the operator, so a compiled or recomputed graph holds the choice that was made.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from typing import Any, Literal, NamedTuple
+
+import torch
+from torch import Tensor
+
+from geoalign_kernels import dispatch
+from geoalign_kernels.ops.attention import cores
+from geoalign_kernels.registration import NAMESPACE, define, library
+
+_HERE = "geoalign_kernels.ops.attention"
+dispatch.register("attention", reference=f"{_HERE}.reference:forward", triton=f"{_HERE}.triton_impl:forward")
+dispatch.register(
+    "attention_int8", reference=f"{_HERE}.reference:attention_int8", triton=f"{_HERE}.triton_impl:attention_int8"
+)
+_exact_only = False
+
+
+class AttentionOutput(NamedTuple):
+    """Result of `attention`."""
+
+    out: Tensor
+    """[B, Sq, H, hd] in the dtype of q."""
+    lse: Tensor | None
+    """[B, H, Sq] float32, natural logarithm of the summed exponentials; None for int8."""
+
+
+@contextlib.contextmanager
+def exact_only() -> Iterator[None]:
+    """Inside (the SDE window of a rollout, the learner) int8 attention is refused: it would break the policy ratio."""
+    global _exact_only
+    before, _exact_only = _exact_only, True
+    try:
+        yield
+    finally:
+        _exact_only = before
+
+
+def resolve_attention(device: torch.device | str, dtype: torch.dtype) -> str:
+    """Name of the exact core for this device and dtype; resolve it once and pass it to rollout and learner alike.
+
+    Raises:
+        BackendUnavailableError: the core that GEOALIGN_ATTENTION or `use_backend` names cannot run.
+    """
+    return cores.resolve(torch.device(device), dtype)
+
+
+def attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    mode: Literal["exact", "int8"] = "exact",
+    scale: float | None = None,
+    core: str | None = None,
+) -> AttentionOutput:
+    """softmax(scale q k^T) v, non-causal, any lengths.
+
+    Args:
+        q: [B, Sq, H, hd], floating dtype. k: [B, Sk, H, hd]. v: like k.
+        mode: "exact" (float32 accumulation, differentiable) or "int8" (q and k in int8 with per-block scales, v as it
+            is; no gradient; for deterministic steps only).
+        scale: default hd^-0.5.
+        core: one of `cores.CORES`; default `resolve_attention`.
+
+    Raises:
+        ValueError: shapes differ, or the mode or core is unknown.
+        RuntimeError: int8 inside `exact_only()` or where a gradient is needed.
+        BackendUnavailableError: the core cannot run here.
+    """
+    if q.dim() != 4 or k.shape != v.shape or q.shape[::2] != k.shape[::2] or q.shape[3] != k.shape[3]:
+        raise ValueError(f"q must be [B, Sq, H, hd] and k, v [B, Sk, H, hd]: {q.shape}, {k.shape}, {v.shape}")
+    scale = q.shape[3] ** -0.5 if scale is None else scale
+    if mode == "int8":
+        if _exact_only or (torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)):
+            raise RuntimeError(
+                "int8 attention inside the SDE window or where a gradient is needed: its error exceeds the clip range "
+                "of the policy ratio; use mode='exact' there"
+            )
+        return AttentionOutput(torch.ops.geoalign.attention_int8(q, k, v, scale), None)
+    if mode != "exact":
+        raise ValueError(f"attention mode '{mode}': choose 'exact' or 'int8'")
+    core = core or resolve_attention(q.device, q.dtype)
+    if core not in cores.CORES:
+        raise ValueError(f"attention core '{core}': the cores are {', '.join(cores.CORES)}")
+    return AttentionOutput(*torch.ops.geoalign.attention(q, k, v, scale, core))
+
+
+def _fake(q: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
+    lse = q.new_empty(q.shape[0], q.shape[2], q.shape[1], dtype=torch.promote_types(q.dtype, torch.float32))
+    return torch.empty_like(q, memory_format=torch.contiguous_format), lse
+
+
+def _run(q: Tensor, k: Tensor, v: Tensor, scale: float, core: str) -> tuple[Tensor, Tensor]:
+    return cores.forward(core, q, k, v, scale)
+
+
+def _run_backward(grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, scale: float, core: str):
+    return tuple(g.contiguous() for g in cores.backward(core, grad, q, k, v, out, lse, scale))
+
+
+def _backward_fake(grad: Tensor, q: Tensor, k: Tensor, v: Tensor, *_: Any) -> tuple[Tensor, ...]:
+    return tuple(torch.empty_like(t, memory_format=torch.contiguous_format) for t in (q, k, v))
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    q, k, v, ctx.scale, ctx.core = inputs
+    ctx.save_for_backward(q, k, v, *output)
+    ctx.mark_non_differentiable(output[1])
+
+
+def _backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Any, ...]:
+    grads = torch.ops.geoalign.attention_backward(grad, *ctx.saved_tensors, ctx.scale, ctx.core)
+    return *grads, None, None
+
+
+# The core is chosen by argument, not by `dispatch`, so these two are registered directly.
+library.define("attention(Tensor q, Tensor k, Tensor v, float scale, str core) -> (Tensor, Tensor)")
+library.define(
+    "attention_backward(Tensor grad, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, float scale, str core) "
+    "-> (Tensor, Tensor, Tensor)"
+)
+for _key in ("CPU", "CUDA"):
+    library.impl("attention", _run, _key)
+    library.impl("attention_backward", _run_backward, _key)
+torch.library.register_fake(f"{NAMESPACE}::attention", _fake, lib=library)
+torch.library.register_fake(f"{NAMESPACE}::attention_backward", _backward_fake, lib=library)
+torch.library.register_autograd(f"{NAMESPACE}::attention", _backward, setup_context=_setup_context, lib=library)
+define(
+    "attention_int8",
+    "(Tensor q, Tensor k, Tensor v, float scale) -> Tensor",
+    fake=lambda q, *_: torch.empty_like(q, memory_format=torch.contiguous_format),
+)
