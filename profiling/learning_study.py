@@ -4,8 +4,8 @@
     python profiling/learning_study.py table --results docs/results/learning --write docs/learning.md
 
 Main runs: three RL seeds from the shipped base and one from each of two fresh bases. Controls: advantages shuffled
-inside groups, camera gains frozen, a base trained on unbiased labels, and an oracle that divides the requested translation by
-the known label bias. About 40 CPU-minutes.
+inside groups, camera gains frozen, a base trained on unbiased labels, and an oracle that divides the requested
+translation by the known label bias. About 40 CPU-minutes.
 """
 
 from __future__ import annotations

@@ -72,5 +72,7 @@ class Config(Section):
                 f"optim.updates_per_rollout {self.optim.updates_per_rollout} must divide groups.size {self.groups.size}"
             )
         if self.objective.kl_weight > 0:
-            raise ValueError("objective.kl_weight: the trainer keeps no reference policy; set it to 0 (the paper uses no KL)")
+            raise ValueError(
+                "objective.kl_weight: the trainer keeps no reference policy; set it to 0 (the paper uses no KL)"
+            )
         return self

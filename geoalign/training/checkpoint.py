@@ -111,8 +111,8 @@ def load_checkpoint(path: Path, *, config: str, allow_config_change: bool = Fals
         raise CheckpointError(f"{path}: checkpoint format {meta.get('format')!r}, this version reads {FORMAT}")
     if meta["config"] != config and not allow_config_change:
         raise CheckpointError(
-            f"{path}: written with another configuration ({meta['config']}, now {config}); compare config.yaml in the run"
-            " folder, or pass --allow-config-change"
+            f"{path}: written with another configuration ({meta['config']}, now {config}); compare config.yaml in the"
+            " run folder, or pass --allow-config-change"
         )
     optimizer: dict[str, dict[str, Tensor]] = {}
     for key, value in flat.items():

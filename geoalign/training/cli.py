@@ -106,9 +106,10 @@ def _dry_run(config: Config) -> int:
     schedule = WindowSchedule(config.window, config.flow.steps, config.run.seed)
     windows = sorted({(w.start, w.stop) for w in map(schedule, range(config.train.iterations))})
     total, group = sum(p.numel() for p in model.parameters()), config.groups
+    moving = sum(p.numel() for p in trained.values())
     rows = {
         "run folder": config.run.folder,
-        "model": f"{total:,} parameters, {sum(p.numel() for p in trained.values()):,} trained in {len(trained)} tensors",
+        "model": f"{total:,} parameters, {moving:,} trained in {len(trained)} tensors",
         "videos": f"{config.data.num_frames} x {config.data.height} x {config.data.width}",
         "iteration": f"{group.conditions} conditions x {group.size} rollouts, {config.flow.steps} steps",
         "windows": ", ".join(f"[{start}, {stop})" for start, stop in windows),

@@ -53,7 +53,7 @@ class Learner:
             valid: ``[R]`` bool.
 
         Returns:
-            Metrics: ratio statistics of all updates, loss, gradient norm and the log-probability parity before the first.
+            Metrics: ratio statistics of all updates, loss, gradient norm, and log-probability parity before the first.
         """
         stats: RatioStats | None = None
         numbers: dict[str, float] = {"parity/log_prob_diff_max": 0.0}

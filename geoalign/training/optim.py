@@ -54,7 +54,7 @@ def build_adamw(trained: Mapping[str, nn.Parameter], config: OptimConfig) -> tor
 
 
 def set_learning_rate(optimizer: torch.optim.Optimizer, config: OptimConfig, iteration: int, iterations: int) -> float:
-    """Set every group's rate for ``iteration`` (0-based, a pure function of it); return the factor on the peak rates."""
+    """Set every group's rate for ``iteration`` (from 0, a pure function of it); return the factor on the peak rates."""
     factor = min(1.0, (iteration + 1) / config.warmup) if config.warmup else 1.0
     if config.schedule == "linear":
         factor *= 1 - iteration / iterations

@@ -1,4 +1,4 @@
-"""A whole training run: set-up, evaluation before, the loop with checkpoints and clean stops, evaluation after, report."""
+"""A whole training run: set-up, evaluation before, the loop with checkpoints and clean stops, evaluation after."""
 
 from __future__ import annotations
 

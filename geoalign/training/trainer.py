@@ -139,8 +139,8 @@ class Trainer:
         if not drift <= self.config.train.max_log_prob_diff:
             raise RunError(
                 f"iteration {self.iteration}: before any update, log-probabilities of replay and rollout differ by "
-                f"{drift:.3g} (bound train.max_log_prob_diff={self.config.train.max_log_prob_diff:.3g}): window and learner "
-                "do not run the same artefact (kernels, dtype, batch shape, compiled graph); the ratio would be wrong"
+                f"{drift:.3g} (bound train.max_log_prob_diff={self.config.train.max_log_prob_diff:.3g}): window and "
+                "learner do not run the same artefact (kernels, dtype, batch shape, compiled graph)"
             )
 
 
