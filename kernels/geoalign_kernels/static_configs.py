@@ -69,6 +69,7 @@ def _each(kind: Type, *names: str) -> dict[str, Type]:
 _ROTARY_SHAPE = {
     "WIDTH": 1536, "HEAD": 128, "PAIRS_QK": 42, "PAIRS_VO": 42, "ROWS": 2, "CHUNK": 512, "CHUNKS": 3, "VECTOR": 2,
 }  # fmt: skip
+_INT8_MMA = {"sm_80": "HMMA+IMMA", "sm_90": "HGMMA+IGMMA"}
 _NO_FUSION = {"num_warps": 4, "enable_fp_fusion": False}
 _NORM_SHAPE = {"WIDTH": 1536, "ROWS": 4, "CHUNK": 512, "CHUNKS": 3}
 _EPILOGUE_SHAPE = {"WIDTH": 1536, "HEAD": 128, "PAIRS": 42, "ROWS": 2, "CHUNK": 512, "CHUNKS": 3, "VECTOR": 2}
@@ -254,13 +255,15 @@ CONFIGS: tuple[KernelConfig, ...] = (
                 "scale_log2": "fp32",
                 "heads": "i32",
             },
-            {"HEAD": 128, "BM": 128, "BN": 64},
+            {"HEAD": 128, "BM": 128, "BN": keys},
             {"num_warps": 8, "num_stages": 3},
             mma,
+            targets,
         )
-        for label, query, lse, scales, mma in (
-            ("exact bf16", "*bf16", "*fp32", None, {"sm_80": "HMMA", "sm_90": "HGMMA"}),
-            ("int8 scores, bf16 values", "*i8", None, "*fp32", {"sm_80": "HMMA+IMMA", "sm_90": "HGMMA+IGMMA"}),
+        for label, query, lse, scales, keys, mma, targets in (
+            ("exact bf16", "*bf16", "*fp32", None, 32, {"sm_80": "HMMA"}, (80,)),
+            ("exact bf16", "*bf16", "*fp32", None, 64, {"sm_90": "HGMMA"}, (90,)),
+            ("int8 scores, bf16 values", "*i8", None, "*fp32", 64, _INT8_MMA, (80, 90)),
         )
     ),
     *(

@@ -1,7 +1,7 @@
 """Triton attention forward, exact and with int8 scores: one streaming-softmax kernel, and the int8 quantiser.
 
-Tiles are fixed per architecture and never tuned at run time: ranks that tune apart would round apart. Full key blocks
-run without masks; only the last block of a ragged sequence (65,520 = 1023.75 x 64) is masked.
+Tiles are fixed per architecture and never tuned at run time: ranks that tune apart would round apart. Every key block
+is masked (65,520 = 1023.75 x 64): a second, unmasked copy of the loop body makes sm_80 spill.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ WARPS, STAGES = 8, 3
 @triton.jit
 def _accumulate(
     acc, highest, total, q, K, V, KScale, start, tokens_k, k_stride, v_stride, factor,
-    HEAD: tl.constexpr, BN: tl.constexpr, MASKED: tl.constexpr,
+    HEAD: tl.constexpr, BN: tl.constexpr,
 ):  # fmt: skip
     """One key block of the streaming softmax in base 2."""
     local, d = tl.arange(0, BN), tl.arange(0, HEAD)
@@ -29,18 +29,14 @@ def _accumulate(
     # 64-bit offsets only in the scalar base: in the tile they would cost the registers that sm_80 lacks.
     K += tl.cast(start, tl.int64) * k_stride
     V += tl.cast(start, tl.int64) * v_stride
-    if MASKED:
-        k = tl.load(K + local[None, :] * k_stride + d[:, None], mask=(n < tokens_k)[None, :], other=0)
-        v = tl.load(V + local[:, None] * v_stride + d[None, :], mask=(n < tokens_k)[:, None], other=0)
-    else:
-        k = tl.load(K + local[None, :] * k_stride + d[:, None])
-        v = tl.load(V + local[:, None] * v_stride + d[None, :])
+    ok = n < tokens_k
+    k = tl.load(K + local[None, :] * k_stride + d[:, None], mask=ok[None, :], other=0)
+    v = tl.load(V + local[:, None] * v_stride + d[None, :], mask=ok[:, None], other=0)
     if KScale is not None:
         scores = tl.dot(q, k).to(tl.float32) * (factor * tl.load(KScale + start // BN))
     else:
         scores = tl.dot(q, k, input_precision="ieee") * factor
-    if MASKED:
-        scores = tl.where((n < tokens_k)[None, :], scores, float("-inf"))
+    scores = tl.where(ok[None, :], scores, float("-inf"))
     new_highest = tl.maximum(highest, tl.max(scores, 1))
     p = tl.exp2(scores - new_highest[:, None])
     shrink = tl.exp2(highest - new_highest)
@@ -66,14 +62,9 @@ def attention_kernel(
         KScale += tl.program_id(1) * tl.cdiv(tokens_k, BN)
     acc, total = tl.zeros((BM, HEAD), tl.float32), tl.zeros((BM,), tl.float32)
     highest = tl.full((BM,), float("-inf"), tl.float32)
-    full = tokens_k // BN * BN
-    for start in range(0, full, BN):
+    for start in range(0, tokens_k, BN):
         acc, highest, total = _accumulate(
-            acc, highest, total, q, K, V, KScale, start, tokens_k, k_strides[1], v_strides[1], factor, HEAD, BN, False
-        )
-    if full < tokens_k:
-        acc, highest, total = _accumulate(
-            acc, highest, total, q, K, V, KScale, full, tokens_k, k_strides[1], v_strides[1], factor, HEAD, BN, True
+            acc, highest, total, q, K, V, KScale, start, tokens_k, k_strides[1], v_strides[1], factor, HEAD, BN
         )
     at = ((b * tokens_q + m.to(tl.int64)[:, None]) * heads + h) * HEAD + d[None, :]
     tl.store(Out + at, (acc / total[:, None]).to(Out.dtype.element_ty), mask=ok)
@@ -114,13 +105,19 @@ def _strides(x: Tensor) -> tuple[int, int]:
     return x.stride(0), x.stride(1)
 
 
+def exact_key_block(device: torch.device) -> int:
+    """Keys a step of the exact kernel: 64 keys do not fit the registers of sm_80 without spills, 32 do."""
+    return KEY_BLOCK if device.type == "cpu" or torch.cuda.get_device_capability(device) >= (9, 0) else KEY_BLOCK // 2
+
+
 def _launch(q, k, v, lse, q_scale, k_scale, scale, dtype):
     batch, tokens, heads, head = q.shape
     out = torch.empty(q.shape, dtype=dtype, device=q.device)
     stages = 1 if interpreting() else STAGES
     attention_kernel[(triton.cdiv(tokens, QUERY_BLOCK), batch * heads)](
         q, k, v, out, lse, q_scale, k_scale, _strides(q), _strides(k), _strides(v), tokens, k.shape[1],
-        scale * LOG2E, heads, HEAD=head, BM=QUERY_BLOCK, BN=KEY_BLOCK, num_warps=WARPS, num_stages=stages,
+        scale * LOG2E, heads, HEAD=head, BM=QUERY_BLOCK, BN=KEY_BLOCK if k_scale is not None else exact_key_block(q.device),
+        num_warps=WARPS, num_stages=stages,
     )  # fmt: skip
     return out
 
