@@ -114,9 +114,10 @@ def _launch(q, k, v, lse, q_scale, k_scale, scale, dtype):
     batch, tokens, heads, head = q.shape
     out = torch.empty(q.shape, dtype=dtype, device=q.device)
     stages = 1 if interpreting() else STAGES
+    key_block = KEY_BLOCK if k_scale is not None else exact_key_block(q.device)
     attention_kernel[(triton.cdiv(tokens, QUERY_BLOCK), batch * heads)](
         q, k, v, out, lse, q_scale, k_scale, _strides(q), _strides(k), _strides(v), tokens, k.shape[1],
-        scale * LOG2E, heads, HEAD=head, BM=QUERY_BLOCK, BN=KEY_BLOCK if k_scale is not None else exact_key_block(q.device),
+        scale * LOG2E, heads, HEAD=head, BM=QUERY_BLOCK, BN=key_block,
         num_warps=WARPS, num_stages=stages,
     )  # fmt: skip
     return out
