@@ -15,6 +15,7 @@ from geoalign.config.training import (
     CodecConfig,
     EvalConfig,
     GroupsConfig,
+    LeversConfig,
     OptimConfig,
     PretrainConfig,
     RunConfig,
@@ -54,6 +55,8 @@ class Config(Section):
     """Optimizer."""
     train: TrainConfig = TrainConfig()
     """RL loop."""
+    levers: LeversConfig = LeversConfig()
+    """Exact savings."""
     eval: EvalConfig = EvalConfig()
     """Held-out evaluation."""
     pretrain: PretrainConfig = PretrainConfig()
@@ -71,6 +74,15 @@ class Config(Section):
             raise ValueError(
                 f"optim.updates_per_rollout {self.optim.updates_per_rollout} must divide groups.size {self.groups.size}"
             )
+        if self.levers.streaming and self.optim.updates_per_rollout > 1:
+            raise ValueError(
+                "levers.streaming serves one update per rollout (its ratio is 1), but optim.updates_per_rollout is "
+                f"{self.optim.updates_per_rollout}; switch one of them off"
+            )
+        if self.levers.streaming and self.objective.kl_weight > 0:
+            raise ValueError("levers.streaming has no second forward for a KL term; set objective.kl_weight to 0")
+        if self.levers.merge_first_step and not self.levers.share_prefix:
+            raise ValueError("levers.merge_first_step needs levers.share_prefix: only then do members share a state")
         if self.objective.kl_weight > 0:
             raise ValueError(
                 "objective.kl_weight: the trainer keeps no reference policy; set it to 0 (the paper uses no KL)"

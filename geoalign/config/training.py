@@ -110,6 +110,21 @@ class OptimConfig(Section):
     """Optimizer updates per iteration; the group's members are split into that many equal parts."""
 
 
+class LeversConfig(Section):
+    """Exact savings: same algorithm and distribution, rounding aside. Each can be switched off to check or time it."""
+
+    share_prefix: bool = True
+    """Compute the steps before the window and its first forward once per group."""
+    merge_first_step: bool = True
+    """One learner pass per condition at the first window step."""
+    streaming: bool = False
+    """Start the backward from the rollout's graphs instead of replaying the window; needs one update per rollout."""
+    prune_source: bool = True
+    """Skip what the last block would compute for source tokens only."""
+    recompute: bool = False
+    """Recompute each block in the backward pass instead of keeping its activations."""
+
+
 class TrainConfig(Section):
     """The RL loop."""
 

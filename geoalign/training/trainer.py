@@ -10,9 +10,11 @@ import torch
 from torch import Tensor
 
 from geoalign.config.schema import Config
-from geoalign.errors import RunError
+from geoalign.errors import ConfigError, RunError
+from geoalign.flow.rollout import Rollout
 from geoalign.flow.sampler import FlowSampler, initial_noise
-from geoalign.flow.table import build_step_table
+from geoalign.flow.table import StepWindow, build_step_table
+from geoalign.perf.budget import PassCount, Plan, Walk, count_passes
 from geoalign.perf.timer import PhaseTimer
 from geoalign.rewards.base import Reward
 from geoalign.rl.advantage import Advantage, group_advantage
@@ -20,8 +22,10 @@ from geoalign.rl.policy import RetakePolicy
 from geoalign.rl.score import Scores, score_videos
 from geoalign.rl.window import WindowSchedule
 from geoalign.training.checkpoint import TrainState, optimizer_state, restore
+from geoalign.training.engine import Engine, LocalEngine, gather_scores, place_groups
 from geoalign.training.learner import Learner
 from geoalign.training.optim import MovingAverage, build_adamw, freeze_all_but, set_learning_rate
+from geoalign.training.streaming import StreamingBackward
 from geoalign.types import RetakeBatch
 from geoalign_kernels import philox_uniform
 
@@ -41,10 +45,25 @@ class Trainer:
     """Runs iterations; holds everything that a checkpoint restores."""
 
     def __init__(
-        self, config: Config, policy: RetakePolicy, source: ConditionSource, rewards: Mapping[str, Reward]
+        self,
+        config: Config,
+        policy: RetakePolicy,
+        source: ConditionSource,
+        rewards: Mapping[str, Reward],
+        engine: Engine | None = None,
     ) -> None:
         self.config, self.policy, self.source, self.rewards = config, policy, source, rewards
         self.schedule = WindowSchedule(config.window, config.flow.steps, config.run.seed)
+        self.engine = LocalEngine() if engine is None else engine
+        self.place = place_groups(
+            config.groups.conditions, config.groups.size, self.engine.rank, self.engine.world_size
+        )
+        if self.place.member_ids.numel() < config.groups.size and config.optim.updates_per_rollout > 1:
+            raise ConfigError(
+                "optim.updates_per_rollout > 1 needs whole groups on every rank: use a number of ranks that divides "
+                f"groups.conditions {config.groups.conditions}"
+            )
+        policy.model.recompute, policy.model.prune_source = config.levers.recompute, config.levers.prune_source
         trained = freeze_all_but(policy.model, config.optim.trainable)
         self.learner = Learner(
             policy,
@@ -53,6 +72,8 @@ class Trainer:
             MovingAverage(trained, config.optim.ema),
             config.objective,
             config.optim,
+            merge_first=config.levers.merge_first_step,
+            engine=self.engine,
         )
         self.iteration = 0
         self.notes: dict[str, Any] = {}
@@ -63,42 +84,95 @@ class Trainer:
         Raises:
             RunError: too many invalid samples, or log-probabilities of rollout and replay differ beyond the bound.
         """
-        config, clock = self.config, PhaseTimer()
-        groups = torch.arange(config.groups.conditions)
+        config, clock, place = self.config, PhaseTimer(), self.place
+        groups, size = place.group_ids, place.member_ids.numel()
         window = self.schedule(self.iteration)
-        sampler = FlowSampler(build_step_table(config.flow, window), config.groups.size, window_grad=True)
+        sampler = self._sampler(window)
         with clock.phase("data"):
             batch = self.source.batch(self.iteration, groups.tolist())
-        with clock.phase("rollout/encode"), torch.no_grad():
+        stream = StreamingBackward() if config.levers.streaming else None
+        with clock.phase("rollout/encode"), torch.set_grad_enabled(stream is not None):
             conditioning = self.policy.condition(batch)
             prepared = self.policy.prepare(conditioning)
         with clock.phase("rollout/denoise"):
             noise = initial_noise(self.policy.latent_shape(batch), config.run.seed, self.iteration, groups)
             rollout, usable = sampler.rollout(
-                self.policy.velocity, prepared, noise, seed=config.run.seed, iteration=self.iteration, group_ids=groups
+                self.policy.velocity,
+                prepared,
+                noise,
+                seed=config.run.seed,
+                iteration=self.iteration,
+                group_ids=groups,
+                member_ids=place.member_ids,
+                observer=stream,
             ).neutralised()
         with clock.phase("rollout/decode"):
-            members = batch.repeat_interleave(config.groups.size)
+            members = batch.repeat_interleave(size)
             videos = self.policy.decode(rollout.final, members)
         with clock.phase("reward"):
-            scores = score_videos(self.rewards, videos, members, usable)
+            scores = gather_scores(self.engine, place, score_videos(self.rewards, videos, members, usable))
             self._refuse_too_many_failures(scores)
         with clock.phase("advantage"):
-            group_ids = groups.repeat_interleave(config.groups.size)
+            group_ids = torch.arange(config.groups.conditions).repeat_interleave(config.groups.size)
             advantage = group_advantage(scores.scores, scores.valid, group_ids, config.advantage)
             values = self._shuffled(advantage.values) if config.train.shuffle_advantages else advantage.values
         with clock.phase("update"):
             factor = set_learning_rate(self.learner.optimizer, config.optim, self.iteration, config.train.iterations)
-            update = self.learner.update(sampler, rollout, conditioning, values, scores.valid)
+            # A masked row still runs through the held graphs, where zero times NaN is NaN: replay zeros instead.
+            held = stream if bool(usable.all()) else None
+            rows = place.rows
+            update = self.learner.update(sampler, rollout, conditioning, values[rows], scores.valid[rows], held)
         self._refuse_drift(update["parity/log_prob_diff_max"])
         self.iteration += 1
-        forwards = {
-            "perf/forwards_rollout": float(rollout.forwards.total),
-            "perf/forwards_learner": float(sum(rollout.state(k).shape[0] for k in range(rollout.num_window_steps))),
-        }
         seconds = clock.collect() | {f"time/reward/{name}_s": value for name, value in scores.seconds.items()}
-        place = {"window/start": float(window.start), "optim/lr_factor": factor}
-        return _reward_metrics(scores, advantage) | update | forwards | seconds | place
+        where = {"window/start": float(window.start), "optim/lr_factor": factor}
+        counts = self._counts(rollout, sampler)
+        return _reward_metrics(scores, advantage) | update | counts | seconds | where
+
+    def _sampler(self, window: StepWindow) -> FlowSampler:
+        """The sampler of one iteration.
+
+        With several updates per rollout, forwards run in batches of one update's members: rollout and learner then have
+        equal batch shapes (the ratio stays exactly 1) although every update replays only its own rows.
+        """
+        config, size, updates = self.config, self.place.member_ids.numel(), self.config.optim.updates_per_rollout
+        return FlowSampler(
+            build_step_table(config.flow, window),
+            size,
+            share_prefix=config.levers.share_prefix,
+            rows_per_forward=None if updates == 1 else max(config.groups.size // updates, 1),
+            window_grad=True,
+        )
+
+    def _counts(self, rollout: Rollout, sampler: FlowSampler) -> dict[str, float]:
+        """Network passes of this rank that were run, and what the cost model expects of it."""
+        levers, table, run = self.config.levers, sampler.table, self.learner.passes
+        assert table.window is not None
+        walk = Walk(table.window.start, rollout.num_window_steps, table.num_steps - table.window.stop)
+        plan = Plan(
+            share_prefix=levers.share_prefix,
+            merge_first=levers.merge_first_step,
+            checkpoint=levers.recompute,
+            stream_backward=levers.streaming,
+        )
+        groups, size = self.place.group_ids.numel(), self.place.member_ids.numel()
+        expected = count_passes(walk, groups, size, self.config.optim.updates_per_rollout, plan)
+        spent = PassCount(
+            rollout.forwards.prefix,
+            rollout.forwards.window,
+            rollout.forwards.tail,
+            run["replay"],
+            run["backward"] if levers.recompute else 0,
+            run["backward"],
+        )
+        return {
+            "perf/forwards_rollout": float(spent.rollout),
+            "perf/forwards_learner": float(spent.replay),
+            "perf/forwards_recomputed": float(spent.recompute),
+            "perf/backwards": float(spent.backward),
+            "perf/forward_equivalents": float(spent.forward_equivalents),
+            "perf/predicted_forward_equivalents": float(expected.forward_equivalents),
+        }
 
     def state(self) -> TrainState:
         """Everything a checkpoint holds."""
@@ -140,7 +214,8 @@ class Trainer:
             raise RunError(
                 f"iteration {self.iteration}: before any update, log-probabilities of replay and rollout differ by "
                 f"{drift:.3g} (bound train.max_log_prob_diff={self.config.train.max_log_prob_diff:.3g}): window and "
-                "learner do not run the same artefact (kernels, dtype, batch shape, compiled graph)"
+                "learner do not run the same artefact (kernels, dtype, batch shape, compiled graph); the "
+                "ratio would be wrong"
             )
 
 
