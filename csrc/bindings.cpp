@@ -1,0 +1,102 @@
+// The only file that knows torch: registers geoalign_native::frame_preprocess through the stable ABI (torch >= 2.10).
+#include <torch/csrc/inductor/aoti_torch/c/shim.h>
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+
+#include "geoalign/frame_preprocess.h"
+
+#ifdef GEOALIGN_WITH_CUDA
+#include <torch/csrc/stable/accelerator.h>
+// The header declares it only with torch's own CUDA macros; weak, so that the library also loads on a CPU torch.
+extern "C" __attribute__((weak)) AOTITorchError aoti_torch_get_current_cuda_stream(int32_t device_index, void** stream);
+#endif
+
+namespace {
+
+using torch::stable::Tensor;
+
+geoalign::Axis axis(const Tensor& first, const Tensor& weights) {
+  return {static_cast<const int32_t*>(first.const_data_ptr()), static_cast<const float*>(weights.const_data_ptr()),
+          static_cast<int32_t>(weights.size(1)), static_cast<int32_t>(weights.size(0))};
+}
+
+geoalign::Pixel pixel_of(const Tensor& video) {
+  using torch::headeronly::ScalarType;
+  const ScalarType type = video.scalar_type();
+  if (type == ScalarType::Byte) return geoalign::Pixel::kUint8;
+  if (type == ScalarType::Float) return geoalign::Pixel::kFloat32;
+  STD_TORCH_CHECK(type == ScalarType::BFloat16, "frame_preprocess takes uint8, float32 or bfloat16 pixels");
+  return geoalign::Pixel::kBFloat16;
+}
+
+// Shapes and dtypes of everything but the pixels are the Python op's own doing; it builds all tables and outputs.
+geoalign::FramePreprocess pack(const Tensor& video, const Tensor& gx, const Tensor& gxw, const Tensor& gy,
+                               const Tensor& gyw, const Tensor& px, const Tensor& pxw, const Tensor& py,
+                               const Tensor& pyw, const Tensor& slots, const Tensor& levels, const Tensor& geometry,
+                               const Tensor& clip, const Tensor& still) {
+  geoalign::FramePreprocess p{};
+  p.video = video.const_data_ptr();
+  p.pixel = pixel_of(video);
+  p.clips = static_cast<int32_t>(video.size(0));
+  p.frames = static_cast<int32_t>(video.size(1));
+  p.height = static_cast<int32_t>(video.size(3));
+  p.width = static_cast<int32_t>(video.size(4));
+  p.geometry_x = axis(gx, gxw);
+  p.geometry_y = axis(gy, gyw);
+  p.patch_x = axis(px, pxw);
+  p.patch_y = axis(py, pyw);
+  p.slots = static_cast<const int32_t*>(slots.const_data_ptr());
+  p.geometry_frames = static_cast<int32_t>(geometry.size(1));
+  p.clip_frames = static_cast<int32_t>(clip.size(1)) * geoalign::kPair;
+  p.still_frames = static_cast<int32_t>(still.size(1));
+  p.levels = static_cast<const float*>(levels.const_data_ptr());
+  p.geometry = static_cast<float*>(geometry.mutable_data_ptr());
+  p.clip = static_cast<float*>(clip.mutable_data_ptr());
+  p.still = static_cast<float*>(still.mutable_data_ptr());
+  return p;
+}
+
+#define GEOALIGN_ARGUMENTS                                                                                       \
+  Tensor video, Tensor gx, Tensor gxw, Tensor gy, Tensor gyw, Tensor px, Tensor pxw, Tensor py, Tensor pyw,      \
+      Tensor slots, Tensor levels, int64_t geometry_rows, int64_t geometry_columns, int64_t patch_rows,          \
+      int64_t patch_columns, Tensor geometry, Tensor clip, Tensor still
+#define GEOALIGN_PACKED pack(video, gx, gxw, gy, gyw, px, pxw, py, pyw, slots, levels, geometry, clip, still)
+
+void frame_preprocess_cpu(GEOALIGN_ARGUMENTS) {
+  (void)geometry_rows, (void)geometry_columns, (void)patch_rows, (void)patch_columns;
+  const geoalign::FramePreprocess p = GEOALIGN_PACKED;
+  torch::stable::parallel_for(0, static_cast<int64_t>(p.clips) * p.frames, 1, [&p](int64_t begin, int64_t end) {
+    geoalign_frame_preprocess_cpu(&p, begin, end);
+  });
+}
+
+#ifdef GEOALIGN_WITH_CUDA
+void frame_preprocess_cuda(GEOALIGN_ARGUMENTS) {
+  const geoalign::FramePreprocess p = GEOALIGN_PACKED;
+  const int32_t device = video.get_device_index();
+  const torch::stable::accelerator::DeviceGuard guard(device);
+  void* stream = nullptr;
+  STD_TORCH_CHECK(aoti_torch_get_current_cuda_stream != nullptr, "this torch build has no CUDA");
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(device, &stream));
+  const int32_t reads[4] = {static_cast<int32_t>(geometry_rows), static_cast<int32_t>(geometry_columns),
+                            static_cast<int32_t>(patch_rows), static_cast<int32_t>(patch_columns)};
+  const int error = geoalign_frame_preprocess_cuda(&p, reads, stream);
+  STD_TORCH_CHECK(error == 0, "frame_preprocess: CUDA launch failed with cudaError ", error);
+}
+#endif
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY(geoalign_native, m) {
+  m.def(
+      "frame_preprocess(Tensor video, Tensor gx, Tensor gxw, Tensor gy, Tensor gyw, Tensor px, Tensor pxw, Tensor py, "
+      "Tensor pyw, Tensor slots, Tensor levels, int geometry_rows, int geometry_columns, int patch_rows, "
+      "int patch_columns, Tensor(a!) geometry, Tensor(b!) clip, Tensor(c!) still) -> ()");
+}
+
+STABLE_TORCH_LIBRARY_IMPL(geoalign_native, CPU, m) { m.impl("frame_preprocess", TORCH_BOX(&frame_preprocess_cpu)); }
+
+#ifdef GEOALIGN_WITH_CUDA
+STABLE_TORCH_LIBRARY_IMPL(geoalign_native, CUDA, m) { m.impl("frame_preprocess", TORCH_BOX(&frame_preprocess_cuda)); }
+#endif

@@ -1,0 +1,105 @@
+// One decoded clip to the inputs of three reward models: data layout and the maths that CPU and CUDA share.
+// No torch here: raw pointers only. All tensors are contiguous.
+#pragma once
+
+#include <cmath>
+#include <cstdint>
+
+#ifdef __CUDACC__
+#define GEOALIGN_HD __host__ __device__ __forceinline__
+#else
+#define GEOALIGN_HD inline
+#endif
+
+namespace geoalign {
+
+enum class Pixel : int32_t { kUint8 = 0, kFloat32 = 1, kBFloat16 = 2 };
+
+// Resampling along one axis: output i = sum_k weights[i * taps + k] * input[first[i] + k]. Rows are padded with zero
+// weights and first[i] + taps never exceeds the input, so no tap needs a bounds check.
+struct Axis {
+  const int32_t* first;
+  const float* weights;
+  int32_t taps;
+  int32_t size;
+};
+
+// Sizes: clips * frames images of 3 x height x width. A slot is the position of a frame in an output, or -1.
+struct FramePreprocess {
+  const void* video;
+  Pixel pixel;
+  int32_t clips, frames, height, width;
+  Axis geometry_x, geometry_y;  // 8-bit rounding after each pass, ties up (Pillow)
+  Axis patch_x, patch_y;        // rounding at the end only, ties to even (torch)
+  const int32_t* slots;         // [3, frames]: geometry, clip, still
+  int32_t geometry_frames, clip_frames, still_frames;
+  const float* levels;          // [2, 3, 256]: normalised value of each 8-bit level, per target and channel
+  float* geometry;              // [clips, geometry_frames, 3, geometry_y.size, geometry_x.size]
+  float* clip;                  // [clips, clip_frames / 2, patches, 1176]
+  float* still;                 // [clips, still_frames, patches, 1176], every frame shown twice
+};
+
+constexpr int kPatch = 14, kMerge = 2, kPair = 2;  // Qwen2-VL's vision tower
+constexpr int kPatchArea = kPatch * kPatch;
+constexpr int kPatchValues = 3 * kPair * kPatchArea;
+
+GEOALIGN_HD float clamp_level(float x) { return fminf(fmaxf(x, 0.0f), 255.0f); }  // NaN becomes 0
+
+GEOALIGN_HD float round_half_up(float x) { return clamp_level(floorf(x + 0.5f)); }
+
+GEOALIGN_HD float round_half_even(float x) { return clamp_level(rintf(x)); }
+
+// Value in [-1, 1] to the nearest 8-bit level that a video file would store.
+GEOALIGN_HD float level_of(float value) { return round_half_even((value + 1.0f) * 127.5f); }
+
+GEOALIGN_HD float level_of_bfloat16(uint16_t bits) {
+  union { uint32_t word; float value; } cast{static_cast<uint32_t>(bits) << 16};
+  return level_of(cast.value);
+}
+
+GEOALIGN_HD float read_level(const FramePreprocess& p, int64_t index) {
+  if (p.pixel == Pixel::kUint8) return static_cast<float>(static_cast<const uint8_t*>(p.video)[index]);
+  if (p.pixel == Pixel::kFloat32) return level_of(static_cast<const float*>(p.video)[index]);
+  return level_of_bfloat16(static_cast<const uint16_t*>(p.video)[index]);
+}
+
+// Offset of pixel (y, x) inside one temporal slice of patches, for channel c and the first frame of the pair.
+// Order: merged row, merged column, row in merge, column in merge, channel, frame of the pair, row, column.
+GEOALIGN_HD int64_t patch_offset(int32_t channel, int32_t y, int32_t x, int32_t width) {
+  const int32_t row = y / kPatch, column = x / kPatch;
+  const int32_t merged = (row / kMerge) * (width / (kPatch * kMerge)) + column / kMerge;
+  const int64_t patch = static_cast<int64_t>(merged) * kMerge * kMerge + (row % kMerge) * kMerge + column % kMerge;
+  return (patch * 3 + channel) * kPair * kPatchArea + (y % kPatch) * kPatch + x % kPatch;
+}
+
+GEOALIGN_HD int64_t slice_values(const FramePreprocess& p) {
+  return static_cast<int64_t>(p.patch_y.size) * p.patch_x.size * 3 * kPair;
+}
+
+// Writes one finished level of the patch target to every output that shows this frame.
+GEOALIGN_HD void store_patch(const FramePreprocess& p, int32_t clip, int32_t frame, int64_t offset, float value) {
+  const int32_t in_clip = p.slots[p.frames + frame], in_still = p.slots[2 * p.frames + frame];
+  if (in_clip >= 0) {
+    const int64_t slice = static_cast<int64_t>(clip) * (p.clip_frames / kPair) + in_clip / kPair;
+    p.clip[slice * slice_values(p) + offset + (in_clip % kPair) * kPatchArea] = value;
+  }
+  if (in_still >= 0) {
+    float* out = p.still + (static_cast<int64_t>(clip) * p.still_frames + in_still) * slice_values(p) + offset;
+    out[0] = out[kPatchArea] = value;
+  }
+}
+
+GEOALIGN_HD float* geometry_plane(const FramePreprocess& p, int32_t clip, int32_t frame, int32_t channel) {
+  const int64_t image = static_cast<int64_t>(clip) * p.geometry_frames + p.slots[frame];
+  return p.geometry + (image * 3 + channel) * p.geometry_y.size * p.geometry_x.size;
+}
+
+}  // namespace geoalign
+
+extern "C" {
+// Images [begin, end) of the clips * frames images; host pointers.
+void geoalign_frame_preprocess_cpu(const geoalign::FramePreprocess* p, int64_t begin, int64_t end);
+// All images on `stream`; device pointers. `tile_reads`: source rows and columns that the largest tile reads, per
+// target (geometry rows, geometry columns, patch rows, patch columns). Returns a cudaError_t.
+int geoalign_frame_preprocess_cuda(const geoalign::FramePreprocess* p, const int32_t* tile_reads, void* stream);
+}
