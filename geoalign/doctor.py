@@ -67,16 +67,34 @@ def add_parser(subparsers: Any) -> None:
         description="Print what this machine has and what is missing. Put the output into bug reports.",
     )
     parser.add_argument("--json", action="store_true", help="print one JSON object instead of text")
+    parser.add_argument(
+        "--fetch-rewards",
+        action="store_true",
+        help="download the prompt templates of VideoAlign and HPSv3, verify them by checksum, and print their paths",
+    )
     parser.set_defaults(run=run)
 
 
 def run(args: argparse.Namespace) -> int:
-    """Print the report; always exit code 0, since a missing extra is no error."""
+    """Print the report; always exit code 0, since a missing extra is no error.
+
+    With ``--fetch-rewards`` fetch prompt templates instead; raises RewardError when one cannot be had.
+    """
+    if args.fetch_rewards:
+        return _fetch_rewards(args.json)
     report = collect()
     if args.json:
         print(json.dumps(report, indent=2))
     else:
         print(render(report))
+    return 0
+
+
+def _fetch_rewards(as_json: bool) -> int:
+    from geoalign.rewards.vlm.templates import fetch
+
+    paths = {name: str(path) for name, path in fetch().items()}
+    print(json.dumps(paths, indent=2) if as_json else "\n".join(f"{name:<20}{path}" for name, path in paths.items()))
     return 0
 
 

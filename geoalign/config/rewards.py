@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Literal, Self
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from geoalign.config.base import Section
 
@@ -16,6 +16,18 @@ class RewardConfig(Section):
     """Registered scorer: ``geometry``, ``source_consistency``, ``videoalign``, ``hpsv3``."""
     options: dict[str, Any] = Field(default_factory=dict)
     """Arguments of the scorer; an unknown one is an error that lists the known ones."""
+    placement: Literal["inline", "worker"] = "inline"
+    """Where it runs: in the training process, or in a process of its own that survives crashes and time-outs."""
+    python: str | None = None
+    """Interpreter of the worker's environment (with geoalign's own requirements); unset: the one of the run."""
+    environment: dict[str, str] = Field(default_factory=dict)
+    """Extra environment variables of the worker, for instance ``CUDA_VISIBLE_DEVICES``."""
+
+    @model_validator(mode="after")
+    def _worker_settings_need_a_worker(self) -> Self:
+        if self.placement == "inline" and (self.python is not None or self.environment):
+            raise ValueError("python and environment belong to a process of its own: set placement to worker")
+        return self
 
 
 class FailureConfig(Section):
@@ -23,5 +35,9 @@ class FailureConfig(Section):
 
     max_invalid_fraction: float = Field(0.25, gt=0, le=1)
     """The run stops when more than this share of an iteration's samples is invalid."""
-    timeout_s: float = Field(600.0, gt=0)
-    """Longest time that one scorer may take for one batch, in seconds."""
+    timeout_s: float | None = Field(None, gt=0)
+    """Longest time in seconds that one scorer may take for one batch; unset: 600 for workers, none for inline scorers.
+    A late worker is killed and started again. A late inline scorer cannot be killed: it stays invalid until it returns.
+    """
+    retries: int = Field(1, ge=0)
+    """How often a batch that raises is scored again before its samples are scored one by one."""

@@ -1,7 +1,7 @@
 """Where a reward runs, and what happens when it fails: in place, on a side stream, or in a process of its own.
 
-All placements give equal scores. Guarded rewards never raise: samples of a failing scorer come back invalid with a
-counted cause, so that no rank misses a collective and the scores of other rewards stay as they are.
+All placements give equal scores. Guarded rewards raise on wrong usage alone: samples of a failing scorer come back
+invalid with a counted cause, so that no rank misses a collective and the scores of other rewards stay as they are.
 """
 
 from __future__ import annotations
@@ -24,15 +24,16 @@ from typing import IO, Any
 import torch
 from torch import Tensor
 
-from geoalign.errors import RewardError
+from geoalign.errors import RewardError, UsageError
 from geoalign.geometry.trajectory import CameraTrajectory
 from geoalign.rewards.base import Reward, RewardOutput
 from geoalign.types import RetakeBatch, SourceClip
 
 _LOG = logging.getLogger(__name__)
+_START_TIMEOUT_S = 600.0  # of a worker: imports and gigabytes of weights
 
 
-class ScorerTimeoutError(Exception):
+class ScorerTimeoutError(RewardError):
     """A scorer did not answer in time."""
 
 
@@ -70,7 +71,9 @@ class FailureCounts:
 
 
 class GuardedReward:
-    """A reward that never raises: late, failing or malformed answers turn into invalid samples.
+    """A reward that never fails: late, failing or malformed answers turn into invalid samples.
+
+    A usage error is raised: it names a wrong set-up, which no retry repairs and which every rank meets alike.
 
     A batch that raises is tried again, then sample by sample, so that one bad sample does not take the others with it.
     A late batch is not tried again: the time is gone.
@@ -99,6 +102,8 @@ class GuardedReward:
             self.counts.retries += attempt > 0
             try:
                 return self._once(videos, batch)
+            except UsageError:
+                raise
             except ScorerTimeoutError:
                 return invalid_output(self.keys, len(videos), videos.device)
             except Exception:  # any exception of a scorer is an infrastructure failure; it was logged and counted
@@ -108,13 +113,18 @@ class GuardedReward:
         return concatenate([self._alone(videos[i : i + 1], batch.select([i])) for i in range(len(videos))])
 
     def _alone(self, video: Tensor, batch: RetakeBatch) -> RewardOutput:
-        with contextlib.suppress(Exception):
+        try:
             return self._once(video, batch)
-        return invalid_output(self.keys, 1, video.device)
+        except UsageError:
+            raise
+        except Exception:  # logged and counted, as above
+            return invalid_output(self.keys, 1, video.device)
 
     def _once(self, videos: Tensor, batch: RetakeBatch) -> RewardOutput:
         try:
             return check_output(self._timed(videos, batch), self.keys, len(videos))
+        except UsageError:
+            raise
         except ScorerTimeoutError as error:
             self.counts.timeouts += 1
             _LOG.warning("reward %s: %s", self.name, error)
@@ -216,16 +226,17 @@ def _collect(outputs: dict[str, RewardOutput], done: Any) -> dict[str, RewardOut
 class WorkerReward:
     """A reward in a process of its own, possibly with another Python environment or device.
 
-    The process starts at the first call and serves one batch at a time through files in a private folder. It is killed
-    when it does not answer in time, and started again at the next call.
+    The process starts at :meth:`start` or at the first call and serves one batch at a time through files in a private
+    folder. It is killed when it does not answer in time, and started again at the next call.
 
     Args:
-        name, keys: of the reward inside.
+        name: of the reward inside.
+        keys: of the reward inside; the answer of :meth:`start` replaces them.
         factory: ``module:callable`` that builds it there.
         options: JSON-able keyword arguments of the factory.
         python: interpreter of the worker's environment; it needs torch and safetensors beside the scorer's packages.
         environment: extra variables, for instance ``CUDA_VISIBLE_DEVICES`` for a dedicated GPU.
-        timeout_s: longest time per call in seconds, the first call's start-up included.
+        timeout_s: longest time per batch in seconds, start-up (imports, weights) excluded: that may take 600 s.
     """
 
     def __init__(
@@ -246,25 +257,40 @@ class WorkerReward:
         self._folder = tempfile.TemporaryDirectory(prefix=f"geoalign-{name}-")
 
     def __call__(self, videos: Tensor, batch: RetakeBatch) -> RewardOutput:
-        """Score in the worker; raises RewardError with the worker's own message, ScorerTimeoutError when it is late."""
-        process = self._running()
+        """Score in the worker.
+
+        Raises RewardError or UsageError with the worker's own message, ScorerTimeoutError when it is late.
+        """
+        self.start()
         folder = Path(self._folder.name)
         save_request(folder / "request", videos, batch)
-        answer = self._ask(process, folder)
-        if "error" in answer:
-            raise RewardError(f"worker of reward {self.name}: {answer['error']}")
+        self._ask(str(folder), self.timeout_s)
         return load_output(folder / "answer.safetensors", videos.device)
+
+    def start(self) -> None:
+        """Start the process unless it runs, build the reward there and take over its keys.
+
+        Raises RewardError or UsageError with the worker's own message when the reward cannot be built.
+        """
+        if self._process is not None and self._process.poll() is None:
+            return
+        self._launch()
+        try:
+            self.keys = tuple(self._ask("", _START_TIMEOUT_S)["keys"])
+        except (RewardError, UsageError):  # a reward that cannot be built leaves no process behind
+            self._kill()
+            raise
 
     def close(self) -> None:
         """End the worker and delete its folder."""
         self._kill()
         self._folder.cleanup()
 
-    def _running(self) -> subprocess.Popen[str]:
-        if self._process is None or self._process.poll() is not None:
-            self._kill()
-            root = str(Path(__file__).parents[2])
-            path = os.pathsep.join(filter(None, (root, str(Path(root) / "kernels"), os.environ.get("PYTHONPATH"))))
+    def _launch(self) -> None:
+        self._kill()
+        root = str(Path(__file__).parents[2])
+        path = os.pathsep.join(filter(None, (root, str(Path(root) / "kernels"), os.environ.get("PYTHONPATH"))))
+        try:
             self._process = subprocess.Popen(
                 [self._python, "-m", "geoalign.rewards.placement", json.dumps(self._setup)],
                 stdin=subprocess.PIPE,
@@ -272,21 +298,23 @@ class WorkerReward:
                 text=True,
                 env={**os.environ, "PYTHONPATH": path, **self._environment},
             )
-            self.starts += 1
-        return self._process
+        except OSError as error:
+            raise RewardError(f"worker of reward {self.name}: {self._python} cannot be started ({error})") from error
+        self.starts += 1
 
-    def _ask(self, process: subprocess.Popen[str], folder: Path) -> dict[str, Any]:
-        assert process.stdin is not None and process.stdout is not None
+    def _ask(self, request: str, timeout_s: float) -> dict[str, Any]:
+        process = self._process
+        assert process is not None and process.stdin is not None and process.stdout is not None
         late = threading.Event()
 
         def give_up() -> None:
             late.set()
             process.kill()
 
-        timer = threading.Timer(self.timeout_s, give_up)
+        timer = threading.Timer(timeout_s, give_up)
         timer.start()
         try:
-            process.stdin.write(f"{folder}\n")
+            process.stdin.write(f"{request}\n")
             process.stdin.flush()
             line = process.stdout.readline()
         except BrokenPipeError:
@@ -294,10 +322,15 @@ class WorkerReward:
         finally:
             timer.cancel()
         if line:
-            return json.loads(line)
+            answer = json.loads(line)
+            if "error" in answer:
+                raise (UsageError if answer["usage"] else RewardError)(
+                    f"worker of reward {self.name}: {answer['error']}"
+                )
+            return answer
         self._kill()
         if late.is_set():
-            raise ScorerTimeoutError(f"worker gave no answer within {self.timeout_s} s and was killed")
+            raise ScorerTimeoutError(f"worker gave no answer within {timeout_s} s and was killed")
         raise RewardError(f"worker of reward {self.name} ended without an answer; its messages are on stderr")
 
     def _kill(self) -> None:
@@ -370,20 +403,24 @@ def load_output(path: Path, device: torch.device) -> RewardOutput:
 
 
 def serve(setup: Mapping[str, Any], requests: IO[str], answers: IO[str]) -> None:
-    """The worker's loop: one folder name per line in, one JSON line out; the reward is built at the first request."""
+    """The worker's loop: one folder name per line in, one JSON line out.
+
+    The reward is built at the first request. An empty line asks for that alone; the answer holds the reward's keys.
+    """
     from importlib import import_module
 
     reward: Reward | None = None
     for line in requests:
-        folder = Path(line.strip())
         answer: dict[str, Any] = {}
         try:
             if reward is None:
                 module, attribute = setup["factory"].split(":")
                 reward = getattr(import_module(module), attribute)(**setup["options"])
-            save_output(folder / "answer.safetensors", reward(*load_request(folder / "request")))
+            answer["keys"] = list(reward.keys)
+            if folder := line.strip():
+                save_output(Path(folder) / "answer.safetensors", reward(*load_request(Path(folder) / "request")))
         except Exception as error:  # reported to the parent, which counts it
-            answer["error"] = f"{type(error).__name__}: {error}"
+            answer |= {"error": f"{type(error).__name__}: {error}", "usage": isinstance(error, UsageError)}
         answers.write(json.dumps(answer) + "\n")
         answers.flush()
 

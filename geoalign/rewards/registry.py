@@ -5,14 +5,17 @@ from __future__ import annotations
 import difflib
 import importlib
 import inspect
+import sys
 from collections.abc import Callable, Iterable, Mapping
+from functools import partial
 from typing import Any
 
 from torch import Tensor
 
-from geoalign.config.rewards import RewardConfig
+from geoalign.config.rewards import FailureConfig, RewardConfig
 from geoalign.errors import ConfigError
 from geoalign.rewards.base import PoseEstimate, PoseEvaluator, Reward
+from geoalign.rewards.placement import GuardedReward, WorkerReward
 from geoalign.types import SourceClip
 
 # name -> "module:callable". The callable takes keyword options; one called `evaluator` is resolved by name.
@@ -27,6 +30,8 @@ EVALUATORS = {
     "planar": "geoalign.rewards.planar:PlanarAligner",
     "mapanything": "geoalign.rewards.mapanything.evaluator:build_evaluator",
 }
+# Their pose estimates say nothing about how well the pictures agree.
+WITHOUT_RESIDUAL = {"mapanything"}
 
 
 class LastResult:
@@ -73,27 +78,69 @@ def build_evaluator(name: str, **options: Any) -> PoseEvaluator:
     return factory(**options)
 
 
-def build_rewards(configs: Mapping[str, RewardConfig]) -> dict[str, Reward]:
-    """Build all rewards of a run; evaluators named alike with equal options are shared.
+def build_reward(kind: str, options: Mapping[str, Any], shared: dict[str, PoseEvaluator] | None = None) -> Reward:
+    """Build one reward by registered name; what it needs of evaluators is taken from, and added to, ``shared``."""
+    shared = {} if shared is None else shared
+    factory, options = _resolve(REWARDS, kind, "reward"), dict(options)
+    evaluator_options = options.pop("evaluator_options", {})
+    if "evaluator" in options:
+        key = f"{options['evaluator']}:{sorted(evaluator_options.items())}"
+        if key not in shared:
+            shared[key] = LastResult(build_evaluator(options["evaluator"], **evaluator_options))
+        options["evaluator"] = shared[key]
+    return factory(**options)
+
+
+def build_rewards(configs: Mapping[str, RewardConfig], failures: FailureConfig | None = None) -> dict[str, Reward]:
+    """Build all rewards of a run; evaluators named alike with equal options are shared by inline rewards.
+
+    Args:
+        configs: scorers by name.
+        failures: time-out and retries; None leaves the rewards unguarded, so that they raise.
 
     Raises:
-        ConfigError: unknown reward, evaluator or option, or two rewards that emit the same key.
+        ConfigError: unknown reward, evaluator or option, an evaluator without what a reward reads, or two rewards that
+            emit the same key.
+        RewardError: a reward cannot be built (missing weights), here or in its worker.
     """
     shared: dict[str, PoseEvaluator] = {}
-    rewards: dict[str, Reward] = {}
     for name, config in configs.items():
-        factory = _resolve(REWARDS, config.kind, "reward")
-        options = dict(config.options)
-        _check_options(factory, [key for key in options if key != "evaluator_options"], f"rewards.{name}.options")
-        evaluator_options = options.pop("evaluator_options", {})
-        if "evaluator" in options:
-            key = f"{options['evaluator']}:{sorted(evaluator_options.items())}"
-            if key not in shared:
-                shared[key] = LastResult(build_evaluator(options["evaluator"], **evaluator_options))
-            options["evaluator"] = shared[key]
-        rewards[name] = factory(**options)
+        _check_reward(name, config)
+    rewards = {name: _place(name, config, failures, shared) for name, config in configs.items()}
     emitted = [key for reward in rewards.values() for key in reward.keys]
     twice = sorted({key for key in emitted if emitted.count(key) > 1})
     if twice:
         raise ConfigError(f"rewards: keys {twice} are emitted by more than one reward; remove one of them")
-    return rewards
+    if failures is None:
+        return rewards
+    guard = partial(GuardedReward, timeout_s=failures.timeout_s, retries=failures.retries)
+    return {name: guard(reward) for name, reward in rewards.items()}
+
+
+def _check_reward(name: str, config: RewardConfig) -> None:
+    factory = _resolve(REWARDS, config.kind, "reward")
+    options = [key for key in config.options if key != "evaluator_options"]
+    _check_options(factory, options, f"rewards.{name}.options")
+    if config.kind == "source_consistency" and config.options["evaluator"] in WITHOUT_RESIDUAL:
+        known = ", ".join(sorted(set(EVALUATORS) - WITHOUT_RESIDUAL))
+        raise ConfigError(
+            f"rewards.{name}: evaluator {config.options['evaluator']!r} measures no residual, so source_consistency "
+            f"would score 0 for every video; use one of: {known}"
+        )
+
+
+def _place(name: str, config: RewardConfig, failures: FailureConfig | None, shared: dict[str, PoseEvaluator]) -> Reward:
+    if config.placement == "inline":
+        return build_reward(config.kind, config.options, shared)
+    limit = {} if failures is None or failures.timeout_s is None else {"timeout_s": failures.timeout_s}
+    worker = WorkerReward(
+        name,
+        (),
+        f"{__name__}:{build_reward.__name__}",
+        options={"kind": config.kind, "options": config.options},
+        python=config.python or sys.executable,
+        environment=config.environment,
+        **limit,
+    )
+    worker.start()
+    return worker

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from geoalign.errors import UsageError
 from geoalign.rewards.base import Reward, RewardOutput
+from geoalign.rewards.placement import invalid_output
 from geoalign.types import RetakeBatch
 
 logger = logging.getLogger(__name__)
@@ -43,8 +44,9 @@ def score_videos(
 ) -> Scores:
     """Score ``videos`` ``[R, F, 3, H, W]`` of R conditions.
 
-    A scorer that raises makes its samples invalid; it is logged with its cause and counted. Usage errors (a wrong
-    set-up, not a bad sample) are raised.
+    A scorer that raises makes its samples invalid; it is logged with its cause and counted. (Rewards built with a
+    ``FailureConfig`` guard themselves: they retry, then single out the bad sample.) Usage errors (a wrong set-up, not a
+    bad sample) are raised.
 
     Args:
         rewards: scorers by name.
@@ -52,7 +54,8 @@ def score_videos(
         batch: their conditions, one per video.
         usable: ``[R]`` bool, False for samples that already failed (NaN latents); they stay invalid.
     """
-    valid = torch.ones(len(batch), dtype=torch.bool) if usable is None else usable.clone()
+    device = videos.device
+    valid = torch.ones(len(batch), dtype=torch.bool, device=device) if usable is None else usable.to(device, copy=True)
     scores: dict[str, Tensor] = {}
     parts: dict[str, Tensor] = {}
     diagnostics: dict[str, Tensor] = {}
@@ -60,10 +63,10 @@ def score_videos(
     seconds: dict[str, float] = {}
     for name, reward in rewards.items():
         began = time.perf_counter()
-        output = _call(name, reward, videos, batch)
+        output = _on(device, _call(name, reward, videos, batch))
         seconds[name] = time.perf_counter() - began
         failures[name] = int((~output.valid & valid).sum())
-        valid &= output.valid.to(valid.device)
+        valid &= output.valid
         scores |= output.scores
         parts |= output.parts
         diagnostics |= {f"{name}/{key}": value for key, value in output.diagnostics.items()}
@@ -78,5 +81,11 @@ def _call(name: str, reward: Reward, videos: Tensor, batch: RetakeBatch) -> Rewa
         raise
     except Exception as error:
         logger.warning("reward %s failed on %d videos: %s: %s", name, len(batch), type(error).__name__, error)
-        zero = torch.zeros(len(batch))
-        return RewardOutput(dict.fromkeys(reward.keys, zero), torch.zeros(len(batch), dtype=torch.bool))
+        return invalid_output(reward.keys, len(batch), videos.device)
+
+
+def _on(device: torch.device, output: RewardOutput) -> RewardOutput:
+    """Scorers may answer from another device than that of the videos (optical flow runs on the CPU)."""
+    groups = (output.scores, output.parts, output.diagnostics)
+    scores, parts, diagnostics = ({key: value.to(device) for key, value in group.items()} for group in groups)
+    return RewardOutput(scores, output.valid.to(device), parts, diagnostics)

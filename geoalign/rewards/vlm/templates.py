@@ -121,7 +121,9 @@ def extract(archive: Path, wanted: Mapping[str, Template]) -> dict[str, bytes]:
 
 def _download_hpsv3(folder: Path) -> Path:
     command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest", str(folder), "hpsv3==1.0.0"]
-    subprocess.run(command, check=True, capture_output=True, timeout=_TIMEOUT_S)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=_TIMEOUT_S)
+    if done.returncode:
+        raise RewardError(f"`{' '.join(command)}` failed: {(done.stderr.strip().splitlines() or ['no message'])[-1]}")
     return next(folder.glob("hpsv3-*.whl"))
 
 
