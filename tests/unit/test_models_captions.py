@@ -1,0 +1,124 @@
+"""BLIP-2 captions: a tiny random model in the published folder format against a hand-written greedy search."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from geoalign.errors import CheckpointError, DataError
+from geoalign.models.captions import load_captioner
+
+SIZE, QUERIES = 28, 3
+WORDS = ("a", "bear", "walks", "past", "rocks", "river", "street", "tree", "two", "dogs", "red", "car", "on", "the")
+
+
+def save_tiny_blip2(folder: Path) -> Path:
+    """A random BLIP-2 over OPT, saved as the published folder is: weights, configuration, processor, tokenizer."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+    from transformers import (
+        Blip2Config,
+        Blip2ForConditionalGeneration,
+        Blip2Processor,
+        BlipImageProcessor,
+        OPTConfig,
+        PreTrainedTokenizerFast,
+    )  # fmt: skip
+
+    vocabulary = {word: i for i, word in enumerate(("<s>", "<pad>", "</s>", "<unk>", "<image>", *WORDS))}
+    words = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
+    words.pre_tokenizer, words.decoder = pre_tokenizers.Whitespace(), decoders.WordPiece()
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=words, bos_token="<s>", eos_token="</s>", pad_token="<pad>", unk_token="<unk>",
+        additional_special_tokens=["<image>"],
+    )  # fmt: skip
+    layers = {"num_hidden_layers": 2, "num_attention_heads": 2}
+    text = OPTConfig(
+        vocab_size=len(vocabulary), hidden_size=16, ffn_dim=32, word_embed_proj_dim=16, max_position_embeddings=64,
+        bos_token_id=0, pad_token_id=1, eos_token_id=2, **layers,
+    )  # fmt: skip
+    config = Blip2Config(
+        vision_config={"hidden_size": 16, "intermediate_size": 32, "image_size": SIZE, "patch_size": 14, **layers},
+        qformer_config={"hidden_size": 16, "intermediate_size": 32, "vocab_size": 20, **layers},
+        text_config=text.to_dict(), num_query_tokens=QUERIES, image_token_index=4,
+    )  # fmt: skip
+    torch.manual_seed(1)
+    model = Blip2ForConditionalGeneration(config)
+    for name, parameter in model.named_parameters():
+        # Small tied embeddings: the next word is decided by the layers, not by likeness to the last word.
+        norm = "norm" in name.lower() and name.endswith("weight")
+        parameter.data.normal_(1.0 if norm else 0.0, 0.1 if "embed_tokens" in name else 0.5)
+    model.save_pretrained(folder)
+    image = BlipImageProcessor(size={"height": SIZE, "width": SIZE})
+    Blip2Processor(image, tokenizer, num_query_tokens=QUERIES).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_tiny_blip2(tmp_path_factory.mktemp("blip2"))
+
+
+@torch.no_grad()
+def greedy(folder: Path, frame: Tensor) -> list[str]:
+    """Words by repeated full forwards of transformers' model; the frame has the model's size, so nothing is resized."""
+    from transformers import Blip2ForConditionalGeneration
+
+    model = Blip2ForConditionalGeneration.from_pretrained(folder).eval()
+    # CLIP's statistics (openai/CLIP), as in BLIP-2's preprocessor; pixels go through 8 bits.
+    mean, std = torch.tensor([0.48145466, 0.4578275, 0.40821073]), torch.tensor([0.26862954, 0.26130258, 0.27577711])
+    levels = ((frame + 1) * 127.5).round() / 255
+    pixels = (levels - mean[:, None, None]) / std[:, None, None]
+    tokens = [4] * QUERIES + [0]
+    for _ in range(40):
+        ids = torch.tensor([tokens])
+        logits = model(pixels[None], ids, attention_mask=torch.ones_like(ids)).logits[0, -1]
+        tokens.append(int(logits.argmax()))
+        if tokens[-1] == 2:
+            break
+    names = ("<s>", "<pad>", "</s>", "<unk>", "<image>", *WORDS)
+    return [names[token] for token in tokens if token > 4]
+
+
+def test_caption_is_the_greedy_text_of_the_middle_frame(folder: Path) -> None:
+    torch.manual_seed(3)
+    frames = torch.rand(5, 3, SIZE, SIZE) * 2 - 1
+    captioner = load_captioner(folder)
+    expected = greedy(folder, frames[2])
+    assert len(set(expected)) > 1  # a text that says something
+    assert captioner.caption(frames).split() == expected
+    others = frames.clone()
+    others[[0, 1, 3, 4]] = 0
+    assert captioner.caption(others).split() == expected
+    assert captioner.caption(frames[[4]]).split() != expected
+    assert captioner.identity == load_captioner(folder).identity
+
+
+def test_refusals_name_the_folder_and_the_way_out(folder: Path, tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match=r"hf download Salesforce/blip2-opt-2\.7b --local-dir"):
+        load_captioner(tmp_path / "none")
+    for name, text in (("other", '{"model_type": "opt"}'), ("broken", "{")):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "config.json").write_text(text, "utf-8")
+        with pytest.raises(CheckpointError, match=name):
+            load_captioner(tmp_path / name)
+    (tmp_path / "cut").mkdir()
+    for path in folder.iterdir():
+        data = path.read_bytes()
+        (tmp_path / "cut" / path.name).write_bytes(data[: len(data) // 2] if path.suffix == ".safetensors" else data)
+    with pytest.raises(CheckpointError, match="cut"):
+        load_captioner(tmp_path / "cut")
+    settings = json.loads((folder / "config.json").read_text("utf-8"))
+    (tmp_path / "cut" / "config.json").write_text(json.dumps(settings | {"image_token_index": None}), "utf-8")
+    with pytest.raises(CheckpointError, match="image_token_index"):
+        load_captioner(tmp_path / "cut")
+
+
+def test_empty_caption_is_an_error(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    captioner = load_captioner(folder)
+    monkeypatch.setattr(captioner.model, "generate", lambda *_, **__: torch.tensor([[4, 0, 2]]))
+    with pytest.raises(DataError, match="empty caption"):
+        captioner.caption(torch.zeros(3, 3, SIZE, SIZE))
