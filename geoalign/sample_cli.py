@@ -12,6 +12,8 @@ if TYPE_CHECKING:
 
     from geoalign.sampling import CostEstimate, RetakeInputs
 
+# Names of geoalign.rewards.registry.EVALUATORS, repeated because the registry imports torch.
+ESTIMATORS = ("flow_pnp", "mapanything", "planar")
 _NEGATIVE = "blurry, low quality, distorted, jittery, watermark, text"
 
 
@@ -25,11 +27,14 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
     add("--trajectory", required=True, help="pan_right, tilt_up, zoom_in, translate_up, arc_left, ... or a camera file")
     add("--speed", type=float, default=1.0, help="multiplies the camera's motion per frame (default 1)")
     add("--source-camera", type=Path, help="camera file of the source (default: its camera does not move)")
+    add("--source-estimator", choices=ESTIMATORS, help="estimate the source camera instead (metric)")
+    add("--estimator-weights", type=Path, help="of mapanything: model.safetensors or its folder")
     add("--intrinsics", type=_numbers, metavar="FX,FY,CX,CY", help="of the source frames, fractions of W,H,W,H")
     add("--ground-plane", type=_numbers, metavar="NX,NY,NZ,D", help="n.X = d in metres; for geometric models only")
     add("--frames", type=int, help="length (Wan: 4k + 1; default: the longest that fits, at most 81)")
     add("--size", type=_size, metavar="HxW", help="frame size after scale and centre crop (Wan default 480x832)")
     add("--prompt", help="what the video shows, or @FILE with the text")
+    add("--captioner", type=Path, metavar="FOLDER", help="BLIP-2 that writes the prompt when --prompt is not given")
     add("--negative-prompt", default=_NEGATIVE, help="text of the second guidance pass, or @FILE")
     add("--guidance", type=float, help="classifier-free guidance (default 5 with a text encoder, else 1)")
     add("--steps", type=int, default=25, help="sampling steps (default 25)")
@@ -52,8 +57,7 @@ def _run(args: argparse.Namespace) -> int:
     from geoalign.models.open import config_of, open_codec, open_model
     from geoalign.sampling import build_condition, estimate, read_inputs, retake
 
-    if args.out.suffix != ".mp4":
-        raise UsageError(f"--out {args.out} must end in .mp4")
+    _check_arguments(args)
     dtype = getattr(torch, args.dtype or ("bfloat16" if args.device.startswith("cuda") else "float32"))
     try:
         flow = FlowConfig(steps=args.steps, shift=args.shift)
@@ -65,16 +69,18 @@ def _run(args: argparse.Namespace) -> int:
         args.video, args.trajectory, codec=codec, speed=args.speed, frames=args.frames, size=args.size,
         source_camera=args.source_camera, intrinsics=args.intrinsics, ground_plane=args.ground_plane,
     )  # fmt: skip
-    text = _texts(args, dtype)
-    guidance = args.guidance if args.guidance is not None else (5.0 if text else 1.0)
-    if guidance != 1.0 and not text:
+    encoder = _find_text_encoder(args)
+    guidance = args.guidance if args.guidance is not None else (5.0 if encoder else 1.0)
+    if guidance != 1.0 and not encoder:
         raise UsageError(f"--guidance {guidance} needs a text encoder, and {args.model} has none; use --guidance 1")
     forwards = args.steps * (1 if guidance == 1.0 else 2)
-    latent = codec.latent_shape(*inputs.video.shape[1:2], *inputs.video.shape[-2:])
-    cost = estimate(config, count(model_shapes(config))["parameters"], latent, forwards, dtype, args.device)
+    parameters = count(model_shapes(config))["parameters"]
+    cost = estimate(config, parameters, codec, inputs.video.shape, forwards, dtype, args.device)
     _print_cost(inputs, cost)
     if args.dry_run:
         return 0
+    inputs, prompt = _estimate_camera(args, inputs), _prompt(args, inputs, dtype)
+    text = None if encoder is None or prompt is None else _texts(args, encoder, prompt, dtype)
     model, _ = open_model(args.model, args.checkpoint, dtype=dtype, device=args.device)
     moved = _to_device(inputs, args.device)
     cond = build_condition(model, codec, moved, text[0] if text else None, _image_tokens(args, config, moved, dtype))
@@ -83,28 +89,75 @@ def _run(args: argparse.Namespace) -> int:
             model, codec, moved, cond, flow, seed=args.seed, guidance=guidance, negative=text[1] if text else None,
             on_forward=bar.update,
         )  # fmt: skip
-    _write(args, inputs, video.cpu(), cost, guidance)
+    _write(args, inputs, video.cpu(), cost, {"guidance": guidance, "prompt": prompt})
     return 0
 
 
-def _texts(args: argparse.Namespace, dtype: Any) -> tuple[Tensor, Tensor] | None:
-    """Context of the prompt and of the negative prompt, or None for a model without a text encoder."""
+def _check_arguments(args: argparse.Namespace) -> None:
     from geoalign.errors import UsageError
-    from geoalign.models.encoders import load_text_encoder
+
+    if args.out.suffix != ".mp4":
+        raise UsageError(f"--out {args.out} must end in .mp4")
+    if args.source_camera and args.source_estimator:
+        raise UsageError("--source-camera gives the camera that --source-estimator would estimate; use one of them")
+    if (args.source_estimator == "mapanything") != (args.estimator_weights is not None):
+        raise UsageError("--source-estimator mapanything and --estimator-weights PATH go together")
+
+
+def _estimate_camera(args: argparse.Namespace, inputs: RetakeInputs) -> RetakeInputs:
+    """The inputs with an estimated source camera if one was asked for."""
+    if args.source_estimator is None:
+        return inputs
+    from geoalign.rewards.registry import build_evaluator
+    from geoalign.sampling import with_estimated_camera
+
+    options = {
+        "mapanything": {"checkpoint": str(args.estimator_weights), "device": args.device},
+        "planar": {"reference": "first"},  # a source aligned to itself frame by frame would seem to stand still
+    }
+    evaluator = build_evaluator(args.source_estimator, **options.get(args.source_estimator, {}))
+    inputs, tracked = with_estimated_camera(inputs, evaluator)
+    length = float(inputs.source_camera.path_length()[0])
+    print(f"camera   estimated by {evaluator.name}: a path of {length:.3g} m, {tracked:.0%} tracked")
+    return inputs
+
+
+def _find_text_encoder(args: argparse.Namespace) -> tuple[Path, Path] | None:
+    """Weights and tokenizer of the model's text encoder, or None for a model that reads no text."""
+    from geoalign.errors import UsageError
 
     pairs = (
         (args.model / "text_encoder", args.model / "tokenizer"),
         (args.model / "models_t5_umt5-xxl-enc-bf16.pth", args.model / "google" / "umt5-xxl"),
     )
     found = [pair for pair in pairs if pair[0].exists()]
-    if not found:
-        if args.prompt:
-            raise UsageError(f"--prompt needs a text encoder, and {args.model} has none")
-        return None
-    if args.prompt is None:
-        raise UsageError("this model reads text: say what the video shows with --prompt TEXT or --prompt @FILE")
-    prompts = [_text(args.prompt), _text(args.negative_prompt)]
-    context = load_text_encoder(*found[0], dtype=dtype, device=args.device)(prompts)
+    if not found and (args.prompt or args.captioner):
+        raise UsageError(f"a prompt needs a text encoder, and {args.model} has none; drop --prompt and --captioner")
+    if found and args.prompt is None and args.captioner is None:
+        raise UsageError(
+            "this model reads text: say what the video shows with --prompt TEXT or @FILE, or give --captioner FOLDER"
+        )
+    return found[0] if found else None
+
+
+def _prompt(args: argparse.Namespace, inputs: RetakeInputs, dtype: Any) -> str | None:
+    """The given prompt, else a generated one without sentences about the source's camera motion."""
+    if args.prompt is not None or args.captioner is None:
+        return None if args.prompt is None else _text(args.prompt)
+    from geoalign.data.captions import remove_camera_motion
+    from geoalign.models.captions import load_captioner
+
+    caption = load_captioner(args.captioner, dtype=dtype, device=args.device).caption(inputs.video[0])
+    prompt = remove_camera_motion(caption) or caption
+    print(f"prompt   {prompt}")
+    return prompt
+
+
+def _texts(args: argparse.Namespace, encoder: tuple[Path, Path], prompt: str, dtype: Any) -> tuple[Tensor, Tensor]:
+    """Context of the prompt and of the negative prompt."""
+    from geoalign.models.encoders import load_text_encoder
+
+    context = load_text_encoder(*encoder, dtype=dtype, device=args.device)([prompt, _text(args.negative_prompt)])
     return context[:1], context[1:]
 
 
@@ -146,7 +199,7 @@ def _print_cost(inputs: RetakeInputs, cost: CostEstimate) -> None:
         f"latents  {' x '.join(map(str, cost.latent_shape))} (channels, frames, rows, columns), {cost.tokens:,} tokens"
     )
     print(f"work     {cost.forwards} forwards, {cost.tflop:,.3g} TFLOP, about {cost.memory_gb:.3g} GB")
-    print(f"time     about {cost.seconds:,.3g} s (predicted from a matrix product on this device)")
+    print(f"time     about {cost.seconds:,.3g} s of denoising (predicted from a matrix product on this device)")
 
 
 def _progress(total: int) -> Any:
@@ -155,7 +208,9 @@ def _progress(total: int) -> Any:
     return tqdm(total=total, desc="sampling", unit="forward", file=sys.stderr, disable=None)
 
 
-def _write(args: argparse.Namespace, inputs: RetakeInputs, video: Tensor, cost: CostEstimate, guidance: float) -> None:
+def _write(
+    args: argparse.Namespace, inputs: RetakeInputs, video: Tensor, cost: CostEstimate, chosen: dict[str, Any]
+) -> None:
     import torch
 
     from geoalign import __version__
@@ -173,7 +228,7 @@ def _write(args: argparse.Namespace, inputs: RetakeInputs, video: Tensor, cost: 
     write_video(beside["side_by_side"], torch.cat([inputs.video[0], video[0]], -1), inputs.fps)
     _plot(inputs, beside["cameras"])
     settings = {name: str(v) if isinstance(v, Path) else v for name, v in vars(args).items() if _plain(v)}
-    used = {"guidance": guidance, "frames": video.shape[1], "size": list(video.shape[-2:]), "fps": inputs.fps}
+    used = chosen | {"frames": video.shape[1], "size": list(video.shape[-2:]), "fps": inputs.fps}
     record = {
         "geoalign": __version__, "torch": torch.__version__, "arguments": settings, "used": used,
         "tokens": cost.tokens, "forwards": cost.forwards, "files": {k: str(v) for k, v in beside.items()},

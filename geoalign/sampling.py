@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -15,7 +15,7 @@ from geoalign.config.model import ModelConfig
 from geoalign.data.frames import cover_crop_intrinsics, to_float
 from geoalign.data.readers import AnyReader
 from geoalign.data.video import PyAVReader
-from geoalign.errors import UsageError
+from geoalign.errors import RewardError, UsageError
 from geoalign.flow.sampler import FlowSampler, initial_noise
 from geoalign.flow.table import build_step_table
 from geoalign.geometry.io import load_trajectory
@@ -24,6 +24,9 @@ from geoalign.geometry.trajectory import DEFAULT_INTRINSICS, CameraTrajectory
 from geoalign.models.codec_base import LatentCodec
 from geoalign.models.conditioning import Conditioning
 from geoalign.models.dit import RetakeDiT
+from geoalign.perf.cost import TransformerCost
+from geoalign.rewards.base import PoseEvaluator
+from geoalign.types import SourceClip
 
 WAN_SIZE, MAX_FRAMES = (480, 832), 81
 
@@ -101,6 +104,27 @@ def choose_frames(codec: LatentCodec, available: int) -> int:
             continue
         return count
     raise UsageError(f"no length up to {available} fits the frame rule {codec.frame_rule}")
+
+
+def with_estimated_camera(inputs: RetakeInputs, evaluator: PoseEvaluator) -> tuple[RetakeInputs, float]:
+    """Replace the source camera by the poses that ``evaluator`` reads from the source video, keeping the lens.
+
+    Returns:
+        the inputs, and the share of the picture that the estimate explains.
+
+    Raises:
+        RewardError: poses that are not finite, or not one per frame.
+        UserError: whatever the evaluator itself misses.
+    """
+    source = SourceClip(inputs.video, inputs.source_camera, inputs.ground_plane, ("source",))
+    found = evaluator(inputs.video, source)
+    frames = inputs.video.shape[1]
+    if len(found.frame_indices) != frames or not torch.isfinite(found.c2w).all():
+        raise RewardError(
+            f"{evaluator.name} found no pose for some of the {frames} source frames; give --source-camera instead"
+        )
+    camera = CameraTrajectory.build(found.c2w.to(inputs.source_camera.c2w), inputs.source_camera.intrinsics)
+    return replace(inputs, source_camera=camera.relative_to_first()), float(found.tracked[0])
 
 
 def build_condition(
@@ -183,30 +207,22 @@ class CostEstimate:
 def estimate(
     config: ModelConfig,
     parameters: int,
-    latent: tuple[int, int, int, int],
+    codec: LatentCodec,
+    video_shape: Sequence[int],
     forwards: int,
     dtype: torch.dtype,
     device: str,
 ) -> CostEstimate:
-    """Predict tokens, arithmetic, memory and time of sampling one video."""
-    _, frames, rows, columns = latent
-    t, r, c = config.patch
-    per_frame = (rows // r) * (columns // c)
-    target = (frames - int(config.first_frame_given)) // t * per_frame
-    tokens = target + (frames // t * per_frame if config.source == "frames" else 0)
-    flop = forwards * forward_flops(config, tokens)
-    width = torch.empty(0, dtype=dtype).element_size()
+    """Predict tokens, arithmetic, memory and time of denoising one video ``[1, F, 3, H, W]``."""
+    _, frames, _, height, width = video_shape
+    work = TransformerCost.of(config, frames, height, width)
+    # The adapter runs once: its output is kept with the condition.
+    flop = forwards * (work.forward_flops() - work.adapter_flops()) + work.adapter_flops()
+    size = torch.empty(0, dtype=dtype).element_size()
     # Parameters, plus at the widest point the float32 residual stream, q, k, v and the hidden feed-forward activations.
-    memory = parameters * width + tokens * (2 * 4 * config.dim + width * (4 * config.dim + 2 * config.ffn_dim))
-    return CostEstimate(latent, tokens, forwards, flop / 1e12, memory / 1e9, flop / _throughput(dtype, device))
-
-
-def forward_flops(config: ModelConfig, tokens: int) -> float:
-    """Multiply-adds times two of all matrix products of one forward that grow with the number of tokens."""
-    d, text = config.dim, config.text_length + (257 if config.image_dim else 0)
-    attention = 4 * tokens**2 * d + 8 * tokens * d * d
-    cross = 4 * tokens * d * d + 4 * tokens * text * d
-    return float(config.layers * (attention + cross + 4 * tokens * d * config.ffn_dim))
+    memory = parameters * size + work.tokens * (2 * 4 * config.dim + size * (4 * config.dim + 2 * config.ffn_dim))
+    latent = codec.latent_shape(frames, height, width)
+    return CostEstimate(latent, work.tokens, forwards, flop / 1e12, memory / 1e9, flop / _throughput(dtype, device))
 
 
 def _throughput(dtype: torch.dtype, device: str) -> float:
