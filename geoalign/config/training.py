@@ -138,6 +138,8 @@ class TrainConfig(Section):
     """Iterations between checkpoints; the last iteration always writes one."""
     keep_checkpoints: int = Field(2, gt=0)
     """Checkpoints kept in the run folder."""
+    rank_timeout_s: float = Field(3600.0, gt=0)
+    """Seconds that a rank waits for the others (they may be evaluating) before the run ends with a message."""
     shuffle_advantages: bool = False
     """Control experiment: permute advantages inside each group, which must remove all learning."""
 

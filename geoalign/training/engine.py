@@ -30,6 +30,10 @@ class Engine:
         """``tensor`` reduced over the ranks (the argument may be overwritten)."""
         raise NotImplementedError
 
+    def barrier(self) -> None:
+        """Wait for all ranks."""
+        self.sum(0.0)
+
     def sum(self, value: float) -> float:
         """The sum of one number over the ranks, in float64."""
         return float(self.all_reduce(torch.tensor(value, dtype=torch.float64), "sum"))

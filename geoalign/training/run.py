@@ -10,7 +10,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -29,6 +29,8 @@ from geoalign.rewards.registry import build_rewards
 from geoalign.rl.policy import RetakePolicy
 from geoalign.training.bundle import load_policy, save_policy
 from geoalign.training.checkpoint import config_hash, list_checkpoints, load_checkpoint, save_checkpoint
+from geoalign.training.distributed import engine_of_environment
+from geoalign.training.engine import Engine
 from geoalign.training.evaluate import METRICS, Evaluation, HeldOut, evaluate
 from geoalign.training.metrics import MetricsWriter
 from geoalign.training.trainer import Trainer
@@ -83,7 +85,13 @@ def run_training(config: Config, *, resume: str | None = None, allow_config_chan
     Raises:
         UserError: any set-up that cannot work; nothing is left half-written.
     """
-    folder = config.run.folder
+    with engine_of_environment(config.train.rank_timeout_s) as engine:
+        return _run_training(config, engine, resume, allow_config_change)
+
+
+def _run_training(config: Config, engine: Engine, resume: str | None, allow_config_change: bool) -> Path:
+    """The run on one rank; rank 0 alone evaluates and writes."""
+    folder, main = config.run.folder, engine.rank == 0
     resolved = config.model_dump(mode="json")
     fingerprint = config_hash(resolved)
     checkpoint = _find_checkpoint(folder, resume)
@@ -98,21 +106,26 @@ def run_training(config: Config, *, resume: str | None = None, allow_config_chan
         if checkpoint is None
         else load_checkpoint(checkpoint, config=fingerprint, allow_config_change=allow_config_change)
     )
-    prepare_run(config)
+    if main:
+        prepare_run(config)
+    engine.barrier()  # rank 0 has rendered the world, and every rank has looked for checkpoints
+    if not main:
+        prepare_run(config)
     rewards = build_rewards(config.rewards, config.failures)
-    trainer = Trainer(config, policy, RetakeDataset(config.data, seed=config.run.seed), rewards)
-    folder.mkdir(parents=True, exist_ok=True)
-    atomic_write_text(folder / "config.yaml", to_yaml(config))
+    trainer = Trainer(config, policy, RetakeDataset(config.data, seed=config.run.seed), rewards, engine)
     environment = describe_environment()
-    atomic_write_json(folder / "env.json", environment)
+    if main:
+        folder.mkdir(parents=True, exist_ok=True)
+        atomic_write_text(folder / "config.yaml", to_yaml(config))
+        atomic_write_json(folder / "env.json", environment)
     clock = _Clock()
-    held_out = None if config.world is None else HeldOut.build(config.world, config.eval)
+    held_out = None if config.world is None or not main else HeldOut.build(config.world, config.eval)
     if state is not None:
         trainer.load(state)
     elif held_out is not None:
         trainer.notes["before"] = _evaluate_and_keep(config, policy, held_out, folder, "before")
     finished = _loop(config, trainer, folder, fingerprint, held_out, clock)
-    if not finished:
+    if not finished or not main:
         return folder
     trainer.learner.average.swap()
     save_policy(folder / "policy.safetensors", policy, config.codec, {"run": config.run.name, "seed": config.run.seed})
@@ -154,24 +167,28 @@ def _loop(
     base_notes = dict(trainer.notes)
 
     def save() -> None:
+        if trainer.engine.rank:
+            return
         trainer.notes |= {"wall_s": clock.wall(base_notes), "cpu_s": clock.cpu(base_notes)}
         save_checkpoint(folder / "checkpoints", trainer.state(), config=fingerprint, keep=config.train.keep_checkpoints)
 
     with (
         StopRequest().installed() as stop,
-        MetricsWriter(folder, trainer.iteration) as writer,
+        MetricsWriter(folder, trainer.iteration) if trainer.engine.rank == 0 else nullcontext() as writer,
         bar(total, "training", "it", trainer.iteration) as progress,
     ):
         while trainer.iteration < total:
             numbers = trainer.step()
             if config.eval.every and held_out is not None and trainer.iteration % config.eval.every == 0:
                 numbers |= _evaluate_on_the_way(config, trainer, held_out)
-            writer.write(trainer.iteration - 1, numbers)
+            if writer is not None:
+                writer.write(trainer.iteration - 1, numbers)
             progress.set_postfix_str(_headline(numbers), refresh=False)
             progress.update()
-            if trainer.iteration % config.train.checkpoint_every == 0 or trainer.iteration == total or stop.signal_name:
+            stopping = trainer.engine.maximum(float(bool(stop.signal_name))) > 0  # all ranks stop together
+            if trainer.iteration % config.train.checkpoint_every == 0 or trainer.iteration == total or stopping:
                 save()
-            if stop.signal_name and trainer.iteration < total:
+            if stopping and trainer.iteration < total:
                 print(
                     f"stopped after iteration {trainer.iteration} of {total}; continue with --resume auto",
                     file=sys.stderr,
