@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
-from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -32,15 +30,6 @@ class Captioner:
 
     def __init__(self, model: Blip2ForConditionalGeneration, processor: Blip2Processor, folder: Path) -> None:
         self.model, self.processor, self.folder = model.eval().requires_grad_(False), processor, folder
-
-    @cached_property
-    def identity(self) -> str:
-        """SHA-256 of all files of the folder: what a cache of captions depends on."""
-        digest = hashlib.sha256()
-        for path in sorted(item for item in self.folder.iterdir() if item.is_file()):
-            with path.open("rb") as file:
-                digest.update(path.name.encode() + hashlib.file_digest(file, "sha256").digest())
-        return digest.hexdigest()
 
     @torch.no_grad()
     def caption(self, frames: Tensor) -> str:
