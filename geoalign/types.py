@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -60,6 +60,36 @@ class SourceClip:
 
 
 @dataclass(frozen=True, slots=True, eq=False)
+class Encodings:
+    """What was encoded of B conditions before training; None where nothing was.
+
+    Attributes:
+        latents: ``[B, C, T, h, w]`` of the source video.
+        context: ``[B, L, D]`` text embedding, zero beyond each prompt's length; L is the longest of the batch.
+        image_tokens: ``[B, N, D]`` of the first source frame.
+    """
+
+    latents: Tensor | None = None
+    context: Tensor | None = None
+    image_tokens: Tensor | None = None
+
+    def __len__(self) -> int:
+        return next((len(part) for part in (self.latents, self.context, self.image_tokens) if part is not None), 0)
+
+    def select(self, index: Tensor) -> Encodings:
+        """The encodings at ``index`` (integers, repeats allowed)."""
+        return self._map(lambda part: part[index.to(part.device)])
+
+    def to(self, device: torch.device | str) -> Encodings:
+        """Copy the tensors to ``device``."""
+        return self._map(lambda part: part.to(device))
+
+    def _map(self, change: Callable[[Tensor], Tensor]) -> Encodings:
+        parts = (self.latents, self.context, self.image_tokens)
+        return Encodings(*(None if part is None else change(part) for part in parts))
+
+
+@dataclass(frozen=True, slots=True, eq=False)
 class RetakeBatch:
     """B conditions: a source clip, the wanted camera path and a prompt each.
 
@@ -67,16 +97,20 @@ class RetakeBatch:
         source: B source clips.
         target_camera: ``[B, F]``, frame 0 is the identity (the first view of the source).
         prompts: B strings.
+        encodings: prepared latents and embeddings, or None: the policy encodes the source itself.
     """
 
     source: SourceClip
     target_camera: CameraTrajectory
     prompts: tuple[str, ...]
+    encodings: Encodings | None = None
 
     def __post_init__(self) -> None:
         if not len(self.source) == len(self.target_camera) == len(self.prompts):
             sizes = f"source {len(self.source)}, target camera {len(self.target_camera)}, prompts {len(self.prompts)}"
             raise DataError(f"a retake batch's parts have different batch sizes: {sizes}")
+        if self.encodings is not None and len(self.encodings) != len(self.source):
+            raise DataError(f"{len(self.encodings)} encodings for {len(self.source)} conditions")
 
     def __len__(self) -> int:
         return len(self.source)
@@ -85,7 +119,8 @@ class RetakeBatch:
         """The conditions at ``index`` (integers, repeats allowed)."""
         index = torch.as_tensor(index, dtype=torch.long, device=self.source.video.device)
         camera = self.target_camera[index.to(self.target_camera.device)]
-        return RetakeBatch(self.source.select(index), camera, _pick(self.prompts, index))
+        encodings = None if self.encodings is None else self.encodings.select(index)
+        return RetakeBatch(self.source.select(index), camera, _pick(self.prompts, index), encodings)
 
     def repeat_interleave(self, repeats: int) -> RetakeBatch:
         """Each condition ``repeats`` times in a row: the layout of a group of rollouts."""
@@ -93,4 +128,5 @@ class RetakeBatch:
 
     def to(self, device: torch.device | str) -> RetakeBatch:
         """Copy the tensors to ``device``."""
-        return RetakeBatch(self.source.to(device), self.target_camera.to(device), self.prompts)
+        encodings = None if self.encodings is None else self.encodings.to(device)
+        return RetakeBatch(self.source.to(device), self.target_camera.to(device), self.prompts, encodings)

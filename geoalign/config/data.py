@@ -141,7 +141,25 @@ class PrepareConfig(Section):
     clips_per_shard: int = Field(64, ge=1)
     """Encoded windows of one safetensors shard."""
     dtype: Literal["bfloat16", "float32"] = "bfloat16"
-    """Type of stored latents and embeddings."""
+    """Type of stored latents and embeddings, and of the text and image encoders while they run."""
+    codec: Path | None = None
+    """VAE that encodes the clips: ``Wan2.1_VAE.pth`` or a diffusers ``vae`` folder; default: the codec of
+    ``train.base``, which it must equal in training."""
+    text: Path | None = None
+    """umT5 encoder: ``models_t5_umt5-xxl-enc-bf16.pth`` or a transformers folder; None stores no text embedding."""
+    tokenizer: Path | None = None
+    """Tokenizer folder of ``text``; default: the same folder."""
+    text_length: int = Field(512, gt=0)
+    """Tokens that prompts are cut to (``model.text_length`` of the policy)."""
+    image: Path | None = None
+    """CLIP vision encoder: the open-clip ``.pth`` of Wan2.1 or a transformers folder; None stores no image tokens."""
+    captioner: Path | None = None
+    """BLIP-2 folder; needed by ``clips.caption=blip2``."""
+    evaluator: str | None = None
+    """Pose evaluator that estimates the source camera of clips without a metric camera file (``mapanything``). Frames
+    are taken to have the focal length ``clips.default_focal``."""
+    evaluator_options: dict[str, Any] = Field(default_factory=dict)
+    """Keyword options of ``evaluator`` (for ``mapanything``: ``checkpoint``)."""
 
 
 class DataConfig(Section):

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import replace
 
@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from geoalign.config.data import DataConfig
-from geoalign.data.cache import Entry, open_cache
+from geoalign.data.cache import Entry, open_cache, pad_tokens
 from geoalign.data.captions import prompt_of
 from geoalign.data.clips import ClipRecord, Split, in_split, list_clips
 from geoalign.data.frames import to_float
@@ -29,7 +29,7 @@ from geoalign.data.video import VideoReader
 from geoalign.errors import DataError
 from geoalign.geometry.rescale import RescaleResult
 from geoalign.geometry.trajectory import CameraTrajectory
-from geoalign.types import RetakeBatch, SourceClip
+from geoalign.types import Encodings, RetakeBatch, SourceClip
 from geoalign_kernels import philox_uniform
 
 STREAM_CLIP = 2
@@ -44,16 +44,23 @@ class RetakeDataset:
         seed: run seed.
         split: "train", "val" or "all".
         reader: video reader; default the configured one.
+        encoder: identity of the encoder that the cache must have been made with; default: whatever there is.
 
-    With ``data.use_cache`` the windows, cameras and captions are those that ``geoalign prepare`` stored, and
-    :meth:`prepared` returns the encoded tensors.
+    With ``data.use_cache`` the windows, cameras and captions are those that ``geoalign prepare`` stored, and batches
+    carry the encoded tensors.
 
     Raises:
         DataError: no usable clips or camera paths.
     """
 
     def __init__(
-        self, config: DataConfig, *, seed: int, split: Split = "train", reader: VideoReader | None = None
+        self,
+        config: DataConfig,
+        *,
+        seed: int,
+        split: Split = "train",
+        reader: VideoReader | None = None,
+        encoder: Mapping[str, str] | None = None,
     ) -> None:
         self.config, self.seed, self.split = config, seed, split
         self.clip_tally, self.path_tally = Tally("clips"), Tally("camera paths")
@@ -64,8 +71,10 @@ class RetakeDataset:
             raise DataError(f"{config.clips_path}: none of {len(listed)} clips is in split '{split}'")
         self.paths = load_pool(config.trajectories_path, config.num_frames, config.trajectories, self.path_tally, split)
         self.loader = ClipLoader(config, reader or open_reader(config.clips.reader))
-        self.cache = open_cache(config.cache, data_settings(config)) if config.use_cache else None
+        self.cache = open_cache(config.cache, data_settings(config), encoder) if config.use_cache else None
         self._entries = self._usable_entries()
+        self._entry_of = {window_id(entry.clip_id, entry.start): entry for entry in self._entries}
+        self._record_of = {record.clip_id: record for record in self.clips}
         self.rescaler = PathRescaler(config.trajectories.rescale)
         self._pending: dict[tuple[int, tuple[int, ...]], Future[RetakeBatch]] = {}
         self._worker = ThreadPoolExecutor(max_workers=1, thread_name_prefix="geoalign-data")
@@ -133,8 +142,7 @@ class RetakeDataset:
         """Encoded tensors of the windows ``clip_ids`` of a batch, one dict each (empty without ``data.use_cache``)."""
         if self.cache is None:
             return [{} for _ in clip_ids]
-        entries = {window_id(entry.clip_id, entry.start): entry for entry in self._entries}
-        return [self.cache.read(entries[clip_id]) for clip_id in clip_ids]
+        return [self.cache.read(self._entry_of[clip_id]) for clip_id in clip_ids]
 
     def _usable_entries(self) -> list[Entry]:
         """Prepared windows of this split whose clip is unchanged since, in a fixed order."""
@@ -156,7 +164,7 @@ class RetakeDataset:
 
     def _cached_window(self, entry: Entry) -> LoadedWindow:
         assert self.cache is not None
-        record = next(record for record in self.clips if record.clip_id == entry.clip_id)
+        record = self._record_of[entry.clip_id]
         stored = self.cache.read(entry)
         camera = CameraTrajectory(stored["camera.c2w"], stored["camera.intrinsics"])
         frames = self.loader.load(replace(record, camera=None), entry.start, camera).frames
@@ -189,9 +197,22 @@ class RetakeDataset:
             prompts = tuple(prompt_of(window.record, self.config.clips) for window in windows)
         else:
             prompts = tuple(window.record.caption for window in windows)
-        return RetakeBatch(source, CameraTrajectory.stack(paths).to(dtype=torch.float32), prompts)
+        encodings = None if self.cache is None else stack_encodings(self.prepared(source.clip_ids))
+        return RetakeBatch(source, CameraTrajectory.stack(paths).to(dtype=torch.float32), prompts, encodings)
 
 
 def window_id(clip_id: str, start: int) -> str:
     """The name of a window in ``SourceClip.clip_ids``."""
     return f"{clip_id}@{start}"
+
+
+def stack_encodings(windows: Sequence[Mapping[str, Tensor]]) -> Encodings:
+    """Prepared tensors of B windows as one record; texts are padded with zero tokens to the longest."""
+    names = windows[0].keys()
+    texts = [window["context"] for window in windows] if "context" in names else []
+    length = max((len(text) for text in texts), default=0)
+    return Encodings(
+        latents=torch.stack([window["latents"] for window in windows]) if "latents" in names else None,
+        context=torch.stack([pad_tokens(text, length) for text in texts]) if texts else None,
+        image_tokens=torch.stack([window["image_tokens"] for window in windows]) if "image_tokens" in names else None,
+    )

@@ -111,7 +111,8 @@ def load_text_encoder(
     try:
         words = AutoTokenizer.from_pretrained(tokenizer, local_files_only=True)
         if weights.is_dir():
-            return TextEncoder(UMT5EncoderModel.from_pretrained(weights, dtype=dtype, local_files_only=True), words)
+            network = UMT5EncoderModel.from_pretrained(weights, dtype=dtype, local_files_only=True)
+            return TextEncoder(network.to(device), words)
     except (OSError, ValueError) as error:
         raise CheckpointError(f"{weights}: text encoder or tokenizer cannot be read ({error})") from error
     with torch.device("meta"):

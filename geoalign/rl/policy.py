@@ -7,10 +7,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from geoalign.errors import DataError
 from geoalign.models.codec_base import LatentCodec
 from geoalign.models.conditioning import ConditionCache, Conditioning
 from geoalign.models.dit import RetakeDiT
-from geoalign.types import RetakeBatch
+from geoalign.types import Encodings, RetakeBatch
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,15 +44,37 @@ class RetakePolicy:
 
     @torch.no_grad()
     def condition(self, batch: RetakeBatch) -> Conditioning:
-        """Encode B conditions; text is the constant zero token unless the model has an encoder's output to read."""
-        config = self.model.config
+        """Encode B conditions, taking prepared encodings where the batch has them.
+
+        Without a prepared text embedding the text is one zero token.
+
+        Raises:
+            DataError: prepared embeddings of another size than the model reads.
+        """
+        config, ready = self.model.config, batch.encodings or Encodings()
+        latents = self.codec.encode(batch.source.video) if ready.latents is None else ready.latents.float()
+        if ready.context is None:
+            context = torch.zeros(len(batch), 1, config.text_dim, device=batch.source.video.device)
+        else:
+            context = self._padded(ready.context.float())
         return Conditioning(
-            source_latents=self.codec.encode(batch.source.video),
+            source_latents=latents,
             source_camera=batch.source.camera,
             target_camera=batch.target_camera,
             ground_plane=batch.source.ground_plane,
-            context=torch.zeros(len(batch), 1, config.text_dim, device=batch.source.video.device),
+            context=context,
+            image_tokens=None if ready.image_tokens is None else ready.image_tokens.float(),
         )
+
+    def _padded(self, context: Tensor) -> Tensor:
+        """``[B, L, D]`` with zero tokens up to the model's text length: they take part in attention."""
+        length, dim = self.model.config.text_length, self.model.config.text_dim
+        if context.shape[-1] != dim or context.shape[1] > length:
+            raise DataError(
+                f"prepared text embeddings are {context.shape[1]} tokens of width {context.shape[-1]}, the model reads "
+                f"{length} of width {dim}; set data.prepare.text and text_length to fit and run `geoalign prepare`"
+            )
+        return torch.nn.functional.pad(context, (0, 0, 0, length - context.shape[1]))
 
     def prepare(self, conditioning: Conditioning) -> Prepared:
         """Compute the step-independent part once (with gradient when gradients are on: the camera gains live there)."""

@@ -1,63 +1,235 @@
-"""What ``geoalign prepare`` computes of a window; built here because it joins models and the embedded world."""
+"""What ``geoalign prepare`` computes of a window; built here because it joins models, evaluators and the world."""
 
 from __future__ import annotations
 
 import hashlib
+import json
+import os
+import time
 from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
+from geoalign.config.data import PrepareConfig
 from geoalign.config.schema import Config
-from geoalign.errors import ConfigError
+from geoalign.errors import ConfigError, DataError, RunError
+from geoalign.geometry import so3
 from geoalign.geometry.trajectory import CameraTrajectory
+from geoalign.models.codec import PatchCodec
 from geoalign.models.codec_base import LatentCodec
-from geoalign.training.bundle import load_policy, resolve_base
+from geoalign.models.encoders import ImageEncoder, TextEncoder, load_image_encoder, load_text_encoder
+from geoalign.models.open import open_codec
+from geoalign.models.wan_vae import load_wan_codec
+from geoalign.rewards.base import PoseEstimate, PoseEvaluator
+from geoalign.rewards.registry import build_evaluator
+from geoalign.training.bundle import resolve_base
+from geoalign.types import SourceClip
 from geoalign.world.dataset import is_complete, write_world
 
+if TYPE_CHECKING:
+    from geoalign.models.captions import Captioner
 
-class CodecEncoder:
-    """Source latents by the policy's codec; clips bring their own metric cameras and captions.
+_BLOCK, _BLOCKS = 1 << 20, 64
 
-    Args:
+
+@dataclass(frozen=True, slots=True)
+class ModelEncoder:
+    """Everything that is computed of a window before training; parts that are None are left out.
+
+    Attributes:
+        identity: hashes of all weights and settings below; part of the cache key.
         codec: the codec of the policy.
-        identity: names what the codec's weights are.
+        focal: focal length over frame width of clips whose camera is estimated.
+        device: where codec and encoders run; results are on the CPU.
+        text, image, captioner, evaluator: see :class:`geoalign.config.data.PrepareConfig`.
     """
 
-    def __init__(self, codec: LatentCodec, identity: str) -> None:
-        self._codec = codec
-        self.identity: Mapping[str, str] = {"codec": codec.name, "weights": identity}
+    identity: Mapping[str, str]
+    codec: LatentCodec
+    focal: float = 0.9
+    device: str = "cpu"
+    text: TextEncoder | None = None
+    image: ImageEncoder | None = None
+    captioner: Captioner | None = None
+    evaluator: PoseEvaluator | None = None
 
     @torch.no_grad()
     def encode(self, frames: Tensor, prompt: str) -> Mapping[str, Tensor]:
-        """``latents`` ``[C, T, h, w]`` of a window ``[F, 3, H, W]``."""
-        return {"latents": self._codec.encode(frames[None])[0]}
+        """Of ``[F, 3, H, W]``: ``latents`` ``[C, T, h, w]``, ``context`` ``[L, D]``, ``image_tokens`` ``[N, D]``."""
+        moved = frames.to(self.device)
+        tensors = {"latents": self.codec.encode(moved[None])[0]}
+        if self.text is not None:
+            tensors["context"] = self.text([prompt])[0]
+        if self.image is not None:
+            tensors["image_tokens"] = self.image(moved[:1])[0]
+        return {name: value.cpu() for name, value in tensors.items()}
 
     def caption(self, frames: Tensor) -> str | None:
-        """No captioner."""
-        return None
+        """A sentence about ``[F, 3, H, W]``; None without a captioner."""
+        return None if self.captioner is None else self.captioner.caption(frames)
 
     def estimate_camera(self, frames: Tensor) -> tuple[CameraTrajectory, Tensor | None] | None:
-        """No estimator."""
-        return None
+        """The evaluator's path of ``[F, 3, H, W]`` in metres, with the assumed focal length; None without evaluator.
+
+        Raises:
+            DataError: the evaluator has no finite answer.
+        """
+        if self.evaluator is None:
+            return None
+        height, width = frames.shape[-2:]
+        lens = (self.focal, self.focal * width / height, 0.5, 0.5)
+        static = CameraTrajectory.identity(len(frames), lens)
+        estimate = self.evaluator(frames[None], SourceClip(frames[None], CameraTrajectory.stack([static]), None, ("",)))
+        c2w = every_frame(estimate, len(frames))
+        return CameraTrajectory.validated(c2w, static.intrinsics.double(), name=self.evaluator.name), None
 
 
-def build_encoder(config: Config) -> CodecEncoder:
-    """The encoder of ``train.base``.
+def every_frame(estimate: PoseEstimate, count: int) -> Tensor:
+    """Poses ``[count, 4, 4]`` float64 of the first video: slerp and linear positions between evaluated frames.
 
     Raises:
-        ConfigError: no base policy is configured.
+        DataError: a pose is not finite.
     """
-    if config.train.base is None:
-        raise ConfigError("train.base is not set: prepare encodes with the codec of the base policy")
-    policy, _ = load_policy(config.train.base)
-    digest = hashlib.sha256(resolve_base(config.train.base).read_bytes()).hexdigest()
-    return CodecEncoder(policy.codec, digest)
+    known = estimate.c2w[0].double().cpu()
+    if not bool(torch.isfinite(known).all()):
+        raise DataError("the pose evaluator found no camera path")
+    at = estimate.frame_indices.cpu()
+    frame = torch.arange(count)
+    left = (torch.searchsorted(at, frame, right=True) - 1).clamp(0, len(at) - 2)
+    fraction = (frame - at[left]).double() / (at[left + 1] - at[left])
+    rotation, position = so3.project(known[:, :3, :3]), known[:, :3, 3]
+    turned = so3.interpolate(rotation[left], rotation[left + 1], fraction)
+    return so3.rigid(turned, torch.lerp(position[left], position[left + 1], fraction[:, None]))
 
 
-def render_missing_data(config: Config, rank: int) -> None:
-    """Render the embedded world into ``data.root`` if it is configured and missing (rank 0 only)."""
-    if config.world is not None and not is_complete(config.data, config.world):
-        if rank:
-            raise ConfigError(f"{config.data.root}: not rendered yet; run `geoalign prepare` once without torchrun")
+def build_encoder(config: Config) -> ModelEncoder:
+    """Load what ``data.prepare`` names and the codec of ``train.base``.
+
+    Raises:
+        ConfigError: neither a base policy nor a codec is configured, or an unknown evaluator.
+        CheckpointError: files that are missing, damaged or of another model.
+    """
+    settings, device = config.data.prepare, _device(config)
+    dtype = torch.bfloat16 if settings.dtype == "bfloat16" else torch.float32
+    codec = _codec(config, device)
+    text = image = captioner = evaluator = None
+    if settings.text is not None:
+        text = load_text_encoder(settings.text, settings.tokenizer or settings.text, dtype=dtype, device=device)
+        text.length = settings.text_length
+    if settings.image is not None:
+        image = load_image_encoder(settings.image, dtype=dtype, device=device)
+    if settings.captioner is not None:
+        from geoalign.models.captions import load_captioner
+
+        captioner = load_captioner(settings.captioner, dtype=dtype, device=device)
+    if settings.evaluator is not None:
+        evaluator = build_evaluator(settings.evaluator, **settings.evaluator_options)
+    place = "cpu" if isinstance(codec, PatchCodec) else device  # a patch transform is not worth the transfer
+    identity, focal = encoder_identity(config), config.data.clips.default_focal
+    return ModelEncoder(identity, codec, focal, place, text, image, captioner, evaluator)
+
+
+def encoder_identity(config: Config) -> dict[str, str]:
+    """What :func:`build_encoder` will be identified by, without loading any network; same errors."""
+    settings = config.data.prepare
+    identity = {"codec": _codec_hash(config)}
+    if settings.text is not None:
+        words = settings.tokenizer or settings.text
+        identity["text"] = f"{weights_hash(settings.text)} {weights_hash(words)} {settings.text_length}"
+    if settings.image is not None:
+        identity["image"] = weights_hash(settings.image)
+    if settings.captioner is not None:
+        identity["captioner"] = weights_hash(settings.captioner)
+    if settings.evaluator is not None:
+        identity["evaluator"] = _evaluator_identity(settings)
+    return identity
+
+
+def weights_hash(path: Path) -> str:
+    """Hash of a weight file, or of the files of a folder: names, sizes and 64 blocks of 1 MiB spread over each file.
+
+    Files of up to 64 MiB are read whole; of larger ones a sample, because all ranks of a run check 11 GB of text
+    encoder at every start and training changes every block of a network.
+
+    Raises:
+        DataError: missing or unreadable.
+    """
+    digest = hashlib.sha256()
+    try:
+        files = sorted(file for file in path.rglob("*") if file.is_file()) if path.is_dir() else [path]
+        for file in files:
+            size = file.stat().st_size
+            digest.update(f"{file.relative_to(path) if file != path else ''}\0{size}\0".encode())
+            blocks = min(-(-size // _BLOCK), _BLOCKS)
+            with file.open("rb") as stream:
+                for number in range(blocks):
+                    stream.seek(number * max(size - _BLOCK, 0) // max(blocks - 1, 1))
+                    digest.update(stream.read(_BLOCK))
+    except OSError as error:
+        raise DataError(f"{path}: cannot be read ({error.strerror or error})") from error
+    return digest.hexdigest()[:32]
+
+
+def render_missing_data(config: Config, rank: int, *, timeout_s: float = 3600.0) -> None:
+    """Render the embedded world into ``data.root`` if it is configured and missing: rank 0 renders, others wait.
+
+    Raises:
+        RunError: rank 0 has not finished after ``timeout_s`` seconds.
+    """
+    if config.world is None or is_complete(config.data, config.world):
+        return
+    if rank == 0:
         write_world(config.data, config.world)
+        return
+    deadline = time.monotonic() + timeout_s
+    while not is_complete(config.data, config.world):  # its stamp is written last and atomically
+        if time.monotonic() > deadline:
+            raise RunError(
+                f"{config.data.root}: rank 0 has not rendered the world in {timeout_s:g} s; see its messages"
+            )
+        time.sleep(0.2)
+
+
+def _device(config: Config) -> str:
+    if config.run.device == "cpu" or not torch.cuda.is_available():
+        return "cpu"
+    return f"cuda:{os.environ.get('LOCAL_RANK', '0')}"
+
+
+def _base(config: Config) -> Path:
+    if config.train.base is None:
+        raise ConfigError(
+            "train.base is not set: prepare encodes with the codec of the base policy, or data.prepare.codec"
+        )
+    return resolve_base(config.train.base)
+
+
+def _codec(config: Config, device: str) -> LatentCodec:
+    path = config.data.prepare.codec
+    return open_codec(_base(config), device=device) if path is None else load_wan_codec(path, device=device)
+
+
+def _codec_hash(config: Config) -> str:
+    """Of a policy file only the codec counts, so that a cache serves all policies that share it."""
+    if config.data.prepare.codec is not None:
+        return weights_hash(config.data.prepare.codec)
+    base = _base(config)
+    if base.is_dir():
+        return weights_hash(base / "vae" if (base / "vae").is_dir() else base / "Wan2.1_VAE.pth")
+    codec = open_codec(base)
+    assert isinstance(codec, PatchCodec)
+    settings = f"{codec.name} {codec.patch} {codec.luma} {codec.chroma} ".encode()
+    return hashlib.sha256(settings + codec.channel_std.numpy().tobytes()).hexdigest()[:32]
+
+
+def _evaluator_identity(settings: PrepareConfig) -> str:
+    """Name and options; options that name existing files count by their content."""
+    options = {
+        name: weights_hash(Path(value)) if isinstance(value, str) and Path(value).exists() else value
+        for name, value in sorted(settings.evaluator_options.items())
+    }
+    return f"{settings.evaluator} {json.dumps(options)}"

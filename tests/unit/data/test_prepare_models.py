@@ -1,0 +1,249 @@
+"""``geoalign prepare`` end to end: tiny random Wan VAE, umT5, CLIP and BLIP-2 in the published folder formats."""
+
+from __future__ import annotations
+
+import json
+import math
+import threading
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from geoalign.cli import main
+from geoalign.config.data import DataConfig
+from geoalign.config.load import load_config
+from geoalign.config.model import ModelConfig
+from geoalign.config.schema import Config
+from geoalign.data.frames import to_float
+from geoalign.data.source import RetakeDataset
+from geoalign.errors import DataError, RunError
+from geoalign.models.captions import load_captioner
+from geoalign.models.dit import RetakeDiT
+from geoalign.models.encoders import load_image_encoder, load_text_encoder
+from geoalign.models.wan_vae import load_wan_codec
+from geoalign.rewards.base import PoseEstimate
+from geoalign.rewards.registry import EVALUATORS
+from geoalign.rl.policy import RetakePolicy
+from geoalign.training.bundle import load_policy
+from geoalign.training.encoders import encoder_identity, every_frame, render_missing_data, weights_hash
+from geoalign.types import Encodings, SourceClip
+from tests.unit.test_models_captions import save_tiny_blip2
+
+WORDS = ("a", "bear", "walks", "past", "rocks", "river", "street", "tree", "two", "dogs", "red", "car")
+TEXT_DIM, IMAGE_DIM, TEXT_LENGTH = 16, 20, 8
+STEP_M = 0.25
+
+
+class LineEvaluator:
+    """Sees every camera move forward by a quarter of a metre and turn by two degrees a frame; looks at every other."""
+
+    name = "line"
+
+    def __call__(self, video: Tensor, source: SourceClip) -> PoseEstimate:
+        index = torch.arange(0, video.shape[1], 2)
+        c2w = torch.eye(4).repeat(1, len(index), 1, 1)
+        c2w[0, :, 2, 3] = STEP_M * index
+        turn = torch.deg2rad(2.0 * index)
+        c2w[0, :, 0, 0], c2w[0, :, 0, 2] = turn.cos(), turn.sin()
+        c2w[0, :, 2, 0], c2w[0, :, 2, 2] = -turn.sin(), turn.cos()
+        return PoseEstimate(c2w, index, torch.ones(1), torch.zeros(1))
+
+
+@pytest.fixture(scope="module")
+def weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with ``vae``, ``text``, ``tokenizer``, ``image`` and ``blip2``."""
+    from diffusers import AutoencoderKLWan
+    from tokenizers import Tokenizer, models, pre_tokenizers, processors
+    from transformers import (
+        CLIPVisionConfig,
+        CLIPVisionModel,
+        PreTrainedTokenizerFast,
+        UMT5Config,
+        UMT5EncoderModel,
+    )  # fmt: skip
+
+    folder = tmp_path_factory.mktemp("weights")
+    torch.manual_seed(0)
+    AutoencoderKLWan(base_dim=4, num_res_blocks=1).save_pretrained(folder / "vae")
+    vocabulary = {word: i for i, word in enumerate(("<pad>", "</s>", "<unk>", *WORDS))}
+    words = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
+    words.pre_tokenizer = pre_tokenizers.Whitespace()
+    words.post_processor = processors.TemplateProcessing(single="$A </s>", special_tokens=[("</s>", 1)])
+    PreTrainedTokenizerFast(
+        tokenizer_object=words, pad_token="<pad>", eos_token="</s>", unk_token="<unk>"
+    ).save_pretrained(folder / "tokenizer")
+    text = UMT5Config(
+        vocab_size=len(vocabulary), d_model=TEXT_DIM, d_kv=8, d_ff=24, num_layers=2, num_heads=2,
+        feed_forward_proj="gated-gelu",
+    )  # fmt: skip
+    UMT5EncoderModel(text).save_pretrained(folder / "text")
+    image = CLIPVisionConfig(
+        hidden_size=IMAGE_DIM, intermediate_size=24, num_hidden_layers=2, num_attention_heads=2, image_size=28,
+        patch_size=14,
+    )  # fmt: skip
+    CLIPVisionModel(image).save_pretrained(folder / "image")
+    save_tiny_blip2(folder / "blip2")
+    return folder
+
+
+def settings_file(world: DataConfig, weights: Path, **prepare: Any) -> Path:
+    """A configuration file that prepares ``world`` with all encoders."""
+    stored = {
+        "dtype": "float32", "text_length": TEXT_LENGTH, "evaluator": "line",
+        **{"codec": "vae", "text": "text", "tokenizer": "tokenizer", "image": "image", "captioner": "blip2"}, **prepare,
+    }  # fmt: skip
+    for name in ("codec", "text", "tokenizer", "image", "captioner"):
+        stored[name] = stored[name] and str(weights / stored[name])
+    data = world.model_dump(mode="json")
+    data["prepare"] |= stored
+    data["clips"]["caption"] = "blip2"
+    path = world.root / "run.yaml"
+    path.write_text(json.dumps({"run": {"device": "cpu"}, "data": data}))
+    return path
+
+
+def test_everything_that_is_prepared_is_what_the_models_say(
+    world: DataConfig, weights: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setitem(EVALUATORS, "line", f"{__name__}:LineEvaluator")
+    for path in sorted((world.root / "clips").rglob("*.mp4"))[3:]:  # three clips keep the job short
+        path.unlink()
+        path.with_suffix(".npz").unlink()
+    rows = (world.root / "clips" / "metadata.csv").read_text().splitlines()
+    (world.root / "clips" / "metadata.csv").write_text("\n".join(rows[:4]) + "\n")
+    estimated = sorted((world.root / "clips").rglob("*.npz"))[0]
+    estimated.unlink()
+    file = settings_file(world, weights)
+    assert main(["prepare", "--config", str(file)]) == 0
+    assert "encoded 3 windows" in capsys.readouterr().out
+    config = load_config(Config, str(file), ["data.use_cache=true", "data.clips.val_fraction=0"])
+    dataset = RetakeDataset(config.data, seed=0, encoder=encoder_identity(config))
+    batch = dataset.batch(0, range(8))
+    assert {name.split("@")[0] for name in batch.source.clip_ids} == {record.clip_id for record in dataset.clips}
+
+    codec = load_wan_codec(weights / "vae")
+    text = load_text_encoder(weights / "text", weights / "tokenizer", dtype=torch.float32)
+    text.length = TEXT_LENGTH
+    image, captioner = load_image_encoder(weights / "image", dtype=torch.float32), load_captioner(weights / "blip2")
+    policy = RetakePolicy(RetakeDiT(tiny_model()), codec)
+    cond = policy.condition(batch)
+    assert cond.image_tokens is not None and cond.context is not None and cond.source_latents is not None
+    assert cond.context.shape == (8, TEXT_LENGTH, TEXT_DIM)
+    for row, name in enumerate(batch.source.clip_ids):
+        video = batch.source.video[row]
+        assert torch.equal(cond.source_latents[row], codec.encode(video[None])[0])
+        assert batch.prompts[row] == captioner.caption(video)
+        assert torch.equal(cond.context[row], text([batch.prompts[row]])[0])
+        assert torch.equal(cond.image_tokens[row], image(video[:1])[0])
+        if name.startswith(estimated.stem):
+            length = batch.source.camera[row].position[:, 2]
+            torch.testing.assert_close(length, STEP_M * torch.arange(5.0), atol=1e-6, rtol=0)
+            angles = batch.source.camera[row].increments()[0].norm(dim=-1)
+            torch.testing.assert_close(angles, torch.full((4,), math.radians(2.0)), atol=1e-5, rtol=0)
+    policy.prepare(cond)  # the network takes the shapes
+    other = load_config(Config, str(file), ["data.use_cache=true", "data.prepare.text_length=7"])
+    with pytest.raises(DataError, match="differs in the encoder"):
+        RetakeDataset(other.data, seed=0, encoder=encoder_identity(other))
+    narrow = RetakePolicy(RetakeDiT(tiny_model().model_copy(update={"text_dim": 12})), codec)
+    with pytest.raises(DataError, match="of width 16, the model reads 8 of width 12"):
+        narrow.condition(batch)
+
+
+def tiny_model() -> ModelConfig:
+    """A Wan-like policy that reads all prepared parts."""
+    return ModelConfig(
+        dim=48, heads=2, layers=1, ffn_dim=48, text_dim=TEXT_DIM, text_length=TEXT_LENGTH, freq_dim=16,
+        image_dim=IMAGE_DIM, source="frames",
+    )  # fmt: skip
+
+
+SMOKE = ("world.clips=10", "world.trajectories=12", "data.prepare.dtype=float32", "data.prepare.windows_per_clip=9")
+
+
+def overrides(folder: Path) -> list[str]:
+    """The embedded world, small, in ``folder``."""
+    return [*SMOKE, f"data.root={folder / 'world'}", f"data.cache={folder / 'cache'}"]
+
+
+def test_verbs_prepare_the_embedded_world_on_two_ranks_and_training_reads_it_bitwise(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = ["--config", "smoke", *overrides(tmp_path)]
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    for rank in ("0", "1"):
+        monkeypatch.setenv("RANK", rank)
+        assert main(["prepare", *arguments]) == 0
+    counts = [int(line.split()[1]) for line in capsys.readouterr().out.splitlines() if line.startswith("encoded")]
+    monkeypatch.delenv("RANK")
+    monkeypatch.delenv("WORLD_SIZE")
+    assert main(["prepare", *arguments]) == 0
+    assert len(counts) == 2 and min(counts) > 0
+    assert "encoded 0 windows (0.0 B)" in (out := capsys.readouterr().out) and f"kept {sum(counts)}" in out
+    assert main(["prepare", *arguments, "--dry-run"]) == 0 and "nothing to do" in capsys.readouterr().out
+    assert main(["data", "check", *arguments]) == 0
+    assert f"{sum(counts)} windows" in (out := capsys.readouterr().out) and "0 damaged" in out
+    figure = tmp_path / "paths.png"
+    assert main(["data", "trajectories", *arguments, "--count", "12", "--plot", str(figure)]) == 0
+    assert figure.read_bytes().startswith(b"\x89PNG") and "peak turn" in capsys.readouterr().out
+
+    config = load_config(Config, "smoke", [*overrides(tmp_path), "data.use_cache=true"])
+    policy, _ = load_policy(Path("builtin:tiny_base"))
+    dataset = RetakeDataset(config.data, seed=3, encoder=encoder_identity(config))
+    batch = dataset.batch(2, range(4))
+    direct = RetakeDataset(config.data.model_copy(update={"use_cache": False}), seed=3)
+    records = {record.clip_id: record for record in direct.clips}
+    windows = [direct.loader.load(records[c], int(s)) for c, s in (n.split("@") for n in batch.source.clip_ids)]
+    assert torch.equal(batch.source.video, torch.stack([to_float(window.frames) for window in windows]))
+    cached, uncached = policy.condition(batch), policy.condition(replace(batch, encodings=None))
+    assert cached.source_latents is not None and uncached.source_latents is not None
+    assert torch.equal(cached.source_latents, uncached.source_latents)
+    assert cached.context is not None and uncached.context is not None and cached.image_tokens is None
+    assert torch.equal(cached.context, uncached.context)
+    moved = batch.to("cpu").repeat_interleave(2).encodings
+    assert moved is not None and moved.latents is not None and batch.encodings is not None
+    assert torch.equal(moved.latents[::2], moved.latents[1::2]) and len(moved) == 8
+
+
+def test_other_ranks_wait_for_the_world(tmp_path: Path) -> None:
+    config = load_config(Config, "smoke", overrides(tmp_path))
+    with pytest.raises(RunError, match="rank 0 has not rendered"):
+        render_missing_data(config, 1, timeout_s=0.0)
+    waiting = threading.Thread(target=render_missing_data, args=(config, 1), daemon=True)
+    waiting.start()
+    waiting.join(0.3)
+    assert waiting.is_alive()
+    render_missing_data(config, 0)
+    waiting.join(30)
+    assert not waiting.is_alive()
+    render_missing_data(config, 1, timeout_s=0.0)  # complete: nobody waits
+
+
+def test_identities_see_every_byte_of_small_files_and_the_ends_of_large_ones(tmp_path: Path) -> None:
+    file = tmp_path / "weights.pth"
+    file.write_bytes(bytes(3 << 20))
+    known = {weights_hash(file)}
+    for position in (0, 1 << 20, (3 << 20) - 1):
+        content = bytearray(3 << 20)
+        content[position] = 1
+        file.write_bytes(content)
+        known.add(weights_hash(file))
+    assert len(known) == 4
+    with pytest.raises(DataError, match="cannot be read"):
+        weights_hash(tmp_path / "none.pth")
+
+
+def test_estimates_without_an_answer_are_data_errors() -> None:
+    c2w = torch.eye(4).repeat(1, 2, 1, 1)
+    c2w[0, 1, 0, 3] = torch.nan
+    with pytest.raises(DataError, match="no camera path"):
+        every_frame(PoseEstimate(c2w, torch.tensor([0, 4]), torch.ones(1), torch.zeros(1)), 5)
+
+
+def test_encodings_of_another_batch_size_are_refused(world: DataConfig) -> None:
+    batch = RetakeDataset(world, seed=0).batch(0, range(2))
+    with pytest.raises(DataError, match="3 encodings for 2 conditions"):
+        replace(batch, encodings=Encodings(latents=torch.zeros(3, 1)))
