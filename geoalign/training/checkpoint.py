@@ -64,6 +64,8 @@ def save_checkpoint(folder: Path, state: TrainState, *, config: str, keep: int) 
     """
     final = folder / f"step_{state.iteration:06d}"
     temporary = folder / f".writing_{final.name}_{os.getpid()}"
+    for left_over in folder.glob(".writing_*"):  # of a process that was killed while it wrote
+        shutil.rmtree(left_over, ignore_errors=True)
     try:
         temporary.mkdir(parents=True)
         save_file(_contiguous(state.trained), temporary / "trained.safetensors")

@@ -264,3 +264,15 @@ def test_placement_covers_every_row_once() -> None:
         assert torch.equal(rows.sort().values, torch.arange(conditions * size))
     with pytest.raises(ConfigError, match="do not divide"):
         place_groups(3, 12, 0, 2)
+
+
+@pytest.mark.parametrize("levers", [{}, {"recompute": True}], ids=["kept", "recomputed"])
+def test_ratio_is_one_bitwise_in_bfloat16(levers: dict[str, bool]) -> None:
+    """Matrices in bf16, residual stream and latents in float32: still the same bits in rollout and learner."""
+    trainer = trainer_of(smoke(levers=levers, window=WINDOW))
+    trainer.policy.model.bfloat16()
+    trainer.policy.model.camera_embedding.float()  # reads ground-plane coordinates in metres
+    metrics = trainer.step()
+    assert metrics["parity/log_prob_diff_max"] == 0.0
+    assert metrics["policy/ratio_min"] == metrics["policy/ratio_max"] == 1.0
+    assert metrics["policy/grad_norm"] > 0
