@@ -153,6 +153,30 @@ def test_pruning_and_cache_change_nothing() -> None:
         assert relative(again[::2], pruned) < 1e-5
 
 
+@pytest.mark.parametrize("config", [REDIRECTOR, TINY], ids=["redirector", "tiny"])
+def test_recomputation_changes_no_gradient(config: ModelConfig) -> None:
+    """The second forward of a block does the same operations in the same order: equal to the last bit."""
+    model = randomised(config).requires_grad_(True)
+    cond = redirector_condition() if config is REDIRECTOR else tiny_condition()
+    assert cond.source_latents is not None
+    torch.manual_seed(6)
+    channels, frames, *plane = cond.source_latents.shape[1:]
+    x = torch.randn(2, channels, frames - int(config.first_frame_given), *plane)
+    calls: list[int] = []
+    for block in model.blocks:
+        block.self_attn.register_forward_hook(lambda *_: calls.append(1))
+    gradients, forwards = [], []
+    for model.recompute in (False, True):
+        model.zero_grad()
+        calls.clear()
+        model(x, torch.tensor([900.0, 100.0]), cond).square().mean().backward()
+        forwards.append(len(calls))
+        gradients.append({name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None})
+    assert forwards == [2, 4]
+    assert gradients[0].keys() == gradients[1].keys() and len(gradients[0]) > 50
+    assert all(torch.equal(gradient, gradients[1][name]) for name, gradient in gradients[0].items())
+
+
 def test_equal_cameras_cancel_between_queries_and_keys_but_not_between_value_and_output() -> None:
     """A phase common to all tokens leaves q.k unchanged; o sits between the rotations of v and output, so they stay."""
     from geoalign.models.camera import learned_rotation

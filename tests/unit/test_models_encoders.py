@@ -51,6 +51,23 @@ def test_vae_mapping_and_normalisation(tmp_path: Path) -> None:
         codec.latent_shape(5, 33, 48)
 
 
+def test_tiles_are_decoded_one_by_one() -> None:
+    """34 x 34 latents are two tiles a side: what only the first one makes equals decoding that tile alone."""
+    from diffusers import AutoencoderKLWan
+
+    torch.manual_seed(0)
+    vae = AutoencoderKLWan(base_dim=8)
+    plain, latents = WanCodec(vae), torch.randn(1, 16, 1, 34, 34)
+    whole, tile = plain.decode(latents), plain.decode(latents[..., :32, :32])
+    tiled = WanCodec(vae, tiled=True).decode(latents)
+    assert tiled.shape == whole.shape == (1, 1, 3, 272, 272)
+    # diffusers' tiles are 256 pixels wide, 192 apart, and blended into the tile before them only beyond that.
+    torch.testing.assert_close(tiled[..., :192, :192], tile[..., :192, :192], atol=1e-6, rtol=1e-5)
+    assert not torch.equal(tiled, whole)
+    small = torch.randn(1, 16, 1, 4, 6)
+    assert torch.equal(WanCodec(vae, tiled=True).decode(small), plain.decode(small))
+
+
 def plain_text_encoder(state: dict[str, Tensor], ids: Tensor, mask: Tensor, layers: int, heads: int) -> Tensor:
     """Wan2.1's umT5 encoder restated from its file's names (Raffel et al. 2020, bidirectional, bias in every layer)."""
 

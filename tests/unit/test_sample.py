@@ -122,6 +122,17 @@ def test_dry_run_writes_nothing(model: Path, clip: Path, tmp_path: Path, capsys:
     assert list(tmp_path.iterdir()) == []
 
 
+def test_tiled_reaches_the_autoencoder(
+    model: Path, clip: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from diffusers import AutoencoderKLWan
+
+    calls: list[object] = []
+    monkeypatch.setattr(AutoencoderKLWan, "enable_tiling", lambda vae: calls.append(vae))
+    assert run(model, clip, tmp_path / "out.mp4", "--dry-run") == 0 and not calls
+    assert run(model, clip, tmp_path / "out.mp4", "--dry-run", "--tiled") == 0 and len(calls) == 1
+
+
 def test_camera_of_the_source_by_an_evaluator(
     model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
