@@ -99,8 +99,9 @@ class RetakeDataset:
             self._pending = {key: self._worker.submit(self._assemble, iteration, key[1])}
 
     def fingerprint(self) -> str:
-        """Hash of clips, camera paths and settings; equal on every rank, stored to refuse a resume on other data."""
-        digest = hashlib.sha256(self.config.model_dump_json(exclude={"root", "cache"}).encode())
+        """Hash of clips, camera paths, cache and settings; equal on every rank, stored to refuse a resume on others."""
+        digest = hashlib.sha256(self.config.model_dump_json(exclude={"root", "cache", "prepare"}).encode())
+        digest.update("".join(entry.key for entry in self._entries).encode())
         digest.update(self.paths.fingerprint().encode())
         for record in self.clips:
             digest.update(f"{record.clip_id}\0{record.start_frame}\0{record.end_frame}\0{record.caption}".encode())

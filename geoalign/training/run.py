@@ -28,8 +28,15 @@ from geoalign.io_utils import atomic_path, atomic_write_json, atomic_write_text
 from geoalign.rewards.registry import build_rewards
 from geoalign.rl.policy import RetakePolicy
 from geoalign.training.bundle import load_policy, save_policy
-from geoalign.training.checkpoint import config_hash, list_checkpoints, load_checkpoint, save_checkpoint
+from geoalign.training.checkpoint import (
+    TrainState,
+    config_hash,
+    list_checkpoints,
+    load_checkpoint,
+    save_checkpoint,
+)
 from geoalign.training.distributed import engine_of_environment
+from geoalign.training.encoders import encoder_identity
 from geoalign.training.engine import Engine
 from geoalign.training.evaluate import METRICS, Evaluation, HeldOut, evaluate
 from geoalign.training.metrics import MetricsWriter
@@ -112,7 +119,11 @@ def _run_training(config: Config, engine: Engine, resume: str | None, allow_conf
     if not main:
         prepare_run(config)
     rewards = build_rewards(config.rewards, config.failures)
-    trainer = Trainer(config, policy, RetakeDataset(config.data, seed=config.run.seed), rewards, engine)
+    encoder = encoder_identity(config) if config.data.use_cache else None
+    dataset = RetakeDataset(config.data, seed=config.run.seed, encoder=encoder)
+    if state is not None:
+        refuse_other_data(state, dataset.fingerprint(), allow_config_change)
+    trainer = Trainer(config, policy, dataset, rewards, engine)
     environment = describe_environment()
     if main:
         folder.mkdir(parents=True, exist_ok=True)
@@ -124,6 +135,7 @@ def _run_training(config: Config, engine: Engine, resume: str | None, allow_conf
         trainer.load(state)
     elif held_out is not None:
         trainer.notes["before"] = _evaluate_and_keep(config, policy, held_out, folder, "before")
+    trainer.notes["data"] = dataset.fingerprint()
     finished = _loop(config, trainer, folder, fingerprint, held_out, clock)
     if not finished or not main:
         return folder
@@ -142,6 +154,16 @@ def _run_training(config: Config, engine: Engine, resume: str | None, allow_conf
     }
     atomic_write_json(folder / "summary.json", summary)
     return folder
+
+
+def refuse_other_data(state: TrainState, fingerprint: str, allowed: bool) -> None:
+    """Raise CheckpointError if the checkpoint was trained on other clips or camera paths and that is not allowed."""
+    known = state.notes.get("data", fingerprint)
+    if known != fingerprint and not allowed:
+        raise CheckpointError(
+            f"the data changed since iteration {state.iteration} (fingerprint {known[:12]}, now {fingerprint[:12]}): "
+            "restore data.root and data.cache, or pass --allow-config-change"
+        )
 
 
 class _Clock:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -38,6 +38,19 @@ class ConditionSource(Protocol):
 
     def batch(self, iteration: int, group_ids: list[int]) -> RetakeBatch:
         """The conditions of these groups."""
+        ...
+
+
+@runtime_checkable
+class PrefetchingSource(ConditionSource, Protocol):
+    """A source that can work ahead and tells what it did."""
+
+    def prefetch(self, iteration: int, group_ids: list[int]) -> None:
+        """Start assembling a batch in the background."""
+        ...
+
+    def telemetry(self) -> dict[str, float]:
+        """Named counters since the start of the process."""
         ...
 
 
@@ -89,7 +102,7 @@ class Trainer:
         window = self.schedule(self.iteration)
         sampler = self._sampler(window)
         with clock.phase("data"):
-            batch = self.source.batch(self.iteration, groups.tolist())
+            batch = self._draw(groups.tolist())
         stream = StreamingBackward() if config.levers.streaming else None
         with clock.phase("rollout/encode"), torch.set_grad_enabled(stream is not None):
             conditioning = self.policy.condition(batch)
@@ -127,7 +140,15 @@ class Trainer:
         seconds = clock.collect() | {f"time/reward/{name}_s": value for name, value in scores.seconds.items()}
         where = {"window/start": float(window.start), "optim/lr_factor": factor}
         counts = self._counts(rollout, sampler)
-        return _reward_metrics(scores, advantage) | update | counts | seconds | where
+        data = self.source.telemetry() if isinstance(self.source, PrefetchingSource) else {}
+        return _reward_metrics(scores, advantage) | update | counts | seconds | where | data
+
+    def _draw(self, group_ids: list[int]) -> RetakeBatch:
+        """The batch of this iteration; the next one is assembled while this one trains."""
+        batch = self.source.batch(self.iteration, group_ids)
+        if isinstance(self.source, PrefetchingSource) and self.iteration + 1 < self.config.train.iterations:
+            self.source.prefetch(self.iteration + 1, group_ids)
+        return batch
 
     def _sampler(self, window: StepWindow) -> FlowSampler:
         """The sampler of one iteration.
