@@ -1,0 +1,49 @@
+"""The benchmark harness end to end on the CPU: its rows, the report made from them, capture and replay."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+
+
+def script(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    path = os.pathsep.join([str(ROOT), str(ROOT / "kernels")])
+    return subprocess.run(
+        [sys.executable, *arguments], cwd=ROOT, env={**os.environ, "PYTHONPATH": path, **environment},
+        capture_output=True, text=True, timeout=300,
+    )  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def results(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("bench") / "self.jsonl"
+    done = script("profiling/bench_ops.py", "--self-check", "--out", str(path))
+    assert done.returncode == 0, done.stdout + done.stderr
+    return path
+
+
+def rows_of(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def test_self_check_writes_every_kind_of_row(results: Path) -> None:
+    rows = rows_of(results)
+    assert rows[0]["kind"] == "environment" and {"versions", "commit", "dirty", "command"} <= set(rows[0])
+    assert rows[1]["kind"] == "ceiling" and rows[-1]["kind"] == "steadiness"
+    kernels = [row for row in rows if row["kind"] == "kernel"]
+    for name in ("qk_norm_rotary", "unrotate_gate_norm", "modulated_norm", "gated_residual", "flow_log_prob"):
+        for direction in ("fwd", "bwd"):
+            for impl in ("ours", "eager", "compiled"):
+                # float32 results against float64: far below the gate, so a wrong formula cannot hide behind it
+                (row,) = [r for r in kernels if (r["name"], r["direction"], r["impl"]) == (name, direction, impl)][:1]
+                assert row["status"] == "ok" and row["rel_l2"] <= 1e-5, row
+    absent = {row["impl"] for row in kernels if row["status"] == "not run"}
+    assert "sdpa_cudnn" in absent and all(row["note"] for row in kernels if row["status"] == "not run")
