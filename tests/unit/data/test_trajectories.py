@@ -12,7 +12,7 @@ import torch
 from scipy import stats
 from scipy.spatial.transform import Rotation
 
-from geoalign.config.data import RescaleConfig, TrajectoriesConfig
+from geoalign.config.data import RescaleConfig, TrajectoriesConfig, TruncatedGaussian
 from geoalign.data.omniworld import find_scenes, load_scene, read_metadata, split_record, write_archive
 from geoalign.data.tally import Tally
 from geoalign.data.tracks import valid_runs
@@ -171,3 +171,35 @@ def test_metric_modes_keep_or_clip_the_speed() -> None:
     assert kept.peak_translation == pytest.approx(1.6, rel=1e-9) and kept.peak_rotation == pytest.approx(8, rel=1e-6)
     cut = PathRescaler(RescaleConfig(scale_mode="metric_then_clip"))(path, 1.0, (0.3, 0.6))
     assert cut.peak_translation == pytest.approx(1.6, rel=1e-9) and cut.peak_rotation == pytest.approx(8, rel=1e-6)
+
+
+def test_turns_beyond_180_degrees_stay_smooth_and_are_judged_by_their_rescaled_span(tmp_path: Path) -> None:
+    """Windows that turn by 240, -300 and 60 degrees; 3 degrees a frame make 60 of each, 4.5 make 90 (limit 75)."""
+    turns = (12.0, -15.0, 3.0)
+    write_archive(
+        tmp_path / "abababababab_others.tar.gz", [split_record(walk(21, yaw_deg=turn)) for turn in turns], fps=24
+    )
+    tally = Tally("camera paths")
+    pool = load_pool(tmp_path, 21, CONFIG, tally)
+    assert (len(pool), tally.accepted, tally.rejected) == (3, 3, {})
+    outcomes = {}
+    for mode in ("unwrapped", "egocentric", "paper"):
+        for speed in (48.0, 72.0):  # degrees per second at 16 fps
+            law = TruncatedGaussian(mean=speed, std=0.0, low=1.0, high=100.0)
+            rescaler = PathRescaler(RescaleConfig(mode=mode, rotation=law))
+            results = [rescaler(pool.raw(index), 1.0, (0.5, 0.5)) for index in range(3)]
+            outcomes[mode, speed] = dict(rescaler.rejected)
+            if mode == "paper":
+                continue
+            for turn, result in zip(turns, results, strict=True):
+                steps = torch.rad2deg(result.trajectory.increments()[0][:, 1])
+                expected = torch.full((20,), math.copysign(speed / 16, turn), dtype=torch.float64)
+                torch.testing.assert_close(steps, expected, atol=1e-4, rtol=0)
+                assert result.yaw_deg == pytest.approx(20 * speed / 16, abs=1e-2)
+    smooth = {48.0: {}, 72.0: {"yaw": 3}}
+    assert {key: value for key, value in outcomes.items() if key[0] != "paper"} == {
+        (mode, speed): smooth[speed] for mode in ("unwrapped", "egocentric") for speed in (48.0, 72.0)
+    }
+    # Read literally, eq. 14 scales the wrapped angle: the two long turns jump from +180 s to -180 s where they wrap, which
+    # spans 360 s: 90 and 72 degrees (the short one 60), or half as much again.
+    assert outcomes["paper", 48.0]["yaw"] == 1 and outcomes["paper", 72.0]["yaw"] == 3
