@@ -47,3 +47,19 @@ def test_self_check_writes_every_kind_of_row(results: Path) -> None:
                 assert row["status"] == "ok" and row["rel_l2"] <= 1e-5, row
     absent = {row["impl"] for row in kernels if row["status"] == "not run"}
     assert "sdpa_cudnn" in absent and all(row["note"] for row in kernels if row["status"] == "not run")
+
+
+def test_report_lists_every_timed_row_and_draws_every_point(results: Path, tmp_path: Path) -> None:
+    from xml.etree import ElementTree
+
+    done = script("profiling/figures.py", str(results), "--out", str(tmp_path))
+    assert done.returncode == 0, done.stderr
+    rows = rows_of(results)
+    timed = [row for row in rows if row["kind"] == "kernel" and row["status"] == "ok"]
+    table = (tmp_path / "self.md").read_text().partition("## Kernels")[2].partition("##")[0]
+    assert table.count("\n|") == len(timed) + 2  # header and rule
+    steady = rows[-1]["steady"]
+    assert ("Unsteady" in (tmp_path / "self.md").read_text()) == (not steady)
+    drawn = ElementTree.parse(tmp_path / "self.svg").findall("{*}circle/{*}title")
+    assert len(drawn) == len(timed)
+    assert script("profiling/figures.py", str(tmp_path / "self.md")).returncode == 2

@@ -1,0 +1,180 @@
+"""Table and roofline of a result file of `bench_ops.py`.
+
+    python profiling/figures.py RESULTS.jsonl [--out FOLDER]
+
+Writes `<name>.md` and `<name>.svg` next to the results. Every number comes from the file: a second run of this script
+gives the same bytes.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+Row = dict[str, Any]
+WIDTH, HEIGHT, MARGIN = 760, 440, 60
+COLOURS = {"ours": "#c2410c", "triton": "#c2410c", "int8": "#7c3aed", "eager": "#64748b", "compiled": "#0e7490"}
+OTHER = "#94a3b8"
+MISS = 0.25
+"""A prediction further off than this is listed."""
+
+
+def load(path: Path) -> list[Row]:
+    """The rows of a result file.
+
+    Raises:
+        ValueError: the file does not start with an environment row.
+    """
+    rows = [json.loads(line) for line in path.read_text().splitlines() if line.strip()]
+    if not rows or rows[0].get("kind") != "environment":
+        raise ValueError(f"{path} is not a result file: its first line must be the environment row")
+    return rows
+
+
+def _number(value: float | None, digits: int = 3) -> str:
+    return "-" if value is None else f"{value:.{digits}g}" if value < 1000 else f"{value:.0f}"
+
+
+def _shape(row: Row) -> str:
+    return " x ".join(f"{n:,}" for n in row.get("shape") or [])
+
+
+def _table(header: list[str], lines: list[list[str]]) -> list[str]:
+    return [f"| {' | '.join(cells)} |" for cells in (header, ["---"] * len(header), *lines)]
+
+
+def markdown(rows: list[Row]) -> str:
+    """The report: environment, ceilings, kernels, missed predictions, what was not run."""
+    environment, kernels = rows[0], [row for row in rows if row["kind"] == "kernel"]
+    timed = [row for row in kernels if row["status"] == "ok"]
+    steadiness = [row for row in rows if row["kind"] == "steadiness"]
+    steady = bool(steadiness) and steadiness[-1]["steady"]
+    versions = ", ".join(f"{name} {version}" for name, version in environment["versions"].items() if version)
+    commit = environment["commit"] + (" with uncommitted changes" if environment["dirty"] else "")
+    text = [
+        f"# Kernels on {environment['device']}",
+        "",
+        f"Commit {commit}; {versions}; CUDA {environment['cuda']}; `{environment['command']}`.",
+        ""
+        if steady
+        else "\n**Unsteady: a ceiling moved by more than 3 % during the run, or is missing. Do not quote.**",
+        "## Ceilings",
+        "",
+    ]
+    ceilings = [row for row in rows if row["kind"] == "ceiling"]
+    text += _table(
+        ["name", "shape", "when", "ms", "GB/s", "TFLOP/s"],
+        [[r["name"], _shape(r), r["impl"], _number(r["t_ms_median"], 4), _number(r.get("gbps")),
+          _number(r.get("tflops"))] for r in ceilings],
+    )  # fmt: skip
+    baseline = {(r["name"], r["direction"], _shape(r)): r["t_ms_median"] for r in timed if r["impl"] == "ours"}
+    header = ["op", "direction", "shape", "implementation", "ms", "p20-p80", "GB/s", "% copy", "TFLOP/s", "% matmul",
+              "rel. error", "predicted ms", "time over ours"]  # fmt: skip
+    lines = []
+    for r in timed:
+        ours = baseline.get((r["name"], r["direction"], _shape(r)))
+        lines.append([
+            r["name"], r["direction"], _shape(r), r["impl"], _number(r["t_ms_median"], 4),
+            f"{_number(r['t_ms_p20'], 4)}-{_number(r['t_ms_p80'], 4)}", _number(r.get("gbps")),
+            _number(r.get("pct_copy")), _number(r.get("tflops")), _number(r.get("pct_matmul")),
+            "-" if r.get("rel_l2") is None else f"{r['rel_l2']:.1e}", _number(r.get("predicted_ms"), 4),
+            "-" if ours is None else f"{r['t_ms_median'] / ours:.2f}",
+        ])  # fmt: skip
+    text += ["", "## Kernels", "", *_table(header, lines), "", "## Predictions missed by more than 25 %", ""]
+    missed = [r for r in timed if r.get("predicted_ms") and abs(r["t_ms_median"] / r["predicted_ms"] - 1.0) > MISS]
+    text += [
+        f"- {r['name']} {r['direction']} {_shape(r)}, {r['impl']}: {r['t_ms_median'] / r['predicted_ms']:.2f} of the "
+        "prediction" for r in missed
+    ] or ["none"]  # fmt: skip
+    absent = sorted({(r["impl"], r["name"], r["direction"], r["note"]) for r in kernels if r["status"] == "not run"})
+    text += ["", "## Not run", ""]
+    text += [f"- {impl}, {name} {direction}: {note}" for impl, name, direction, note in absent] or ["nothing"]
+    return "\n".join(text) + "\n"
+
+
+def roofline(rows: list[Row]) -> str:
+    """SVG: achieved GFLOP/s or GB/s-equivalents over arithmetic intensity under the two ceilings of the run.
+
+    Streaming ops carry no FLOP count: they stand at the left edge as a share of the copy ceiling.
+    """
+    first = {row["name"]: row for row in reversed(rows) if row["kind"] == "ceiling" and row["impl"] == "first"}
+    copy, matmul = first["copy"]["gbps"], 1e3 * first["matmul"]["tflops"]
+    points = []
+    for row in rows:
+        if row["kind"] != "kernel" or row["status"] != "ok" or not row.get("bytes_min"):
+            continue
+        intensity = row["flops"] / row["bytes_min"] if row.get("flops") else 1.0
+        points.append((intensity, intensity * row["gbps"], row))
+    xs = [x for x, _, _ in points] + [0.5, 4.0 * matmul / copy]
+    ys = [y for _, y, _ in points] + [matmul, 0.5 * copy]
+    x_low, x_high = math.log10(min(xs)), math.log10(max(xs) * 1.5)
+    y_low, y_high = math.log10(max(min(ys), 1e-9) * 0.7), math.log10(max(ys) * 1.5)
+
+    def place(x: float, y: float) -> tuple[float, float]:
+        across = (math.log10(x) - x_low) / (x_high - x_low)
+        up = (math.log10(max(y, 1e-9)) - y_low) / (y_high - y_low)
+        return MARGIN + across * (WIDTH - 2 * MARGIN), HEIGHT - MARGIN - up * (HEIGHT - 2 * MARGIN)
+
+    roof = [(10**x_low, copy * 10**x_low), (matmul / copy, matmul), (10**x_high, matmul)]
+    path = " ".join(f"{x:.1f},{y:.1f}" for x, y in (place(*p) for p in roof))
+    parts = [
+        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {HEIGHT}" font-family="sans-serif" '
+        'font-size="11"><rect width="100%" height="100%" fill="white"/>',
+        f'<polyline points="{path}" fill="none" stroke="#0f172a" stroke-width="1.5"/>',
+        f'<text x="{MARGIN}" y="20">{_escape(rows[0]["device"])}: copy {copy:.3g} GB/s, matrix product '
+        f"{matmul / 1e3:.3g} TFLOP/s (this run)</text>",
+        f'<text x="{WIDTH / 2:.0f}" y="{HEIGHT - 15}" text-anchor="middle">FLOP per byte that must move '
+        "(streaming ops at 1)</text>",
+        f'<text x="15" y="{HEIGHT / 2:.0f}" text-anchor="middle" transform="rotate(-90 15 {HEIGHT / 2:.0f})">'
+        "GFLOP/s</text>",
+    ]
+    for x, y, row in points:
+        cx, cy = place(x, y)
+        title = f"{row['name']} {row['direction']} {row['impl']} {_shape(row)}: {row['t_ms_median']:.4g} ms"
+        colour = COLOURS.get(row["impl"], OTHER)
+        parts.append(
+            f'<circle cx="{cx:.1f}" cy="{cy:.1f}" r="4" fill="{colour}"><title>{_escape(title)}</title></circle>'
+        )
+    for place_in_legend, (name, colour) in enumerate({**COLOURS, "other": OTHER}.items()):
+        y = 40 + 15 * place_in_legend
+        parts.append(f'<circle cx="{MARGIN + 8}" cy="{y}" r="4" fill="{colour}"/><text x="{MARGIN + 18}" y="{y + 4}">')
+        parts.append(f"{name}</text>")
+    return "\n".join([*parts, "</svg>"]) + "\n"
+
+
+def _escape(text: str) -> str:
+    return text.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
+
+
+def _write(path: Path, text: str) -> None:
+    temporary = path.with_name(f".{path.name}.tmp")
+    temporary.write_text(text)
+    os.replace(temporary, path)
+
+
+def main() -> int:
+    """Entry point; 2 if the file is not a result file."""
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("results", type=Path)
+    parser.add_argument("--out", type=Path, help="folder of the report (default: that of the results)")
+    options = parser.parse_args()
+    try:
+        rows = load(options.results)
+    except (OSError, ValueError) as error:
+        print(error, file=sys.stderr)
+        return 2
+    folder = options.out or options.results.parent
+    folder.mkdir(parents=True, exist_ok=True)
+    _write(folder / f"{options.results.stem}.md", markdown(rows))
+    _write(folder / f"{options.results.stem}.svg", roofline(rows))
+    print(f"wrote {folder / options.results.stem}.md and .svg")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
