@@ -33,33 +33,69 @@ def plot_paths(
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
 
-    figure, axes = plt.subplots(2, 3, figsize=(13, 7.5), layout="constrained")
-    scaled = [result.trajectory for result in results]
-    for axis, title, group in ((axes[0, 0], "raw (archive unit)", raw), (axes[1, 0], "rescaled (m)", scaled)):
-        for trajectory in group[:_SHOWN]:
-            position = trajectory.position.numpy()
-            axis.plot(position[:, 0], position[:, 2], linewidth=1, alpha=0.7)
-        axis.plot(0, 0, "k^", markersize=5)
-        axis.set(title=f"from above, {title}", xlabel="right", ylabel="forward", aspect="equal")
-    for axis, title, column in ((axes[0, 1], "speed (m/s)", 1), (axes[1, 1], "turn (deg/s)", 0)):
-        for trajectory in scaled[:_SHOWN]:
-            steps = trajectory.increments()[column].norm(dim=-1).numpy() * config.play_fps
-            axis.plot(np.rad2deg(steps) if column == 0 else steps, linewidth=1, alpha=0.7)
-        axis.set(title=title, xlabel="frame")
+    figure, axes = plt.subplots(2, 3, figsize=(13, 8), layout="constrained")
+    figure.suptitle(
+        f"{len(results)} target paths, mode {config.mode}, {config.play_fps:g} frames a second; "
+        f"lines: the first {min(len(results), _SHOWN)}, coloured by their peak speed"
+    )
+    shown = results[:_SHOWN]
+    tint = plt.get_cmap("viridis")
+    order = np.argsort(np.argsort([result.peak_translation for result in shown]))
+    colours = [tint(0.9 * rank / max(len(shown) - 1, 1)) for rank in order]  # yellow at the very end is hard to see
+    _from_above(axes[0, 0], "raw", "archive unit", raw[:_SHOWN], colours)
+    _from_above(axes[1, 0], "rescaled", "m", [result.trajectory for result in shown], colours)
+    moves = [result.trajectory.increments() for result in shown]
+    speeds = [move[1].norm(dim=-1).numpy() * config.play_fps for move in moves]
+    turns = [np.rad2deg(move[0].norm(dim=-1).numpy()) * config.play_fps for move in moves]
+    _along(axes[0, 1], "speed (m/s)", speeds, colours)
+    _along(axes[1, 1], "turn (deg/s)", turns, colours)
     _law(axes[0, 2], "peak speed (m/s)", [result.peak_translation for result in results], config.translation)
     _law(axes[1, 2], "peak turn (deg/s)", [result.peak_rotation for result in results], config.rotation)
+    for axis in axes.flat:
+        axis.spines[["top", "right"]].set_visible(False)
     with atomic_path(path) as temporary:
         figure.savefig(temporary, dpi=110)
     plt.close(figure)
 
 
+def _from_above(
+    axis: Any, what: str, unit: str, paths: Sequence[CameraTrajectory], colours: Sequence[tuple[float, ...]]
+) -> None:
+    """Paths in the x-z plane; a dot marks where each ends, the triangle where all start, looking up."""
+    for path, colour in zip(paths, colours, strict=True):
+        position = path.position.numpy()
+        axis.plot(position[:, 0], position[:, 2], linewidth=1, color=colour)
+        axis.plot(*position[-1, [0, 2]], "o", markersize=2.5, color=colour)
+    axis.plot(0, 0, "k^", markersize=5)
+    axis.set(title=f"from above, {what}", xlabel=f"right ({unit})", ylabel=f"forward ({unit})")
+    axis.set_aspect("equal", adjustable="datalim")
+
+
+def _along(axis: Any, title: str, lines: Sequence[np.ndarray[Any, Any]], colours: Sequence[tuple[float, ...]]) -> None:
+    """Values of every step between frames."""
+    from matplotlib.ticker import MaxNLocator
+
+    for values, colour in zip(lines, colours, strict=True):
+        axis.plot(np.arange(1, len(values) + 1), values, linewidth=1, color=colour)
+    axis.set(title=title, xlabel="frame")
+    axis.set_ylim(bottom=0)
+    axis.xaxis.set_major_locator(MaxNLocator(integer=True))
+
+
 def _law(axis: Any, title: str, values: Sequence[float], law: TruncatedGaussian) -> None:
-    """Histogram of peaks beside the density that the draw follows."""
-    axis.hist(values, bins=24, range=(0, 1.1 * law.high), density=True, alpha=0.6, label="measured")
+    """Histogram of peaks beside the density that the draw follows; the dashed lines are its bounds."""
+    edges = np.linspace(min(0.0, *values), max(law.high, *values), 25)
+    axis.hist(values, bins=edges, density=True, color="0.75", label="measured")
     if law.std > 0:
         quantiles = truncated_gaussian(np.linspace(1e-4, 1 - 1e-4, 400), law.mean, law.std, law.low, law.high)
         shape = np.exp(-0.5 * ((quantiles - law.mean) / law.std) ** 2)
         mass = float(np.trapezoid(shape, quantiles)) or math.inf
-        axis.plot(quantiles, shape / mass, "k", linewidth=1, label="law")
-    axis.set(title=title)
-    axis.legend(frameon=False)
+        axis.plot(quantiles, shape / mass, "k", linewidth=1.2, label="law")
+    for bound in (law.low, law.high):
+        axis.axvline(
+            bound, ymax=0.8, color="k", linewidth=0.8, linestyle="--", label="bounds" if bound == law.low else None
+        )
+    axis.set(title=title, ylabel="density")
+    axis.set_yticks([])
+    axis.set_ylim(top=1.3 * axis.get_ylim()[1])  # room for the legend
+    axis.legend(frameon=False, ncols=3, loc="upper center")

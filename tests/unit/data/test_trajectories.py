@@ -200,6 +200,6 @@ def test_turns_beyond_180_degrees_stay_smooth_and_are_judged_by_their_rescaled_s
     assert {key: value for key, value in outcomes.items() if key[0] != "paper"} == {
         (mode, speed): smooth[speed] for mode in ("unwrapped", "egocentric") for speed in (48.0, 72.0)
     }
-    # Read literally, eq. 14 scales the wrapped angle: the two long turns jump from +180 s to -180 s where they wrap, which
-    # spans 360 s: 90 and 72 degrees (the short one 60), or half as much again.
+    # Read literally, eq. 14 scales the wrapped angle: the two long turns jump from +180 s to -180 s where they wrap, a
+    # span of 360 s: 90 and 72 degrees (the short one 60), or half as much again.
     assert outcomes["paper", 48.0]["yaw"] == 1 and outcomes["paper", 72.0]["yaw"] == 3
