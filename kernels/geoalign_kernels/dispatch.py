@@ -18,6 +18,8 @@ from typing import Any
 
 import torch
 
+from geoalign_kernels import capture
+
 ENV = "GEOALIGN_KERNELS"
 BACKENDS = ("auto", "reference", "triton", "cuda")
 logger = logging.getLogger("geoalign_kernels")
@@ -164,6 +166,7 @@ def run(op: str, device: torch.device, args: tuple[Any, ...]) -> Any:
         BackendUnavailableError: as `backend_for`.
         UnsupportedInput: a backend chosen by name cannot take these inputs.
     """
+    capture.record(op, args)
     backend = backend_for(op, device)
     try:
         return _load(_implementations[op][backend])(*args)

@@ -63,3 +63,30 @@ def test_report_lists_every_timed_row_and_draws_every_point(results: Path, tmp_p
     drawn = ElementTree.parse(tmp_path / "self.svg").findall("{*}circle/{*}title")
     assert len(drawn) == len(timed)
     assert script("profiling/figures.py", str(tmp_path / "self.md")).returncode == 2
+
+
+def test_captured_calls_replay_with_their_values_and_layout(tmp_path: Path) -> None:
+    import torch
+
+    from geoalign_kernels.capture import load
+
+    program = (
+        "import torch, geoalign_kernels as gk; torch.manual_seed(3)\n"
+        "for _ in range(3):\n"
+        "    q, k, v = torch.randn(1, 5, 3, 2, 16).unbind(2)\n"
+        "    gk.qk_norm_rotary(q, k, v, torch.ones(32), torch.ones(32), None, inplace=True)\n"
+    )
+    done = script("-c", program, GEOALIGN_CAPTURE=f"qk_norm_rotary_:1:1:{tmp_path}")
+    assert done.returncode == 0, done.stderr
+    (path,) = tmp_path.iterdir()
+    assert path.name == "qk_norm_rotary_-00001.safetensors"
+    op, args = load(path, "cpu")
+    torch.manual_seed(3)
+    packed = [torch.randn(1, 5, 3, 2, 16) for _ in range(2)][1]
+    assert op == "qk_norm_rotary_" and torch.equal(args[0], packed[:, :, 0])  # the inputs, before the op overwrote them
+    assert args[0].stride() == packed[:, :, 0].stride() and args[2] is None
+    replayed = script("profiling/replay.py", str(path), "--repeats", "2")
+    assert replayed.returncode == 0, replayed.stderr
+    assert json.loads(replayed.stdout)["rel_l2"] == 0.0
+    broken = script("-c", program, GEOALIGN_CAPTURE="qk_norm_rotary_:all")
+    assert "op:first:last" in broken.stderr

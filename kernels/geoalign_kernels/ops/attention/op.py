@@ -13,7 +13,7 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from geoalign_kernels import dispatch
+from geoalign_kernels import capture, dispatch
 from geoalign_kernels.ops.attention import cores
 from geoalign_kernels.registration import NAMESPACE, define, library
 
@@ -101,10 +101,12 @@ def _fake(q: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
 
 
 def _run(q: Tensor, k: Tensor, v: Tensor, scale: float, core: str) -> tuple[Tensor, Tensor]:
+    capture.record("attention", (q, k, v, scale, core))
     return cores.forward(core, q, k, v, scale)
 
 
 def _run_backward(grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, scale: float, core: str):
+    capture.record("attention_backward", (grad, q, k, v, out, lse, scale, core))
     return tuple(g.contiguous() for g in cores.backward(core, grad, q, k, v, out, lse, scale))
 
 
