@@ -19,8 +19,8 @@ from geoalign.errors import UsageError
 from geoalign.geometry import so3
 from geoalign.geometry.plane import ground_axes, intersect_plane, pixel_grid, pixel_rays
 from geoalign.geometry.pluecker import pack_frames, ray_map
-from geoalign.models.conditioning import Conditioning, LayerRotation, Rotation
-from geoalign.models.rope import axis_frequencies, axis_pairs, frame_indices, grid_angles
+from geoalign.models.conditioning import Conditioning, LayerAngles, LayerRotation, Rotation
+from geoalign.models.rope import axis_frequencies, axis_pairs, frame_indices, fused, grid_angles
 
 if TYPE_CHECKING:
     from geoalign.geometry.trajectory import CameraTrajectory
@@ -94,7 +94,7 @@ class GeometricEmbedding(nn.Module):
 
 def geometric_rotations(
     config: ModelConfig, gains: Tensor, cond: Conditioning, target_frames: int, grid: tuple[int, int, int]
-) -> tuple[LayerRotation, ...]:
+) -> tuple[LayerRotation, ...] | tuple[LayerAngles, ...]:
     """Rotations of all layers from ray-ground intersections.
 
     Args:
@@ -105,8 +105,9 @@ def geometric_rotations(
         grid: latent frames of the source, token rows and columns.
 
     Returns:
-        One :class:`LayerRotation` per layer; differentiable with respect to ``gains``. The angle of q and k is
-        ``theta * (time, map row, map column)``; the camera part ``theta * (map - grid)`` is what it adds to plain RoPE.
+        One :class:`LayerRotation` (:class:`LayerAngles` for the fused kernels) per layer; differentiable with respect
+        to ``gains``. The angle of q and k is ``theta * (time, map row, map column)``; the camera part
+        ``theta * (map - grid)`` is what it adds to plain RoPE.
     """
     source_camera, target_camera, plane = _geometry(cond)
     source_frames, rows, columns = grid
@@ -127,11 +128,18 @@ def geometric_rotations(
     pairs = axis_pairs(config.head_dim)[0]
     time = grid_angles(config, index, rows, columns, plane.device)[:, None, ..., :pairs]
     angle = torch.cat([time.expand(*spatial.shape[:-1], pairs), spatial], -1)
+    if fused(plane.device):
+        return tuple(LayerAngles(None, qk, vo) for qk, vo in zip(angle.unbind(1), spatial.unbind(1), strict=True))
     still = F.pad(spatial, (pairs, 0))  # values and outputs carry no time angle
     return tuple(
         LayerRotation(Rotation.from_angle(qk), Rotation.from_angle(vo))
         for qk, vo in zip(angle.unbind(1), still.unbind(1), strict=True)
     )
+
+
+def learned_angles(config: ModelConfig, position: Tensor, phase_qk: Tensor, phase_vo: Tensor) -> LayerAngles:
+    """:func:`learned_rotation` as angles; ``position`` is ``[N, head_dim / 2]``."""
+    return LayerAngles(position, *(phase.unflatten(-1, (config.heads, -1)) for phase in (phase_qk, phase_vo)))
 
 
 def learned_rotation(config: ModelConfig, base: Rotation, phase_qk: Tensor, phase_vo: Tensor) -> LayerRotation:

@@ -81,6 +81,21 @@ class LayerRotation:
 
 
 @dataclass(frozen=True, slots=True)
+class LayerAngles:
+    """What :class:`LayerRotation` says, in radians: the fused kernels compute cosines and sines where they use them.
+
+    Attributes:
+        position: ``[N, head_dim / 2]`` float32, or None when ``phase_qk`` holds the position too.
+        phase_qk: ``[B, N, heads, P]``, added to the position of the last P pairs of every head, or None.
+        phase_vo: ``[B, N, heads, P]`` of the output (v gets the opposite), or None.
+    """
+
+    position: Tensor | None
+    phase_qk: Tensor | None = None
+    phase_vo: Tensor | None = None
+
+
+@dataclass(frozen=True, slots=True)
 class CrossKeys:
     """Keys and values of one cross-attention, ``[B, heads, L, head_dim]``; or its output when there is one key.
 
@@ -111,7 +126,7 @@ class ConditionCache:
     token_offset: Tensor | None = None
     camera_tokens: Tensor | None = None
     poses: Tensor | None = None
-    rotations: tuple[LayerRotation, ...] = ()
+    rotations: tuple[LayerRotation, ...] | tuple[LayerAngles, ...] = ()
     cross: tuple[CrossKeys, ...] = ()
 
     def repeat_interleave(self, count: int) -> ConditionCache:

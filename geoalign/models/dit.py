@@ -18,9 +18,9 @@ from geoalign.errors import UsageError
 from geoalign.geometry.plane import pixel_grid
 from geoalign.geometry.trajectory import CameraTrajectory
 from geoalign.models import camera as cameras
-from geoalign.models.conditioning import ConditionCache, Conditioning, LayerRotation
+from geoalign.models.conditioning import ConditionCache, Conditioning, LayerAngles, LayerRotation
 from geoalign.models.layers import Block, Head, ImageProjector, PatchEmbedding, sinusoid
-from geoalign.models.rope import frame_indices, grid_rotation
+from geoalign.models.rope import frame_indices, fused, grid_angles, grid_rotation
 
 VelocityFn = Callable[[Tensor, Tensor, Conditioning], Tensor]
 
@@ -144,7 +144,7 @@ class RetakeDiT(nn.Module):
             h, modulation, self._rotation(layer, size, cache), cache.cross[layer], cache.poses, keep
         )
 
-    def _rotation(self, layer: int, size: torch.Size, cache: ConditionCache) -> LayerRotation:
+    def _rotation(self, layer: int, size: torch.Size, cache: ConditionCache) -> LayerRotation | LayerAngles:
         """Rotations of one layer for target latents of ``size``; learned phases are computed where they are used."""
         if cache.rotations:
             return cache.rotations[layer]
@@ -152,12 +152,15 @@ class RetakeDiT(nn.Module):
         frames, rows, columns = (n // p for n, p in zip(size[2:], config.patch, strict=True))
         source_tokens = 0 if cache.source_tokens is None else cache.source_tokens.shape[1]
         index = frame_indices(config, frames, source_tokens // (rows * columns))
-        base = grid_rotation(config, index, rows, columns, self.patch_embedding.weight.device)
-        if cache.camera_tokens is None:
-            return LayerRotation(base)
-        attention = self.blocks[layer].self_attn
-        phases = attention.rope_phase_qk(cache.camera_tokens), attention.rope_phase_vo(cache.camera_tokens)
-        return cameras.learned_rotation(config, base, *phases)
+        grid = config, index, rows, columns, self.patch_embedding.weight.device
+        attention, phases = self.blocks[layer].self_attn, ()
+        if cache.camera_tokens is not None:
+            phases = attention.rope_phase_qk(cache.camera_tokens), attention.rope_phase_vo(cache.camera_tokens)
+        if fused(self.patch_embedding.weight.device):
+            position = grid_angles(*grid)[0, :, 0]
+            return cameras.learned_angles(config, position, *phases) if phases else LayerAngles(position)
+        base = grid_rotation(*grid)
+        return cameras.learned_rotation(config, base, *phases) if phases else LayerRotation(base)
 
     def _time(self, timestep: Tensor) -> tuple[Tensor, Tensor]:
         """Time embedding ``[B, dim]`` and block modulation ``[B, 6, dim]``, float32."""

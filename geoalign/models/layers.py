@@ -9,8 +9,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from geoalign.config.model import ModelConfig
-from geoalign.models.conditioning import CrossKeys, LayerRotation
-from geoalign.models.rope import axis_pairs, norm_rotate, rms_norm, rotate
+from geoalign.models.conditioning import CrossKeys, LayerAngles, LayerRotation
+from geoalign.models.rope import attention_prologue, axis_pairs, rms_norm, rotate
+from geoalign_kernels import unrotate_gate_norm
 
 
 def modulate(x: Tensor, shift: Tensor, scale: Tensor, eps: float) -> Tensor:
@@ -80,18 +81,18 @@ class SelfAttention(nn.Module):
             # Log-gains of the target's motion per head: translation along three ground-aligned axes, rotation.
             self.camera_gain = nn.Parameter(torch.zeros(config.heads, 4))
 
-    def forward(self, x: Tensor, rotation: LayerRotation, queries: int) -> Tensor:
-        """Attend from the first ``queries`` tokens of ``x`` ``[B, N, dim]`` to all; returns ``[B, queries, dim]``."""
+    def forward(self, x: Tensor, rotation: LayerRotation | LayerAngles, queries: int) -> Tensor:
+        """Attend from the first ``queries`` tokens of ``x`` ``[B, N, dim]`` to all; returns ``[B, queries, dim]``.
+
+        With angles, the rotation of the output is left to :meth:`Block._join`, which fuses it with what follows.
+        """
         heads, ahead = self.config.heads, slice(0, queries)
-        eps = self.config.eps
-        q = norm_rotate(self.q(x[:, ahead]), self.norm_q.weight, eps, heads, rotation.qk[ahead])
-        k = norm_rotate(self.k(x), self.norm_k.weight, eps, heads, rotation.qk)
-        v = self.v(x).unflatten(-1, (heads, -1))
-        if rotation.vo is not None:
-            v = rotate(v, rotation.vo.inverse())
+        projected = self.q(x[:, ahead]), self.k(x), self.v(x)
+        weights = self.norm_q.weight, self.norm_k.weight
+        q, k, v = attention_prologue(*projected, weights, rotation, heads, self.config.eps)
         y = F.scaled_dot_product_attention(*(part.transpose(1, 2) for part in (q, k, v)))
         y = self.o(y.transpose(1, 2).flatten(2))
-        if rotation.vo is not None:
+        if isinstance(rotation, LayerRotation) and rotation.vo is not None:
             # After the output projection, with its channels viewed as heads (ReDirector's rotary camera encoding).
             y = rotate(y.unflatten(-1, (heads, -1)), rotation.vo[ahead]).flatten(2)
         return y
@@ -155,7 +156,13 @@ class Block(nn.Module):
             nn.init.zeros_(self.projector.bias)
 
     def forward(
-        self, x: Tensor, time: Tensor, rotation: LayerRotation, keys: CrossKeys, poses: Tensor | None, keep: int
+        self,
+        x: Tensor,
+        time: Tensor,
+        rotation: LayerRotation | LayerAngles,
+        keys: CrossKeys,
+        poses: Tensor | None,
+        keep: int,
     ) -> Tensor:
         """Transform ``x`` ``[B, N, dim]`` and return its first ``keep`` tokens (all but the last block keep N).
 
@@ -175,15 +182,29 @@ class Block(nn.Module):
         y = self.self_attn(u, rotation, keep)
         if poses is not None:
             y = self.projector(y)
-        x = torch.addcmul(x[:, :keep], gate_a, y.float())
-        x = x + self._cross(x, keys, dtype)
+        x, normed = self._join(x[:, :keep], y, gate_a, rotation, needs_norm=keys.constant is None)
+        if keys.constant is None:
+            assert normed is not None
+            x = x + self.cross_attn(normed.to(dtype), keys).float()
+        else:
+            x = x + keys.constant.float()
         return torch.addcmul(x, gate_f, self.ffn(modulate(x, shift_f, scale_f, self.config.eps).to(dtype)).float())
 
-    def _cross(self, x: Tensor, keys: CrossKeys, dtype: torch.dtype) -> Tensor:
-        if keys.constant is not None:
-            return keys.constant.float()
-        normed = F.layer_norm(x, x.shape[-1:], self.norm3.weight.float(), self.norm3.bias.float(), self.config.eps)
-        return self.cross_attn(normed.to(dtype), keys).float()
+    def _join(
+        self, x: Tensor, y: Tensor, gate: Tensor, rotation: LayerRotation | LayerAngles, needs_norm: bool
+    ) -> tuple[Tensor, Tensor | None]:
+        """Residual stream after self-attention's output ``y``, and its norm for the cross-attention."""
+        weight, bias = self.norm3.weight.float(), self.norm3.bias.float()
+        if not needs_norm:
+            weight, bias = weight.detach(), bias.detach()
+        if isinstance(rotation, LayerAngles):
+            phase = None if rotation.phase_vo is None else rotation.phase_vo[:, : x.shape[1]]
+            x, normed = unrotate_gate_norm(
+                y, x, gate.squeeze(1), weight - 1, bias, phase=phase, heads=self.config.heads, eps=self.config.eps
+            )
+            return x, normed if needs_norm else None
+        x = torch.addcmul(x, gate, y.float())
+        return x, F.layer_norm(x, x.shape[-1:], weight, bias, self.config.eps) if needs_norm else None
 
 
 class Head(nn.Module):

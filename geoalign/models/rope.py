@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 
 from geoalign.config.model import ModelConfig
-from geoalign.models.conditioning import Rotation
+from geoalign.models.conditioning import LayerAngles, LayerRotation, Rotation
+from geoalign_kernels import qk_norm_rotary
 
 
 def axis_pairs(head_dim: int) -> tuple[int, int, int]:
@@ -61,6 +62,44 @@ def frame_indices(config: ModelConfig, target_frames: int, source_frames: int) -
     target: Sequence[int] = range(first, first + target_frames)
     start = first + target_frames if config.rope_layout == "sequential" else 0
     return (*target, *range(start, start + source_frames))
+
+
+def fused(device: torch.device) -> bool:
+    """Whether rotations are handed to the fused kernels as angles; elsewhere cosines and sines are kept and reused."""
+    return device.type == "cuda"
+
+
+def attention_prologue(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    weights: tuple[Tensor, Tensor],
+    rotation: LayerRotation | LayerAngles,
+    heads: int,
+    eps: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Everything between the q/k/v projections and the attention: norm of q and k, rotation of all three.
+
+    The two paths differ by rounding: the kernel rounds to the dtype of ``q`` once, Wan2.1 also before the weight.
+
+    Args:
+        q: ``[B, Nq, dim]`` of the first Nq tokens. k, v: ``[B, N, dim]``.
+        weights: of the norms of q and k.
+        rotation: angles take the fused kernel.
+        heads: that ``dim`` is split into.
+        eps: of the norms.
+
+    Returns:
+        q, k, v as ``[B, Nq or N, heads, head_dim]``.
+    """
+    if isinstance(rotation, LayerAngles):
+        q, k, v = (part.unflatten(-1, (heads, -1)) for part in (q, k, v))
+        phase_qk, phase_vo = rotation.phase_qk, rotation.phase_vo
+        return qk_norm_rotary(q, k, v, *weights, rotation.position, phase_qk=phase_qk, phase_vo=phase_vo, eps=eps)
+    q = norm_rotate(q, weights[0], eps, heads, rotation.qk[: q.shape[1]])
+    k = norm_rotate(k, weights[1], eps, heads, rotation.qk)
+    v = v.unflatten(-1, (heads, -1))
+    return q, k, v if rotation.vo is None else rotate(v, rotation.vo.inverse())
 
 
 def rotate(x: Tensor, rotation: Rotation) -> Tensor:
