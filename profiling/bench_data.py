@@ -7,13 +7,13 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
-import platform
 import resource
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
 from pathlib import Path
 
 import torch
@@ -26,6 +26,8 @@ from geoalign.data.dali import DaliReader
 from geoalign.data.prepare import data_settings, prepare
 from geoalign.data.video import PyAVReader, write_video
 from geoalign.geometry.trajectory import CameraTrajectory
+
+CLIP = "clip.mp4"
 
 
 class MeanEncoder:
@@ -47,15 +49,48 @@ class MeanEncoder:
         return None
 
 
-def measure(name: str, task: Callable[[], object], seconds: float) -> dict[str, object]:
-    """Repeat ``task`` (after one warm-up) for at least ``seconds``."""
-    task()
+def measure(name: str, config: DataConfig, seconds: float, device: int | None) -> dict[str, object]:
+    """Windows per second of the cache or of a reader, and this process's peak memory, over at least ``seconds``.
+
+    Runs in a process of its own, so that the peak is the reader's; what the imports alone need is stated beside it.
+    """
+    idle = _peak_mb()
+    if name == "cache":
+        folder = open_cache(config.cache, data_settings(config))
+        entry = next(iter(folder.entries().values()))
+
+        def task() -> object:
+            return folder.read(entry)
+    else:
+        reader = PyAVReader() if name == "pyav" else DaliReader(device)
+        clip, span = config.clips_path / CLIP, (config.num_frames - 1) * config.clips.stride + 1
+        indices = list(range(0, span, config.clips.stride))
+
+        def task() -> object:
+            return reader.read(clip, indices, (config.height, config.width))
+
+    task()  # warm-up: codecs are opened, pipelines built
     count, begin = 0, time.perf_counter()
     while (elapsed := time.perf_counter() - begin) < seconds:
         task()
         count += 1
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-    return {"name": name, "windows_per_s": count / elapsed, "peak_rss_mb_so_far": peak}
+    return {"name": name, "windows_per_s": count / elapsed, "peak_rss_mb": _peak_mb(), "idle_rss_mb": idle}
+
+
+def _peak_mb() -> float:
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+
+
+def write_clip(config: DataConfig, source: tuple[int, int]) -> None:
+    """A moving VP9 clip of ``source`` (H, W) with its camera file, long enough for one window; prepares it."""
+    span = (config.num_frames - 1) * config.clips.stride + 1
+    low = torch.rand(1, 3, 9, 16, generator=torch.Generator().manual_seed(0))
+    picture = torch.nn.functional.interpolate(low, size=source, mode="bicubic").clamp(0, 1)[0]
+    frames = [(torch.roll(picture, 3 * i, 2) * 255).byte().permute(1, 2, 0) for i in range(span)]
+    clip = config.clips_path / CLIP
+    write_video(clip, torch.stack(frames), 30, codec="libvpx-vp9", crf=30)
+    write_clip_camera(clip.with_suffix(".npz"), CameraTrajectory.identity(span), source)
+    prepare(config, MeanEncoder())
 
 
 def main() -> None:
@@ -68,29 +103,19 @@ def main() -> None:
     parser.add_argument("--device", type=int, help="GPU of the DALI reader; default CPU")
     parser.add_argument("--out", type=Path)
     args = parser.parse_args()
-    span = (args.frames - 1) * args.stride + 1
-    indices, size = range(0, span, args.stride), tuple(args.size)
-    rows = []
+    size = tuple(args.size)
     with tempfile.TemporaryDirectory() as scratch:
-        clip = Path(scratch) / "clips" / "clip.mp4"
-        low = torch.rand(1, 3, 9, 16, generator=torch.Generator().manual_seed(0))
-        picture = torch.nn.functional.interpolate(low, size=(args.height, args.width), mode="bicubic").clamp(0, 1)[0]
-        frames = [(torch.roll(picture, 3 * i, 2) * 255).byte().permute(1, 2, 0) for i in range(span)]
-        write_video(clip, torch.stack(frames), 30, codec="libvpx-vp9", crf=30)
-        del frames
-        write_clip_camera(clip.with_suffix(".npz"), CameraTrajectory.identity(span), (args.height, args.width))
         config = DataConfig(
             root=Path(scratch), cache=Path(scratch) / "cache", num_frames=args.frames, height=size[0], width=size[1],
             clips=ClipsConfig(stride=args.stride),
         )  # fmt: skip
-        prepare(config, MeanEncoder())
-        folder = open_cache(config.cache, data_settings(config))
-        entry = next(iter(folder.entries().values()))
-        rows.append(measure("cache", lambda: folder.read(entry), args.seconds))
-        for reader in (PyAVReader(), DaliReader(args.device)):
-            rows.append(measure(reader.name, lambda: reader.read(clip, list(indices), size), args.seconds))  # noqa: B023
-    facts = {"codec": "vp9", "cpu": platform.processor() or platform.machine(), "cores": os.cpu_count()}
-    facts |= {"threads": torch.get_num_threads(), "torch": torch.__version__, "frames": args.frames}
+        with ProcessPoolExecutor(1, mp_context=get_context("spawn"), max_tasks_per_child=1) as fresh:
+            fresh.submit(write_clip, config, (args.height, args.width)).result()
+            names = ("cache", "pyav", "dali")
+            rows = [fresh.submit(measure, name, config, args.seconds, args.device).result() for name in names]
+    machine = describe_environment()
+    facts = {"codec": "vp9", "date": time.strftime("%Y-%m-%d"), "threads": torch.get_num_threads()}
+    facts |= {name: machine[name] for name in ("device", "cores", "commit", "versions")} | {"frames": args.frames}
     facts |= {"source": [args.height, args.width], "size": list(size), "stride": args.stride, "dali_gpu": args.device}
     lines = "".join(json.dumps(row | facts) + "\n" for row in rows)
     sys.stdout.write(lines)
