@@ -25,23 +25,6 @@ def test_registration_passes_opcheck(name: str) -> None:
         assert torch.equal(a, b)
 
 
-def test_opcheck_of_every_schema() -> None:
-    leaf = lambda *s: torch.randn(*s, requires_grad=True)  # noqa: E731 - a one-line fixture
-    x, y, vector, phase = leaf(1, 3, 12), leaf(1, 3, 12), leaf(1, 12), leaf(1, 3, 2, 2)
-    q, position = leaf(1, 3, 2, 6), torch.randn(3, 3)
-    table = torch.tensor([0.9, -0.1, 0.3, 0.0], dtype=torch.float64)
-    ops = torch.ops.geoalign
-    for op, args in (
-        (ops.modulated_norm, (x, vector, vector, 1e-6)),
-        (ops.gated_residual, (x, y, vector)),
-        (ops.unrotate_gate_norm, (y, x, vector, vector, vector, phase, 2, 1e-6)),
-        (ops.qk_norm_rotary, (q, q, q, leaf(12), leaf(12), position, phase, phase, 1e-6)),
-        (ops.flow_step, (x, y, table, torch.randn(1, 3, 12), [], None, None, None, 1.0, None)),
-        (ops.flow_log_prob, (x, y, torch.randn(1, 3, 12), table, None, 1.0)),
-    ):
-        torch.library.opcheck(op, args, test_utils=("test_schema", "test_autograd_registration", "test_faketensor"))
-
-
 def test_modulated_norm_is_torchs_layer_norm() -> None:
     x, weight, bias = torch.randn(2, 5, 12), torch.randn(12), torch.randn(12)
     truth = torch.nn.functional.layer_norm(x.double(), (12,), weight.double(), bias.double(), eps=1e-6)

@@ -1,0 +1,155 @@
+"""The kernels on a CUDA device: tolerance rule against float64, noise, exact replay, every attention core by itself.
+
+Rule: max|K - R| <= factor * max|E - R| + floor, with K the kernel, R the reference in float64 and E the reference in
+the dtype of K; the factor is 2 for outputs and 3 for gradients (`geoalign_kernels.testing`).
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from kernel_cases import NAMES, op_cases
+
+import geoalign_kernels as gk
+from geoalign_kernels.ops.attention.cores import CORES, why_not
+from geoalign_kernels.philox import NORMAL_ATOL
+from geoalign_kernels.testing import assert_matches_reference, run_with_gradients
+
+pytestmark = pytest.mark.gpu
+SHAPES = ((1, 515, 12, 128, 42), (2, 37, 3, 16, 5))  # batch, tokens, heads, head size, phases: production width, tails
+TABLE = (0.98, -0.04, 0.3, 0.0)
+DTYPES = (torch.float32, torch.bfloat16)
+
+
+def case_on(device: str, name: str, dtype: torch.dtype, values: torch.dtype, shape: tuple[int, ...]) -> Any:
+    """(function, inputs) in `dtype` holding the values of `values`, so that all precisions see the same numbers."""
+    # The positions are no input of a case but a variable it encloses.
+    function, inputs = op_cases(values, *shape)[name]
+    cells = [c for c in function.__closure__ or () if isinstance(c.cell_contents, torch.Tensor)]
+    for cell in cells:
+        cell.cell_contents = cell.cell_contents.float().to(device, torch.promote_types(dtype, torch.float32))
+    return function, [t.to(device, dtype) for t in inputs]
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("name", NAMES)
+def test_row_ops(name: str, shape: tuple[int, ...], dtype: torch.dtype) -> None:
+    function, inputs = case_on("cuda", name, dtype, dtype, shape)
+    exact_function, exact_inputs = case_on("cuda", name, torch.float64, dtype, shape)
+    with gk.use_backend("reference"):
+        truth, truth_gradients = run_with_gradients(exact_function, exact_inputs)
+        eager, eager_gradients = run_with_gradients(function, inputs)
+    with gk.use_backend("triton"):
+        outputs, gradients = run_with_gradients(function, inputs)
+    for index, (k, r, e) in enumerate(zip(outputs, truth, eager, strict=True)):
+        assert_matches_reference(k, r, e, name=f"output {index}")
+    for index, (k, r, e) in enumerate(zip(gradients, truth_gradients, eager_gradients, strict=True)):
+        # vectors are summed over samples and tokens, phases at most over samples and heads
+        terms = shape[0] * (shape[1] if k.dim() <= 2 else shape[2])
+        assert_matches_reference(k, r, e, name=f"gradient {index}", factor=3.0, terms=terms)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_row_ops_repeat_bit_for_bit(name: str) -> None:
+    function, inputs = case_on("cuda", name, torch.bfloat16, torch.bfloat16, SHAPES[0])
+    first, second = (run_with_gradients(function, inputs) for _ in range(2))
+    assert all(torch.equal(a, b) for x, y in zip(first, second, strict=True) for a, b in zip(x, y, strict=True))
+
+
+def test_inplace_prologue_equals_out_of_place() -> None:
+    packed = torch.randn(1, 130, 3, 12, 128, device="cuda", dtype=torch.bfloat16)
+    weight, position = torch.rand(1536, device="cuda"), torch.rand(130, 64, device="cuda")
+    phase = torch.randn(1, 130, 12, 42, device="cuda")
+    arguments = {"phase_qk": phase, "phase_vo": phase}
+    expected = gk.qk_norm_rotary(*packed.unbind(2), weight, weight, position, **arguments)
+    gk.qk_norm_rotary(*packed.unbind(2), weight, weight, position, **arguments, inplace=True)
+    assert all(torch.equal(a, b) for a, b in zip(packed.unbind(2), expected, strict=True))
+
+
+def test_noise_is_that_of_the_cpu() -> None:
+    """A wrong bit of a Philox word moves a normal by far more than the bound on Box-Muller in float32."""
+    ids = torch.tensor([0, 5, 2**31 + 3])
+    key = gk.NoiseKey(0xFEDCBA9876, 3, ids, ids.flip(0), 7)
+    zero = torch.zeros(3, 200_003, device="cuda")
+    noise = gk.flow_step(zero, zero, (0.0, 0.0, 1.0, 0.0), key=key).x_next
+    assert (noise.cpu() - gk.philox_normal((200_003,), key)).abs().max() <= NORMAL_ATOL
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("guided", [False, True])
+def test_density_of_the_stored_state_equals_its_replay_bit_for_bit(dtype: torch.dtype, guided: bool) -> None:
+    x = torch.randn(3, 16, 5, 30, 52, device="cuda")
+    velocity, other = (torch.randn_like(x).to(dtype) for _ in range(2))
+    extra: dict[str, Any] = {"velocity_uncond": other, "guidance": 3.5} if guided else {}
+    step = gk.flow_step(x, velocity, TABLE, key=gk.NoiseKey(1, 2, 3, torch.arange(3), 4), **extra)
+    for _ in range(3):
+        assert torch.equal(step.log_prob, gk.flow_log_prob(x, velocity, step.x_next.clone(), TABLE, **extra))
+    one = {name: value[1:2] if isinstance(value, torch.Tensor) else value for name, value in extra.items()}
+    alone = gk.flow_log_prob(x[1:2], velocity[1:2], step.x_next[1:2], TABLE, **one)
+    torch.testing.assert_close(alone, step.log_prob[1:2], rtol=0, atol=1e-6)
+
+
+def test_density_and_its_gradient() -> None:
+    x, x_next = torch.randn(2, 5, 4001, device="cuda"), torch.randn(2, 5, 4001, device="cuda")
+    velocity = torch.randn_like(x).bfloat16()
+    density = lambda v: gk.flow_log_prob(x, v, x_next, TABLE)  # noqa: E731
+    exact = lambda v: gk.flow_log_prob(x.double(), v, x_next.double(), TABLE)  # noqa: E731
+    outputs, gradients = run_with_gradients(density, [velocity])
+    with gk.use_backend("reference"):
+        truth, truth_gradients = run_with_gradients(exact, [velocity.double()])
+        eager, eager_gradients = run_with_gradients(density, [velocity])
+    assert_matches_reference(outputs[0], truth[0], eager[0], terms=20_005)
+    assert_matches_reference(gradients[0], truth_gradients[0], eager_gradients[0], factor=3.0)
+
+
+def attention_rows(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
+    q, k, v = q[:, rows].double(), k.double(), v.double()
+    p = (torch.einsum("bqhd,bkhd->bhqk", q, k) * q.shape[-1] ** -0.5).softmax(-1)
+    return torch.einsum("bhqk,bkhd->bqhd", p, v)
+
+
+@pytest.mark.parametrize("lengths", [(4096, 4096), (1000, 257), (515, 1030)], ids=str)
+@pytest.mark.parametrize("core", [core for core in CORES if core != "reference"])
+def test_attention_core(core: str, lengths: tuple[int, int]) -> None:
+    """Output, LSE and gradients of one core at sampled rows; a core that is not installed must be refused by name."""
+    reason = why_not(core, torch.device("cuda"), torch.bfloat16)
+    q, k, v = (torch.randn(1, n, 12, 128, device="cuda").bfloat16() for n in (lengths[0], lengths[1], lengths[1]))
+    if reason:
+        with pytest.MonkeyPatch.context() as patch, pytest.raises(gk.BackendUnavailableError, match="asked for"):
+            patch.setenv("GEOALIGN_ATTENTION", core)
+            gk.attention(q, k, v)
+        return
+    outputs, gradients = run_with_gradients(lambda *t: gk.attention(*t, core=core).out, [q, k, v])
+    rows = torch.randperm(lengths[0], device="cuda")[:256]
+    truth = attention_rows(q, k, v, rows)
+    got = outputs[0][:, rows].double()
+    assert (got - truth).norm() <= 1e-2 * truth.norm(), f"{core}: output"
+    lse = gk.attention(q, k, v, core=core).lse
+    assert lse is not None
+    exact_lse = (torch.einsum("bqhd,bkhd->bhqk", q[:, rows].double(), k.double()) * 128**-0.5).logsumexp(-1)
+    # bf16 products are exact in float32; the sum of at most 4096 exponentials is not
+    assert (lse[:, :, rows].double() - exact_lse).abs().max() <= 2e-3, f"{core}: LSE is not the natural logarithm"
+    exact = run_with_gradients(
+        lambda *t: gk.attention(*t, core="reference").out, [t.double() for t in (q, k, v)]
+    )[1]  # fmt: skip
+    for name, gradient, want in zip("qkv", gradients, exact, strict=True):
+        assert (gradient.double() - want).norm() <= 2e-2 * want.norm(), f"{core}: gradient of {name}"
+
+
+@pytest.mark.parametrize("lengths", [(4096, 4096), (515, 1030)], ids=str)
+def test_int8_attention(lengths: tuple[int, int]) -> None:
+    q, k, v = (torch.randn(1, n, 12, 128, device="cuda").bfloat16() for n in (lengths[0], lengths[1], lengths[1]))
+    rows = torch.arange(0, lengths[0], 3, device="cuda")
+    truth = attention_rows(q, k + 3.0, v, rows)
+    got = gk.attention(q, k + 3.0, v, mode="int8").out[:, rows].double()
+    assert (got - truth).norm() <= 2e-2 * truth.norm()
+
+
+def test_default_core_is_exact_and_repeats_bit_for_bit() -> None:
+    q, k, v = (torch.randn(1, 2048, 12, 128, device="cuda").bfloat16() for _ in range(3))
+    core = gk.resolve_attention("cuda", torch.bfloat16)
+    first, second = (gk.attention(q, k, v, core=core) for _ in range(2))
+    assert torch.equal(first.out, second.out) and torch.equal(first.lse, second.lse), core

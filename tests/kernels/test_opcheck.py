@@ -1,0 +1,74 @@
+"""torch.library.opcheck of every registered op: schema, mutation, autograd registration, fake kernel."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import geoalign_kernels as gk
+from geoalign_kernels.registration import library
+
+CHECKS = ("test_schema", "test_autograd_registration", "test_faketensor")
+TABLE = torch.tensor([0.9, -0.1, 0.3, 0.0], dtype=torch.float64)
+
+
+def leaf(*shape: int) -> Tensor:
+    return torch.randn(*shape, requires_grad=True)
+
+
+def plain(*shape: int) -> Tensor:
+    return torch.randn(*shape)
+
+
+def calls() -> dict[str, tuple[Any, ...]]:
+    """`{op: arguments}`, forward ops on leaves of autograd, the others on plain tensors."""
+    x, q, phase, vector, weight = (1, 3, 12), (1, 3, 2, 6), (1, 3, 2, 2), (1, 12), (12,)
+    position, heads_first = plain(3, 3), (1, 2, 3)
+    prologue = (weight, weight)
+    return {
+        "modulated_norm": (leaf(*x), leaf(*vector), leaf(*vector), 1e-6),
+        "modulated_norm_backward": (plain(*x), plain(*x), plain(*vector), 1e-6),
+        "gated_residual": (leaf(*x), leaf(*x), leaf(*vector)),
+        "gated_residual_backward": (plain(*x), plain(*x), plain(*vector)),
+        "unrotate_gate_norm": (leaf(*x), leaf(*x), *(leaf(*vector) for _ in range(3)), leaf(*phase), 2, 1e-6),
+        "unrotate_gate_norm_backward": (
+            *(plain(*x) for _ in range(4)), plain(*vector), plain(*vector), plain(*phase), 2, 1e-6, True,
+        ),
+        "qk_norm_rotary": (
+            *(leaf(*q) for _ in range(3)), *(leaf(*w) for w in prologue), position, leaf(*phase), leaf(*phase), 1e-6,
+        ),
+        "qk_norm_rotary_": (
+            *(plain(*q) for _ in range(3)), *(plain(*w) for w in prologue), position, plain(*phase), plain(*phase),
+            1e-6,
+        ),
+        "qk_norm_rotary_backward": (
+            *(plain(*q) for _ in range(6)), *(plain(*w) for w in prologue), position, plain(*phase), plain(*phase),
+            1e-6, True, True,
+        ),
+        "flow_step": (leaf(*x), leaf(*x), TABLE, plain(*x), [], None, None, None, 1.0, None),
+        "flow_log_prob": (leaf(*x), leaf(*x), plain(*x), TABLE, leaf(*x), 2.0),
+        "flow_log_prob_backward": (plain(1), plain(*x), plain(*x), plain(*x), TABLE, None, 1.0),
+        "attention": (leaf(*q), leaf(*q), leaf(*q), 0.4, "reference"),
+        "attention_backward": (*(plain(*q) for _ in range(5)), plain(*heads_first), 0.4, "reference"),
+        "attention_int8": (plain(*q), plain(*q), plain(*q), 0.4),
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("name", sorted(calls()))
+def test_opcheck(name: str) -> None:
+    torch.library.opcheck(getattr(torch.ops.geoalign, name).default, calls()[name], test_utils=CHECKS)
+
+
+def test_backend_of_the_other_attention_core_passes_too() -> None:
+    q = leaf(1, 3, 2, 6)
+    torch.library.opcheck(torch.ops.geoalign.attention.default, (q, q, q, 0.4, "sdpa_flash"), test_utils=CHECKS)
+
+
+def test_no_op_is_left_out() -> None:
+    registered = {name.removeprefix("geoalign::") for name in library._op_defs}
+    registered.discard("frame_preprocess")  # its checks stand in test_frame_preprocess.py, next to its inputs
+    assert registered == set(calls()), "an op without an opcheck, or a check without an op"
+    assert gk.report("cpu")
