@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import resource
 import sys
 import tempfile
@@ -117,6 +118,7 @@ def main() -> None:
     machine = describe_environment()
     facts = {"codec": "vp9", "date": time.strftime("%Y-%m-%d"), "threads": torch.get_num_threads()}
     facts |= {name: machine[name] for name in ("device", "cores", "commit", "versions")} | {"frames": args.frames}
+    facts |= {"load_1m": round(os.getloadavg()[0], 1)}  # other work on the machine shows here
     facts |= {"source": [args.height, args.width], "size": list(size), "stride": args.stride, "dali_gpu": args.device}
     lines = "".join(json.dumps(row | facts) + "\n" for row in rows)
     sys.stdout.write(lines)
