@@ -87,7 +87,7 @@ class GeometricEmbedding(nn.Module):
         features = torch.cat(
             [(4 * pixels - 2).expand(batch, count, 2), log_height[:, None, None].expand(batch, count, 1)], -1
         )
-        place = self.position(features)
+        place = self.position(features.to(self.position.weight))
         target = (place + self.stream[0]).repeat(1, target_frames, 1)
         return torch.cat([target, (place + self.stream[1]).repeat(1, source_frames, 1)], 1)
 

@@ -107,7 +107,7 @@ def open_codec(
         CheckpointError: none of these exists or can be read.
     """
     if model.is_file():
-        return _policy_codec(model)
+        return _policy_codec(model).to(device)
     for path in (model / "vae", model / "Wan2.1_VAE.pth"):
         if path.exists():
             return load_wan_codec(path, dtype=dtype, device=device, tiled=tiled)
