@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import struct
 import subprocess
 import sys
@@ -218,7 +219,8 @@ before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 load_dit(config, Path({str(tmp_path / "big.safetensors")!r}))
 print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024)
 """
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    paths = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, env=paths)
     # Mapped file pages count as resident although the kernel can drop them, hence one tensor file on top at most.
     assert float(done.stdout) < 1.3 * size
 
