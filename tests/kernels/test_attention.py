@@ -6,6 +6,7 @@ import pytest
 import torch
 
 import geoalign_kernels as gk
+from geoalign_kernels.ops.attention.probe import ProbedInt8Attention
 from geoalign_kernels.testing import assert_gradients_match, assert_matches_reference, run_with_gradients
 
 
@@ -46,6 +47,24 @@ def test_int8_is_close_and_refused_where_it_would_bias_the_ratio() -> None:
         gk.attention(q, k, v, mode="int8")
     with pytest.raises(RuntimeError, match="gradient"):
         gk.attention(q.requires_grad_(), k, v, mode="int8")
+
+
+def test_probe_keeps_layers_exact_that_int8_would_spoil() -> None:
+    probe = ProbedInt8Attention(threshold=2e-2)
+    q, k, v = torch.randn(1, 300, 2, 64), torch.randn(1, 190, 2, 64), torch.randn(1, 190, 2, 64)
+    spoiled = q.clone()
+    spoiled[:, ::7, :, 0] *= 3000.0  # one outlier channel sets the scale: every other channel rounds to zero
+    assert torch.equal(probe(0, q, k, v), gk.attention(q, k, v, mode="int8").out)
+    assert torch.equal(probe(1, spoiled, k, v), gk.attention(spoiled, k, v).out)
+    broken = torch.full_like(q, float("nan"))
+    probe(2, broken, k, v)
+    assert [probe.is_exact(layer) for layer in range(3)] == [False, True, True]
+    # the sampled error is the error of those blocks in the full call: 300 queries are blocks 0, 1 (and a partial 2)
+    rows = slice(0, 256)
+    exact, approximate = (gk.attention(q, k, v, mode=mode).out[:, rows] for mode in ("exact", "int8"))
+    assert probe.errors[0] == pytest.approx(((approximate - exact).norm() / exact.norm()).item(), rel=1e-3)
+    with gk.exact_only(), pytest.raises(RuntimeError, match="SDE window"):
+        probe(0, q, k, v)
 
 
 def test_core_choice(monkeypatch: pytest.MonkeyPatch) -> None:
