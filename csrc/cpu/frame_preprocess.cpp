@@ -32,21 +32,31 @@ void resample_column(const Axis& axis, int32_t y, const float* in, int32_t width
 }
 
 struct Workspace {
-  std::vector<float> lanes, geometry, patch, row;
+  std::vector<float> levels, lanes, geometry, patch, row;
   explicit Workspace(const FramePreprocess& p)
-      : lanes(static_cast<size_t>(p.width) * kLanes),
+      : levels(static_cast<size_t>(p.width) * kLanes),
+        lanes(static_cast<size_t>(p.width) * kLanes),
         geometry(static_cast<size_t>(p.height) * p.geometry_x.size),
         patch(static_cast<size_t>(p.height) * p.patch_x.size),
         row(p.geometry_x.size > p.patch_x.size ? p.geometry_x.size : p.patch_x.size) {}
 };
 
+// Rows [y, y + rows) of a plane as levels, transposed to [width][kLanes]; converted first, because that part vectorises.
+template <Pixel kPixel>
+void read_lanes(const FramePreprocess& p, int64_t plane, int32_t y, int32_t rows, Workspace& work) {
+  float* levels = work.levels.data();
+  const int64_t from = plane + static_cast<int64_t>(y) * p.width, count = static_cast<int64_t>(rows) * p.width;
+  for (int64_t i = 0; i < count; ++i) levels[i] = read_level<kPixel>(p.video, from + i);
+  float* lanes = work.lanes.data();
+  for (int32_t x = 0; x < p.width; ++x)
+    for (int32_t lane = 0; lane < rows; ++lane) lanes[x * kLanes + lane] = levels[lane * p.width + x];
+}
+
+template <Pixel kPixel>
 void horizontal(const FramePreprocess& p, int64_t plane, bool geometry, bool patch, Workspace& work) {
   for (int32_t y = 0; y < p.height; y += kLanes) {
     const int32_t rows = p.height - y < kLanes ? p.height - y : kLanes;
-    for (int32_t lane = 0; lane < rows; ++lane) {
-      const int64_t from = plane + static_cast<int64_t>(y + lane) * p.width;
-      for (int32_t x = 0; x < p.width; ++x) work.lanes[x * kLanes + lane] = read_level(p, from + x);
-    }
+    read_lanes<kPixel>(p, plane, y, rows, work);
     if (geometry)
       resample_rows<true>(p.geometry_x, work.lanes.data(),
                           work.geometry.data() + static_cast<int64_t>(y) * p.geometry_x.size, rows);
@@ -80,19 +90,28 @@ void patch_rows(const FramePreprocess& p, int32_t clip, int32_t frame, int32_t c
   }
 }
 
+template <Pixel kPixel>
+void images(const FramePreprocess& p, int64_t begin, int64_t end) {
+  Workspace work(p);
+  for (int64_t image = begin; image < end; ++image) {
+    const int32_t clip = static_cast<int32_t>(image / p.frames), frame = static_cast<int32_t>(image % p.frames);
+    const bool geometry = p.slots[frame] >= 0;
+    const bool patch = p.slots[p.frames + frame] >= 0 || p.slots[2 * p.frames + frame] >= 0;
+    if (!geometry && !patch) continue;
+    for (int32_t channel = 0; channel < 3; ++channel) {
+      horizontal<kPixel>(p, (image * 3 + channel) * p.height * p.width, geometry, patch, work);
+      if (geometry) geometry_rows(p, clip, frame, channel, work);
+      if (patch) patch_rows(p, clip, frame, channel, work);
+    }
+  }
+}
+
 }  // namespace
 }  // namespace geoalign
 
 extern "C" void geoalign_frame_preprocess_cpu(const geoalign::FramePreprocess* p, int64_t begin, int64_t end) {
-  geoalign::Workspace work(*p);
-  for (int64_t image = begin; image < end; ++image) {
-    const int32_t clip = static_cast<int32_t>(image / p->frames), frame = static_cast<int32_t>(image % p->frames);
-    const bool geometry = p->slots[frame] >= 0;
-    const bool patch = p->slots[p->frames + frame] >= 0 || p->slots[2 * p->frames + frame] >= 0;
-    for (int32_t channel = 0; channel < 3; ++channel) {
-      geoalign::horizontal(*p, (image * 3 + channel) * p->height * p->width, geometry, patch, work);
-      if (geometry) geoalign::geometry_rows(*p, clip, frame, channel, work);
-      if (patch) geoalign::patch_rows(*p, clip, frame, channel, work);
-    }
-  }
+  using geoalign::Pixel;
+  if (p->pixel == Pixel::kUint8) return geoalign::images<Pixel::kUint8>(*p, begin, end);
+  if (p->pixel == Pixel::kFloat32) return geoalign::images<Pixel::kFloat32>(*p, begin, end);
+  geoalign::images<Pixel::kBFloat16>(*p, begin, end);
 }

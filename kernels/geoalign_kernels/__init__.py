@@ -7,7 +7,9 @@ The package imports torch only (Triton at the first kernel launch) and nothing o
 
 from geoalign_kernels.dispatch import BackendUnavailableError, report, set_backend, use_backend
 from geoalign_kernels.ops.attention import AttentionOutput, attention, exact_only, resolve_attention
+from geoalign_kernels.ops.attention.probe import ProbedInt8Attention
 from geoalign_kernels.ops.flow_step import FlowStep, flow_log_prob, flow_step
+from geoalign_kernels.ops.frame_preprocess import CropTarget, FrameInputs, FramePlan, frame_plan, frame_preprocess
 from geoalign_kernels.ops.gated_residual import gated_residual
 from geoalign_kernels.ops.modulated_norm import modulated_norm
 from geoalign_kernels.ops.qk_norm_rotary import qk_norm_rotary
@@ -17,12 +19,18 @@ from geoalign_kernels.philox import NoiseKey, philox_normal, philox_uniform
 __all__ = [
     "AttentionOutput",
     "BackendUnavailableError",
+    "CropTarget",
     "FlowStep",
+    "FrameInputs",
+    "FramePlan",
     "NoiseKey",
+    "ProbedInt8Attention",
     "attention",
     "exact_only",
     "flow_log_prob",
     "flow_step",
+    "frame_plan",
+    "frame_preprocess",
     "gated_residual",
     "modulated_norm",
     "philox_normal",

@@ -1,7 +1,7 @@
 """Which implementation of an op runs: one registry, one rule, no import side effects.
 
-`auto` takes the best implementation of the tensor's device (CUDA: triton, then reference; CPU: reference). A backend
-that is asked for by name and cannot run raises `BackendUnavailableError`; it is never replaced silently.
+`auto` takes the best implementation of the tensor's device (CUDA: cuda, triton, reference; CPU: cpp, reference). A
+backend that is asked for by name and cannot run raises `BackendUnavailableError`; it is never replaced silently.
 The choice is read on every call, inside the registered op, so it also holds for compiled graphs.
 """
 
@@ -21,7 +21,7 @@ import torch
 from geoalign_kernels import capture
 
 ENV = "GEOALIGN_KERNELS"
-BACKENDS = ("auto", "reference", "triton", "cuda")
+BACKENDS = ("auto", "reference", "triton", "cuda", "cpp")
 logger = logging.getLogger("geoalign_kernels")
 
 _implementations: dict[str, dict[str, str]] = {}
@@ -54,7 +54,7 @@ def backend_for(op: str, device: torch.device) -> str:
             raise BackendUnavailableError(f"kernel backend '{choice}' asked for op '{op}': {reason}")
         return choice
     if device.type != "cuda":
-        return "reference"
+        return "cpp" if device.type == "cpu" and "cpp" in _implementations[op] else "reference"
     for candidate in ("cuda", "triton"):
         reason = _why_not(op, candidate, device)
         if not reason:
@@ -146,6 +146,8 @@ def _why_not(op: str, backend: str, device: torch.device) -> str:
         return f"the op has only {', '.join(_implementations[op])}"
     if backend == "reference":
         return ""
+    if backend == "cpp":
+        return "" if device.type == "cpu" else f"it needs a CPU tensor, got one on '{device.type}'"
     if backend == "triton" and importlib.util.find_spec("triton") is None:
         return "triton is not installed"
     if device.type != "cuda" and not (backend == "triton" and interpreting()):
@@ -179,4 +181,4 @@ def run(op: str, device: torch.device, args: tuple[Any, ...]) -> Any:
 
 @functools.lru_cache(maxsize=64)
 def _warn_fallback(op: str, reason: str) -> None:
-    logger.warning("op '%s' runs its plain torch reference on CUDA: %s", op, reason)
+    logger.warning("op '%s' runs its plain torch reference: %s", op, reason)

@@ -57,10 +57,11 @@ GEOALIGN_HD float level_of_bfloat16(uint16_t bits) {
   return level_of(cast.value);
 }
 
-GEOALIGN_HD float read_level(const FramePreprocess& p, int64_t index) {
-  if (p.pixel == Pixel::kUint8) return static_cast<float>(static_cast<const uint8_t*>(p.video)[index]);
-  if (p.pixel == Pixel::kFloat32) return level_of(static_cast<const float*>(p.video)[index]);
-  return level_of_bfloat16(static_cast<const uint16_t*>(p.video)[index]);
+template <Pixel kPixel>
+GEOALIGN_HD float read_level(const void* video, int64_t index) {
+  if constexpr (kPixel == Pixel::kUint8) return static_cast<float>(static_cast<const uint8_t*>(video)[index]);
+  if constexpr (kPixel == Pixel::kFloat32) return level_of(static_cast<const float*>(video)[index]);
+  return level_of_bfloat16(static_cast<const uint16_t*>(video)[index]);
 }
 
 // Offset of pixel (y, x) inside one temporal slice of patches, for channel c and the first frame of the pair.

@@ -46,14 +46,21 @@ GEOALIGN_HD bool wanted(const FramePreprocess& p, const Tile& t) {
   return p.slots[p.frames + t.frame] >= 0 || p.slots[2 * p.frames + t.frame] >= 0;
 }
 
-// Phase 1: source levels of the tile to `source` [source_rows, source_columns] as bytes.
-GEOALIGN_HD void load_tile(const FramePreprocess& p, const Tile& t, uint8_t* source, int32_t thread, int32_t threads) {
+template <Pixel kPixel>
+GEOALIGN_HD void load_tile_of(const FramePreprocess& p, const Tile& t, uint8_t* source, int32_t thread, int32_t threads) {
   const int64_t image = static_cast<int64_t>(t.clip) * p.frames + t.frame;
   const int64_t plane = (image * 3 + t.channel) * p.height * p.width;
   for (int32_t i = thread; i < t.source_rows * t.source_columns; i += threads) {
     const int32_t row = t.source_y + i / t.source_columns, column = t.source_x + i % t.source_columns;
-    source[i] = static_cast<uint8_t>(read_level(p, plane + static_cast<int64_t>(row) * p.width + column));
+    source[i] = static_cast<uint8_t>(read_level<kPixel>(p.video, plane + static_cast<int64_t>(row) * p.width + column));
   }
+}
+
+// Phase 1: source levels of the tile to `source` [source_rows, source_columns] as bytes.
+GEOALIGN_HD void load_tile(const FramePreprocess& p, const Tile& t, uint8_t* source, int32_t thread, int32_t threads) {
+  if (p.pixel == Pixel::kUint8) return load_tile_of<Pixel::kUint8>(p, t, source, thread, threads);
+  if (p.pixel == Pixel::kFloat32) return load_tile_of<Pixel::kFloat32>(p, t, source, thread, threads);
+  load_tile_of<Pixel::kBFloat16>(p, t, source, thread, threads);
 }
 
 // Phase 2: horizontal pass to `rows` [source_rows, width].

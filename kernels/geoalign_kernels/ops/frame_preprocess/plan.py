@@ -1,0 +1,166 @@
+"""Tables of the frame pre-processor, computed in float64 on the host and checked there.
+
+Output i of an axis is sum_k weights[i, k] * input[first[i] + k]. Two filters are used: Pillow's (Lanczos-3 when
+shrinking, Keys' cubic when enlarging) for the cropped image, torch's antialiased bicubic for the patches. Both widen
+with the scale, drop taps outside the image and renormalise the rest.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+TILE = (14, 84)
+"""Output rows and columns of one CUDA block: kTileHeight, kTileWidth of frame_tile.cuh."""
+PATCH, MERGE, PAIR = 14, 2, 2
+"""Pixels per patch side, patches per token side, frames per patch of Qwen2-VL's vision tower."""
+PATCH_VALUES = 3 * PAIR * PATCH * PATCH
+
+Statistics = tuple[tuple[float, float, float], tuple[float, float, float]]
+"""(mean, std) per RGB channel, of values in [0, 1]."""
+
+
+@dataclass(frozen=True, slots=True)
+class CropTarget:
+    """Resize to `resized`, then cut `output` at `offset`; (height, width) in pixels."""
+
+    resized: tuple[int, int]
+    output: tuple[int, int]
+    offset: tuple[int, int]
+
+
+@dataclass(frozen=True, slots=True)
+class FramePlan:
+    """Everything `frame_preprocess` needs besides the pixels; build it with `frame_plan`.
+
+    Attributes:
+        size: (height, width) of the source frames.
+        axes: (first [n] int32, weights [n, taps] float32) for geometry x, geometry y, patch x, patch y: 8 tensors.
+        slots: [3, frames] int32, the position of a frame among the geometry, clip and still frames, or -1.
+        levels: [2, 3, 256] float32, the normalised value of each 8-bit level per target and channel.
+        counts: number of geometry, clip and still frames.
+        reads: source rows and columns that the largest CUDA tile reads, geometry then patches.
+    """
+
+    size: tuple[int, int]
+    axes: tuple[Tensor, ...]
+    slots: Tensor
+    levels: Tensor
+    counts: tuple[int, int, int]
+    reads: tuple[int, int, int, int]
+
+    def to(self, device: torch.device | str) -> FramePlan:
+        """The plan with its tables on `device`."""
+        return replace(
+            self,
+            axes=tuple(t.to(device) for t in self.axes),
+            slots=self.slots.to(device),
+            levels=self.levels.to(device),
+        )
+
+
+def frame_plan(
+    size: tuple[int, int],
+    frames: int,
+    geometry: CropTarget,
+    patches: tuple[int, int],
+    *,
+    geometry_frames: Sequence[int],
+    clip_frames: Sequence[int],
+    still_frames: Sequence[int],
+    geometry_statistics: Statistics,
+    patch_statistics: Statistics,
+) -> FramePlan:
+    """Plan for clips of `frames` frames of `size` = (height, width) pixels.
+
+    Args:
+        size: of the source frames.
+        frames: of a clip.
+        geometry: resize and crop of the geometry model's images.
+        patches: (height, width) of the resized frame that is cut into patches; multiples of 28.
+        geometry_frames, clip_frames, still_frames: indices of the frames that each output shows, in its order, each
+            at most once; a clip shows pairs, so their number is even.
+        geometry_statistics, patch_statistics: normalisation.
+
+    Raises:
+        ValueError: a size, a crop or a frame index is out of range, repeated or odd in number.
+    """
+    if min(*size, *geometry.resized, *geometry.output, *patches) < 1:
+        raise ValueError(f"sizes must be positive, got {size}, {geometry}, {patches}")
+    for resized, output, offset in zip(geometry.resized, geometry.output, geometry.offset, strict=True):
+        if offset < 0 or offset + output > resized:
+            raise ValueError(f"the crop leaves the resized image: {geometry}")
+    if any(side % (PATCH * MERGE) for side in patches):
+        raise ValueError(f"the sides of the patch target must be multiples of {PATCH * MERGE}, got {patches}")
+    if len(clip_frames) % PAIR:
+        raise ValueError(f"a clip shows pairs of frames, got {len(clip_frames)} frames")
+    slots = torch.full((3, frames), -1, dtype=torch.int32)
+    for row, (name, indices) in enumerate(
+        (("geometry", geometry_frames), ("clip", clip_frames), ("still", still_frames))
+    ):
+        if len(set(indices)) != len(indices) or any(not 0 <= i < frames for i in indices):
+            raise ValueError(f"{name}_frames must be distinct indices below {frames}, got {list(indices)}")
+        slots[row, list(indices)] = torch.arange(len(indices), dtype=torch.int32)
+    (top, left), (height, width) = geometry.offset, geometry.output
+    axes = (
+        taps(size[1], geometry.resized[1], left, width, lanczos=True),
+        taps(size[0], geometry.resized[0], top, height, lanczos=True),
+        taps(size[1], patches[1], 0, patches[1], lanczos=False),
+        taps(size[0], patches[0], 0, patches[0], lanczos=False),
+    )
+    gx, gy, px, py = axes
+    return FramePlan(
+        size,
+        tuple(table for axis in axes for table in axis),
+        slots,
+        torch.stack([_levels(geometry_statistics), _levels(patch_statistics)]),
+        (len(geometry_frames), len(clip_frames), len(still_frames)),
+        (_reads(*gy, TILE[0]), _reads(*gx, TILE[1]), _reads(*py, TILE[0]), _reads(*px, TILE[1])),
+    )
+
+
+def taps(source: int, target: int, start: int, count: int, *, lanczos: bool) -> tuple[Tensor, Tensor]:
+    """(first [count] int32 ascending, weights [count, taps] float32) of outputs `start` .. `start + count - 1`.
+
+    Rows are padded with zero weights; first + taps never exceeds `source`.
+    """
+    scale = source / target
+    stretch = max(scale, 1.0)
+    weight, radius = (_lanczos3, 3) if lanczos and scale > 1 else (_cubic, 2)
+    centre = (torch.arange(start, start + count, dtype=torch.float64) + 0.5) * scale
+    low = (centre - radius * stretch + 0.5).floor().clamp(min=0).long()
+    high = (centre + radius * stretch + 0.5).floor().clamp(max=source).long()
+    length = int((high - low).max())
+    first = low.clamp(max=source - length)
+    column = first[:, None] + torch.arange(length)
+    values = weight((column + 0.5 - centre[:, None]) / stretch)
+    values = torch.where((column >= low[:, None]) & (column < high[:, None]), values, 0.0)
+    return first.int(), (values / values.sum(dim=1, keepdim=True)).float().contiguous()
+
+
+def _lanczos3(x: Tensor) -> Tensor:
+    return torch.where(x.abs() < 3, torch.sinc(x) * torch.sinc(x / 3), 0.0)
+
+
+def _cubic(x: Tensor) -> Tensor:
+    # Keys' cubic with a = -1/2.
+    x = x.abs()
+    inner = (1.5 * x - 2.5) * x * x + 1
+    outer = ((-0.5 * x + 2.5) * x - 4) * x + 2
+    return torch.where(x < 1, inner, torch.where(x < 2, outer, 0.0))
+
+
+def _levels(statistics: Statistics) -> Tensor:
+    """[3, 256] in float32 throughout, so that the table equals normalising an image."""
+    mean, std = (torch.tensor(values)[:, None] for values in statistics)
+    return (torch.arange(256.0) / 255 - mean) / std
+
+
+def _reads(first: Tensor, weights: Tensor, tile: int) -> int:
+    """Most source pixels that one tile of outputs reads along an axis."""
+    starts = first.long()
+    ends = torch.stack([starts[min(i + tile, len(starts)) - 1] for i in range(0, len(starts), tile)])
+    return int((ends - starts[::tile]).max()) + weights.shape[1]
