@@ -143,17 +143,18 @@ def _compile(cxx: str, nvcc: str | None, work: Path) -> None:
     # torch is loaded before this library, so its libraries are found by name and no path is baked in.
     links = [f"-L{torch_folder / 'lib'}", "-ltorch_cpu"]
     flags = [*CXX_FLAGS, f"-I{folder / 'include'}", f"-I{torch_folder / 'include'}"]
-    inputs = [str(folder / "bindings.cpp"), str(folder / "cpu" / "frame_preprocess.cpp")]
+    objects = []
     if nvcc:
-        cuda = Path(nvcc).resolve().parents[1]
+        flags.append("-DGEOALIGN_WITH_CUDA")
         codes = [f"-gencode=arch={target.replace('sm', 'compute')},code={target}" for target in TARGETS]
-        cuda_object, source = str(work / "cuda.o"), str(folder / "cuda" / "frame_preprocess.cu")
-        include = f"-I{folder / 'include'}"
-        _run([nvcc, *NVCC_FLAGS, *codes, "-Xcompiler", "-fPIC", include, "-c", source, "-o", cuda_object])
-        flags += ["-DGEOALIGN_WITH_CUDA", f"-I{cuda / 'include'}"]
-        inputs.append(cuda_object)
-        links += [f"-L{cuda / 'lib64'}", "-lcudart_static", "-ldl", "-lrt", "-lpthread"]
-    _run([cxx, *flags, "-shared", *inputs, *links, "-o", str(work / "library.so")])
+        device = [*NVCC_FLAGS, *codes, "-Xcompiler", "-fPIC", f"-I{folder / 'include'}"]
+        objects.append(str(work / "cuda.o"))
+        _run([nvcc, *device, "-c", str(folder / "cuda" / "frame_preprocess.cu"), "-o", objects[-1]])
+    for source in (folder / "bindings.cpp", folder / "cpu" / "frame_preprocess.cpp"):
+        objects.append(str(work / f"{source.stem}.o"))
+        _run([cxx, *flags, "-c", str(source), "-o", objects[-1]])
+    # nvcc links its own static run time; it knows where that is.
+    _run([nvcc or cxx, "-shared", *objects, *links, "-o", str(work / "library.so")])
 
 
 def _run(command: Sequence[str]) -> str:
