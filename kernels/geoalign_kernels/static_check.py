@@ -62,11 +62,17 @@ def _measure(compiled: Any, target: int) -> dict[str, Any]:
     def count(pattern: str) -> int:
         return sum(1 for opcode in opcodes if re.match(pattern, opcode))
 
+    def reported(pattern: str) -> int:
+        found = re.search(pattern, log)
+        if found is None:
+            raise RuntimeError(f"ptxas -v no longer reports '{pattern}':\n{log}")
+        return int(found[1])
+
     mma = next((name for name in MMA_OPCODES if count(rf"{name}\.")), "")
     return {
-        "registers": int(re.search(r"Used (\d+) registers", log)[1]),
+        "registers": reported(r"Used (\d+) registers"),
         "spill_bytes": sum(map(int, re.findall(r"(\d+) bytes spill", log))),
-        "stack_bytes": int(re.search(r"(\d+) bytes stack", log)[1]),
+        "stack_bytes": reported(r"(\d+) bytes stack"),
         "shared_bytes": compiled.metadata.shared,
         "global_loads_128": count(r"LDG\.(.*\.)?128"),
         "global_loads": count(r"LDG\b"),

@@ -47,11 +47,11 @@ class KernelConfig:
         constants: dict[Any, Any] = {}
         attributes: dict[Any, Any] = {}
         for index, name in enumerate(self.kernel().arg_names):
-            if name in self.constants or self.arguments[name] is None:
+            kind = None if name in self.constants else self.arguments[name]
+            if kind is None:
                 signature[name] = "constexpr"
                 constants[(index,)] = self.constants.get(name)
                 continue
-            kind = self.arguments[name]
             parts = kind if isinstance(kind, tuple) else (kind,)
             plain = tuple(part.removesuffix("/16") for part in parts)
             signature[name] = plain if isinstance(kind, tuple) else plain[0]

@@ -44,7 +44,7 @@ def backward(
         dq[:, :, at] = ds @ keys
         dk += ds.mT @ queries[:, :, at]
         dv += p.mT @ dout[:, :, at]
-    return tuple(g.transpose(1, 2).to(t.dtype) for g, t in ((dq, q), (dk, k), (dv, v)))
+    return dq.transpose(1, 2).to(q.dtype), dk.transpose(1, 2).to(k.dtype), dv.transpose(1, 2).to(v.dtype)
 
 
 def quantise(x: Tensor, mean: Tensor | None, block: int) -> tuple[Tensor, Tensor]:

@@ -65,7 +65,8 @@ def unrotate_gate_norm(
 
 
 def _fake(y: Tensor, x: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
-    return tuple(torch.empty_like(x, memory_format=torch.contiguous_format) for _ in range(2))
+    dense = torch.contiguous_format
+    return torch.empty_like(x, memory_format=dense), torch.empty_like(x, memory_format=dense)
 
 
 def _backward_fake(dstream: Tensor, dnormed: Tensor, y: Tensor, stream: Tensor, *rest: Any) -> tuple[Tensor, ...]:
