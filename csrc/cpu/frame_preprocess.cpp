@@ -1,6 +1,7 @@
 // C++ twin of the CUDA frame pre-processor: the same tables and rounding, blocked for SIMD instead of tiled.
 #include "geoalign/frame_preprocess.h"
 
+#include <cstring>
 #include <vector>
 
 namespace geoalign {
@@ -80,12 +81,20 @@ void geometry_rows(const FramePreprocess& p, int32_t clip, int32_t frame, int32_
 void patch_rows(const FramePreprocess& p, int32_t clip, int32_t frame, int32_t channel, Workspace& work) {
   const int32_t width = p.patch_x.size;
   const float* levels = p.levels + (3 + channel) * 256;
+  float* in_clip = clip_slice(p, clip, frame);
+  float* in_still = still_slice(p, clip, frame);
   for (int32_t y = 0; y < p.patch_y.size; ++y) {
     resample_column(p.patch_y, y, work.patch.data(), width, work.row.data());
     for (int32_t column = 0; column < width; column += kPatch) {
       const int64_t offset = patch_offset(channel, y, column, width);
+      float values[kPatch];
       for (int32_t x = 0; x < kPatch; ++x)
-        store_patch(p, clip, frame, offset + x, levels[static_cast<int32_t>(round_half_even(work.row[column + x]))]);
+        values[x] = levels[static_cast<int32_t>(round_half_even(work.row[column + x]))];
+      if (in_clip) std::memcpy(in_clip + offset, values, sizeof(values));
+      if (in_still) {
+        std::memcpy(in_still + offset, values, sizeof(values));
+        std::memcpy(in_still + offset + kPatchArea, values, sizeof(values));
+      }
     }
   }
 }

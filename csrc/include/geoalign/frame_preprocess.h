@@ -77,17 +77,26 @@ GEOALIGN_HD int64_t slice_values(const FramePreprocess& p) {
   return static_cast<int64_t>(p.patch_y.size) * p.patch_x.size * 3 * kPair;
 }
 
+// Where the patches of this frame start in an output (patch_offset counts from there), or null if it is not shown.
+GEOALIGN_HD float* clip_slice(const FramePreprocess& p, int32_t clip, int32_t frame) {
+  const int32_t slot = p.slots[p.frames + frame];
+  if (slot < 0) return nullptr;
+  const int64_t slice = static_cast<int64_t>(clip) * (p.clip_frames / kPair) + slot / kPair;
+  return p.clip + slice * slice_values(p) + (slot % kPair) * kPatchArea;
+}
+
+GEOALIGN_HD float* still_slice(const FramePreprocess& p, int32_t clip, int32_t frame) {
+  const int32_t slot = p.slots[2 * p.frames + frame];
+  if (slot < 0) return nullptr;
+  return p.still + (static_cast<int64_t>(clip) * p.still_frames + slot) * slice_values(p);
+}
+
 // Writes one finished level of the patch target to every output that shows this frame.
 GEOALIGN_HD void store_patch(const FramePreprocess& p, int32_t clip, int32_t frame, int64_t offset, float value) {
-  const int32_t in_clip = p.slots[p.frames + frame], in_still = p.slots[2 * p.frames + frame];
-  if (in_clip >= 0) {
-    const int64_t slice = static_cast<int64_t>(clip) * (p.clip_frames / kPair) + in_clip / kPair;
-    p.clip[slice * slice_values(p) + offset + (in_clip % kPair) * kPatchArea] = value;
-  }
-  if (in_still >= 0) {
-    float* out = p.still + (static_cast<int64_t>(clip) * p.still_frames + in_still) * slice_values(p) + offset;
-    out[0] = out[kPatchArea] = value;
-  }
+  float* in_clip = clip_slice(p, clip, frame);
+  float* in_still = still_slice(p, clip, frame);
+  if (in_clip) in_clip[offset] = value;
+  if (in_still) in_still[offset] = in_still[offset + kPatchArea] = value;
 }
 
 GEOALIGN_HD float* geometry_plane(const FramePreprocess& p, int32_t clip, int32_t frame, int32_t channel) {
