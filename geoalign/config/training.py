@@ -31,7 +31,7 @@ class RunConfig(Section):
     threads: int = Field(0, ge=0)
     """Intra-op CPU threads; 0 leaves PyTorch's choice (one thread is fastest for the embedded model)."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
-    """``auto``: the local GPU when there is one."""
+    """Where the loop runs: ``auto`` means the CPU so far; ``cuda`` is refused until the loop places models there."""
 
     @property
     def folder(self) -> Path:

@@ -92,13 +92,13 @@ def run_check(args: argparse.Namespace) -> int:
     from geoalign.data.clips import list_clips
     from geoalign.data.loader import ClipLoader, cause_of
     from geoalign.data.prepare import data_settings
-    from geoalign.data.readers import open_reader
+    from geoalign.data.readers import local_device, open_reader
     from geoalign.data.tally import Tally
     from geoalign.data.trajectories import load_pool
 
     config = _load(args).data
     clips, paths = Tally("clips"), Tally("camera paths")
-    loader = ClipLoader(config, open_reader(config.clips.reader))
+    loader = ClipLoader(config, open_reader(config.clips.reader, local_device()))
     windows = 0
     for record in list_clips(config.clips_path, config.clips, clips):
         try:

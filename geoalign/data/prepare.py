@@ -17,7 +17,7 @@ from geoalign.data.captions import prompt_of
 from geoalign.data.clips import ClipRecord, list_clips
 from geoalign.data.frames import to_float
 from geoalign.data.loader import CameraEstimate, ClipLoader, cause_of
-from geoalign.data.readers import open_reader
+from geoalign.data.readers import local_device, open_reader
 from geoalign.data.tally import Tally
 from geoalign.errors import ConfigError, DataError
 
@@ -92,7 +92,7 @@ def prepare(
         encoder: what to compute.
         rank: this process.
         world_size: number of processes.
-        device_id: GPU of the DALI reader.
+        device_id: GPU of the DALI reader; None takes the current one, or the CPU without any.
         limit: encode at most this many windows.
         dry_run: encode (to measure) but write nothing.
         progress: called with (windows done, windows of all ranks).
@@ -104,7 +104,11 @@ def prepare(
     folder = CacheFolder(config.cache, settings)
     tally = Tally("clips")
     records = list_clips(config.clips_path, config.clips, tally)
-    loader = ClipLoader(config, open_reader(config.clips.reader, device_id), encoder.estimate_camera)
+    loader = ClipLoader(
+        config,
+        open_reader(config.clips.reader, local_device() if device_id is None else device_id),
+        encoder.estimate_camera,
+    )
     known = folder.entries().keys()
     report, begin = PrepareReport(tally=tally), time.perf_counter()
     for number, record in enumerate(records):

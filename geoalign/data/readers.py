@@ -83,6 +83,11 @@ class AnyReader:
         return (self._folders if path.is_dir() else self._files).read(path, indices, size)
 
 
+def local_device() -> int | None:
+    """The GPU that this process decodes on (its current CUDA device), or None without one."""
+    return torch.cuda.current_device() if torch.cuda.is_available() else None
+
+
 def open_reader(name: str, device_id: int | None = None) -> VideoReader:
     """The reader called ``name`` ("pyav" or "dali"), for files and image folders alike.
 

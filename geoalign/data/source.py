@@ -22,7 +22,7 @@ from geoalign.data.clips import ClipRecord, Split, in_split, list_clips
 from geoalign.data.frames import to_float
 from geoalign.data.loader import ClipLoader, LoadedWindow, cause_of
 from geoalign.data.prepare import data_settings
-from geoalign.data.readers import open_reader
+from geoalign.data.readers import local_device, open_reader
 from geoalign.data.tally import Tally
 from geoalign.data.trajectories import PathRescaler, draw_path, load_pool
 from geoalign.data.video import VideoReader
@@ -70,7 +70,7 @@ class RetakeDataset:
         if not self.clips:
             raise DataError(f"{config.clips_path}: none of {len(listed)} clips is in split '{split}'")
         self.paths = load_pool(config.trajectories_path, config.num_frames, config.trajectories, self.path_tally, split)
-        self.loader = ClipLoader(config, reader or open_reader(config.clips.reader))
+        self.loader = ClipLoader(config, reader or open_reader(config.clips.reader, local_device()))
         self.cache = open_cache(config.cache, data_settings(config), encoder) if config.use_cache else None
         self._entries = self._usable_entries()
         self._entry_of = {window_id(entry.clip_id, entry.start): entry for entry in self._entries}

@@ -74,8 +74,11 @@ def prepare_run(config: Config) -> None:
     """Set threads and render the embedded world if its files are missing."""
     if config.run.threads:
         torch.set_num_threads(config.run.threads)
-    if config.run.device == "cuda" and not torch.cuda.is_available():
-        raise UsageError("run.device=cuda, but PyTorch sees no GPU; use run.device=auto, or see `geoalign doctor`")
+    if config.run.device == "cuda":
+        raise UsageError(
+            "run.device=cuda: the training loop runs on the CPU so far (models, scorers and kernels know GPUs, the loop "
+            "does not place them yet); use run.device=cpu. `geoalign doctor` shows what this machine has"
+        )
     if config.world is not None and not is_complete(config.data, config.world):
         with bar(config.world.clips, "rendering the world", "clip") as progress:
             write_world(config.data, config.world, progress.update)
