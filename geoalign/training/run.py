@@ -76,7 +76,7 @@ def prepare_run(config: Config) -> None:
         torch.set_num_threads(config.run.threads)
     if config.run.device == "cuda":
         raise UsageError(
-            "run.device=cuda: the training loop runs on the CPU so far (models, scorers and kernels know GPUs, the loop "
+            "run.device=cuda: the training loop runs on the CPU so far (models, scorers and kernels know GPUs, it "
             "does not place them yet); use run.device=cpu. `geoalign doctor` shows what this machine has"
         )
     if config.world is not None and not is_complete(config.data, config.world):
