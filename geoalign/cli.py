@@ -62,9 +62,9 @@ EXAMPLES = """\
 examples:
   geoalign train --config tiny_cpu                       the demo: no GPU, no weights, no downloads
   geoalign train --config tiny_cpu run.seed=1            any setting by its dotted name
-  torchrun --nproc-per-node 8 -m geoalign train --config node_8gpu run.name=exp1
+  torchrun --nproc-per-node 2 -m geoalign train --config tiny_cpu run.name=two
   geoalign config print node_8gpu optim.lr=5e-6          the resolved settings of a run, before running it
-  geoalign report runs/exp1                              one HTML file that opens offline
+  geoalign report runs/two                               one HTML file that opens offline
 
 `geoalign VERB --help` explains a verb. Exit codes: 0 done, 1 failed while running, 2 wrong usage or configuration.
 GEOALIGN_DEBUG=1 shows the traceback of an error."""
