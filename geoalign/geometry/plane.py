@@ -1,4 +1,4 @@
-"""Pinhole cameras above a plane: where pixels meet the ground and where ground points appear.
+"""Pinhole cameras above a plane: where the rays of pixels meet the ground.
 
 Conventions: OpenCV camera axes, camera-to-world poses relative to a reference frame (the source's first frame), metres.
 A plane is ``[..., 4] = (nx, ny, nz, d)`` with unit normal n and n . X = d in that reference frame, d > 0: n points from
@@ -56,33 +56,6 @@ def ground_axes(plane: Tensor) -> Tensor:
     e1 = x_axis - (x_axis * normal).sum(-1, keepdim=True) * normal
     e1 = e1 / e1.norm(dim=-1, keepdim=True)
     return torch.stack([e1, torch.linalg.cross(normal, e1), normal], dim=-2)
-
-
-def project(c2w: Tensor, intrinsics: Tensor, points: Tensor) -> tuple[Tensor, Tensor]:
-    """Pixels (as fractions of W and H) ``[..., N, 2]`` and depths ``[..., N]`` of points ``[..., N, 3]``."""
-    local = (points - c2w[..., None, :3, 3]) @ c2w[..., :3, :3]
-    depth = local[..., 2]
-    xy = local[..., :2] / depth.clamp_min(1e-3)[..., None]
-    return xy * intrinsics[..., None, :2] + intrinsics[..., None, 2:], depth
-
-
-def warp_pixels(
-    from_c2w: Tensor, from_intrinsics: Tensor, to_c2w: Tensor, to_intrinsics: Tensor, plane: Tensor, pixels: Tensor
-) -> tuple[Tensor, Tensor]:
-    """Where the ground seen at ``pixels`` of one camera appears in another (the homography that the plane induces).
-
-    Args:
-        from_c2w, to_c2w: ``[..., 4, 4]`` poses relative to the plane's reference frame; batch dimensions broadcast.
-        from_intrinsics, to_intrinsics: ``[..., 4]``.
-        plane: ``[..., 4]``.
-        pixels: ``[N, 2]`` as fractions of (W, H).
-
-    Returns:
-        Pixels ``[..., N, 2]`` as fractions of (W, H) and depths ``[..., N]`` in the second camera; a depth that is not
-        positive marks ground behind it.
-    """
-    points = intersect_plane(from_c2w, pixel_rays(from_intrinsics, pixels), plane)
-    return project(to_c2w, to_intrinsics, points)
 
 
 def pixel_grid(height: int, width: int, *, step: int = 1, offset: int = 0) -> Tensor:

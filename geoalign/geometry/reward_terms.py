@@ -7,6 +7,7 @@ evaluated frames, both paths relative to frame 0. The rewards are their negative
 
 from __future__ import annotations
 
+import math
 from typing import Literal
 
 import torch
@@ -63,13 +64,19 @@ def temporal_weights(
     return (weights / weights.sum()).to(device=device, dtype=torch.float32)
 
 
-def translation_distance(estimate: Tensor, target: Tensor, weights: Tensor) -> Tensor:
-    """Eq. 3: ``[B]`` metres from ``[B, K, 4, 4]`` poses relative to frame 0 and ``[K]`` weights; float32."""
+def translation_distance(estimate: Tensor, target: Tensor, weights: Tensor, *, worst_m: float = math.inf) -> Tensor:
+    """Eq. 3: ``[B]`` metres from ``[B, K, 4, 4]`` poses relative to frame 0 and ``[K]`` weights; float32.
+
+    Each frame counts at most ``worst_m``, so that a lost track is a bad frame and not an infinite one.
+    """
     difference = estimate[..., :3, 3].float() - target[..., :3, 3].float()
-    return (so3.safe_norm(difference) * weights).sum(-1)
+    return (so3.safe_norm(difference).clamp_max(worst_m) * weights).sum(-1)
 
 
-def rotation_distance(estimate: Tensor, target: Tensor, weights: Tensor) -> Tensor:
-    """Eq. 4: ``[B]`` radians from ``[B, K, 4, 4]`` poses relative to frame 0 and ``[K]`` weights; float32, no TF32."""
+def rotation_distance(estimate: Tensor, target: Tensor, weights: Tensor, *, worst_rad: float = math.inf) -> Tensor:
+    """Eq. 4: ``[B]`` radians from ``[B, K, 4, 4]`` poses relative to frame 0 and ``[K]`` weights; float32, no TF32.
+
+    Each frame counts at most ``worst_rad``.
+    """
     angle = so3.relative_angle(estimate[..., :3, :3].float(), target[..., :3, :3].float())
-    return (angle * weights).sum(-1)
+    return (angle.clamp_max(worst_rad) * weights).sum(-1)

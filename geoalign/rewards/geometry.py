@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
-from geoalign.geometry import so3
-from geoalign.geometry.reward_terms import WeightKind
-from geoalign.geometry.reward_terms import temporal_weights as weights_over_frames
+from geoalign.geometry.reward_terms import WeightKind, rotation_distance, temporal_weights, translation_distance
+from geoalign.geometry.trajectory import CameraTrajectory
 from geoalign.rewards.base import PoseEvaluator, RewardOutput
 from geoalign.types import RetakeBatch
 
@@ -46,30 +47,30 @@ class GeometryReward:
         """Score ``videos`` ``[B, F, 3, H, W]`` against ``batch.target_camera`` re-based to its first frame."""
         estimate = self.evaluator(videos, batch.source)
         target = batch.target_camera.relative_to_first().c2w[:, estimate.frame_indices].float()
-        translation = so3.safe_norm(estimate.c2w[..., :3, 3] - target[..., :3, 3])  # [B, K] metres
-        rotation = torch.rad2deg(so3.relative_angle(estimate.c2w[..., :3, :3], target[..., :3, :3]))
-        lost = (estimate.tracked < self.min_tracked)[:, None]
-        later = estimate.frame_indices > 0  # frame 0 is given and counts as exact
-        translation = later * torch.where(lost, self.max_translation_m, translation.clamp_max(self.max_translation_m))
-        rotation = later * torch.where(lost, self.max_rotation_deg, rotation.clamp_max(self.max_rotation_deg))
-        weight = weights_over_frames(videos.shape[1], self.temporal_weights, frame_indices=estimate.frame_indices)
-        moved = path_length(estimate.c2w) / path_length(target).clamp_min(1e-6)
-        frames = later.sum()
+        lost = estimate.tracked < self.min_tracked
+        later = (estimate.frame_indices > 0).float()  # frame 0 is given
+        weight = temporal_weights(videos.shape[1], self.temporal_weights, frame_indices=estimate.frame_indices)
+        translation, rotation = self._distances(estimate.c2w, target, weight * later, lost)
+        mean_m, mean_rad = self._distances(estimate.c2w, target, later / later.sum(), lost)
+        walked, asked = (CameraTrajectory.build(c2w).path_length() for c2w in (estimate.c2w, target))
         return RewardOutput(
-            scores={"trans": -(translation * weight).sum(1), "rot": -(torch.deg2rad(rotation) * weight).sum(1)},
-            valid=torch.isfinite(translation).all(1) & torch.isfinite(rotation).all(1),
+            scores={"trans": -translation, "rot": -rotation},
+            valid=torch.isfinite(translation) & torch.isfinite(rotation),
             parts={
-                "trans_m": translation.sum(1) / frames,
-                "rot_deg": rotation.sum(1) / frames,
-                "path_length_ratio": moved,
+                "trans_m": mean_m,
+                "rot_deg": torch.rad2deg(mean_rad),
+                "path_length_ratio": walked / asked.clamp_min(1e-6),
             },
-            diagnostics={"lost": lost[:, 0].float(), "tracked": estimate.tracked, **estimate.diagnostics},
+            diagnostics={"lost": lost.float(), "tracked": estimate.tracked, **estimate.diagnostics},
         )
 
-
-def path_length(c2w: Tensor) -> Tensor:
-    """Length in metres of the camera path ``[..., F, 4, 4]``."""
-    return c2w[..., :3, 3].diff(dim=-2).norm(dim=-1).sum(-1)
+    def _distances(self, estimate: Tensor, target: Tensor, weight: Tensor, lost: Tensor) -> tuple[Tensor, Tensor]:
+        """Weighted metres and radians ``[B]``; a video whose camera was lost has the worst error in every frame."""
+        worst_m, worst_rad = self.max_translation_m, math.radians(self.max_rotation_deg)
+        translation = translation_distance(estimate, target, weight, worst_m=worst_m)
+        rotation = rotation_distance(estimate, target, weight, worst_rad=worst_rad)
+        total = weight.sum()
+        return torch.where(lost, worst_m * total, translation), torch.where(lost, worst_rad * total, rotation)
 
 
 class SourceConsistencyReward:

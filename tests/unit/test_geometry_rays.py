@@ -7,7 +7,6 @@ import torch
 
 from geoalign.errors import DataError
 from geoalign.geometry import so3
-from geoalign.geometry.plane import pixel_grid, warp_pixels
 from geoalign.geometry.pluecker import camera_vectors, fit_focal, pack_frames, pluecker_condition, pose_vectors, ray_map
 from geoalign.geometry.trajectory import CameraTrajectory
 
@@ -64,30 +63,3 @@ def test_camera_vectors() -> None:
     assert torch.equal(vector[7:].view(3, 4), camera.c2w[3, :3])
     assert torch.equal(pose_vectors(camera)[1].view(3, 4), camera.c2w[4, :3])
     assert pose_vectors(camera).shape == (3, 12)
-
-
-def test_warp_equals_the_plane_homography() -> None:
-    plane = torch.tensor([0.1, 0.2, 1.0, 0.0], dtype=torch.float64)
-    plane = plane / plane[:3].norm()
-    plane[3] = 8.0
-    a, b = sample(3).c2w * 1.0, sample(4).c2w[1:]
-    lens_a = torch.tensor([0.9, 1.2, 0.5, 0.5], dtype=torch.float64).expand(3, 4)
-    lens_b = torch.tensor([0.8, 1.1, 0.45, 0.55], dtype=torch.float64).expand(3, 4)
-    pixels = pixel_grid(4, 6).double()
-    moved, depth = warp_pixels(a, lens_a, b, lens_b, plane.expand(3, 4), pixels)
-
-    def matrix(lens: torch.Tensor) -> torch.Tensor:
-        fx, fy, cx, cy = lens.tolist()
-        return torch.tensor([[fx, 0, cx], [0, fy, cy], [0, 0, 1]], dtype=torch.float64)
-
-    for i in range(3):
-        relative = torch.linalg.inv(b[i]) @ a[i]
-        normal = a[i, :3, :3].T @ plane[:3]
-        distance = plane[3] - plane[:3] @ a[i, :3, 3]
-        induced = relative[:3, :3] + relative[:3, 3:] @ normal[None] / distance
-        homography = matrix(lens_b[i]) @ induced @ torch.linalg.inv(matrix(lens_a[i]))
-        mapped = torch.cat((pixels, torch.ones(len(pixels), 1, dtype=torch.float64)), -1) @ homography.T
-        assert torch.allclose(moved[i], mapped[:, :2] / mapped[:, 2:], atol=1e-12)
-    assert (depth > 0).all()
-    same, _ = warp_pixels(a, lens_a, a, lens_a, plane.expand(3, 4), pixels)
-    assert torch.allclose(same, pixels.expand(3, -1, 2), atol=1e-12)
