@@ -71,7 +71,6 @@ def test_fp8_values_are_as_close_as_their_three_bits_allow_and_refused_likewise(
 
 
 def test_fp8_is_refused_where_the_device_has_none(monkeypatch: pytest.MonkeyPatch) -> None:
-    pytest.importorskip("triton")
     from geoalign_kernels.ops.attention import cores, triton_impl
 
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (8, 0))

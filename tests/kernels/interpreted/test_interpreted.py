@@ -9,15 +9,14 @@ from typing import Any
 
 import pytest
 import torch
-import triton
 import triton.language as tl
 from kernel_cases import NAMES, op_cases
+from philox_kernel import assert_words_equal
 from scipy import stats
 from triton.runtime import interpreter
 
 import geoalign_kernels as gk
-from geoalign_kernels.ops.flow_step.triton_impl import philox_block
-from geoalign_kernels.philox import NORMAL_ATOL, philox_words
+from geoalign_kernels.philox import NORMAL_ATOL
 from geoalign_kernels.testing import assert_gradients_match, assert_matches_reference, run_with_gradients
 
 pytestmark = pytest.mark.interp
@@ -121,19 +120,8 @@ def test_empty_steps(shape: tuple[int, int]) -> None:
     assert step.x_next.shape == shape and step.log_prob.shape == shape[:1] and gradient.shape == shape
 
 
-@triton.jit
-def words_kernel(Out, k0, k1, BLOCK: tl.constexpr):
-    block, zero = tl.arange(0, BLOCK).to(tl.uint32), tl.zeros((BLOCK,), tl.uint32)
-    words = philox_block(block, zero + 7, zero + 2, zero + 9, zero + k0.to(tl.uint32), zero + k1.to(tl.uint32))
-    for w in tl.static_range(4):
-        tl.store(Out + w * BLOCK + tl.arange(0, BLOCK), words[w].to(tl.int64))
-
-
 def test_philox_words_of_the_kernel_are_the_reference_words() -> None:
-    out = torch.empty(4, 256, dtype=torch.int64)
-    words_kernel[(1,)](out, 0xFEDCBA98, 3, BLOCK=256)
-    expected = philox_words(tuple(torch.tensor(c) for c in (list(range(256)), [7], [2], [9])), (0xFEDCBA98, 3))
-    assert torch.equal(out, torch.stack(expected))
+    assert_words_equal("cpu", 256)
 
 
 @pytest.mark.parametrize("lengths", [(5, 3), (130, 150)], ids=str)
