@@ -71,6 +71,13 @@ DEVICES: dict[str, DeviceProfile] = {
 }  # fmt: skip
 
 
+def peak_flops(name: str) -> float | None:
+    """Dense bf16 peak of a CUDA device by the name its driver gives; None for devices that no profile covers."""
+    family = {"A100": "a800", "A800": "a800", "H100": "h200", "H200": "h200", "H800": "h200", "GH200": "h200"}
+    known = next((profile for part, profile in family.items() if part in name), None)
+    return None if known is None else DEVICES[known].peak
+
+
 @dataclass(frozen=True, slots=True)
 class Execution:
     """How forwards and backwards are executed.
