@@ -18,8 +18,8 @@ from geoalign.geometry import so3
 from geoalign.models.codec import PatchCodec
 from geoalign.rewards.base import PoseEvaluator
 from geoalign.rewards.planar import PlanarAligner
+from geoalign.training.environment import describe_environment
 from geoalign.training.evaluate import second_evaluator
-from geoalign.training.run import describe_environment
 from geoalign.world.pairs import PairedVideos, paired_videos
 
 COUNT, SEED = 60, 5

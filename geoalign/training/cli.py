@@ -125,9 +125,9 @@ def run_pretrain(args: argparse.Namespace) -> int:
     """Pre-train a base policy and print its held-out numbers."""
     config = _load(args)
     from geoalign.training.bundle import save_policy
+    from geoalign.training.environment import bar, describe_environment
     from geoalign.training.evaluate import HeldOut, evaluate
     from geoalign.training.pretrain import pretrain
-    from geoalign.training.run import bar, describe_environment
 
     if config.run.threads:
         import torch
@@ -165,8 +165,8 @@ def run_evaluate(args: argparse.Namespace) -> int:
     from geoalign.errors import ConfigError
     from geoalign.io_utils import atomic_write_json
     from geoalign.training.bundle import load_policy
+    from geoalign.training.environment import describe_environment
     from geoalign.training.evaluate import HeldOut, evaluate
-    from geoalign.training.run import describe_environment
 
     if config.world is None:
         raise ConfigError("evaluate needs held-out pairs with a true render: set the world section (tiny_cpu has it)")

@@ -73,7 +73,7 @@ def retake(policy: RetakePolicy, flow: FlowConfig, batch: RetakeBatch, noise_see
     ids = torch.arange(len(batch))
     noise = initial_noise(policy.latent_shape(batch), noise_seed, 0, ids, stream=EVALUATION_STREAM)
     latents = FlowSampler(build_step_table(flow)).sample(policy.velocity, prepared, noise)
-    return policy.decode(latents, batch)
+    return policy.decode(latents, batch.source.video)
 
 
 @torch.no_grad()
