@@ -6,6 +6,8 @@ import difflib
 import importlib
 import inspect
 import sys
+import threading
+import weakref
 from collections.abc import Callable, Iterable, Mapping
 from functools import partial
 from typing import Any
@@ -15,7 +17,8 @@ from torch import Tensor
 from geoalign.config.rewards import FailureConfig, RewardConfig
 from geoalign.errors import ConfigError
 from geoalign.rewards.base import PoseEstimate, PoseEvaluator, Reward
-from geoalign.rewards.placement import GuardedReward, WorkerReward
+from geoalign.rewards.guard import GuardedReward
+from geoalign.rewards.worker import WorkerReward
 from geoalign.types import SourceClip
 
 # name -> "module:callable". The callable takes keyword options; one called `evaluator` is resolved by name.
@@ -35,18 +38,24 @@ WITHOUT_RESIDUAL = {"mapanything"}
 
 
 class LastResult:
-    """Keeps an evaluator's last answer, so that several rewards of one batch share one pose estimate."""
+    """Keeps an evaluator's last answer, so that several rewards of one batch share one pose estimate.
+
+    It keeps no video alive, and one call runs at a time: a scorer that was given up as late may still be inside.
+    """
 
     def __init__(self, evaluator: PoseEvaluator) -> None:
         self.evaluator, self.name = evaluator, evaluator.name
-        self._seen: tuple[Tensor, SourceClip] | None = None
-        self._answer: PoseEstimate | None = None
+        self._last: tuple[weakref.ref[Tensor], weakref.ref[SourceClip], PoseEstimate] | None = None
+        self._turn = threading.Lock()
 
     def __call__(self, video: Tensor, source: SourceClip) -> PoseEstimate:
         """Estimate poses, or return the answer for the very same tensor objects."""
-        if self._answer is None or self._seen is None or self._seen[0] is not video or self._seen[1] is not source:
-            self._answer, self._seen = self.evaluator(video, source), (video, source)
-        return self._answer
+        with self._turn:
+            last = self._last
+            if last is None or last[0]() is not video or last[1]() is not source:
+                last = weakref.ref(video), weakref.ref(source), self.evaluator(video, source)
+                self._last = last
+            return last[2]
 
 
 def _resolve(table: Mapping[str, str], name: str, what: str) -> Callable[..., Any]:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Literal
 
@@ -18,6 +16,7 @@ from geoalign.rewards.mapanything.checkpoint import load_pose_network
 from geoalign.rewards.mapanything.network import PoseBackend, PoseNetwork
 from geoalign.rewards.mapanything.poses import relative_to_first
 from geoalign.rewards.mapanything.preprocess import Preprocessor, plan_resize, to_uint8
+from geoalign.rewards.precision import exactly
 from geoalign.types import SourceClip
 
 _LUMA = (0.299, 0.587, 0.114)
@@ -29,21 +28,6 @@ _MIN_CORRELATION = 0.2
 _CELL = 14
 
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
-
-
-@contextlib.contextmanager
-def exact_float32() -> Iterator[None]:
-    """Compute float32 matrix products and convolutions in float32, whatever TF32 setting the trainer uses."""
-    # Looked up by name: the cudnn module gains its attributes when it is imported.
-    switches = (torch.backends.cuda.matmul, getattr(torch.backends.cudnn, "conv"))  # noqa: B009
-    before = [switch.fp32_precision for switch in switches]
-    try:
-        for switch in switches:
-            switch.fp32_precision = "ieee"
-        yield
-    finally:
-        for switch, precision in zip(switches, before, strict=True):
-            switch.fp32_precision = precision
 
 
 def frame_subset(frames: int, stride: int) -> tuple[int, ...]:
@@ -138,8 +122,7 @@ class MapAnythingEvaluator:
         finite = torch.isfinite(frames).flatten(1).all(dim=1)
         pixels = to_uint8(torch.nan_to_num(frames))
         run = self._prepared(pixels.shape[-2], pixels.shape[-1])
-        with exact_float32():
-            parts = [run(chunk) for chunk in pixels.split(self.scenes_per_forward)]
+        parts = [run(chunk) for chunk in pixels.split(self.scenes_per_forward)]
         out = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
         c2w = torch.where(finite[:, None, None, None], out.pop("c2w"), torch.nan).to(video.device)
         out = {name: value.to(video.device) for name, value in out.items()}
@@ -158,7 +141,8 @@ class MapAnythingEvaluator:
             if isinstance(self.network, PoseNetwork):
                 self.network.prepare(*plan.output)
             self._body = PoseBody(self.network, Preprocessor(plan).to(self.device))
-            self._run = GraphedScorer(self._body, self._body, self._capture) if self.graphs else self._body
+            exact = exactly(self._body)
+            self._run = GraphedScorer(exact, self._body, self._capture) if self.graphs else exact
         return self._run
 
 

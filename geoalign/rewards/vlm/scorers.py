@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from geoalign.errors import UsageError
 from geoalign.rewards.base import RewardOutput
 from geoalign.rewards.graphed import CaptureBackend, CudaGraphBackend, GraphedScorer
+from geoalign.rewards.precision import exactly
 from geoalign.rewards.vlm import prompts, templates
 from geoalign.rewards.vlm.body import RewardQwen, hpsv3_head, text_table, videoalign_head, vision_table
 from geoalign.rewards.vlm.checkpoint import PEFT_PREFIX, fold_lora, load_scorer, read_tensors, strip_prefix
@@ -96,7 +97,7 @@ class _Runner:
         key = (size, len(plan.ids), plan.visual_index)
         if key not in self._bodies:
             body = StaticBody(self.network, self._patches(size), len(plan.ids), plan.visual_index).to(self.device)
-            self._bodies[key] = GraphedScorer(body, body, self._capture)
+            self._bodies[key] = GraphedScorer(exactly(body), body, self._capture)
         scorer = self._bodies[key]
         return scorer if self.graphs else scorer.body
 
