@@ -142,7 +142,7 @@ def _score_beside(
 def _begin(
     pool: ThreadPoolExecutor, rewards: Mapping[str, Reward], videos: Tensor, batch: RetakeBatch
 ) -> Future[Scored]:
-    """Queue the scoring of one chunk. Nothing here keeps the chunk alive once it is scored, the pool's queue neither."""
+    """Queue the scoring of one chunk; nothing here, the pool's queue included, keeps the chunk once it is scored."""
     ready = torch.cuda.current_stream(videos.device).record_event() if videos.is_cuda else None
     return pool.submit(_on_side_stream, rewards, [(videos, batch)], ready)
 
