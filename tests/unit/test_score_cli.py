@@ -29,7 +29,7 @@ MARGINS = {
         "vanishing": 1.0,
     },
     "flow_pnp": {
-        "wrong_scale": 0.13, "frozen": 0.4, "reversed": 0.86, "black": 1.6, "repeated": 0.08, "noise": 1.6,
+        "wrong_scale": 0.13, "frozen": 0.39, "reversed": 0.86, "black": 1.6, "repeated": 0.03, "noise": 1.6,
         "vanishing": 1.6,
     },
 }  # fmt: skip
