@@ -16,7 +16,7 @@ def _pick(values: tuple[str, ...], index: Tensor) -> tuple[str, ...]:
     return tuple(values[i] for i in index.tolist())
 
 
-@dataclass(frozen=True, slots=True, eq=False, weakref_slot=True)
+@dataclass(frozen=True, slots=True, eq=False)
 class SourceClip:
     """What anyone may know about B source videos.
 

@@ -45,15 +45,15 @@ class LastResult:
 
     def __init__(self, evaluator: PoseEvaluator) -> None:
         self.evaluator, self.name = evaluator, evaluator.name
-        self._last: tuple[weakref.ref[Tensor], weakref.ref[SourceClip], PoseEstimate] | None = None
+        self._last: tuple[weakref.ref[Tensor], weakref.ref[Tensor], PoseEstimate] | None = None
         self._turn = threading.Lock()
 
     def __call__(self, video: Tensor, source: SourceClip) -> PoseEstimate:
         """Estimate poses, or return the answer for the very same tensor objects."""
         with self._turn:
             last = self._last
-            if last is None or last[0]() is not video or last[1]() is not source:
-                last = weakref.ref(video), weakref.ref(source), self.evaluator(video, source)
+            if last is None or last[0]() is not video or last[1]() is not source.video:
+                last = weakref.ref(video), weakref.ref(source.video), self.evaluator(video, source)
                 self._last = last
             return last[2]
 
