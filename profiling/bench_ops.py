@@ -266,11 +266,17 @@ def streaming_cases(bench: Bench, compiled_factor: float) -> Iterator[cases.Case
         yield from cases.flow_cases(samples, 64 if bench.small else 2_096_640, bench.device, bench.dtype)
 
 
-def write(rows: list[Row], path: Path) -> None:
-    """Appends the rows to a JSONL file."""
+def save(bench: Bench, out: Path | None) -> None:
+    """Appends the rows to ``out``, or to a file named after the run; a self-check without ``out`` leaves no file."""
+    device = re.sub(r"[^a-z0-9]+", "-", str(bench.rows[0]["device"]).lower()).strip("-")
+    name = f"{bench.run_id}-{device}-{git('rev-parse', '--short=12', 'HEAD') or 'nogit'}.jsonl"
+    path = out or (None if bench.small else RESULTS / name)
+    if path is None:
+        return
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("a") as file:
-        file.writelines(json.dumps(row) + "\n" for row in rows)
+        file.writelines(json.dumps(row) + "\n" for row in bench.rows)
+    print(f"wrote {path}")
 
 
 def main() -> int:
@@ -289,12 +295,7 @@ def main() -> int:
     try:
         run(bench, options.only)
     finally:  # a run that breaks off keeps what it has measured
-        device = re.sub(r"[^a-z0-9]+", "-", str(bench.rows[0]["device"]).lower()).strip("-")
-        name = f"{bench.run_id}-{device}-{git('rev-parse', '--short=12', 'HEAD') or 'nogit'}.jsonl"
-        path = options.out or (None if options.self_check else RESULTS / name)
-        if path:
-            write(bench.rows, path)
-            print(f"wrote {path}")
+        save(bench, options.out)
     exact = [row for row in bench.rows if row["kind"] == "kernel" and row["impl"] in ("ours", "triton")]
     missed = [row for row in exact if (row.get("rel_l2") or 0.0) > GATE]
     for row in missed:
