@@ -279,16 +279,29 @@ def save(bench: Bench, out: Path | None) -> None:
     print(f"wrote {path}")
 
 
+def options_parser(doc: str | None, things: str, quick: str) -> argparse.ArgumentParser:
+    """The command line that the benchmarks share."""
+    parser = argparse.ArgumentParser(description=(doc or "").partition("\n")[0])
+    parser.add_argument("--out", type=Path, help="default: profiling/results/<utc>-<device>-<commit>.jsonl")
+    parser.add_argument("--only", default="", help=f"{things} whose name contains this")
+    parser.add_argument("--quick", action="store_true", help=quick)
+    parser.add_argument("--self-check", action="store_true", help="tiny sizes on the CPU: exercises the harness only")
+    return parser
+
+
+def without_device(options: argparse.Namespace, instead: str) -> bool:
+    """Says so where a run needs a CUDA device and there is none."""
+    missing = not options.self_check and not torch.cuda.is_available()
+    if missing:
+        print(f"no CUDA device: use {instead}", file=sys.stderr)
+    return missing
+
+
 def main() -> int:
     """Entry point; 2 without a device."""
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--out", type=Path, help="default: profiling/results/<utc>-<device>-<commit>.jsonl")
-    parser.add_argument("--only", default="", help="ops whose name contains this")
-    parser.add_argument("--quick", action="store_true", help="the run's own shapes only: under ten minutes on one GPU")
-    parser.add_argument("--self-check", action="store_true", help="tiny sizes on the CPU: exercises the harness only")
+    parser = options_parser(__doc__, "ops", "the run's own shapes only: under ten minutes on one GPU")
     options = parser.parse_args()
-    if not options.self_check and not torch.cuda.is_available():
-        print("no CUDA device: use --self-check", file=sys.stderr)
+    if without_device(options, "--self-check"):
         return 2
     torch.manual_seed(0)
     bench = Bench(torch.device("cpu" if options.self_check else "cuda"), quick=options.quick, small=options.self_check)

@@ -12,17 +12,15 @@ for reward models and is printed before anything is timed. Exit code: 0, or 1 if
 
 from __future__ import annotations
 
-import argparse
 import gc
 import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
-from bench_ops import Bench, save
+from bench_ops import Bench, options_parser, save, without_device
 from bench_timing import BUFFERS, count_launches, measure
 from torch import Tensor, nn
 
@@ -274,18 +272,13 @@ def fresh_peak() -> None:
 
 def main() -> int:
     """Entry point; 2 without a device."""
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--out", type=Path, help="default: profiling/results/<utc>-<device>-<commit>.jsonl")
-    parser.add_argument("--only", default="", help="models whose name contains this")
-    parser.add_argument("--quick", action="store_true", help="one shape of each model")
+    parser = options_parser(__doc__, "models", "one shape of each model")
     parser.add_argument("--plan", action="store_true", help="print sizes and predictions, measure nothing")
-    parser.add_argument("--self-check", action="store_true", help="tiny sizes on the CPU: exercises the harness only")
     options = parser.parse_args()
     if options.plan:
         plan(options.only)
         return 0
-    if not options.self_check and not torch.cuda.is_available():
-        print("no CUDA device: use --plan or --self-check", file=sys.stderr)
+    if without_device(options, "--plan or --self-check"):
         return 2
     bench = Bench(torch.device("cpu" if options.self_check else "cuda"), quick=options.quick, small=options.self_check)
     chosen = [c for c in (tiny_cases() if bench.small else cases(bench.quick)) if options.only in c.name]

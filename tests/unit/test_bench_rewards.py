@@ -1,4 +1,4 @@
-"""The benchmark of the reward models on a machine without a GPU: its plan with exact sizes, and its rows at tiny sizes."""
+"""The benchmark of the reward models without a GPU: its plan with exact sizes, and its rows at tiny sizes."""
 
 from __future__ import annotations
 
