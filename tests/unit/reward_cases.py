@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import threading
 from collections.abc import Callable
 
@@ -11,14 +12,15 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from geoalign.geometry.trajectory import CameraTrajectory
 from geoalign.rewards.base import RewardOutput
-from geoalign.rewards.mapanything.evaluator import PoseBody
+from geoalign.rewards.geometry import GeometryReward
+from geoalign.rewards.mapanything.evaluator import MapAnythingEvaluator, PoseBody
 from geoalign.rewards.mapanything.layout import PoseNetworkLayout
 from geoalign.rewards.mapanything.network import PoseNetwork
 from geoalign.rewards.mapanything.preprocess import Preprocessor, plan_resize
 from geoalign.rewards.vlm.body import RewardQwen, hpsv3_head, videoalign_head
 from geoalign.rewards.vlm.layout import QwenLayout
 from geoalign.rewards.vlm.preprocess import PatchMaker
-from geoalign.rewards.vlm.scorers import StaticBody
+from geoalign.rewards.vlm.scorers import Hpsv3Reward, StaticBody
 from geoalign.types import RetakeBatch, SourceClip
 
 BAD = 0.75  # a video that starts with this value is the one that a faulty scorer chokes on
@@ -145,3 +147,22 @@ BODIES: dict[str, Callable[[], Body]] = {
     "hpsv3": lambda: qwen_body(hpsv3_head, 1, (38,)),
 }
 """Every body that a scorer captures, small."""
+
+
+def tiny_geometry(device: str) -> GeometryReward:
+    """The geometry reward with a small MapAnything on ``device``; a worker can build it, too."""
+    network = randomised(PoseNetwork(POSE_1_1)).to(device)
+    return GeometryReward(MapAnythingEvaluator(network, device=device, scenes_per_forward=1))
+
+
+def spell(text: str) -> list[int]:
+    """A tokenizer: one id per letter, one per special token."""
+    words = re.findall(r"<\|[^|]*\|>|.", text, flags=re.DOTALL)
+    specials = ("<|image_pad|>", "<|Reward|>")
+    return [400 + specials.index(word) if word in specials else sum(word.encode()) % 256 for word in words]
+
+
+def tiny_hpsv3(device: str) -> Hpsv3Reward:
+    """HPSv3 with a small body on ``device``; frames run one at a time, so no batch shape depends on a chunk."""
+    network = randomised(RewardQwen(QWEN, hpsv3_head(QWEN))).to(device)
+    return Hpsv3Reward(network, spell, "Judge: {text_prompt}\n", "so <|Reward|>", frames_per_forward=1)
