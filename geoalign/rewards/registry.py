@@ -32,9 +32,10 @@ EVALUATORS = {
     "flow_pnp": "geoalign.rewards.flow_pnp:FlowPnpEvaluator",
     "planar": "geoalign.rewards.planar:PlanarAligner",
     "mapanything": "geoalign.rewards.mapanything.evaluator:build_evaluator",
+    "depth_anything_3": "geoalign.rewards.depth_anything3:build_evaluator",
 }
 # Their pose estimates say nothing about how well the pictures agree.
-WITHOUT_RESIDUAL = {"mapanything"}
+WITHOUT_RESIDUAL = {"mapanything", "depth_anything_3"}
 
 
 class LastResult:
