@@ -18,7 +18,8 @@ if TYPE_CHECKING:
 
 EXAMPLES = """\
 examples:
-  geoalign score --reward geometry --evaluator mapanything --video out.mp4 --trajectory target.json --plot
+  geoalign score --evaluator mapanything --set evaluator_options.checkpoint=weights/map-anything-apache \\
+                 --video out.mp4 --trajectory target.json --plot
   geoalign score --reward geometry --video retakes/ --trajectory target.json --source in.mp4 --source-camera in.npz
   geoalign score --probes --json probes.json           does the embedded reward resist frozen, black, noise, ... videos?
   geoalign score --probes --evaluator flow_pnp         the same of another evaluator
@@ -40,6 +41,10 @@ def add_parser(subparsers: Any) -> None:
     add = parser.add_argument
     add("--reward", default="geometry", help="registered reward (default geometry)")
     add("--evaluator", default="planar", help="pose evaluator of the geometry reward (default planar)")
+    add(
+        "--set", action="append", default=[], metavar="OPTION=VALUE",
+        help="option of the reward, named as under rewards.NAME.options in a configuration (repeatable)",
+    )  # fmt: skip
     add("--video", type=Path, help="video file, or a folder of them")
     add("--trajectory", type=Path, help="target camera path (json, npz, npy; see docs/conventions.md)")
     add("--source", type=Path, help="source video, for evaluators that compare with it (planar does)")
@@ -54,9 +59,11 @@ def add_parser(subparsers: Any) -> None:
 def run(args: argparse.Namespace) -> int:
     """Score videos or run the probes."""
     from geoalign.config.rewards import RewardConfig
+    from geoalign.config.source import parse_settings
     from geoalign.rewards.registry import build_rewards
 
     options = {"evaluator": args.evaluator} if args.reward in ("geometry", "source_consistency") else {}
+    options |= parse_settings(args.set)
     reward = build_rewards({args.reward: RewardConfig(kind=args.reward, options=options)})[args.reward]
     if args.probes:
         return _run_probes(reward, args.size or PROBE_SIZES.get(args.evaluator), args.json)

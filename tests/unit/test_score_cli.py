@@ -94,6 +94,19 @@ def test_a_true_retake_scores_within_two_centimetres(files: dict[str, Path], tmp
     assert files["retake.mp4"].with_suffix(".png").stat().st_size > 5000
 
 
+def test_options_reach_the_reward_and_its_evaluator(files: dict[str, Path], tmp_path: Path) -> None:
+    arguments = ["score", "--video", str(files["retake.mp4"]), "--trajectory", str(files["target.json"])]
+    arguments += ["--source", str(files["source.mp4"]), "--source-camera", str(files["source.npz"])]
+    rows = []
+    for settings in ([], ["max_translation_m=0.001"], ["evaluator_options.levels=[[4.0, 1]]"]):
+        extra = [word for setting in settings for word in ("--set", setting)]
+        assert main([*arguments, *extra, "--json", str(tmp_path / "s.json")]) == 0
+        rows += json.loads((tmp_path / "s.json").read_text())
+    plain, clamped, coarse = rows
+    assert plain["trans_m"] > 0.002 and clamped["trans_m"] < 0.0011  # the reward's option
+    assert coarse["trans_m"] > plain["trans_m"]  # the evaluator's: one blurred step reads worse than seven
+
+
 def test_wrong_files_are_named(files: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     target, video = str(files["target.json"]), str(files["retake.mp4"])
     broken = tmp_path / "broken.mp4"
@@ -105,6 +118,13 @@ def test_wrong_files_are_named(files: dict[str, Path], tmp_path: Path, capsys: p
         (["--video", video, "--trajectory", target, "--evaluator", "plannar"], 2, "did you mean 'planar'"),
         (["--video", video, "--trajectory", target], 2, "ground plane"),
         (["--video", video], 2, "--trajectory"),
+        (
+            ["--video", video, "--trajectory", target, "--set", "max_translation=1"],
+            2,
+            "did you mean 'max_translation_m'",
+        ),
+        (["--video", video, "--trajectory", target, "--evaluator", "mapanything"], 2, "needs checkpoint"),
+        (["--evaluator", "mapanything", "--set", "evaluator_options.checkpoint=no"], 1, "hf download facebook/"),
     ):
         assert main(["score", *arguments]) == code
         assert text in capsys.readouterr().err
