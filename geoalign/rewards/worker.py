@@ -234,8 +234,19 @@ def serve(setup: Mapping[str, Any], requests: IO[str], answers: IO[str]) -> None
         answers.flush()
 
 
+def choose_device(environment: Mapping[str, str], devices: int) -> int | None:
+    """Which visible CUDA device a worker takes as its current one: ranks of a machine spread over them in turn.
+
+    So the workers of four ranks with ``CUDA_VISIBLE_DEVICES=4,5,6,7`` have a device each. None without a device.
+    """
+    return int(environment.get("LOCAL_RANK", "0")) % devices if devices else None
+
+
 def main() -> None:
     """Entry point of a worker process; scorers that print must not disturb the protocol, so stdout becomes stderr."""
+    device = choose_device(os.environ, torch.cuda.device_count())
+    if device is not None:
+        torch.cuda.set_device(device)
     answers = os.fdopen(os.dup(sys.stdout.fileno()), "w")
     os.dup2(sys.stderr.fileno(), sys.stdout.fileno())
     serve(json.loads(sys.argv[1]), sys.stdin, answers)

@@ -42,6 +42,19 @@ def test_body_compiles_as_one_graph_with_equal_results(name: str) -> None:
         torch.testing.assert_close(traced[key], value, rtol=1e-6, atol=1e-6)
 
 
+@pytest.mark.parametrize("name", BODIES)
+def test_rows_of_a_batch_do_not_see_each_other(name: str) -> None:
+    """At one batch shape a row's result is the same bits whatever the other row shows; its own pixels do matter."""
+    body, (pixels, *rest) = BODIES[name]()
+    changed = pixels.clone()
+    changed[1] = 255 - changed[1]
+    with torch.no_grad():
+        before, after = body(pixels, *rest), body(changed, *rest)
+    for key, value in before.items():
+        assert torch.equal(after[key][0], value[0]), key
+    assert any(not torch.equal(after[key][1], before[key][1]) for key in before)
+
+
 def sizes_of(network: nn.Module) -> dict[str, tuple[torch.Size, torch.dtype]]:
     return {name: (tensor.shape, tensor.dtype) for name, tensor in network.state_dict().items()}
 

@@ -11,7 +11,7 @@ from reward_cases import BAD, batch_of, honest, videos_of
 from geoalign.errors import RewardError
 from geoalign.rewards.guard import GuardedReward
 from geoalign.rewards.placement import score_all
-from geoalign.rewards.worker import WorkerReward
+from geoalign.rewards.worker import WorkerReward, choose_device
 
 
 @pytest.fixture(scope="module")
@@ -100,3 +100,11 @@ def test_workers_of_different_rewards_score_at_the_same_time(worker_module: Path
     finally:
         for worker in workers.values():
             worker.close()
+
+
+def test_workers_of_a_machine_spread_over_the_devices_they_may_see() -> None:
+    ranks = [{"LOCAL_RANK": str(rank)} for rank in range(4)]
+    assert [choose_device(environment, 4) for environment in ranks] == [0, 1, 2, 3]  # dedicated devices
+    assert [choose_device(environment, 2) for environment in ranks] == [0, 1, 0, 1]
+    assert [choose_device(environment, 1) for environment in ranks] == [0, 0, 0, 0]
+    assert choose_device({}, 8) == 0 and choose_device(ranks[3], 0) is None
