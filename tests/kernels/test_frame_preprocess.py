@@ -17,7 +17,7 @@ import geoalign_kernels as gk
 from geoalign.rewards.mapanything.preprocess import IMAGENET_MEAN, IMAGENET_STD, plan_resize
 from geoalign.rewards.vlm.preprocess import CLIP_MEAN, CLIP_STD, fit_size
 from geoalign_kernels import native
-from geoalign_kernels.ops.frame_preprocess.plan import TILE
+from geoalign_kernels.ops.frame_preprocess.plan import TILE, pillow_taps, torch_taps
 
 FRAMES = 5
 CLIP, STILL, GEOMETRY = (0, 3, 1, 4), (4, 1), (0, 1, 2, 4)
@@ -126,6 +126,39 @@ def test_inputs_equal_those_of_pillow_torch_and_the_stock_processor(size, dtype,
     assert_levels(got.still[0], stills[list(STILL)], TIES)
 
 
+@pytest.mark.parametrize("size", [(240, 416), (416, 240), (48, 64), (532, 532)])
+def test_geometry_equals_pillow_at_other_shapes(size: tuple[int, int]) -> None:
+    video = clip_of(size)
+    got = gk.frame_preprocess(video, plan_of(size, clip_frames=(), still_frames=())).geometry[0]
+    assert_levels(got, pillow_geometry(video[0, list(GEOMETRY)]), PILLOW_TIES)
+
+
+def test_patches_follow_pillow_within_two_levels() -> None:
+    """Pillow rounds to 8 bits after each axis, torch once."""
+    y, x = torch.meshgrid(torch.arange(480.0), torch.arange(832.0), indexing="ij")
+    frame = torch.stack([127 + 100 * torch.sin(x / 9 + k) * torch.cos(y / 7 - k) for k in range(3)]).round().byte()
+    statistics = ((0.0,) * 3, (1 / 255,) * 3)  # leaves the levels as they are
+    plan = plan_of((480, 832), still_frames=(0,), patch_statistics=statistics)
+    got = gk.frame_preprocess(frame.expand(1, FRAMES, -1, -1, -1), plan).still[0, 0]
+    pillow = torch.from_numpy(np.array(image_of(frame).resize((588, 336), Image.Resampling.BICUBIC)))
+    rows = pillow.view(12, 2, 14, 21, 2, 14, 3).permute(0, 3, 1, 4, 6, 2, 5).reshape(1008, 3, 1, 196)
+    gap = (got.view(1008, 3, 2, 196) - rows).abs()
+    assert gap.max() < 2.5
+    assert gap.mean() < 0.3
+
+
+def test_white_and_black_have_the_normalised_values_of_the_statistics() -> None:
+    size = (97, 131)
+    for level, value in ((255, 1.0), (0, 0.0)):
+        got = gk.frame_preprocess(torch.full((1, FRAMES, 3, *size), level, dtype=torch.uint8), plan_of(size))
+        for image, (mean, std) in (
+            (got.geometry.movedim(2, -1), (IMAGENET_MEAN, IMAGENET_STD)),
+            (got.clip.unflatten(-1, (3, -1)).movedim(-2, -1), (CLIP_MEAN, CLIP_STD)),
+        ):
+            wanted = ((value - torch.tensor(mean)) / torch.tensor(std)).expand_as(image)
+            torch.testing.assert_close(image, wanted)
+
+
 def test_frames_of_the_final_size_keep_every_pixel_in_its_place() -> None:
     size = (336, 588)
     video = clip_of(size)
@@ -221,6 +254,12 @@ def test_tables_never_read_outside_the_image_and_tiles_are_those_of_the_kernel()
             torch.testing.assert_close(
                 weights.double().sum(1), torch.ones(len(first), dtype=torch.float64), atol=1e-5, rtol=0
             )
+
+
+def test_no_resize_is_the_identity() -> None:
+    for first, weights in (pillow_taps(300, 300, 0, 300), torch_taps(300, 300)):
+        matrix = torch.zeros(300, 300).scatter_add(1, first.long()[:, None] + torch.arange(weights.shape[1]), weights)
+        torch.testing.assert_close(matrix, torch.eye(300), rtol=0, atol=1e-7)
 
 
 @pytest.mark.gpu
