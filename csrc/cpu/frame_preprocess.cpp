@@ -63,6 +63,8 @@ class Resampler {
   // Source rows [y, y + kRows), `stride` floats apart, into the ring. A block of kLanes neighbouring outputs reads one
   // run of inputs, each of them with a vector of weights: some weights are zero, but nothing is ever transposed.
   GEOALIGN_INLINE void across(const float* source, int32_t stride, int32_t y) {
+    float* out[kRows];
+    for (int r = 0; r < kRows; ++r) out[r] = slot(y + r);
     const float* weights = weights_.data();
     for (int32_t x = 0; x < across_.size; x += kLanes) {
       const float* in = source + across_.first[x];
@@ -77,7 +79,7 @@ class Resampler {
       GEOALIGN_UNROLL
       for (int r = 0; r < kRows; ++r) {
         if constexpr (kGeometry) sum[r] = __builtin_convertvector(levels_of(sum[r]), Float);
-        std::memcpy(slot(y + r) + x, &sum[r], sizeof(Float));
+        std::memcpy(out[r] + x, &sum[r], sizeof(Float));
       }
     }
   }
