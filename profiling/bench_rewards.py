@@ -5,9 +5,9 @@
     python profiling/bench_rewards.py --self-check [--out FILE.jsonl]              any machine, tiny sizes
 
 Rows go where `bench_ops.py` puts its own, in the same schema, between the same ceilings. What is timed is the captured
-body of a scorer (8-bit frames in, poses or raw scores out), eagerly and as a replayed graph, which includes copying the
-inputs in and the outputs out. Weights do not change the time. `predicted_ms` is FLOPs over the device profile's rate
-for reward models and is printed before anything is timed. Exit code: 0, or 1 if a replay differs from eager.
+body of a scorer (prepared pixels in, poses or raw scores out), eagerly and as a replayed graph, which includes copying
+the inputs in and the outputs out. Weights do not change the time. `predicted_ms` is FLOPs over the device profile's
+rate for reward models and is printed before anything is timed. Exit code: 0, or 1 if a replay differs from eager.
 """
 
 from __future__ import annotations
@@ -31,11 +31,11 @@ from geoalign.rewards.graphed import CudaGraphBackend, GraphedScorer
 from geoalign.rewards.mapanything.evaluator import PoseBody
 from geoalign.rewards.mapanything.layout import LAYOUTS, PoseNetworkLayout
 from geoalign.rewards.mapanything.network import PoseNetwork
-from geoalign.rewards.mapanything.preprocess import Preprocessor, plan_resize
+from geoalign.rewards.mapanything.preprocess import plan_resize
 from geoalign.rewards.precision import exactly
 from geoalign.rewards.vlm.body import RewardQwen, hpsv3_head, videoalign_head
 from geoalign.rewards.vlm.layout import HPSV3_BODY, VIDEOALIGN_BODY, QwenLayout
-from geoalign.rewards.vlm.preprocess import PatchMaker
+from geoalign.rewards.vlm.preprocess import fit_size
 from geoalign.rewards.vlm.scorers import StaticBody
 
 FRAME = (480, 832)
@@ -54,7 +54,7 @@ class RewardCase:
 
     Attributes:
         name: of the model.
-        shape: of the frames it is given, ``[rows, frames, 3, H, W]``.
+        shape: of the frames behind it, ``[rows, frames, 3, H, W]``.
         flops: of one call; None where no closed form is at hand (tiny sizes).
         network: the model without weights; built under a device context it lies there.
         body: what is captured, around the model.
@@ -74,11 +74,6 @@ class RewardCase:
             return sum(p.numel() for p in self.network().parameters())
 
 
-def frames_on(device: torch.device, shape: tuple[int, ...]) -> Tensor:
-    """Random 8-bit frames."""
-    return torch.randint(0, 256, shape, dtype=torch.uint8, device=device)
-
-
 def pose_case(
     name: str, layout: PoseNetworkLayout, shape: tuple[int, ...], dtype: torch.dtype, flops: float | None
 ) -> RewardCase:
@@ -89,11 +84,11 @@ def pose_case(
         assert isinstance(network, PoseNetwork)
         # The marker of the reference view is a constant of the model, not a weight.
         network.info_sharing.view_pos_table.copy_(torch.arange(layout.trunk_width).remainder(2).view(1, -1))
-        return PoseBody(network.prepare(*plan.output), Preprocessor(plan))
+        return PoseBody(network.prepare(*plan.output))
 
     return RewardCase(
         name, shape, flops, lambda: PoseNetwork(layout).use_matrix_dtype(dtype), body,
-        lambda device: (frames_on(device, shape),),
+        lambda device: (torch.randn(*shape[:3], *plan.output, device=device),),
     )  # fmt: skip
 
 
@@ -103,16 +98,18 @@ def qwen_case(
 ) -> RewardCase:  # fmt: skip
     """A vision-language scorer on ``shape`` frames: videos, or single images where a row has one frame."""
     rows, frames = shape[:2]
-    patches = PatchMaker(shape[-2:], layout, min_pixels=area[0], max_pixels=area[1])
-    visual = max(1, frames // 2) * patches.tokens_per_slice
+    fitted = fit_size(*shape[-2:], factor=layout.factor, min_pixels=area[0], max_pixels=area[1])
+    grid, slices = (fitted[0] // layout.patch, fitted[1] // layout.patch), max(1, frames // 2)
+    visual = slices * grid[0] * grid[1] // layout.merge**2
 
     def inputs(device: torch.device) -> tuple[Tensor, ...]:
+        patches = torch.randn(rows, slices, grid[0] * grid[1], layout.patch_values, device=device)
         ids = torch.randint(0, layout.rows, (rows, length), device=device)
-        return frames_on(device, shape), ids, torch.tensor([reads] * rows, device=device)
+        return patches, ids, torch.tensor([reads] * rows, device=device)
 
     def body(network: nn.Module) -> nn.Module:
         assert isinstance(network, RewardQwen)
-        return StaticBody(network, patches, length, range(FIRST_VISUAL, FIRST_VISUAL + visual))
+        return StaticBody(network, grid, length, range(FIRST_VISUAL, FIRST_VISUAL + visual))
 
     return RewardCase(
         name, shape, flops, lambda: RewardQwen(layout, head(layout)).use_matrix_dtype(dtype), body, inputs

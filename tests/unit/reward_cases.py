@@ -16,10 +16,8 @@ from geoalign.rewards.geometry import GeometryReward
 from geoalign.rewards.mapanything.evaluator import MapAnythingEvaluator, PoseBody
 from geoalign.rewards.mapanything.layout import PoseNetworkLayout
 from geoalign.rewards.mapanything.network import PoseNetwork
-from geoalign.rewards.mapanything.preprocess import Preprocessor, plan_resize
 from geoalign.rewards.vlm.body import RewardQwen, hpsv3_head, videoalign_head
 from geoalign.rewards.vlm.layout import QwenLayout
-from geoalign.rewards.vlm.preprocess import PatchMaker
 from geoalign.rewards.vlm.scorers import Hpsv3Reward, StaticBody
 from geoalign.types import RetakeBatch, SourceClip
 
@@ -119,24 +117,21 @@ def randomised(module: nn.Module, seed: int = 0) -> nn.Module:
 
 
 def pose_body(layout: PoseNetworkLayout, scenes: int = 2) -> Body:
-    """MapAnything's captured body and 8-bit frames ``[scenes, 3, 3, 30, 52]``."""
-    plan = plan_resize(30, 52)
-    network = randomised(PoseNetwork(layout)).prepare(*plan.output)
-    generator = torch.Generator().manual_seed(1)
-    frames = torch.randint(0, 256, (scenes, 3, 3, 30, 52), generator=generator, dtype=torch.uint8)
-    return PoseBody(network, Preprocessor(plan)), (frames,)
+    """MapAnything's captured body and normalised images ``[scenes, 3, 3, 168, 518]``."""
+    network = randomised(PoseNetwork(layout)).prepare(168, 518)
+    images = torch.randn(scenes, 3, 3, 168, 518, generator=torch.Generator().manual_seed(1))
+    return PoseBody(network), (images,)
 
 
 def qwen_body(head: Callable[[QwenLayout], nn.Module], frames: int, reads: tuple[int, ...], rows: int = 2) -> Body:
     """A vision-language scorer's captured body and its inputs; one frame is an image, more are a video."""
-    patches = PatchMaker((60, 90), QWEN, min_pixels=28 * 28, max_pixels=56 * 84)
-    tokens = max(1, frames // 2) * patches.tokens_per_slice
+    slices, grid = max(1, frames // 2), (4, 6)
     network = randomised(RewardQwen(QWEN, head(QWEN)))
     generator = torch.Generator().manual_seed(1)
-    pixels = torch.randint(0, 256, (rows, frames, 3, 60, 90), generator=generator, dtype=torch.uint8)
+    patches = torch.randn(rows, slices, grid[0] * grid[1], QWEN.patch_values, generator=generator)
     ids = torch.randint(0, 400, (rows, 40), generator=generator)
-    body = StaticBody(network, patches, 40, range(5, 5 + tokens))
-    return body, (pixels, ids, torch.tensor([reads] * rows))
+    visual = slices * grid[0] * grid[1] // QWEN.merge**2
+    return StaticBody(network, grid, 40, range(5, 5 + visual)), (patches, ids, torch.tensor([reads] * rows))
 
 
 BODIES: dict[str, Callable[[], Body]] = {

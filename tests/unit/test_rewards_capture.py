@@ -13,10 +13,9 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from geoalign.rewards.mapanything.evaluator import PoseBody
 from geoalign.rewards.mapanything.layout import LAYOUTS
 from geoalign.rewards.mapanything.network import PoseNetwork
-from geoalign.rewards.mapanything.preprocess import Preprocessor, plan_resize
+from geoalign.rewards.mapanything.preprocess import plan_resize
 from geoalign.rewards.vlm.body import RewardQwen, hpsv3_head, videoalign_head
 from geoalign.rewards.vlm.layout import HPSV3_BODY, VIDEOALIGN_BODY, QwenLayout
-from geoalign.rewards.vlm.preprocess import PatchMaker
 from geoalign.rewards.vlm.scorers import StaticBody
 
 
@@ -47,7 +46,7 @@ def test_rows_of_a_batch_do_not_see_each_other(name: str) -> None:
     """At one batch shape a row's result is the same bits whatever the other row shows; its own pixels do matter."""
     body, (pixels, *rest) = BODIES[name]()
     changed = pixels.clone()
-    changed[1] = 255 - changed[1]
+    changed[1] = -changed[1]
     with torch.no_grad():
         before, after = body(pixels, *rest), body(changed, *rest)
     for key, value in before.items():
@@ -76,8 +75,8 @@ def test_full_size_pose_body_passes_fake_tensors(layout: str) -> None:
     with FakeTensorMode(), torch.no_grad():
         fill(network, sizes)
         network.prepare(*plan.output)
-        body = PoseBody(network, Preprocessor(plan))
-        out = body(torch.zeros(2, 81, 3, 480, 832, dtype=torch.uint8))
+        body = PoseBody(network)
+        out = body(torch.zeros(2, 81, 3, *plan.output))
     assert network.position_table.shape[1] == 1 + 21 * 37
     assert out["c2w"].shape == (2, 81, 4, 4) and out["c2w"].dtype == torch.float32
     assert out["tracked"].shape == out["metric_scale"].shape == (2,)
@@ -85,26 +84,23 @@ def test_full_size_pose_body_passes_fake_tensors(layout: str) -> None:
 
 # Prompt lengths of the published templates: VideoAlign up to its motion token, HPSv3 with a caption of some words.
 @pytest.mark.parametrize(
-    ("layout", "head", "area", "rows", "frames", "length", "reads", "outputs"),
+    ("layout", "head", "rows", "slices", "length", "reads", "outputs"),
     [
-        (VIDEOALIGN_BODY, videoalign_head, (100352, 200704), 4, 10, 1836, (1568, 1835), 1),
-        (HPSV3_BODY, hpsv3_head, (200704, 200704), 8, 1, 780, (779,), 2),
+        (VIDEOALIGN_BODY, videoalign_head, 4, 5, 1836, (1568, 1835), 1),
+        (HPSV3_BODY, hpsv3_head, 8, 1, 780, (779,), 2),
     ],
     ids=["videoalign", "hpsv3"],
 )
 def test_full_size_language_body_passes_fake_tensors(
-    layout: QwenLayout, head: Callable[[QwenLayout], nn.Module], area: tuple[int, int], rows: int, frames: int,
-    length: int, reads: tuple[int, ...], outputs: int,
+    layout: QwenLayout, head: Callable[[QwenLayout], nn.Module], rows: int, slices: int, length: int,
+    reads: tuple[int, ...], outputs: int,
 ) -> None:  # fmt: skip
     with torch.device("meta"):
         network = RewardQwen(layout, head(layout)).use_matrix_dtype(torch.bfloat16)
     sizes = sizes_of(network)
     with FakeTensorMode(), torch.no_grad():
         fill(network, sizes)
-        patches = PatchMaker((480, 832), layout, min_pixels=area[0], max_pixels=area[1])
-        tokens = max(1, frames // 2) * patches.tokens_per_slice
-        body = StaticBody(network, patches, length, range(15, 15 + tokens))
+        body = StaticBody(network, (24, 42), length, range(15, 15 + slices * 252))
         ids, pool = torch.zeros(rows, length, dtype=torch.int64), torch.tensor([reads] * rows)
-        raw: Tensor = body(torch.zeros(rows, frames, 3, 480, 832, dtype=torch.uint8), ids, pool)["raw"]
-    assert patches.tokens_per_slice == 252 and tokens == (1260 if frames > 1 else 252)
+        raw: Tensor = body(torch.zeros(rows, slices, 1008, layout.patch_values), ids, pool)["raw"]
     assert raw.shape == (rows, len(reads), outputs) and raw.dtype == torch.float32

@@ -33,7 +33,7 @@ def body_on_cuda(name: str, dtype: torch.dtype) -> tuple[nn.Module, list[tuple[T
     body, inputs = BODIES[name]()
     body.network.use_matrix_dtype(dtype)
     pixels, *rest = inputs
-    shown = [pixels, pixels.flip(0), 255 - pixels]
+    shown = [pixels, pixels.flip(0), -pixels]
     return body.cuda(), [tuple(x.cuda() for x in (frames, *rest)) for frames in shown]
 
 
@@ -57,13 +57,13 @@ def test_replay_equals_eager_bit_for_bit(name: str, dtype: torch.dtype) -> None:
 
 @pytest.mark.parametrize("name", BODIES)
 def test_the_device_agrees_with_the_cpu(name: str) -> None:
-    """float32 on both. Sums in another order, and a resized pixel on a rounding tie may be one level of 255 apart."""
+    """float32 on both: sums in another order, some hundred roundings deep."""
     body, inputs = BODIES[name]()
     with torch.no_grad():
         expected = body(*inputs)
         found = exactly(body.cuda())(*(x.cuda() for x in inputs))
     for key, value in expected.items():
-        torch.testing.assert_close(found[key].cpu(), value, rtol=1e-2, atol=5e-3)
+        torch.testing.assert_close(found[key].cpu(), value, rtol=1e-3, atol=1e-3)
 
 
 def test_replays_ignore_the_precision_of_the_moment() -> None:
