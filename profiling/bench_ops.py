@@ -266,35 +266,49 @@ def streaming_cases(bench: Bench, compiled_factor: float) -> Iterator[cases.Case
         yield from cases.flow_cases(samples, 64 if bench.small else 2_096_640, bench.device, bench.dtype)
 
 
-def write(rows: list[Row], path: Path) -> None:
-    """Appends the rows to a JSONL file."""
+def save(bench: Bench, out: Path | None) -> None:
+    """Appends the rows to ``out``, or to a file named after the run; a self-check without ``out`` leaves no file."""
+    device = re.sub(r"[^a-z0-9]+", "-", str(bench.rows[0]["device"]).lower()).strip("-")
+    name = f"{bench.run_id}-{device}-{git('rev-parse', '--short=12', 'HEAD') or 'nogit'}.jsonl"
+    path = out or (None if bench.small else RESULTS / name)
+    if path is None:
+        return
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("a") as file:
-        file.writelines(json.dumps(row) + "\n" for row in rows)
+        file.writelines(json.dumps(row) + "\n" for row in bench.rows)
+    print(f"wrote {path}")
+
+
+def options_parser(doc: str | None, things: str, quick: str) -> argparse.ArgumentParser:
+    """The command line that the benchmarks share."""
+    parser = argparse.ArgumentParser(description=(doc or "").partition("\n")[0])
+    parser.add_argument("--out", type=Path, help="default: profiling/results/<utc>-<device>-<commit>.jsonl")
+    parser.add_argument("--only", default="", help=f"{things} whose name contains this")
+    parser.add_argument("--quick", action="store_true", help=quick)
+    parser.add_argument("--self-check", action="store_true", help="tiny sizes on the CPU: exercises the harness only")
+    return parser
+
+
+def without_device(options: argparse.Namespace, instead: str) -> bool:
+    """Says so where a run needs a CUDA device and there is none."""
+    missing = not options.self_check and not torch.cuda.is_available()
+    if missing:
+        print(f"no CUDA device: use {instead}", file=sys.stderr)
+    return missing
 
 
 def main() -> int:
     """Entry point; 2 without a device."""
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--out", type=Path, help="default: profiling/results/<utc>-<device>-<commit>.jsonl")
-    parser.add_argument("--only", default="", help="ops whose name contains this")
-    parser.add_argument("--quick", action="store_true", help="the run's own shapes only: under ten minutes on one GPU")
-    parser.add_argument("--self-check", action="store_true", help="tiny sizes on the CPU: exercises the harness only")
+    parser = options_parser(__doc__, "ops", "the run's own shapes only: under ten minutes on one GPU")
     options = parser.parse_args()
-    if not options.self_check and not torch.cuda.is_available():
-        print("no CUDA device: use --self-check", file=sys.stderr)
+    if without_device(options, "--self-check"):
         return 2
     torch.manual_seed(0)
     bench = Bench(torch.device("cpu" if options.self_check else "cuda"), quick=options.quick, small=options.self_check)
     try:
         run(bench, options.only)
     finally:  # a run that breaks off keeps what it has measured
-        device = re.sub(r"[^a-z0-9]+", "-", str(bench.rows[0]["device"]).lower()).strip("-")
-        name = f"{bench.run_id}-{device}-{git('rev-parse', '--short=12', 'HEAD') or 'nogit'}.jsonl"
-        path = options.out or (None if options.self_check else RESULTS / name)
-        if path:
-            write(bench.rows, path)
-            print(f"wrote {path}")
+        save(bench, options.out)
     exact = [row for row in bench.rows if row["kind"] == "kernel" and row["impl"] in ("ours", "triton")]
     missed = [row for row in exact if (row.get("rel_l2") or 0.0) > GATE]
     for row in missed:

@@ -1,4 +1,4 @@
-"""Table and roofline of a result file of `bench_ops.py`.
+"""Table and roofline of a result file of `bench_ops.py` or `bench_rewards.py`.
 
     python profiling/figures.py RESULTS.jsonl [--out FOLDER]
 
@@ -85,8 +85,15 @@ def markdown(rows: list[Row]) -> str:
             "-" if r.get("rel_l2") is None else f"{r['rel_l2']:.1e}", _number(r.get("predicted_ms"), 4),
             "-" if ours is None else f"{r['t_ms_median'] / ours:.2f}",
         ])  # fmt: skip
-    text += ["", "## Kernels", "", *_table(header, lines), "", "## Predictions missed by more than 25 %", ""]
-    missed = [r for r in timed if r.get("predicted_ms") and abs(r["t_ms_median"] / r["predicted_ms"] - 1.0) > MISS]
+    if lines:
+        text += ["", "## Kernels", "", *_table(header, lines)]
+    models = [row for row in rows if row["kind"] == "reward" and row["status"] == "ok"]
+    if models:
+        text += ["", "## Reward models", "", *_models(models)]
+    text += ["", "## Predictions missed by more than 25 %", ""]
+    missed = [
+        r for r in timed + models if r.get("predicted_ms") and abs(r["t_ms_median"] / r["predicted_ms"] - 1.0) > MISS
+    ]
     text += [
         f"- {r['name']} {r['direction']} {_shape(r)}, {r['impl']}: {r['t_ms_median'] / r['predicted_ms']:.2f} of the "
         "prediction" for r in missed
@@ -95,6 +102,22 @@ def markdown(rows: list[Row]) -> str:
     text += ["", "## Not run", ""]
     text += [f"- {impl}, {name} {direction}: {note}" for impl, name, direction, note in absent] or ["nothing"]
     return "\n".join(text) + "\n"
+
+
+def _models(rows: list[Row]) -> list[str]:
+    """Reward models by shape: eager and graph, size, time, memory, and whether a replay equals eager bit for bit."""
+    header = ["model", "input", "run as", "parameters", "ms", "p20-p80", "predicted ms", "TFLOP/s", "% matmul",
+              "weights GB", "peak GB", "launches", "bitwise equal"]  # fmt: skip
+    lines = []
+    for r in rows:
+        lines.append([
+            r["name"], _shape(r), r["impl"], f"{r['parameters']:,}" if r.get("parameters") else "-",
+            _number(r["t_ms_median"], 4), f"{_number(r['t_ms_p20'], 4)}-{_number(r['t_ms_p80'], 4)}",
+            _number(r.get("predicted_ms"), 4), _number(r.get("tflops")), _number(r.get("pct_matmul")),
+            _number(1e-9 * r["weight_bytes"]), _number(1e-9 * r["peak_mem_bytes"] if r.get("peak_mem_bytes") else None),
+            _number(r.get("launches")), "yes" if r["bitwise_equal"] else "**no**",
+        ])  # fmt: skip
+    return _table(header, lines)
 
 
 def roofline(rows: list[Row]) -> str:

@@ -8,9 +8,10 @@ writes of device memory, every operand once per pass.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal, Self
+from typing import TYPE_CHECKING, Literal, Self
 
-from geoalign.config.model import ModelConfig
+if TYPE_CHECKING:  # the benchmarks run where pydantic is not installed
+    from geoalign.config.model import ModelConfig
 
 Kernels = Literal["eager", "compiled", "fused"]
 
