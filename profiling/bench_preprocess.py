@@ -41,6 +41,13 @@ from geoalign.rewards.mapanything.preprocess import IMAGENET_MEAN, IMAGENET_STD,
 from geoalign.rewards.vlm.preprocess import CLIP_MEAN, CLIP_STD, fit_size
 
 Frames = list[np.ndarray]
+PATHS = {
+    "mp4+pillow": "bf16 clip > uint8 > mp4 in memory (libx264, PyAV) > decode > Pillow > numpy normalise, patches",
+    "pillow": "bf16 clip > uint8 > Pillow > numpy normalise, patches",
+    "torch": "bf16 clip > geoalign_kernels.frame_preprocess, torch reference",
+    "native": "bf16 clip > geoalign_kernels.frame_preprocess, C++ twin",
+}
+"""What each row of the result file ran; all end in the same float32 inputs."""
 MOST_LOSS = 4 / 255 / 0.22
 """Mean difference of a path, in normalised units: four 8-bit levels, which libx264's default quality stays below."""
 
@@ -176,7 +183,8 @@ def main() -> None:
     refuse_unequal_work({name: call() for name, call in paths.items()})
     rows: list[dict[str, Any]] = [environment()]
     for name, call in paths.items():
-        row = {"kind": "path", "name": name, "frames": options.frames, "size": options.size, "threads": 1}
+        row: dict[str, Any] = {"kind": "path", "name": name, "path": PATHS[name], "threads": 1}
+        row |= {"frames": options.frames, "size": options.size}
         row |= {"repeats": options.repeats, **timed(call, options.repeats)}
         row["cpu_ms_per_frame"] = row["cpu_ms_median"] / options.frames
         rows.append(row)

@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 
-from geoalign_kernels import capture, native
+from geoalign_kernels import capture
 
 ENV = "GEOALIGN_KERNELS"
 BACKENDS = ("auto", "reference", "triton", "cuda", "cpp")
@@ -146,13 +146,17 @@ def _why_not(op: str, backend: str, device: torch.device) -> str:
         return f"the op has only {', '.join(_implementations[op])}"
     if backend == "reference":
         return ""
-    if backend == "cpp":
-        return native.obstacle("cpu") if device.type == "cpu" else f"it needs a CPU tensor, got one on '{device.type}'"
+    if backend == "cpp" and device.type != "cpu":
+        return f"it needs a CPU tensor, got one on '{device.type}'"
     if backend == "triton" and importlib.util.find_spec("triton") is None:
         return "triton is not installed"
-    if device.type != "cuda" and not (backend == "triton" and interpreting()):
+    if backend != "cpp" and device.type != "cuda" and not (backend == "triton" and interpreting()):
         return f"it needs a CUDA tensor, got one on '{device.type}'"
-    return native.obstacle("cuda") if backend == "cuda" else ""
+    if backend in ("cpp", "cuda"):
+        from geoalign_kernels import native  # not above: `python -m geoalign_kernels.native` imports this package first
+
+        return native.obstacle(device.type)
+    return ""
 
 
 @functools.lru_cache(maxsize=64)
