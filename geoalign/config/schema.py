@@ -10,7 +10,7 @@ from geoalign.config.base import Section
 from geoalign.config.data import DataConfig
 from geoalign.config.flow import AdvantageConfig, FlowConfig, ObjectiveConfig, WindowConfig
 from geoalign.config.model import ModelConfig
-from geoalign.config.rewards import FailureConfig, RewardConfig
+from geoalign.config.rewards import FailureConfig, RewardConfig, ScoringConfig
 from geoalign.config.training import (
     CodecConfig,
     EvalConfig,
@@ -47,6 +47,8 @@ class Config(Section):
     """Conditions and rollouts per iteration."""
     rewards: dict[str, RewardConfig] = Field(default_factory=dict)
     """Scorers by name."""
+    scoring: ScoringConfig = ScoringConfig()
+    """Chunks and overlap of decoding and scoring."""
     failures: FailureConfig = FailureConfig()
     """What happens when a scorer fails."""
     advantage: AdvantageConfig = AdvantageConfig()

@@ -83,12 +83,12 @@ def decode_and_score(
     rewards: Mapping[str, Reward],
     decode: Decode,
     batch: RetakeBatch,
+    conditions: Tensor | None = None,
     *,
-    repeats: int = 1,
     chunk: int | None = None,
     beside: bool = False,
 ) -> Scored:
-    """Decode and score R = ``repeats * len(batch)`` videos, a chunk at a time, as if all were scored at once.
+    """Decode and score R videos, a chunk at a time, as if all were scored at once.
 
     Scores are those of :func:`score_all` on all videos, up to the rounding of another batch shape inside a scorer;
     ``beside`` changes no bit. Retries, time-outs and what a raising, unguarded reward loses count per chunk.
@@ -96,19 +96,21 @@ def decode_and_score(
     Args:
         rewards: scorers by name.
         decode: makes the videos of a chunk; called in order, on the caller's thread and stream.
-        batch: B conditions; condition b belongs to rows ``b * repeats`` to ``(b + 1) * repeats - 1``.
+        batch: B conditions.
+        conditions: ``[R]`` int64, the condition of each video; default: one video of each.
         chunk: videos per chunk; None takes all at once.
         beside: score a chunk while the next one is decoded. At most two decoded chunks are alive; otherwise one.
 
     Raises UsageError for a chunk below 1, and what ``decode`` raises.
     """
-    count = len(batch) * repeats
+    owner = torch.arange(len(batch)) if conditions is None else conditions
+    count = len(owner)
     if count < 1 or (chunk is not None and chunk < 1):
-        raise UsageError(f"nothing to score: {len(batch)} conditions, {repeats} videos of each, chunks of {chunk}")
-    pieces = torch.arange(count).split(chunk or count)
+        raise UsageError(f"nothing to score: {count} videos in chunks of {chunk}")
+    pieces = torch.arange(count, device=owner.device).split(chunk or count)
 
     def make(rows: Tensor) -> tuple[Tensor, RetakeBatch]:
-        part = batch.select(rows // repeats)
+        part = batch.select(owner[rows])
         with HOST:  # no scorer on another thread switches precision or captures a graph meanwhile
             return decode(rows, part), part
 

@@ -16,10 +16,11 @@ from geoalign.flow.sampler import FlowSampler, initial_noise
 from geoalign.flow.table import StepWindow, build_step_table
 from geoalign.perf.timer import PhaseTimer, phase
 from geoalign.rewards.base import Reward
+from geoalign.rewards.placement import decode_and_score
 from geoalign.rl.advantage import Advantage, group_advantage
 from geoalign.rl.objective import loss_weights
 from geoalign.rl.policy import Prepared, RetakePolicy
-from geoalign.rl.score import Scores, score_videos
+from geoalign.rl.score import Scores, merged
 from geoalign.rl.window import WindowSchedule
 from geoalign.training.checkpoint import TrainState
 from geoalign.training.learner import Learner
@@ -181,13 +182,18 @@ class Trainer:
 
     def _score(self, rollout: Rollout, batch: RetakeBatch, usable: Tensor) -> Scores:
         """Decode and score this rank's videos; scores of all ranks."""
-        mine = self.place.scored.to(self.device)
-        members = batch.select(mine // self.place.member_ids.numel())
-        with phase("rollout/decode"):
-            videos = self.policy.decode(rollout.final[mine].float(), members.source.video)
-        with phase("reward"):
-            scores = score_videos(self.rewards, videos, members, usable[mine])
-        scores = gather_scores(self.ranks, self.place, scores)
+        mine, layout = self.place.scored.to(self.device), self.config.scoring
+
+        def decode(rows: Tensor, conditions: RetakeBatch) -> Tensor:
+            with phase("rollout/decode"):
+                return self.policy.decode(rollout.final[mine[rows]].float(), conditions.source.video)
+
+        with phase("scoring"):  # decoding, and the scorers beside or after it
+            scored = decode_and_score(
+                self.rewards, decode, batch, mine // self.place.member_ids.numel(),
+                chunk=layout.chunk, beside=layout.beside_decode,
+            )  # fmt: skip
+        scores = gather_scores(self.ranks, self.place, merged(scored, usable[mine]))
         self._refuse_too_many_failures(scores)
         return scores
 
@@ -241,9 +247,9 @@ class Trainer:
 def _reward_metrics(scores: Scores, advantage: Advantage) -> dict[str, float]:
     valid = scores.valid
     count = valid.sum().clamp_min(1)
-    means = {f"reward/{name}": float((value * valid).sum() / count) for name, value in scores.scores.items()}
-    means |= {f"reward/{name}": float((value * valid).sum() / count) for name, value in scores.parts.items()}
-    means |= {f"reward/{name}": float((value * valid).sum() / count) for name, value in scores.diagnostics.items()}
+    # Parts of an invalid sample may be NaN, which a product with the mask would keep.
+    values = {**scores.scores, **scores.parts, **scores.diagnostics}
+    means = {f"reward/{name}": float(torch.where(valid, value, 0).sum() / count) for name, value in values.items()}
     means |= {f"advantage/{name}": value for name, value in advantage.metrics.items()}
     means |= {f"failures/{name}": float(number) for name, number in scores.failures.items()}
     means["reward/invalid_fraction"] = 1 - float(valid.float().mean())

@@ -22,7 +22,7 @@ ROOT = Path(__file__).parents[2]
 # What is patched, its function, and the call that kills: each lies inside the second iteration or its checkpoint.
 PLACES = {
     "rollout": ("geoalign.rl.policy.RetakePolicy", "fast_velocity", 8),
-    "reward": ("geoalign.training.trainer", "score_videos", 2),
+    "reward": ("geoalign.training.trainer", "decode_and_score", 2),
     "update": ("geoalign.training.learner", "clipped_surrogate", 2),
     "checkpoint": ("geoalign.training.checkpoint", "save_file", 5),
 }

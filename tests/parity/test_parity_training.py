@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 
 import pytest
@@ -13,6 +14,7 @@ from geoalign.errors import RunError
 from geoalign.flow.sampler import FlowSampler, initial_noise
 from geoalign.flow.table import build_step_table
 from geoalign.models.dit import RetakeDiT
+from geoalign.rewards.guard import GuardedReward
 from geoalign.rl.policy import RetakePolicy
 from geoalign.rl.window import WindowSchedule
 
@@ -119,6 +121,27 @@ def test_several_updates_per_rollout_use_each_member_once(config: Config) -> Non
 
 
 class TestFailures:
+    def test_a_sample_that_was_singled_out_leaves_the_logged_means(self, config: Config) -> None:
+        """A guarded reward has no metres for the sample it lost; the mean over the others stays a number."""
+        trainer = trainer_of(config)
+        inner, calls = trainer.rewards["geometry"], []
+
+        class Choking:
+            name, keys = inner.name, inner.keys
+
+            def __call__(self, videos, batch):  # type: ignore[no-untyped-def]
+                calls.append(len(videos))
+                if len(videos) > 1 or len(calls) == 3:
+                    raise RuntimeError("cannot score this")
+                return inner(videos, batch)
+
+        trainer.rewards = {**trainer.rewards, "geometry": GuardedReward(Choking(), retries=1)}
+        metrics = trainer.step()
+        assert metrics["failures/geometry"] == 1
+        assert all(
+            math.isfinite(metrics[f"reward/{name}"]) for name in ("trans", "trans_m", "rot_deg", "geometry/lost")
+        )
+
     def test_failing_scorer_masks_its_samples(self, config: Config) -> None:
         trainer = trainer_of(config)
         inner = trainer.rewards["geometry"]
@@ -169,3 +192,16 @@ class TestFailures:
             metrics = trainer.step()
         assert metrics["failures/policy"] == 1
         assert all(torch.isfinite(p).all() for p in trainer.engine.trained.values())
+
+
+def test_scoring_in_chunks_beside_the_decode_changes_nothing(config: Config) -> None:
+    """Chunks and overlap are a matter of time and memory: scores to rounding, overlap itself to the last bit."""
+    found = {}
+    for name, chosen in {"all": {}, "turn": {"chunk": 3}, "beside": {"chunk": 3, "beside_decode": True}}.items():
+        trainer = trainer_of(smoke(scoring=chosen))
+        metrics = [trainer.step() for _ in range(2)]
+        found[name] = [{k: v for k, v in m.items() if not k.startswith(("time/", "perf/"))} for m in metrics]
+    assert found["beside"] == found["turn"]
+    for turn, everything in zip(found["turn"], found["all"], strict=True):
+        # Another batch shape inside codec and aligner: roundings, carried through one update.
+        assert turn == pytest.approx(everything, rel=1e-3, abs=1e-5)

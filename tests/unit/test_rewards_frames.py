@@ -19,8 +19,8 @@ from geoalign.errors import ConfigError
 from geoalign.geometry.trajectory import CameraTrajectory
 from geoalign.rewards import registry
 from geoalign.rewards.frames import SharedFrames
-from geoalign.rewards.worker import WorkerReward
 from geoalign.rewards.registry import build_rewards
+from geoalign.rewards.worker import WorkerReward
 from geoalign.rl.score import Scores, score_videos
 from geoalign.types import RetakeBatch, SourceClip
 

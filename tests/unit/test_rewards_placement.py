@@ -65,7 +65,9 @@ def test_chunks_and_overlap_change_no_score(pairs: PairedVideos, chunk: int | No
         shared = rewards["geometry"].reward.evaluator
         inner = shared.evaluator
         shared.evaluator = lambda video, source: estimated.append(len(video)) or inner(video, source)
-        return decode_and_score(rewards, decode, pairs.batch, repeats=2, chunk=chunk, beside=beside)
+        return decode_and_score(
+            rewards, decode, pairs.batch, torch.arange(2 * len(pairs.batch)) // 2, chunk=chunk, beside=beside
+        )
 
     found, overlapped = run(False), run(True)
     assert same(overlapped, found)
@@ -236,11 +238,11 @@ def test_a_failing_decode_is_raised_and_leaves_no_thread() -> None:
 
     before = threading.active_count()
     with pytest.raises(RuntimeError, match="cannot decode"):
-        decode_and_score({"mean": MeanReward()}, decode, batch_of(4), chunk=2, beside=True)
+        decode_and_score({"mean": MeanReward()}, decode, batch_of(4), torch.arange(4), chunk=2, beside=True)
     assert threading.active_count() == before
-    for wrong in ({"chunk": 0}, {"repeats": 0}):
+    for count, chunk in ((4, 0), (0, 2)):
         with pytest.raises(UsageError, match="nothing to score"):
-            decode_and_score({}, decode, batch_of(4), **wrong)
+            decode_and_score({}, decode, batch_of(4), torch.arange(count), chunk=chunk)
 
 
 def test_a_shared_estimate_belongs_to_its_video() -> None:
