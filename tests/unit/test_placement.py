@@ -21,9 +21,12 @@ from geoalign.models import rope
 from geoalign.models.conditioning import Conditioning
 from geoalign.models.dit import RetakeDiT
 from geoalign.models.execution import Recompute
+from geoalign.rewards.base import PoseEstimate
+from geoalign.rewards.geometry import GeometryReward
 from geoalign.rl.objective import clipped_surrogate
 from geoalign.rl.policy import RetakePolicy
 from geoalign.training.optim import freeze_all_but
+from geoalign.types import RetakeBatch, SourceClip
 
 DEVICE = "meta"
 LEARNED = ModelConfig(
@@ -52,6 +55,27 @@ def conditions(config: ModelConfig, guided: bool) -> Conditioning:
         torch.empty(2, 16, 5, 6, 4), *cameras, torch.empty(2, 4), torch.empty(2, 7, 24),
         torch.empty(2, 9, 40) if config.image_dim else None, torch.empty(2, 7, 24) if guided else None,
     )  # fmt: skip
+
+
+def test_the_geometry_reward_stays_on_the_device() -> None:
+    class Reads:
+        """Answers as MapAnything does, on the device of the video."""
+
+        name = "reads"
+
+        def __call__(self, video: Tensor, source: SourceClip) -> PoseEstimate:
+            return PoseEstimate(
+                torch.empty(3, 5, 4, 4, device=DEVICE), torch.arange(5, device=DEVICE) * 4,
+                torch.empty(3, device=DEVICE), torch.empty(3, device=DEVICE),
+            )  # fmt: skip
+
+    with torch.device(DEVICE):
+        camera = CameraTrajectory(torch.empty(3, 17, 4, 4), torch.empty(3, 17, 4))
+        videos = torch.empty(3, 17, 3, 8, 8)
+    batch = RetakeBatch(SourceClip(videos, camera, None, ("a", "b", "c")), camera, ("", "", ""))
+    output = GeometryReward(Reads())(videos, batch)
+    for values in (output.scores, output.parts, output.diagnostics):
+        assert all(value.device.type == DEVICE and value.shape == (3,) for value in values.values())
 
 
 @pytest.mark.parametrize("recompute", ["none", "keep_attention", "full"])
