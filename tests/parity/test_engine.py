@@ -183,6 +183,7 @@ def test_kl_to_a_reference_adds_its_own_gradient(setting: SimpleNamespace) -> No
 
 
 LEVERS: list[dict[str, Any]] = [
+    {"share_prefix": False, "merge_first_step": False, "prune_source": False, "cache_phases": False},
     {"share_prefix": False, "merge_first_step": False},
     {"merge_first_step": False},
     {},
@@ -218,6 +219,20 @@ def test_levers_spend_the_predicted_passes_and_change_nothing_else(
     assert metrics["policy/ratio_min"] == metrics["policy/ratio_max"] == 1.0
     expected = float64_reference.gradient
     assert float((gradient_of(trainer) - expected).norm() / expected.norm()) < 1e-12
+
+
+def test_an_iteration_names_its_work_for_the_profilers() -> None:
+    """The span tree of the documentation, as ranges of the torch profiler; the same names reach Nsight."""
+    trainer = trainer_of(smoke(window=WINDOW))
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+        metrics = trainer.step()
+    found = {event.name for event in profile.events()}
+    phases = {f"rollout/{part}" for part in ("encode", "prefix", "window", "tail", "decode")}
+    phases |= {f"update/{part}" for part in ("forward", "backward", "optimizer")} | {"sync/scores", "sync/numbers"}
+    assert phases | {f"reward/{name}" for name in trainer.rewards} <= found
+    assert {f"time/{name}_s" for name in phases} <= metrics.keys()
+    parts = sum(metrics[f"time/{name}_s"] for name in phases if not name.startswith("sync/"))
+    assert parts + metrics["time/other_s"] <= metrics["time/iteration_s"]
 
 
 def test_forwards_of_a_known_setting() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
+from dataclasses import replace
 
 import pytest
 import torch
@@ -153,6 +154,27 @@ def test_pruning_and_cache_change_nothing() -> None:
         cache = model.prepare(cond).repeat_interleave(2)
         again = model(x.repeat_interleave(2, 0), t.repeat_interleave(2), cond.repeat_interleave(2), cache)
         assert relative(again[::2], pruned) < 1e-5
+
+
+def test_kept_camera_phases_are_those_that_a_forward_makes() -> None:
+    """Bit for bit: the same linear map of the same tokens, once per condition instead of once per step."""
+    model, cond = randomised(REDIRECTOR), redirector_condition()
+    x, t, outputs = torch.randn(2, 16, 3, 6, 4), torch.tensor([900.0, 100.0]), []
+    for model.execution.cache_phases in (True, False):
+        with torch.no_grad():
+            cache = model.prepare(cond)
+            assert len(cache.phases) == (2 if model.execution.cache_phases else 0)
+            outputs.append(model(x, t, cond, cache))
+    assert torch.equal(*outputs)
+    model.requires_grad_(True)  # with gradients they carry their graph, kept or not
+    model(x, t, cond, replace(cache, phases=())).square().mean().backward()
+    expected = model.blocks[0].self_attn.rope_phase_qk[1].weight.grad.clone()
+    model.zero_grad()
+    with torch.no_grad():
+        model.execution.cache_phases = True
+        cache = model.prepare(cond)
+    model(x, t, cond, cache).square().mean().backward()
+    assert torch.equal(model.blocks[0].self_attn.rope_phase_qk[1].weight.grad, expected)
 
 
 @pytest.mark.parametrize("config", [REDIRECTOR, TINY], ids=["redirector", "tiny"])
