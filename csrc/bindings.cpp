@@ -6,6 +6,10 @@
 
 #include "geoalign/frame_preprocess.h"
 
+#ifdef __linux__
+#include <sys/mman.h>
+#endif
+
 #ifdef GEOALIGN_WITH_CUDA
 #include <torch/csrc/stable/accelerator.h>
 // The header declares it only with torch's own CUDA macros; weak, so that the library also loads on a CPU torch.
@@ -63,8 +67,23 @@ geoalign::FramePreprocess pack(const Tensor& video, const Tensor& gx, const Tens
       int64_t patch_columns, Tensor geometry, Tensor clip, Tensor still
 #define GEOALIGN_PACKED pack(video, gx, gxw, gy, gyw, px, pxw, py, pyw, slots, levels, geometry, clip, still)
 
+// Outputs of hundreds of megabytes are fresh memory: with pages of 4 KiB the kernel takes as long to map them as the
+// twin takes to fill them. NumPy asks for huge pages in the same way.
+void ask_for_huge_pages(const Tensor& output) {
+#ifdef __linux__
+  constexpr uintptr_t kPage = 2 << 20;
+  const uintptr_t data = reinterpret_cast<uintptr_t>(output.const_data_ptr());
+  const uintptr_t begin = (data + kPage - 1) / kPage * kPage;
+  const uintptr_t end = (data + static_cast<uintptr_t>(output.numel()) * sizeof(float)) / kPage * kPage;
+  if (begin < end) madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);  // a refusal costs time only
+#else
+  (void)output;
+#endif
+}
+
 void frame_preprocess_cpu(GEOALIGN_ARGUMENTS) {
   (void)geometry_rows, (void)geometry_columns, (void)patch_rows, (void)patch_columns;
+  for (const Tensor& output : {geometry, clip, still}) ask_for_huge_pages(output);
   const geoalign::FramePreprocess p = GEOALIGN_PACKED;
   torch::stable::parallel_for(0, static_cast<int64_t>(p.clips) * p.frames, 1, [&p](int64_t begin, int64_t end) {
     geoalign_frame_preprocess_cpu(&p, begin, end);

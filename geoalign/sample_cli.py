@@ -7,6 +7,8 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from geoalign.config.data import DEFAULT_NEGATIVE_PROMPT
+
 if TYPE_CHECKING:
     from torch import Tensor
 
@@ -14,7 +16,6 @@ if TYPE_CHECKING:
 
 # Names of geoalign.rewards.registry.EVALUATORS, repeated because the registry imports torch.
 ESTIMATORS = ("flow_pnp", "mapanything", "planar")
-_NEGATIVE = "blurry, low quality, distorted, jittery, watermark, text"
 
 
 def add_parser(subparsers: argparse._SubParsersAction) -> None:
@@ -35,7 +36,7 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
     add("--size", type=_size, metavar="HxW", help="frame size after scale and centre crop (Wan default 480x832)")
     add("--prompt", help="what the video shows, or @FILE with the text")
     add("--captioner", type=Path, metavar="FOLDER", help="BLIP-2 that writes the prompt when --prompt is not given")
-    add("--negative-prompt", default=_NEGATIVE, help="text of the second guidance pass, or @FILE")
+    add("--negative-prompt", default=DEFAULT_NEGATIVE_PROMPT, help="text of the second guidance pass, or @FILE")
     add("--guidance", type=float, help="classifier-free guidance (default 5 with a text encoder, else 1)")
     add("--steps", type=int, default=25, help="sampling steps (default 25)")
     add("--shift", type=float, default=5.0, help="time shift of the noise levels (default 5)")
@@ -55,6 +56,7 @@ def _run(args: argparse.Namespace) -> int:
     from geoalign.errors import ConfigError, UsageError
     from geoalign.models.layouts import count, model_shapes
     from geoalign.models.open import config_of, open_codec, open_model
+    from geoalign.rl.policy import RetakePolicy
     from geoalign.sampling import build_condition, estimate, read_inputs, retake
 
     _check_arguments(args)
@@ -83,12 +85,10 @@ def _run(args: argparse.Namespace) -> int:
     text = None if encoder is None or prompt is None else _texts(args, encoder, prompt, dtype)
     model, _ = open_model(args.model, args.checkpoint, dtype=dtype, device=args.device)
     moved = _to_device(inputs, args.device)
-    cond = build_condition(model, codec, moved, text[0] if text else None, _image_tokens(args, config, moved, dtype))
+    policy = RetakePolicy(model, codec, guidance)
+    cond = build_condition(policy, moved, text, _image_tokens(args, config, moved, dtype))
     with _progress(forwards) as bar:
-        video = retake(
-            model, codec, moved, cond, flow, seed=args.seed, guidance=guidance, negative=text[1] if text else None,
-            on_forward=bar.update,
-        )  # fmt: skip
+        video = retake(policy, moved, cond, flow, seed=args.seed, on_pass=bar.update)
     _write(args, inputs, video.cpu(), cost, {"guidance": guidance, "prompt": prompt})
     return 0
 

@@ -16,6 +16,7 @@ from geoalign.data.frames import cover_crop_intrinsics, to_float
 from geoalign.data.readers import AnyReader
 from geoalign.data.video import PyAVReader
 from geoalign.errors import RewardError, UsageError
+from geoalign.flow.policy import Velocity
 from geoalign.flow.sampler import FlowSampler, initial_noise
 from geoalign.flow.table import build_step_table
 from geoalign.geometry.io import load_trajectory
@@ -23,9 +24,9 @@ from geoalign.geometry.presets import preset, preset_name, retime
 from geoalign.geometry.trajectory import DEFAULT_INTRINSICS, CameraTrajectory
 from geoalign.models.codec_base import LatentCodec
 from geoalign.models.conditioning import Conditioning
-from geoalign.models.dit import RetakeDiT
 from geoalign.perf.cost import TransformerCost
 from geoalign.rewards.base import PoseEvaluator
+from geoalign.rl.policy import Prepared, RetakePolicy
 from geoalign.types import SourceClip
 
 WAN_SIZE, MAX_FRAMES = (480, 832), 81
@@ -128,68 +129,66 @@ def with_estimated_camera(inputs: RetakeInputs, evaluator: PoseEvaluator) -> tup
 
 
 def build_condition(
-    model: RetakeDiT, codec: LatentCodec, inputs: RetakeInputs, context: Tensor | None, image_tokens: Tensor | None
+    policy: RetakePolicy,
+    inputs: RetakeInputs,
+    text: tuple[Tensor, Tensor] | None = None,
+    image_tokens: Tensor | None = None,
 ) -> Conditioning:
     """Encode the source and gather everything the network is conditioned on.
+
+    Args:
+        policy: model, codec and guidance.
+        inputs: video and cameras on the policy's device.
+        text: embeddings ``[1, L, D]`` of the prompt and of the negative prompt (read with guidance only).
+        image_tokens: ``[1, N, D]``.
 
     Raises:
         UsageError: the model needs a ground plane or image tokens that are not given.
     """
-    if model.config.camera == "geometric" and inputs.ground_plane is None:
+    config = policy.model.config
+    if config.camera == "geometric" and inputs.ground_plane is None:
         raise UsageError("this model needs the ground plane of the scene: give --ground-plane nx,ny,nz,d (metres)")
-    if model.config.image_dim is not None and image_tokens is None:
+    if config.image_dim is not None and image_tokens is None:
         raise UsageError(
             "this model needs an image encoder; put image_encoder/ or the open-clip .pth beside its weights"
         )
     return Conditioning(
-        source_latents=codec.encode(inputs.video),
+        source_latents=policy.codec.encode(inputs.video),
         source_camera=inputs.source_camera,
         target_camera=inputs.target_camera,
         ground_plane=inputs.ground_plane,
-        context=context,
+        context=None if text is None else text[0],
         image_tokens=image_tokens,
+        negative=None if text is None or policy.guidance == 1.0 else text[1],
     )
 
 
 @torch.no_grad()
 def retake(
-    model: RetakeDiT,
-    codec: LatentCodec,
+    policy: RetakePolicy,
     inputs: RetakeInputs,
     cond: Conditioning,
     flow: FlowConfig,
     *,
     seed: int = 0,
-    guidance: float = 1.0,
-    negative: Tensor | None = None,
-    on_forward: Callable[[], object] = lambda: None,
+    on_pass: Callable[[int], object] = lambda passes: None,
 ) -> Tensor:
     """Sample deterministically and decode: ``[1, F, 3, H, W]`` in [-1, 1].
 
-    ``guidance`` w gives ``v = v_neg + w (v - v_neg)``; 1 skips the second pass. Both passes differ in the text only.
+    ``on_pass`` is told how many passes of the network each step took (two under guidance).
     """
+
+    def velocity(x: Tensor, timestep: Tensor, rows: Prepared) -> Velocity:
+        answer = policy.velocity(x, timestep, rows)
+        on_pass(answer.passes)
+        return answer
+
     assert cond.source_latents is not None
-    cache = model.prepare(cond)
-    unconditional = cond if negative is None else cond.with_context(negative)
-    other = None if guidance == 1.0 else model.prepare(unconditional)
-
-    def velocity(x: Tensor, timestep: Tensor, rows: Conditioning) -> Tensor:
-        v = model(x, timestep, rows, cache)
-        on_forward()
-        if other is None:
-            return v
-        v_neg = model(x, timestep, unconditional, other)
-        on_forward()
-        return v_neg + guidance * (v - v_neg)
-
-    _, channels, frames, rows, columns = cond.source_latents.shape
-    shape = (channels, frames - int(model.config.first_frame_given), rows, columns)
-    noise = initial_noise(shape, seed, 0, torch.zeros(1, dtype=torch.int64, device=cond.source_latents.device))
-    latents = FlowSampler(build_step_table(flow)).sample(velocity, cond, noise)
-    video = codec.decode(latents).clamp(-1, 1)
-    if model.config.first_frame_given:
-        video = torch.cat([inputs.video[:, :1].to(video), video], 1)
-    return video
+    frames = cond.source_latents.shape[2] - int(policy.model.config.first_frame_given)
+    shape = (cond.source_latents.shape[1], frames, *cond.source_latents.shape[3:])
+    noise = initial_noise(shape, seed, 0, torch.zeros(1, dtype=torch.int64, device=policy.device))
+    latents = FlowSampler(build_step_table(flow)).sample(velocity, policy.prepare(cond), noise)
+    return policy.decode(latents, inputs.video)
 
 
 @dataclass(frozen=True, slots=True)

@@ -18,11 +18,15 @@ if TYPE_CHECKING:
 
 EXAMPLES = """\
 examples:
-  geoalign score --reward geometry --evaluator mapanything --video out.mp4 --trajectory target.json --plot
+  geoalign score --evaluator mapanything --set evaluator_options.checkpoint=weights/map-anything-apache \\
+                 --video out.mp4 --trajectory target.json --plot
   geoalign score --reward geometry --video retakes/ --trajectory target.json --source in.mp4 --source-camera in.npz
   geoalign score --probes --json probes.json           does the embedded reward resist frozen, black, noise, ... videos?
+  geoalign score --probes --evaluator flow_pnp         the same of another evaluator
 """
 VIDEO_SUFFIXES = (".mp4", ".mov", ".mkv", ".webm", ".avi")
+# Corner tracking wants larger frames than the embedded world's own.
+PROBE_SIZES = {"flow_pnp": "120x208"}
 
 
 def add_parser(subparsers: Any) -> None:
@@ -37,11 +41,15 @@ def add_parser(subparsers: Any) -> None:
     add = parser.add_argument
     add("--reward", default="geometry", help="registered reward (default geometry)")
     add("--evaluator", default="planar", help="pose evaluator of the geometry reward (default planar)")
+    add(
+        "--set", action="append", default=[], metavar="OPTION=VALUE",
+        help="option of the reward, named as under rewards.NAME.options in a configuration (repeatable)",
+    )  # fmt: skip
     add("--video", type=Path, help="video file, or a folder of them")
     add("--trajectory", type=Path, help="target camera path (json, npz, npy; see docs/conventions.md)")
     add("--source", type=Path, help="source video, for evaluators that compare with it (planar does)")
     add("--source-camera", type=Path, help="camera npz of the source, with ground_plane for the planar evaluator")
-    add("--size", metavar="HxW", help="frame size to score at (default: that of the video)")
+    add("--size", metavar="HxW", help="frame size to score at (default: that of the video; probes: the evaluator's)")
     add("--json", type=Path, metavar="FILE", help="write the scores there")
     add("--plot", action="store_true", help="write VIDEO.png with the estimated and the target path")
     add("--probes", action="store_true", help="score videos of the embedded world that try to cheat")
@@ -51,12 +59,14 @@ def add_parser(subparsers: Any) -> None:
 def run(args: argparse.Namespace) -> int:
     """Score videos or run the probes."""
     from geoalign.config.rewards import RewardConfig
+    from geoalign.config.source import parse_settings
     from geoalign.rewards.registry import build_rewards
 
     options = {"evaluator": args.evaluator} if args.reward in ("geometry", "source_consistency") else {}
+    options |= parse_settings(args.set)
     reward = build_rewards({args.reward: RewardConfig(kind=args.reward, options=options)})[args.reward]
     if args.probes:
-        return _run_probes(reward, args.json)
+        return _run_probes(reward, args.size or PROBE_SIZES.get(args.evaluator), args.json)
     if args.video is None or args.trajectory is None:
         raise UsageError("score needs --video and --trajectory (or --probes); `geoalign score --help` has examples")
     rows = [_score_file(path, reward, args) for path in _videos(args.video)]
@@ -103,14 +113,16 @@ def _read(path: Path, frames: int, size: str | None) -> Tensor:
     found = reader.probe(path).frames
     if found < frames:
         raise DataError(f"{path}: {found} frames, but the trajectory has {frames}; give a path of {found} frames")
-    shape = None
-    if size is not None:
-        try:
-            height, width = (int(part) for part in size.lower().split("x"))
-        except ValueError as error:
-            raise UsageError(f"--size {size}: expected HEIGHTxWIDTH, for instance 480x832") from error
-        shape = (height, width)
+    shape = None if size is None else _shape(size)
     return to_float(reader.read(path, range(frames), shape))[None]
+
+
+def _shape(size: str) -> tuple[int, int]:
+    try:
+        height, width = (int(part) for part in size.lower().split("x"))
+    except ValueError as error:
+        raise UsageError(f"--size {size}: expected HEIGHTxWIDTH, for instance 480x832") from error
+    return height, width
 
 
 def _batch(video: Tensor, target: CameraTrajectory, args: argparse.Namespace) -> RetakeBatch:
@@ -166,11 +178,11 @@ def _plot(path: Path, reward: Reward, video: Tensor, batch: RetakeBatch) -> None
     plt.close(figure)
 
 
-def _run_probes(reward: Reward, json_path: Path | None) -> int:
+def _run_probes(reward: Reward, size: str | None, json_path: Path | None) -> int:
     """Honest renders of the embedded world against cheats; exit code 1 if any cheat gets within its margin."""
     from geoalign.io_utils import atomic_write_json
 
-    rows = probe_table(reward)
+    rows = probe_table(reward, size=None if size is None else _shape(size))
     print(f"{'probe':<14}{'score':>10}{'margin':>10}")
     for row in rows:
         print(f"{row['probe']:<14}{row['score']:>10.3f}{row['margin']:>10.3f}")
@@ -179,10 +191,15 @@ def _run_probes(reward: Reward, json_path: Path | None) -> int:
     return 0 if all(row["margin"] > 0 for row in rows[1:]) else 1
 
 
-def probe_table(reward: Reward, count: int = 40) -> list[dict[str, Any]]:
+def probe_table(reward: Reward, count: int = 40, size: tuple[int, int] | None = None) -> list[dict[str, Any]]:
     """Mean score (sum of the reward's keys) of the honest render and of every probe, and how far each lies below it.
 
     ``wrong_scale`` is a true render along 1.4 times the requested motion.
+
+    Args:
+        reward: what is probed.
+        count: scenes.
+        size: frame height and width in pixels; None takes the embedded world's.
     """
     import torch
 
@@ -190,8 +207,13 @@ def probe_table(reward: Reward, count: int = 40) -> list[dict[str, Any]]:
     from geoalign.rewards.probes import PROBES
     from geoalign.world.pairs import LabelBias, paired_videos
 
+    world = WorldConfig()
+    if size is not None:
+        focal = world.focal_px * size[0] / world.height
+        world = world.model_copy(update={"height": size[0], "width": size[1], "focal_px": focal})
+
     def render(bias: LabelBias | None) -> Any:
-        return paired_videos(WorldConfig(), count, torch.Generator().manual_seed(5), style="real", bias=bias)
+        return paired_videos(world, count, torch.Generator().manual_seed(5), style="real", bias=bias)
 
     pairs = render(None)
     videos = {"honest": pairs.truth, "wrong_scale": render(LabelBias(translation_mean=math.log(1.4))).truth}

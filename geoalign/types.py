@@ -67,14 +67,16 @@ class Encodings:
         latents: ``[B, C, T, h, w]`` of the source video.
         context: ``[B, L, D]`` text embedding, zero beyond each prompt's length; L is the longest of the batch.
         image_tokens: ``[B, N, D]`` of the first source frame.
+        negative: ``[B, L, D]`` text embedding of the negative prompt.
     """
 
     latents: Tensor | None = None
     context: Tensor | None = None
     image_tokens: Tensor | None = None
+    negative: Tensor | None = None
 
     def __len__(self) -> int:
-        return next((len(part) for part in (self.latents, self.context, self.image_tokens) if part is not None), 0)
+        return next((len(part) for part in self._parts if part is not None), 0)
 
     def select(self, index: Tensor) -> Encodings:
         """The encodings at ``index`` (integers, repeats allowed)."""
@@ -85,8 +87,11 @@ class Encodings:
         return self._map(lambda part: part.to(device))
 
     def _map(self, change: Callable[[Tensor], Tensor]) -> Encodings:
-        parts = (self.latents, self.context, self.image_tokens)
-        return Encodings(*(None if part is None else change(part) for part in parts))
+        return Encodings(*(None if part is None else change(part) for part in self._parts))
+
+    @property
+    def _parts(self) -> tuple[Tensor | None, ...]:
+        return self.latents, self.context, self.image_tokens, self.negative
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -115,8 +120,10 @@ class RetakeBatch:
     def __len__(self) -> int:
         return len(self.source)
 
-    def select(self, index: Tensor | Sequence[int]) -> RetakeBatch:
-        """The conditions at ``index`` (integers, repeats allowed)."""
+    def select(self, index: Tensor | Sequence[int] | slice) -> RetakeBatch:
+        """The conditions at ``index`` (integers, repeats allowed, or a slice)."""
+        if isinstance(index, slice):
+            index = range(*index.indices(len(self)))
         index = torch.as_tensor(index, dtype=torch.long, device=self.source.video.device)
         camera = self.target_camera[index.to(self.target_camera.device)]
         encodings = None if self.encodings is None else self.encodings.select(index)

@@ -31,7 +31,6 @@ class AttentionCase:
     operands: list[tuple[Tensor, Tensor, Tensor]]
     variant: str = ""
     gated: frozenset[str] = frozenset({"triton", "sdpa_flash"})
-    graphed: frozenset[str] = frozenset()
 
     @property
     def name(self) -> str:

@@ -33,7 +33,7 @@ class Work:
 
 
 class Deferred(NamedTuple):
-    """An implementation that is built when its row is measured: weights of its own, a quantised copy."""
+    """An implementation that is built when its row is measured, because building it takes long."""
 
     make: Callable[[], Implementation]
 
@@ -46,7 +46,7 @@ class Case:
         name, variant, shape: of the row in the result file.
         operands: sets of positional operands, used in turn.
         implementations: `{name: function, or the reason why it is absent}`.
-        truth: the function in plain torch, called with operands in `truth_dtype`.
+        truth: the function in plain torch, called with operands in float64.
         work: `{direction: Work}`; its keys are the directions measured.
         token_dims: for each operand the dimension that counts tokens, None if it has none; a few tokens are compared.
         output_dim: the dimension that counts tokens in the results.
@@ -55,7 +55,6 @@ class Case:
         rates: `{implementation: attribute of DeviceProfile}` where FLOPs decide.
         unchecked: implementations that draw their own random numbers.
         gated: implementations whose error must stay below the gate.
-        graphed: implementations that are timed as a CUDA graph whatever their length.
     """
 
     name: str
@@ -72,8 +71,6 @@ class Case:
     rates: dict[str, str] = field(default_factory=dict)
     unchecked: frozenset[str] = frozenset()
     gated: frozenset[str] = frozenset({"ours"})
-    graphed: frozenset[str] = frozenset()
-    truth_dtype: torch.dtype = torch.float64
 
     @property
     def buffers(self) -> int:
@@ -147,7 +144,7 @@ class Case:
             truth = torch.autograd.grad(
                 _leaves(self.truth(*exact)),
                 [exact[i] for i in by_token],
-                [pick(w).to(self.truth_dtype) for w in weights],
+                [pick(w).double() for w in weights],
             )
             got = dict(zip(self.differentiable, on_poison(call, [*weights, *self.operands[0]]), strict=True))
             return errors([pick(got[i]) for i in by_token], list(truth))
@@ -162,7 +159,7 @@ class Case:
 
     def _sampled(self, tokens: Tensor | None) -> list[Tensor]:
         pairs = zip(self.operands[0], self.token_dims, strict=True)
-        return [(t if dim is None else t.index_select(dim, tokens)).to(self.truth_dtype) for t, dim in pairs]
+        return [(t if dim is None else t.index_select(dim, tokens)).double() for t, dim in pairs]
 
     def _pick(self, tokens: Tensor | None) -> Callable[[Tensor], Tensor]:
         return (lambda t: t) if tokens is None else lambda t: t.index_select(self.output_dim, tokens)

@@ -18,14 +18,14 @@ from geoalign.config.schema import Config
 from geoalign.io_utils import atomic_write_json
 from geoalign.rewards.registry import build_rewards
 from geoalign.training.bundle import load_policy
-from geoalign.training.run import describe_environment
+from geoalign.training.environment import describe_environment
 from geoalign.training.trainer import Trainer
 from geoalign.types import RetakeBatch
 from geoalign.world.pairs import paired_videos
 
-SETTINGS: dict[str, dict[str, bool]] = {
-    "off": {"share_prefix": False, "merge_first_step": False, "prune_source": False, "streaming": False},
-    "exact": {"share_prefix": True, "merge_first_step": True, "prune_source": True, "streaming": True},
+SETTINGS: dict[str, dict[str, Any]] = {
+    "off": {"share_prefix": False, "merge_first_step": False, "prune_source": False, "streaming": "off"},
+    "exact": {"share_prefix": True, "merge_first_step": True, "prune_source": True, "streaming": "graphs"},
 }
 
 

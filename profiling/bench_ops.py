@@ -20,7 +20,7 @@ import json
 import re
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -87,7 +87,7 @@ class Bench:
             "impl": impl,
         }
         row |= {"status": "ok", "dtype": str(self.dtype).removeprefix("torch."), "variant": "", "note": "", **fields}
-        assert set(row) == set(FIELDS), set(row) ^ set(FIELDS)
+        assert kind == "reward" or set(row) == set(FIELDS), set(row) ^ set(FIELDS)
         time_ms = row["t_ms_median"]
         if time_ms and row["bytes_min"]:
             row["gbps"] = 1e-6 * row["bytes_min"] / time_ms
@@ -101,10 +101,17 @@ class Bench:
         print(f"{label:38s} {row['direction'] or '':4s} {impl:12s} {row['shape']!s:28s} {shown}", flush=True)
         return row
 
-    def not_run(self, case: AnyCase, impl: str, direction: str, reason: str) -> None:
+    @property
+    def rows(self) -> list[Row]:
+        """All rows so far, the environment first."""
+        return self.file.rows
+
+    def not_run(
+        self, name: str, impl: str, direction: str, shape: Sequence[int], reason: str, variant: str = ""
+    ) -> None:
         """A row for what was not timed, so that its absence is visible."""
-        self.add("kernel", case.name, impl, variant=case.variant, direction=direction, shape=list(case.shape),
-                 status="not run", note=reason)  # fmt: skip
+        self.add("kernel", name, impl, variant=variant, direction=direction, shape=list(shape), status="not run",
+                 note=reason)  # fmt: skip
 
     def ceilings(self, when: str) -> None:
         """Copy (read and write counted) and matrix products; the later call says whether the run was steady."""
@@ -155,14 +162,15 @@ class Bench:
             late = self.quick and time.monotonic() - self.started > QUICK_S
             reason = case.absent(impl) or ("a quick run was out of time" if late else "")
             if reason:
-                self.not_run(case, impl, direction, reason)
+                self.not_run(case.name, impl, direction, case.shape, reason, case.variant)
                 continue
             try:
                 self.time(case, impl, direction)
             except Exception as error:  # a rival that fails to compile or to run is a "not run" row; ours is an error
                 if impl == "ours" and not isinstance(error, torch.OutOfMemoryError):
                     raise
-                self.not_run(case, impl, direction, f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}")
+                reason = f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
+                self.not_run(case.name, impl, direction, case.shape, reason, case.variant)
 
     def time(self, case: AnyCase, impl: str, direction: str) -> None:
         """Checks one implementation, times it, adds its row."""
@@ -171,7 +179,7 @@ class Bench:
         peak = None
         if self.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(self.device)
-        timing = measure(call, self.device, self.repeats, case.buffers, graph=impl in case.graphed)
+        timing = measure(call, self.device, self.repeats, case.buffers)
         if self.device.type == "cuda":
             peak = torch.cuda.max_memory_allocated(self.device)
         work = case.work[direction]
@@ -210,7 +218,6 @@ def groups(bench: Bench) -> list[tuple[str, Callable[[], Iterator[AnyCase]]]]:
     ))  # fmt: skip
     shape = (32, 32, 64) if small else products.FFN
     found.append(("ffn_product", lambda: products.product_cases(*shape, device, dtype)))
-    found.append(("reward_block", lambda: products.block_cases(device, dtype, small=small)))
     return found
 
 
@@ -246,21 +253,33 @@ def run(bench: Bench, only: str) -> None:
     bench.ceilings("last")
 
 
+def options_parser(doc: str | None, things: str, quick: str) -> argparse.ArgumentParser:
+    """The command line that the benchmarks share."""
+    parser = argparse.ArgumentParser(description=(doc or "").partition("\n")[0])
+    parser.add_argument("--out", type=Path, help="default: profiling/results/<utc>-<device>-<commit>.jsonl")
+    parser.add_argument("--only", default="", help=f"{things} whose name contains this")
+    parser.add_argument("--quick", action="store_true", help=quick)
+    parser.add_argument("--self-check", action="store_true", help="tiny sizes on the CPU: exercises the harness only")
+    return parser
+
+
+def bench_of(options: argparse.Namespace, instead: str) -> Bench | None:
+    """The run that the command line asks for; None, said so, where it needs a CUDA device and there is none."""
+    if not options.self_check and not torch.cuda.is_available():
+        print(f"no CUDA device: use {instead}", file=sys.stderr)
+        return None
+    device = torch.device("cpu" if options.self_check else "cuda")
+    return Bench(device, options.out, quick=options.quick, small=options.self_check)
+
+
 def main() -> int:
     """Entry point; 2 without a device."""
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--out", type=Path, help="default: profiling/results/<utc>-<device>-<commit>.jsonl")
-    parser.add_argument("--only", default="", help="ops whose name contains this")
-    parser.add_argument("--quick", action="store_true", help="the run's own shapes only: under ten minutes on one GPU")
-    parser.add_argument("--self-check", action="store_true", help="tiny sizes on the CPU: exercises the harness only")
-    options = parser.parse_args()
-    if not options.self_check and not torch.cuda.is_available():
-        print("no CUDA device: use --self-check", file=sys.stderr)
-        return 2
+    options = options_parser(__doc__, "ops", "the run's own shapes only: under ten minutes on one GPU").parse_args()
     torch.manual_seed(0)
-    device = torch.device("cpu" if options.self_check else "cuda")
-    bench = Bench(device, options.out, quick=options.quick, small=options.self_check)
-    if not options.self_check:
+    bench = bench_of(options, "--self-check")
+    if bench is None:
+        return 2
+    if not bench.small:
         total, timed = estimate(bench, options.only)
         print(f"predicted: {total:.1f} min, {timed:.1f} of them timed calls, the rest compiling and checking (assumed)")
     run(bench, options.only)

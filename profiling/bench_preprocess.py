@@ -8,11 +8,12 @@ models, every frame in every output, on one thread:
 * `mp4+pillow`: 8-bit frames, H.264 in memory (libx264, PyAV's default preset, one thread), decode, Pillow resizes,
   numpy normalisation and patch order; what a scorer that reads video files does.
 * `pillow`: the same without the file.
-* `torch`: this project's torch modules.
-* `native`: `geoalign_kernels.frame_preprocess`, the C++ twin.
+* `torch`: `geoalign_kernels.frame_preprocess` with its plain torch reference, which runs where there is no compiler.
+* `native`: the same op, C++ twin.
 
-Time is CPU time of the process (user and system), because other work may share the machine's cores; the median of the
-repeats is quoted, after one warm-up. The clip is a moving texture with noise from a fixed seed.
+Before anything is timed, the outputs of all paths are compared: same shapes and dtype, and the same picture up to what
+H.264 loses. Time is CPU time of the process (user and system), because other work may share the machine's cores; the
+median of the repeats is quoted, after one warm-up. The clip is a moving texture with noise from a fixed seed.
 """
 
 from __future__ import annotations
@@ -36,12 +37,19 @@ from PIL import Image
 from torch import Tensor
 
 import geoalign_kernels as gk
-from geoalign.rewards.mapanything.preprocess import IMAGENET_MEAN, IMAGENET_STD, Preprocessor, plan_resize, to_uint8
-from geoalign.rewards.vlm.layout import VIDEOALIGN_BODY
-from geoalign.rewards.vlm.preprocess import CLIP_MEAN, CLIP_STD, PatchMaker
+from geoalign.rewards.mapanything.preprocess import IMAGENET_MEAN, IMAGENET_STD, plan_resize
+from geoalign.rewards.vlm.preprocess import CLIP_MEAN, CLIP_STD, fit_size
 
 Frames = list[np.ndarray]
-PIXELS = {"min_pixels": 100_352, "max_pixels": 200_704}
+PATHS = {
+    "mp4+pillow": "bf16 clip > uint8 > mp4 in memory (libx264, PyAV) > decode > Pillow > numpy normalise, patches",
+    "pillow": "bf16 clip > uint8 > Pillow > numpy normalise, patches",
+    "torch": "bf16 clip > geoalign_kernels.frame_preprocess, torch reference",
+    "native": "bf16 clip > geoalign_kernels.frame_preprocess, C++ twin",
+}
+"""What each row of the result file ran; all end in the same float32 inputs."""
+MOST_LOSS = 4 / 255 / 0.22
+"""Mean difference of a path, in normalised units: four 8-bit levels, which libx264's default quality stays below."""
 
 
 def make_clip(frames: int, height: int, width: int) -> Tensor:
@@ -56,7 +64,8 @@ def make_clip(frames: int, height: int, width: int) -> Tensor:
 
 
 def to_frames(clip: Tensor) -> Frames:
-    return list(to_uint8(clip)[0].permute(0, 2, 3, 1).contiguous().numpy())
+    levels = ((clip[0].float() + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
+    return list(levels.permute(0, 2, 3, 1).contiguous().numpy())
 
 
 def through_mp4(frames: Frames) -> Frames:
@@ -75,7 +84,7 @@ def through_mp4(frames: Frames) -> Frames:
 
 
 def with_pillow(frames: Frames, fitted: tuple[int, int]) -> list[np.ndarray]:
-    """Geometry images, clip patches and still patches."""
+    """Geometry images, clip patches and still patches; the patches of both share one resize."""
     height, width = frames[0].shape[:2]
     crop = plan_resize(height, width)
     top, left = crop.offset
@@ -102,6 +111,17 @@ def _patches(planes: np.ndarray) -> np.ndarray:
     return np.ascontiguousarray(x.transpose(0, 3, 6, 4, 7, 2, 1, 5, 8)).reshape(count // 2, -1, 1176)
 
 
+def refuse_unequal_work(outputs: dict[str, list[np.ndarray]]) -> None:
+    """Every path must give the same three inputs."""
+    for name, arrays in outputs.items():
+        for got, wanted in zip(arrays, outputs["native"], strict=True):
+            if got.shape != wanted.shape or got.dtype != wanted.dtype:
+                raise SystemExit(f"{name} gives {got.dtype} {got.shape}, native {wanted.dtype} {wanted.shape}")
+            loss = float(np.abs(got - wanted).mean())
+            if loss > MOST_LOSS:
+                raise SystemExit(f"{name} shows another picture than native: {loss:.3f} on average")
+
+
 def timed(call: Any, repeats: int) -> dict[str, float]:
     """CPU milliseconds: median, least and most of `repeats` after one warm-up."""
     call()
@@ -117,11 +137,15 @@ def environment() -> dict[str, Any]:
     """Hardware, versions, commit."""
     info = Path("/proc/cpuinfo")
     models = [line.split(":")[1].strip() for line in info.read_text().splitlines() if line.startswith("model name")]
-    commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=False).stdout.strip()
+    commit, changes = (
+        subprocess.run(["git", *command.split()], capture_output=True, text=True, check=False).stdout.strip()
+        for command in ("rev-parse HEAD", "status --porcelain --untracked-files=no")
+    )
     packages = {name: metadata.version(name) for name in ("torch", "av", "pillow", "numpy")}
     return {
         "kind": "environment", "cpu": models[0] if models else platform.processor(), "cores": os.cpu_count(),
-        "load_average": os.getloadavg()[0], "commit": commit, "python": platform.python_version(), **packages,
+        "load_average": os.getloadavg()[0], "commit": commit, "dirty": bool(changes),
+        "python": platform.python_version(), **packages,
     }  # fmt: skip
 
 
@@ -129,38 +153,38 @@ def environment() -> dict[str, Any]:
 def main() -> None:
     """Runs the four paths and writes one row each, ratios to `mp4+pillow` included."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--frames", type=int, default=32)
+    parser.add_argument("--frames", type=int, default=16)
     parser.add_argument("--size", default="480x832")
-    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--out", type=Path, default=Path(__file__).with_name("results") / "preprocess-cpu.jsonl")
     options = parser.parse_args()
     torch.set_num_threads(1)
     height, width = map(int, options.size.split("x"))
     clip, crop = make_clip(options.frames, height, width), plan_resize(height, width)
-    geometry, patches = Preprocessor(crop), PatchMaker((height, width), VIDEOALIGN_BODY, **PIXELS)
+    fitted = fit_size(height, width, factor=28, min_pixels=100_352, max_pixels=200_704)
     every = tuple(range(options.frames))
     plan = gk.frame_plan(
-        (height, width), options.frames, gk.CropTarget(crop.resized, crop.output, crop.offset), patches.fitted,
+        (height, width), options.frames, gk.CropTarget(crop.resized, crop.output, crop.offset), fitted,
         geometry_frames=every, clip_frames=every, still_frames=every,
         geometry_statistics=(IMAGENET_MEAN, IMAGENET_STD), patch_statistics=(CLIP_MEAN, CLIP_STD),
     )  # fmt: skip
 
-    def with_torch() -> None:
-        levels = to_uint8(clip)
-        geometry(levels)
-        patches(levels)
-        patches(levels.repeat_interleave(2, dim=1))
+    def with_op(backend: str) -> list[np.ndarray]:
+        with gk.use_backend(backend, "frame_preprocess"):
+            geometry, pairs, stills = gk.frame_preprocess(clip, plan)
+        return [geometry[0].numpy(), pairs[0].numpy(), stills[0].numpy()]
 
-    gk.set_backend("cpp", "frame_preprocess")
     paths = {
-        "mp4+pillow": lambda: with_pillow(through_mp4(to_frames(clip)), patches.fitted),
-        "pillow": lambda: with_pillow(to_frames(clip), patches.fitted),
-        "torch": with_torch,
-        "native": lambda: gk.frame_preprocess(clip, plan),
+        "mp4+pillow": lambda: with_pillow(through_mp4(to_frames(clip)), fitted),
+        "pillow": lambda: with_pillow(to_frames(clip), fitted),
+        "torch": lambda: with_op("reference"),
+        "native": lambda: with_op("cpp"),
     }
+    refuse_unequal_work({name: call() for name, call in paths.items()})
     rows: list[dict[str, Any]] = [environment()]
     for name, call in paths.items():
-        row = {"kind": "path", "name": name, "frames": options.frames, "size": options.size, "threads": 1}
+        row: dict[str, Any] = {"kind": "path", "name": name, "path": PATHS[name], "threads": 1}
+        row |= {"frames": options.frames, "size": options.size}
         row |= {"repeats": options.repeats, **timed(call, options.repeats)}
         row["cpu_ms_per_frame"] = row["cpu_ms_median"] / options.frames
         rows.append(row)

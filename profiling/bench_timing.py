@@ -22,7 +22,7 @@ FIELDS = (
     "t_ms_median", "t_ms_p20", "t_ms_p80", "bytes_min", "flops", "gbps", "tflops", "pct_copy", "pct_matmul", "rel_l2",
     "max_abs", "regs", "spill_bytes", "smem_bytes", "launches", "peak_mem_bytes", "graph", "predicted_ms", "note",
 )  # fmt: skip
-"""Every row but the first, which is the environment, has exactly these."""
+"""Every row but the first, which is the environment, has these; rows of reward models have more."""
 L2_BYTES = 60 << 20
 """Where the device does not say: the largest of those in question."""
 WARM_UPS = 10
@@ -40,16 +40,15 @@ def buffers_for(set_bytes: float, device: torch.device) -> int:
     return int(min(64, max(3, -(-3 * (size or L2_BYTES) // max(1, set_bytes))))) if device.type == "cuda" else 3
 
 
-def measure(call: Call, device: torch.device, repeats: int, buffers: int = 1, *, graph: bool = False) -> dict[str, Any]:
+def measure(call: Call, device: torch.device, repeats: int, buffers: int = 1) -> dict[str, Any]:
     """Milliseconds of `call(buffer index)`: median, p20 and p80 of `repeats` after ten warm-ups.
 
-    On a GPU a call below `SHORT_MS`, or any with `graph`, is timed as a graph of `REPLAYS` calls.
+    On a GPU a call below `SHORT_MS` is timed as a graph of `REPLAYS` calls.
     """
     for i in range(WARM_UPS):
         call(i % buffers)
-    times, note = [_once(call, i % buffers, device) for i in range(repeats)], ""
-    wanted, graph = device.type == "cuda" and (graph or statistics.median(times) < SHORT_MS), False
-    if wanted:
+    times, graph, note = [_once(call, i % buffers, device) for i in range(repeats)], False, ""
+    if device.type == "cuda" and statistics.median(times) < SHORT_MS:
         try:
             times, graph = _replayed(call, device, repeats, buffers), True
         except RuntimeError as error:  # the call synchronises or copies from pageable memory
@@ -199,6 +198,11 @@ class ResultFile:
         """Appends a row."""
         self.rows.append(row)
         self._write("a", row)
+
+    def amend(self, **more: Any) -> None:
+        """Adds what became known after the last row was written."""
+        self.rows[-1] |= more
+        self._write("w")
 
     def close(self, **last: Any) -> None:
         """Completes the environment row by what is known at the end only."""

@@ -1,4 +1,4 @@
-"""Table and roofline of a result file of `bench_ops.py`.
+"""Table and roofline of a result file of `bench_ops.py` or `bench_rewards.py`.
 
     python profiling/figures.py RESULTS.jsonl [--out FOLDER]
 
@@ -84,9 +84,14 @@ def markdown(rows: list[Row]) -> str:
         [[r["name"], _shape(r), r["impl"], _number(r["t_ms_median"], 4), _number(r["gbps"]), _number(r["tflops"])]
          for r in ceilings],
     )  # fmt: skip
-    text += ["", "## Targets on an H200", "", *_table(["target", "bound", "measured", ""], targets(timed))]
-    text += ["", "## Kernels", "", *_kernel_table(timed), "", "## Predictions missed by more than 25 %", ""]
-    missed = [r for r in timed if r["predicted_ms"] and abs(r["t_ms_median"] / r["predicted_ms"] - 1.0) > MISS]
+    if timed:
+        text += ["", "## Targets on an H200", "", *_table(["target", "bound", "measured", ""], targets(timed))]
+        text += ["", "## Kernels", "", *_kernel_table(timed)]
+    models = [row for row in rows if row["kind"] == "reward" and row["status"] == "ok"]
+    if models:
+        text += ["", "## Reward models", "", *_models(models)]
+    text += ["", "## Predictions missed by more than 25 %", ""]
+    missed = [r for r in timed + models if r["predicted_ms"] and abs(r["t_ms_median"] / r["predicted_ms"] - 1.0) > MISS]
     text += [
         f"- {_title(r)}: {r['t_ms_median'] / r['predicted_ms']:.2f} of the prediction" for r in missed
     ] or ["none"]  # fmt: skip
@@ -148,6 +153,22 @@ def targets(timed: list[Row]) -> list[list[str]]:
         value = ratio(core, "int8")
         lines.append([f"int8 attention over {core}", "reported", _number(value), "" if value else "not measured"])
     return lines
+
+
+def _models(rows: list[Row]) -> list[str]:
+    """Reward models by shape: eager and graph, size, time, memory, and whether a replay equals eager bit for bit."""
+    header = ["model", "input", "run as", "parameters", "ms", "p20-p80", "predicted ms", "TFLOP/s", "% matmul",
+              "weights GB", "peak GB", "launches", "bitwise equal"]  # fmt: skip
+    lines = []
+    for r in rows:
+        lines.append([
+            r["name"], _shape(r), r["impl"], f"{r['parameters']:,}" if r.get("parameters") else "-",
+            _number(r["t_ms_median"], 4), f"{_number(r['t_ms_p20'], 4)}-{_number(r['t_ms_p80'], 4)}",
+            _number(r["predicted_ms"], 4), _number(r["tflops"]), _number(r["pct_matmul"]),
+            _number(1e-9 * r["weight_bytes"]), _number(1e-9 * r["peak_mem_bytes"] if r["peak_mem_bytes"] else None),
+            _number(r["launches"]), "yes" if r["bitwise_equal"] else "**no**",
+        ])  # fmt: skip
+    return _table(header, lines)
 
 
 def roofline(rows: list[Row]) -> str:

@@ -133,6 +133,10 @@ class TrajectoriesConfig(Section):
     """How raw paths become target paths."""
 
 
+DEFAULT_NEGATIVE_PROMPT = "blurry, low quality, distorted, jittery, watermark, text"
+"""Our own wording of what a video should not look like."""
+
+
 class PrepareConfig(Section):
     """What ``geoalign prepare`` writes."""
 
@@ -149,6 +153,8 @@ class PrepareConfig(Section):
     """umT5 encoder: ``models_t5_umt5-xxl-enc-bf16.pth`` or a transformers folder; None stores no text embedding."""
     tokenizer: Path | None = None
     """Tokenizer folder of ``text``; default: the same folder."""
+    negative_prompt: str | None = None
+    """Text of the second pass of ``flow.guidance``, ``default`` for ours; None stores no embedding of it."""
     text_length: int = Field(512, gt=0)
     """Tokens that prompts are cut to (``model.text_length`` of the policy)."""
     image: Path | None = None

@@ -52,6 +52,13 @@ class FlowConfig(Section):
     tail_solver: OdeSolver = "euler"
     """Solver of the steps after the window and of deterministic sampling; steps before the window are Euler steps."""
 
+    guidance: float = Field(
+        1.0,
+        ge=1,
+        json_schema_extra=_assumed("off: the 130 hours leave no room for two passes; ReDirector infers at 5"),
+    )
+    """Classifier-free guidance in rollout and learner alike; above 1 every velocity takes two passes."""
+
     t_dtype: Literal["float32", "bfloat16"] = "float32"
     """Precision to which the timestep (1000 sigma) that the network sees is rounded, in rollout and learner alike."""
 

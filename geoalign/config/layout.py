@@ -15,27 +15,37 @@ class GroupPlacement:
     members: int
 
 
-def place_groups(conditions: int, group_size: int, world_size: int) -> GroupPlacement:
+def place_groups(conditions: int, group_size: int, world_size: int, sequence: int = 1) -> GroupPlacement:
     """Deal ``conditions`` groups of ``group_size`` rollouts to ``world_size`` ranks, equally much to every rank.
 
     Groups stay whole while there are at least as many as ranks; beyond that each group is split over several ranks.
+    ``sequence`` ranks share the tokens of every rollout and hold the same ones.
 
     Raises:
         ConfigError: the numbers do not divide; the message names numbers that do.
     """
-    if conditions % world_size == 0:
-        return GroupPlacement(conditions // world_size, group_size)
-    if world_size % conditions == 0 and group_size % (world_size // conditions) == 0:
-        return GroupPlacement(1, group_size // (world_size // conditions))
-    below = next(number for number in range(world_size, 0, -1) if _fits(conditions, group_size, number))
-    above = -(-conditions // world_size) * world_size
-    raise ConfigError(
-        f"groups.conditions {conditions} with groups.size {group_size} cannot be dealt equally to {world_size} "
-        f"processes; set groups.conditions={above}, or use {below} processes."
-    )
+    if world_size % sequence:
+        raise ConfigError(f"parallel.sequence {sequence} must divide the {world_size} processes")
+    ranks = world_size // sequence
+    share = _deal(conditions, group_size, ranks)
+    if share is None:
+        below = next(number for number in range(ranks, 0, -1) if _deal(conditions, group_size, number))
+        above = -(-conditions // ranks) * ranks
+        raise ConfigError(
+            f"groups.conditions {conditions} with groups.size {group_size} cannot be dealt equally to {world_size} "
+            f"processes; set groups.conditions={above}, or use {below * sequence} processes."
+        )
+    if share.groups * share.members < sequence:
+        raise ConfigError(
+            f"parallel.sequence {sequence} ranks share {share.groups * share.members} rollouts, but each of them must "
+            "decode and score at least one; use fewer processes"
+        )
+    return share
 
 
-def _fits(conditions: int, group_size: int, world_size: int) -> bool:
-    if conditions % world_size == 0:
-        return True
-    return world_size % conditions == 0 and group_size % (world_size // conditions) == 0
+def _deal(conditions: int, group_size: int, ranks: int) -> GroupPlacement | None:
+    if conditions % ranks == 0:
+        return GroupPlacement(conditions // ranks, group_size)
+    if ranks % conditions == 0 and group_size % (ranks // conditions) == 0:
+        return GroupPlacement(1, group_size // (ranks // conditions))
+    return None

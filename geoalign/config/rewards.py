@@ -30,6 +30,15 @@ class RewardConfig(Section):
         return self
 
 
+class ScoringConfig(Section):
+    """How decoding and scoring of an iteration's videos are laid out; no setting changes what is scored."""
+
+    chunk: int | None = Field(None, ge=1)
+    """Videos that are decoded and scored at a time; unset: all of the rank at once."""
+    beside_decode: bool = False
+    """Score a chunk on a side stream (CPU: a thread) while the next one is decoded. Two chunks are then in memory."""
+
+
 class FailureConfig(Section):
     """What happens when a scorer or a clip fails (rule: masked, counted, never scored 0)."""
 

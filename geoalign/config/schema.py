@@ -10,13 +10,15 @@ from geoalign.config.base import Section
 from geoalign.config.data import DataConfig
 from geoalign.config.flow import AdvantageConfig, FlowConfig, ObjectiveConfig, WindowConfig
 from geoalign.config.model import ModelConfig
-from geoalign.config.rewards import FailureConfig, RewardConfig
+from geoalign.config.rewards import FailureConfig, RewardConfig, ScoringConfig
 from geoalign.config.training import (
     CodecConfig,
     EvalConfig,
     GroupsConfig,
     LeversConfig,
+    OdeConfig,
     OptimConfig,
+    ParallelConfig,
     PretrainConfig,
     RunConfig,
     TrainConfig,
@@ -45,6 +47,8 @@ class Config(Section):
     """Conditions and rollouts per iteration."""
     rewards: dict[str, RewardConfig] = Field(default_factory=dict)
     """Scorers by name."""
+    scoring: ScoringConfig = ScoringConfig()
+    """Chunks and overlap of decoding and scoring."""
     failures: FailureConfig = FailureConfig()
     """What happens when a scorer fails."""
     advantage: AdvantageConfig = AdvantageConfig()
@@ -57,6 +61,10 @@ class Config(Section):
     """RL loop."""
     levers: LeversConfig = LeversConfig()
     """Exact savings."""
+    ode: OdeConfig = OdeConfig()
+    """Approximate deterministic steps."""
+    parallel: ParallelConfig = ParallelConfig()
+    """Several processes."""
     eval: EvalConfig = EvalConfig()
     """Held-out evaluation."""
     pretrain: PretrainConfig = PretrainConfig()
@@ -64,27 +72,61 @@ class Config(Section):
 
     @model_validator(mode="after")
     def _possible(self) -> Self:
+        for check in (self._window_fits, self._updates_fit, self._streaming_is_exact, self._parallel_fits):
+            check()
+        if self.flow.guidance > 1 and self.model.text_length == 1:
+            raise ValueError("flow.guidance needs a model that reads text (model.text_length above 1)")
+        return self
+
+    def _window_fits(self) -> None:
         last = self.window.start + self.window.size
         if last > self.flow.steps - 1:
             raise ValueError(
                 f"window.start {self.window.start} + window.size {self.window.size} reaches the last of flow.steps "
                 f"{self.flow.steps} steps, which must stay deterministic; lower window.size or raise flow.steps"
             )
-        if self.groups.size % self.optim.updates_per_rollout:
+
+    def _updates_fit(self) -> None:
+        updates, rows = self.optim.updates_per_rollout, self.groups.rows_per_forward
+        if self.groups.size % updates:
+            raise ValueError(f"optim.updates_per_rollout {updates} must divide groups.size {self.groups.size}")
+        if rows is not None and updates > 1 and (self.groups.size // updates) % rows:
             raise ValueError(
-                f"optim.updates_per_rollout {self.optim.updates_per_rollout} must divide groups.size {self.groups.size}"
+                f"groups.rows_per_forward {rows} must divide the {self.groups.size // updates} rollouts of one of "
+                f"optim.updates_per_rollout {updates} updates: a forward must not serve two of them"
             )
-        if self.levers.streaming and self.optim.updates_per_rollout > 1:
-            raise ValueError(
-                "levers.streaming serves one update per rollout (its ratio is 1), but optim.updates_per_rollout is "
-                f"{self.optim.updates_per_rollout}; switch one of them off"
-            )
-        if self.levers.streaming and self.objective.kl_weight > 0:
-            raise ValueError("levers.streaming has no second forward for a KL term; set objective.kl_weight to 0")
-        if self.levers.merge_first_step and not self.levers.share_prefix:
+
+    def _streaming_is_exact(self) -> None:
+        levers, updates = self.levers, self.optim.updates_per_rollout
+        if levers.merge_first_step and not levers.share_prefix:
             raise ValueError("levers.merge_first_step needs levers.share_prefix: only then do members share a state")
-        if self.objective.kl_weight > 0:
+        if levers.streaming == "off":
+            return
+        if updates > 1:
             raise ValueError(
-                "objective.kl_weight: the trainer keeps no reference policy; set it to 0 (the paper uses no KL)"
+                f"levers.streaming serves one update per rollout (its ratio is 1), but optim.updates_per_rollout is "
+                f"{updates}; switch one of them off"
             )
-        return self
+        if self.objective.kl_weight > 0:
+            raise ValueError("levers.streaming has no second forward for a KL term; set objective.kl_weight to 0")
+        if levers.share_prefix and not levers.merge_first_step:
+            raise ValueError("levers.streaming merges the first window step of a shared prefix: set merge_first_step")
+        if levers.streaming in ("device", "host"):
+            if self.groups.rows_per_forward != 1:
+                raise ValueError(
+                    f"levers.streaming={levers.streaming} keeps one gradient per rollout, so every forward must hold "
+                    "one: set groups.rows_per_forward to 1, or levers.streaming to graphs"
+                )
+            if self.parallel.engine == "fsdp":
+                raise ValueError("levers.streaming with a gradient per rollout needs whole parameters, not fsdp's")
+
+    def _parallel_fits(self) -> None:
+        parallel = self.parallel
+        if self.model.heads % parallel.sequence:
+            raise ValueError(
+                f"parallel.sequence {parallel.sequence} must divide model.heads {self.model.heads}: ranks share heads"
+            )
+        if parallel.engine == "fsdp" and (self.run.compile or self.ode != OdeConfig()):
+            raise ValueError("parallel.engine=fsdp runs blocks as they are: reset run.compile and ode.*")
+        if parallel.engine != "ddp" and self.optim.states != "float32":
+            raise ValueError(f"parallel.engine={parallel.engine} shards float32 states: set optim.states=float32")

@@ -129,6 +129,14 @@ def load_raw(name: str, overrides: Sequence[str] = ()) -> RawConfig:
     return raw
 
 
+def parse_settings(texts: Sequence[str]) -> dict[str, Any]:
+    """Nested data of ``a.b=c`` texts alone, later ones winning."""
+    raw = RawConfig({})
+    for text in texts:
+        _apply_override(raw, text)
+    return raw.data
+
+
 def _read_chain(path: Path, children: tuple[Path, ...]) -> RawConfig:
     if path.resolve() in (child.resolve() for child in children):
         raise ConfigError(f"{_show(path)}: `extends` goes in a circle; remove one of the links.")

@@ -31,7 +31,14 @@ class RunConfig(Section):
     threads: int = Field(0, ge=0)
     """Intra-op CPU threads; 0 leaves PyTorch's choice (one thread is fastest for the embedded model)."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
-    """Where the loop runs: ``auto`` means the CPU so far; ``cuda`` is refused until the loop places models there."""
+    """Where policy and scorers run; ``auto``: a CUDA device if there is one (each process takes its own)."""
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    """Type of the network's matrices; ``auto``: bfloat16 on CUDA, float32 on the CPU. The residual stream, latents,
+    log-probabilities and the masters of trained parameters are float32 in either case."""
+    wandb: str | None = None
+    """Weights & Biases project that gets the metrics too (extra ``wandb``; WANDB_MODE=offline needs no network)."""
+    compile: bool = False
+    """Run the network's blocks through ``torch.compile``, one graph for all, in rollout and learner alike."""
 
     @property
     def folder(self) -> Path:
@@ -61,6 +68,9 @@ class GroupsConfig(Section):
     """Groups per iteration over all ranks; each is one source clip with one target trajectory."""
     size: int = Field(12, gt=1, json_schema_extra=_published("G = 12"))
     """Rollouts per group, which share condition, initial noise and window."""
+    rows_per_forward: int | None = Field(None, gt=0)
+    """Largest batch of one network forward; None: all rollouts of a rank at once. 1 is right for long videos: they fill
+    a GPU alone, and memory holds one. Part of what rollout and learner share, because batch shapes round apart."""
 
 
 class ParameterGroup(Section):
@@ -108,6 +118,9 @@ class OptimConfig(Section):
     """Decay of the moving average of trained parameters; 0 switches it off. Evaluation and export use the average."""
     updates_per_rollout: int = Field(1, gt=0, json_schema_extra=_assumed("MixGRPO ships 4; 1 is strictly on-policy"))
     """Optimizer updates per iteration; the group's members are split into that many equal parts."""
+    states: Literal["float32", "int8"] = "float32"
+    """Type of AdamW's moments; ``int8`` (torchao, block-wise scales) saves 6 bytes per trained parameter and CHANGES
+    rounding of the updates."""
 
 
 class LeversConfig(Section):
@@ -117,12 +130,41 @@ class LeversConfig(Section):
     """Compute the steps before the window and its first forward once per group."""
     merge_first_step: bool = True
     """One learner pass per condition at the first window step."""
-    streaming: bool = False
-    """Start the backward from the rollout's graphs instead of replaying the window; needs one update per rollout."""
+    streaming: Literal["off", "graphs", "device", "host"] = "off"
+    """Start the backward from the rollout's own forwards instead of replaying the window; needs one update per rollout.
+    ``graphs`` keeps every window graph until the rewards are known. ``device`` and ``host`` run each backward at once
+    and keep one gradient per rollout on the GPU or in page-locked memory; they need ``groups.rows_per_forward`` 1."""
     prune_source: bool = True
     """Skip what the last block would compute for source tokens only."""
-    recompute: bool = False
-    """Recompute each block in the backward pass instead of keeping its activations."""
+    cache_phases: bool = True
+    """Keep learned camera phases with the condition for the deterministic steps (4 GB at the paper's size)."""
+    recompute: Literal["none", "keep_attention", "full"] = "none"
+    """What a block's backward computes again: nothing, all but attention's output and log-sum-exp, or everything."""
+
+
+class OdeConfig(Section):
+    """Approximations of deterministic steps outside the window: each CHANGES which videos are sampled, by rounding of
+    its kind, and leaves the probability ratio unbiased, because no log-probability is taken there."""
+
+    attention: Literal["exact", "int8"] = "exact"
+    """``int8``: int8 scores, layer by layer where a probe of real inputs finds the error below ``int8_threshold``."""
+    int8_threshold: float = Field(2e-2, gt=0)
+    """Relative error of attention's output above which a layer stays exact."""
+    linears: Literal["exact", "int8"] = "exact"
+    """``int8``: frozen linears with 8-bit weights and activations (torchao)."""
+
+
+class ParallelConfig(Section):
+    """How the processes of torchrun share the work."""
+
+    engine: Literal["ddp", "deepspeed", "fsdp"] = "ddp"
+    """``ddp``: parameters and optimizer on every rank, the fastest at this size. ``deepspeed``: DeepSpeed owns the
+    optimizer and shards its state (ZeRO). ``fsdp``: parameters are sharded too (FSDP2), for models that do not fit."""
+    zero_stage: Literal[1, 2] = 1
+    """``deepspeed``: shard the optimizer state (1), or also the reduced gradients (2)."""
+    sequence: int = Field(1, gt=0)
+    """Neighbouring ranks that share the tokens of every video (Ulysses, over attention heads); must divide
+    ``model.heads``. No faster per GPU: for memory, or for the latency of one long video."""
 
 
 class TrainConfig(Section):
@@ -131,13 +173,18 @@ class TrainConfig(Section):
     iterations: int = Field(140, gt=0, json_schema_extra=_published("140 iterations"))
     """Iterations to run."""
     base: Path | None = None
-    """Policy to start from; ``builtin:tiny_base`` is the embedded default's checkpoint."""
+    """Policy to start from: a policy file, an exported folder, or a folder of published weights; ``builtin:tiny_base``
+    is the embedded default's checkpoint."""
+    delta: Path | None = None
+    """What was trained on top of published weights: ReDirector's ``step*.safetensors``, or ReCamMaster's ``.ckpt``."""
     max_log_prob_diff: float = Field(1e-6, ge=0)
     """Largest |log-prob(replay) - log-prob(rollout)| before the first update; beyond it the run stops and says why."""
     checkpoint_every: int = Field(10, gt=0)
     """Iterations between checkpoints; the last iteration always writes one."""
     keep_checkpoints: int = Field(2, gt=0)
     """Checkpoints kept in the run folder."""
+    async_checkpoints: bool = True
+    """Write a checkpoint while the next iteration runs; the copy it writes is taken before."""
     rank_timeout_s: float = Field(3600.0, gt=0)
     """Seconds that a rank waits for the others (they may be evaluating) before the run ends with a message."""
     shuffle_advantages: bool = False

@@ -32,7 +32,7 @@ class WindowEncoder(Protocol):
     identity: Mapping[str, str]
 
     def encode(self, frames: Tensor, prompt: str) -> Mapping[str, Tensor]:
-        """Tensors of one window ``[F, 3, H, W]`` in [-1, 1]; a text embedding is called ``context`` ``[L, D]``."""
+        """Tensors of one window ``[F, 3, H, W]`` in [-1, 1]; text embeddings are called ``context`` and ``negative`` ``[L, D]``."""
         ...
 
     def caption(self, frames: Tensor) -> str | None:
@@ -173,8 +173,8 @@ def _encode(
     prompt = prompt_of(record, config.clips, generated)
     dtype = torch.bfloat16 if config.prepare.dtype == "bfloat16" else torch.float32
     tensors = {name: value.to(dtype) for name, value in encoder.encode(frames, prompt).items()}
-    if "context" in tensors:
-        tensors["context"] = trim_tokens(tensors["context"])
+    for name in tensors.keys() & {"context", "negative"}:
+        tensors[name] = trim_tokens(tensors[name])
     # Cameras stay float64: they are small, and the source trajectory must not depend on the storage type.
     tensors |= {"camera.c2w": window.camera.c2w, "camera.intrinsics": window.camera.intrinsics}
     if window.ground_plane is not None:

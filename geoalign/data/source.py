@@ -209,11 +209,12 @@ def window_id(clip_id: str, start: int) -> str:
 
 def stack_encodings(windows: Sequence[Mapping[str, Tensor]]) -> Encodings:
     """Prepared tensors of B windows as one record; texts are padded with zero tokens to the longest."""
-    names = windows[0].keys()
-    texts = [window["context"] for window in windows] if "context" in names else []
-    length = max((len(text) for text in texts), default=0)
-    return Encodings(
-        latents=torch.stack([window["latents"] for window in windows]) if "latents" in names else None,
-        context=torch.stack([pad_tokens(text, length) for text in texts]) if texts else None,
-        image_tokens=torch.stack([window["image_tokens"] for window in windows]) if "image_tokens" in names else None,
-    )
+
+    def stacked(name: str) -> Tensor | None:
+        parts = [window[name] for window in windows if name in window]
+        if name in ("context", "negative"):
+            length = max((len(text) for text in parts), default=0)
+            parts = [pad_tokens(text, length) for text in parts]
+        return torch.stack(parts) if parts else None
+
+    return Encodings(*(stacked(name) for name in ("latents", "context", "image_tokens", "negative")))

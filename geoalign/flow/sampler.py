@@ -15,10 +15,11 @@ import torch
 from torch import Tensor
 
 from geoalign.errors import UsageError
-from geoalign.flow.policy import Condition, PhasedPolicy, VelocityFn
+from geoalign.flow.policy import Condition, PhasedPolicy, Velocity, VelocityFn
 from geoalign.flow.rollout import ForwardCount, Rollout
 from geoalign.flow.table import StepTable
-from geoalign_kernels import NoiseKey, flow_log_prob, flow_step, philox_normal
+from geoalign.perf.timer import phase
+from geoalign_kernels import FlowStep, NoiseKey, flow_log_prob, flow_step, philox_normal
 
 SDE_STREAM = 0
 INITIAL_NOISE_STREAM = 1
@@ -32,8 +33,8 @@ class ReplayStep(NamedTuple):
 
     log_prob: Tensor
     """[n] of the n replayed rows, with graph."""
-    velocity: Tensor
-    """With graph: one per row, or one per condition where the forward is shared (repeat it by G for a KL term)."""
+    velocity: Velocity
+    """With graph, of the n replayed rows (repeated where one forward served several)."""
 
 
 def initial_noise(
@@ -166,9 +167,9 @@ class FlowSampler:
         velocity = self._velocity(PhasedPolicy.of(policy).window, state[lanes], step, lane_cond)
         offset = rows.start - lanes.start * per_lane
         members = slice(offset, offset + rows.stop - rows.start)
-        x, v = (_repeat(_working(part), per_lane)[members] for part in (state[lanes], velocity))
-        x_next = rollout.x_next[position][rows]
-        return ReplayStep(flow_log_prob(x, v, x_next, self.table.row(step)), velocity)
+        v = velocity.map(lambda part: _repeat(_working(part), per_lane)[members])
+        x = _repeat(_working(state[lanes]), per_lane)[members]
+        return ReplayStep(self._log_prob(x, v, rollout.x_next[position][rows], step), v)
 
     def replay_batches(self, rollout: Rollout, position: int) -> list[slice]:
         """The row batches whose forwards have the shapes that the rollout had."""
@@ -192,7 +193,7 @@ class FlowSampler:
         parts = []
         for rows in _split(0, batch, self.rows_per_forward):
             part_cond = _condition(cond, rows, 1, batch)
-            parts.append(self._ode(tail, _working(x_init[rows]), None, steps, part_cond))
+            parts.append(self._ode(tail, _working(x_init[rows]), None, steps, part_cond, Counter(), "sample"))
         return torch.cat(parts)
 
     # The phases of a rollout, in order.
@@ -236,60 +237,84 @@ class FlowSampler:
     ) -> tuple[slice, Tensor, Tensor | None]:
         """Steps up to and including the first stochastic one; returns its rows, their states and history."""
         first, per_lane = self._window_steps[0], run.rows_per_lane
-        run.forwards["prefix"] += first * x.shape[0]
-        x = self._ode(run.phases.prefix, x, None, range(first), cond)
+        with phase("rollout/prefix"):
+            x = self._ode(run.phases.prefix, x, None, range(first), cond, run.forwards, "prefix")
         run.x_start[lanes] = x
-        velocity = _working(self._window_velocity(run, x, first, cond))
-        rows = slice(lanes.start * per_lane, lanes.stop * per_lane)
-        return rows, *self._stochastic(run, 0, _repeat(x, per_lane), _repeat(velocity, per_lane), rows)
+        with phase("rollout/window"):
+            velocity = self._window_velocity(run, x, first, cond).map(lambda v: _repeat(_working(v), per_lane))
+            rows = slice(lanes.start * per_lane, lanes.stop * per_lane)
+            return rows, *self._stochastic(run, 0, _repeat(x, per_lane), velocity, rows)
 
     def _finish(self, run: _Run, cond: Condition, x: Tensor, m_prev: Tensor | None, rows: slice) -> None:
         """The other window steps and the deterministic tail of some rows."""
-        for position, step in enumerate(self._window_steps[1:], start=1):
-            velocity = self._window_velocity(run, x, step, cond)
-            x, m_prev = self._stochastic(run, position, x, velocity, rows)
+        with phase("rollout/window"):
+            for position, step in enumerate(self._window_steps[1:], start=1):
+                velocity = self._window_velocity(run, x, step, cond)
+                x, m_prev = self._stochastic(run, position, x, velocity, rows)
         tail = range(self._window_steps.stop, self.table.num_steps)
-        run.forwards["tail"] += len(tail) * x.shape[0]
-        run.final[rows] = self._ode(run.phases.tail, x, m_prev, tail, cond)
+        with phase("rollout/tail"):
+            run.final[rows] = self._ode(run.phases.tail, x, m_prev, tail, cond, run.forwards, "tail")
 
-    def _window_velocity(self, run: _Run, x: Tensor, step: int, cond: Condition) -> Tensor:
-        run.forwards["window"] += x.shape[0]
+    def _window_velocity(self, run: _Run, x: Tensor, step: int, cond: Condition) -> Velocity:
         with torch.set_grad_enabled(self.window_grad or run.observer is not None):
-            return self._velocity(run.phases.window, x, step, cond)
+            velocity = self._velocity(run.phases.window, x, step, cond)
+        run.forwards["window"] += x.shape[0] * velocity.passes
+        return velocity
 
     def _stochastic(
-        self, run: _Run, position: int, x: Tensor, velocity: Tensor, rows: slice
+        self, run: _Run, position: int, x: Tensor, velocity: Velocity, rows: slice
     ) -> tuple[Tensor, Tensor | None]:
         """One stochastic step: stores state and log-probability, returns state and history."""
         step = self._window_steps[position]
         key = NoiseKey(run.seed, run.iteration, run.groups[rows], run.members[rows], step, SDE_STREAM)
-        taken = flow_step(x, velocity.detach(), self.table.row(step), key=key)
+        fixed = velocity.map(Tensor.detach)
+        taken = self._step(x, fixed, step, key=key)
         assert taken.log_prob is not None  # the table gives window steps c > 0
         run.x_next[position, rows] = taken.x_next
         run.log_prob[rows, position] = taken.log_prob
         if run.observer is not None:
-            run.observer(position, rows, flow_log_prob(x, velocity, taken.x_next, self.table.row(step)))
-        return taken.x_next, self._history(x, velocity.detach(), step)
+            run.observer(position, rows, self._log_prob(x, velocity, taken.x_next, step))
+        return taken.x_next, self._history(x, fixed, step)
 
     @torch.no_grad()
-    def _ode(self, velocity_fn: VelocityFn, x: Tensor, m_prev: Tensor | None, steps: range, cond: Condition) -> Tensor:
-        """Deterministic steps; no log-probability is taken, so never with a graph."""
+    def _ode(
+        self,
+        velocity_fn: VelocityFn,
+        x: Tensor,
+        m_prev: Tensor | None,
+        steps: range,
+        cond: Condition,
+        forwards: Counter[str],
+        name: str,
+    ) -> Tensor:
+        """Deterministic steps; no log-probability is taken, so never with a graph. Counts into ``forwards[name]``."""
         for step in steps:
             velocity = self._velocity(velocity_fn, x, step, cond)
+            forwards[name] += x.shape[0] * velocity.passes
             used = m_prev if self.table.needs_history(step) else None
             m_prev = self._history(x, velocity, step)
-            x = flow_step(x, velocity, self.table.row(step), m_prev=used).x_next
+            x = self._step(x, velocity, step, m_prev=used).x_next
         return x
 
-    def _velocity(self, velocity_fn: VelocityFn, x: Tensor, step: int, cond: Condition) -> Tensor:
+    def _velocity(self, velocity_fn: VelocityFn, x: Tensor, step: int, cond: Condition) -> Velocity:
         timestep = torch.full((x.shape[0],), float(self.table.timesteps[step]), dtype=x.dtype, device=x.device)
-        return velocity_fn(x, timestep, cond)
+        return Velocity.of(velocity_fn(x, timestep, cond))
 
-    def _history(self, x: Tensor, velocity: Tensor, step: int) -> Tensor | None:
+    def _step(
+        self, x: Tensor, v: Velocity, step: int, *, key: NoiseKey | None = None, m_prev: Tensor | None = None
+    ) -> FlowStep:
+        row, uncond = self.table.row(step), v.uncond
+        return flow_step(x, v.value, row, key=key, velocity_uncond=uncond, guidance=v.guidance, m_prev=m_prev)
+
+    def _log_prob(self, x: Tensor, v: Velocity, x_next: Tensor, step: int) -> Tensor:
+        row = self.table.row(step)
+        return flow_log_prob(x, v.value, x_next, row, velocity_uncond=v.uncond, guidance=v.guidance)
+
+    def _history(self, x: Tensor, velocity: Velocity, step: int) -> Tensor | None:
         """Predicted clean latent x - sigma v of this step, if the next step reads it."""
         if not self.table.needs_history(step + 1):
             return None
-        return x - float(self.table.sigmas[step]) * velocity.to(x.dtype)
+        return x - float(self.table.sigmas[step]) * velocity.combined().to(x.dtype)
 
     @property
     def _window_steps(self) -> range:
@@ -302,6 +327,10 @@ def _condition(cond: Condition, rows: slice, per_condition: int, num_conditions:
     """The conditions of `rows`, each condition having `per_condition` of them in a row."""
     if rows.start == 0 and rows.stop == num_conditions * per_condition:
         return cond if per_condition == 1 else cond.repeat_interleave(per_condition)
+    first, last = rows.start // per_condition, (rows.stop - 1) // per_condition
+    if first == last:  # of one condition: a view, however large its cache is
+        one, count = cond.select(slice(first, first + 1)), rows.stop - rows.start
+        return one if count == 1 else one.repeat_interleave(count)
     return cond.select(torch.arange(rows.start, rows.stop) // per_condition)
 
 

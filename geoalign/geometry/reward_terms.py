@@ -36,7 +36,8 @@ def temporal_weights(
     Args:
         num_frames: F, frames of the whole video.
         exponent: > 0, used by ``power`` and ``exponential``.
-        frame_indices: ``[K]`` evaluated frames; the weights are renormalised over them. None means all F.
+        frame_indices: ``[K]`` int64 evaluated frames; the weights are renormalised over them and lie where these do,
+            unless ``device`` says otherwise. None means all F.
 
     Returns:
         ``[F]`` or ``[K]`` float32.
@@ -60,7 +61,7 @@ def temporal_weights(
     else:
         raise DataError(f"unknown temporal weights {kind!r}; choose linear, power, exponential or constant")
     if frame_indices is not None:
-        weights = weights[frame_indices.to("cpu", torch.long)]
+        weights = weights.to(frame_indices.device)[frame_indices]
     return (weights / weights.sum()).to(device=device, dtype=torch.float32)
 
 

@@ -19,8 +19,8 @@ from geoalign.errors import UsageError
 from geoalign.geometry import so3
 from geoalign.geometry.plane import ground_axes, intersect_plane, pixel_grid, pixel_rays
 from geoalign.geometry.pluecker import pack_frames, ray_map
-from geoalign.models.conditioning import Conditioning, LayerAngles, LayerRotation, Rotation
-from geoalign.models.rope import axis_frequencies, axis_pairs, frame_indices, fused, grid_angles
+from geoalign.models.conditioning import Conditioning, Phases
+from geoalign.models.rope import axis_frequencies, axis_pairs, frame_indices, grid_angles
 
 if TYPE_CHECKING:
     from geoalign.geometry.trajectory import CameraTrajectory
@@ -92,10 +92,10 @@ class GeometricEmbedding(nn.Module):
         return torch.cat([target, (place + self.stream[1]).repeat(1, source_frames, 1)], 1)
 
 
-def geometric_rotations(
+def geometric_phases(
     config: ModelConfig, gains: Tensor, cond: Conditioning, target_frames: int, grid: tuple[int, int, int]
-) -> tuple[LayerRotation, ...] | tuple[LayerAngles, ...]:
-    """Rotations of all layers from ray-ground intersections.
+) -> tuple[Phases, ...]:
+    """Phases of all layers from ray-ground intersections; those of q and k hold the positions too.
 
     Args:
         config: model settings.
@@ -105,9 +105,8 @@ def geometric_rotations(
         grid: latent frames of the source, token rows and columns.
 
     Returns:
-        One :class:`LayerRotation` (:class:`LayerAngles` for the fused kernels) per layer; differentiable with respect
-        to ``gains``. The angle of q and k is ``theta * (time, map row, map column)``; the camera part
-        ``theta * (map - grid)`` is what it adds to plain RoPE.
+        One :class:`Phases` per layer, differentiable with respect to ``gains``. The angle of q and k is
+        ``theta * (time, map row, map column)``; the camera part ``theta * (map - grid)`` is what it adds to plain RoPE.
     """
     source_camera, target_camera, plane = _geometry(cond)
     source_frames, rows, columns = grid
@@ -126,33 +125,9 @@ def geometric_rotations(
     spatial = spatial.unflatten(1, (layers, heads)).transpose(2, 3)  # [B, layers, N, heads, spatial pairs]
     index = frame_indices(config, target_frames, source_frames)
     pairs = axis_pairs(config.head_dim)[0]
-    time = grid_angles(config, index, rows, columns, plane.device)[:, None, ..., :pairs]
-    angle = torch.cat([time.expand(*spatial.shape[:-1], pairs), spatial], -1)
-    if fused(plane.device):
-        return tuple(LayerAngles(None, qk, vo) for qk, vo in zip(angle.unbind(1), spatial.unbind(1), strict=True))
-    still = F.pad(spatial, (pairs, 0))  # values and outputs carry no time angle
-    return tuple(
-        LayerRotation(Rotation.from_angle(qk), Rotation.from_angle(vo))
-        for qk, vo in zip(angle.unbind(1), still.unbind(1), strict=True)
-    )
-
-
-def learned_angles(config: ModelConfig, position: Tensor, phase_qk: Tensor, phase_vo: Tensor) -> LayerAngles:
-    """:func:`learned_rotation` as angles; ``position`` is ``[N, head_dim / 2]``."""
-    return LayerAngles(position, *(phase.unflatten(-1, (config.heads, -1)) for phase in (phase_qk, phase_vo)))
-
-
-def learned_rotation(config: ModelConfig, base: Rotation, phase_qk: Tensor, phase_vo: Tensor) -> LayerRotation:
-    """Rotations of one layer from learned phases ``[B, N, heads * spatial pairs]`` and the position rotation ``base``.
-
-    The sum of angles is formed as a product of rotations, so that zero phases give ``base`` bit for bit.
-    """
-    pairs = axis_pairs(config.head_dim)[0]
-    shape = (config.heads, config.head_dim // 2 - pairs)
-    qk, vo = (F.pad(p.float().unflatten(-1, shape), (pairs, 0)) for p in (phase_qk, phase_vo))
-    cos, sin = qk.cos(), qk.sin()
-    joined = Rotation(base.cos * cos - base.sin * sin, base.sin * cos + base.cos * sin)
-    return LayerRotation(joined, Rotation.from_angle(vo))
+    time = grid_angles(config, index, rows, columns, plane.device)[:, None, :pairs]
+    angle = torch.cat([time.expand(*spatial.shape[:-1], pairs).to(spatial), spatial], -1)
+    return tuple(Phases(qk, vo) for qk, vo in zip(angle.unbind(1), spatial.unbind(1), strict=True))
 
 
 def scaled_poses(c2w: Tensor, plane: Tensor, gains: Tensor) -> Tensor:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Protocol, runtime_checkable
+from typing import Protocol, Self, runtime_checkable
 
+import torch
 from torch import Tensor
 
 
@@ -20,6 +21,10 @@ class LatentCodec(Protocol):
     name: str
     frame_rule: str
     latent_channels: int
+
+    def to(self, device: torch.device) -> Self:
+        """Move the codec in place and return it."""
+        ...
 
     def check_frames(self, num_frames: int) -> None:
         """Raise UsageError naming the nearest accepted counts if ``num_frames`` cannot be encoded."""

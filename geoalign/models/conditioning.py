@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import Tensor
 
 if TYPE_CHECKING:
@@ -23,6 +24,7 @@ class Conditioning:
         ground_plane: ``[B, 4]`` (nx, ny, nz, d) with n . X = d in source-frame-0 camera axes, metres.
         context: ``[B, L, text_dim]`` text encoder output, zero beyond each prompt's length.
         image_tokens: ``[B, 257, image_dim]`` CLIP tokens of the first source frame.
+        negative: ``[B, L, text_dim]`` text encoder output of the negative prompt, for classifier-free guidance.
     """
 
     source_latents: Tensor | None = None
@@ -31,18 +33,15 @@ class Conditioning:
     ground_plane: Tensor | None = None
     context: Tensor | None = None
     image_tokens: Tensor | None = None
+    negative: Tensor | None = None
 
     def repeat_interleave(self, count: int) -> Conditioning:
         """Repeat every condition ``count`` times in a row (G samples of a group lie next to each other)."""
-        return self._map(lambda part: part.repeat_interleave(count, 0), lambda camera: camera.repeat_interleave(count))
+        return self._map(lambda part: repeated(part, count), lambda camera: camera.repeat_interleave(count))
 
     def select(self, index: Tensor | slice) -> Conditioning:
         """The conditions at ``index`` (a slice, or int64 ``[N]``)."""
         return self._map(lambda part: part[index], lambda camera: camera[index])
-
-    def with_context(self, context: Tensor) -> Conditioning:
-        """The same conditions with other text, as for the unconditional pass of guidance."""
-        return replace(self, context=context)
 
     def _map(self, tensor, camera) -> Conditioning:  # type: ignore[no-untyped-def]
         cameras = ("source_camera", "target_camera")
@@ -53,46 +52,18 @@ class Conditioning:
 
 
 @dataclass(frozen=True, slots=True)
-class Rotation:
-    """Cosine and sine of rotary angles, ``[B or 1, N, heads or 1, head_dim / 2]`` float32."""
+class Phases:
+    """Rotary camera phases of one self-attention layer in radians, each ``[B, N, heads or 1, P]``.
 
-    cos: Tensor
-    sin: Tensor
-
-    @staticmethod
-    def from_angle(angle: Tensor) -> Rotation:
-        """Rotation by ``angle`` in radians."""
-        return Rotation(angle.cos(), angle.sin())
-
-    def inverse(self) -> Rotation:
-        """The opposite rotation."""
-        return Rotation(self.cos, -self.sin)
-
-    def __getitem__(self, tokens: slice) -> Rotation:
-        return Rotation(self.cos[:, tokens], self.sin[:, tokens])
-
-
-@dataclass(frozen=True, slots=True)
-class LayerRotation:
-    """Rotations of one self-attention layer: of q and k (position, camera), and of the output (v gets its inverse)."""
-
-    qk: Rotation
-    vo: Rotation | None = None
-
-
-@dataclass(frozen=True, slots=True)
-class LayerAngles:
-    """What :class:`LayerRotation` says, in radians: the fused kernels compute cosines and sines where they use them.
+    A phase acts on the last P channel pairs of every head, on top of the token's position.
 
     Attributes:
-        position: ``[N, head_dim / 2]`` float32, or None when ``phase_qk`` holds the position too.
-        phase_qk: ``[B, N, heads, P]``, added to the position of the last P pairs of every head, or None.
-        phase_vo: ``[B, N, heads, P]`` of the output (v gets the opposite), or None.
+        qk: of queries and keys.
+        vo: of the output; values get the opposite.
     """
 
-    position: Tensor | None
-    phase_qk: Tensor | None = None
-    phase_vo: Tensor | None = None
+    qk: Tensor
+    vo: Tensor
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,6 +79,29 @@ class CrossKeys:
     image: tuple[Tensor, Tensor] | None = None
     constant: Tensor | None = None
 
+    @property
+    def batch(self) -> int:
+        """B."""
+        known = self.constant if self.text is None else self.text[0]
+        assert known is not None
+        return known.shape[0]
+
+    def joined(self, other: CrossKeys) -> CrossKeys:
+        """These rows, then those of ``other``, which has the same parts."""
+        return CrossKeys(
+            _cat_pair(self.text, other.text),
+            _cat_pair(self.image, other.image),
+            None if self.constant is None or other.constant is None else torch.cat([self.constant, other.constant]),
+        )
+
+
+def _cat_pair(
+    first: tuple[Tensor, Tensor] | None, second: tuple[Tensor, Tensor] | None
+) -> tuple[Tensor, Tensor] | None:
+    if first is None or second is None:
+        return None
+    return torch.cat([first[0], second[0]]), torch.cat([first[1], second[1]])
+
 
 @dataclass(frozen=True, slots=True)
 class ConditionCache:
@@ -116,34 +110,41 @@ class ConditionCache:
     Attributes:
         source_tokens: ``[B, N_source, dim]`` patch embedding of the source latents, or None.
         token_offset: ``[B, N, dim]`` camera tokens added to the patch embedding (target first), or None.
-        camera_tokens: ``[B, N, dim]`` adapter output from which learned phases are computed in each block, or None.
+        camera_tokens: ``[B, N, dim]`` adapter output that learned phases are made of, or None.
         poses: ``[B, N, 12]`` camera pose of every token (ReCamMaster), or None.
-        rotations: per layer, when the phases are the same at every step and small (geometric), or empty.
+        phases: per layer; empty where a model has none, or makes them of ``camera_tokens`` in every layer.
         cross: per layer.
+        negative: per layer, of the negative prompt (classifier-free guidance), or empty.
     """
 
     source_tokens: Tensor | None = None
     token_offset: Tensor | None = None
     camera_tokens: Tensor | None = None
     poses: Tensor | None = None
-    rotations: tuple[LayerRotation, ...] | tuple[LayerAngles, ...] = ()
+    phases: tuple[Phases, ...] = ()
     cross: tuple[CrossKeys, ...] = ()
+    negative: tuple[CrossKeys, ...] = ()
 
     def repeat_interleave(self, count: int) -> ConditionCache:
         """The cache of ``conditioning.repeat_interleave(count)`` without computing it again."""
-        return _on_tensors(self, lambda tensor: tensor.repeat_interleave(count, 0))
+        return on_tensors(self, lambda tensor: repeated(tensor, count))
 
     def select(self, index: Tensor | slice) -> ConditionCache:
-        """The cache of ``conditioning.select(index)``."""
-        return _on_tensors(self, lambda tensor: tensor[index])
+        """The cache of ``conditioning.select(index)``; a slice is a view."""
+        return on_tensors(self, lambda tensor: tensor[index])
 
 
-def _on_tensors(value: Any, change: Callable[[Tensor], Tensor]) -> Any:
+def repeated(tensor: Tensor, count: int) -> Tensor:
+    """``tensor.repeat_interleave(count, 0)``; one sample is only viewed ``count`` times, whatever its size."""
+    return tensor.expand(count, *tensor.shape[1:]) if tensor.shape[0] == 1 else tensor.repeat_interleave(count, 0)
+
+
+def on_tensors(value: Any, change: Callable[[Tensor], Tensor]) -> Any:
     """Apply ``change`` to every tensor inside nested dataclasses and tuples."""
     if isinstance(value, Tensor):
         return change(value)
     if isinstance(value, tuple):
-        return tuple(_on_tensors(item, change) for item in value)
+        return tuple(on_tensors(item, change) for item in value)
     if value is None:
         return None
-    return type(value)(*(_on_tensors(getattr(value, name), change) for name in value.__slots__))
+    return type(value)(*(on_tensors(getattr(value, name), change) for name in value.__slots__))

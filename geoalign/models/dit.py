@@ -11,37 +11,39 @@ from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from geoalign.config.model import ModelConfig
 from geoalign.errors import UsageError
 from geoalign.geometry.plane import pixel_grid
 from geoalign.geometry.trajectory import CameraTrajectory
 from geoalign.models import camera as cameras
-from geoalign.models.conditioning import ConditionCache, Conditioning, LayerAngles, LayerRotation
-from geoalign.models.layers import Block, Head, ImageProjector, PatchEmbedding, sinusoid
-from geoalign.models.rope import frame_indices, fused, grid_angles, grid_rotation
+from geoalign.models.conditioning import ConditionCache, Conditioning, CrossKeys, Phases, on_tensors, repeated
+from geoalign.models.execution import Execution
+from geoalign.models.layers import Block, Head, ImageProjector, PatchEmbedding, sinusoid, wide
+from geoalign.models.rope import frame_indices, grid_angles
 
 VelocityFn = Callable[[Tensor, Tensor, Conditioning], Tensor]
+
+# What runs once per condition and is kept: parameters of these modules would miss gradients behind a kept cache.
+_CACHED = ("text_embedding.", "img_emb.", "control_adapter.", "camera_embedding.", "patch_embedding.")
+_CACHED_CROSS = ("k", "v", "norm_k", "k_img", "v_img", "norm_k_img")
 
 
 class RetakeDiT(nn.Module):
     """Predicts the flow velocity (noise minus data) of a target video, given a source video and cameras.
 
     Attributes:
-        prune_source: skip the last block's queries and feed-forward of source tokens, whose output is unused (exact).
-        recompute: recompute each block in the backward pass instead of keeping its activations.
+        execution: how it runs (recomputation, pruning, attention core, compilation); change it at any time.
     """
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
-        self.config, dim = config, config.dim
-        self.prune_source, self.recompute = True, False
+        self.config, self.execution, dim = config, Execution(), config.dim
         self.patch_embedding = PatchEmbedding(config.in_channels, dim, config.patch)
         self.text_embedding = nn.Sequential(nn.Linear(config.text_dim, dim), nn.GELU("tanh"), nn.Linear(dim, dim))
         self.time_embedding = nn.Sequential(nn.Linear(config.freq_dim, dim), nn.SiLU(), nn.Linear(dim, dim))
         self.time_projection = nn.Sequential(nn.SiLU(), nn.Linear(dim, 6 * dim))
-        self.blocks = nn.ModuleList(Block(config) for _ in range(config.layers))
+        self.blocks = nn.ModuleList(Block(config, layer, self.execution) for layer in range(config.layers))
         self.head = Head(config)
         if config.image_dim is not None:
             self.img_emb = ImageProjector(config.image_dim, dim)
@@ -57,45 +59,61 @@ class RetakeDiT(nn.Module):
             x: ``[B, C, T, h, w]`` float32 noisy target latents (frames 1.. only if ``first_frame_given``).
             timestep: ``[B]`` float32 in [0, 1000].
             cond: conditions of the B samples.
-            cache: result of :meth:`prepare` for ``cond``; computed here when None.
+            cache: result of :meth:`prepare` for ``cond``; computed here when None. Camera phases of trained parameters
+                are not taken from it where gradients are enabled: they are computed again, with their graph.
 
         Returns:
-            ``[B, out_channels, T, h, w]`` float32.
+            ``[B, out_channels, T, h, w]`` float32. With a negative prompt in the cache ``[2 B, ...]``: first the
+            velocities under the prompts, then those under the negative prompts; all that comes before the first
+            cross-attention runs once for both.
         """
-        cache = self.prepare(cond, x.shape[2:]) if cache is None else cache
+        if cache is None:
+            cache = self.prepare(cond, x.shape[2:])
+        elif torch.is_grad_enabled():
+            cache = self._with_live_phases(cache, cond)
         tokens = self.patch_embedding(x)
         count = tokens.shape[1]
         if cache.source_tokens is not None:
             tokens = torch.cat([tokens, cache.source_tokens], 1)
         if cache.token_offset is not None:
             tokens = tokens + cache.token_offset
-        embedded, modulation = self._time(timestep)
-        h = tokens.float()
-        for layer in range(len(self.blocks)):
-            last = self.prune_source and layer == len(self.blocks) - 1
-            keep = count if last else h.shape[1]
-            if self.recompute and torch.is_grad_enabled():
-                h = checkpoint(self._block, layer, h, modulation, x.shape, cache, keep, use_reentrant=False)
-            else:
-                h = self._block(layer, h, modulation, x.shape, cache, keep)
-        flow = self._unpatch(self.head(h[:, :count], embedded), x.shape)
+        position, sequence = self._position(x.shape, tokens.shape[1]), self.execution.sequence
+        if sequence is not None:
+            local = sequence.layout(count, tokens.shape[1])
+            tokens, cache, count = local.tokens(tokens), local.cache(cache), local.count
+            position = None if position is None else local.rows(position)
+        embedded, time = self._time(timestep)
+        h = self._blocks(wide(tokens), time, position, cache, count)
+        if cache.negative:
+            embedded, x, timestep = (torch.cat([part, part]) for part in (embedded, x, timestep))
+        tokens = self.head(h[:, :count], embedded)
+        flow = self._unpatch(tokens if sequence is None else sequence.gather(tokens), x.shape)
         return flow if self.config.data_variance is None else self._precondition(x, timestep, flow)
+
+    def _blocks(self, h: Tensor, time: Tensor, position: Tensor | None, cache: ConditionCache, count: int) -> Tensor:
+        """All blocks; ``h`` ``[B, N, dim]``, the first ``count`` tokens are the target's."""
+        for layer, block in enumerate(self.blocks):
+            last = layer == len(self.blocks) - 1
+            keep = count if last and self.execution.prune_source else h.shape[1]
+            keys = cache.cross[layer]
+            if cache.negative:
+                keys = keys.joined(cache.negative[layer])
+            h = self.execution.run(block, h, time, position, _camera(cache, layer), keys, cache.poses, keep)
+            if cache.negative and layer == 0:  # from here on both halves are computed
+                time, cache = torch.cat([time, time]), _doubled(cache)
+        return h
 
     def prepare(self, cond: Conditioning, size: torch.Size | None = None) -> ConditionCache:
         """Compute what depends neither on noisy latents nor on time, once per condition.
 
-        Gradients flow into self-attention's camera gains if they are enabled, so a learner calls this at every update
-        while rollouts keep one result. ``size`` (T, h, w) of the target latents is needed only by a model that has the
-        Pluecker adapter and no source video.
+        ``size`` (T, h, w) of the target latents is needed only by a model that has the Pluecker adapter and no source
+        video.
         """
         config = self.config
-        text = self.text_embedding(self._context(cond))
-        image = None
-        if config.image_dim is not None:
-            if cond.image_tokens is None:
-                raise UsageError("this model has an image branch and needs image_tokens")
-            image = self.img_emb(cond.image_tokens)
-        cache = ConditionCache(cross=tuple(block.cross_attn.prepare(text, image) for block in self.blocks))
+        cache = ConditionCache(
+            cross=self._cross_keys(self._context(cond), cond.image_tokens),
+            negative=() if cond.negative is None else self._cross_keys(cond.negative, cond.image_tokens),
+        )
         if config.source == "none":
             if not config.pluecker_adapter:
                 return cache
@@ -107,6 +125,19 @@ class RetakeDiT(nn.Module):
         tokens = self.patch_embedding(cond.source_latents)
         return self._prepare_camera(replace(cache, source_tokens=tokens), cond, cond.source_latents.shape[2:])
 
+    def is_cached(self, name: str) -> bool:
+        """Whether the output of parameter ``name`` is kept with the condition, so that it must stay frozen in RL."""
+        part = name.split(".")
+        return name.startswith(_CACHED) or ("cross_attn" in part and part[-2] in _CACHED_CROSS)
+
+    def _cross_keys(self, context: Tensor, image_tokens: Tensor | None) -> tuple[CrossKeys, ...]:
+        text, image = self.text_embedding(context.to(self.text_embedding[0].weight.dtype)), None
+        if self.config.image_dim is not None:
+            if image_tokens is None:
+                raise UsageError("this model has an image branch and needs image_tokens")
+            image = self.img_emb(image_tokens)
+        return tuple(block.cross_attn.prepare(text, image) for block in self.blocks)
+
     def _prepare_camera(self, cache: ConditionCache, cond: Conditioning, size: torch.Size) -> ConditionCache:
         config = self.config
         frames, rows, columns = (n // p for n, p in zip(size, config.patch, strict=True))
@@ -114,19 +145,37 @@ class RetakeDiT(nn.Module):
         if config.pluecker_adapter:
             target = self._adapter_tokens(cond.target_camera, torch.Size((target_frames, *size[1:])))
             offset = torch.cat([target, self._adapter_tokens(cond.source_camera, size)], 1)
-            return replace(cache, token_offset=offset, camera_tokens=offset if config.camera == "learned" else None)
+            cache = replace(cache, token_offset=offset, camera_tokens=offset if config.camera == "learned" else None)
+            if config.camera == "learned" and self.execution.cache_phases and not torch.is_grad_enabled():
+                cache = replace(cache, phases=tuple(b.self_attn.learned_phases(offset) for b in self.blocks))
+            return cache
         if config.camera == "geometric":
-            gains = torch.stack([block.self_attn.camera_gain for block in self.blocks])
-            rotations = cameras.geometric_rotations(config, gains, cond, target_frames, (frames, rows, columns))
-            assert cond.ground_plane is not None  # geometric_rotations has refused None
+            phases = self._geometric_phases(cond)
+            assert cond.ground_plane is not None  # geometric phases have refused None
             pixels = pixel_grid(rows, columns).to(cond.ground_plane)
             offset = self.camera_embedding(pixels, cond.ground_plane[:, 3], target_frames, frames)
-            return replace(cache, token_offset=offset, rotations=rotations)
+            return replace(cache, token_offset=offset, phases=phases)
         if config.camera == "modulated":
             if cond.target_camera is None:
                 raise UsageError("this model needs target_camera")
             poses = cameras.latent_frame_poses(cond.target_camera, config.time_stride)[..., :3, :].flatten(2)
             return replace(cache, poses=poses.repeat_interleave(rows * columns, 1).repeat(1, 2, 1))
+        return cache
+
+    def _geometric_phases(self, cond: Conditioning) -> tuple[Phases, ...]:
+        assert cond.source_latents is not None
+        gains = torch.stack([block.self_attn.camera_gain for block in self.blocks])
+        grid = [n // p for n, p in zip(cond.source_latents.shape[2:], self.config.patch, strict=True)]
+        target_frames = grid[0] - int(self.config.first_frame_given)
+        return cameras.geometric_phases(self.config, gains, cond, target_frames, (grid[0], grid[1], grid[2]))
+
+    def _with_live_phases(self, cache: ConditionCache, cond: Conditioning) -> ConditionCache:
+        """The cache with camera phases that carry the graph of their trained parameters."""
+        attention = self.blocks[0].self_attn
+        if self.config.camera == "geometric" and attention.camera_gain.requires_grad:
+            return replace(cache, phases=self._geometric_phases(cond))
+        if self.config.camera == "learned" and attention.rope_phase_qk[1].weight.requires_grad:
+            return replace(cache, phases=())  # every layer makes its own of the camera tokens
         return cache
 
     def _adapter_tokens(self, camera: CameraTrajectory | None, size: torch.Size) -> Tensor:
@@ -137,30 +186,14 @@ class RetakeDiT(nn.Module):
         maps = cameras.adapter_input(camera, height, width, self.config.time_stride)
         return self.control_adapter(maps[:, :, -size[0] :])
 
-    def _block(
-        self, layer: int, h: Tensor, modulation: Tensor, size: torch.Size, cache: ConditionCache, keep: int
-    ) -> Tensor:
-        return self.blocks[layer](
-            h, modulation, self._rotation(layer, size, cache), cache.cross[layer], cache.poses, keep
-        )
-
-    def _rotation(self, layer: int, size: torch.Size, cache: ConditionCache) -> LayerRotation | LayerAngles:
-        """Rotations of one layer for target latents of ``size``; learned phases are computed where they are used."""
-        if cache.rotations:
-            return cache.rotations[layer]
+    def _position(self, size: torch.Size, tokens: int) -> Tensor | None:
+        """Rotary angles ``[N, head_dim / 2]`` of all tokens; None where the camera phases hold them."""
         config = self.config
+        if config.camera == "geometric":
+            return None
         frames, rows, columns = (n // p for n, p in zip(size[2:], config.patch, strict=True))
-        source_tokens = 0 if cache.source_tokens is None else cache.source_tokens.shape[1]
-        index = frame_indices(config, frames, source_tokens // (rows * columns))
-        grid = config, index, rows, columns, self.patch_embedding.weight.device
-        attention, phases = self.blocks[layer].self_attn, ()
-        if cache.camera_tokens is not None:
-            phases = attention.rope_phase_qk(cache.camera_tokens), attention.rope_phase_vo(cache.camera_tokens)
-        if fused(self.patch_embedding.weight.device):
-            position = grid_angles(*grid)[0, :, 0]
-            return cameras.learned_angles(config, position, *phases) if phases else LayerAngles(position)
-        base = grid_rotation(*grid)
-        return cameras.learned_rotation(config, base, *phases) if phases else LayerRotation(base)
+        index = frame_indices(config, frames, tokens // (rows * columns) - frames)
+        return grid_angles(config, index, rows, columns, self.patch_embedding.weight.device)
 
     def _time(self, timestep: Tensor) -> tuple[Tensor, Tensor]:
         """Time embedding ``[B, dim]`` and block modulation ``[B, 6, dim]``, float32."""
@@ -168,7 +201,7 @@ class RetakeDiT(nn.Module):
             timestep = timestep.bfloat16()
         features = sinusoid(timestep, self.config.freq_dim).to(self.time_embedding[0].weight.dtype)
         embedded = self.time_embedding(features)
-        return embedded.float(), self.time_projection(embedded).float().unflatten(1, (6, -1))
+        return wide(embedded), wide(self.time_projection(embedded)).unflatten(1, (6, -1))
 
     def _context(self, cond: Conditioning) -> Tensor:
         """Text encoder output in the parameters' dtype; one zero token when there is no text."""
@@ -193,9 +226,23 @@ class RetakeDiT(nn.Module):
         """
         variance = self.config.data_variance
         assert variance is not None
-        sigma = (timestep.float() / 1000).view(-1, 1, 1, 1, 1)
+        sigma = (wide(timestep) / 1000).view(-1, 1, 1, 1, 1)
         den = sigma.square() + (1 - sigma).square() * variance
         return ((sigma - (1 - sigma) * variance) * x - (variance * den).sqrt() * flow) / den
+
+
+def _camera(cache: ConditionCache, layer: int) -> Phases | Tensor | None:
+    """Phases of a layer, or the tokens that it makes them of."""
+    return cache.phases[layer] if cache.phases else cache.camera_tokens
+
+
+def _doubled(cache: ConditionCache) -> ConditionCache:
+    """What blocks read beside the keys, for 2 B rows: the B samples twice."""
+    phases, tokens, poses = on_tensors(
+        (cache.phases, cache.camera_tokens, cache.poses),
+        lambda t: repeated(t, 2) if t.shape[0] == 1 else torch.cat([t, t]),
+    )
+    return replace(cache, phases=phases, camera_tokens=tokens, poses=poses)
 
 
 @torch.no_grad()

@@ -3,20 +3,22 @@
 from __future__ import annotations
 
 import math
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from geoalign.config.model import ModelConfig
-from geoalign.models.conditioning import CrossKeys, LayerAngles, LayerRotation
-from geoalign.models.rope import attention_prologue, axis_pairs, rms_norm, rotate
-from geoalign_kernels import unrotate_gate_norm
+from geoalign.models.conditioning import CrossKeys, Phases
+from geoalign.models.execution import Execution
+from geoalign.models.rope import axis_pairs
+from geoalign_kernels import attention, gated_residual, modulated_norm, qk_norm_rotary, unrotate_gate_norm
 
 
-def modulate(x: Tensor, shift: Tensor, scale: Tensor, eps: float) -> Tensor:
-    """``LayerNorm(x) * (1 + scale) + shift`` in float32, without affine parameters."""
-    return torch.addcmul(shift, F.layer_norm(x.float(), x.shape[-1:], eps=eps), 1 + scale)
+def wide(x: Tensor) -> Tensor:
+    """``x`` in float32, or as it is if it is float64 (exactness checks run whole models in float64)."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
 def sinusoid(timestep: Tensor, dim: int) -> Tensor:
@@ -52,7 +54,7 @@ class PatchEmbedding(nn.Module):
 
 
 class RMSNorm(nn.Module):
-    """Holds the weight of a query/key norm; see :func:`geoalign.models.rope.norm_rotate`."""
+    """Root-mean-square norm over all heads; in self-attention it only holds the weight of the fused prologue."""
 
     def __init__(self, dim: int, eps: float) -> None:
         super().__init__()
@@ -60,15 +62,18 @@ class RMSNorm(nn.Module):
         self.weight = nn.Parameter(torch.ones(dim))
 
     def forward(self, x: Tensor) -> Tensor:
-        return rms_norm(x, self.eps) * self.weight
+        value = wide(x)
+        return (value * torch.rsqrt(value.square().mean(-1, keepdim=True) + self.eps)).to(x.dtype) * self.weight
 
 
 class SelfAttention(nn.Module):
     """Full attention with q/k norm over all heads jointly, rotary positions and rotary camera phases."""
 
-    def __init__(self, config: ModelConfig) -> None:
+    def __init__(self, config: ModelConfig, layer: int, execution: Execution) -> None:
         super().__init__()
-        self.config = config
+        self.config, self.layer, self.execution = config, layer, execution
+        self.mode: Literal["exact", "int8"] | None = None
+        """What the probe of ``execution`` found; read only with one."""
         self.q, self.k, self.v, self.o = (nn.Linear(config.dim, config.dim) for _ in range(4))
         self.norm_q, self.norm_k = RMSNorm(config.dim, config.eps), RMSNorm(config.dim, config.eps)
         if config.camera == "learned":
@@ -81,21 +86,50 @@ class SelfAttention(nn.Module):
             # Log-gains of the target's motion per head: translation along three ground-aligned axes, rotation.
             self.camera_gain = nn.Parameter(torch.zeros(config.heads, 4))
 
-    def forward(self, x: Tensor, rotation: LayerRotation | LayerAngles, queries: int) -> Tensor:
-        """Attend from the first ``queries`` tokens of ``x`` ``[B, N, dim]`` to all; returns ``[B, queries, dim]``.
+    def learned_phases(self, camera_tokens: Tensor) -> Phases:
+        """Phases of this layer from the adapter's tokens ``[B, N, dim]`` (ReDirector's rotary camera encoding)."""
+        shape = (self.config.heads, -1)
+        return Phases(*(f(camera_tokens).unflatten(-1, shape) for f in (self.rope_phase_qk, self.rope_phase_vo)))
 
-        With angles, the rotation of the output is left to :meth:`Block._join`, which fuses it with what follows.
+    def forward(self, x: Tensor, position: Tensor | None, phases: Phases | None, queries: int) -> Tensor:
+        """Attend from the first ``queries`` tokens of ``x`` ``[B, N, dim]`` to all.
+
+        Args:
+            x: normalised tokens.
+            position: ``[N, head_dim / 2]`` rotary angles, or None when ``phases.qk`` holds them.
+            phases: camera phases, or None.
+            queries: tokens whose output is needed.
+
+        Returns:
+            ``[B, queries, dim]`` after the output projection; its rotation by ``phases.vo`` is left to
+            :func:`geoalign_kernels.unrotate_gate_norm`, which fuses it with what follows.
         """
-        heads, ahead = self.config.heads, slice(0, queries)
-        projected = self.q(x[:, ahead]), self.k(x), self.v(x)
-        weights = self.norm_q.weight, self.norm_k.weight
-        q, k, v = attention_prologue(*projected, weights, rotation, heads, self.config.eps)
-        y = F.scaled_dot_product_attention(*(part.transpose(1, 2) for part in (q, k, v)))
-        y = self.o(y.transpose(1, 2).flatten(2))
-        if isinstance(rotation, LayerRotation) and rotation.vo is not None:
-            # After the output projection, with its channels viewed as heads (ReDirector's rotary camera encoding).
-            y = rotate(y.unflatten(-1, (heads, -1)), rotation.vo[ahead]).flatten(2)
-        return y
+        projected = self.q(x[:, :queries]), self.k(x), self.v(x)
+        q, k, v = (part.unflatten(-1, (self.config.heads, -1)) for part in projected)
+        q, k, v = qk_norm_rotary(
+            q,
+            k,
+            v,
+            self.norm_q.weight,
+            self.norm_k.weight,
+            position,
+            phase_qk=None if phases is None else phases.qk,
+            phase_vo=None if phases is None else phases.vo,
+            eps=self.config.eps,
+        )
+        return self.o(self._attend(q, k, v).flatten(2))
+
+    def _attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """Attention over the tokens of all ranks: ``[B, N, heads, head_dim]`` each, like ``q``."""
+        sequence, probe, core = self.execution.sequence, self.execution.probe, self.execution.core
+        if sequence is not None:
+            q, k, v = (sequence.to_heads(part) for part in (q, k, v))
+        if probe is not None and self.mode is None:
+            y = probe(self.layer, q, k, v, core=core)
+            self.mode = "exact" if probe.is_exact(self.layer) else "int8"
+        else:
+            y = attention(q, k, v, mode="exact" if probe is None or self.mode is None else self.mode, core=core).out
+        return y if sequence is None else sequence.to_tokens(y)
 
 
 class CrossAttention(nn.Module):
@@ -137,11 +171,11 @@ class CrossAttention(nn.Module):
 class Block(nn.Module):
     """Modulated self-attention, cross-attention, modulated feed-forward; norms, modulation and residual are float32."""
 
-    def __init__(self, config: ModelConfig) -> None:
+    def __init__(self, config: ModelConfig, layer: int, execution: Execution) -> None:
         super().__init__()
         self.config = config
         self.modulation = nn.Parameter(torch.randn(1, 6, config.dim) / math.sqrt(config.dim))
-        self.self_attn = SelfAttention(config)
+        self.self_attn = SelfAttention(config, layer, execution)
         self.norm3 = nn.LayerNorm(config.dim, config.eps)
         self.cross_attn = CrossAttention(config)
         self.ffn = nn.Sequential(
@@ -159,7 +193,8 @@ class Block(nn.Module):
         self,
         x: Tensor,
         time: Tensor,
-        rotation: LayerRotation | LayerAngles,
+        position: Tensor | None,
+        camera: Phases | Tensor | None,
         keys: CrossKeys,
         poses: Tensor | None,
         keep: int,
@@ -169,42 +204,58 @@ class Block(nn.Module):
         Args:
             x: float32 residual stream.
             time: ``[B, 6, dim]`` float32 time modulation.
-            rotation: rotary angles of this layer.
-            keys: cross-attention keys of this layer.
+            position: ``[N, head_dim / 2]`` rotary angles, or None when the camera phases hold them.
+            camera: phases of this layer, or the tokens ``[B, N, dim]`` that it makes them of, or None.
+            keys: cross-attention keys of this layer. With those of 2 B prompts the last B rows of the result are the
+                same samples under the second half of the prompts: what comes before the text runs once.
             poses: ``[B, N, 12]`` camera poses per token (ReCamMaster), or None.
             keep: tokens whose output is needed.
         """
-        dtype = self.ffn[0].weight.dtype
-        shift_a, scale_a, gate_a, shift_f, scale_f, gate_f = (self.modulation.float() + time).chunk(6, 1)
-        u = modulate(x, shift_a, scale_a, self.config.eps).to(dtype)
-        if poses is not None:
-            u = u + self.cam_encoder(poses.to(dtype))
-        y = self.self_attn(u, rotation, keep)
-        if poses is not None:
-            y = self.projector(y)
-        x, normed = self._join(x[:, :keep], y, gate_a, rotation, needs_norm=keys.constant is None)
-        if keys.constant is None:
-            assert normed is not None
-            x = x + self.cross_attn(normed.to(dtype), keys).float()
-        else:
-            x = x + keys.constant.float()
-        return torch.addcmul(x, gate_f, self.ffn(modulate(x, shift_f, scale_f, self.config.eps).to(dtype)).float())
+        phases = self.self_attn.learned_phases(camera) if isinstance(camera, Tensor) else camera
+        modulation = wide(self.modulation) + time
+        y = self._attend(x, modulation, position, phases, poses, keep)
+        turn = None if phases is None else phases.vo[:, :keep]
+        x, double = x[:, :keep], keys.batch // x.shape[0]
+        x, y, modulation = (part.repeat(double, 1, 1) if double > 1 else part for part in (x, y, modulation))
+        turn = turn.repeat(double, 1, 1, 1) if turn is not None and double > 1 and turn.shape[0] > 1 else turn
+        return self._finish(x, y, modulation, turn, keys)
 
-    def _join(
-        self, x: Tensor, y: Tensor, gate: Tensor, rotation: LayerRotation | LayerAngles, needs_norm: bool
-    ) -> tuple[Tensor, Tensor | None]:
-        """Residual stream after self-attention's output ``y``, and its norm for the cross-attention."""
-        weight, bias = self.norm3.weight.float(), self.norm3.bias.float()
-        if not needs_norm:
-            weight, bias = weight.detach(), bias.detach()
-        if isinstance(rotation, LayerAngles):
-            phase = None if rotation.phase_vo is None else rotation.phase_vo[:, : x.shape[1]]
-            x, normed = unrotate_gate_norm(
-                y, x, gate.squeeze(1), weight - 1, bias, phase=phase, heads=self.config.heads, eps=self.config.eps
+    @property
+    def _dtype(self) -> torch.dtype:
+        """Of the matrices."""
+        execution: Execution = self.self_attn.execution
+        return execution.dtype or next(self.ffn.parameters()).dtype
+
+    def _attend(
+        self,
+        x: Tensor,
+        modulation: Tensor,
+        position: Tensor | None,
+        phases: Phases | None,
+        poses: Tensor | None,
+        queries: int,
+    ) -> Tensor:
+        """Output of self-attention for the first ``queries`` tokens, before its rotation and gate."""
+        shift, scale = modulation[:, 0], modulation[:, 1]
+        u = modulated_norm(x, scale, shift, self.config.eps).to(self._dtype)
+        if poses is None:
+            return self.self_attn(u, position, phases, queries)
+        return self.projector(self.self_attn(u + self.cam_encoder(poses.to(u.dtype)), position, phases, queries))
+
+    def _finish(self, x: Tensor, y: Tensor, modulation: Tensor, turn: Tensor | None, keys: CrossKeys) -> Tensor:
+        """Rotate and add attention's output ``y``, then cross-attention and feed-forward."""
+        eps, heads, dtype = self.config.eps, self.config.heads, self._dtype
+        _, _, gate_a, shift_f, scale_f, gate_f = modulation.unbind(1)
+        if keys.constant is not None:  # nothing stands between the two residual sums: one norm serves the feed-forward
+            x, u = unrotate_gate_norm(
+                y, x + wide(keys.constant), gate_a, scale_f, shift_f, phase=turn, heads=heads, eps=eps
             )
-            return x, normed if needs_norm else None
-        x = torch.addcmul(x, gate, y.float())
-        return x, F.layer_norm(x, x.shape[-1:], weight, bias, self.config.eps) if needs_norm else None
+        else:
+            weight, bias = wide(self.norm3.weight), wide(self.norm3.bias)
+            x, u = unrotate_gate_norm(y, x, gate_a, weight - 1, bias, phase=turn, heads=heads, eps=eps)
+            x = x + wide(self.cross_attn(u.to(dtype), keys))
+            u = modulated_norm(x, scale_f, shift_f, eps)
+        return gated_residual(x, self.ffn(u.to(dtype)), gate_f)
 
 
 class Head(nn.Module):
@@ -218,8 +269,8 @@ class Head(nn.Module):
 
     def forward(self, x: Tensor, time: Tensor) -> Tensor:
         """``x`` ``[B, N, dim]`` and ``time`` ``[B, dim]`` to ``[B, N, patch volume * out_channels]``, all float32."""
-        shift, scale = (self.modulation.float() + time[:, None]).chunk(2, 1)
-        return self.head(modulate(x, shift, scale, self.eps).to(self.head.weight.dtype)).float()
+        shift, scale = (wide(self.modulation) + time[:, None]).unbind(1)
+        return wide(self.head(modulated_norm(x, scale, shift, self.eps).to(self.head.weight.dtype)))
 
 
 class ImageProjector(nn.Module):

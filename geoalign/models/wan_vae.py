@@ -54,6 +54,11 @@ class WanCodec:
         self._mean = torch.tensor(vae.config.latents_mean).view(1, -1, 1, 1, 1)
         self._std = torch.tensor(vae.config.latents_std).view(1, -1, 1, 1, 1)
 
+    def to(self, device: torch.device | str) -> WanCodec:
+        """Move the network in place and return the codec."""
+        self.vae.to(device)
+        return self
+
     def check_frames(self, num_frames: int) -> None:
         """Raise UsageError naming the nearest accepted counts if ``num_frames`` is not 4k + 1."""
         if num_frames < 1 or num_frames % 4 != 1:

@@ -42,6 +42,7 @@ class Plan:
         hide_host: host code of the rewards off the critical path.
         int8_attention: int8 scores in steps outside the window.
         guidance: forwards per velocity (2 with classifier-free guidance), in rollout and learner.
+        reference: whether a KL term needs one forward of a reference policy per learner pass.
     """
 
     execution: Execution = field(default_factory=Execution)
@@ -53,6 +54,7 @@ class Plan:
     hide_host: bool = False
     int8_attention: bool = False
     guidance: int = 1
+    reference: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,6 +66,7 @@ class PassCount:
         replay: learner forwards.
         recompute: forwards repeated for the backward.
         backward: backwards.
+        reference: forwards of a reference policy.
     """
 
     prefix: int = 0
@@ -72,6 +75,7 @@ class PassCount:
     replay: int = 0
     recompute: int = 0
     backward: int = 0
+    reference: int = 0
 
     @property
     def rollout(self) -> int:
@@ -81,7 +85,7 @@ class PassCount:
     @property
     def forwards(self) -> int:
         """All forwards, recomputation included."""
-        return self.rollout + self.replay + self.recompute
+        return self.rollout + self.replay + self.recompute + self.reference
 
     @property
     def forward_equivalents(self) -> int:
@@ -106,6 +110,7 @@ def count_passes(walk: Walk, conditions: int, group_size: int, updates: int, pla
         replay=0 if plan.stream_backward else guidance * learned,
         recompute=guidance * learned if plan.checkpoint else 0,
         backward=guidance * learned,
+        reference=guidance * learned if plan.reference else 0,
     )
 
 
@@ -164,7 +169,8 @@ class Run:
         for walk, count in self.passes(plan).items():
             times = self.walks[walk]
             rollout += times * (count.window * forward.total + (count.prefix + count.tail) * outside)
-            learner += times * (count.replay * forward.total + count.recompute * recompute + count.backward * backward)
+            learner += times * ((count.replay + count.reference) * forward.total + count.recompute * recompute)
+            learner += times * count.backward * backward
         per_video = self.video.seconds(device, hide_host=plan.hide_host)
         encode = self.video.encode / device.convolution
         reward = self.iterations * self.conditions * (self.group_size * per_video + encode)

@@ -10,7 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal, Self
 
-if TYPE_CHECKING:  # the figures need no configuration: the benchmarks run where pydantic is absent
+if TYPE_CHECKING:  # the benchmarks run where pydantic is not installed
     from geoalign.config.model import ModelConfig
 
 Kernels = Literal["eager", "compiled", "fused"]
@@ -70,6 +70,13 @@ DEVICES: dict[str, DeviceProfile] = {
         240 * _TERA, 380 * _TERA, 0.90 * 4300 * _GIGA,
     ),
 }  # fmt: skip
+
+
+def peak_flops(name: str) -> float | None:
+    """Dense bf16 peak of a CUDA device by the name its driver gives; None for devices that no profile covers."""
+    family = {"A100": "a800", "A800": "a800", "H100": "h200", "H200": "h200", "H800": "h200", "GH200": "h200"}
+    known = next((profile for part, profile in family.items() if part in name), None)
+    return None if known is None else DEVICES[known].peak
 
 
 @dataclass(frozen=True, slots=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import contextvars
 import time
 from collections import defaultdict
 from collections.abc import Iterator
@@ -10,6 +11,14 @@ from collections.abc import Iterator
 import torch
 
 from geoalign.perf.spans import span
+
+_active: contextvars.ContextVar[PhaseTimer | None] = contextvars.ContextVar("geoalign_phase_timer", default=None)
+
+
+def phase(name: str) -> contextlib.AbstractContextManager[object]:
+    """Charge a block to ``name`` on the timer that is active in this thread; without one it is only a span."""
+    timer = _active.get()
+    return span(name) if timer is None else timer.phase(name)
 
 
 class PhaseTimer:
@@ -28,6 +37,15 @@ class PhaseTimer:
         self._seconds: dict[str, float] = defaultdict(float)
         self._outermost = 0.0
         self._events: list[tuple[str, bool, torch.cuda.Event, torch.cuda.Event]] = []
+
+    @contextlib.contextmanager
+    def active(self) -> Iterator[PhaseTimer]:
+        """Let :func:`phase` find this timer inside the block, in this thread."""
+        token = _active.set(self)
+        try:
+            yield self
+        finally:
+            _active.reset(token)
 
     @contextlib.contextmanager
     def phase(self, name: str) -> Iterator[None]:

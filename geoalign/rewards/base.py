@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
 
+from geoalign.errors import RewardError
 from geoalign.types import RetakeBatch, SourceClip
+
+
+class ScorerTimeoutError(RewardError):
+    """A scorer did not answer in time."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,6 +70,12 @@ class RewardOutput:
             finite &= torch.isfinite(score)
         scores = {key: torch.where(finite, score, torch.zeros_like(score)) for key, score in self.scores.items()}
         return RewardOutput(scores, finite, self.parts, self.diagnostics)
+
+    def map(self, change: Callable[[Tensor], Tensor]) -> RewardOutput:
+        """The same with every tensor replaced by ``change(tensor)``."""
+        groups = (self.scores, self.parts, self.diagnostics)
+        scores, parts, diagnostics = ({key: change(value) for key, value in group.items()} for group in groups)
+        return RewardOutput(scores, change(self.valid), parts, diagnostics)
 
 
 @runtime_checkable

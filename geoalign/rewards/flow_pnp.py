@@ -10,6 +10,8 @@ Valid only while frame 0 of the video shows the view of source frame 0, as it do
 from __future__ import annotations
 
 import importlib
+import itertools
+import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -29,6 +31,7 @@ FrameDepth = Callable[[SourceClip, int, int], Tensor]
 _LUMA = (0.299, 0.587, 0.114)
 _LK_WINDOW, _LK_LEVELS = (15, 15), 3
 _CORNER_QUALITY, _CORNER_BLOCK = 0.01, 5
+_CELLS = (4, 6)
 _RANSAC_ITERATIONS, _RANSAC_CONFIDENCE = 200, 0.999
 
 
@@ -62,7 +65,7 @@ class FlowPnpEvaluator:
 
     Args:
         frame_depth: depth of source frame 0; the ground plane of the clip by default.
-        max_corners: corners taken from frame 0.
+        max_corners: corners taken from frame 0, spread over a grid of cells.
         forward_backward_px: a track that does not return to within this distance ends.
         ransac_px: largest reprojection error of an explained point.
         min_points: fewer explained points than this are no solution.
@@ -79,8 +82,11 @@ class FlowPnpEvaluator:
         ransac_px: float = 1.5,
         min_points: int = 12,
     ) -> None:
-        if min_points < 6 or max_corners < min_points:
-            raise UsageError(f"need 6 <= min_points <= max_corners, got {min_points} and {max_corners}")
+        if min_points < 6 or max_corners < max(min_points, math.prod(_CELLS)):
+            raise UsageError(
+                f"need 6 <= min_points <= max_corners and one corner for each of {math.prod(_CELLS)} cells, got "
+                f"{min_points} and {max_corners}"
+            )
         try:
             self._cv: Any = importlib.import_module("cv2")
         except ImportError as error:
@@ -142,13 +148,22 @@ class FlowPnpEvaluator:
         return _Track(c2w, explained / (frames - 1), residual / (frames - 1), lost)
 
     def _corners(self, first: NDArray[np.uint8], depth: NDArray[np.float64]) -> NDArray[np.int64]:
-        """Corners ``[N, 2]`` (x, y) of frame 0, at whole pixels with known depth."""
+        """Corners ``[N, 2]`` (x, y) of frame 0, at whole pixels with known depth, an equal number from every cell.
+
+        Corner strength is judged inside a cell: one sharp object, which may move, cannot take all corners.
+        """
         known = (np.isfinite(depth) & (depth > 0)).astype(np.uint8)
         apart = max(3, first.shape[1] // 64)
-        found = self._cv.goodFeaturesToTrack(
-            first, self.max_corners, _CORNER_QUALITY, apart, mask=known, blockSize=_CORNER_BLOCK
-        )
-        return np.zeros((0, 2), dtype=np.int64) if found is None else found.reshape(-1, 2).round().astype(np.int64)
+        rows, columns = (np.linspace(0, side, n + 1).astype(int) for side, n in zip(first.shape, _CELLS, strict=True))
+        found = []
+        for top, bottom in itertools.pairwise(rows):
+            for left, right in itertools.pairwise(columns):
+                corners = self._cv.goodFeaturesToTrack(
+                    first[top:bottom, left:right], self.max_corners // math.prod(_CELLS), _CORNER_QUALITY, apart,
+                    mask=known[top:bottom, left:right], blockSize=_CORNER_BLOCK,
+                )  # fmt: skip
+                found += [] if corners is None else [corners.reshape(-1, 2) + np.array([left, top])]
+        return np.concatenate(found).round().astype(np.int64) if found else np.zeros((0, 2), dtype=np.int64)
 
     def _follow(
         self, before: NDArray[np.uint8], after: NDArray[np.uint8], pixels: NDArray[np.float32], alive: NDArray[np.bool_]

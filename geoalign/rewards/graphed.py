@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from geoalign.errors import UsageError
+from geoalign.rewards.precision import HOST
 
 _LOG = logging.getLogger(__name__)
 
@@ -55,7 +56,7 @@ class CudaGraphBackend:
         self, body: Body, inputs: tuple[Tensor, ...], warmups: int
     ) -> tuple[Callable[[], None], Mapping[str, Tensor]]:
         """Warm up on a side stream (libraries create handles and workspaces lazily), then capture."""
-        with torch.cuda.device(inputs[0].device):
+        with HOST, torch.cuda.device(inputs[0].device):
             if self._pool is None:
                 self._pool = torch.cuda.graph_pool_handle()
             side = torch.cuda.Stream()
@@ -65,7 +66,8 @@ class CudaGraphBackend:
                     body(*inputs)
             torch.cuda.current_stream().wait_stream(side)
             graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph, pool=self._pool):
+            # Other threads (decoding, collectives) may go on using the device while this one records.
+            with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
                 outputs = body(*inputs)
         return graph.replay, outputs
 

@@ -62,6 +62,7 @@ class PlanarAligner:
             raise UsageError(
                 "the planar evaluator needs the ground plane of the source clip; use another evaluator for such clips"
             )
+        device, video, source = video.device, video.cpu(), source.to("cpu")  # small matrices: no work for a GPU
         batch, frames, _, height, width = video.shape
         plane, axes = source.ground_plane, ground_axes(source.ground_plane)
         rays = pixel_rays(source.camera.intrinsics[:, 0], pixel_grid(height, width, step=self.step, offset=self.offset))
@@ -87,10 +88,10 @@ class PlanarAligner:
                     )
             motion[:, i] = pose
         return PoseEstimate(
-            c2w=_motion_to_c2w(motion, axes),
-            frame_indices=torch.arange(frames),
-            tracked=tracked[:, 1:].mean(1),
-            residual=residual[:, 1:].mean(1),
+            c2w=_motion_to_c2w(motion, axes).to(device),
+            frame_indices=torch.arange(frames, device=device),
+            tracked=tracked[:, 1:].mean(1).to(device),
+            residual=residual[:, 1:].mean(1).to(device),
         )
 
 

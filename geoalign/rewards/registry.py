@@ -6,7 +6,10 @@ import difflib
 import importlib
 import inspect
 import sys
+import threading
+import weakref
 from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
@@ -15,7 +18,9 @@ from torch import Tensor
 from geoalign.config.rewards import FailureConfig, RewardConfig
 from geoalign.errors import ConfigError
 from geoalign.rewards.base import PoseEstimate, PoseEvaluator, Reward
-from geoalign.rewards.placement import GuardedReward, WorkerReward
+from geoalign.rewards.frames import SharedFrames
+from geoalign.rewards.guard import GuardedReward
+from geoalign.rewards.worker import WorkerReward
 from geoalign.types import SourceClip
 
 # name -> "module:callable". The callable takes keyword options; one called `evaluator` is resolved by name.
@@ -29,24 +34,46 @@ EVALUATORS = {
     "flow_pnp": "geoalign.rewards.flow_pnp:FlowPnpEvaluator",
     "planar": "geoalign.rewards.planar:PlanarAligner",
     "mapanything": "geoalign.rewards.mapanything.evaluator:build_evaluator",
+    "depth_anything_3": "geoalign.rewards.depth_anything3:build_evaluator",
 }
+# A factory's parameter of this name gets what the scorers of a run share; it is no option.
+FRAMES = "frames"
 # Their pose estimates say nothing about how well the pictures agree.
-WITHOUT_RESIDUAL = {"mapanything"}
+WITHOUT_RESIDUAL = {"mapanything", "depth_anything_3"}
 
 
 class LastResult:
-    """Keeps an evaluator's last answer, so that several rewards of one batch share one pose estimate."""
+    """Keeps an evaluator's last answer, so that several rewards of one batch share one pose estimate.
+
+    It keeps no video alive, and one call runs at a time: a scorer that was given up as late may still be inside.
+    """
 
     def __init__(self, evaluator: PoseEvaluator) -> None:
         self.evaluator, self.name = evaluator, evaluator.name
-        self._seen: tuple[Tensor, SourceClip] | None = None
-        self._answer: PoseEstimate | None = None
+        self._last: tuple[weakref.ref[Tensor], weakref.ref[Tensor], PoseEstimate] | None = None
+        self._turn = threading.Lock()
 
     def __call__(self, video: Tensor, source: SourceClip) -> PoseEstimate:
         """Estimate poses, or return the answer for the very same tensor objects."""
-        if self._answer is None or self._seen is None or self._seen[0] is not video or self._seen[1] is not source:
-            self._answer, self._seen = self.evaluator(video, source), (video, source)
-        return self._answer
+        with self._turn:
+            last = self._last
+            if last is None or last[0]() is not video or last[1]() is not source.video:
+                last = weakref.ref(video), weakref.ref(source.video), self.evaluator(video, source)
+                self._last = last
+            return last[2]
+
+
+@dataclass(frozen=True, slots=True)
+class Shared:
+    """What the inline rewards of a run have in common: one preprocessing pass, and evaluators by name and options."""
+
+    frames: SharedFrames = field(default_factory=SharedFrames)
+    evaluators: dict[str, PoseEvaluator] = field(default_factory=dict)
+
+    def build(self, factory: Callable[..., Any], options: Mapping[str, Any]) -> Any:
+        """Call ``factory`` with the options, and with the shared frames if it takes them."""
+        extra = {FRAMES: self.frames} if FRAMES in inspect.signature(factory).parameters else {}
+        return factory(**options, **extra)
 
 
 def _resolve(table: Mapping[str, str], name: str, what: str) -> Callable[..., Any]:
@@ -60,7 +87,7 @@ def _resolve(table: Mapping[str, str], name: str, what: str) -> Callable[..., An
 
 def _check_options(factory: Callable[..., Any], options: Iterable[str], where: str) -> None:
     """Refuse unknown options and name the ones that are missing."""
-    parameters = {name: p for name, p in inspect.signature(factory).parameters.items() if name != "self"}
+    parameters = {name: p for name, p in inspect.signature(factory).parameters.items() if name not in ("self", FRAMES)}
     given = set(options)
     for name in given - set(parameters):
         near = difflib.get_close_matches(name, parameters, n=1)
@@ -71,28 +98,30 @@ def _check_options(factory: Callable[..., Any], options: Iterable[str], where: s
         raise ConfigError(f"{where}: needs {', '.join(missing)}")
 
 
-def build_evaluator(name: str, **options: Any) -> PoseEvaluator:
+def build_evaluator(name: str, shared: Shared | None = None, /, **options: Any) -> PoseEvaluator:
     """Build a pose evaluator by registered name."""
     factory = _resolve(EVALUATORS, name, "pose evaluator")
     _check_options(factory, options, f"pose evaluator {name}")
-    return factory(**options)
+    return (shared or Shared()).build(factory, options)
 
 
-def build_reward(kind: str, options: Mapping[str, Any], shared: dict[str, PoseEvaluator] | None = None) -> Reward:
+def build_reward(kind: str, options: Mapping[str, Any], shared: Shared | None = None) -> Reward:
     """Build one reward by registered name; what it needs of evaluators is taken from, and added to, ``shared``."""
-    shared = {} if shared is None else shared
+    shared = shared or Shared()
     factory, options = _resolve(REWARDS, kind, "reward"), dict(options)
     evaluator_options = options.pop("evaluator_options", {})
     if "evaluator" in options:
         key = f"{options['evaluator']}:{sorted(evaluator_options.items())}"
-        if key not in shared:
-            shared[key] = LastResult(build_evaluator(options["evaluator"], **evaluator_options))
-        options["evaluator"] = shared[key]
-    return factory(**options)
+        if key not in shared.evaluators:
+            evaluator = build_evaluator(options["evaluator"], shared, **evaluator_options)
+            shared.evaluators[key] = LastResult(evaluator)
+        options["evaluator"] = shared.evaluators[key]
+    return shared.build(factory, options)
 
 
 def build_rewards(configs: Mapping[str, RewardConfig], failures: FailureConfig | None = None) -> dict[str, Reward]:
-    """Build all rewards of a run; evaluators named alike with equal options are shared by inline rewards.
+    """Build all rewards of a run. Inline rewards share one preprocessing pass over the pixels, and evaluators that are
+    named alike with equal options.
 
     Args:
         configs: scorers by name.
@@ -103,7 +132,7 @@ def build_rewards(configs: Mapping[str, RewardConfig], failures: FailureConfig |
             emit the same key.
         RewardError: a reward cannot be built (missing weights), here or in its worker.
     """
-    shared: dict[str, PoseEvaluator] = {}
+    shared = Shared()
     for name, config in configs.items():
         _check_reward(name, config)
     rewards = {name: _place(name, config, failures, shared) for name, config in configs.items()}
@@ -129,7 +158,7 @@ def _check_reward(name: str, config: RewardConfig) -> None:
         )
 
 
-def _place(name: str, config: RewardConfig, failures: FailureConfig | None, shared: dict[str, PoseEvaluator]) -> Reward:
+def _place(name: str, config: RewardConfig, failures: FailureConfig | None, shared: Shared) -> Reward:
     if config.placement == "inline":
         return build_reward(config.kind, config.options, shared)
     limit = {} if failures is None or failures.timeout_s is None else {"timeout_s": failures.timeout_s}

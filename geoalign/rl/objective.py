@@ -70,6 +70,13 @@ class RatioStats:
     clipped_high: Tensor
     clipped_low: Tensor
 
+    @staticmethod
+    def empty(device: torch.device | str = "cpu") -> RatioStats:
+        """Statistics of nothing."""
+        zero, infinity = torch.zeros((), device=device), torch.full((), float("inf"), device=device)
+        count = torch.zeros((), dtype=torch.int64, device=device)
+        return RatioStats(count, zero, infinity, -infinity, zero, zero, count, count)
+
     def __add__(self, other: RatioStats) -> RatioStats:
         joined = {}
         for field in fields(self):

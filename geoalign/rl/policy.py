@@ -7,7 +7,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from geoalign.errors import DataError
+from geoalign.errors import ConfigError, DataError
+from geoalign.flow.policy import PhasedPolicy, Velocity
 from geoalign.models.codec_base import LatentCodec
 from geoalign.models.conditioning import ConditionCache, Conditioning
 from geoalign.models.dit import RetakeDiT
@@ -25,8 +26,8 @@ class Prepared:
         """The same for groups of ``count`` members lying next to each other."""
         return Prepared(self.conditioning.repeat_interleave(count), self.cache.repeat_interleave(count))
 
-    def select(self, index: Tensor) -> Prepared:
-        """The conditions at ``index`` ``[N]`` int64."""
+    def select(self, index: Tensor | slice) -> Prepared:
+        """The conditions at ``index`` (int64 ``[N]``, or a slice)."""
         return Prepared(self.conditioning.select(index), self.cache.select(index))
 
 
@@ -35,12 +36,26 @@ class RetakePolicy:
     """A retake model with its codec.
 
     Attributes:
-        model: the DiT; its output is the velocity.
+        model: the DiT; its output is the velocity. Stochastic steps and the learner run it.
         codec: pixels to latents.
+        guidance: scale of classifier-free guidance in rollout and learner alike; 1 skips the negative prompt.
+        fast: an approximate twin of ``model`` with the same trained parameters, for deterministic steps, or None.
     """
 
     model: RetakeDiT
     codec: LatentCodec
+    guidance: float = 1.0
+    fast: RetakeDiT | None = None
+
+    @property
+    def device(self) -> torch.device:
+        """Where the model is; conditions are moved there."""
+        return self.model.patch_embedding.weight.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the model's matrices."""
+        return self.model.patch_embedding.weight.dtype
 
     @torch.no_grad()
     def condition(self, batch: RetakeBatch) -> Conditioning:
@@ -50,13 +65,23 @@ class RetakePolicy:
 
         Raises:
             DataError: prepared embeddings of another size than the model reads.
+            ConfigError: guidance without a prepared embedding of the negative prompt.
         """
+        batch = batch.to(self.device)
         config, ready = self.model.config, batch.encodings or Encodings()
         latents = self.codec.encode(batch.source.video) if ready.latents is None else ready.latents.float()
         if ready.context is None:
-            context = torch.zeros(len(batch), 1, config.text_dim, device=batch.source.video.device)
+            context = torch.zeros(len(batch), 1, config.text_dim, device=self.device)
         else:
             context = self._padded(ready.context.float())
+        negative = None
+        if self.guidance != 1.0:
+            if ready.negative is None:
+                raise ConfigError(
+                    "flow.guidance needs the embedding of a negative prompt: set data.prepare.text and run "
+                    "`geoalign prepare`, or set flow.guidance to 1"
+                )
+            negative = self._padded(ready.negative.float())
         return Conditioning(
             source_latents=latents,
             source_camera=batch.source.camera,
@@ -64,6 +89,7 @@ class RetakePolicy:
             ground_plane=batch.source.ground_plane,
             context=context,
             image_tokens=None if ready.image_tokens is None else ready.image_tokens.float(),
+            negative=negative,
         )
 
     def _padded(self, context: Tensor) -> Tensor:
@@ -76,13 +102,32 @@ class RetakePolicy:
             )
         return torch.nn.functional.pad(context, (0, 0, 0, length - context.shape[1]))
 
+    @torch.no_grad()
     def prepare(self, conditioning: Conditioning) -> Prepared:
-        """Compute the step-independent part once (with gradient when gradients are on: the camera gains live there)."""
+        """Compute the step-independent part once, of the present parameters.
+
+        Trained parameters in it (camera phases) are computed again by every forward that needs their gradient.
+        """
         return Prepared(conditioning, self.model.prepare(conditioning))
 
-    def velocity(self, x: Tensor, timestep: Tensor, prepared: Prepared) -> Tensor:
+    def velocity(self, x: Tensor, timestep: Tensor, prepared: Prepared) -> Velocity:
         """Velocity like ``x`` ``[B, C, T, h, w]`` at ``timestep`` ``[B]`` in [0, 1000]."""
-        return self.model(x, timestep, prepared.conditioning, prepared.cache)
+        return self._velocity(self.model, x, timestep, prepared)
+
+    def fast_velocity(self, x: Tensor, timestep: Tensor, prepared: Prepared) -> Velocity:
+        """:meth:`velocity` by the approximate twin, if there is one."""
+        return self._velocity(self.fast or self.model, x, timestep, prepared)
+
+    def phased(self) -> PhasedPolicy:
+        """Rule R2: stochastic steps run what the learner runs, deterministic ones the fast twin."""
+        return PhasedPolicy(prefix=self.fast_velocity, window=self.velocity, tail=self.fast_velocity)
+
+    def _velocity(self, model: RetakeDiT, x: Tensor, timestep: Tensor, prepared: Prepared) -> Velocity:
+        value = model(x, timestep, prepared.conditioning, prepared.cache)
+        if not prepared.cache.negative:
+            return Velocity(value)
+        under_prompt, under_negative = value.chunk(2)
+        return Velocity(under_prompt, under_negative, self.guidance)
 
     def latent_shape(self, batch: RetakeBatch) -> tuple[int, int, int, int]:
         """(C, T, h, w) of the noisy latents of one retake; a given first frame is not among them."""
@@ -91,9 +136,9 @@ class RetakePolicy:
         return channels, latent_frames - self.model.config.first_frame_given, rows, columns
 
     @torch.no_grad()
-    def decode(self, latents: Tensor, batch: RetakeBatch) -> Tensor:
-        """Videos ``[B, F, 3, H, W]`` in [-1, 1] of latents; a given first frame is put in front."""
+    def decode(self, latents: Tensor, source: Tensor) -> Tensor:
+        """Videos ``[B, F, 3, H, W]`` in [-1, 1] of latents; a given first frame is that of the ``source`` videos."""
         video = self.codec.decode(latents).clamp(-1, 1)
         if self.model.config.first_frame_given:
-            video = torch.cat([batch.source.video[:, :1], video], dim=1)
+            video = torch.cat([source[:, :1].to(video), video], dim=1)
         return video

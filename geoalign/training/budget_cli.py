@@ -26,7 +26,7 @@ EXAMPLES = """\
 examples:
   geoalign budget paper_64xa800                         hours on 64 A800, lever by lever
   geoalign budget paper_64xa800 --device h200 --devices 32
-  geoalign budget paper_64xa800 optim.updates_per_rollout=4 window.size=2
+  geoalign budget paper_64xa800 optim.updates_per_rollout=4 levers.streaming=off
   geoalign budget node_8gpu --json budget.json
 
 All numbers are predictions from published rates of the device, none is a measurement.
@@ -46,7 +46,6 @@ def add_parser(subparsers: Any) -> None:
     parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="settings by dotted name")
     parser.add_argument("--device", choices=sorted(DEVICES), default="a800", help="device profile (default: a800)")
     parser.add_argument("--devices", type=int, metavar="N", help="number of devices (default: one per condition)")
-    parser.add_argument("--guidance", action="store_true", help="count two forwards per velocity, as guidance needs")
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write the numbers to FILE")
     parser.set_defaults(run=run_budget)
 
@@ -63,7 +62,7 @@ def run_budget(args: argparse.Namespace) -> int:
             "(groups.conditions) can be used"
         )
     run, coarse, left_out = describe(config)
-    guidance = 2 if args.guidance else 1
+    guidance = 2 if config.flow.guidance > 1 else 1
     ladder = climb(run, coarse, DEVICES[args.device], devices, guidance)
     numbers = _numbers(run, coarse, ladder, args.device, devices, guidance)
     print(_text(numbers, ladder, args.config, left_out))

@@ -15,11 +15,13 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from geoalign.config.model import ModelConfig
+from geoalign.config.schema import Config
 from geoalign.config.training import CodecConfig
 from geoalign.errors import CheckpointError, ConfigError
 from geoalign.io_utils import atomic_path
 from geoalign.models.codec import PatchCodec
 from geoalign.models.dit import RetakeDiT
+from geoalign.models.open import apply_delta, open_codec, open_model
 from geoalign.rl.policy import RetakePolicy
 from geoalign.training.checkpoint import copy_strictly
 
@@ -37,11 +39,53 @@ def build_codec(config: CodecConfig) -> PatchCodec:
     return PatchCodec(config.patch, config.luma, config.chroma)
 
 
-def save_policy(path: Path, policy: RetakePolicy, codec: CodecConfig, notes: Mapping[str, Any]) -> None:
-    """Write model and codec weights with their settings and ``notes`` (provenance: command, seed, numbers)."""
-    tensors = {f"model.{name}": value.detach().contiguous() for name, value in policy.model.state_dict().items()}
+def open_base(config: Config, device: torch.device, dtype: torch.dtype) -> RetakePolicy:
+    """The policy that a run starts from, weights in the precision of their files.
+
+    Args:
+        config: names the base, what was trained on top of it, and the model that they must be.
+        device: where model and codec go.
+        dtype: of a video autoencoder.
+
+    Raises:
+        ConfigError: no base is named, or the model section describes another model than the weights are.
+        CheckpointError: files that are missing, damaged or do not belong together.
+    """
+    if config.train.base is None:
+        raise ConfigError(
+            "train.base is not set: give a policy file (geoalign pretrain makes one), a folder of published weights "
+            "with train.delta, or builtin:tiny_base"
+        )
+    path, delta = resolve_base(config.train.base), config.train.delta
+    if path.is_dir():
+        model, _ = open_model(path, delta, dtype=None, device=str(device))
+        policy = RetakePolicy(model, open_codec(path, dtype=dtype, device=str(device)))
+    else:
+        policy, _ = load_policy(path)
+        if delta is not None:
+            apply_delta(policy.model, delta, None)
+    wanted, found = config.model.model_dump(), policy.model.config.model_dump()
+    if different := [key for key, value in wanted.items() if found[key] != value]:
+        listed = ", ".join(f"model.{key} is {found[key]!r} there, {wanted[key]!r} here" for key in different[:3])
+        raise ConfigError(f"{path}: the weights are of another model than the configuration describes: {listed}")
+    return policy
+
+
+def save_policy(
+    path: Path,
+    policy: RetakePolicy,
+    codec: CodecConfig,
+    notes: Mapping[str, Any],
+    trained: Mapping[str, Tensor] | None = None,
+) -> None:
+    """Write model and codec weights with their settings and ``notes`` (provenance: command, seed, numbers).
+
+    ``trained`` replaces parameters by name (masters in full precision).
+    """
+    state = policy.model.state_dict() | dict(trained or {})
+    tensors = {f"model.{name}": value.detach().cpu().contiguous() for name, value in state.items()}
     if isinstance(policy.codec, PatchCodec):
-        tensors["codec.channel_std"] = policy.codec.channel_std
+        tensors["codec.channel_std"] = policy.codec.channel_std.cpu()
     header = {
         "kind": _KIND,
         "model": policy.model.config.model_dump_json(),

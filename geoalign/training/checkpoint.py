@@ -8,17 +8,22 @@ import os
 import re
 import shutil
 from collections.abc import Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
+from types import TracebackType
 from typing import Any
 
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
-from torch import Tensor, nn
+from torch import Tensor
 
+from geoalign.config.training import TrainConfig
 from geoalign.errors import CheckpointError
 from geoalign.io_utils import atomic_write_json
+from geoalign.training.snapshot import Snapshot
 
 _NAME = re.compile(r"step_(\d{6})$")
 FORMAT = 1
@@ -30,23 +35,22 @@ class TrainState:
 
     Attributes:
         iteration: iterations already done.
-        trained: trained parameters by name.
-        average: their moving average by name, or the parameters themselves.
-        optimizer: AdamW state by parameter name: ``exp_avg``, ``exp_avg_sq``, ``step``.
+        snapshot: trained parameters, their moving average and the optimizer's state by parameter name, on the CPU.
         notes: JSON values carried along (evaluation before training, seconds used so far).
     """
 
     iteration: int
-    trained: Mapping[str, Tensor]
-    average: Mapping[str, Tensor]
-    optimizer: Mapping[str, Mapping[str, Tensor]]
+    snapshot: Snapshot
     notes: Mapping[str, Any]
 
 
 def config_hash(resolved: Mapping[str, Any]) -> str:
-    """Short hash of the parts of a resolved configuration that change the numbers of a run."""
-    kept = {key: value for key, value in resolved.items() if key not in ("run", "eval")}
-    kept["seed"] = resolved["run"]["seed"]
+    """Short hash of the parts of a resolved configuration that change the numbers of a run beyond rounding.
+
+    Ranks and engines may change between the parts of a run: checkpoints hold whole tensors.
+    """
+    kept = {key: value for key, value in resolved.items() if key not in ("run", "eval", "parallel")}
+    kept["run"] = [resolved["run"][key] for key in ("seed", "dtype")]
     return hashlib.sha256(json.dumps(kept, sort_keys=True, default=str).encode()).hexdigest()[:16]
 
 
@@ -68,10 +72,10 @@ def save_checkpoint(folder: Path, state: TrainState, *, config: str, keep: int) 
         shutil.rmtree(left_over, ignore_errors=True)
     try:
         temporary.mkdir(parents=True)
-        save_file(_contiguous(state.trained), temporary / "trained.safetensors")
-        save_file(_contiguous(state.average), temporary / "average.safetensors")
-        flat = {f"{name}/{key}": value for name, entry in state.optimizer.items() for key, value in entry.items()}
-        save_file(_contiguous(flat), temporary / "optimizer.safetensors")
+        saved = state.snapshot
+        flat = {f"{name}/{key}": value for name, entry in saved.optimizer.items() for key, value in entry.items()}
+        for part, tensors in (("trained", saved.values), ("average", saved.average), ("optimizer", flat)):
+            save_file({name: value.contiguous() for name, value in tensors.items()}, temporary / f"{part}.safetensors")
         meta = {"format": FORMAT, "iteration": state.iteration, "config": config, "notes": dict(state.notes)}
         atomic_write_json(temporary / "state.json", meta)
         if final.exists():
@@ -86,6 +90,48 @@ def save_checkpoint(folder: Path, state: TrainState, *, config: str, keep: int) 
     for old in list_checkpoints(folder)[:-keep]:
         shutil.rmtree(old, ignore_errors=True)
     return final
+
+
+class CheckpointWriter:
+    """Writes the checkpoints of a run, beside the next iteration if ``train.async_checkpoints`` is on.
+
+    A state is a copy on the CPU, so training may go on while it is written. At most one is being written; a failure is
+    raised by the next :meth:`save`, or on leaving the block, which waits for the last one.
+
+    Args:
+        folder: the run's checkpoint folder.
+        config: hash of the configuration.
+        settings: how many to keep, and whether to wait.
+    """
+
+    def __init__(self, folder: Path, config: str, settings: TrainConfig) -> None:
+        self._folder, self._config, self._settings = folder, config, settings
+        self._pool = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
+        self._pending: Future[Path] | None = None
+
+    def save(self, state: TrainState) -> None:
+        """Write ``state``; raises CheckpointError if this or the one before could not be written."""
+        self.wait()
+        write = partial(save_checkpoint, self._folder, state, config=self._config, keep=self._settings.keep_checkpoints)
+        self._pending = self._pool.submit(write)
+        if not self._settings.async_checkpoints:
+            self.wait()
+
+    def wait(self) -> None:
+        """Wait for the checkpoint in hand and raise its failure."""
+        pending, self._pending = self._pending, None
+        if pending is not None:
+            pending.result()
+
+    def __enter__(self) -> CheckpointWriter:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._pool.shutdown(wait=True)
+        if error is None:
+            self.wait()
 
 
 def list_checkpoints(folder: Path) -> list[Path]:
@@ -120,32 +166,7 @@ def load_checkpoint(path: Path, *, config: str, allow_config_change: bool = Fals
     for key, value in flat.items():
         name, _, part = key.rpartition("/")
         optimizer.setdefault(name, {})[part] = value
-    return TrainState(meta["iteration"], trained, average, optimizer, meta["notes"])
-
-
-def optimizer_state(
-    optimizer: torch.optim.Optimizer, trained: Mapping[str, nn.Parameter]
-) -> dict[str, dict[str, Tensor]]:
-    """The optimizer's tensors by parameter name (empty before the first update)."""
-    return {name: dict(optimizer.state[p]) for name, p in trained.items() if p in optimizer.state}
-
-
-def restore(
-    state: TrainState,
-    trained: Mapping[str, nn.Parameter],
-    average: Mapping[str, Tensor],
-    optimizer: torch.optim.Optimizer,
-) -> None:
-    """Copy a checkpoint into parameters, moving average and optimizer.
-
-    Raises:
-        CheckpointError: names or shapes differ, either way.
-    """
-    copy_strictly(state.trained, trained, "checkpoint")
-    if average:
-        copy_strictly(state.average, average, "moving average of the checkpoint")
-    for name, entry in state.optimizer.items():
-        optimizer.state[trained[name]] = {key: value.clone() for key, value in entry.items()}
+    return TrainState(meta["iteration"], Snapshot(trained, average, optimizer), meta["notes"])
 
 
 @torch.no_grad()
@@ -163,7 +184,3 @@ def copy_strictly(values: Mapping[str, Tensor], into: Mapping[str, Tensor], what
         raise CheckpointError(f"{what} does not fit this model: {listed}")
     for name, target in into.items():
         target.copy_(values[name])
-
-
-def _contiguous(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    return {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}

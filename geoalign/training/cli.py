@@ -94,29 +94,9 @@ def _print_comparison(summary: dict[str, Any]) -> None:
 
 
 def _dry_run(config: Config) -> int:
-    import torch
+    from geoalign.training.dry_run import describe_run
 
-    from geoalign.models.dit import RetakeDiT
-    from geoalign.rl.window import WindowSchedule
-    from geoalign.training.optim import freeze_all_but
-
-    with torch.device("meta"):
-        model = RetakeDiT(config.model)
-    trained = freeze_all_but(model, config.optim.trainable)
-    schedule = WindowSchedule(config.window, config.flow.steps, config.run.seed)
-    windows = sorted({(w.start, w.stop) for w in map(schedule, range(config.train.iterations))})
-    total, group = sum(p.numel() for p in model.parameters()), config.groups
-    moving = sum(p.numel() for p in trained.values())
-    rows = {
-        "run folder": config.run.folder,
-        "model": f"{total:,} parameters, {moving:,} trained in {len(trained)} tensors",
-        "videos": f"{config.data.num_frames} x {config.data.height} x {config.data.width}",
-        "iteration": f"{group.conditions} conditions x {group.size} rollouts, {config.flow.steps} steps",
-        "windows": ", ".join(f"[{start}, {stop})" for start, stop in windows),
-        "rewards": ", ".join(f"{name} ({reward.kind})" for name, reward in config.rewards.items()) or "none",
-        "iterations": config.train.iterations,
-    }
-    for name, value in rows.items():
+    for name, value in describe_run(config).items():
         print(f"{name:<12} {value}")
     return 0
 
@@ -125,9 +105,9 @@ def run_pretrain(args: argparse.Namespace) -> int:
     """Pre-train a base policy and print its held-out numbers."""
     config = _load(args)
     from geoalign.training.bundle import save_policy
+    from geoalign.training.environment import bar, describe_environment
     from geoalign.training.evaluate import HeldOut, evaluate
     from geoalign.training.pretrain import pretrain
-    from geoalign.training.run import bar, describe_environment
 
     if config.run.threads:
         import torch
@@ -165,8 +145,8 @@ def run_evaluate(args: argparse.Namespace) -> int:
     from geoalign.errors import ConfigError
     from geoalign.io_utils import atomic_write_json
     from geoalign.training.bundle import load_policy
+    from geoalign.training.environment import describe_environment
     from geoalign.training.evaluate import HeldOut, evaluate
-    from geoalign.training.run import describe_environment
 
     if config.world is None:
         raise ConfigError("evaluate needs held-out pairs with a true render: set the world section (tiny_cpu has it)")

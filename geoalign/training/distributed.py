@@ -1,4 +1,4 @@
-"""Several processes: replicated parameters, gradients summed once per update (gloo or NCCL, torchrun)."""
+"""Several processes of torchrun behind the :class:`Ranks` interface (gloo or NCCL)."""
 
 from __future__ import annotations
 
@@ -6,61 +6,104 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import timedelta
-from typing import Literal
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from geoalign.errors import RunError
-from geoalign.training.engine import Engine, LocalEngine
+from geoalign.errors import ConfigError, RunError
+from geoalign.models.parallel import SequenceParallel
+from geoalign.training.ranks import LocalRanks, Operation, Ranks
+
+_OPERATIONS = {"sum": dist.ReduceOp.SUM, "max": dist.ReduceOp.MAX, "min": dist.ReduceOp.MIN}
 
 
-class ReplicatedEngine(Engine):
-    """Data parallelism over ``torch.distributed``; parameters and optimizer are replicated.
+class ProcessRanks(Ranks):
+    """The ranks of a ``torch.distributed`` process group.
 
-    Gradients of an update are complete only after its last backward, so they are summed then, in one collective, rather
-    than per backward as a wrapper module would.
+    Host tensors are reduced by gloo, device tensors by NCCL. A device collective with a rank that is gone waits inside
+    a kernel and cannot be interrupted, so :meth:`check_alive` lets the hosts meet first: those that wait learn which
+    rank is missing and end with a message.
     """
 
-    def __init__(self) -> None:
-        self.rank, self.world_size = dist.get_rank(), dist.get_world_size()
-        cuda = dist.get_backend() == "nccl"
-        self._device = torch.device("cuda", torch.cuda.current_device()) if cuda else torch.device("cpu")
+    def __init__(self, sequence: int, timeout_s: float) -> None:
+        self.rank, self.size, self.sequence = dist.get_rank(), dist.get_world_size(), sequence
+        self._timeout = timedelta(seconds=timeout_s)
+        self._hosts: Any = dist.new_group(backend="gloo", timeout=self._timeout) if _on_cuda() else dist.group.WORLD
 
-    def all_reduce(self, tensor: Tensor, operation: Literal["sum", "max", "min"]) -> Tensor:
-        """Reduce over the ranks; the result lies where ``tensor`` lay.
+    def collective(self, tensor: Tensor, operation: Operation) -> Tensor:
+        """Reduce over the ranks, where the tensor lies.
 
         Raises:
             RunError: a rank died or did not answer in time.
         """
-        kind = {"sum": dist.ReduceOp.SUM, "max": dist.ReduceOp.MAX, "min": dist.ReduceOp.MIN}[operation]
-        moved = tensor.to(self._device).contiguous()
+        group = dist.group.WORLD if tensor.is_cuda else self._hosts
+        if tensor.is_cuda:
+            self.check_alive()
+        tensor = tensor.contiguous()
+        self._guarded(lambda: dist.all_reduce(tensor, _OPERATIONS[operation], group=group))
+        return tensor
+
+    def check_alive(self) -> None:
+        """Meet on the hosts; raises RunError naming a rank that does not come."""
+        self._guarded(lambda: dist.monitored_barrier(self._hosts, timeout=self._timeout, wait_all_ranks=self.rank == 0))
+
+    def _guarded(self, call: Any) -> None:
         try:
-            dist.all_reduce(moved, kind)
+            call()
         except RuntimeError as error:
             raise RunError(
-                f"rank {self.rank} of {self.world_size}: another rank died or hangs ({str(error).splitlines()[0]}); "
+                f"rank {self.rank} of {self.size}: another rank died or hangs ({str(error).splitlines()[0]}); "
                 "see the logs of the other ranks, then continue with --resume auto"
             ) from error
-        return moved.to(tensor.device)
+
+    def sequence_group(self) -> SequenceParallel | None:
+        """A process group per ``sequence`` neighbours; every rank creates all of them, as torch wants it."""
+        if self.sequence == 1:
+            return None
+        groups = [
+            dist.new_group(list(range(first, first + self.sequence))) for first in range(0, self.size, self.sequence)
+        ]
+        mine: Any = groups[self.data_rank]
+
+        def exchange(rows: Tensor) -> Tensor:
+            received = torch.empty_like(rows)
+            self._guarded(lambda: dist.all_to_all_single(received, rows, group=mine))
+            return received
+
+        return SequenceParallel.register("sequence", self.sequence_rank, self.sequence, exchange)
+
+
+def _on_cuda() -> bool:
+    return dist.get_backend() != "gloo"
 
 
 @contextmanager
-def engine_of_environment(timeout_s: float) -> Iterator[Engine]:
-    """The engine that torchrun's environment asks for: one process without it, else a process group for the block.
+def ranks_of_environment(sequence: int, timeout_s: float, *, cuda: bool) -> Iterator[Ranks]:
+    """The ranks that torchrun's environment asks for: one process without it, else a process group for the block.
 
     Args:
+        sequence: neighbouring ranks that share the tokens of a rollout.
         timeout_s: how long a collective waits for the other ranks before the run ends.
+        cuda: whether tensors lie on GPUs, one per process.
+
+    Raises:
+        ConfigError: several ranks are to share tokens, but there is one process.
     """
     if int(os.environ.get("WORLD_SIZE", "1")) == 1:
-        yield LocalEngine()
+        if sequence > 1:
+            raise ConfigError(f"parallel.sequence {sequence} needs torchrun with at least that many processes")
+        yield LocalRanks()
         return
-    backend = "nccl" if torch.cuda.is_available() else "gloo"
-    if backend == "nccl":
-        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-    dist.init_process_group(backend, timeout=timedelta(seconds=timeout_s))
+    timeout = timedelta(seconds=timeout_s)
+    if cuda:
+        local = int(os.environ["LOCAL_RANK"])
+        torch.cuda.set_device(local)
+        dist.init_process_group("nccl", timeout=timeout, device_id=torch.device("cuda", local))
+    else:
+        dist.init_process_group("gloo", timeout=timeout)
     try:
-        yield ReplicatedEngine()
+        yield ProcessRanks(sequence, timeout_s)
     finally:
         dist.destroy_process_group()

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -14,7 +13,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from geoalign.config.data import PrepareConfig
+from geoalign.config.data import DEFAULT_NEGATIVE_PROMPT, PrepareConfig
 from geoalign.config.schema import Config
 from geoalign.errors import ConfigError, DataError, RunError
 from geoalign.geometry import so3
@@ -27,6 +26,7 @@ from geoalign.models.wan_vae import load_wan_codec
 from geoalign.rewards.base import PoseEstimate, PoseEvaluator
 from geoalign.rewards.registry import build_evaluator
 from geoalign.training.bundle import resolve_base
+from geoalign.training.device import device_of
 from geoalign.types import SourceClip
 from geoalign.world.dataset import is_complete, write_world
 
@@ -45,7 +45,7 @@ class ModelEncoder:
         codec: the codec of the policy.
         focal: focal length over frame width of clips whose camera is estimated.
         device: where codec and encoders run; results are on the CPU.
-        text, image, captioner, evaluator: see :class:`geoalign.config.data.PrepareConfig`.
+        text, image, captioner, evaluator, negative_prompt: see :class:`geoalign.config.data.PrepareConfig`.
     """
 
     identity: Mapping[str, str]
@@ -56,14 +56,18 @@ class ModelEncoder:
     image: ImageEncoder | None = None
     captioner: Captioner | None = None
     evaluator: PoseEvaluator | None = None
+    negative_prompt: str | None = None
 
     @torch.no_grad()
     def encode(self, frames: Tensor, prompt: str) -> Mapping[str, Tensor]:
-        """Of ``[F, 3, H, W]``: ``latents`` ``[C, T, h, w]``, ``context`` ``[L, D]``, ``image_tokens`` ``[N, D]``."""
+        """Of ``[F, 3, H, W]``: ``latents`` ``[C, T, h, w]``, texts ``context`` and ``negative`` ``[L, D]``, and
+        ``image_tokens`` ``[N, D]``."""
         moved = frames.to(self.device)
         tensors = {"latents": self.codec.encode(moved[None])[0]}
         if self.text is not None:
             tensors["context"] = self.text([prompt])[0]
+            if self.negative_prompt is not None:
+                tensors["negative"] = self.text([self.negative_prompt])[0]
         if self.image is not None:
             tensors["image_tokens"] = self.image(moved[:1])[0]
         return {name: value.cpu() for name, value in tensors.items()}
@@ -113,7 +117,7 @@ def build_encoder(config: Config) -> ModelEncoder:
         ConfigError: neither a base policy nor a codec is configured, or an unknown evaluator.
         CheckpointError: files that are missing, damaged or of another model.
     """
-    settings, device = config.data.prepare, _device(config)
+    settings, device = config.data.prepare, str(device_of(config.run))
     dtype = torch.bfloat16 if settings.dtype == "bfloat16" else torch.float32
     codec = _codec(config, device)
     text = image = captioner = evaluator = None
@@ -130,7 +134,8 @@ def build_encoder(config: Config) -> ModelEncoder:
         evaluator = build_evaluator(settings.evaluator, **settings.evaluator_options)
     place = "cpu" if isinstance(codec, PatchCodec) else device  # a patch transform is not worth the transfer
     identity, focal = encoder_identity(config), config.data.clips.default_focal
-    return ModelEncoder(identity, codec, focal, place, text, image, captioner, evaluator)
+    negative = negative_text(settings)
+    return ModelEncoder(identity, codec, focal, place, text, image, captioner, evaluator, negative)
 
 
 def encoder_identity(config: Config) -> dict[str, str]:
@@ -140,6 +145,8 @@ def encoder_identity(config: Config) -> dict[str, str]:
     if settings.text is not None:
         words = settings.tokenizer or settings.text
         identity["text"] = f"{weights_hash(settings.text)} {weights_hash(words)} {settings.text_length}"
+        if settings.negative_prompt is not None:
+            identity["negative"] = hashlib.sha256(str(negative_text(settings)).encode()).hexdigest()[:16]
     if settings.image is not None:
         identity["image"] = weights_hash(settings.image)
     if settings.captioner is not None:
@@ -147,6 +154,17 @@ def encoder_identity(config: Config) -> dict[str, str]:
     if settings.evaluator is not None:
         identity["evaluator"] = _evaluator_identity(settings)
     return identity
+
+
+def negative_text(settings: PrepareConfig) -> str | None:
+    """The negative prompt in words, or None.
+
+    Raises:
+        ConfigError: a negative prompt without a text encoder.
+    """
+    if settings.negative_prompt is not None and settings.text is None:
+        raise ConfigError("data.prepare.negative_prompt needs the text encoder data.prepare.text")
+    return DEFAULT_NEGATIVE_PROMPT if settings.negative_prompt == "default" else settings.negative_prompt
 
 
 def weights_hash(path: Path) -> str:
@@ -192,12 +210,6 @@ def render_missing_data(config: Config, rank: int, *, timeout_s: float = 3600.0)
                 f"{config.data.root}: rank 0 has not rendered the world in {timeout_s:g} s; see its messages"
             )
         time.sleep(0.2)
-
-
-def _device(config: Config) -> str:
-    if config.run.device == "cpu" or not torch.cuda.is_available():
-        return "cpu"
-    return f"cuda:{os.environ.get('LOCAL_RANK', '0')}"
 
 
 def _base(config: Config) -> Path:

@@ -2,56 +2,56 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from geoalign.config.flow import ObjectiveConfig
-from geoalign.config.training import OptimConfig
+from geoalign.flow.policy import Velocity
 from geoalign.flow.rollout import Rollout
 from geoalign.flow.sampler import FlowSampler
-from geoalign.models.conditioning import Conditioning
-from geoalign.rl.objective import LossOutput, RatioStats, clipped_surrogate, loss_weights
-from geoalign.rl.policy import RetakePolicy
-from geoalign.training.engine import Engine, LocalEngine
-from geoalign.training.optim import MovingAverage
+from geoalign.perf.timer import phase
+from geoalign.rl.objective import LossOutput, RatioStats, clipped_surrogate, kl_loss, loss_weights, reference_kl
+from geoalign.rl.policy import Prepared, RetakePolicy
+from geoalign.training.engines.base import Engine
+from geoalign.training.ranks import Ranks
+from geoalign.training.reference import ReferencePolicy
 from geoalign.training.streaming import StreamingBackward
 
 
 @dataclass(slots=True)
 class Learner:
-    """Owns the trained parameters, their optimizer and their average.
+    """Turns rollouts and advantages into updates of an engine.
 
     Attributes:
         policy: the very policy that the rollout used.
-        trained: trained parameters by name.
-        optimizer: AdamW over them.
-        average: their moving average.
-        objective: clip range and time weights.
-        optim: gradient clip and updates per rollout.
+        engine: owns the trained parameters and their optimizer.
+        ranks: joins numbers of the ranks.
+        objective: clip range, time weights, weight of the KL term.
+        updates: optimizer updates per rollout; the group's members are split into that many parts.
         merge_first: one forward and backward per condition at the first window step, instead of one per member.
-        engine: joins the ranks.
-        passes: network passes of the last update by kind (``replay``, ``backward``), per sample.
+        reference: the policy that a KL term pulls towards, or None.
+        passes: network passes of the last update by kind (``replay``, ``backward``, ``reference``), per sample.
     """
 
     policy: RetakePolicy
-    trained: Mapping[str, nn.Parameter]
-    optimizer: torch.optim.Optimizer
-    average: MovingAverage
+    engine: Engine
+    ranks: Ranks
     objective: ObjectiveConfig
-    optim: OptimConfig
+    updates: int = 1
     merge_first: bool = True
-    engine: Engine = field(default_factory=LocalEngine)
+    reference: ReferencePolicy | None = None
     passes: Counter[str] = field(default_factory=Counter)
 
     def update(
         self,
         sampler: FlowSampler,
         rollout: Rollout,
-        conditioning: Conditioning,
+        prepared: Prepared,
         advantage: Tensor,
         valid: Tensor,
         stream: StreamingBackward | None = None,
@@ -61,94 +61,113 @@ class Learner:
         Args:
             sampler: made the rollout.
             rollout: R = M * G trajectories, finite (``Rollout.neutralised``).
-            conditioning: its M conditions.
+            prepared: its M conditions.
             advantage: ``[R]``.
             valid: ``[R]`` bool.
-            stream: the rollout's own graphs; the backward starts from them and nothing is replayed.
+            stream: the rollout's own backward; nothing is replayed.
 
         Returns:
             Metrics: ratio statistics of all updates, loss, gradient norm, and log-probability parity before the first.
         """
         self.passes.clear()
-        stats: RatioStats | None = None
-        numbers: dict[str, float] = {"parity/log_prob_diff_max": 0.0}
-        updates = self.optim.updates_per_rollout
-        part_of_row = torch.arange(rollout.num_rows) % rollout.group_size * updates // rollout.group_size
-        for part in range(updates):
-            self.optimizer.zero_grad(set_to_none=True)
+        stats = RatioStats.empty(advantage.device)
+        numbers: dict[str, float] = {"policy/skipped_updates": 0.0}
+        part_of_row = torch.arange(rollout.num_rows, device=valid.device) % rollout.group_size
+        part_of_row = part_of_row * self.updates // rollout.group_size
+        for part in range(self.updates):
             mine = part_of_row == part
-            denominator = self.engine.sum(float((valid & mine).sum())) * rollout.num_window_steps
-            share = _Share(advantage, valid & mine, valid, mine, max(denominator, 1.0))
+            count = self.ranks.sum(float((valid & mine).sum())) * rollout.num_window_steps
+            share = _Share(advantage, valid & mine, valid, mine, max(count, 1.0), self.objective)
+            self.engine.begin()
             if stream is not None:
-                loss, part_stats = self._stream(sampler, stream, rollout, share)
-                drift = 0.0
+                result = self._stream(sampler, stream, rollout, share)
             else:
-                loss, part_stats, drift = self._replay(sampler, rollout, conditioning, share)
-            self.engine.reduce_gradients(self.trained)
-            norm = nn.utils.clip_grad_norm_(list(self.trained.values()), self.optim.grad_clip)
-            if bool(torch.isfinite(norm)):  # the norm is that of the reduced gradient, hence equal on all ranks
-                self.optimizer.step()
-                self.average.update()
+                result = self._replay(sampler, rollout, prepared, share)
+            with phase("update/optimizer"):
+                norm = self.engine.step()
             if part == 0:
-                numbers["parity/log_prob_diff_max"] = self.engine.maximum(drift)
-            part_stats = self.engine.join(part_stats)
-            stats = part_stats if stats is None else stats + part_stats
-            numbers |= {"policy/loss": self.engine.sum(loss), "policy/grad_norm": float(norm)}
-            numbers["policy/skipped_updates"] = numbers.get("policy/skipped_updates", 0.0) + float(
-                not torch.isfinite(norm)
-            )
-        assert stats is not None
+                numbers["parity/log_prob_diff_max"] = self.ranks.maximum(float(result.drift))
+            stats = stats + self.ranks.join(result.stats)
+            numbers |= {"policy/loss": self.ranks.sum(float(result.loss)), "policy/grad_norm": norm}
+            numbers["policy/skipped_updates"] += float(not math.isfinite(norm))
+            if self.reference is not None:
+                numbers["policy/reference_kl"] = self.ranks.sum(float(result.kl)) / max(count, 1.0)
         return numbers | {f"policy/{name}": value for name, value in stats.summary().items()}
 
-    def _replay(
-        self, sampler: FlowSampler, rollout: Rollout, conditioning: Conditioning, share: _Share
-    ) -> tuple[float, RatioStats, float]:
-        """Sum gradients over the window; returns the loss, ratio statistics and largest log-probability drift.
+    def _replay(self, sampler: FlowSampler, rollout: Rollout, prepared: Prepared, share: _Share) -> _Result:
+        """Sum gradients over the window.
 
         The first window step runs once per condition and serves all members (merged first learner step); the others
         run the rows of this update only.
         """
-        weights = loss_weights(sampler.table, self.objective)
+        weights = loss_weights(sampler.table, self.objective).tolist()
         if not self.merge_first and rollout.shared:
             rollout = replace(rollout, x_start=rollout.x_start.repeat_interleave(rollout.group_size, 0))
-        loss, drift = 0.0, torch.zeros(())
-        stats: RatioStats | None = None
+        result = _Result.zero(share.advantage.device)
+        targets = self._reference_velocities(sampler, rollout, prepared, share)
+        for position, rows, forwards in self._batches(sampler, rollout, share):
+            with phase("update/forward"):
+                replayed = sampler.replay(self.policy.velocity, rollout, position, prepared, rows)
+                old = rollout.log_prob[rows, position]
+                output = share.surrogate(replayed.log_prob, old, rows, weights[position])
+                loss = output.loss
+                if targets is not None:
+                    term, kl = share.kl(replayed.velocity, next(targets), sampler, position, rows, weights[position])
+                    loss, result.kl = loss + term, result.kl + kl
+            with phase("update/backward"):
+                self.engine.backward(loss)
+            self.passes.update(replay=forwards * replayed.velocity.passes, backward=forwards * replayed.velocity.passes)
+            # Rows that failed carry zeros instead of states; a NaN of a valid row must not be lost in a maximum.
+            difference = torch.where(share.valid[rows], replayed.log_prob.detach() - old, 0.0).abs()
+            result.drift = torch.maximum(result.drift, difference.max().float())
+            result.add(loss, output)
+        return result
+
+    def _batches(self, sampler: FlowSampler, rollout: Rollout, share: _Share) -> Iterator[tuple[int, slice, int]]:
+        """(window position, rows, forwards) of the batches that hold rows of this update."""
         for position in range(rollout.num_window_steps):
             per_lane = rollout.num_rows // rollout.state(position).shape[0]
             for rows in sampler.replay_batches(rollout, position):
-                if not bool(share.mine[rows].any()):
-                    continue
-                prepared = self.policy.prepare(conditioning)  # with graph: camera gains live in it
-                replayed = sampler.replay(self.policy.velocity, rollout, position, prepared, rows).log_prob
-                old = rollout.log_prob[rows, position]
-                # Rows that failed carry zeros instead of states; a NaN of a valid row must not be lost in a maximum.
-                difference = torch.where(share.valid[rows], replayed.detach() - old, 0.0).abs()
-                drift = torch.maximum(drift, difference.max().float())
-                output = share.surrogate(replayed, old, rows, self.objective.clip, float(weights[position]))
-                output.loss.backward()
-                self.passes.update(replay=(rows.stop - rows.start) // per_lane)
-                self.passes.update(backward=(rows.stop - rows.start) // per_lane)
-                loss += float(output.loss.detach())
-                stats = output.stats if stats is None else stats + output.stats
-        assert stats is not None
-        return loss, stats, float(drift)
+                if bool(share.mine[rows].any()):
+                    yield position, rows, (rows.stop - rows.start) // per_lane
 
-    def _stream(
-        self, sampler: FlowSampler, stream: StreamingBackward, rollout: Rollout, share: _Share
-    ) -> tuple[float, RatioStats]:
-        """One backward from the graphs that the rollout left behind; the ratio is 1, so old and new are one tensor."""
-        weights = loss_weights(sampler.table, self.objective)
-        total, stats = torch.zeros((), dtype=rollout.log_prob.dtype), None
-        for position, rows, log_prob in stream.drain():
-            old = log_prob.detach()
-            output = share.surrogate(log_prob, old, rows, self.objective.clip, float(weights[position]))
-            total = total + output.loss
-            stats = output.stats if stats is None else stats + output.stats
-            shared = position == 0 and rollout.shared
-            self.passes.update(backward=(rows.stop - rows.start) // (rollout.group_size if shared else 1))
-        assert stats is not None
-        total.backward()
-        return float(total.detach()), stats
+    def _reference_velocities(
+        self, sampler: FlowSampler, rollout: Rollout, prepared: Prepared, share: _Share
+    ) -> Iterator[Velocity] | None:
+        """The reference's velocities of every batch, in order; None without a KL term.
+
+        They are computed before the update's own forwards, so that the reference is put in place once per update.
+        """
+        if self.reference is None:
+            return None
+        velocities = []
+        with phase("update/reference"), torch.no_grad(), self.reference.in_place():
+            fixed = self.policy.prepare(prepared.conditioning)
+            for position, rows, forwards in self._batches(sampler, rollout, share):
+                velocity = sampler.replay(self.policy.velocity, rollout, position, fixed, rows).velocity
+                self.passes.update(reference=forwards * velocity.passes)
+                velocities.append(velocity)
+        return iter(velocities)
+
+    def _stream(self, sampler: FlowSampler, stream: StreamingBackward, rollout: Rollout, share: _Share) -> _Result:
+        """The backward that the rollout left behind; the ratio is 1, so old and new are one tensor."""
+        weights = loss_weights(sampler.table, self.objective).tolist()
+        result, total = _Result.zero(share.advantage.device), torch.zeros((), device=share.advantage.device)
+        with phase("update/backward"):
+            for position, rows, log_prob in stream.graphs():
+                output = share.surrogate(log_prob, log_prob.detach(), rows, weights[position])
+                total = total + output.loss
+                result.add(output.loss, output)
+                merged = position == 0 and rollout.shared
+                self.passes.update(backward=(rows.stop - rows.start) // (rollout.group_size if merged else 1))
+            if total.requires_grad:
+                self.engine.backward(total)
+            for position, row, log_prob in stream.finished():
+                output = share.surrogate(log_prob, log_prob, slice(row, row + 1), weights[position])
+                result.add(output.loss, output)
+                self.passes.update(backward=1)
+            self.engine.accumulate(stream.combine(-share.gain / share.denominator))
+        return result
 
 
 @dataclass(frozen=True, slots=True)
@@ -160,15 +179,52 @@ class _Share:
     valid: Tensor
     mine: Tensor
     denominator: float
+    objective: ObjectiveConfig
 
-    def surrogate(self, log_prob: Tensor, old: Tensor, rows: slice, clip: float, weight: float) -> LossOutput:
+    @property
+    def gain(self) -> Tensor:
+        """``[R]`` advantages, 0 for rows that this update leaves out."""
+        return torch.where(self.keep, self.advantage, 0.0)
+
+    def surrogate(self, log_prob: Tensor, old: Tensor, rows: slice, weight: float) -> LossOutput:
         """The clipped surrogate of some rows of a window step."""
         return clipped_surrogate(
             log_prob,
             old,
             self.advantage[rows],
-            clip=clip,
+            clip=self.objective.clip,
             weight=weight,
             denominator=self.denominator,
             valid=self.keep[rows],
         )
+
+    def kl(
+        self, velocity: Velocity, reference: Velocity, sampler: FlowSampler, position: int, rows: slice, weight: float
+    ) -> tuple[Tensor, Tensor]:
+        """The KL term of some rows of a window step, and the unweighted sum of their divergences."""
+        assert sampler.table.window is not None
+        coefficients = sampler.table.row(sampler.table.window.steps[position])
+        kl = reference_kl(velocity.combined(), reference.combined(), coefficients)
+        settings = {"kl_weight": self.objective.kl_weight, "weight": weight, "denominator": self.denominator}
+        keep = self.keep[rows]
+        return kl_loss(kl, **settings, valid=keep), torch.where(keep, kl.detach(), 0.0).sum()
+
+
+@dataclass(slots=True)
+class _Result:
+    """Sums over the batches of one update; tensors, so that nothing waits for the device."""
+
+    loss: Tensor
+    kl: Tensor
+    drift: Tensor
+    stats: RatioStats
+
+    @staticmethod
+    def zero(device: torch.device) -> _Result:
+        """Nothing yet."""
+        zero = torch.zeros((), device=device)
+        return _Result(zero, zero, zero, RatioStats.empty(device))
+
+    def add(self, loss: Tensor, output: LossOutput) -> None:
+        """Add one batch."""
+        self.loss, self.stats = self.loss + loss.detach(), self.stats + output.stats

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 from collections.abc import Mapping
@@ -9,16 +10,21 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+from geoalign.config.training import RunConfig
+from geoalign.errors import ConfigError
 from geoalign.io_utils import atomic_write_text, read_jsonl
 
 
 class MetricsWriter:
-    """Appends to ``metrics.jsonl`` and to TensorBoard event files under ``tb/``.
+    """Appends to ``metrics.jsonl``, to TensorBoard event files under ``tb/`` and, if asked for, to Weights & Biases.
 
     A resumed run drops rows at or after its first iteration, so a row is never there twice.
+
+    Raises:
+        ConfigError: ``run.wandb`` is set and the package is missing.
     """
 
-    def __init__(self, folder: Path, first_iteration: int = 0) -> None:
+    def __init__(self, folder: Path, run: RunConfig, first_iteration: int = 0) -> None:
         from torch.utils.tensorboard import SummaryWriter
 
         self.path = folder / "metrics.jsonl"
@@ -26,6 +32,7 @@ class MetricsWriter:
             kept = [row for row in read_jsonl(self.path) if row["iteration"] < first_iteration]
             atomic_write_text(self.path, "".join(_line(row) for row in kept))
         self._board = SummaryWriter(str(folder / "tb"), purge_step=first_iteration)
+        self._tracker = None if run.wandb is None else _tracker(folder, run)
 
     def write(self, iteration: int, values: Mapping[str, float]) -> None:
         """Record one iteration; a non-finite number becomes null in JSON."""
@@ -34,6 +41,8 @@ class MetricsWriter:
         for name, value in values.items():
             self._board.add_scalar(name, value, iteration)
         self._board.flush()
+        if self._tracker is not None:
+            self._tracker.log(dict(values), step=iteration)
 
     def __enter__(self) -> MetricsWriter:
         return self
@@ -42,6 +51,20 @@ class MetricsWriter:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._board.close()
+        if self._tracker is not None:
+            self._tracker.finish(exit_code=int(error is not None))
+
+
+def _tracker(folder: Path, run: RunConfig) -> Any:
+    """A W&B run that a resumed run continues; WANDB_MODE=offline keeps it in the run folder."""
+    try:
+        import wandb
+    except ImportError as error:
+        raise ConfigError(
+            f"run.wandb={run.wandb} needs the package: pip install 'geoalign[wandb]' ({error})"
+        ) from error
+    identity = hashlib.sha256(str(folder.resolve()).encode()).hexdigest()[:12]
+    return wandb.init(project=run.wandb, name=run.name, dir=str(folder), id=identity, resume="allow")
 
 
 def _line(row: Mapping[str, Any]) -> str:

@@ -119,8 +119,7 @@ def _loss(policy: RetakePolicy, pool: Pool, index: Tensor, shift: float, generat
     clean = pool.target[index]
     noise = torch.randn(clean.shape, generator=generator)
     level = sigma[:, None, None, None, None]
-    prepared = policy.prepare(pool.conditioning.select(index))
-    velocity = policy.velocity((1 - level) * clean + level * noise, 1000 * sigma, prepared)
+    velocity = policy.model((1 - level) * clean + level * noise, 1000 * sigma, pool.conditioning.select(index))
     return (velocity - (noise - clean)).square().mean()
 
 

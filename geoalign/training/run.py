@@ -3,13 +3,10 @@
 from __future__ import annotations
 
 import logging
-import os
-import platform
 import signal
-import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,29 +14,25 @@ from typing import Any
 
 import numpy as np
 import torch
-from tqdm import tqdm
 
-from geoalign import __version__
 from geoalign.config.load import to_yaml
 from geoalign.config.schema import Config
 from geoalign.data.source import RetakeDataset
-from geoalign.errors import CheckpointError, ConfigError, UsageError
+from geoalign.errors import CheckpointError, UsageError
+from geoalign.export.formats import save_safetensors
 from geoalign.io_utils import atomic_path, atomic_write_json, atomic_write_text
+from geoalign.models.codec import PatchCodec
 from geoalign.rewards.registry import build_rewards
 from geoalign.rl.policy import RetakePolicy
-from geoalign.training.bundle import load_policy, save_policy
-from geoalign.training.checkpoint import (
-    TrainState,
-    config_hash,
-    list_checkpoints,
-    load_checkpoint,
-    save_checkpoint,
-)
-from geoalign.training.distributed import engine_of_environment
+from geoalign.training.bundle import open_base, save_policy
+from geoalign.training.checkpoint import CheckpointWriter, TrainState, config_hash, list_checkpoints, load_checkpoint
+from geoalign.training.device import device_of, dtype_of
+from geoalign.training.distributed import ranks_of_environment
 from geoalign.training.encoders import encoder_identity
-from geoalign.training.engine import Engine
+from geoalign.training.environment import bar, describe_environment
 from geoalign.training.evaluate import METRICS, Evaluation, HeldOut, evaluate
 from geoalign.training.metrics import MetricsWriter
+from geoalign.training.ranks import Ranks
 from geoalign.training.trainer import Trainer
 from geoalign.world.dataset import is_complete, write_world
 
@@ -74,11 +67,6 @@ def prepare_run(config: Config) -> None:
     """Set threads and render the embedded world if its files are missing."""
     if config.run.threads:
         torch.set_num_threads(config.run.threads)
-    if config.run.device == "cuda":
-        raise UsageError(
-            "run.device=cuda: the training loop runs on the CPU so far (models, scorers and kernels know GPUs, it "
-            "does not place them yet); use run.device=cpu. `geoalign doctor` shows what this machine has"
-        )
     if config.world is not None and not is_complete(config.data, config.world):
         with bar(config.world.clips, "rendering the world", "clip") as progress:
             write_world(config.data, config.world, progress.update)
@@ -95,30 +83,30 @@ def run_training(config: Config, *, resume: str | None = None, allow_config_chan
     Raises:
         UserError: any set-up that cannot work; nothing is left half-written.
     """
-    with engine_of_environment(config.train.rank_timeout_s) as engine:
-        return _run_training(config, engine, resume, allow_config_change)
+    device, parallel = device_of(config.run), config.parallel
+    cuda = device.type == "cuda"
+    if cuda:
+        torch.cuda.set_device(device)
+    with ranks_of_environment(parallel.sequence, config.train.rank_timeout_s, cuda=cuda) as ranks:
+        return _run_training(config, ranks, resume, allow_config_change)
 
 
-def _run_training(config: Config, engine: Engine, resume: str | None, allow_config_change: bool) -> Path:
-    """The run on one rank; rank 0 alone evaluates and writes."""
-    folder, main = config.run.folder, engine.rank == 0
-    resolved = config.model_dump(mode="json")
-    fingerprint = config_hash(resolved)
+def _run_training(config: Config, ranks: Ranks, resume: str | None, allow_config_change: bool) -> Path:
+    """The run on one rank; rank 0 alone writes."""
+    folder, main = config.run.folder, ranks.rank == 0
+    fingerprint = config_hash(config.model_dump(mode="json"))
     checkpoint = _find_checkpoint(folder, resume)
     _refuse_overwrite(folder, checkpoint, resume)
-    if config.train.base is None:
-        raise ConfigError(
-            "train.base is not set: give a policy file (geoalign pretrain makes one) or builtin:tiny_base"
-        )
-    policy, _ = load_policy(config.train.base)
     state = (
         None
         if checkpoint is None
         else load_checkpoint(checkpoint, config=fingerprint, allow_config_change=allow_config_change)
     )
+    device = device_of(config.run)
+    policy = open_base(config, device, dtype_of(config.run, device))
     if main:
         prepare_run(config)
-    engine.barrier()  # rank 0 has rendered the world, and every rank has looked for checkpoints
+    ranks.barrier()  # rank 0 has rendered the world, and every rank has looked for checkpoints
     if not main:
         prepare_run(config)
     rewards = build_rewards(config.rewards, config.failures)
@@ -126,37 +114,48 @@ def _run_training(config: Config, engine: Engine, resume: str | None, allow_conf
     dataset = RetakeDataset(config.data, seed=config.run.seed, encoder=encoder)
     if state is not None:
         refuse_other_data(state, dataset.fingerprint(), allow_config_change)
-    trainer = Trainer(config, policy, dataset, rewards, engine)
+    trainer = Trainer(config, policy, dataset, rewards, ranks)
     environment = describe_environment()
     if main:
         folder.mkdir(parents=True, exist_ok=True)
         atomic_write_text(folder / "config.yaml", to_yaml(config))
         atomic_write_json(folder / "env.json", environment)
+    evaluation = _Evaluator.of(config, trainer, folder)
     clock = _Clock()
-    held_out = None if config.world is None or not main else HeldOut.build(config.world, config.eval)
     if state is not None:
         trainer.load(state)
-    elif held_out is not None:
-        trainer.notes["before"] = _evaluate_and_keep(config, policy, held_out, folder, "before")
+    else:
+        trainer.notes["before"] = evaluation.keep("before")
     trainer.notes["data"] = dataset.fingerprint()
-    finished = _loop(config, trainer, folder, fingerprint, held_out, clock)
-    if not finished or not main:
+    if not _loop(config, trainer, folder, fingerprint, evaluation, clock):
         return folder
-    trainer.learner.average.swap()
-    save_policy(folder / "policy.safetensors", policy, config.codec, {"run": config.run.name, "seed": config.run.seed})
-    after = {} if held_out is None else _evaluate_and_keep(config, policy, held_out, folder, "after")
-    trainer.learner.average.swap()
-    summary = _summary(trainer.notes, after) | {
-        "seed": config.run.seed,
-        "iterations": trainer.iteration,
-        "wall_s": clock.wall(trainer.notes),
-        "cpu_s": clock.cpu(trainer.notes),
-        "base": str(config.train.base),
-        "config_hash": fingerprint,
-        **environment,
-    }
-    atomic_write_json(folder / "summary.json", summary)
+    trained = trainer.engine.snapshot().average
+    if main:
+        _save_result(config, trainer.policy, folder, trained)
+    trainer.engine.swap_average()
+    after = evaluation.keep("after")
+    trainer.engine.swap_average()
+    if main:
+        summary = _summary(trainer.notes, after) | {
+            "seed": config.run.seed,
+            "iterations": trainer.iteration,
+            "wall_s": clock.wall(trainer.notes),
+            "cpu_s": clock.cpu(trainer.notes),
+            "base": str(config.train.base),
+            "config_hash": fingerprint,
+            **environment,
+        }
+        atomic_write_json(folder / "summary.json", summary)
     return folder
+
+
+def _save_result(config: Config, policy: RetakePolicy, folder: Path, trained: Mapping[str, torch.Tensor]) -> None:
+    """The trained policy as one file; of published weights only the trained part, which their loaders read."""
+    if isinstance(policy.codec, PatchCodec):
+        notes = {"run": config.run.name, "seed": config.run.seed}
+        save_policy(folder / "policy.safetensors", policy, config.codec, notes, trained)
+    else:
+        save_safetensors({name: value.contiguous() for name, value in trained.items()}, folder / "delta.safetensors")
 
 
 def refuse_other_data(state: TrainState, fingerprint: str, allowed: bool) -> None:
@@ -185,34 +184,31 @@ class _Clock:
 
 
 def _loop(
-    config: Config, trainer: Trainer, folder: Path, fingerprint: str, held_out: HeldOut | None, clock: _Clock
+    config: Config, trainer: Trainer, folder: Path, fingerprint: str, evaluation: _Evaluator, clock: _Clock
 ) -> bool:
     """Iterate to the end (True) or to a stop request (False); always leaves a checkpoint of the last iteration."""
-    total = config.train.iterations
+    total, main = config.train.iterations, trainer.ranks.rank == 0
     base_notes = dict(trainer.notes)
-
-    def save() -> None:
-        if trainer.engine.rank:
-            return
-        trainer.notes |= {"wall_s": clock.wall(base_notes), "cpu_s": clock.cpu(base_notes)}
-        save_checkpoint(folder / "checkpoints", trainer.state(), config=fingerprint, keep=config.train.keep_checkpoints)
-
     with (
         StopRequest().installed() as stop,
-        MetricsWriter(folder, trainer.iteration) if trainer.engine.rank == 0 else nullcontext() as writer,
+        CheckpointWriter(folder / "checkpoints", fingerprint, config.train) as checkpoints,
+        MetricsWriter(folder, config.run, trainer.iteration) if main else nullcontext() as writer,
         bar(total, "training", "it", trainer.iteration) as progress,
     ):
         while trainer.iteration < total:
             numbers = trainer.step()
-            if config.eval.every and held_out is not None and trainer.iteration % config.eval.every == 0:
-                numbers |= _evaluate_on_the_way(config, trainer, held_out)
+            if config.eval.every and trainer.iteration % config.eval.every == 0:
+                numbers |= evaluation.on_the_way()
             if writer is not None:
                 writer.write(trainer.iteration - 1, numbers)
             progress.set_postfix_str(_headline(numbers), refresh=False)
             progress.update()
-            stopping = trainer.engine.maximum(float(bool(stop.signal_name))) > 0  # all ranks stop together
+            stopping = trainer.ranks.maximum(float(bool(stop.signal_name))) > 0  # all ranks stop together
             if trainer.iteration % config.train.checkpoint_every == 0 or trainer.iteration == total or stopping:
-                save()
+                trainer.notes |= {"wall_s": clock.wall(base_notes), "cpu_s": clock.cpu(base_notes)}
+                state = trainer.state()  # a collective
+                if main:
+                    checkpoints.save(state)
             if stopping and trainer.iteration < total:
                 print(
                     f"stopped after iteration {trainer.iteration} of {total}; continue with --resume auto",
@@ -235,20 +231,43 @@ def _headline(numbers: Mapping[str, float]) -> str:
     return ", ".join(parts)
 
 
-def _evaluate_on_the_way(config: Config, trainer: Trainer, held_out: HeldOut) -> dict[str, float]:
-    trainer.learner.average.swap()
-    result = evaluate(trainer.policy, config.flow, held_out, config.eval)
-    trainer.learner.average.swap()
-    return {f"eval/{kind}_{metric}": result.mean(kind, metric) for kind in result.numbers for metric in METRICS}
+@dataclass(frozen=True, slots=True)
+class _Evaluator:
+    """Held-out evaluation of a run; does nothing without held-out pairs.
 
+    One rank suffices where every rank holds the whole model; ranks that hold parts of it evaluate together.
+    """
 
-def _evaluate_and_keep(
-    config: Config, policy: RetakePolicy, held_out: HeldOut, folder: Path, stage: str
-) -> dict[str, dict[str, list[float]]]:
-    """Evaluate, keep videos and cameras for the report, return the numbers per kind, metric and noise seed."""
-    result = evaluate(policy, config.flow, held_out, config.eval)
-    _write_clips(folder / "eval" / f"{stage}.npz", held_out, result)
-    return {kind: dict(rows) for kind, rows in result.numbers.items()}
+    config: Config
+    trainer: Trainer
+    folder: Path
+    held_out: HeldOut | None
+
+    @staticmethod
+    def of(config: Config, trainer: Trainer, folder: Path) -> _Evaluator:
+        together = config.parallel.engine == "fsdp" or config.parallel.sequence > 1
+        taking_part = config.world is not None and (together or trainer.ranks.rank == 0)
+        held_out = HeldOut.build(config.world, config.eval) if taking_part and config.world is not None else None
+        return _Evaluator(config, trainer, folder, held_out)
+
+    def on_the_way(self) -> dict[str, float]:
+        """Means of the averaged policy, as metrics."""
+        self.trainer.engine.swap_average()
+        numbers = {}
+        if self.held_out is not None:
+            result = evaluate(self.trainer.policy, self.config.flow, self.held_out, self.config.eval)
+            numbers = {f"eval/{kind}_{m}": result.mean(kind, m) for kind in result.numbers for m in METRICS}
+        self.trainer.engine.swap_average()
+        return numbers
+
+    def keep(self, stage: str) -> dict[str, dict[str, list[float]]]:
+        """Evaluate, keep videos and cameras for the report, return the numbers per kind, metric and noise seed."""
+        if self.held_out is None:
+            return {}
+        result = evaluate(self.trainer.policy, self.config.flow, self.held_out, self.config.eval)
+        if self.trainer.ranks.rank == 0:
+            _write_clips(self.folder / "eval" / f"{stage}.npz", self.held_out, result)
+        return {kind: dict(rows) for kind, rows in result.numbers.items()}
 
 
 def _write_clips(path: Path, held_out: HeldOut, result: Evaluation) -> None:
@@ -310,44 +329,3 @@ def _refuse_overwrite(folder: Path, checkpoint: Path | None, resume: str | None)
         raise UsageError(
             f"{folder} already holds checkpoints: continue with --resume auto, or choose another run.name or run.dir"
         )
-
-
-def describe_environment() -> dict[str, Any]:
-    """Versions, hardware and commit that a result is worthless without."""
-    return {
-        "versions": {
-            "geoalign": __version__,
-            "python": platform.python_version(),
-            "torch": torch.__version__,
-            "numpy": np.__version__,
-        },
-        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else _cpu_name(),
-        "cores": os.cpu_count(),
-        "commit": source_commit(),
-        "command": " ".join(sys.argv),
-    }
-
-
-def _cpu_name() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return platform.processor() or platform.machine()
-    return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.machine())
-
-
-def source_commit() -> str:
-    """Commit of the source tree the package runs from (with ``-dirty``), or "installed" for a wheel."""
-    root = Path(__file__).parents[2]
-    if not (root / ".git").exists():
-        return "installed"
-    call: Callable[..., str] = lambda *args: subprocess.run(  # noqa: E731 - two calls of one command
-        ["git", "-C", str(root), *args], capture_output=True, text=True, check=False
-    ).stdout.strip()
-    dirty = call("status", "--porcelain", "--untracked-files=no")
-    return call("rev-parse", "--short=12", "HEAD") + ("-dirty" if dirty else "")
-
-
-def bar(total: int, what: str, unit: str, initial: int = 0) -> tqdm:  # type: ignore[type-arg]
-    """A progress bar with ETA on a terminal; silent elsewhere."""
-    return tqdm(total=total, initial=initial, desc=what, unit=unit, disable=not sys.stderr.isatty(), dynamic_ncols=True)

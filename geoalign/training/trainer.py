@@ -14,18 +14,21 @@ from geoalign.errors import ConfigError, RunError
 from geoalign.flow.rollout import Rollout
 from geoalign.flow.sampler import FlowSampler, initial_noise
 from geoalign.flow.table import StepWindow, build_step_table
-from geoalign.perf.budget import PassCount, Plan, Walk, count_passes
-from geoalign.perf.timer import PhaseTimer
+from geoalign.perf.timer import PhaseTimer, phase
 from geoalign.rewards.base import Reward
+from geoalign.rewards.placement import decode_and_score
 from geoalign.rl.advantage import Advantage, group_advantage
-from geoalign.rl.policy import RetakePolicy
-from geoalign.rl.score import Scores, score_videos
+from geoalign.rl.objective import loss_weights
+from geoalign.rl.policy import Prepared, RetakePolicy
+from geoalign.rl.score import Scores, merged
 from geoalign.rl.window import WindowSchedule
-from geoalign.training.checkpoint import TrainState, optimizer_state, restore
-from geoalign.training.engine import Engine, LocalEngine, gather_scores, place_groups
+from geoalign.training.checkpoint import TrainState
 from geoalign.training.learner import Learner
-from geoalign.training.optim import MovingAverage, build_adamw, freeze_all_but, set_learning_rate
+from geoalign.training.optim import set_learning_rate
+from geoalign.training.ranks import LocalRanks, Placement, Ranks, gather_scores
+from geoalign.training.setup import ready
 from geoalign.training.streaming import StreamingBackward
+from geoalign.training.telemetry import WorkMeter
 from geoalign.types import RetakeBatch
 from geoalign_kernels import philox_uniform
 
@@ -63,31 +66,30 @@ class Trainer:
         policy: RetakePolicy,
         source: ConditionSource,
         rewards: Mapping[str, Reward],
-        engine: Engine | None = None,
+        ranks: Ranks | None = None,
     ) -> None:
-        self.config, self.policy, self.source, self.rewards = config, policy, source, rewards
+        self.config, self.source, self.rewards = config, source, rewards
+        self.ranks = LocalRanks() if ranks is None else ranks
         self.schedule = WindowSchedule(config.window, config.flow.steps, config.run.seed)
-        self.engine = LocalEngine() if engine is None else engine
-        self.place = place_groups(
-            config.groups.conditions, config.groups.size, self.engine.rank, self.engine.world_size
-        )
-        if self.place.member_ids.numel() < config.groups.size and config.optim.updates_per_rollout > 1:
+        self.place = Placement.of(config.groups.conditions, config.groups.size, self.ranks)
+        if not self.place.whole and config.optim.updates_per_rollout > 1:
             raise ConfigError(
                 "optim.updates_per_rollout > 1 needs whole groups on every rank: use a number of ranks that divides "
                 f"groups.conditions {config.groups.conditions}"
             )
-        policy.model.recompute, policy.model.prune_source = config.levers.recompute, config.levers.prune_source
-        trained = freeze_all_but(policy.model, config.optim.trainable)
+        parts = ready(config, policy, self.ranks)
+        self.policy, self.engine, self.device = parts.policy, parts.engine, parts.device
         self.learner = Learner(
-            policy,
-            trained,
-            build_adamw(trained, config.optim),
-            MovingAverage(trained, config.optim.ema),
+            self.policy,
+            self.engine,
+            self.ranks,
             config.objective,
-            config.optim,
-            merge_first=config.levers.merge_first_step,
-            engine=self.engine,
+            config.optim.updates_per_rollout,
+            config.levers.merge_first_step,
+            parts.reference,
         )
+        self.meter = WorkMeter(config, self.place, self.device)
+        self.clock = PhaseTimer(self.device)
         self.iteration = 0
         self.notes: dict[str, Any] = {}
 
@@ -97,51 +99,31 @@ class Trainer:
         Raises:
             RunError: too many invalid samples, or log-probabilities of rollout and replay differ beyond the bound.
         """
-        config, clock, place = self.config, PhaseTimer(), self.place
-        groups, size = place.group_ids, place.member_ids.numel()
+        config, place = self.config, self.place
         window = self.schedule(self.iteration)
         sampler = self._sampler(window)
-        with clock.phase("data"):
-            batch = self._draw(groups.tolist())
-        stream = StreamingBackward() if config.levers.streaming else None
-        with clock.phase("rollout/encode"), torch.set_grad_enabled(stream is not None):
-            conditioning = self.policy.condition(batch)
-            prepared = self.policy.prepare(conditioning)
-        with clock.phase("rollout/denoise"):
-            noise = initial_noise(self.policy.latent_shape(batch), config.run.seed, self.iteration, groups)
-            rollout, usable = sampler.rollout(
-                self.policy.velocity,
-                prepared,
-                noise,
-                seed=config.run.seed,
-                iteration=self.iteration,
-                group_ids=groups,
-                member_ids=place.member_ids,
-                observer=stream,
-            ).neutralised()
-        with clock.phase("rollout/decode"):
-            members = batch.repeat_interleave(size)
-            videos = self.policy.decode(rollout.final, members)
-        with clock.phase("reward"):
-            scores = gather_scores(self.engine, place, score_videos(self.rewards, videos, members, usable))
-            self._refuse_too_many_failures(scores)
-        with clock.phase("advantage"):
-            group_ids = torch.arange(config.groups.conditions).repeat_interleave(config.groups.size)
-            advantage = group_advantage(scores.scores, scores.valid, group_ids, config.advantage)
-            values = self._shuffled(advantage.values) if config.train.shuffle_advantages else advantage.values
-        with clock.phase("update"):
-            factor = set_learning_rate(self.learner.optimizer, config.optim, self.iteration, config.train.iterations)
-            # A masked row still runs through the held graphs, where zero times NaN is NaN: replay zeros instead.
-            held = stream if bool(usable.all()) else None
+        with self.clock.active():
+            with phase("data"):
+                batch = self._draw(place.group_ids.tolist()).to(self.device)
+            with phase("rollout/encode"):
+                prepared = self.policy.prepare(self.policy.condition(batch))
+            stream = self._stream(sampler)
+            rollout, usable = self._rollout(sampler, batch, prepared, stream)
+            scores = self._score(rollout, batch, usable)
+            with phase("advantage"):
+                advantage = self._advantage(scores)
+            factor = set_learning_rate(self.engine.optimizer, config.optim, self.iteration, config.train.iterations)
             rows = place.rows
-            update = self.learner.update(sampler, rollout, conditioning, values[rows], scores.valid[rows], held)
+            values, valid = advantage.values[rows].to(self.device), scores.valid[rows].to(self.device)
+            update = self.learner.update(sampler, rollout, prepared, values, valid, self._held(stream))
         self._refuse_drift(update["parity/log_prob_diff_max"])
         self.iteration += 1
-        seconds = clock.collect() | {f"time/reward/{name}_s": value for name, value in scores.seconds.items()}
+        seconds = self.clock.collect() | {f"time/reward/{name}_s": value for name, value in scores.seconds.items()}
+        spent = self.meter.passes(rollout, self.learner.passes)
+        work = self.meter.metrics(spent, sampler.table, seconds["time/iteration_s"])
         where = {"window/start": float(window.start), "optim/lr_factor": factor}
-        counts = self._counts(rollout, sampler)
         data = self.source.telemetry() if isinstance(self.source, PrefetchingSource) else {}
-        return _reward_metrics(scores, advantage) | update | counts | seconds | where | data
+        return _reward_metrics(scores, advantage) | update | work | seconds | where | data
 
     def _draw(self, group_ids: list[int]) -> RetakeBatch:
         """The batch of this iteration; the next one is assembled while this one trains."""
@@ -153,62 +135,84 @@ class Trainer:
     def _sampler(self, window: StepWindow) -> FlowSampler:
         """The sampler of one iteration.
 
-        With several updates per rollout, forwards run in batches of one update's members: rollout and learner then have
-        equal batch shapes (the ratio stays exactly 1) although every update replays only its own rows.
+        With several updates per rollout, forwards run in batches of at most one update's members: rollout and learner
+        then have equal batch shapes (the ratio stays exactly 1) although every update replays only its own rows.
         """
-        config, size, updates = self.config, self.place.member_ids.numel(), self.config.optim.updates_per_rollout
+        config, updates = self.config, self.config.optim.updates_per_rollout
+        rows = config.groups.rows_per_forward
+        if updates > 1:
+            rows = rows or max(config.groups.size // updates, 1)
         return FlowSampler(
             build_step_table(config.flow, window),
-            size,
+            self.place.member_ids.numel(),
             share_prefix=config.levers.share_prefix,
-            rows_per_forward=None if updates == 1 else max(config.groups.size // updates, 1),
+            rows_per_forward=rows,
             window_grad=True,
         )
 
-    def _counts(self, rollout: Rollout, sampler: FlowSampler) -> dict[str, float]:
-        """Network passes of this rank that were run, and what the cost model expects of it."""
-        levers, table, run = self.config.levers, sampler.table, self.learner.passes
-        assert table.window is not None
-        walk = Walk(table.window.start, rollout.num_window_steps, table.num_steps - table.window.stop)
-        plan = Plan(
-            share_prefix=levers.share_prefix,
-            merge_first=levers.merge_first_step,
-            checkpoint=levers.recompute,
-            stream_backward=levers.streaming,
-        )
-        groups, size = self.place.group_ids.numel(), self.place.member_ids.numel()
-        expected = count_passes(walk, groups, size, self.config.optim.updates_per_rollout, plan)
-        spent = PassCount(
-            rollout.forwards.prefix,
-            rollout.forwards.window,
-            rollout.forwards.tail,
-            run["replay"],
-            run["backward"] if levers.recompute else 0,
-            run["backward"],
-        )
-        return {
-            "perf/forwards_rollout": float(spent.rollout),
-            "perf/forwards_learner": float(spent.replay),
-            "perf/forwards_recomputed": float(spent.recompute),
-            "perf/backwards": float(spent.backward),
-            "perf/forward_equivalents": float(spent.forward_equivalents),
-            "perf/predicted_forward_equivalents": float(expected.forward_equivalents),
-        }
+    def _stream(self, sampler: FlowSampler) -> StreamingBackward | None:
+        mode = self.config.levers.streaming
+        if mode == "off":
+            return None
+        weights = loss_weights(sampler.table, self.config.objective).tolist()
+        return StreamingBackward(self.engine.trained, weights, None if mode == "graphs" else mode)
+
+    def _held(self, stream: StreamingBackward | None) -> StreamingBackward | None:
+        """The stream, unless the backward of some rank's graphs would spread a NaN: then all ranks replay zeros."""
+        if stream is None or self.ranks.maximum(float(stream.poisoned)):
+            return None
+        return stream
+
+    def _rollout(
+        self, sampler: FlowSampler, batch: RetakeBatch, prepared: Prepared, stream: StreamingBackward | None
+    ) -> tuple[Rollout, Tensor]:
+        """The rollouts of this rank, zeros where a sample is not finite, and which are (``[R]`` bool)."""
+        groups, members = (ids.to(self.device) for ids in (self.place.group_ids, self.place.member_ids))
+        noise = initial_noise(self.policy.latent_shape(batch), self.config.run.seed, self.iteration, groups)
+        return sampler.rollout(
+            self.policy.phased(),
+            prepared,
+            noise.to(torch.promote_types(noise.dtype, self.policy.dtype)),
+            seed=self.config.run.seed,
+            iteration=self.iteration,
+            group_ids=groups,
+            member_ids=members,
+            observer=stream,
+        ).neutralised()
+
+    def _score(self, rollout: Rollout, batch: RetakeBatch, usable: Tensor) -> Scores:
+        """Decode and score this rank's videos; scores of all ranks."""
+        mine, layout = self.place.scored.to(self.device), self.config.scoring
+
+        def decode(rows: Tensor, conditions: RetakeBatch) -> Tensor:
+            with phase("rollout/decode"):
+                return self.policy.decode(rollout.final[mine[rows]].float(), conditions.source.video)
+
+        with phase("scoring"):  # decoding, and the scorers beside or after it
+            scored = decode_and_score(
+                self.rewards, decode, batch, mine // self.place.member_ids.numel(),
+                chunk=layout.chunk, beside=layout.beside_decode,
+            )  # fmt: skip
+        scores = gather_scores(self.ranks, self.place, merged(scored, usable[mine]))
+        self._refuse_too_many_failures(scores)
+        return scores
+
+    def _advantage(self, scores: Scores) -> Advantage:
+        """Advantages of all ranks' samples in global order."""
+        groups = self.config.groups
+        group_ids = torch.arange(groups.conditions).repeat_interleave(groups.size)
+        advantage = group_advantage(scores.scores, scores.valid, group_ids, self.config.advantage)
+        if not self.config.train.shuffle_advantages:
+            return advantage
+        return Advantage(self._shuffled(advantage.values), advantage.per_key, advantage.metrics)
 
     def state(self) -> TrainState:
-        """Everything a checkpoint holds."""
-        learner = self.learner
-        return TrainState(
-            self.iteration,
-            {name: p.detach() for name, p in learner.trained.items()},
-            learner.average.state(),
-            optimizer_state(learner.optimizer, learner.trained),
-            self.notes,
-        )
+        """Everything a checkpoint holds; a collective."""
+        return TrainState(self.iteration, self.engine.snapshot(), dict(self.notes))
 
     def load(self, state: TrainState) -> None:
         """Continue from a checkpoint; raises CheckpointError if it does not fit."""
-        restore(state, self.learner.trained, self.learner.average.average, self.learner.optimizer)
+        self.engine.restore(state.snapshot)
         self.iteration, self.notes = state.iteration, dict(state.notes)
 
     def _shuffled(self, values: Tensor) -> Tensor:
@@ -243,9 +247,9 @@ class Trainer:
 def _reward_metrics(scores: Scores, advantage: Advantage) -> dict[str, float]:
     valid = scores.valid
     count = valid.sum().clamp_min(1)
-    means = {f"reward/{name}": float((value * valid).sum() / count) for name, value in scores.scores.items()}
-    means |= {f"reward/{name}": float((value * valid).sum() / count) for name, value in scores.parts.items()}
-    means |= {f"reward/{name}": float((value * valid).sum() / count) for name, value in scores.diagnostics.items()}
+    # Parts of an invalid sample may be NaN, which a product with the mask would keep.
+    values = {**scores.scores, **scores.parts, **scores.diagnostics}
+    means = {f"reward/{name}": float(torch.where(valid, value, 0).sum() / count) for name, value in values.items()}
     means |= {f"advantage/{name}": value for name, value in advantage.metrics.items()}
     means |= {f"failures/{name}": float(number) for name, number in scores.failures.items()}
     means["reward/invalid_fraction"] = 1 - float(valid.float().mean())

@@ -60,13 +60,13 @@ def backend_for(op: str, device: torch.device) -> str:
         if reason:
             raise BackendUnavailableError(f"kernel backend '{choice}' asked for op '{op}': {reason}")
         return choice
-    if device.type != "cuda":
-        return "cpp" if device.type == "cpu" and "cpp" in _implementations[op] else "reference"
-    for candidate in ("cuda", "triton"):
-        reason = _why_not(op, candidate, device)
+    candidates = {"cuda": ("cuda", "triton"), "cpu": ("cpp",)}.get(device.type, ())
+    reasons = {name: _why_not(op, name, device) for name in candidates if name in _implementations[op]}
+    for candidate, reason in reasons.items():
         if not reason:
             return candidate
-    _warn_fallback(op, reason)
+    if reasons:
+        _warn_fallback(op, "; ".join(reasons.values()))
     return "reference"
 
 
@@ -158,12 +158,16 @@ def _why_not(op: str, backend: str, device: torch.device) -> str:
         return f"the op has only {', '.join(_implementations[op])}"
     if backend == "reference":
         return ""
-    if backend == "cpp":
-        return "" if device.type == "cpu" else f"it needs a CPU tensor, got one on '{device.type}'"
+    if backend == "cpp" and device.type != "cpu":
+        return f"it needs a CPU tensor, got one on '{device.type}'"
     if backend == "triton" and importlib.util.find_spec("triton") is None:
         return "triton is not installed"
-    if device.type != "cuda" and not (backend == "triton" and interpreting()):
+    if backend != "cpp" and device.type != "cuda" and not (backend == "triton" and interpreting()):
         return f"it needs a CUDA tensor, got one on '{device.type}'"
+    if backend in ("cpp", "cuda"):
+        from geoalign_kernels import native  # not above: `python -m geoalign_kernels.native` imports this package first
+
+        return native.obstacle(device.type)
     return ""
 
 

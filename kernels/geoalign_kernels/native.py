@@ -3,9 +3,10 @@
     python -m geoalign_kernels.native build
 
 The library is kept in `GEOALIGN_KERNELS_CACHE` (default `~/.cache/geoalign_kernels`) under a name that hashes the
-sources, the flags, the compiler version, the CPU's instruction sets and torch's major.minor version, so a change of any
-of them builds anew. A file lock makes processes that start together compile once. The CUDA part is compiled where nvcc
-is found and torch sees a device.
+sources, the flags, torch's major.minor version, the architecture and the compilers, so a change of any of them builds
+anew. A machine that lacks a compiler takes a library of the same sources, flags and torch that was built elsewhere: it
+holds code for all CPUs of its architecture. A file lock makes processes that start together compile once. The CUDA part
+is compiled where torch has CUDA and nvcc is found; that needs no device.
 """
 
 from __future__ import annotations
@@ -28,10 +29,12 @@ import torch
 
 CACHE_ENV = "GEOALIGN_KERNELS_CACHE"
 CXX_ENV = "CXX"
-# No -ffast-math: NaN must become level 0 and rounding must be exact.
-CXX_FLAGS = ("-std=c++20", "-O3", "-march=native", "-fno-math-errno", "-fno-trapping-math", "-fPIC")
-NVCC_FLAGS = ("-std=c++17", "-O3")
+# No -ffast-math: NaN must become level 0 and rounding must be exact. No fused multiply-add: torch's resize uses none,
+# and all CPUs and GPUs give the same bits. No -march: the sources choose an instruction set when they run.
+CXX_FLAGS = ("-std=c++20", "-O3", "-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math", "-fPIC")
+NVCC_FLAGS = ("-std=c++17", "-O3", "-fmad=false")
 TARGETS = ("sm_80", "sm_90")
+OPERATOR = "geoalign_native::frame_preprocess"
 
 
 class NativeBuildError(RuntimeError):
@@ -99,10 +102,16 @@ def build() -> Path:
     """Path of the compiled library, built if the cache has none for this machine.
 
     Raises:
-        NativeBuildError: no compiler, or it fails.
+        NativeBuildError: no compiler and no library built elsewhere, or the compiler fails.
     """
-    cxx, nvcc = compiler(), _wanted_nvcc()
-    library = _cache() / f"geoalign_native-{_key(cxx, nvcc)}.so"
+    cxx, nvcc, lacking = _compilers()
+    elsewhere = _built_elsewhere() if lacking else None
+    if elsewhere:
+        return elsewhere
+    if cxx is None:
+        raise NativeBuildError(lacking)
+    versions = [_run([tool, "--version"]) for tool in (cxx, nvcc) if tool]
+    library = _cache() / f"{_stem()}-{_hash(*versions)}.so"
     if library.is_file():
         return library
     with _lock(library.with_suffix(".lock")):
@@ -113,28 +122,58 @@ def build() -> Path:
     return library
 
 
-@functools.lru_cache(maxsize=1)
-def load() -> Path:
+def obstacle(device: str) -> str:
+    """Why tensors on "cpu" or "cuda" cannot be taken here, as far as is known before a build; else empty."""
+    cxx, _, lacking = _compilers()
+    if not lacking or (device == "cpu" and cxx) or _built_elsewhere():
+        return ""
+    return lacking
+
+
+def load(device: str = "cpu") -> Path:
     """Builds where needed and registers `torch.ops.geoalign_native` in this process, once.
 
+    Args:
+        device: type of the tensors that it must take, "cpu" or "cuda".
+
     Raises:
-        NativeBuildError: as `build`, or the library does not load into this torch.
+        NativeBuildError: as `build`; or the library does not load into this torch, or holds no CUDA part.
     """
-    library = build()
-    try:
-        torch.ops.load_library(str(library))
-    except OSError as error:
-        raise NativeBuildError(f"{library} does not load into torch {torch.__version__}: {error}") from error
+    library, error = _load()
+    if library is None:
+        raise NativeBuildError(error)
+    if device == "cuda" and not torch._C._dispatch_has_kernel_for_dispatch_key(OPERATOR, "CUDA"):
+        cuda_compiler()
+        raise NativeBuildError(f"{library} has no CUDA part, because it was built with a torch or tools without CUDA")
     return library
 
 
-def _wanted_nvcc() -> str | None:
-    if not torch.cuda.is_available():
-        return None
+@functools.lru_cache(maxsize=1)
+def _load() -> tuple[Path | None, str]:
+    """The library, or why there is none: a failing compiler is run once per process."""
     try:
-        return cuda_compiler()
-    except NativeBuildError:
-        return None
+        library = build()
+        torch.ops.load_library(str(library))
+    except NativeBuildError as error:
+        return None, str(error)
+    except OSError as error:
+        return None, f"the native library cannot be stored, or not be loaded into torch {torch.__version__}: {error}"
+    return library, ""
+
+
+def _compilers() -> tuple[str | None, str | None, str]:
+    """C++ compiler, nvcc (None where torch has no CUDA), and what is missing of the two."""
+    cxx, nvcc, lacking = None, None, ""
+    try:
+        if torch.version.cuda is not None:
+            nvcc = cuda_compiler()
+    except NativeBuildError as error:
+        lacking = str(error)
+    try:
+        cxx = compiler()
+    except NativeBuildError as error:
+        lacking = str(error)
+    return cxx, nvcc, lacking
 
 
 def _compile(cxx: str, nvcc: str | None, work: Path) -> None:
@@ -164,23 +203,23 @@ def _run(command: Sequence[str]) -> str:
     return done.stdout + done.stderr
 
 
-def _key(cxx: str, nvcc: str | None) -> str:
+def _built_elsewhere() -> Path | None:
+    """The newest library of the same sources, flags, torch and architecture, whatever compiled it."""
+    found = sorted(_cache().glob(f"{_stem()}-*.so"), key=lambda path: path.stat().st_mtime)
+    return found[-1] if found else None
+
+
+def _stem() -> str:
     folder = source_folder()
-    digest = hashlib.sha256()
-    for path in sorted(p for p in folder.rglob("*") if p.suffix in (".h", ".cuh", ".cu", ".cpp")):
-        digest.update(str(path.relative_to(folder)).encode() + b"\0" + path.read_bytes() + b"\0")
-    versions = [_run([tool, "--version"]) for tool in (cxx, nvcc) if tool]
+    sources = sorted(path for path in folder.rglob("*") if path.suffix in (".h", ".cuh", ".cu", ".cpp"))
+    texts = [f"{path.relative_to(folder)}\n{path.read_text()}" for path in sources]
     torch_version = ".".join(torch.__version__.split(".")[:2])
-    facts = (*CXX_FLAGS, *NVCC_FLAGS, *TARGETS, *versions, torch_version, platform.machine(), _cpu_flags())
-    digest.update("\0".join(facts).encode())
-    return digest.hexdigest()[:20]
+    key = _hash(*texts, *CXX_FLAGS, *NVCC_FLAGS, *TARGETS, torch_version, platform.machine())
+    return f"geoalign_native-{key}"
 
 
-def _cpu_flags() -> str:
-    """Instruction sets that -march=native compiles for; a shared home folder may serve several kinds of machine."""
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text().splitlines() if info.is_file() else []
-    return next((line for line in lines if line.startswith(("flags", "Features"))), platform.processor())
+def _hash(*facts: str) -> str:
+    return hashlib.sha256("\0".join(facts).encode()).hexdigest()[:16]
 
 
 def _cache() -> Path:

@@ -80,7 +80,8 @@ class NoiseKey:
         Raises:
             ValueError: the ids do not broadcast to [batch].
         """
-        group, sample = torch.broadcast_tensors(_ids("group", self.group), _ids("sample", self.sample))
+        device = next((ids.device for ids in (self.group, self.sample) if isinstance(ids, Tensor)), None)
+        group, sample = torch.broadcast_tensors(_ids("group", self.group, device), _ids("sample", self.sample, device))
         if batch is not None and group.numel() != batch:
             if group.numel() != 1:
                 raise ValueError(f"NoiseKey names {group.numel()} samples, but the batch has {batch}")
@@ -88,9 +89,9 @@ class NoiseKey:
         return group, sample
 
 
-def _ids(name: str, value: Tensor | int) -> Tensor:
+def _ids(name: str, value: Tensor | int, device: torch.device | None) -> Tensor:
     if isinstance(value, int):
-        return torch.tensor([value & MASK32])
+        return torch.full((1,), value & MASK32, dtype=torch.int64, device=device)
     if value.is_floating_point() or value.dim() > 1:
         raise ValueError(
             f"NoiseKey.{name} must be an int or an integer tensor [B], got {value.dtype} {list(value.shape)}"

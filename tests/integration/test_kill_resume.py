@@ -11,40 +11,25 @@ from pathlib import Path
 
 import pytest
 import torch
+from training_cases import Conditions, smoke
 
-from geoalign.config.load import load_config
-from geoalign.config.schema import Config
 from geoalign.rewards.registry import build_rewards
 from geoalign.training import checkpoint as checkpoints
 from geoalign.training.bundle import new_policy
 from geoalign.training.trainer import Trainer
-from geoalign.types import RetakeBatch
-from geoalign.world.pairs import paired_videos
 
 ROOT = Path(__file__).parents[2]
 # What is patched, its function, and the call that kills: each lies inside the second iteration or its checkpoint.
 PLACES = {
-    "rollout": ("geoalign.rl.policy.RetakePolicy", "velocity", 10),
-    "reward": ("geoalign.training.trainer", "score_videos", 2),
+    "rollout": ("geoalign.rl.policy.RetakePolicy", "fast_velocity", 8),
+    "reward": ("geoalign.training.trainer", "decode_and_score", 2),
     "update": ("geoalign.training.learner", "clipped_surrogate", 2),
     "checkpoint": ("geoalign.training.checkpoint", "save_file", 5),
 }
 
 
-class Conditions:
-    """Conditions without files: a pure function of (iteration, group id)."""
-
-    def __init__(self, config: Config) -> None:
-        assert config.world is not None
-        self.world = config.world
-
-    def batch(self, iteration: int, group_ids: list[int]) -> RetakeBatch:
-        pairs = paired_videos(self.world, 2, torch.Generator().manual_seed(1000 + iteration), style="real")
-        return pairs.batch.select(group_ids)
-
-
 def trainer_of() -> Trainer:
-    config = load_config(Config, "smoke")
+    config = smoke()
     policy = new_policy(config.model, config.codec, seed=3)
     return Trainer(config, policy, Conditions(config), build_rewards(config.rewards))
 
@@ -85,7 +70,7 @@ def uninterrupted(tmp_path_factory: pytest.TempPathFactory) -> list[float]:
 
 @pytest.mark.parametrize("place", list(PLACES))
 def test_resumed_run_equals_the_uninterrupted_one(place: str, uninterrupted: list[float], tmp_path: Path) -> None:
-    path = os.pathsep.join([str(ROOT), str(ROOT / "kernels")])
+    path = os.pathsep.join(str(ROOT / part) for part in ("", "kernels", "tests/support"))
     done = subprocess.run(
         [sys.executable, __file__, place, str(tmp_path)],
         env=os.environ | {"PYTHONPATH": path, "OMP_NUM_THREADS": "1"},

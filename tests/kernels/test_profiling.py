@@ -68,8 +68,6 @@ def test_self_check_writes_every_kind_of_row_with_every_field(results: Path) -> 
     assert {variant for variant, _ in products} == {"plain", "gelu", "int8", "fp8"}
     assert products["gelu", "cublaslt"]["rel_l2"] <= 1e-3  # the library's tanh is its own
     assert 1e-3 < products["int8", "torch"]["rel_l2"] < 2e-2 < products["fp8", "torch"]["rel_l2"] < 6e-2
-    blocks = {row["variant"] for row in kernels if row["name"] == "reward_block"}
-    assert len(blocks) == 6 and all(r["rel_l2"] <= 1e-5 for r in kernels if r["name"] == "reward_block")
     modes = {row["impl"]: row["rel_l2"] for row in kernels if row["name"] == "attention" and row["direction"] == "fwd"}
     assert modes["sdpa_flash"] <= 1e-5 < modes["int8"] < modes["int8_fp8"] < 0.1
     absent = {row["impl"] for row in kernels if row["status"] == "not run"}

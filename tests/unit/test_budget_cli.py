@@ -34,9 +34,9 @@ def test_overrides_and_guidance_change_the_prediction(tmp_path: Path) -> None:
         assert main(["budget", "paper_64xa800", *arguments, "--json", str(file)]) == 0
         return json.loads(file.read_text())["hours"]
 
-    plain, four = hours(), hours("optim.updates_per_rollout=4")
+    plain, four = hours(), hours("optim.updates_per_rollout=4", "levers.streaming=off")
     assert four["reference"] == plain["reference"] and four["exact"] > plain["exact"]
-    assert hours("--guidance")["reference"] > 1.9 * plain["reference"]
+    assert hours("flow.guidance=5")["reference"] > 1.9 * plain["reference"]
     assert hours("--device", "h200")["reference"] < plain["reference"]
     assert hours("window.size=2")["reference"] < plain["reference"]
 

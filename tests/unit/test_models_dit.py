@@ -3,20 +3,23 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
+from dataclasses import replace
 
 import pytest
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from geoalign.config.model import ModelConfig
 from geoalign.errors import UsageError
 from geoalign.geometry import so3
 from geoalign.geometry.trajectory import CameraTrajectory
-from geoalign.models.camera import geometric_rotations, scaled_poses
-from geoalign.models.conditioning import Conditioning
+from geoalign.models.camera import geometric_phases, scaled_poses
+from geoalign.models.conditioning import Conditioning, Phases
 from geoalign.models.dit import RetakeDiT, init_tiny_
 from geoalign.models.layouts import original_names
-from geoalign.models.rope import axis_pairs, rotate
+from geoalign.models.rope import grid_angles
 
 WAN = ModelConfig(
     dim=96, heads=4, layers=2, ffn_dim=160, in_channels=16, out_channels=16, text_dim=24, text_length=512, freq_dim=64
@@ -128,7 +131,7 @@ def test_zero_phases_are_plain_attention_bit_for_bit() -> None:
 def test_exchanging_streams_exchanges_outputs() -> None:
     """No stream embedding: swapping (latents, cameras) of target and source gives the other half of the output."""
     model = randomised(REDIRECTOR)
-    model.prune_source = False
+    model.execution.prune_source = False
     halves: list[Tensor] = []
     model.blocks[-1].register_forward_hook(lambda module, args, output: halves.append(output))
     cond, x, t = redirector_condition(1), torch.randn(1, 16, 3, 6, 4), torch.tensor([700.0])
@@ -145,7 +148,7 @@ def test_pruning_and_cache_change_nothing() -> None:
         shape = (2, 16, 3, 6, 4) if config is REDIRECTOR else (2, 10, 3, 3, 4)
         x, t = torch.randn(shape), torch.tensor([900.0, 100.0])
         pruned = model(x, t, cond)
-        model.prune_source = False
+        model.execution.prune_source = False
         # Pruning changes the shapes of matrix products, hence the order of summation, and nothing else.
         assert relative(pruned, model(x, t, cond)) < 1e-5
         cache = model.prepare(cond).repeat_interleave(2)
@@ -153,90 +156,106 @@ def test_pruning_and_cache_change_nothing() -> None:
         assert relative(again[::2], pruned) < 1e-5
 
 
-PLAIN = REDIRECTOR.model_copy(update={"camera": "none", "pluecker_adapter": False})
-
-
-@pytest.mark.parametrize("config", [REDIRECTOR, TINY, PLAIN], ids=["learned", "geometric", "none"])
-def test_fused_ops_equal_the_plain_path(config: ModelConfig, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Angles through the kernels' ops (here their reference) against cosines and sines, outputs and gradients.
-
-    Both are float32 and differ in the order of sums, by 2^-24 (6e-8) times the square root of their length at each of
-    a dozen operations of two blocks: 1e-6 relative allowed (2e-7 seen). Gradients pass twice as many operations and
-    cancel in sums over tokens: 1e-5 (3e-6 seen), relative to the larger of a tensor's norm and 1e-3 of the largest.
-    """
-    model = randomised(config).requires_grad_(True)
-    cond = tiny_condition() if config is TINY else redirector_condition()
-    assert cond.source_latents is not None
-    torch.manual_seed(6)
-    channels, frames, *plane = cond.source_latents.shape[1:]
-    x = torch.randn(2, channels, frames - int(config.first_frame_given), *plane)
-
-    def run() -> tuple[Tensor, dict[str, Tensor]]:
-        model.zero_grad()
-        out = model(x, torch.tensor([900.0, 100.0]), cond)
-        out.square().mean().backward()
-        return out.detach(), {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
-
-    plain, gradients = run()
-    kinds: list[str] = []
-    for block in model.blocks:
-        block.self_attn.register_forward_hook(lambda _, inputs, __: kinds.append(type(inputs[1]).__name__))
-    for module in ("camera", "dit"):
-        monkeypatch.setattr(f"geoalign.models.{module}.fused", lambda device: True)
-    through_ops, other = run()
-    assert set(kinds) == {"LayerAngles"}
-    assert relative(through_ops, plain) < 1e-6
-    cache, second = model.prepare(cond), slice(1, 2)
-    alone = model(x[second], torch.tensor([100.0]), cond.select(second), cache.select(second))
-    assert relative(alone, plain[second]) < 1e-6
-    assert other.keys() == gradients.keys()
-    scale = max(float(gradient.norm()) for gradient in gradients.values())
-    worst = {n: float((g - other[n]).norm()) / max(float(g.norm()), 1e-3 * scale) for n, g in gradients.items()}
-    assert max(worst.values()) < 1e-5, max(worst.items(), key=lambda item: item[1])
+def test_kept_camera_phases_are_those_that_a_forward_makes() -> None:
+    """Bit for bit: the same linear map of the same tokens, once per condition instead of once per step."""
+    model, cond = randomised(REDIRECTOR), redirector_condition()
+    x, t, outputs = torch.randn(2, 16, 3, 6, 4), torch.tensor([900.0, 100.0]), []
+    for model.execution.cache_phases in (True, False):
+        with torch.no_grad():
+            cache = model.prepare(cond)
+            assert len(cache.phases) == (2 if model.execution.cache_phases else 0)
+            outputs.append(model(x, t, cond, cache))
+    assert torch.equal(*outputs)
+    model.requires_grad_(True)  # with gradients they carry their graph, kept or not
+    model(x, t, cond, replace(cache, phases=())).square().mean().backward()
+    expected = model.blocks[0].self_attn.rope_phase_qk[1].weight.grad.clone()
+    model.zero_grad()
+    with torch.no_grad():
+        model.execution.cache_phases = True
+        cache = model.prepare(cond)
+    model(x, t, cond, cache).square().mean().backward()
+    assert torch.equal(model.blocks[0].self_attn.rope_phase_qk[1].weight.grad, expected)
 
 
 @pytest.mark.parametrize("config", [REDIRECTOR, TINY], ids=["redirector", "tiny"])
 def test_recomputation_changes_no_gradient(config: ModelConfig) -> None:
-    """The second forward of a block does the same operations in the same order: equal to the last bit."""
+    """The second forward of a block does the same operations in the same order: equal to the last bit.
+
+    Keeping attention's output recomputes all but the attention: its operator then runs once per block.
+    """
     model = randomised(config).requires_grad_(True)
     cond = redirector_condition() if config is REDIRECTOR else tiny_condition()
     assert cond.source_latents is not None
     torch.manual_seed(6)
     channels, frames, *plane = cond.source_latents.shape[1:]
     x = torch.randn(2, channels, frames - int(config.first_frame_given), *plane)
-    calls: list[int] = []
-    for block in model.blocks:
-        block.self_attn.register_forward_hook(lambda *_: calls.append(1))
-    gradients, forwards = [], []
-    for model.recompute in (False, True):
+    gradients: list[dict[str, Tensor]] = []
+    runs: list[tuple[int, int]] = []
+    for model.execution.recompute in ("none", "keep_attention", "full"):
         model.zero_grad()
-        calls.clear()
-        model(x, torch.tensor([900.0, 100.0]), cond).square().mean().backward()
-        forwards.append(len(calls))
+        with CountOps() as counted:
+            model(x, torch.tensor([900.0, 100.0]), cond).square().mean().backward()
+        runs.append((counted["attention"], counted["qk_norm_rotary"]))
         gradients.append({name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None})
-    assert forwards == [2, 4]
-    assert gradients[0].keys() == gradients[1].keys() and len(gradients[0]) > 50
-    assert all(torch.equal(gradient, gradients[1][name]) for name, gradient in gradients[0].items())
+    assert runs == [(2, 2), (2, 4), (4, 4)]
+    assert len(gradients[0]) > 50
+    for other in gradients[1:]:
+        assert other.keys() == gradients[0].keys()
+        assert all(torch.equal(gradient, other[name]) for name, gradient in gradients[0].items())
+
+
+class CountOps(TorchDispatchMode):
+    """Counts calls of the project's operators by name."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._calls: Counter[str] = Counter()
+
+    def __getitem__(self, name: str) -> int:
+        return self._calls[name]
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+        if func.namespace == "geoalign":
+            self._calls[func._schema.name.partition("::")[2]] += 1
+        return func(*args, **(kwargs or {}))
+
+
+def test_frozen_parameters_cost_no_backward() -> None:
+    """Training self-attention only: no product forms the weight gradient of a frozen matrix, and the frozen norms and
+    gates are not reduced over tokens."""
+    model = randomised(REDIRECTOR)
+    cond, x, t = redirector_condition(), torch.randn(2, 16, 3, 6, 4), torch.tensor([900.0, 100.0])
+    shapes: list[tuple[int, ...]] = []
+
+    class Products(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+            out = func(*args, **(kwargs or {}))
+            if func in (torch.ops.aten.mm.default, torch.ops.aten.sum.dim_IntList):
+                shapes.append(tuple(out.shape))
+            return out
+
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_("self_attn" in name)
+    loss = model(x, t, cond, model.prepare(cond)).square().mean()
+    with Products():
+        loss.backward()
+    weights = [shape for shape in shapes if shape in ((96, 96), (32, 96))]
+    # q, k, v, o and two phase maps in both blocks; the frozen cross-attention has 96 x 96 matrices too
+    assert len(weights) == 2 * 6
+    hidden = [shape for shape in shapes if shape in ((160, 96), (96, 160))]
+    assert not hidden
 
 
 def test_equal_cameras_cancel_between_queries_and_keys_but_not_between_value_and_output() -> None:
     """A phase common to all tokens leaves q.k unchanged; o sits between the rotations of v and output, so they stay."""
-    from geoalign.models.camera import learned_rotation
-    from geoalign.models.conditioning import LayerRotation
-    from geoalign.models.rope import grid_rotation
-
     attention = randomised(REDIRECTOR).blocks[0].self_attn
-    base = grid_rotation(REDIRECTOR, (0, 1, 2), 3, 2, torch.device("cpu"))
+    position = grid_angles(REDIRECTOR, (0, 1, 2), 3, 2, torch.device("cpu"))
     torch.manual_seed(5)
-    x, phase = torch.randn(1, 18, 96), torch.randn(1, 1, 32).expand(1, 18, 32)
-    plain = attention(x, LayerRotation(base), 18)
-    both = learned_rotation(REDIRECTOR, base, phase, phase)
-    assert relative(attention(x, LayerRotation(both.qk), 18), plain) < 1e-5
-    assert relative(attention(x, both, 18), plain) > 0.1
-    # The time pairs of every head keep phase 0 exactly; v is undone by the inverse.
-    assert both.vo is not None and not both.vo.sin[..., : axis_pairs(24)[0]].any()
-    heads = torch.randn(1, 18, 4, 24)
-    torch.testing.assert_close(rotate(rotate(heads, both.vo), both.vo.inverse()), heads, atol=1e-6, rtol=0)
+    x, phase = torch.randn(1, 18, 96), torch.randn(1, 1, 4, 8).expand(1, 18, 4, 8)
+    none = torch.zeros_like(phase)
+    plain = attention(x, position, None, 18)
+    assert relative(attention(x, position, Phases(phase, none), 18), plain) < 1e-5
+    assert relative(attention(x, position, Phases(phase, phase), 18), plain) > 0.1
 
 
 def tiny_condition(batch: int = 2) -> Conditioning:
@@ -250,22 +269,18 @@ def test_geometric_phases_follow_ground_points() -> None:
     cond = tiny_condition()
     assert cond.source_camera is not None
     same = Conditioning(cond.source_latents, cond.source_camera, cond.source_camera, cond.ground_plane)
-    rotations = geometric_rotations(TINY, torch.zeros(2, 4, 4), same, 3, (4, 3, 4))
-    vo = rotations[0].vo
-    assert vo is not None
-    target, source = vo.cos[:, : 3 * 12], vo.cos[:, 3 * 12 + 12 :]
+    vo = geometric_phases(TINY, torch.zeros(2, 4, 4), same, 3, (4, 3, 4))[0].vo
+    target, source = vo[:, : 3 * 12], vo[:, 3 * 12 + 12 :]
     torch.testing.assert_close(target, source, atol=2e-5, rtol=0)
     # A camera looking straight down: neighbouring columns are one patch apart on the map.
     down = Conditioning(
         cond.source_latents, _still(2, 4),
         _still(2, 4), torch.tensor([[0.0, 0.0, 1.0, 5.0]]).repeat(2, 1),
     )  # fmt: skip
-    qk = geometric_rotations(TINY, torch.zeros(2, 4, 4), down, 3, (4, 3, 4))[1].qk
-    angle = torch.atan2(qk.sin, qk.cos)[0, :, 0]
+    angle = geometric_phases(TINY, torch.zeros(2, 4, 4), down, 3, (4, 3, 4))[1].qk[0, :, 0]
     step = (angle[1] - angle[0])[-4:]
     expected = torch.tensor([2.2 * 14.2 ** (-j / 4) for j in range(4)])
-    difference = torch.remainder(step - expected + math.pi, 2 * math.pi) - math.pi
-    assert difference.abs().max() < 1e-5
+    torch.testing.assert_close(step, expected, atol=1e-5, rtol=0)
 
 
 def _still(batch: int, frames: int) -> CameraTrajectory:
@@ -299,7 +314,7 @@ def test_target_pose_enters_only_through_the_phases() -> None:
     other = model.prepare(Conditioning(cond.source_latents, cond.source_camera, cameras(2, 4, 99), cond.ground_plane))
     assert torch.equal(first.token_offset, other.token_offset)
     assert torch.equal(first.source_tokens, other.source_tokens)
-    assert not torch.equal(first.rotations[0].qk.cos, other.rotations[0].qk.cos)
+    assert not torch.equal(first.phases[0].qk, other.phases[0].qk)
 
 
 def test_rays_that_miss_the_ground_keep_gradients_finite() -> None:

@@ -51,7 +51,7 @@ def test_block_flops_equal_a_counter_on_the_real_network() -> None:
         latents = torch.empty(1, 16, 21, 60, 104)
         cond = Conditioning(source_latents=latents, context=torch.empty(1, 512, 4096))
         cache = model.prepare(cond)
-        model.prune_source = False
+        model.execution.prune_source = False
         with FlopCounterMode(display=False) as counter:
             model(latents, torch.empty(1), cond, cache)
     counted = counter.get_flop_counts()["RetakeDiT.blocks.0"]

@@ -11,12 +11,14 @@ import torch.nn.functional as F
 from scipy.spatial.transform import Rotation
 from torch import Tensor
 
+from geoalign.config.world import WorldConfig
 from geoalign.errors import RewardError, UsageError
 from geoalign.geometry.plane import pixel_grid, pixel_rays
 from geoalign.geometry.trajectory import CameraTrajectory
 from geoalign.rewards.base import PoseEvaluator
 from geoalign.rewards.flow_pnp import FlowPnpEvaluator, plane_depth
 from geoalign.types import SourceClip
+from geoalign.world.pairs import paired_videos
 
 HEIGHT, WIDTH, FRAMES = 120, 208, 9
 LENS = (0.9, 0.9 * WIDTH / HEIGHT, 0.5, 0.5)
@@ -154,6 +156,29 @@ def test_moving_foreground_blur_and_noise(evaluate: FlowPnpEvaluator, honest: tu
         assert tracked > 0.5
 
 
+def test_a_sharp_moving_object_does_not_take_all_corners() -> None:
+    """A soft scene and one square of strong contrast that moves: judged frame-wide, its corners would be the only ones.
+
+    The camera must be read about as well as without the square (a few centimetres of a path of metres).
+    """
+    world = WorldConfig(height=120, width=208, focal_px=130.0)
+    pairs = paired_videos(world, 6, torch.Generator().manual_seed(5), paths="presets", style="real")
+    patch = torch.randn(3, 8, 8, generator=torch.Generator().manual_seed(7))
+    patch = F.interpolate(patch[None], size=(30, 30), mode="bicubic")[0].clamp(-1, 1)
+    video = pairs.truth.clone()
+    for i in range(video.shape[1]):
+        video[:, i, :, 60:90, 70 + 14 * i : 100 + 14 * i] = patch
+    target = pairs.batch.target_camera
+    evaluator = FlowPnpEvaluator()
+    for shown in (pairs.truth, video):
+        estimate = evaluator(shown, pairs.batch.source)
+        apart = (estimate.c2w[:, 1:, :3, 3] - target.c2w[:, 1:, :3, 3]).norm(dim=-1)
+        assert apart.median() < 0.1 and estimate.tracked.min() > 0.3
+        walked = CameraTrajectory.build(estimate.c2w).path_length() / target.path_length().clamp_min(0.1)
+        moving = target.path_length() > 1.0  # metres: a pan moves by less than the error
+        assert ((walked - 1).abs()[moving] < 0.1).all()
+
+
 def test_content_without_a_camera_is_not_tracked(evaluate: FlowPnpEvaluator, honest: tuple[Tensor, Tensor]) -> None:
     """Noise, black frames and a cut lose the track; a frozen video keeps it and is read as a camera that rests."""
     truth, video = honest
@@ -198,8 +223,9 @@ def test_ground_plane_gives_depth() -> None:
 
 
 def test_missing_opencv_and_bad_settings(monkeypatch: pytest.MonkeyPatch) -> None:
-    with pytest.raises(UsageError, match="min_points"):
-        FlowPnpEvaluator(min_points=3)
+    for settings in ({"min_points": 3}, {"max_corners": 20}):
+        with pytest.raises(UsageError, match="min_points"):
+            FlowPnpEvaluator(**settings)
     with pytest.raises(UsageError, match="at least 2 frames"):
         FlowPnpEvaluator()(torch.zeros(1, 1, 3, 8, 8), clip(torch.zeros(1, 1, 3, 8, 8)))
     monkeypatch.setitem(sys.modules, "cv2", None)

@@ -17,10 +17,11 @@ from geoalign.geometry.trajectory import CameraTrajectory
 from geoalign.rewards.base import PoseEvaluator
 from geoalign.rewards.mapanything import evaluator as module
 from geoalign.rewards.mapanything.checkpoint import SKIPPED_MODULES, load_layout, load_pose_network
-from geoalign.rewards.mapanything.evaluator import MapAnythingEvaluator, coherent_share, exact_float32, frame_subset
+from geoalign.rewards.mapanything.evaluator import MapAnythingEvaluator, coherent_share, frame_subset
 from geoalign.rewards.mapanything.layout import LAYOUTS, PoseNetworkLayout
 from geoalign.rewards.mapanything.network import PoseNetwork, RawPoses
 from geoalign.rewards.mapanything.published import PublishedBackend
+from geoalign.rewards.precision import exact_float32
 from geoalign.types import SourceClip
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "mapanything"

@@ -1,185 +1,305 @@
-"""Placement of rewards: equal scores everywhere, and exact counts when scorers raise, hang, return NaN or lose rows."""
+"""When rewards run changes nothing of what they say: in chunks, beside decoding, elsewhere at the same time."""
 
 from __future__ import annotations
 
 import threading
-from pathlib import Path
+import time
+import weakref
+from collections.abc import Callable
 
 import pytest
 import torch
+from reward_cases import MeanReward, batch_of, honest, videos_of
 from torch import Tensor
 
-from geoalign.errors import RewardError
-from geoalign.geometry.trajectory import CameraTrajectory
-from geoalign.rewards.base import RewardOutput
-from geoalign.rewards.placement import GuardedReward, WorkerReward, score_beside, score_in_turn
+from geoalign.config.rewards import FailureConfig, RewardConfig
+from geoalign.config.world import WorldConfig
+from geoalign.errors import UsageError
+from geoalign.rewards.base import PoseEstimate, RewardOutput
+from geoalign.rewards.guard import GuardedReward
+from geoalign.rewards.placement import Scored, decode_and_score, score_all
+from geoalign.rewards.precision import HOST, exact_float32
+from geoalign.rewards.registry import LastResult, build_rewards
 from geoalign.types import RetakeBatch, SourceClip
+from geoalign.world.pairs import PairedVideos, paired_videos
 
-BAD = 0.75  # a video that starts with this value is the one that a faulty scorer chokes on
-
-
-def batch_of(count: int) -> RetakeBatch:
-    c2w = torch.eye(4).expand(count, 2, 4, 4).contiguous()
-    camera = CameraTrajectory(c2w, torch.tensor([1.0, 1.0, 0.5, 0.5]).expand(count, 2, 4).contiguous())
-    video = torch.zeros(count, 2, 3, 4, 4)
-    names = tuple(f"clip{i}" for i in range(count))
-    return RetakeBatch(SourceClip(video, camera, None, names), camera, tuple("p" * (i + 1) for i in range(count)))
+PLACEMENTS = [(chunk, beside) for chunk in (None, 1, 4, 5) for beside in (False, True)]
+OUTPUTS = ("scores", "parts", "diagnostics")
 
 
-def videos_of(count: int, bad: int | None = None) -> Tensor:
-    videos = torch.linspace(-0.5, 0.5, count * 96).view(count, 2, 3, 4, 4).clone()
-    if bad is not None:
-        videos[bad] = BAD
-    return videos
+def same(a: Scored, b: Scored) -> bool:
+    """Bit for bit, NaN equal to NaN."""
+    if list(a.outputs) != list(b.outputs):
+        return False
+    for x, y in zip(a.outputs.values(), b.outputs.values(), strict=True):
+        tables = [(getattr(x, group), getattr(y, group)) for group in OUTPUTS] + [({"v": x.valid}, {"v": y.valid})]
+        for mine, theirs in tables:
+            if mine.keys() != theirs.keys():
+                return False
+            if not all(torch.equal(torch.nan_to_num(mine[k] + 0.0), torch.nan_to_num(theirs[k] + 0.0)) for k in mine):
+                return False
+    return True
 
 
-class MeanReward:
-    """Mean pixel plus prompt length; ``fault`` says what happens when a bad video is in the batch."""
-
-    name, keys = "mean", ("mean",)
-
-    def __init__(self, fault: str = "none") -> None:
-        self.fault, self.calls, self.release = fault, 0, threading.Event()
-
-    def __call__(self, videos: Tensor, batch: RetakeBatch) -> RewardOutput:
-        self.calls += 1
-        lengths = torch.tensor([float(len(prompt)) for prompt in batch.prompts])
-        score = videos.flatten(1).mean(1) + lengths
-        bad = (videos.flatten(1) == BAD).all(1)
-        if self.fault == "once" and self.calls == 1:
-            raise RuntimeError("first call fails")
-        if bad.any():
-            if self.fault == "raise":
-                raise RuntimeError("cannot score this")
-            if self.fault == "hang":
-                self.release.wait()
-            if self.fault == "nan":
-                score = torch.where(bad, torch.nan, score)
-            if self.fault == "partial":
-                score = score[~bad]
-        return RewardOutput({"mean": score}, torch.ones(len(score), dtype=torch.bool), {"pixels": score})
+@pytest.fixture(scope="module")
+def pairs() -> PairedVideos:
+    return paired_videos(WorldConfig(), 5, torch.Generator().manual_seed(5), style="real")
 
 
-def honest(videos: Tensor, batch: RetakeBatch) -> Tensor:
-    return MeanReward()(videos, batch).scores["mean"]
+@pytest.mark.parametrize("chunk", [None, 1, 4, 5])
+def test_chunks_and_overlap_change_no_score(pairs: PairedVideos, chunk: int | None) -> None:
+    """Ten videos, two of each condition, by the product's own rewards, which share one estimate per chunk."""
+    geometry = RewardConfig(kind="geometry", options={"evaluator": "planar"})
+    configs = {"geometry": geometry, "consistency": geometry.model_copy(update={"kind": "source_consistency"})}
+    members = pairs.batch.repeat_interleave(2)
+    videos = pairs.truth.repeat_interleave(2, dim=0)
+    videos[1::2] = videos[1::2].flip(1)
+    estimated: list[int] = []
+
+    def decode(rows: Tensor, part: RetakeBatch) -> Tensor:
+        assert part.source.clip_ids == tuple(members.source.clip_ids[i] for i in rows.tolist())
+        return videos[rows]
+
+    def run(beside: bool) -> Scored:
+        rewards = build_rewards(configs, FailureConfig())
+        shared = rewards["geometry"].reward.evaluator
+        inner = shared.evaluator
+        shared.evaluator = lambda video, source: estimated.append(len(video)) or inner(video, source)
+        return decode_and_score(
+            rewards, decode, pairs.batch, torch.arange(2 * len(pairs.batch)) // 2, chunk=chunk, beside=beside
+        )
+
+    found, overlapped = run(False), run(True)
+    assert same(overlapped, found)
+    assert estimated == 2 * [len(rows) for rows in torch.arange(10).split(chunk or 10)]
+    expected = score_all(build_rewards(configs, FailureConfig()), videos, members)
+    if chunk is None:
+        assert same(found, expected)
+    for name, output in expected.outputs.items():
+        for group in OUTPUTS:
+            # Another batch shape may sum in another order: some roundings of metres, radians (1) and degrees (45).
+            torch.testing.assert_close(
+                getattr(found.outputs[name], group), getattr(output, group), rtol=1e-5, atol=1e-6
+            )
 
 
+@pytest.mark.parametrize(("chunk", "beside"), PLACEMENTS)
 @pytest.mark.parametrize("fault", ["raise", "nan", "partial"])
-def test_one_bad_sample_leaves_the_others_alone(fault: str) -> None:
-    videos, batch = videos_of(4, bad=2), batch_of(4)
-    guarded = GuardedReward(MeanReward(fault), retries=1)
-    out = guarded(videos, batch)
-    good = torch.tensor([True, True, False, True])
-    assert torch.equal(out.valid, good)
-    assert torch.equal(out.scores["mean"][good], honest(videos, batch)[good])
-    assert guarded.counts.invalid == 1 and guarded.counts.calls == 1
-    if fault == "nan":  # the scorer answered: nothing to repeat
-        assert guarded.counts.retries == 0 and not guarded.counts.errors
-    else:  # two whole batches and the one bad sample alone
-        name = "RuntimeError" if fault == "raise" else "RewardError"
-        assert guarded.counts.retries == 1 and guarded.counts.errors == {name: 3}
+def test_failures_are_those_of_scoring_everything_at_once(fault: str, chunk: int | None, beside: bool) -> None:
+    videos, batch = videos_of(9, bad=6), batch_of(9)
+
+    def guarded() -> dict[str, GuardedReward]:
+        return {"bad": GuardedReward(MeanReward(fault), retries=1), "fine": GuardedReward(MeanReward())}
+
+    expected = score_all(guarded(), videos, batch)
+    rewards = guarded()
+    found = decode_and_score(rewards, lambda rows, _: videos[rows], batch, chunk=chunk, beside=beside)
+    assert same(found, expected)
+    assert [reward.counts.invalid for reward in rewards.values()] == [1, 0]
+    assert found.outputs["bad"].valid.tolist() == [row != 6 for row in range(9)]
 
 
-def test_a_passing_fault_is_repaired_by_the_retry() -> None:
-    guarded = GuardedReward(MeanReward("once"), retries=1)
-    out = guarded(videos_of(3), batch_of(3))
-    assert out.valid.all() and torch.equal(out.scores["mean"], honest(videos_of(3), batch_of(3)))
-    assert (guarded.counts.retries, guarded.counts.invalid, guarded.counts.errors["RuntimeError"]) == (1, 0, 1)
-
-
-def test_a_hung_scorer_times_out_once_and_recovers() -> None:
-    reward = MeanReward("hang")
-    guarded = GuardedReward(reward, timeout_s=0.2, retries=3)
-    assert not guarded(videos_of(2, bad=0), batch_of(2)).valid.any()
-    assert not guarded(videos_of(2), batch_of(2)).valid.any()  # still busy: invalid at once, not queued
-    assert (guarded.counts.timeouts, guarded.counts.retries, guarded.counts.invalid) == (2, 0, 4)
-    assert reward.calls == 1
-    reward.release.set()
-    guarded._hung.join(10)
-    assert guarded(videos_of(2), batch_of(2)).valid.all()
-
-
-def test_other_rewards_keep_their_scores_when_one_fails() -> None:
-    videos, batch = videos_of(3, bad=1), batch_of(3)
-    rewards = {"broken": GuardedReward(MeanReward("raise"), retries=0), "fine": GuardedReward(MeanReward())}
-    out = score_in_turn(rewards, videos, batch)
-    assert torch.equal(out["fine"].scores["mean"], honest(videos, batch)) and out["fine"].valid.all()
-    assert out["broken"].valid.tolist() == [True, False, True]
-    assert rewards["fine"].counts.invalid == 0 and rewards["broken"].counts.invalid == 1
-
-
-def test_side_placement_equals_in_turn_and_decodes_ahead() -> None:
+def test_the_next_chunk_is_decoded_while_one_is_scored() -> None:
+    """Chunk 0 cannot be scored before chunk 1 is decoded, which only an overlap achieves; then order by order."""
     events: list[str] = []
     decoded = threading.Event()
 
     class Waiting(MeanReward):
         def __call__(self, videos: Tensor, batch: RetakeBatch) -> RewardOutput:
             if self.calls == 0:
-                assert decoded.wait(10), "batch 1 must be decoded while batch 0 is scored"
+                assert decoded.wait(10), "chunk 1 must be decoded while chunk 0 is scored"
             events.append(f"score{self.calls}")
             return super().__call__(videos, batch)
 
-    def decode(index: int) -> Tensor:
+    def decode(rows: Tensor, _: RetakeBatch) -> Tensor:
+        index = int(rows[0]) // 2
         events.append(f"decode{index}")
         if index == 1:
             decoded.set()
-        return videos_of(2) + index
+        return videos_of(6)[rows]
 
-    batches = [batch_of(2)] * 3
-    outputs = list(score_beside(decode, batches, {"mean": Waiting()}))
-    for index, output in enumerate(outputs):
-        assert torch.equal(output["mean"].scores["mean"], honest(videos_of(2) + index, batches[index]))
-    assert len(outputs) == 3 and events.index("decode1") < events.index("score0")
-
-
-@pytest.fixture(scope="module")
-def worker_module(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("worker")
-    (folder / "stand_in_scorer.py").write_text(
-        "import os, time, torch\n"
-        "from geoalign.rewards.base import RewardOutput\n"
-        "class Scorer:\n"
-        "    name, keys = 'mean', ('mean',)\n"
-        "    def __init__(self, offset): self.offset = offset\n"
-        "    def __call__(self, videos, batch):\n"
-        "        print('scorers may print')\n"
-        "        first = videos.flatten(1)[:, 0]\n"
-        "        if (first == 0.75).any(): time.sleep(600)\n"
-        "        if (first == 0.875).any(): os._exit(3)\n"
-        "        if (first == 0.625).any(): raise ValueError('bad pixels')\n"
-        "        lengths = torch.tensor([float(len(p)) for p in batch.prompts])\n"
-        "        score = videos.flatten(1).mean(1) + lengths + self.offset\n"
-        "        flag = torch.full((len(score),), float(os.environ.get('ONLY_THERE', 'nan')))\n"
-        "        return RewardOutput({'mean': score}, torch.ones(len(score), dtype=torch.bool), {'env': flag})\n"
-    )
-    return folder
+    found = decode_and_score({"mean": Waiting()}, decode, batch_of(6), chunk=2, beside=True)
+    assert torch.equal(found.outputs["mean"].scores["mean"], honest(videos_of(6), batch_of(6)))
+    assert events.index("decode1") < events.index("score0")
+    assert events.index("score0") < events.index("decode2")  # never two chunks ahead
+    assert [e for e in events if e[0] == "d"] == ["decode0", "decode1", "decode2"]
 
 
-def test_worker_scores_equally_in_its_own_environment_and_survives_failures(worker_module: Path) -> None:
-    worker = WorkerReward(
-        "mean",
-        ("mean",),
-        "stand_in_scorer:Scorer",
-        options={"offset": 0.0},
-        environment={"ONLY_THERE": "7", "PYTHONPATH": f"{worker_module}:{Path(__file__).parents[2]}"},
-        timeout_s=120.0,
-    )
-    try:
-        videos, batch = videos_of(3), batch_of(3)
-        out = worker(videos, batch)
-        assert torch.equal(out.scores["mean"], honest(videos, batch)) and out.parts["env"].tolist() == [7.0] * 3
-        with pytest.raises(RewardError, match="ValueError: bad pixels"):
-            worker(torch.full_like(videos, 0.625), batch)
-        assert worker.starts == 1  # an exception does not cost the process
-        worker.timeout_s = 0.5
-        guarded = GuardedReward(worker, retries=1)
-        assert not guarded(torch.full_like(videos, BAD), batch).valid.any()
-        assert (guarded.counts.timeouts, guarded.counts.invalid) == (1, 3)
-        worker.timeout_s = 120.0
-        assert torch.equal(guarded(videos, batch).scores["mean"], honest(videos, batch))
-        assert worker.starts == 2
-        with pytest.raises(RewardError, match="ended without an answer"):
-            worker(torch.full_like(videos, 0.875), batch)
-    finally:
-        worker.close()
-    assert not Path(worker._folder.name).exists()
+@pytest.mark.parametrize(("beside", "others"), [(False, 0), (True, 1)])
+def test_decoded_chunks_do_not_pile_up(beside: bool, others: int) -> None:
+    """When a chunk is decoded, at most one other (the one being scored) is alive, shared evaluator included."""
+    alive: list[weakref.ref[Tensor]] = []
+
+    class Still:
+        name = "still"
+
+        def __call__(self, video: Tensor, source: SourceClip) -> PoseEstimate:
+            count = len(video)
+            poses = torch.eye(4).expand(count, 2, 4, 4)
+            return PoseEstimate(poses, torch.arange(2), torch.ones(count), torch.zeros(count))
+
+    shared = LastResult(Still())
+
+    class Posed(MeanReward):
+        def __call__(self, videos: Tensor, batch: RetakeBatch) -> RewardOutput:
+            shared(videos, batch.source)
+            return super().__call__(videos, batch)
+
+    def decode(rows: Tensor, _: RetakeBatch) -> Tensor:
+        assert sum(ref() is not None for ref in alive) <= others
+        video = videos_of(12)[rows]
+        alive.append(weakref.ref(video))
+        return video
+
+    rewards = {"guarded": GuardedReward(Posed("raise"), timeout_s=60.0), "plain": Posed()}
+    decode_and_score(rewards, decode, batch_of(12), chunk=2, beside=beside)
+    assert len(alive) == 6 and not any(ref() is not None for ref in alive)
+
+
+@pytest.mark.parametrize("beside", [False, True])
+def test_seconds_are_those_of_each_scorer(beside: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A clock per thread that only work moves: what decoding takes is charged to nobody, chunks add up."""
+    clock = threading.local()
+
+    def work(seconds: float) -> None:
+        clock.now = getattr(clock, "now", 0.0) + seconds
+
+    class Busy(MeanReward):
+        def __init__(self, seconds: float) -> None:
+            super().__init__()
+            self.seconds = seconds
+
+        def __call__(self, videos: Tensor, batch: RetakeBatch) -> RewardOutput:
+            work(self.seconds * len(videos))
+            return super().__call__(videos, batch)
+
+    def decode(rows: Tensor, _: RetakeBatch) -> Tensor:
+        work(1000.0)
+        return videos_of(8)[rows]
+
+    monkeypatch.setattr(time, "perf_counter", lambda: getattr(clock, "now", 0.0))
+    found = decode_and_score({"a": Busy(1.0), "b": Busy(5.0)}, decode, batch_of(8), chunk=3, beside=beside)
+    assert found.seconds == {"a": 8.0, "b": 40.0}
+
+
+class Meeting(MeanReward):
+    """Answers once all parties have begun: rewards that run one after another never meet."""
+
+    def __init__(self, barrier: threading.Barrier, elsewhere: bool) -> None:
+        super().__init__()
+        self.barrier, self.elsewhere = barrier, elsewhere
+
+    def __call__(self, videos: Tensor, batch: RetakeBatch) -> RewardOutput:
+        self.barrier.wait(10)
+        return super().__call__(videos, batch)
+
+
+@pytest.mark.parametrize("beside", [False, True])
+def test_rewards_elsewhere_run_while_the_others_do(beside: bool) -> None:
+    barrier = threading.Barrier(3)
+    rewards = {
+        "here": Meeting(barrier, False),
+        "there": GuardedReward(Meeting(barrier, True)),
+        "yonder": GuardedReward(Meeting(barrier, True), timeout_s=30.0),
+    }
+    found = decode_and_score(rewards, lambda rows, _: videos_of(4)[rows], batch_of(4), chunk=2, beside=beside)
+    assert list(found.outputs) == list(rewards)  # in the order of the configuration, whoever ends first
+    for output in found.outputs.values():
+        assert output.valid.all() and torch.equal(output.scores["mean"], honest(videos_of(4), batch_of(4)))
+
+
+class Failing(MeanReward):
+    def __init__(self, error: Exception, elsewhere: bool = False) -> None:
+        super().__init__()
+        self.error, self.elsewhere = error, elsewhere
+
+    def __call__(self, videos: Tensor, batch: RetakeBatch) -> RewardOutput:
+        raise self.error
+
+
+@pytest.mark.parametrize("beside", [False, True])
+@pytest.mark.parametrize("elsewhere", [False, True])
+def test_wrong_set_up_is_raised_and_failures_stay_at_home(elsewhere: bool, beside: bool) -> None:
+    def run(error: Exception) -> Scored:
+        rewards = {"bad": Failing(error, elsewhere), "fine": MeanReward()}
+        return decode_and_score(rewards, lambda rows, _: videos_of(4)[rows], batch_of(4), chunk=2, beside=beside)
+
+    with pytest.raises(UsageError, match="wrong set-up"):
+        run(UsageError("wrong set-up"))
+    found = run(RuntimeError("broken"))
+    assert not found.outputs["bad"].valid.any() and found.outputs["fine"].valid.all()
+
+
+def test_a_failing_decode_is_raised_and_leaves_no_thread() -> None:
+    def decode(rows: Tensor, _: RetakeBatch) -> Tensor:
+        if rows[0] == 2:
+            raise RuntimeError("cannot decode")
+        return videos_of(4)[rows]
+
+    before = threading.active_count()
+    with pytest.raises(RuntimeError, match="cannot decode"):
+        decode_and_score({"mean": MeanReward()}, decode, batch_of(4), torch.arange(4), chunk=2, beside=True)
+    assert threading.active_count() == before
+    for count, chunk in ((4, 0), (0, 2)):
+        with pytest.raises(UsageError, match="nothing to score"):
+            decode_and_score({}, decode, batch_of(4), torch.arange(count), chunk=chunk)
+
+
+def test_a_shared_estimate_belongs_to_its_video() -> None:
+    """Two threads with two videos, as when a scorer was given up as late: one runs at a time, nothing is mixed up."""
+    inside, most = 0, 0
+    second_calls = threading.Event()
+
+    class Counting:
+        name = "counting"
+
+        def __call__(self, video: Tensor, source: SourceClip) -> PoseEstimate:
+            nonlocal inside, most
+            inside += 1
+            most = max(most, inside)
+            second_calls.wait(10)
+            time.sleep(0.05)  # room for the other thread to come in, which it must not
+            mark = video.flatten(1)[:, 0]
+            inside -= 1
+            return PoseEstimate(torch.eye(4).expand(1, 2, 4, 4), torch.arange(2), mark, mark)
+
+    shared, source = LastResult(Counting()), batch_of(1).source
+    answers: dict[float, float] = {}
+
+    def ask(value: float, before: Callable[[], None] = lambda: None) -> None:
+        video = torch.full((1, 2, 3, 4, 4), value)
+        before()
+        answers[value] = float(shared(video, source).tracked)
+
+    threads = [threading.Thread(target=ask, args=(0.25,)), threading.Thread(target=ask, args=(0.5, second_calls.set))]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(10)
+    assert answers == {0.25: 0.25, 0.5: 0.5} and most == 1
+
+
+def test_no_scorer_changes_the_precision_under_a_decode() -> None:
+    """TF32 switches belong to the process: a thread that sets them waits for a decode, and a decode waits for it."""
+    free: list[bool] = []
+
+    def probe() -> None:
+        got = HOST.acquire(blocking=False)
+        free.append(got)
+        if got:
+            HOST.release()
+
+    def elsewhere() -> None:
+        thread = threading.Thread(target=probe)
+        thread.start()
+        thread.join(10)
+
+    def decode(rows: Tensor, _: RetakeBatch) -> Tensor:
+        elsewhere()
+        return videos_of(4)[rows]
+
+    decode_and_score({"mean": MeanReward()}, decode, batch_of(4), chunk=2, beside=True)
+    with exact_float32():
+        elsewhere()
+    elsewhere()
+    assert free == [False, False, False, True]

@@ -12,6 +12,7 @@ from geoalign.errors import ConfigError, RewardError, UsageError
 from geoalign.geometry import so3
 from geoalign.models.codec import PatchCodec
 from geoalign.rewards.geometry import GeometryReward, SourceConsistencyReward
+from geoalign.rewards.oracle import OracleEvaluator
 from geoalign.rewards.planar import PlanarAligner
 from geoalign.rewards.registry import build_evaluator, build_rewards
 from geoalign.training.evaluate import second_evaluator
@@ -110,22 +111,14 @@ def test_rewards_prefer_the_honest_render(pairs: PairedVideos) -> None:
 
 def test_reward_by_hand() -> None:
     """Eq. 3 and 4 on three frames with errors 1 m / 0.5 m and 10 / 20 degrees, linear weights 1/6, 2/6, 3/6."""
-
-    class Fixed:
-        name = "fixed"
-
-        def __call__(self, video: Tensor, source: SourceClip):  # type: ignore[no-untyped-def]
-            from geoalign.rewards.base import PoseEstimate
-
-            c2w = torch.eye(4).repeat(1, 3, 1, 1)
-            c2w[0, 1, 0, 3], c2w[0, 2, 1, 3] = 1.0, 0.5
-            for frame, degrees in ((1, 10.0), (2, 20.0)):
-                c2w[0, frame, :3, :3] = so3.exp(torch.tensor([0.0, torch.pi * degrees / 180, 0.0]))
-            return PoseEstimate(c2w, torch.arange(3), torch.ones(1), torch.zeros(1))
-
+    c2w = torch.eye(4).repeat(3, 1, 1)
+    c2w[1, 0, 3], c2w[2, 1, 3] = 1.0, 0.5
+    for frame, degrees in ((1, 10.0), (2, 20.0)):
+        c2w[frame, :3, :3] = so3.exp(torch.tensor([0.0, torch.pi * degrees / 180, 0.0]))
     pair = paired_videos(WORLD.model_copy(update={"frames": 3}), 1, torch.Generator().manual_seed(0))
     still = pair.batch.target_camera.scale_translation(0.0).scale_rotation(0.0)
-    output = GeometryReward(Fixed())(pair.truth, type(pair.batch)(pair.batch.source, still, pair.batch.prompts))
+    oracle = OracleEvaluator({pair.names[0]: c2w})
+    output = GeometryReward(oracle)(pair.truth, type(pair.batch)(pair.batch.source, still, pair.batch.prompts))
     assert torch.isclose(output.scores["trans"], torch.tensor([-(2 / 6 * 1.0 + 3 / 6 * 0.5)]), atol=1e-6).all()
     expected = -torch.deg2rad(torch.tensor([2 / 6 * 10 + 3 / 6 * 20]))
     assert torch.isclose(output.scores["rot"], expected, atol=1e-5).all()

@@ -20,9 +20,10 @@ from geoalign.config.world import WorldConfig
 from geoalign.errors import ConfigError, RewardError, UsageError
 from geoalign.rewards import registry
 from geoalign.rewards.base import RewardOutput
-from geoalign.rewards.placement import GuardedReward, WorkerReward
+from geoalign.rewards.guard import GuardedReward
 from geoalign.rewards.registry import build_rewards
 from geoalign.rewards.vlm import templates
+from geoalign.rewards.worker import WorkerReward
 from geoalign.rl.score import score_videos
 from geoalign.types import RetakeBatch, SourceClip
 from geoalign.world.pairs import PairedVideos, paired_videos

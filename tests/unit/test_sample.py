@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -22,6 +23,7 @@ from geoalign.models.conditioning import Conditioning
 from geoalign.models.dit import RetakeDiT
 from geoalign.rewards.base import PoseEstimate
 from geoalign.rewards.registry import EVALUATORS, build_evaluator
+from geoalign.rl.policy import RetakePolicy
 from geoalign.sample_cli import ESTIMATORS
 from geoalign.sampling import RetakeInputs, retake, with_estimated_camera
 from geoalign.types import SourceClip
@@ -243,7 +245,8 @@ def test_guidance_is_the_published_combination() -> None:
     model = RetakeDiT(config).requires_grad_(False)
     camera = CameraTrajectory.stack([CameraTrajectory.identity(2)])
     text, negative = torch.randn(1, 3, 16), torch.randn(1, 3, 16)
-    cond = Conditioning(torch.randn(1, 16, 2, 4, 4), camera, camera, context=text)
+    cond = Conditioning(torch.randn(1, 16, 2, 4, 4), camera, camera, context=text, negative=negative)
+    plain, other = replace(cond, negative=None), replace(cond, negative=None, context=negative)
     inputs = RetakeInputs(torch.zeros(1, 2, 3, 4, 4), camera, camera, None, 10.0)
 
     class Latents:
@@ -255,11 +258,9 @@ def test_guidance_is_the_published_combination() -> None:
             return latents / 100
 
     flow, calls = FlowConfig(steps=3, shift=5.0), []
-    made = retake(
-        model, Latents(), inputs, cond, flow, guidance=5.0, negative=negative, on_forward=lambda: calls.append(1)
-    )
-    single = retake(model, Latents(), inputs, cond, flow)
-    assert len(calls) == 6
+    made = retake(RetakePolicy(model, Latents(), 5.0), inputs, cond, flow, on_pass=calls.append)
+    single = retake(RetakePolicy(model, Latents()), inputs, plain, flow)
+    assert calls == [2, 2, 2]
     from geoalign.flow.sampler import initial_noise
 
     table = build_step_table(flow)
@@ -271,6 +272,6 @@ def test_guidance_is_the_published_combination() -> None:
         x = initial_noise((16, 2, 4, 4), 0, 0, torch.zeros(1, dtype=torch.int64))
         for sigma, after in zip(table.sigmas[:-1].tolist(), table.sigmas[1:].tolist(), strict=True):
             t = torch.tensor([1000 * sigma])
-            v, v_neg = model(x, t, cond), model(x, t, cond.with_context(negative))
+            v, v_neg = model(x, t, plain), model(x, t, other)
             x = x + (after - sigma) * (v_neg + guidance * (v - v_neg))
         torch.testing.assert_close(result, (x / 100).clamp(-1, 1), atol=1e-6, rtol=1e-5)

@@ -8,7 +8,7 @@
 #ifdef __CUDACC__
 #define GEOALIGN_HD __host__ __device__ __forceinline__
 #else
-#define GEOALIGN_HD inline
+#define GEOALIGN_HD __attribute__((always_inline)) inline
 #endif
 
 namespace geoalign {
@@ -43,14 +43,27 @@ constexpr int kPatch = 14, kMerge = 2, kPair = 2;  // Qwen2-VL's vision tower
 constexpr int kPatchArea = kPatch * kPatch;
 constexpr int kPatchValues = 3 * kPair * kPatchArea;
 
-GEOALIGN_HD float clamp_level(float x) { return fminf(fmaxf(x, 0.0f), 255.0f); }  // NaN becomes 0
+// T is a float or, where the compiler has them, a vector of floats. NaN becomes 0.
+template <class T>
+GEOALIGN_HD T clamp_level(const T& x) {
+  const T positive = x > 0.0f ? x : 0.0f;
+  return positive < 255.0f ? positive : 255.0f;
+}
 
-GEOALIGN_HD float round_half_up(float x) { return clamp_level(floorf(x + 0.5f)); }
+// The integer part of the result is the level nearest to x, ties up.
+template <class T>
+GEOALIGN_HD T half_up(const T& x) {
+  return clamp_level(x) + 0.5f;
+}
 
-GEOALIGN_HD float round_half_even(float x) { return clamp_level(rintf(x)); }
+// The level nearest to x, ties to even: added to 1.5 * 2^23 a float has no bits left for a fraction.
+template <class T>
+GEOALIGN_HD T half_even(const T& x) {
+  return clamp_level(x) + 12582912.0f - 12582912.0f;
+}
 
 // Value in [-1, 1] to the nearest 8-bit level that a video file would store.
-GEOALIGN_HD float level_of(float value) { return round_half_even((value + 1.0f) * 127.5f); }
+GEOALIGN_HD float level_of(float value) { return half_even((value + 1.0f) * 127.5f); }
 
 GEOALIGN_HD float level_of_bfloat16(uint16_t bits) {
   union { uint32_t word; float value; } cast{static_cast<uint32_t>(bits) << 16};

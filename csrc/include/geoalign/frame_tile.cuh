@@ -73,7 +73,7 @@ GEOALIGN_HD void resample_rows(const FramePreprocess& p, const Tile& t, const ui
     const float* weights = axis.weights + static_cast<int64_t>(x) * axis.taps;
     float sum = 0.0f;
     for (int32_t k = 0; k < axis.taps; ++k) sum += weights[k] * static_cast<float>(in[k]);
-    rows[i] = t.geometry ? round_half_up(sum) : sum;
+    rows[i] = t.geometry ? truncf(half_up(sum)) : sum;
   }
 }
 
@@ -88,7 +88,7 @@ GEOALIGN_HD void store_tile(const FramePreprocess& p, const Tile& t, const float
     const float* weights = axis.weights + static_cast<int64_t>(y) * axis.taps;
     float sum = 0.0f;
     for (int32_t k = 0; k < axis.taps; ++k) sum += weights[k] * in[k * t.width];
-    const float value = levels[static_cast<int32_t>(t.geometry ? round_half_up(sum) : round_half_even(sum))];
+    const float value = levels[static_cast<int32_t>(t.geometry ? half_up(sum) : half_even(sum))];
     if (t.geometry) {
       geometry_plane(p, t.clip, t.frame, t.channel)[static_cast<int64_t>(y) * p.geometry_x.size + x] = value;
     } else {

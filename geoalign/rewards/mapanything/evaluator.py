@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Literal
 
@@ -13,11 +11,13 @@ from torch import Tensor, nn
 
 from geoalign.errors import UsageError
 from geoalign.rewards.base import PoseEstimate
+from geoalign.rewards.frames import SharedFrames
 from geoalign.rewards.graphed import Body, CaptureBackend, CudaGraphBackend, GraphedScorer
 from geoalign.rewards.mapanything.checkpoint import load_pose_network
 from geoalign.rewards.mapanything.network import PoseBackend, PoseNetwork
 from geoalign.rewards.mapanything.poses import relative_to_first
-from geoalign.rewards.mapanything.preprocess import Preprocessor, plan_resize, to_uint8
+from geoalign.rewards.mapanything.preprocess import IMAGENET_MEAN, IMAGENET_STD
+from geoalign.rewards.precision import exactly
 from geoalign.types import SourceClip
 
 _LUMA = (0.299, 0.587, 0.114)
@@ -29,21 +29,6 @@ _MIN_CORRELATION = 0.2
 _CELL = 14
 
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
-
-
-@contextlib.contextmanager
-def exact_float32() -> Iterator[None]:
-    """Compute float32 matrix products and convolutions in float32, whatever TF32 setting the trainer uses."""
-    # Looked up by name: the cudnn module gains its attributes when it is imported.
-    switches = (torch.backends.cuda.matmul, getattr(torch.backends.cudnn, "conv"))  # noqa: B009
-    before = [switch.fp32_precision for switch in switches]
-    try:
-        for switch in switches:
-            switch.fp32_precision = "ieee"
-        yield
-    finally:
-        for switch, precision in zip(switches, before, strict=True):
-            switch.fp32_precision = precision
 
 
 def frame_subset(frames: int, stride: int) -> tuple[int, ...]:
@@ -75,17 +60,20 @@ def coherent_share(levels: Tensor) -> Tensor:
 
 
 class PoseBody(nn.Module):
-    """The captured part: 8-bit frames of one size to re-based poses. Static shapes, no host reads."""
+    """The captured part: images of one size to re-based poses. Static shapes, no host reads."""
 
-    def __init__(self, network: PoseBackend, preprocessor: Preprocessor) -> None:
+    def __init__(self, network: PoseBackend) -> None:
         super().__init__()
-        self.network, self.preprocessor = network, preprocessor
+        self.network = network
+        self.register_buffer("mean", torch.tensor(IMAGENET_MEAN).view(3, 1, 1), persistent=False)
+        self.register_buffer("std", torch.tensor(IMAGENET_STD).view(3, 1, 1), persistent=False)
 
-    def forward(self, frames: Tensor) -> dict[str, Tensor]:
-        """uint8 ``[B, V, 3, H, W]`` to ``c2w`` ``[B, V, 4, 4]`` and, ``[B]`` each, ``tracked``, ``metric_scale`` and
-        ``reference_offset_m``."""
-        levels = self.preprocessor.resize(frames)
-        poses = self.network(self.preprocessor.normalise(levels))
+    def forward(self, images: Tensor) -> dict[str, Tensor]:
+        """Normalised images ``[B, V, 3, h, w]`` to ``c2w`` ``[B, V, 4, 4]`` and, ``[B]`` each, ``tracked``,
+        ``metric_scale`` and ``reference_offset_m``."""
+        poses = self.network(images)
+        # Normalising and back is good to 1e-4 of a level: rounding gives the exact one.
+        levels = ((images * self.std + self.mean) * 255).round()
         return {
             "c2w": relative_to_first(poses.quaternion, poses.translation),
             "tracked": coherent_share(levels),
@@ -108,6 +96,7 @@ class MapAnythingEvaluator:
         scenes_per_forward: videos per network call; bounds the activation memory.
         graphs: replay CUDA graphs on CUDA devices.
         capture: capture backend, to share a memory pool with other scorers.
+        frames: where the inputs of all scorers of a run are made; None makes those of this one alone.
     """
 
     name = "mapanything"
@@ -121,44 +110,43 @@ class MapAnythingEvaluator:
         scenes_per_forward: int = 1,
         graphs: bool = True,
         capture: CaptureBackend | None = None,
+        frames: SharedFrames | None = None,
     ) -> None:
         if scenes_per_forward < 1:
             raise UsageError(f"scenes_per_forward must be at least 1, got {scenes_per_forward}")
         self.network, self.device = network, torch.device(device)
         self.frame_stride, self.scenes_per_forward, self.graphs = frame_stride, scenes_per_forward, graphs
+        self._view = (frames or SharedFrames()).geometry(lambda count: frame_subset(count, self.frame_stride))
         self._capture = capture or CudaGraphBackend()
-        self._body: PoseBody | None = None
+        self._size: tuple[int, int] | None = None
         self._run: Body
 
     @torch.no_grad()
     def __call__(self, video: Tensor, source: SourceClip) -> PoseEstimate:
         """Poses of ``video`` ``[B, F, 3, H, W]`` in [-1, 1], on its device; ``source`` is not read."""
-        indices = torch.tensor(frame_subset(video.shape[1], self.frame_stride), device=video.device)
-        frames = video.index_select(1, indices).to(self.device)
-        finite = torch.isfinite(frames).flatten(1).all(dim=1)
-        pixels = to_uint8(torch.nan_to_num(frames))
-        run = self._prepared(pixels.shape[-2], pixels.shape[-1])
-        with exact_float32():
-            parts = [run(chunk) for chunk in pixels.split(self.scenes_per_forward)]
+        shown = self._view(video)
+        run = self._prepared(shown.size)
+        parts = [run(chunk.to(self.device)) for chunk in shown.inputs.split(self.scenes_per_forward)]
         out = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
-        c2w = torch.where(finite[:, None, None, None], out.pop("c2w"), torch.nan).to(video.device)
         out = {name: value.to(video.device) for name, value in out.items()}
+        c2w = torch.where(shown.finite[:, None, None, None], out.pop("c2w"), torch.nan)
         return PoseEstimate(
             c2w=c2w,
-            frame_indices=indices,
+            frame_indices=torch.tensor(shown.frames, device=video.device),
             tracked=out.pop("tracked"),
             residual=torch.zeros(len(c2w), device=video.device),
             diagnostics=out,
         )
 
-    def _prepared(self, height: int, width: int) -> Body:
-        """The body for frames of this size; a new size replaces the old one and its graphs."""
-        if self._body is None or self._body.preprocessor.plan.source != (height, width):
-            plan = plan_resize(height, width)
+    def _prepared(self, size: tuple[int, int]) -> Body:
+        """The body for images of this size; a new size replaces the old one and its graphs."""
+        if self._size != size:
             if isinstance(self.network, PoseNetwork):
-                self.network.prepare(*plan.output)
-            self._body = PoseBody(self.network, Preprocessor(plan).to(self.device))
-            self._run = GraphedScorer(self._body, self._body, self._capture) if self.graphs else self._body
+                self.network.prepare(*size)
+            body = PoseBody(self.network).to(self.device)
+            exact = exactly(body)
+            self._run = GraphedScorer(exact, body, self._capture) if self.graphs else exact
+            self._size = size
         return self._run
 
 
@@ -172,6 +160,7 @@ def build_evaluator(
     frame_stride: int = 1,
     scenes_per_forward: int = 1,
     graphs: bool = True,
+    frames: SharedFrames | None = None,
 ) -> MapAnythingEvaluator:
     """Build the evaluator from configuration values.
 
@@ -181,6 +170,7 @@ def build_evaluator(
         backend: "native" (this package) or "published" (the ``mapanything`` package; for comparison, never captured).
         device: "auto" takes CUDA where there is one.
         dtype: storage dtype of the large matrices.
+        frames: given by the registry.
 
     Raises:
         RewardError: the weights or the published package are missing (the message holds the command to get them).
@@ -201,5 +191,10 @@ def build_evaluator(
     else:
         network = load_pose_network(Path(checkpoint), layout, device=place, matrix_dtype=DTYPES[dtype])
     return MapAnythingEvaluator(
-        network, device=place, frame_stride=frame_stride, scenes_per_forward=scenes_per_forward, graphs=graphs
+        network,
+        device=place,
+        frame_stride=frame_stride,
+        scenes_per_forward=scenes_per_forward,
+        graphs=graphs,
+        frames=frames,
     )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Literal
 
@@ -11,12 +12,14 @@ from torch import Tensor, nn
 
 from geoalign.errors import UsageError
 from geoalign.rewards.base import RewardOutput
+from geoalign.rewards.frames import SharedFrames, Shown
 from geoalign.rewards.graphed import CaptureBackend, CudaGraphBackend, GraphedScorer
+from geoalign.rewards.precision import exactly
 from geoalign.rewards.vlm import prompts, templates
 from geoalign.rewards.vlm.body import RewardQwen, hpsv3_head, text_table, videoalign_head, vision_table
 from geoalign.rewards.vlm.checkpoint import PEFT_PREFIX, fold_lora, load_scorer, read_tensors, strip_prefix
 from geoalign.rewards.vlm.layout import HPSV3_BODY, VIDEOALIGN_BODY
-from geoalign.rewards.vlm.preprocess import PatchMaker, sample_frames, to_uint8
+from geoalign.rewards.vlm.preprocess import fit_size, sample_frames, to_uint8
 from geoalign.rewards.vlm.prompts import Encode, TokenPlan
 from geoalign.types import RetakeBatch
 
@@ -38,38 +41,35 @@ _BUCKET = 32
 
 
 class StaticBody(nn.Module):
-    """The captured part: 8-bit frames and tokens in, raw head outputs out. Static shapes, no host reads."""
+    """The captured part: patches and tokens in, raw head outputs out. Static shapes, no host reads.
 
-    def __init__(self, network: RewardQwen, patches: PatchMaker, length: int, visual_index: Sequence[int]) -> None:
+    Args:
+        grid: rows and columns of patches in one temporal slice.
+        length, visual_index: tokens of the prompt, and which of them are visual.
+    """
+
+    def __init__(self, network: RewardQwen, grid: tuple[int, int], length: int, visual_index: Sequence[int]) -> None:
         super().__init__()
-        self.network, self.patches = network, patches
-        tables = (*vision_table(patches.grid, network.layout), *text_table(length, network.layout))
+        self.network = network
+        tables = (*vision_table(grid, network.layout), *text_table(length, network.layout))
         for name, table in zip(("vision_cos", "vision_sin", "text_cos", "text_sin"), tables, strict=True):
             self.register_buffer(name, table, persistent=False)
         self.register_buffer("visual_index", torch.tensor(visual_index), persistent=False)
 
-    def forward(self, frames: Tensor, ids: Tensor, pool_index: Tensor) -> dict[str, Tensor]:
-        """``frames`` uint8 ``[B, T, 3, H, W]``, ``ids`` int64 ``[B, L]``, ``pool_index`` int64 ``[B, K]`` to ``raw``
-        ``[B, K, outputs]`` float32."""
+    def forward(self, patches: Tensor, ids: Tensor, pool_index: Tensor) -> dict[str, Tensor]:
+        """``patches`` ``[B, slices, S, patch_values]``, ``ids`` int64 ``[B, L]``, ``pool_index`` int64 ``[B, K]`` to
+        ``raw`` ``[B, K, outputs]`` float32."""
         vision, text = (self.vision_cos, self.vision_sin), (self.text_cos, self.text_sin)
-        raw = self.network(self.patches(frames), ids, self.visual_index, pool_index, vision, text)
-        return {"raw": raw}
+        return {"raw": self.network(patches, ids, self.visual_index, pool_index, vision, text)}
 
 
 class _Runner:
-    """Runs frames with their token plans in chunks; keeps one static body per (frame size, length, placeholder) key."""
+    """Runs patches with their token plans in chunks; one static body per (patch grid, length, placeholder) key."""
 
-    def __init__(
-        self,
-        network: RewardQwen,
-        area: tuple[int, int],
-        chunk: int,
-        graphs: bool,
-        capture: CaptureBackend | None,
-    ) -> None:
+    def __init__(self, network: RewardQwen, chunk: int, graphs: bool, capture: CaptureBackend | None) -> None:
         if chunk < 1:
             raise UsageError(f"at least one video or frame must run at a time, got {chunk}")
-        self.network, self.area, self.chunk, self.graphs = network, area, chunk, graphs
+        self.network, self.chunk, self.graphs = network, chunk, graphs
         self._capture = capture or CudaGraphBackend()
         self._bodies: dict[tuple[tuple[int, int], int, tuple[int, ...]], GraphedScorer] = {}
 
@@ -77,34 +77,31 @@ class _Runner:
     def device(self) -> torch.device:
         return self.network.model.norm.weight.device
 
-    def tokens_per_slice(self, size: tuple[int, int]) -> int:
-        return self._patches(size).tokens_per_slice
+    def visual_tokens(self, patches: Tensor) -> int:
+        """Visual tokens that the text model sees of each row of ``patches`` ``[N, slices, S, patch_values]``."""
+        return patches.shape[1] * patches.shape[2] // self.network.layout.merge**2
 
-    def __call__(self, frames: Tensor, plans: Sequence[TokenPlan]) -> Tensor:
-        """``frames`` uint8 ``[N, T, 3, H, W]`` and N plans of one length to ``[N, K, outputs]`` float32."""
+    def __call__(self, patches: Tensor, size: tuple[int, int], plans: Sequence[TokenPlan]) -> Tensor:
+        """``patches`` ``[N, slices, S, patch_values]`` of images of ``size`` pixels and N plans of one length to
+        ``[N, K, outputs]`` float32."""
         ids = torch.tensor([plan.ids for plan in plans], device=self.device)
         pool = torch.tensor([plan.pool_index for plan in plans], device=self.device)
-        run = self._prepared(tuple(frames.shape[-2:]), plans[0])
-        parts = zip(frames.split(self.chunk), ids.split(self.chunk), pool.split(self.chunk), strict=True)
+        run = self._prepared(size, plans[0])
+        parts = zip(patches.split(self.chunk), ids.split(self.chunk), pool.split(self.chunk), strict=True)
         return torch.cat([run(part.to(self.device), *rest)["raw"] for part, *rest in parts])
 
-    def _patches(self, size: tuple[int, int]) -> PatchMaker:
-        low, high = self.area
-        return PatchMaker(size, self.network.layout, min_pixels=low, max_pixels=high)
-
     def _prepared(self, size: tuple[int, int], plan: TokenPlan) -> Callable[..., dict[str, Tensor]]:
-        key = (size, len(plan.ids), plan.visual_index)
+        grid = (size[0] // self.network.layout.patch, size[1] // self.network.layout.patch)
+        key = (grid, len(plan.ids), plan.visual_index)
         if key not in self._bodies:
-            body = StaticBody(self.network, self._patches(size), len(plan.ids), plan.visual_index).to(self.device)
-            self._bodies[key] = GraphedScorer(body, body, self._capture)
+            body = StaticBody(self.network, grid, len(plan.ids), plan.visual_index).to(self.device)
+            self._bodies[key] = GraphedScorer(exactly(body), body, self._capture)
         scorer = self._bodies[key]
         return scorer if self.graphs else scorer.body
 
 
-def _as_levels(videos: Tensor) -> tuple[Tensor, Tensor]:
-    """8-bit frames, and which videos are finite (``[B]`` bool); NaN has no level and is shown as grey."""
-    finite = torch.isfinite(videos).flatten(1).all(dim=1)
-    return to_uint8(torch.nan_to_num(videos)), finite
+def _fit(network: RewardQwen, area: tuple[int, int]) -> Callable[[int, int], tuple[int, int]]:
+    return partial(fit_size, factor=network.layout.factor, min_pixels=area[0], max_pixels=area[1])
 
 
 class VideoAlignReward:
@@ -121,6 +118,7 @@ class VideoAlignReward:
         greyscale_motion: show the motion score a grey video (some recipes do); costs a second pass.
         videos_per_forward: bounds the activation memory.
         graphs, capture: replay CUDA graphs on CUDA devices; backend to share a memory pool.
+        frames: where the inputs of all scorers of a run are made; None makes those of this one alone.
     """
 
     name = "videoalign"
@@ -137,33 +135,36 @@ class VideoAlignReward:
         videos_per_forward: int = 4,
         graphs: bool = True,
         capture: CaptureBackend | None = None,
+        frames: SharedFrames | None = None,
     ) -> None:
         self.parts = ("vq", "mq", "ta") if text_alignment else ("vq", "mq")
         self.keys = tuple(_VIDEOALIGN_KEYS[part] for part in self.parts)
         self.encode, self.template, self.clip_fps = encode, template, clip_fps
-        self.greyscale_motion = greyscale_motion
-        self._run = _Runner(network, _VIDEOALIGN_AREA, videos_per_forward, graphs, capture)
+        self._run = _Runner(network, videos_per_forward, graphs, capture)
+        fit = _fit(network, _VIDEOALIGN_AREA)
+        self._view = (frames or SharedFrames()).clip(lambda count: sample_frames(count, self.clip_fps), fit)
+        # The grey video is another video, of the chosen frames alone.
+        self._grey_view = SharedFrames().clip(range, fit) if greyscale_motion else None
 
     @torch.no_grad()
     def __call__(self, videos: Tensor, batch: RetakeBatch) -> RewardOutput:
         """Score ``videos`` ``[B, F, 3, H, W]`` in [-1, 1]; a video with a non-finite pixel is invalid."""
-        chosen = torch.tensor(sample_frames(videos.shape[1], self.clip_fps), device=videos.device)
-        levels, finite = _as_levels(videos.index_select(1, chosen))
-        plans = self._plans(levels, batch.prompts)
-        raw = self._run(levels, plans)[..., 0]
-        if self.greyscale_motion:
+        shown = self._view(videos)
+        plans = self._plans(shown, batch.prompts)
+        raw = self._run(shown.inputs, shown.size, plans)[..., 0]
+        if self._grey_view is not None:
             motion = self.parts.index("mq")
-            raw[:, motion] = self._run(_grey(levels), plans)[:, motion, 0]
+            grey = self._grey_view(_grey(videos[:, list(shown.frames)]))
+            raw[:, motion] = self._run(grey.inputs, grey.size, plans)[:, motion, 0]
         raw = raw.to(videos.device)
         scores, parts = {}, {}
         for column, (part, key) in enumerate(zip(self.parts, self.keys, strict=True)):
             mean, std = VIDEOALIGN_STATISTICS[part]
             scores[key], parts[f"{part}_raw"] = (raw[:, column] - mean) / std, raw[:, column]
-        return RewardOutput(scores, finite & torch.isfinite(raw).all(dim=1), parts)
+        return RewardOutput(scores, shown.finite & torch.isfinite(raw).all(dim=1), parts)
 
-    def _plans(self, levels: Tensor, captions: Sequence[str]) -> list[TokenPlan]:
-        slices = levels.shape[1] // self._run.network.layout.temporal_patch
-        tokens = slices * self._run.tokens_per_slice(tuple(levels.shape[-2:]))
+    def _plans(self, shown: Shown, captions: Sequence[str]) -> list[TokenPlan]:
+        tokens = self._run.visual_tokens(shown.inputs)
         reads = [_VIDEOALIGN_TOKENS[part] for part in self.parts]
 
         def plan(caption: str) -> TokenPlan:
@@ -187,6 +188,7 @@ class Hpsv3Reward:
         best_share: mean over this share of the best frames; 1 is the plain mean.
         frames_per_forward: bounds the activation memory.
         graphs, capture: replay CUDA graphs on CUDA devices; backend to share a memory pool.
+        frames: where the inputs of all scorers of a run are made; None makes those of this one alone.
     """
 
     name = "hpsv3"
@@ -206,6 +208,7 @@ class Hpsv3Reward:
         frames_per_forward: int = 8,
         graphs: bool = True,
         capture: CaptureBackend | None = None,
+        frames: SharedFrames | None = None,
     ) -> None:
         if frame_stride < 1 or not 0 < best_share <= 1 or caption_policy not in ("constant", "prompt"):
             raise UsageError(
@@ -215,22 +218,26 @@ class Hpsv3Reward:
         self.encode, self.instruction, self.suffix = encode, instruction, suffix
         self.frame_stride, self.best_share = frame_stride, best_share
         self.caption_policy, self.caption = caption_policy, caption
-        self._run = _Runner(network, _HPSV3_AREA, frames_per_forward, graphs, capture)
+        self._run = _Runner(network, frames_per_forward, graphs, capture)
+        self._view = (frames or SharedFrames()).still(
+            lambda count: range(0, count, self.frame_stride), _fit(network, _HPSV3_AREA)
+        )
 
     @torch.no_grad()
     def __call__(self, videos: Tensor, batch: RetakeBatch) -> RewardOutput:
         """Score ``videos`` ``[B, F, 3, H, W]`` in [-1, 1]; a video with a non-finite pixel is invalid."""
-        levels, finite = _as_levels(videos[:, :: self.frame_stride])
-        count, frames = levels.shape[:2]
+        shown = self._view(videos)
+        count, frames = shown.inputs.shape[:2]
+        patches = shown.inputs.flatten(0, 1)[:, None]
         captions = batch.prompts if self.caption_policy == "prompt" else (self.caption,) * count
-        tokens = self._run.tokens_per_slice(tuple(levels.shape[-2:]))
+        tokens = self._run.visual_tokens(patches)
         plans = _to_one_length([self._plan(caption, tokens) for caption in captions])
-        raw = self._run(levels.flatten(0, 1)[:, None], [plan for plan in plans for _ in range(frames)])
+        raw = self._run(patches, shown.size, [plan for plan in plans for _ in range(frames)])
         mean, log_std = raw[:, 0].to(videos.device).view(count, frames, 2).unbind(dim=-1)
         kept = max(1, round(self.best_share * frames))
         score = mean.topk(kept, dim=1).values.mean(dim=1) if kept < frames else mean.mean(dim=1)
         parts = {"hps_worst_frame": mean.amin(dim=1), "hps_sigma": log_std.exp().mean(dim=1)}
-        return RewardOutput({"hps": score}, finite & torch.isfinite(mean).all(dim=1), parts)
+        return RewardOutput({"hps": score}, shown.finite & torch.isfinite(mean).all(dim=1), parts)
 
     def _plan(self, caption: str, tokens: int) -> TokenPlan:
         text = self.instruction.replace(_CAPTION_SLOT, caption) + self.suffix
@@ -247,8 +254,9 @@ def _to_one_length(plans: list[TokenPlan]) -> list[TokenPlan]:
     return [plan.padded(length) for plan in plans]
 
 
-def _grey(levels: Tensor) -> Tensor:
-    """Luma (ITU-R BT.601) of uint8 ``[..., 3, H, W]`` in all three channels."""
+def _grey(frames: Tensor) -> Tensor:
+    """Luma (ITU-R BT.601) of the 8-bit levels of ``[..., 3, H, W]`` in [-1, 1], as uint8 in all three channels."""
+    levels = to_uint8(torch.nan_to_num(frames))
     weights = torch.tensor([0.299, 0.587, 0.114], device=levels.device).view(3, 1, 1)
     luma = (levels.float() * weights).sum(dim=-3, keepdim=True).round().to(torch.uint8)
     return luma.expand_as(levels).contiguous()
@@ -276,6 +284,7 @@ def build_videoalign(
     greyscale_motion: bool = False,
     videos_per_forward: int = 4,
     graphs: bool = True,
+    frames: SharedFrames | None = None,
 ) -> VideoAlignReward:
     """Build VideoAlign from configuration values.
 
@@ -284,6 +293,7 @@ def build_videoalign(
         tokenizer: its tokenizer folder; by default ``tokenizer`` beside the checkpoint.
         template_folder: where ``geoalign doctor --fetch-rewards`` put the prompt; None takes the default place.
         device: "auto" takes CUDA where there is one.
+        frames: given by the registry.
 
     Raises:
         RewardError: weights, tokenizer or prompt are missing (the message holds the command to get them).
@@ -309,6 +319,7 @@ def build_videoalign(
         greyscale_motion=greyscale_motion,
         videos_per_forward=videos_per_forward,
         graphs=graphs,
+        frames=frames,
     )
 
 
@@ -325,6 +336,7 @@ def build_hpsv3(
     best_share: float = 1.0,
     frames_per_forward: int = 8,
     graphs: bool = True,
+    frames: SharedFrames | None = None,
 ) -> Hpsv3Reward:
     """Build HPSv3 from configuration values.
 
@@ -333,6 +345,7 @@ def build_hpsv3(
         tokenizer: folder with the tokenizer files of Qwen/Qwen2-VL-7B-Instruct.
         template_folder: where ``geoalign doctor --fetch-rewards`` put the prompt; None takes the default place.
         device: "auto" takes CUDA where there is one.
+        frames: given by the registry.
 
     Raises:
         RewardError: weights, tokenizer or prompt are missing (the message holds the command to get them).
@@ -355,4 +368,5 @@ def build_hpsv3(
         best_share=best_share,
         frames_per_forward=frames_per_forward,
         graphs=graphs,
+        frames=frames,
     )

@@ -12,6 +12,7 @@ from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.utils.flop_counter import register_flop_formula
 
 from geoalign_kernels import capture, dispatch
 from geoalign_kernels.ops.attention import cores
@@ -151,3 +152,18 @@ for _name in (f"attention_{mode}" for mode in QUANTISED):
         "(Tensor q, Tensor k, Tensor v, float scale) -> Tensor",
         fake=lambda q, *_: torch.empty_like(q, memory_format=torch.contiguous_format),
     )
+
+
+@register_flop_formula(torch.ops.geoalign.attention)
+def _attention_flops(q_shape: torch.Size, k_shape: torch.Size, *_: Any, out_shape: Any = None, **__: Any) -> int:
+    """Two products, 2 FLOP a multiply-add: what torch's FLOP counter sees of an exact attention."""
+    batch, queries, heads, head = q_shape
+    return 4 * batch * heads * queries * k_shape[1] * head
+
+
+@register_flop_formula(torch.ops.geoalign.attention_backward)
+def _attention_backward_flops(
+    _: torch.Size, q_shape: torch.Size, k_shape: torch.Size, *rest: Any, **options: Any
+) -> int:
+    """Five products, of which one repeats the scores."""
+    return _attention_flops(q_shape, k_shape) * 5 // 2

@@ -20,9 +20,7 @@ def frame_preprocess(
         NativeBuildError: the same where the backend was asked for by name.
     """
     try:
-        native.load()
-        if video.is_cuda:
-            native.cuda_compiler()  # the library holds the CUDA part where nvcc was found
+        native.load(video.device.type)
     except native.NativeBuildError as error:
         if wanted("frame_preprocess") != "auto":
             raise

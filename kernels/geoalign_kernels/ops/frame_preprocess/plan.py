@@ -1,8 +1,9 @@
-"""Tables of the frame pre-processor, computed in float64 on the host and checked there.
+"""Tables of the frame pre-processor, computed on the host and checked there.
 
-Output i of an axis is sum_k weights[i, k] * input[first[i] + k]. Two filters are used: Pillow's (Lanczos-3 when
-shrinking, Keys' cubic when enlarging) for the cropped image, torch's antialiased bicubic for the patches. Both widen
-with the scale, drop taps outside the image and renormalise the rest.
+Output i of an axis is sum_k weights[i, k] * input[first[i] + k]. Two filters are used, which widen with the scale, drop
+taps outside the image and renormalise the rest. For the cropped image it is Pillow's (Lanczos-3 when shrinking, Keys'
+cubic when enlarging), computed in float64. For the patches it is torch's antialiased bicubic, whose float32 weights are
+read off torch: recomputed ones differ by 1e-5, and that moves one value in two thousand across a rounding tie.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 TILE = (14, 84)
@@ -106,10 +108,10 @@ def frame_plan(
         slots[row, list(indices)] = torch.arange(len(indices), dtype=torch.int32)
     (top, left), (height, width) = geometry.offset, geometry.output
     axes = (
-        taps(size[1], geometry.resized[1], left, width, lanczos=True),
-        taps(size[0], geometry.resized[0], top, height, lanczos=True),
-        taps(size[1], patches[1], 0, patches[1], lanczos=False),
-        taps(size[0], patches[0], 0, patches[0], lanczos=False),
+        pillow_taps(size[1], geometry.resized[1], left, width),
+        pillow_taps(size[0], geometry.resized[0], top, height),
+        torch_taps(size[1], patches[1]),
+        torch_taps(size[0], patches[0]),
     )
     gx, gy, px, py = axes
     return FramePlan(
@@ -122,14 +124,14 @@ def frame_plan(
     )
 
 
-def taps(source: int, target: int, start: int, count: int, *, lanczos: bool) -> tuple[Tensor, Tensor]:
+def pillow_taps(source: int, target: int, start: int, count: int) -> tuple[Tensor, Tensor]:
     """(first [count] int32 ascending, weights [count, taps] float32) of outputs `start` .. `start + count - 1`.
 
     Rows are padded with zero weights; first + taps never exceeds `source`.
     """
     scale = source / target
     stretch = max(scale, 1.0)
-    weight, radius = (_lanczos3, 3) if lanczos and scale > 1 else (_cubic, 2)
+    weight, radius = (_lanczos3, 3) if scale > 1 else (_cubic, 2)
     centre = (torch.arange(start, start + count, dtype=torch.float64) + 0.5) * scale
     low = (centre - radius * stretch + 0.5).floor().clamp(min=0).long()
     high = (centre + radius * stretch + 0.5).floor().clamp(max=source).long()
@@ -139,6 +141,19 @@ def taps(source: int, target: int, start: int, count: int, *, lanczos: bool) -> 
     values = weight((column + 0.5 - centre[:, None]) / stretch)
     values = torch.where((column >= low[:, None]) & (column < high[:, None]), values, 0.0)
     return first.int(), (values / values.sum(dim=1, keepdim=True)).float().contiguous()
+
+
+def torch_taps(source: int, target: int) -> tuple[Tensor, Tensor]:
+    """As `pillow_taps`, of all outputs: torch's antialiased bicubic, read off what it makes of unit images."""
+    units = torch.eye(source, device="cpu")[None, :, None]
+    matrix = F.interpolate(units, (1, target), mode="bicubic", antialias=True, align_corners=False)[0, :, 0].T
+    used = (matrix != 0).int()
+    # An output that falls on an input reads it alone; its window must not start after the next one's.
+    low = used.argmax(dim=1).flip(0).cummin(dim=0).values.flip(0)
+    high = (source - used.flip(1).argmax(dim=1)).cummax(dim=0).values
+    length = int((high - low).max())
+    first = low.clamp(max=source - length)
+    return first.int(), matrix.gather(1, first[:, None] + torch.arange(length)).contiguous()
 
 
 def _lanczos3(x: Tensor) -> Tensor:

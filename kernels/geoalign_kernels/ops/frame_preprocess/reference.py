@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from geoalign_kernels.ops.frame_preprocess.op import empty_outputs
 from geoalign_kernels.ops.frame_preprocess.plan import MERGE, PAIR, PATCH, PATCH_VALUES
 
 
@@ -19,20 +20,27 @@ def frame_preprocess(
     video: Tensor, axes: list[Tensor], slots: Tensor, levels: Tensor, counts: list[int], reads: list[int]
 ) -> tuple[Tensor, Tensor, Tensor]:
     """See `op.frame_preprocess`; `reads` serves the CUDA kernel only."""
-    source = to_levels(video)
-    across, down, patch_across, patch_down = (
-        _matrix(axes[2 * i], axes[2 * i + 1], video.shape[-1 - i % 2]) for i in range(4)
-    )
+    matrices = [_matrix(axes[2 * i], axes[2 * i + 1], video.shape[-1 - i % 2]) for i in range(4)]
     # A frame that an output does not show has slot -1 and sorts first.
     order = slots.argsort(dim=1)
     shown = [order[i, slots.shape[1] - count :] for i, count in enumerate(counts)]
-    geometry = _half_up(down @ _half_up(source[:, shown[0]] @ across.T))
-    clip, still = ((patch_down @ (source[:, index] @ patch_across.T)).round().clamp(0, 255) for index in shown[1:])
-    return (
-        _normalise(geometry, levels[0]),
-        _patches(_normalise(clip, levels[1])),
-        _patches(_normalise(still, levels[1]).repeat_interleave(PAIR, dim=1)),
-    )
+    outputs = empty_outputs(video, axes, counts)
+    for i, one in enumerate(video.split(1)):  # the intermediate images of a whole batch would not fit a GPU
+        for output, part in zip(outputs, _one_clip(one, matrices, shown, levels), strict=True):
+            output[i : i + 1] = part
+    return outputs
+
+
+def _one_clip(
+    video: Tensor, matrices: list[Tensor], shown: list[Tensor], levels: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    across, down, patch_across, patch_down = matrices
+    geometry = _half_up(down @ _half_up(to_levels(video[:, shown[0]]) @ across.T))
+    either = torch.cat(shown[1:]).unique()  # clip and still show the same resized frames
+    resized = (patch_down @ (to_levels(video[:, either]) @ patch_across.T)).round().clamp(0, 255)
+    frames = _normalise(resized, levels[1])
+    clip, still = (frames[:, torch.searchsorted(either, index)] for index in shown[1:])
+    return _normalise(geometry, levels[0]), _patches(clip), _patches(still.repeat_interleave(PAIR, dim=1))
 
 
 def _matrix(first: Tensor, weights: Tensor, source: int) -> Tensor:

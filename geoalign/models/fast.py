@@ -1,0 +1,51 @@
+"""An approximate twin of a network for steps that take no log-probability: int8 attention, int8 frozen linears."""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import replace
+
+from torch import nn
+
+from geoalign.errors import ConfigError
+from geoalign.models.dit import RetakeDiT
+from geoalign_kernels import ProbedInt8Attention
+
+
+def fast_twin(model: RetakeDiT, *, attention_threshold: float | None, linears: bool) -> RetakeDiT:
+    """A network with the very parameters of ``model`` that runs them faster and less exactly.
+
+    Args:
+        model: the exact network; updates of its trained parameters are seen by the twin.
+        attention_threshold: int8 attention in the layers whose error in a probe stays below it; None: exact attention.
+        linears: replace frozen linears of the blocks by 8-bit weights and activations; this copies their weights.
+
+    Raises:
+        ConfigError: int8 linears without torchao.
+    """
+    shared = {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())}
+    # The execution is copied by the twin's own line below, and must not be deep-copied: it may hold a process group.
+    twin = copy.deepcopy(model, shared | {id(model.execution): model.execution})
+    execution = replace(model.execution)
+    if attention_threshold is not None:
+        execution.probe = ProbedInt8Attention(attention_threshold)
+    twin.execution = execution
+    for block in twin.blocks:
+        block.self_attn.execution = execution
+    if linears:
+        _quantise(twin)
+    return twin
+
+
+def _quantise(model: RetakeDiT) -> None:
+    try:
+        from torchao.quantization import Int8DynamicActivationInt8WeightConfig, quantize_
+    except ImportError as error:
+        raise ConfigError(f"ode.linears=int8 needs torchao (pip install 'geoalign[gpu]'): {error}") from error
+
+    def frozen(module: nn.Module, name: str) -> bool:
+        return isinstance(module, nn.Linear) and not any(p.requires_grad for p in module.parameters())
+
+    for block in model.blocks:
+        for part in (block.ffn, block.cross_attn):
+            quantize_(part, Int8DynamicActivationInt8WeightConfig(), filter_fn=frozen)

@@ -1,0 +1,71 @@
+"""What a run would be, without loading weights or touching a device."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+
+import torch
+
+from geoalign.config.layout import place_groups
+from geoalign.config.schema import Config
+from geoalign.flow.table import StepWindow, build_step_table
+from geoalign.models.dit import RetakeDiT
+from geoalign.perf.budget import Walk, count_passes
+from geoalign.rl.window import WindowSchedule
+from geoalign.training.optim import freeze_all_but
+from geoalign.training.telemetry import plan_of
+
+
+def describe_run(config: Config) -> Mapping[str, object]:
+    """Title -> text, in the order in which a person asks.
+
+    Raises:
+        ConfigError: nothing would be trained, or the groups cannot be dealt to the processes of torchrun.
+    """
+    with torch.device("meta"):
+        model = RetakeDiT(config.model)
+    trained = freeze_all_but(model, config.optim.trainable)
+    schedule = WindowSchedule(config.window, config.flow.steps, config.run.seed)
+    windows = sorted({(w.start, w.stop) for w in map(schedule, range(config.train.iterations))})
+    total, group = sum(p.numel() for p in model.parameters()), config.groups
+    moving = sum(p.numel() for p in trained.values())
+    return {
+        "run folder": config.run.folder,
+        "model": f"{total:,} parameters, {moving:,} trained in {len(trained)} tensors",
+        "base": " + ".join(str(path) for path in (config.train.base, config.train.delta) if path) or "none",
+        "videos": f"{config.data.num_frames} x {config.data.height} x {config.data.width}",
+        "iteration": f"{group.conditions} conditions x {group.size} rollouts, {config.flow.steps} steps",
+        "windows": ", ".join(f"[{start}, {stop})" for start, stop in windows),
+        "passes": _passes(config, schedule(0)),
+        "rewards": ", ".join(f"{name} ({reward.kind})" for name, reward in config.rewards.items()) or "none",
+        "execution": _execution(config),
+        "processes": _processes(config),
+        "iterations": f"{config.train.iterations} (`geoalign budget` predicts the hours)",
+    }
+
+
+def _passes(config: Config, window: StepWindow) -> str:
+    table, groups = build_step_table(config.flow, window), config.groups
+    walk = Walk(window.start, window.size, table.num_steps - window.stop)
+    count = count_passes(walk, groups.conditions, groups.size, config.optim.updates_per_rollout, plan_of(config))
+    learner = f"{count.replay + count.reference:,} learner forwards, {count.backward:,} backwards"
+    return f"{count.rollout:,} rollout forwards, {learner}, {count.recompute:,} recomputed (first window, all ranks)"
+
+
+def _execution(config: Config) -> str:
+    run, levers, ode = config.run, config.levers, config.ode
+    parts = [f"device {run.device}", f"matrices {run.dtype}", "compiled blocks" if run.compile else "eager blocks"]
+    parts += [f"recompute {levers.recompute}", f"streaming {levers.streaming}"]
+    changes = [f"ode.{name} {value}" for name, value in (("attention", ode.attention), ("linears", ode.linears))]
+    approximate = [text for text in changes if not text.endswith("exact")]
+    approximate += [f"tail_ratio {config.flow.tail_ratio}"] if config.flow.tail_ratio < 1 else []
+    return ", ".join(parts) + (f"; CHANGES samples: {', '.join(approximate)}" if approximate else "; all EXACT")
+
+
+def _processes(config: Config) -> str:
+    size, parallel = int(os.environ.get("WORLD_SIZE", "1")), config.parallel
+    share = place_groups(config.groups.conditions, config.groups.size, size, parallel.sequence)
+    shared = f", {parallel.sequence} ranks share each video" if parallel.sequence > 1 else ""
+    rollouts = f"{share.groups} groups x {share.members} rollouts each"
+    return f"{size} ({parallel.engine}): {rollouts}{shared}"

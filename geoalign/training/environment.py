@@ -1,0 +1,58 @@
+"""What a result is worthless without: versions, hardware and commit; and the progress bar of long verbs."""
+
+from __future__ import annotations
+
+import os
+import platform
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+from geoalign import __version__
+
+
+def describe_environment() -> dict[str, Any]:
+    """Versions, hardware and commit that a result is worthless without."""
+    return {
+        "versions": {
+            "geoalign": __version__,
+            "python": platform.python_version(),
+            "torch": torch.__version__,
+            "numpy": np.__version__,
+        },
+        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else _cpu_name(),
+        "cores": os.cpu_count(),
+        "commit": source_commit(),
+        "command": " ".join(sys.argv),
+    }
+
+
+def _cpu_name() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor() or platform.machine()
+    return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.machine())
+
+
+def source_commit() -> str:
+    """Commit of the source tree the package runs from (with ``-dirty``), or "installed" for a wheel."""
+    root = Path(__file__).parents[2]
+    if not (root / ".git").exists():
+        return "installed"
+    call: Callable[..., str] = lambda *args: subprocess.run(  # noqa: E731 - two calls of one command
+        ["git", "-C", str(root), *args], capture_output=True, text=True, check=False
+    ).stdout.strip()
+    dirty = call("status", "--porcelain", "--untracked-files=no")
+    return call("rev-parse", "--short=12", "HEAD") + ("-dirty" if dirty else "")
+
+
+def bar(total: int, what: str, unit: str, initial: int = 0) -> tqdm:  # type: ignore[type-arg]
+    """A progress bar with ETA on a terminal; silent elsewhere."""
+    return tqdm(total=total, initial=initial, desc=what, unit=unit, disable=not sys.stderr.isatty(), dynamic_ncols=True)

@@ -1,0 +1,176 @@
+"""The processes of a run and what joins their results; one interface for one and many, real or simulated."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, fields, replace
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from geoalign.config.layout import place_groups
+from geoalign.models.parallel import SequenceParallel
+from geoalign.perf.timer import phase
+from geoalign.rl.objective import RatioStats
+from geoalign.rl.score import Scores
+
+Operation = Literal["sum", "max", "min"]
+
+
+class Ranks:
+    """Joins the ranks. A subclass gives :meth:`collective`; every other method is built on it.
+
+    Every rank calls every method in the same order whatever happened to its samples, so no collective is ever skipped.
+
+    Attributes:
+        rank, size: this process among all.
+        sequence: neighbouring ranks that share the tokens of the same rollouts.
+    """
+
+    rank = 0
+    size = 1
+    sequence = 1
+
+    def collective(self, tensor: Tensor, operation: Operation) -> Tensor:
+        """``tensor`` reduced over the ranks (the argument may be overwritten)."""
+        raise NotImplementedError
+
+    def sequence_group(self) -> SequenceParallel | None:
+        """What the ranks that share tokens exchange them by; None where every rank has all tokens."""
+        return None
+
+    def check_alive(self) -> None:
+        """Raise RunError naming the ranks that do not answer; before long collectives, where a device would hang."""
+
+    @property
+    def data_rank(self) -> int:
+        """Which share of the rollouts this rank holds."""
+        return self.rank // self.sequence
+
+    @property
+    def data_size(self) -> int:
+        """Number of different shares."""
+        return self.size // self.sequence
+
+    @property
+    def sequence_rank(self) -> int:
+        """Which part of the tokens this rank holds."""
+        return self.rank % self.sequence
+
+    def all_reduce(self, tensor: Tensor, operation: Operation, what: str = "numbers") -> Tensor:
+        """:meth:`collective`, timed as ``sync/<what>``."""
+        with phase(f"sync/{what}"):
+            return self.collective(tensor, operation)
+
+    def barrier(self) -> None:
+        """Wait for all ranks."""
+        self.all_reduce(torch.zeros(1), "sum", "barrier")
+
+    def sum(self, value: float) -> float:
+        """The sum of one number over the shares of the rollouts, in float64."""
+        mine = value if self.sequence_rank == 0 else 0.0
+        return float(self.all_reduce(torch.tensor(mine, dtype=torch.float64), "sum"))
+
+    def maximum(self, value: float) -> float:
+        """The largest of one number over the ranks; NaN if any is NaN."""
+        pair = torch.tensor([value, float(value != value)], dtype=torch.float64).nan_to_num(0.0)
+        largest, poisoned = self.all_reduce(pair, "max").tolist()
+        return float("nan") if poisoned else largest
+
+    def join(self, stats: RatioStats) -> RatioStats:
+        """Ratio statistics of all ranks; ranks that share tokens count the same pairs once each."""
+        joined = {}
+        for field in fields(stats):
+            kind = field.name.rpartition("_")[2]
+            operation: Operation = "max" if kind == "max" else "min" if kind == "min" else "sum"
+            joined[field.name] = self.all_reduce(getattr(stats, field.name).clone(), operation)
+        return RatioStats(**joined)
+
+    def sum_tensors(self, tensors: Sequence[Tensor], what: str) -> list[Tensor]:
+        """Tensors of equal dtype summed over all ranks in one flat collective."""
+        flat = self.all_reduce(torch.cat([tensor.flatten() for tensor in tensors]), "sum", what)
+        parts = flat.split([tensor.numel() for tensor in tensors])
+        return [part.view_as(tensor) for part, tensor in zip(parts, tensors, strict=True)]
+
+
+class LocalRanks(Ranks):
+    """One process: nothing to join."""
+
+    def collective(self, tensor: Tensor, operation: Operation) -> Tensor:
+        """The tensor itself."""
+        return tensor
+
+
+@dataclass(frozen=True, slots=True)
+class Placement:
+    """The part of an iteration that one rank runs.
+
+    Attributes:
+        group_ids: ``[M]`` global ids of its groups.
+        member_ids: ``[G']`` ids of its members inside each group.
+        group_size: G of the whole group.
+        conditions: groups of the iteration over all ranks.
+        scored: ``[R']`` indices of the local rows that this rank decodes and scores: all of them, unless other ranks
+            hold the same rollouts.
+    """
+
+    group_ids: Tensor
+    member_ids: Tensor
+    group_size: int
+    conditions: int
+    scored: Tensor
+
+    @property
+    def rows(self) -> Tensor:
+        """``[M * G']`` global row (group * G + member) of each local row."""
+        return (self.group_ids[:, None] * self.group_size + self.member_ids).flatten()
+
+    @property
+    def whole(self) -> bool:
+        """Whether groups lie whole on their rank."""
+        return self.member_ids.numel() == self.group_size
+
+    @staticmethod
+    def of(conditions: int, size: int, ranks: Ranks) -> Placement:
+        """The share of ``ranks``; raises ConfigError if the groups cannot be dealt equally."""
+        share = place_groups(conditions, size, ranks.size, ranks.sequence)
+        rows = torch.arange(share.groups * share.members)
+        groups_before, first_member = ranks.data_rank * share.groups, 0
+        if share.members < size:
+            groups_before, part = divmod(ranks.data_rank, size // share.members)
+            first_member = part * share.members
+        return Placement(
+            torch.arange(groups_before, groups_before + share.groups),
+            torch.arange(first_member, first_member + share.members),
+            size,
+            conditions,
+            rows.tensor_split(ranks.sequence)[ranks.sequence_rank],
+        )
+
+
+def gather_scores(ranks: Ranks, place: Placement, scores: Scores) -> Scores:
+    """From scores of the local rows ``place.scored`` to those of all ranks: in global row order, on the CPU.
+
+    One sum of a buffer that is zero outside the own rows, so values arrive bit for bit and advantages do not depend on
+    the layout. ``failures`` are summed and ``seconds`` are those of the slowest rank.
+    """
+    tables = (scores.scores, scores.parts, scores.diagnostics)
+    total = place.conditions * place.group_size
+    columns = [scores.valid.double(), *(value.double() for table in tables for value in table.values())]
+    buffer = torch.zeros(len(columns), total, dtype=torch.float64)
+    # Values of failed rows may be NaN, which a sum would spread; they are excluded by ``valid`` everywhere.
+    buffer[:, place.rows[place.scored]] = torch.nan_to_num(torch.stack([column.cpu() for column in columns]))
+    gathered = iter(ranks.all_reduce(buffer, "sum", "scores"))
+    valid = next(gathered) > 0
+    joined = [{name: next(gathered).to(value.dtype) for name, value in table.items()} for table in tables]
+    counts = ranks.all_reduce(torch.tensor([*scores.failures.values()], dtype=torch.float64), "sum", "scores")
+    return replace(
+        scores,
+        valid=valid,
+        scores=joined[0],
+        parts=joined[1],
+        diagnostics=joined[2],
+        failures=dict(zip(scores.failures, map(int, counts.tolist()), strict=True)),
+        seconds={name: ranks.maximum(value) for name, value in scores.seconds.items()},
+    )

@@ -1,0 +1,77 @@
+"""Makes a loaded policy ready to train: device, precision, execution, engine."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass, replace
+
+import torch
+
+from geoalign.config.schema import Config
+from geoalign.models.dit import RetakeDiT
+from geoalign.models.execution import Execution, allow_graphs
+from geoalign.models.fast import fast_twin
+from geoalign.rl.policy import RetakePolicy
+from geoalign.training.device import device_of, dtype_of
+from geoalign.training.engines.base import Engine, build_engine
+from geoalign.training.optim import freeze_all_but
+from geoalign.training.ranks import Ranks
+from geoalign.training.reference import ReferencePolicy
+from geoalign_kernels import resolve_attention
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class Parts:
+    """A policy on its device, the engine that trains it, and the reference of a KL term (None without one)."""
+
+    policy: RetakePolicy
+    engine: Engine
+    device: torch.device
+    reference: ReferencePolicy | None
+
+
+def ready(config: Config, policy: RetakePolicy, ranks: Ranks) -> Parts:
+    """Place and configure ``policy``, whose model is changed in place.
+
+    Masters of trained parameters are taken in the precision of the loaded weights, before matrices are cast.
+
+    Raises:
+        ConfigError: nothing is trained, or an engine or lever cannot run here.
+        UsageError: the device is not there.
+    """
+    device, model = device_of(config.run), policy.model
+    dtype = dtype_of(config.run, device)
+    if policy.dtype == torch.float64:  # exactness checks run whole models in float64
+        dtype = torch.float64
+    model.to(device)
+    trained = freeze_all_but(model, config.optim.trainable)
+    configure(model.execution, config, device, dtype, ranks)
+    engine = build_engine(config, model, trained, ranks, dtype)
+    if config.parallel.engine != "fsdp":  # which casts where it gathers
+        model.to(dtype)
+    policy = replace(policy, codec=policy.codec.to(device), guidance=config.flow.guidance, fast=_twin(config, model))
+    reference = ReferencePolicy(trained) if config.objective.kl_weight > 0 else None
+    return Parts(policy, engine, device, reference)
+
+
+def configure(execution: Execution, config: Config, device: torch.device, dtype: torch.dtype, ranks: Ranks) -> None:
+    """Apply the switches of a configuration; every choice is made once, so that window and learner share it."""
+    execution.prune_source = config.levers.prune_source
+    execution.recompute = config.levers.recompute
+    execution.cache_phases = config.levers.cache_phases
+    execution.core = resolve_attention(device, dtype)
+    execution.sequence = ranks.sequence_group()
+    execution.dtype = dtype
+    execution.compiled = config.run.compile
+    if config.run.compile:
+        allow_graphs()
+    logger.info("attention core %s, matrices in %s on %s", execution.core, dtype, device)
+
+
+def _twin(config: Config, model: RetakeDiT) -> RetakeDiT | None:
+    if config.ode.attention == "exact" and config.ode.linears == "exact":
+        return None
+    threshold = config.ode.int8_threshold if config.ode.attention == "int8" else None
+    return fast_twin(model, attention_threshold=threshold, linears=config.ode.linears == "int8")

@@ -1,0 +1,97 @@
+"""What an iteration cost: network passes against the cost model, arithmetic rate, memory."""
+
+from __future__ import annotations
+
+import resource
+from collections import Counter
+from dataclasses import dataclass
+
+import torch
+
+from geoalign.config.schema import Config
+from geoalign.flow.rollout import Rollout
+from geoalign.flow.table import StepTable
+from geoalign.perf.budget import PassCount, Plan, Walk, count_passes
+from geoalign.perf.cost import TransformerCost, peak_flops
+from geoalign.training.ranks import Placement
+
+
+def plan_of(config: Config) -> Plan:
+    """What the cost model must know of the switches that change the number of passes."""
+    levers = config.levers
+    return Plan(
+        share_prefix=levers.share_prefix,
+        merge_first=levers.merge_first_step,
+        checkpoint=levers.recompute != "none",
+        keep_attention=levers.recompute == "keep_attention",
+        stream_backward=levers.streaming != "off",
+        guidance=2 if config.flow.guidance > 1 else 1,
+        reference=config.objective.kl_weight > 0,
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class WorkMeter:
+    """Counts and rates of one rank.
+
+    Attributes:
+        config: of the run.
+        place: the rollouts of this rank.
+        device: where they run.
+    """
+
+    config: Config
+    place: Placement
+    device: torch.device
+
+    def passes(self, rollout: Rollout, learned: Counter[str]) -> PassCount:
+        """Passes that were run, counted where the forwards are."""
+        backward = learned["backward"]
+        return PassCount(
+            rollout.forwards.prefix,
+            rollout.forwards.window,
+            rollout.forwards.tail,
+            learned["replay"],
+            backward if self.config.levers.recompute != "none" else 0,
+            backward,
+            learned["reference"],
+        )
+
+    def predicted(self, table: StepTable) -> PassCount:
+        """Passes that the cost model expects of an iteration with this table."""
+        assert table.window is not None
+        walk = Walk(table.window.start, table.window.size, table.num_steps - table.window.stop)
+        groups, size = self.place.group_ids.numel(), self.place.member_ids.numel()
+        return count_passes(walk, groups, size, self.config.optim.updates_per_rollout, plan_of(self.config))
+
+    def metrics(self, spent: PassCount, table: StepTable, seconds: float) -> dict[str, float]:
+        """Everything under ``perf/``."""
+        numbers = {
+            "perf/forwards_rollout": float(spent.rollout),
+            "perf/forwards_learner": float(spent.replay + spent.reference),
+            "perf/forwards_recomputed": float(spent.recompute),
+            "perf/backwards": float(spent.backward),
+            "perf/forward_equivalents": float(spent.forward_equivalents),
+            "perf/predicted_forward_equivalents": float(self.predicted(table).forward_equivalents),
+            "perf/peak_memory_gb": self._peak_memory() / 1e9,
+        }
+        rate = self._model_flops(spent) / seconds
+        numbers["perf/model_tflop_per_s"] = rate / 1e12
+        peak = peak_flops(torch.cuda.get_device_name(self.device)) if self.device.type == "cuda" else None
+        return numbers if peak is None else numbers | {"perf/mfu": rate / peak}
+
+    def _model_flops(self, spent: PassCount) -> float:
+        """Arithmetic of the network, repeated forwards left out; ranks that share tokens do a part each."""
+        data = self.config.data
+        work = TransformerCost.of(self.config.model, data.num_frames, data.height, data.width)
+        forwards = spent.forwards - spent.recompute
+        total = forwards * work.forward_flops() + spent.backward * work.backward_flops()
+        return total / self.config.parallel.sequence
+
+    def _peak_memory(self) -> float:
+        """Largest number of bytes allocated on the GPU since the last call, or resident in this process so far."""
+        if self.device.type != "cuda":
+            return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024.0
+        peak = torch.cuda.max_memory_allocated(self.device)
+        torch.cuda.reset_peak_memory_stats(self.device)
+        return float(peak)

@@ -1,0 +1,188 @@
+"""Injected faults of a whole run: it survives with exact counts, or stops and names the cause (docs/engine.md)."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from training_cases import Brightness, smoke, trainer_of
+
+from geoalign.cli import main
+from geoalign.errors import CheckpointError, RunError
+from geoalign.io_utils import read_jsonl
+from geoalign.rewards.base import Reward, RewardOutput
+from geoalign.rewards.guard import GuardedReward
+from geoalign.rl.policy import RetakePolicy
+from geoalign.training import checkpoint as checkpoints
+from geoalign.training.run import run_training
+from geoalign.training.trainer import Trainer
+from geoalign.types import RetakeBatch
+
+WINDOW = {"kind": "fixed", "start": 1, "size": 2, "max_start": None}
+ROWS = 8  # 2 groups of 4
+
+
+class Faulty(Brightness):
+    """A scorer that does something wrong in chosen calls (counted from 0)."""
+
+    def __init__(self, faults: Mapping[int, str]) -> None:
+        self.faults, self.calls, self.release = dict(faults), 0, threading.Event()
+
+    def __call__(self, videos: Tensor, batch: RetakeBatch) -> RewardOutput:
+        fault, self.calls = self.faults.get(self.calls), self.calls + 1
+        if fault == "raise":
+            raise RuntimeError("CUDA error: an illegal memory access was encountered")
+        if fault == "hang":
+            self.release.wait(60)
+        output = super().__call__(videos, batch)
+        if fault == "nan":
+            output.scores["bright"][1] = float("nan")
+        return output
+
+
+def trainer_with(rewards: Mapping[str, Reward], **changes: dict[str, Any]) -> Trainer:
+    changes = {"failures": {"max_invalid_fraction": 1.0}} | changes
+    return trainer_of(smoke(window=WINDOW, advantage={"weights": {}}, **changes), rewards=rewards)
+
+
+def assert_trained(trainer: Trainer) -> None:
+    assert all(torch.isfinite(p).all() for p in trainer.engine.trained.values())
+
+
+LEVERS = [
+    {"levers": {"streaming": mode}, "groups": {"rows_per_forward": rows}}
+    for mode, rows in (("off", None), ("off", 1), ("graphs", None), ("graphs", 1), ("device", 1))
+]
+
+
+@pytest.mark.parametrize(
+    "levers", LEVERS, ids=lambda changes: "-".join(str(v) for s in changes.values() for v in s.values())
+)
+@pytest.mark.parametrize("place", ["window", "tail"])
+def test_nan_from_the_policy_masks_one_sample(place: str, levers: dict[str, Any]) -> None:
+    """One row of one forward; the update must use the other seven as if it had not been there."""
+    name = "velocity" if place == "window" else "fast_velocity"
+    original = getattr(RetakePolicy, name)
+    trainer, seen = trainer_with({"b": Brightness()}, **levers), []
+
+    def poisoned(self: RetakePolicy, x: Tensor, timestep: Tensor, prepared: Any) -> Any:
+        velocity = original(self, x, timestep, prepared)
+        seen.append(len(x))
+        # In one batch: the first forward of all rows. One by one: a group shares prefix and first window step, so the
+        # fourth call is the window of row 2, and the sixth the tail of row 1.
+        alone = len(seen) == (4 if place == "window" else 6) and len(x) == 1
+        if alone or (len(x) == ROWS and seen.count(ROWS) == 1):
+            velocity.value[len(x) // 2].fill_(float("nan"))
+        return velocity
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(RetakePolicy, name, poisoned)
+        metrics = trainer.step()
+    assert metrics["failures/policy"] == 1 and metrics["reward/invalid_fraction"] == 1 / ROWS
+    assert metrics["policy/skipped_updates"] == 0 and metrics["policy/grad_norm"] > 0
+    assert_trained(trainer)
+
+
+@pytest.fixture
+def hanging() -> Iterator[Faulty]:
+    scorer = Faulty({1: "hang"})
+    yield scorer
+    scorer.release.set()
+
+
+def test_a_late_scorer_costs_its_batch_and_the_run_goes_on(hanging: Faulty) -> None:
+    trainer = trainer_with({"b": GuardedReward(hanging, timeout_s=1.0, retries=2)})
+    failures = []
+    for number in range(3):
+        if number == 2:
+            hanging.release.set()
+            guarded = trainer.rewards["b"]
+            assert isinstance(guarded, GuardedReward) and guarded._hung is not None
+            guarded._hung.join(10)
+        failures.append(trainer.step()["failures/b"])
+    assert failures == [0, ROWS, 0]
+    assert_trained(trainer)
+
+
+def test_a_scorer_that_raises_once_is_asked_again() -> None:
+    scorer = Faulty({0: "raise"})
+    trainer = trainer_with({"b": GuardedReward(scorer, retries=1)})
+    assert trainer.step()["failures/b"] == 0 and scorer.calls == 2
+
+
+def test_nan_scores_mask_their_samples_and_leave_the_other_scorers_alone() -> None:
+    trainer = trainer_with({"bad": Faulty({0: "nan"}), "good": Brightness()})
+    metrics = trainer.step()
+    assert metrics["failures/bad"] == 1 and metrics["failures/good"] == 0
+    assert metrics["reward/invalid_fraction"] == 1 / ROWS
+    assert_trained(trainer)
+
+
+def test_a_scorer_that_keeps_failing_stops_the_run_and_is_named() -> None:
+    trainer = trainer_with({"b": GuardedReward(Faulty(dict.fromkeys(range(99), "raise")))}, failures={})
+    with pytest.raises(
+        RunError, match=r"iteration 0: 100% of the samples are invalid \(b: 8\); .*max_invalid_fraction"
+    ):
+        trainer.step()
+
+
+def run_config(tmp_path: Path, *more: str) -> list[str]:
+    return [
+        "train", "--config", "smoke", f"run.dir={tmp_path / 'run'}", f"data.root={tmp_path / 'data'}",
+        "world.clips=24", *more,
+    ]  # fmt: skip
+
+
+def test_a_clip_that_disappears_is_drawn_again_and_counted(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Half of the clips go after the first iteration: one run tolerates it, the other stops with the list of causes."""
+    monkeypatch.chdir(tmp_path)
+    original, clips = Trainer.step, tmp_path / "data"
+    removed: list[Path] = []
+
+    def step(self: Trainer) -> dict[str, float]:
+        if self.iteration == 1 and not removed:
+            for video in sorted(clips.rglob("*.mp4"))[::2]:
+                removed.append(video)
+                video.rename(video.with_suffix(".gone"))
+        return original(self)
+
+    monkeypatch.setattr(Trainer, "step", step)
+    arguments = run_config(tmp_path, "data.clips.keep_decoded_mb=0", "train.iterations=7", "eval.samples=10")
+    assert main([*arguments, "data.clips.max_bad_fraction=1"]) == 0
+    rows = read_jsonl(tmp_path / "run" / "metrics.jsonl")
+    assert len(rows) == 7 and rows[-1]["data/bad_clips"] >= 2
+    capsys.readouterr()
+    arguments[3] = f"run.dir={tmp_path / 'strict'}"
+    assert main([*arguments, "data.clips.max_bad_fraction=0"]) == 1
+    message = capsys.readouterr().err
+    assert "clips" in message and message.count("error:") == 1 and "Traceback" not in message
+
+
+def test_a_full_disk_stops_the_run_and_keeps_what_was_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    original, calls = checkpoints.save_file, []
+
+    def full(*args: Any, **options: Any) -> None:
+        calls.append(1)
+        if len(calls) > 3:  # the first checkpoint has three files
+            raise OSError(28, "No space left on device")
+        original(*args, **options)
+
+    config = smoke(
+        run={"dir": tmp_path / "run"}, data={"root": tmp_path / "data"}, train={"iterations": 4, "checkpoint_every": 1}
+    )
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(checkpoints, "save_file", full)
+        with pytest.raises(CheckpointError, match="No space left on device; free disk space, then --resume auto"):
+            run_training(config)
+    found = checkpoints.list_checkpoints(tmp_path / "run" / "checkpoints")
+    assert [path.name for path in found] == ["step_000001"]
+    run_training(config, resume="auto")
+    assert [row["iteration"] for row in read_jsonl(tmp_path / "run" / "metrics.jsonl")] == [0, 1, 2, 3]

@@ -1,0 +1,87 @@
+"""The geometry reward on cameras that are known exactly, told by an oracle in place of an evaluator."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from geoalign.errors import UsageError
+from geoalign.geometry import so3
+from geoalign.geometry.trajectory import CameraTrajectory
+from geoalign.rewards.base import PoseEvaluator
+from geoalign.rewards.geometry import GeometryReward
+from geoalign.rewards.oracle import OracleEvaluator
+from geoalign.types import RetakeBatch, SourceClip
+
+FRAMES = 3
+
+
+def batch_of(target: Tensor) -> RetakeBatch:
+    """Conditions ``a``, ``b``, ... with the target paths ``[B, F, 4, 4]`` and no pixels worth reading."""
+    count = len(target)
+    video = torch.zeros(count, FRAMES, 3, 2, 2)
+    camera = CameraTrajectory.build(torch.eye(4).expand(count, FRAMES, 4, 4).contiguous())
+    source = SourceClip(video, camera, None, tuple("abcd"[:count]))
+    return RetakeBatch(source, CameraTrajectory.build(target), ("",) * count)
+
+
+def path(metres: tuple[float, ...], degrees: tuple[float, ...]) -> Tensor:
+    """Camera ``[F, 4, 4]`` at ``metres`` along x, turned by ``degrees`` about y."""
+    turn = torch.deg2rad(torch.tensor(degrees))[:, None] * torch.tensor([0.0, 1.0, 0.0])
+    return so3.rigid(so3.exp(turn), torch.tensor(metres)[:, None] * torch.tensor([1.0, 0.0, 0.0]))
+
+
+TARGETS = torch.stack([path((0, 1, 2), (0, 10, 20)), path((0, -0.5, -1), (0, 0, -5))])
+
+
+def test_a_perfect_camera_has_no_error_in_any_world_frame() -> None:
+    """The oracle's world is moved and turned; re-basing removes that, to a few roundings of metres and radians."""
+    world = so3.rigid(so3.exp(torch.tensor([0.3, -0.2, 0.1])), torch.tensor([5.0, -2.0, 7.0]))
+    oracle = OracleEvaluator({name: so3.compose(world, poses) for name, poses in zip("ab", TARGETS, strict=True)})
+    assert isinstance(oracle, PoseEvaluator)
+    out = GeometryReward(oracle)(torch.zeros(2, FRAMES, 3, 2, 2), batch_of(TARGETS))
+    assert out.valid.all() and not out.diagnostics["lost"].any()
+    for key in ("trans", "rot"):
+        # Positions of size 9 m have a rounding step of 1e-6.
+        torch.testing.assert_close(out.scores[key], torch.zeros(2), rtol=0, atol=5e-6)
+    torch.testing.assert_close(out.parts["path_length_ratio"], torch.ones(2), rtol=0, atol=1e-5)
+
+
+def test_half_the_path_costs_half_its_weighted_length() -> None:
+    """Eq. 3 by hand, weights 1/6, 2/6, 3/6: 2/6 * 0.5 m + 3/6 * 1 m; eq. 4 sees nothing, the turns are right."""
+    halved = TARGETS.clone()
+    halved[:, :, :3, 3] *= 0.5
+    oracle = OracleEvaluator(dict(zip("ab", halved, strict=True)))
+    out = GeometryReward(oracle)(torch.zeros(2, FRAMES, 3, 2, 2), batch_of(TARGETS))
+    expected = -torch.tensor([2 / 6 * 0.5 + 3 / 6 * 1.0, 2 / 6 * 0.25 + 3 / 6 * 0.5])
+    torch.testing.assert_close(out.scores["trans"], expected)
+    torch.testing.assert_close(out.scores["rot"], torch.zeros(2), rtol=0, atol=1e-6)
+    torch.testing.assert_close(out.parts["path_length_ratio"], torch.full((2,), 0.5))
+    torch.testing.assert_close(out.parts["trans_m"], torch.tensor([0.75, 0.375]))
+
+
+def test_a_frame_subset_renormalises_the_weights() -> None:
+    """Frames 0 and 2 of three: weights 1/4 and 3/4; still pictures of a camera that should have gone 2 m and 20 deg."""
+    oracle = OracleEvaluator({"a": torch.eye(4).expand(FRAMES, 4, 4)}, frame_stride=2)
+    out = GeometryReward(oracle)(torch.zeros(1, FRAMES, 3, 2, 2), batch_of(TARGETS[:1]))
+    torch.testing.assert_close(out.scores["trans"], torch.tensor([-0.75 * 2.0]))
+    torch.testing.assert_close(out.scores["rot"], torch.deg2rad(torch.tensor([-0.75 * 20.0])))
+
+
+def test_a_camera_that_cannot_be_read_gets_the_worst_error_and_stays_valid() -> None:
+    oracle = OracleEvaluator(dict(zip("ab", TARGETS, strict=True)), tracked=0.1)
+    reward = GeometryReward(oracle, max_translation_m=3.0, max_rotation_deg=45.0, min_tracked=0.15)
+    out = reward(torch.zeros(2, FRAMES, 3, 2, 2), batch_of(TARGETS))
+    assert out.valid.all() and out.diagnostics["lost"].all()
+    torch.testing.assert_close(out.scores["trans"], torch.full((2,), -3.0 * 5 / 6))
+    torch.testing.assert_close(out.scores["rot"], torch.deg2rad(torch.full((2,), -45.0 * 5 / 6)))
+
+
+def test_answers_follow_the_clip_names_and_strangers_are_named() -> None:
+    oracle = OracleEvaluator(dict(zip("ab", TARGETS, strict=True)))
+    members = batch_of(TARGETS).repeat_interleave(2)
+    estimate = oracle(torch.zeros(4, FRAMES, 3, 2, 2), members.source)
+    assert torch.equal(estimate.c2w, TARGETS.repeat_interleave(2, dim=0))
+    with pytest.raises(UsageError, match="not told the camera of b"):
+        OracleEvaluator({"a": TARGETS[0]})(torch.zeros(2, FRAMES, 3, 2, 2), batch_of(TARGETS).source)

@@ -1,0 +1,110 @@
+"""A reward in a process of its own: equal scores, its own environment, crashes and time-outs that stay there."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from reward_cases import BAD, batch_of, honest, videos_of
+
+from geoalign.errors import RewardError
+from geoalign.rewards.guard import GuardedReward
+from geoalign.rewards.placement import score_all
+from geoalign.rewards.worker import WorkerReward, choose_device
+
+
+@pytest.fixture(scope="module")
+def worker_module(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("worker")
+    (folder / "stand_in_scorer.py").write_text(
+        "import os, time, torch\n"
+        "from geoalign.rewards.base import RewardOutput\n"
+        "class Scorer:\n"
+        "    name, keys = 'mean', ('mean',)\n"
+        "    def __init__(self, offset): self.offset = offset\n"
+        "    def __call__(self, videos, batch):\n"
+        "        print('scorers may print')\n"
+        "        first = videos.flatten(1)[:, 0]\n"
+        "        if (first == 0.75).any(): time.sleep(600)\n"
+        "        if (first == 0.875).any(): os._exit(3)\n"
+        "        if (first == 0.625).any(): raise ValueError('bad pixels')\n"
+        "        lengths = torch.tensor([float(len(p)) for p in batch.prompts])\n"
+        "        score = videos.flatten(1).mean(1) + lengths + self.offset\n"
+        "        flag = torch.full((len(score),), float(os.environ.get('ONLY_THERE', 'nan')))\n"
+        "        return RewardOutput({'mean': score}, torch.ones(len(score), dtype=torch.bool), {'env': flag})\n"
+        "class Meeting(Scorer):\n"
+        "    def __init__(self, folder, me, other):\n"
+        "        self.mine, self.theirs, self.offset = os.path.join(folder, me), os.path.join(folder, other), 0.0\n"
+        "    def __call__(self, videos, batch):\n"
+        "        open(self.mine, 'w').close()\n"
+        "        end = time.monotonic() + 60\n"
+        "        while not os.path.exists(self.theirs):\n"
+        "            if time.monotonic() > end: raise RuntimeError('nobody came')\n"
+        "            time.sleep(0.01)\n"
+        "        return super().__call__(videos, batch)\n"
+    )
+    return folder
+
+
+def environment_of(folder: Path) -> dict[str, str]:
+    return {"ONLY_THERE": "7", "PYTHONPATH": f"{folder}:{Path(__file__).parents[2]}"}
+
+
+def test_worker_scores_equally_in_its_own_environment_and_survives_failures(worker_module: Path) -> None:
+    worker = WorkerReward(
+        "mean",
+        ("mean",),
+        "stand_in_scorer:Scorer",
+        options={"offset": 0.0},
+        environment=environment_of(worker_module),
+        timeout_s=120.0,
+    )
+    try:
+        videos, batch = videos_of(3), batch_of(3)
+        out = worker(videos, batch)
+        assert torch.equal(out.scores["mean"], honest(videos, batch)) and out.parts["env"].tolist() == [7.0] * 3
+        with pytest.raises(RewardError, match="ValueError: bad pixels"):
+            worker(torch.full_like(videos, 0.625), batch)
+        assert worker.starts == 1  # an exception does not cost the process
+        worker.timeout_s = 0.5
+        guarded = GuardedReward(worker, retries=1)
+        assert not guarded(torch.full_like(videos, BAD), batch).valid.any()
+        assert (guarded.counts.timeouts, guarded.counts.invalid) == (1, 3)
+        worker.timeout_s = 120.0
+        assert torch.equal(guarded(videos, batch).scores["mean"], honest(videos, batch))
+        assert worker.starts == 2
+        with pytest.raises(RewardError, match="ended without an answer"):
+            worker(torch.full_like(videos, 0.875), batch)
+    finally:
+        worker.close()
+    assert not Path(worker._folder.name).exists()
+
+
+def test_workers_of_different_rewards_score_at_the_same_time(worker_module: Path, tmp_path: Path) -> None:
+    """Each waits until the other has begun, so one after another would never answer."""
+    workers = {
+        me: WorkerReward(
+            me,
+            ("mean",),
+            "stand_in_scorer:Meeting",
+            options={"folder": str(tmp_path), "me": me, "other": other},
+            environment=environment_of(worker_module),
+        )
+        for me, other in (("a", "b"), ("b", "a"))
+    }
+    try:
+        videos, batch = videos_of(3), batch_of(3)
+        for output in score_all(workers, videos, batch).outputs.values():
+            assert output.valid.all() and torch.equal(output.scores["mean"], honest(videos, batch))
+    finally:
+        for worker in workers.values():
+            worker.close()
+
+
+def test_workers_of_a_machine_spread_over_the_devices_they_may_see() -> None:
+    ranks = [{"LOCAL_RANK": str(rank)} for rank in range(4)]
+    assert [choose_device(environment, 4) for environment in ranks] == [0, 1, 2, 3]  # dedicated devices
+    assert [choose_device(environment, 2) for environment in ranks] == [0, 1, 0, 1]
+    assert [choose_device(environment, 1) for environment in ranks] == [0, 0, 0, 0]
+    assert choose_device({}, 8) == 0 and choose_device(ranks[3], 0) is None
