@@ -184,6 +184,13 @@ def _write_table(rows: list[dict[str, Any]]) -> None:
     os.replace(temporary, EXPECTATIONS)
 
 
+def _remarks(row: dict[str, Any]) -> list[str]:
+    """What is not as one would expect of the kernel and configuration, with the reasons."""
+    name = f"{row['kernel']} / {row['config']}"
+    narrow = [f"{name}: below 16 bytes: {n['loads']} loads, {n['stores']} stores: {n['reason']}" for n in row["narrow"]]
+    return narrow + [f"{name} / {at}: not applicable: {why}" for at, why in row["not_applicable"].items()]
+
+
 def main(argv: list[str] | None = None) -> int:
     """Entry point; returns 0 if every gate holds, 1 otherwise, 2 in an interpreting process."""
     parser = argparse.ArgumentParser(prog="geoalign_kernels.static_check", description=__doc__.partition("\n")[0])
@@ -202,9 +209,7 @@ def main(argv: list[str] | None = None) -> int:
         options.json.write_text(json.dumps(rows, indent=1) + "\n")
     for row in rows:
         print(f"{_key(row):66s}", " ".join(f"{field}={row[field]}" for field in FIELDS if row[field] not in (0, "")))
-    left_out = {f"{row['kernel']} / {row['config']} / {target}: not applicable: {reason}"
-                for row in rows for target, reason in row["not_applicable"].items()}  # fmt: skip
-    print("\n".join(sorted(left_out)))
+    print("\n".join(sorted({line for row in rows for line in _remarks(row)})))
     for problem in problems:
         print(f"FAILED {problem}", file=sys.stderr)
     print(f"{len(rows)} rows, {len(problems)} problems")
