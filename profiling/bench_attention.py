@@ -1,29 +1,41 @@
-"""Attention rows: every exact core forward and backward, and int8, against float64."""
+"""Attention rows: every exact core forward and backward, and the quantised modes, against float64."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
+from bench_cases import SAMPLED, Check, Work, sets
+from bench_timing import Call, errors, on_poison
 from torch import Tensor
 
 import geoalign_kernels as gk
-from geoalign_kernels.ops.attention.cores import CORES, why_not
+from geoalign.perf.cost import DeviceProfile
+from geoalign_kernels.ops.attention.cores import CORES, why_not, why_not_fp8
 
 HEADS, HEAD = 12, 128
 CHUNK = 1024
 MATRIX_LIMIT = 8192
 """Longest sequence at which the plain reference, which holds blocks of scores in float32, is timed."""
+QUANTISED = ("int8", "int8_fp8")
 
 
 @dataclass(frozen=True)
 class AttentionCase:
-    """One pair of lengths: operands, sampled query rows, and their exact results."""
+    """One pair of lengths; the interface of `bench_cases.Case`."""
 
     queries: int
     keys: int
     operands: list[tuple[Tensor, Tensor, Tensor]]
+    variant: str = ""
+    gated: frozenset[str] = frozenset({"triton", "sdpa_flash"})
+
+    @property
+    def name(self) -> str:
+        """Self-attention or cross-attention."""
+        return "attention" if self.queries == self.keys else "cross_attention"
 
     @property
     def shape(self) -> tuple[int, int, int, int]:
@@ -31,38 +43,103 @@ class AttentionCase:
         return self.queries, self.keys, *self.operands[0][0].shape[2:]
 
     @property
-    def forward_flops(self) -> float:
-        """4 Sq Sk H hd, the convention of the FlashAttention papers; a backward counts 2.5 times."""
-        queries, keys, heads, head = self.shape
-        return 4.0 * queries * keys * heads * head
+    def buffers(self) -> int:
+        """Sets of operands."""
+        return len(self.operands)
 
     @property
-    def bytes_min(self) -> float:
-        """Reads of q, k, v and the write of O."""
-        return float(sum(t.nbytes for t in self.operands[0]) + self.operands[0][0].nbytes)
+    def work(self) -> dict[str, Work]:
+        """4 Sq Sk H hd, the convention of the FlashAttention papers; a backward counts 2.5 times."""
+        queries, keys, heads, head = self.shape
+        flops = 4.0 * queries * keys * heads * head
+        data = sum(t.nbytes for t in self.operands[0])
+        # forward: q, k, v and O; backward: these, dO and the three gradients
+        written = self.operands[0][0].nbytes
+        return {"fwd": Work(data + written, flops), "bwd": Work(2.0 * data + 2.0 * written, 2.5 * flops)}
+
+    @property
+    def implementations(self) -> dict[str, str]:
+        """`{row name: "" or the reason why it does not run here}`: the cores, then the quantised modes."""
+        q = self.operands[0][0]
+        reasons = {core: why_not(core, q.device, q.dtype) for core in CORES}
+        if self.queries > MATRIX_LIMIT:
+            reasons["reference"] = f"plain softmax is not timed above {MATRIX_LIMIT} queries"
+        # on a CPU the self-check runs the reference of the quantised modes
+        reasons |= {"int8": "", "int8_fp8": why_not_fp8(q.device) if q.device.type == "cuda" else ""}
+        return reasons | {"sage": "SageAttention has no adapter here; its published charts are the comparison"}
+
+    @property
+    def rows(self) -> list[tuple[str, str]]:
+        """(implementation, direction) of every row; the quantised modes have no backward."""
+        return [(impl, d) for impl in self.implementations for d in self.work if d == "fwd" or impl not in QUANTISED]
+
+    def absent(self, impl: str) -> str:
+        """Why an implementation is not there; empty if it is."""
+        return self.implementations[impl]
+
+    def predicted_ms(self, profile: DeviceProfile, impl: str, direction: str) -> float | None:
+        """By the rates of the cost model; the class of the core is that of the profile."""
+        quantised = impl in QUANTISED
+        rate = profile.attention_int8 if quantised else profile.attention
+        flops = self.work[direction].flops
+        assert flops is not None
+        return 1e3 * flops / (rate if direction == "fwd" else profile.attention_backward)
+
+    def prepare(self, impl: str, direction: str) -> tuple[Call, Check]:
+        """(what to time, what gives its errors) of one row."""
+        if direction == "fwd":
+
+            def call(i: int) -> Tensor:
+                with torch.no_grad():
+                    return forward(impl, *self.operands[i])
+
+            return call, lambda: errors(on_poison(call, self.operands[0])[:, self._queries], self._exact)
+        leaves = [tuple(t.detach().requires_grad_() for t in operands) for operands in self.operands]
+        results = [forward(impl, *operands) for operands in leaves]
+
+        def backward(i: int) -> tuple[Tensor, ...]:
+            return torch.autograd.grad(results[i], leaves[i], self._grad, retain_graph=True)
+
+        def check() -> dict[str, float | None]:
+            dq, dk, dv = on_poison(backward, [self._grad, *self.operands[0]])
+            return errors([dq[:, self._queries], dk[:, self._keys], dv[:, self._keys]], list(self._gradients))
+
+        return backward, check
+
+    @cached_property
+    def _queries(self) -> Tensor:
+        return torch.randperm(self.queries, device=self.operands[0][0].device)[:SAMPLED]
+
+    @cached_property
+    def _keys(self) -> Tensor:
+        return torch.randperm(self.keys, device=self.operands[0][0].device)[:SAMPLED]
+
+    @cached_property
+    def _grad(self) -> Tensor:
+        return torch.randn_like(self.operands[0][0])
+
+    @cached_property
+    def _exact(self) -> Tensor:
+        return exact_rows(*self.operands[0], self._queries)
+
+    @cached_property
+    def _gradients(self) -> tuple[Tensor, Tensor, Tensor]:
+        return exact_gradients(*self.operands[0], self._grad, self._queries, self._keys)
 
 
 def attention_cases(
-    lengths: list[tuple[int, int]], heads: int, head: int, buffers: int, device: torch.device, dtype: torch.dtype
+    lengths: list[tuple[int, int]], heads: int, head: int, device: torch.device, dtype: torch.dtype
 ) -> Iterator[AttentionCase]:
     """Random operands for each (queries, keys)."""
     for queries, keys in lengths:
         make: Callable[[int], Tensor] = lambda n: torch.randn(1, n, heads, head, device=device).to(dtype)  # noqa: E731
-        yield AttentionCase(queries, keys, [(make(queries), make(keys), make(keys)) for _ in range(buffers)])
-
-
-def implementations(device: torch.device, dtype: torch.dtype, queries: int) -> dict[str, str]:
-    """`{row name: "" or the reason why it does not run here}`: the cores, then int8."""
-    reasons = {core: why_not(core, device, dtype) for core in CORES}
-    if queries > MATRIX_LIMIT:
-        reasons["reference"] = f"plain softmax is not timed above {MATRIX_LIMIT} queries"
-    return reasons | {"int8": "", "sage": "SageAttention has no adapter here; its published charts are the comparison"}
+        yield AttentionCase(queries, keys, sets(lambda: (make(queries), make(keys), make(keys)), device))  # noqa: B023
 
 
 def forward(name: str, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """Output by the named row of `implementations`."""
-    if name == "int8":
-        return gk.attention(q, k, v, mode="int8").out
+    """Output by the named row of `AttentionCase.implementations`."""
+    if name in QUANTISED:
+        return gk.attention(q, k, v, mode=name).out
     return gk.attention(q, k, v, core=name).out
 
 

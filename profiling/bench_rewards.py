@@ -20,8 +20,8 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from bench_ops import Bench, options_parser, save, without_device
-from bench_timing import BUFFERS, count_launches, measure
+from bench_ops import Bench, bench_of, options_parser
+from bench_timing import count_launches, measure
 from torch import Tensor, nn
 
 from geoalign.perf.cost import DEVICES
@@ -43,6 +43,8 @@ FRAME = (480, 832)
 VIDEOALIGN_LENGTH, VIDEOALIGN_READS = 1836, (1568, 1835)
 HPSV3_LENGTH, HPSV3_READS = 780, (779,)
 FIRST_VISUAL = 15
+BUFFERS = 3
+"""Sets of inputs, used in turn."""
 TINY_QWEN = QwenLayout(32, 2, 2, 64, 64, 2, 4, 2, 128, rows=512)
 TINY_POSE = PoseNetworkLayout(24, 1, 2, "swiglu", False, 24, 2, 2, "swiglu", True, True)
 Row = dict[str, Any]
@@ -192,7 +194,7 @@ def bench_case(bench: Bench, case: RewardCase) -> None:
         equal = same(outputs, first)
         time_row(bench, case, "graph", lambda i: graphed(*inputs[i]), equal, fields)
         later = same(outputs, [graphed(*sample) for sample in inputs])
-        bench.rows[-1] |= {"bitwise_equal": equal and later, "graph": graphed.counts.captures > 0}
+        bench.file.amend(bitwise_equal=equal and later, graph=graphed.counts.captures > 0)
     except torch.OutOfMemoryError as error:
         bench.not_run(case.name, "ours", "fwd", case.shape, f"out of memory: {str(error).splitlines()[0]}")
 
@@ -200,7 +202,7 @@ def bench_case(bench: Bench, case: RewardCase) -> None:
 def time_row(bench: Bench, case: RewardCase, impl: str, call: Callable[[int], Any], equal: bool, fields: Row) -> None:
     """Times one way of running a body; the peak counts weights, inputs, and a graph's memory where it was captured."""
     cuda = bench.device.type == "cuda"
-    timing = measure(call, bench.device, bench.repeats)
+    timing = measure(call, bench.device, bench.repeats, BUFFERS)
     launches = count_launches(call, bench.device)
     peak = torch.cuda.max_memory_allocated(bench.device) if cuda else None
     reserved = torch.cuda.max_memory_reserved(bench.device) if cuda else None
@@ -275,23 +277,22 @@ def main() -> int:
     if options.plan:
         plan(options.only)
         return 0
-    if without_device(options, "--plan or --self-check"):
+    bench = bench_of(options, "--plan or --self-check")
+    if bench is None:
         return 2
-    bench = Bench(torch.device("cpu" if options.self_check else "cuda"), quick=options.quick, small=options.self_check)
     chosen = [c for c in (tiny_cases() if bench.small else cases(bench.quick)) if options.only in c.name]
-    try:
-        bench.ceilings("first")
-        for case in chosen:
-            release_memory()
-            bench_case(bench, case)
+    bench.ceilings("first")
+    for case in chosen:
         release_memory()
-        turns = {case.name: case for case in chosen if case.name in ("mapanything_v1.1", "videoalign")}
-        if len(turns) == 2 and not bench.quick:
-            bench_turns(bench, list(turns.values()))
-        release_memory()
-        bench.ceilings("last")
-    finally:  # a run that breaks off keeps what it has measured
-        save(bench, options.out)
+        bench_case(bench, case)
+    release_memory()
+    turns = {case.name: case for case in chosen if case.name in ("mapanything_v1.1", "videoalign")}
+    if len(turns) == 2 and not bench.quick:
+        bench_turns(bench, list(turns.values()))
+    release_memory()
+    bench.ceilings("last")
+    if bench.file.path:
+        print(f"wrote {bench.file.path}")
     unequal = [row for row in bench.rows if row.get("bitwise_equal") is False]
     for row in unequal:
         print(f"FAILED {row['name']} {row['impl']} {row['shape']}: not equal bit for bit", file=sys.stderr)

@@ -19,6 +19,7 @@ from torch.nn import functional
 from geoalign_kernels.ops.gated_residual import reference as gate_reference
 from geoalign_kernels.ops.modulated_norm import reference as norm_reference
 from geoalign_kernels.ops.qk_norm_rotary import reference as rotary_reference
+from geoalign_kernels.ops.rms_norm import reference as rms_reference
 from geoalign_kernels.ops.unrotate_gate_norm import reference as epilogue_reference
 
 EPS = 1e-6
@@ -60,13 +61,19 @@ def published_epilogue(
     heads = y.unflatten(-1, (phase.shape[2], -1))
     branch = _turn(heads, _padded(phase, heads.shape[-1] // 2)).flatten(2)
     stream = (x.float() + gate[:, None] * branch.float()).to(x.dtype)
-    return stream, published_norm(stream, scale, shift)
+    return stream, published_norm(stream, scale, shift, y.dtype)
 
 
-def published_norm(x: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
-    """LayerNorm in float32, then the modulation."""
+def published_norm(x: Tensor, scale: Tensor, shift: Tensor, dtype: torch.dtype) -> Tensor:
+    """LayerNorm in float32, then the modulation, then a cast."""
     unit = functional.layer_norm(x.float(), x.shape[-1:], eps=EPS)
-    return (unit * (1.0 + scale[:, None]) + shift[:, None]).to(x.dtype)
+    return (unit * (1.0 + scale[:, None]) + shift[:, None]).to(dtype)
+
+
+def published_rms_norm(x: Tensor, weight: Tensor) -> Tensor:
+    """RMSNorm through float32, the weight after the cast back."""
+    wide = x.float()
+    return (wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + EPS)).to(x.dtype) * weight
 
 
 def published_gate(x: Tensor, y: Tensor, gate: Tensor) -> Tensor:
@@ -79,14 +86,23 @@ def rewritten_prologue(*operands: Tensor) -> Any:
     return rotary_reference.qk_norm_rotary(*operands, EPS)
 
 
-def rewritten_epilogue(y: Tensor, x: Tensor, gate: Tensor, scale: Tensor, shift: Tensor, phase: Tensor) -> Any:
-    """The real-valued rewrite of the epilogue."""
-    return epilogue_reference.unrotate_gate_norm(y, x, gate, scale, shift, phase, phase.shape[2], EPS)
+def rewritten_epilogue(dtype: torch.dtype) -> Implementation:
+    """The real-valued rewrite of the epilogue with the norm in `dtype`."""
+
+    def epilogue(y: Tensor, x: Tensor, gate: Tensor, scale: Tensor, shift: Tensor, phase: Tensor) -> Any:
+        return epilogue_reference.unrotate_gate_norm(y, x, gate, scale, shift, phase, phase.shape[2], EPS, dtype)
+
+    return epilogue
 
 
-def rewritten_norm(x: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
-    """LayerNorm and modulation in one expression."""
-    return norm_reference.modulated_norm(x, scale, shift, EPS)
+def rewritten_norm(dtype: torch.dtype) -> Implementation:
+    """LayerNorm and modulation in one expression, in `dtype`."""
+    return lambda x, scale, shift: norm_reference.modulated_norm(x, scale, shift, EPS, dtype)
+
+
+def rewritten_rms_norm(x: Tensor, weight: Tensor) -> Tensor:
+    """RMSNorm in one expression."""
+    return rms_reference.rms_norm(x, weight, EPS)
 
 
 rewritten_gate = gate_reference.gated_residual
@@ -98,3 +114,11 @@ def liger_norm() -> Implementation | str:
         return "liger-kernel is not installed"
     layer_norm = importlib.import_module("liger_kernel.ops.layer_norm").LigerLayerNormFunction
     return lambda x, scale, shift: layer_norm.apply(x, (1.0 + scale[0]).to(x.dtype), shift[0].to(x.dtype), EPS)
+
+
+def liger_rms_norm() -> Implementation | str:
+    """Liger's RMSNorm with float32 statistics."""
+    if not installed("liger_kernel"):
+        return "liger-kernel is not installed"
+    rms_norm = importlib.import_module("liger_kernel.ops.rms_norm").LigerRMSNormFunction
+    return lambda x, weight: rms_norm.apply(x, weight, EPS, 0.0, "gemma", False)

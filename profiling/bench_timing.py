@@ -1,40 +1,56 @@
-"""How `bench_ops.py` takes a time: events, warm-ups, graph replays, poisoned memory, and what the machine was."""
+"""How `bench_ops.py` takes a time and keeps it: events, graph replays, poisoned memory, the machine, the file."""
 
 from __future__ import annotations
 
+import json
 import os
 import platform
 import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from importlib import metadata, util
 from pathlib import Path
 from typing import Any
 
 import torch
 
-SCHEMA = 1
-BUFFERS = 3
-"""Input sets used in turn: a [65520, 1536] bf16 operand is 201 MB, so three exceed three times every L2 cache."""
+SCHEMA = 2
+FIELDS = (
+    "schema", "run_id", "kind", "name", "variant", "impl", "status", "dtype", "shape", "direction", "n_warm", "n_rep",
+    "t_ms_median", "t_ms_p20", "t_ms_p80", "bytes_min", "flops", "gbps", "tflops", "pct_copy", "pct_matmul", "rel_l2",
+    "max_abs", "regs", "spill_bytes", "smem_bytes", "launches", "peak_mem_bytes", "graph", "predicted_ms", "note",
+)  # fmt: skip
+"""Every row but the first, which is the environment, has these; rows of reward models have more."""
+L2_BYTES = 60 << 20
+"""Where the device does not say: the largest of those in question."""
 WARM_UPS = 10
 REPLAYS = 20
 SHORT_MS = 0.05
 """Below this the launch is as long as the kernel: the time is taken from a graph of `REPLAYS` calls."""
-RIVAL_PACKAGES = ("flash-attn", "flash-attn-4", "liger-kernel", "sageattention", "quack-kernels")
+RIVAL_PACKAGES = ("flash-attn", "flash-attn-4", "liger-kernel", "sageattention", "quack-kernels", "torchao")
 
 Call = Callable[[int], Any]
 
 
-def measure(call: Call, device: torch.device, repeats: int) -> dict[str, Any]:
-    """Milliseconds of `call(buffer index)`: median, p20 and p80 of `repeats` after ten warm-ups."""
+def buffers_for(set_bytes: float, device: torch.device) -> int:
+    """How many sets of operands to use in turn, so that together they exceed three times the L2 cache; 3 to 64."""
+    size = torch.cuda.get_device_properties(device).L2_cache_size if device.type == "cuda" else 0
+    return int(min(64, max(3, -(-3 * (size or L2_BYTES) // max(1, set_bytes))))) if device.type == "cuda" else 3
+
+
+def measure(call: Call, device: torch.device, repeats: int, buffers: int = 1) -> dict[str, Any]:
+    """Milliseconds of `call(buffer index)`: median, p20 and p80 of `repeats` after ten warm-ups.
+
+    On a GPU a call below `SHORT_MS` is timed as a graph of `REPLAYS` calls.
+    """
     for i in range(WARM_UPS):
-        call(i % BUFFERS)
-    times, graph, note = [_once(call, i % BUFFERS, device) for i in range(repeats)], False, ""
+        call(i % buffers)
+    times, graph, note = [_once(call, i % buffers, device) for i in range(repeats)], False, ""
     if device.type == "cuda" and statistics.median(times) < SHORT_MS:
         try:
-            times, graph = _replayed(call, device, repeats), True
+            times, graph = _replayed(call, device, repeats, buffers), True
         except RuntimeError as error:  # the call synchronises or copies from pageable memory
             torch.cuda.synchronize(device)
             note = f"includes launch time: no graph ({str(error).splitlines()[0]})"
@@ -58,18 +74,26 @@ def _once(call: Call, index: int, device: torch.device) -> float:
     return begin.elapsed_time(end)
 
 
-def _replayed(call: Call, device: torch.device, repeats: int) -> list[float]:
+def _replayed(call: Call, device: torch.device, repeats: int, buffers: int) -> list[float]:
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         for i in range(REPLAYS):
-            call(i % BUFFERS)
+            call(i % buffers)
     graph.replay()
     return [_once(lambda _: graph.replay(), 0, device) / REPLAYS for _ in range(repeats)]
 
 
-def poison(device: torch.device, size: int) -> None:
-    """Leaves NaNs in the memory that the next outputs will come from."""
-    torch.full((size,), float("nan"), device=device)
+def on_poison(call: Call, inputs: Iterable[torch.Tensor]) -> Any:
+    """`call(0)` once more, into memory that its first results have left full of NaNs.
+
+    The allocator hands the same blocks out again, so an element that the call does not write shows. Results that are
+    an input handed through are left alone.
+    """
+    given = {t.untyped_storage().data_ptr() for t in inputs}
+    for t in torch.utils._pytree.tree_leaves(call(0)):
+        if isinstance(t, torch.Tensor) and t.is_floating_point() and t.untyped_storage().data_ptr() not in given:
+            t.detach().fill_(float("nan"))
+    return call(0)
 
 
 def count_launches(call: Call, device: torch.device) -> int | None:
@@ -90,6 +114,8 @@ def errors(actual: Any, truth: Any) -> dict[str, float]:
     relative, absolute = 0.0, 0.0
     pairs = zip(torch.utils._pytree.tree_leaves(actual), torch.utils._pytree.tree_leaves(truth), strict=True)
     for got, want in pairs:
+        if want.numel() == 0:  # a gradient that was not asked for
+            continue
         difference, exact = got.double() - want.double(), want.double()
         if not bool(torch.isfinite(difference).all()):
             return {"rel_l2": float("inf"), "max_abs": float("inf")}
@@ -122,7 +148,7 @@ def clocks(device: torch.device) -> dict[str, str]:
 
 
 def environment(device: torch.device, run_id: str) -> dict[str, Any]:
-    """First row of a result file: device, driver, versions, clocks, commit, command."""
+    """First row of a result file: device, driver, versions, clocks, commit, command; the end of the run adds to it."""
     properties = torch.cuda.get_device_properties(device) if device.type == "cuda" else None
     versions = {}
     for package in ("torch", "triton", *RIVAL_PACKAGES):
@@ -142,6 +168,8 @@ def environment(device: torch.device, run_id: str) -> dict[str, Any]:
         "python": platform.python_version(),
         "versions": versions,
         "clocks_before": clocks(device),
+        "clocks_after": None,
+        "steady": None,
         "commit": git("rev-parse", "--short=12", "HEAD"),
         "dirty": bool(git("status", "--porcelain", "--untracked-files=no")),
         "command": " ".join([Path(sys.argv[0]).name, *sys.argv[1:]]),
@@ -157,3 +185,33 @@ def git(*arguments: str) -> str:
         return subprocess.run(command, capture_output=True, text=True, timeout=20, check=True).stdout.strip()
     except (OSError, subprocess.SubprocessError):
         return ""
+
+
+class ResultFile:
+    """JSON lines, written as they come: a run that is killed keeps what it has measured."""
+
+    def __init__(self, path: Path | None, first: dict[str, Any]) -> None:
+        self.path, self.rows = path, [first]
+        self._write("w")
+
+    def add(self, row: dict[str, Any]) -> None:
+        """Appends a row."""
+        self.rows.append(row)
+        self._write("a", row)
+
+    def amend(self, **more: Any) -> None:
+        """Adds what became known after the last row was written."""
+        self.rows[-1] |= more
+        self._write("w")
+
+    def close(self, **last: Any) -> None:
+        """Completes the environment row by what is known at the end only."""
+        self.rows[0] |= last
+        self._write("w")
+
+    def _write(self, mode: str, *rows: dict[str, Any]) -> None:
+        if self.path is None:
+            return
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        with self.path.open(mode) as file:
+            file.writelines(json.dumps(row) + "\n" for row in rows or self.rows)

@@ -18,10 +18,19 @@ from typing import Any
 
 Row = dict[str, Any]
 WIDTH, HEIGHT, MARGIN = 760, 440, 60
-COLOURS = {"ours": "#c2410c", "triton": "#c2410c", "int8": "#7c3aed", "eager": "#64748b", "compiled": "#0e7490"}
+COLOURS = {
+    "ours": "#c2410c",
+    "triton": "#c2410c",
+    "int8": "#7c3aed",
+    "int8_fp8": "#a21caf",
+    "eager": "#64748b",
+    "compiled": "#0e7490",
+}
 OTHER = "#94a3b8"
 MISS = 0.25
 """A prediction further off than this is listed."""
+TOKENS = 65_520
+"""Tokens of a forward at 81 x 480 x 832, source and target: where the targets hold."""
 
 
 def load(path: Path) -> list[Row]:
@@ -48,12 +57,15 @@ def _table(header: list[str], lines: list[list[str]]) -> list[str]:
     return [f"| {' | '.join(cells)} |" for cells in (header, ["---"] * len(header), *lines)]
 
 
+def _of(row: Row) -> tuple[Any, ...]:
+    """What the rows of one comparison share."""
+    return row["name"], row["variant"], row["direction"], tuple(row["shape"]), row["dtype"]
+
+
 def markdown(rows: list[Row]) -> str:
-    """The report: environment, ceilings, kernels, missed predictions, what was not run."""
+    """The report: environment, ceilings, targets, kernels, missed predictions, what was not run."""
     environment, kernels = rows[0], [row for row in rows if row["kind"] == "kernel"]
     timed = [row for row in kernels if row["status"] == "ok"]
-    steadiness = [row for row in rows if row["kind"] == "steadiness"]
-    steady = bool(steadiness) and steadiness[-1]["steady"]
     versions = ", ".join(f"{name} {version}" for name, version in environment["versions"].items() if version)
     commit = environment["commit"] + (" with uncommitted changes" if environment["dirty"] else "")
     text = [
@@ -61,7 +73,7 @@ def markdown(rows: list[Row]) -> str:
         "",
         f"Commit {commit}; {versions}; CUDA {environment['cuda']}; `{environment['command']}`.",
         ""
-        if steady
+        if environment["steady"]
         else "\n**Unsteady: a ceiling moved by more than 3 % during the run, or is missing. Do not quote.**",
         "## Ceilings",
         "",
@@ -69,39 +81,78 @@ def markdown(rows: list[Row]) -> str:
     ceilings = [row for row in rows if row["kind"] == "ceiling"]
     text += _table(
         ["name", "shape", "when", "ms", "GB/s", "TFLOP/s"],
-        [[r["name"], _shape(r), r["impl"], _number(r["t_ms_median"], 4), _number(r.get("gbps")),
-          _number(r.get("tflops"))] for r in ceilings],
+        [[r["name"], _shape(r), r["impl"], _number(r["t_ms_median"], 4), _number(r["gbps"]), _number(r["tflops"])]
+         for r in ceilings],
     )  # fmt: skip
-    baseline = {(r["name"], r["direction"], _shape(r)): r["t_ms_median"] for r in timed if r["impl"] == "ours"}
-    header = ["op", "direction", "shape", "implementation", "ms", "p20-p80", "GB/s", "% copy", "TFLOP/s", "% matmul",
-              "rel. error", "predicted ms", "time over ours"]  # fmt: skip
-    lines = []
-    for r in timed:
-        ours = baseline.get((r["name"], r["direction"], _shape(r)))
-        lines.append([
-            r["name"], r["direction"], _shape(r), r["impl"], _number(r["t_ms_median"], 4),
-            f"{_number(r['t_ms_p20'], 4)}-{_number(r['t_ms_p80'], 4)}", _number(r.get("gbps")),
-            _number(r.get("pct_copy")), _number(r.get("tflops")), _number(r.get("pct_matmul")),
-            "-" if r.get("rel_l2") is None else f"{r['rel_l2']:.1e}", _number(r.get("predicted_ms"), 4),
-            "-" if ours is None else f"{r['t_ms_median'] / ours:.2f}",
-        ])  # fmt: skip
-    if lines:
-        text += ["", "## Kernels", "", *_table(header, lines)]
+    if timed:
+        text += ["", "## Targets on an H200", "", *_table(["target", "bound", "measured", ""], targets(timed))]
+        text += ["", "## Kernels", "", *_kernel_table(timed)]
     models = [row for row in rows if row["kind"] == "reward" and row["status"] == "ok"]
     if models:
         text += ["", "## Reward models", "", *_models(models)]
     text += ["", "## Predictions missed by more than 25 %", ""]
-    missed = [
-        r for r in timed + models if r.get("predicted_ms") and abs(r["t_ms_median"] / r["predicted_ms"] - 1.0) > MISS
-    ]
+    missed = [r for r in timed + models if r["predicted_ms"] and abs(r["t_ms_median"] / r["predicted_ms"] - 1.0) > MISS]
     text += [
-        f"- {r['name']} {r['direction']} {_shape(r)}, {r['impl']}: {r['t_ms_median'] / r['predicted_ms']:.2f} of the "
-        "prediction" for r in missed
+        f"- {_title(r)}: {r['t_ms_median'] / r['predicted_ms']:.2f} of the prediction" for r in missed
     ] or ["none"]  # fmt: skip
     absent = sorted({(r["impl"], r["name"], r["direction"], r["note"]) for r in kernels if r["status"] == "not run"})
     text += ["", "## Not run", ""]
     text += [f"- {impl}, {name} {direction}: {note}" for impl, name, direction, note in absent] or ["nothing"]
     return "\n".join(text) + "\n"
+
+
+def _title(row: Row) -> str:
+    return " ".join(filter(None, (row["name"], row["variant"], row["direction"], _shape(row)))) + f", {row['impl']}"
+
+
+def _kernel_table(timed: list[Row]) -> list[str]:
+    """Every timed row; the last column divides by our own row, or by the plain product where there is none."""
+    ours = {_of(r): r["t_ms_median"] for r in timed if r["impl"] == "ours"}
+    plain = {(r["name"], tuple(r["shape"])): r["t_ms_median"] for r in timed if r["variant"] == "plain"}
+    header = ["op", "direction", "shape", "implementation", "ms", "p20-p80", "GB/s", "% copy", "TFLOP/s", "% matmul",
+              "rel. error", "launches", "registers", "predicted ms", "time over ours or plain"]  # fmt: skip
+    lines = []
+    for r in timed:
+        base = ours.get(_of(r)) or plain.get((r["name"], tuple(r["shape"])))
+        lines.append([
+            f"{r['name']} {r['variant']}".strip(), r["direction"], _shape(r), r["impl"], _number(r["t_ms_median"], 4),
+            f"{_number(r['t_ms_p20'], 4)}-{_number(r['t_ms_p80'], 4)}", _number(r["gbps"]), _number(r["pct_copy"]),
+            _number(r["tflops"]), _number(r["pct_matmul"]), "-" if r["rel_l2"] is None else f"{r['rel_l2']:.1e}",
+            _number(r["launches"]), _number(r["regs"]), _number(r["predicted_ms"], 4),
+            "-" if base is None else f"{r['t_ms_median'] / base:.2f}",
+        ])  # fmt: skip
+    return _table(header, lines)
+
+
+def targets(timed: list[Row]) -> list[list[str]]:
+    """(what, bound, measured, verdict) of the bounds that the kernels were built to, at 65,520 tokens."""
+    at = {(r["name"], r["variant"], r["direction"], r["impl"]): r for r in timed if r["shape"][0] == TOKENS}
+    lines = []
+
+    def line(what: str, bound: float, value: float | None, *, below: bool = False) -> None:
+        met = value is not None and (value <= bound if below else value >= bound)
+        verdict = "not measured" if value is None else "met" if met else "missed"
+        lines.append([what, f"{'<=' if below else '>='} {bound:g}", _number(value), verdict])
+
+    def ratio(other: str, own: str, name: str = "attention") -> float | None:
+        """Time of `other` over that of `own`."""
+        rows = at.get((name, "", "fwd", other)), at.get((name, "", "fwd", own))
+        return rows[0]["t_ms_median"] / rows[1]["t_ms_median"] if rows[0] and rows[1] else None
+
+    for name, variant, direction, impl in at:
+        if impl == "ours":
+            what = f"{name} {variant}".strip() + f" {direction}, % of the copy ceiling"
+            line(what, 85.0, at[name, variant, direction, impl]["pct_copy"])
+    line("qk_norm_rotary over the published formulation", 8.0, ratio("eager", "ours", "qk_norm_rotary"))
+    line("qk_norm_rotary over the compiled rewrite", 1.3, ratio("compiled", "ours", "qk_norm_rotary"))
+    line("int8 attention over SDPA-flash", 1.3, ratio("sdpa_flash", "int8"))
+    quantised = at.get(("attention", "", "fwd", "int8"))
+    line("int8 attention, relative error", 2e-2, quantised["rel_l2"] if quantised else None, below=True)
+    line("exact Triton attention, time over SDPA-flash", 1.15, ratio("triton", "sdpa_flash"), below=True)
+    for core in ("sdpa_cudnn", "flash3"):
+        value = ratio(core, "int8")
+        lines.append([f"int8 attention over {core}", "reported", _number(value), "" if value else "not measured"])
+    return lines
 
 
 def _models(rows: list[Row]) -> list[str]:
@@ -113,9 +164,9 @@ def _models(rows: list[Row]) -> list[str]:
         lines.append([
             r["name"], _shape(r), r["impl"], f"{r['parameters']:,}" if r.get("parameters") else "-",
             _number(r["t_ms_median"], 4), f"{_number(r['t_ms_p20'], 4)}-{_number(r['t_ms_p80'], 4)}",
-            _number(r.get("predicted_ms"), 4), _number(r.get("tflops")), _number(r.get("pct_matmul")),
-            _number(1e-9 * r["weight_bytes"]), _number(1e-9 * r["peak_mem_bytes"] if r.get("peak_mem_bytes") else None),
-            _number(r.get("launches")), "yes" if r["bitwise_equal"] else "**no**",
+            _number(r["predicted_ms"], 4), _number(r["tflops"]), _number(r["pct_matmul"]),
+            _number(1e-9 * r["weight_bytes"]), _number(1e-9 * r["peak_mem_bytes"] if r["peak_mem_bytes"] else None),
+            _number(r["launches"]), "yes" if r["bitwise_equal"] else "**no**",
         ])  # fmt: skip
     return _table(header, lines)
 
@@ -129,9 +180,9 @@ def roofline(rows: list[Row]) -> str:
     copy, matmul = first["copy"]["gbps"], 1e3 * first["matmul"]["tflops"]
     points = []
     for row in rows:
-        if row["kind"] != "kernel" or row["status"] != "ok" or not row.get("bytes_min"):
+        if row["kind"] != "kernel" or row["status"] != "ok" or not row["bytes_min"]:
             continue
-        intensity = row["flops"] / row["bytes_min"] if row.get("flops") else 1.0
+        intensity = row["flops"] / row["bytes_min"] if row["flops"] else 1.0
         points.append((intensity, intensity * row["gbps"], row))
     xs = [x for x, _, _ in points] + [0.5, 4.0 * matmul / copy]
     ys = [y for _, y, _ in points] + [matmul, 0.5 * copy]
@@ -158,7 +209,7 @@ def roofline(rows: list[Row]) -> str:
     ]
     for x, y, row in points:
         cx, cy = place(x, y)
-        title = f"{row['name']} {row['direction']} {row['impl']} {_shape(row)}: {row['t_ms_median']:.4g} ms"
+        title = f"{_title(row)}: {row['t_ms_median']:.4g} ms"
         colour = COLOURS.get(row["impl"], OTHER)
         parts.append(
             f'<circle cx="{cx:.1f}" cy="{cy:.1f}" r="4" fill="{colour}"><title>{_escape(title)}</title></circle>'

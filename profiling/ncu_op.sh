@@ -8,6 +8,6 @@ command -v ncu >/dev/null || { echo "ncu is not on PATH: it comes with Nsight Co
 here=$(cd "$(dirname "$0")" && pwd)
 file=$1
 report=${2:-$(basename "${file%.safetensors}")}
-# The kernels of the package end in _kernel; the first launches compile and warm up.
-exec ncu --set full --clock-control none --kernel-name 'regex:_kernel$' --launch-skip 4 --launch-count 5 \
-    --force-overwrite --export "$report" "${PYTHON:-python}" "$here/replay.py" "$file" --device cuda
+# --profile opens the profiler for one warm call: neither its copies nor the reference are recorded.
+exec ncu --set full --clock-control none --profile-from-start off \
+    --force-overwrite --export "$report" "${PYTHON:-python}" "$here/replay.py" "$file" --device cuda --profile

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 from pathlib import Path
 
@@ -13,15 +14,24 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("MPLBACKEND", "Agg")
 
 import pytest
-from hypothesis import HealthCheck, settings
 
 INTERPRETED_FOLDER = Path(__file__).parent / "kernels" / "interpreted"
 
-settings.register_profile(
-    "ci", derandomize=True, deadline=None, database=None, suppress_health_check=[HealthCheck.too_slow]
-)
-settings.register_profile("explore", deadline=None, max_examples=1000, print_blob=True)
-settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "ci"))
+# The kernel tests also run on a GPU machine that has little beside torch: `pytest tests/kernels -m gpu`.
+if importlib.util.find_spec("hypothesis"):
+    from hypothesis import HealthCheck, settings
+
+    settings.register_profile(
+        "ci", derandomize=True, deadline=None, database=None, suppress_health_check=[HealthCheck.too_slow]
+    )
+    settings.register_profile("explore", deadline=None, max_examples=1000, print_blob=True)
+    settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "ci"))
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """Keep the setting of a plugin that is not installed from being an unknown one."""
+    if not importlib.util.find_spec("pytest_timeout"):
+        parser.addini("timeout", "seconds a test may take (needs pytest-timeout)")
 
 
 def pytest_ignore_collect(collection_path: Path) -> bool | None:

@@ -13,6 +13,7 @@ from geoalign_kernels.ops.frame_preprocess import CropTarget, FrameInputs, Frame
 from geoalign_kernels.ops.gated_residual import gated_residual
 from geoalign_kernels.ops.modulated_norm import modulated_norm
 from geoalign_kernels.ops.qk_norm_rotary import qk_norm_rotary
+from geoalign_kernels.ops.rms_norm import rms_norm
 from geoalign_kernels.ops.unrotate_gate_norm import unrotate_gate_norm
 from geoalign_kernels.philox import NoiseKey, philox_normal, philox_uniform
 
@@ -38,6 +39,7 @@ __all__ = [
     "qk_norm_rotary",
     "report",
     "resolve_attention",
+    "rms_norm",
     "set_backend",
     "unrotate_gate_norm",
     "use_backend",

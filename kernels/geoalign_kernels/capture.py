@@ -53,7 +53,7 @@ def save(path: Path, op: str, args: tuple[Any, ...]) -> None:
     from safetensors.torch import save_file
 
     tensors = {f"arg{i}": a.detach().cpu().clone().contiguous() for i, a in enumerate(args) if isinstance(a, Tensor)}
-    plain = [None if isinstance(a, Tensor) else a for a in args]
+    plain = [None if isinstance(a, Tensor) else _plain(a) for a in args]
     strides = {f"arg{i}": a.stride() for i, a in enumerate(args) if isinstance(a, Tensor)}
     # The coefficient table and the like live on the host even when the op runs on a GPU.
     host = [f"arg{i}" for i, a in enumerate(args) if isinstance(a, Tensor) and a.device.type == "cpu"]
@@ -70,11 +70,16 @@ def load(path: Path, device: torch.device | str) -> tuple[str, tuple[Any, ...]]:
 
     with safe_open(path, framework="pt") as file:
         call = json.loads(file.metadata()["call"])
-        args = list(call["arguments"])
+        args = [getattr(torch, a["dtype"]) if isinstance(a, dict) else a for a in call["arguments"]]
         for name in file.keys():  # noqa: SIM118 - the handle is not a mapping
             place = "cpu" if name in call["host"] else device
             args[int(name.removeprefix("arg"))] = _in_layout(file.get_tensor(name).to(place), call["strides"][name])
     return call["op"], tuple(args)
+
+
+def _plain(value: Any) -> Any:
+    """An argument as JSON holds it; a dtype becomes its name."""
+    return {"dtype": str(value).removeprefix("torch.")} if isinstance(value, torch.dtype) else value
 
 
 def _in_layout(value: Tensor, stride: list[int]) -> Tensor:

@@ -25,6 +25,7 @@ BACKENDS = ("auto", "reference", "triton", "cuda", "cpp")
 logger = logging.getLogger("geoalign_kernels")
 
 _implementations: dict[str, dict[str, str]] = {}
+_reporters: dict[str, str] = {}
 _choice: dict[str, str] = {}  # op name, or "*" for all ops -> backend
 
 
@@ -36,9 +37,15 @@ class UnsupportedInput(ValueError):
     """A kernel cannot take these shapes or dtypes; under `auto` the reference runs instead."""
 
 
-def register(op: str, **targets: str) -> None:
-    """Declares the implementations of `op` as `backend="module:function"`; a module is imported when first used."""
+def register(op: str, *, reporter: str = "", **targets: str) -> None:
+    """Declares the implementations of `op` as `backend="module:function"`; a module is imported when first used.
+
+    `reporter` names a function likewise that makes the op's row of `report` from a device, where the backend alone does
+    not say what runs.
+    """
     _implementations[op] = targets
+    if reporter:
+        _reporters[op] = reporter
 
 
 def backend_for(op: str, device: torch.device) -> str:
@@ -92,20 +99,25 @@ def report(device: torch.device | str | None = None) -> list[dict[str, str]]:
     where = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     rows = []
     for op, targets in sorted(_implementations.items()):
-        reasons = {name: _why_not(op, name, where) for name in targets}
+        if op in _reporters:
+            rows.append(_load(_reporters[op])(where))
+            continue
         try:
             chosen = backend_for(op, where)
         except BackendUnavailableError as error:
             chosen = f"error: {error}"
-        rows.append(
-            {
-                "op": op,
-                "backend": chosen,
-                "available": ", ".join(name for name, reason in reasons.items() if not reason),
-                "missing": "; ".join(f"{name}: {reason}" for name, reason in reasons.items() if reason),
-            }
-        )
+        rows.append(row(op, chosen, {name: _why_not(op, name, where) for name in targets}))
     return rows
+
+
+def row(op: str, chosen: str, reasons: dict[str, str]) -> dict[str, str]:
+    """A row of `report`; `reasons` is empty for what is available and says why for what is not."""
+    return {
+        "op": op,
+        "backend": chosen,
+        "available": ", ".join(name for name, reason in reasons.items() if not reason),
+        "missing": "; ".join(f"{name}: {reason}" for name, reason in reasons.items() if reason),
+    }
 
 
 def interpreting() -> bool:

@@ -40,7 +40,16 @@ def op_cases(dtype: torch.dtype, batch: int, tokens: int, heads: int, head: int,
         "gate and norm": (lambda *t: gk.unrotate_gate_norm(*t, heads=heads), [y, x, gate, scale, shift]),
         "modulated_norm": (gk.modulated_norm, [x, scale, shift]),
         "gated_residual": (gk.gated_residual, [x, y, gate]),
+        "rms_norm": (gk.rms_norm, [rand(batch, tokens, 2, width)[:, :, 1], weights[0]]),
     }
 
 
-NAMES = ("qk_norm_rotary", "qk_norm only", "unrotate_gate_norm", "gate and norm", "modulated_norm", "gated_residual")
+NAMES = (
+    "qk_norm_rotary",
+    "qk_norm only",
+    "unrotate_gate_norm",
+    "gate and norm",
+    "modulated_norm",
+    "gated_residual",
+    "rms_norm",
+)

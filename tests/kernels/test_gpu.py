@@ -11,9 +11,10 @@ from typing import Any
 import pytest
 import torch
 from kernel_cases import NAMES, op_cases
+from philox_kernel import assert_words_equal
 
 import geoalign_kernels as gk
-from geoalign_kernels.ops.attention.cores import CORES, why_not
+from geoalign_kernels.ops.attention.cores import CORES, why_not, why_not_fp8
 from geoalign_kernels.philox import NORMAL_ATOL
 from geoalign_kernels.testing import assert_matches_reference, run_with_gradients
 
@@ -67,6 +68,68 @@ def test_inplace_prologue_equals_out_of_place() -> None:
     expected = gk.qk_norm_rotary(*packed.unbind(2), weight, weight, position, **arguments)
     gk.qk_norm_rotary(*packed.unbind(2), weight, weight, position, **arguments, inplace=True)
     assert all(torch.equal(a, b) for a, b in zip(packed.unbind(2), expected, strict=True))
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_one_gradient_alone_equals_that_among_all(name: str) -> None:
+    """Kernels compiled without the other gradients may contract a multiply-add elsewhere: an ulp of float32, which
+    moves a bfloat16 by one step (2^-8) at most."""
+    function, inputs = case_on("cuda", name, torch.bfloat16, torch.bfloat16, SHAPES[0])
+    leaves = [t.detach().clone().requires_grad_() for t in inputs]
+    outputs = function(*leaves)
+    outputs = [outputs] if isinstance(outputs, torch.Tensor) else list(outputs)
+    weights = [torch.randn_like(o) for o in outputs]
+    everything = torch.autograd.grad(outputs, leaves, weights)
+    for place, expected in enumerate(everything):
+        leaves = [t.detach().clone().requires_grad_(i == place) for i, t in enumerate(inputs)]
+        outputs = function(*leaves)
+        pairs = zip([outputs] if isinstance(outputs, torch.Tensor) else outputs, weights, strict=True)
+        kept = [(o, w) for o, w in pairs if o.requires_grad]
+        (alone,) = torch.autograd.grad([o for o, _ in kept], leaves[place], [w for _, w in kept])
+        error = (alone.double() - expected.double()).norm() / expected.double().norm()
+        assert error <= 2.0**-8, f"{name}: input {place}: {error:.1e}"
+
+
+@pytest.mark.parametrize("name", ["unrotate_gate_norm", "modulated_norm"])
+def test_float32_stream_with_bfloat16_norm(name: str) -> None:
+    """The residual stream is float32, what feeds the next product bfloat16: the float32 norm rounded once. Two kernels
+    may contract a multiply-add differently: the stream to 2 ulp of float32, a rounding of the norm flips now and then.
+    """
+    batch, tokens, heads, head, pairs = SHAPES[0]
+    y = torch.randn(batch, tokens, heads * head, device="cuda").bfloat16()
+    x = torch.randn(batch, tokens, heads * head, device="cuda")
+    gate, scale, shift = (torch.randn(batch, heads * head, device="cuda") for _ in range(3))
+    phase = torch.randn(batch, tokens, heads, pairs, device="cuda").bfloat16()
+
+    def run(dtype: torch.dtype | None) -> list[torch.Tensor]:
+        if name == "modulated_norm":
+            return [gk.modulated_norm(x, scale, shift, dtype=dtype)]
+        return list(gk.unrotate_gate_norm(y, x, gate, scale, shift, phase=phase, heads=heads, dtype=dtype))
+
+    *streams, wide = run(None)
+    *same, narrow = run(torch.bfloat16)
+    for a, b in zip(streams, same, strict=True):
+        torch.testing.assert_close(a, b, rtol=2.4e-7, atol=1e-6)
+    assert narrow.dtype == torch.bfloat16
+    assert (narrow != wide.bfloat16()).double().mean() <= 1e-3
+    torch.testing.assert_close(narrow.float(), wide, rtol=2.0**-8, atol=1e-6)
+
+
+def test_philox_words_are_those_of_the_cpu_bit_for_bit() -> None:
+    assert_words_equal("cuda", 4096)
+
+
+def test_a_step_can_be_captured_in_a_cuda_graph() -> None:
+    """No copy from pageable memory is left in a warm call: coefficients stay on the device."""
+    x, velocity = torch.randn(2, 5, 4001, device="cuda"), torch.randn(2, 5, 4001, device="cuda").bfloat16()
+    ids = torch.arange(2, device="cuda")
+    key = gk.NoiseKey(1, 2, torch.zeros_like(ids), ids, 4)
+    expected = gk.flow_step(x, velocity, TABLE, key=key)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        step = gk.flow_step(x, velocity, TABLE, key=key)
+    graph.replay()
+    assert torch.equal(step.x_next, expected.x_next) and torch.equal(step.log_prob, expected.log_prob)
 
 
 def test_noise_is_that_of_the_cpu() -> None:
@@ -146,6 +209,24 @@ def test_int8_attention(lengths: tuple[int, int]) -> None:
     truth = attention_rows(q, k + 3.0, v, rows)
     got = gk.attention(q, k + 3.0, v, mode="int8").out[:, rows].double()
     assert (got - truth).norm() <= 2e-2 * truth.norm()
+
+
+@pytest.mark.parametrize("lengths", [(4096, 4096), (515, 1030)], ids=str)
+def test_int8_attention_with_fp8_values(lengths: tuple[int, int]) -> None:
+    """Against the emulation in plain torch: both round probabilities to three bits, but relative to other maxima."""
+    q, k, v = (torch.randn(1, n, 12, 128, device="cuda").bfloat16() for n in (lengths[0], lengths[1], lengths[1]))
+    if why_not_fp8(q.device):
+        with pytest.raises(gk.BackendUnavailableError, match="use mode='int8'"):
+            gk.attention(q, k, v, mode="int8_fp8")
+        return
+    rows = torch.arange(0, lengths[0], 3, device="cuda")
+    truth = attention_rows(q, k + 3.0, v, rows)
+    got = gk.attention(q, k + 3.0, v, mode="int8_fp8").out
+    # 2.55 % of e4m3 for each of probabilities and values, 1.4 % of int8 (see test_attention.py)
+    assert (got[:, rows].double() - truth).norm() <= 5e-2 * truth.norm()
+    with gk.use_backend("reference"):
+        emulated = gk.attention(q, k + 3.0, v, mode="int8_fp8").out
+    assert (got.double() - emulated.double()).norm() <= 2**0.5 * 0.0255 * emulated.double().norm()
 
 
 def test_default_core_is_exact_and_repeats_bit_for_bit() -> None:

@@ -11,7 +11,7 @@ from torch import Tensor
 import geoalign_kernels as gk
 from geoalign_kernels.registration import library
 
-CHECKS = ("test_schema", "test_autograd_registration", "test_faketensor")
+CHECKS = ("test_schema", "test_autograd_registration", "test_faketensor", "test_aot_dispatch_dynamic")
 TABLE = torch.tensor([0.9, -0.1, 0.3, 0.0], dtype=torch.float64)
 
 
@@ -29,13 +29,13 @@ def calls() -> dict[str, tuple[Any, ...]]:
     position, heads_first = plain(3, 3), (1, 2, 3)
     prologue = (weight, weight)
     return {
-        "modulated_norm": (leaf(*x), leaf(*vector), leaf(*vector), 1e-6),
+        "modulated_norm": (leaf(*x), leaf(*vector), leaf(*vector), 1e-6, torch.bfloat16),
         "modulated_norm_backward": (plain(*x), plain(*x), plain(*vector), 1e-6),
         "gated_residual": (leaf(*x), leaf(*x), leaf(*vector)),
         "gated_residual_backward": (plain(*x), plain(*x), plain(*vector)),
-        "unrotate_gate_norm": (leaf(*x), leaf(*x), *(leaf(*vector) for _ in range(3)), leaf(*phase), 2, 1e-6),
+        "unrotate_gate_norm": (leaf(*x), leaf(*x), *(leaf(*vector) for _ in range(3)), leaf(*phase), 2, 1e-6, None),
         "unrotate_gate_norm_backward": (
-            *(plain(*x) for _ in range(4)), plain(*vector), plain(*vector), plain(*phase), 2, 1e-6, True,
+            *(plain(*x) for _ in range(4)), plain(*vector), plain(*vector), plain(*phase), 2, 1e-6, [True, True, True],
         ),
         "qk_norm_rotary": (
             *(leaf(*q) for _ in range(3)), *(leaf(*w) for w in prologue), position, leaf(*phase), leaf(*phase), 1e-6,
@@ -46,14 +46,17 @@ def calls() -> dict[str, tuple[Any, ...]]:
         ),
         "qk_norm_rotary_backward": (
             *(plain(*q) for _ in range(6)), *(plain(*w) for w in prologue), position, plain(*phase), plain(*phase),
-            1e-6, True, True,
+            1e-6, [True] * 7,
         ),
         "flow_step": (leaf(*x), leaf(*x), TABLE, plain(*x), [], None, None, None, 1.0, None),
         "flow_log_prob": (leaf(*x), leaf(*x), plain(*x), TABLE, leaf(*x), 2.0),
-        "flow_log_prob_backward": (plain(1), plain(*x), plain(*x), plain(*x), TABLE, None, 1.0),
+        "flow_log_prob_backward": (plain(1), plain(*x), plain(*x), plain(*x), TABLE, plain(*x), 1.5, [True, True]),
         "attention": (leaf(*q), leaf(*q), leaf(*q), 0.4, "reference"),
         "attention_backward": (*(plain(*q) for _ in range(5)), plain(*heads_first), 0.4, "reference"),
         "attention_int8": (plain(*q), plain(*q), plain(*q), 0.4),
+        "attention_int8_fp8": (plain(*q), plain(*q), plain(*q), 0.4),
+        "rms_norm": (leaf(*x), leaf(*weight), 1e-6),
+        "rms_norm_backward": (plain(*x), plain(*x), plain(*weight), 1e-6, [True, True]),
     }  # fmt: skip
 
 

@@ -70,5 +70,18 @@ def test_wrong_shapes_are_named() -> None:
 
 def test_missing_gradient_is_detected() -> None:
     truth = [torch.ones(4, 3)]
-    with pytest.raises(AssertionError, match=r"missing|L2"):
+    with pytest.raises(AssertionError, match=r"rows \[3\] are missing"):
         assert_gradients_match([torch.cat([torch.ones(3, 3), torch.zeros(1, 3)])], truth, tolerance=0.6)
+
+
+def test_norms_are_written_in_the_dtype_of_what_reads_them() -> None:
+    """One rounding of the float32 norm; the stream and its gradient keep their own dtype."""
+    x, y = torch.randn(2, 5, 12, requires_grad=True), torch.randn(2, 5, 12).bfloat16().requires_grad_()
+    gate, scale, shift = torch.randn(3, 2, 12).unbind(0)
+    wide, narrow = (gk.modulated_norm(x, scale, shift, dtype=dtype) for dtype in (None, torch.bfloat16))
+    assert wide.dtype == torch.float32 and torch.equal(narrow, wide.bfloat16())
+    stream, normed = gk.unrotate_gate_norm(y, x, gate, scale, shift, heads=2, dtype=torch.bfloat16)
+    assert stream.dtype == torch.float32 and normed.dtype == torch.bfloat16
+    assert torch.equal(normed, gk.modulated_norm(stream, scale, shift).bfloat16())
+    dx, dy = torch.autograd.grad(normed.float().square().sum(), [x, y])
+    assert dx.dtype == torch.float32 and dy.dtype == torch.bfloat16

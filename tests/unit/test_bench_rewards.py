@@ -57,7 +57,7 @@ def test_self_check_times_every_body_and_compares_it_bit_for_bit(tmp_path: Path)
     done = script("profiling/bench_rewards.py", "--self-check", "--out", str(path))
     assert done.returncode == 0, done.stdout + done.stderr
     rows = [json.loads(line) for line in path.read_text().splitlines()]
-    assert rows[0]["kind"] == "environment" and rows[1]["kind"] == "ceiling" and rows[-1]["kind"] == "steadiness"
+    assert rows[0]["kind"] == "environment" and rows[1]["kind"] == "ceiling" and rows[-1]["impl"] == "last"
     models = [row for row in rows if row["kind"] == "reward"]
     timed = {(row["name"], row["impl"]) for row in models}
     bodies = {(name, impl) for name in ("mapanything_v1.1", "videoalign", "hpsv3") for impl in ("eager", "graph")}

@@ -39,6 +39,36 @@ def why_not(core: str, device: torch.device, dtype: torch.dtype) -> str:
     return ""
 
 
+def report(device: torch.device) -> dict[str, str]:
+    """Row of `dispatch.report`: the core of exact attention in bfloat16 (float32 on a CPU), and which others exist."""
+    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    reasons = {core: why_not(core, device, dtype) for core in CORES}
+    try:
+        chosen = resolve(device, dtype)
+    except (dispatch.BackendUnavailableError, ValueError) as error:
+        chosen = f"error: {error}"
+    return dispatch.row("attention", chosen, reasons)
+
+
+def why_not_fp8(device: torch.device) -> str:
+    """Empty if the Triton kernel of mode int8_fp8 can run on `device`, else the reason."""
+    if device.type != "cuda":
+        return "" if dispatch.interpreting() else f"it needs CUDA, not '{device.type}'"
+    major, minor = torch.cuda.get_device_capability(device)
+    if (major, minor) != (9, 0):
+        return f"its fp8 tensor cores are those of compute capability 9.0 (H100, H200), this device has {major}.{minor}"
+    return ""
+
+
+def report_fp8(device: torch.device) -> dict[str, str]:
+    """Row of `dispatch.report` of mode int8_fp8, which no reference replaces on a GPU that lacks fp8."""
+    reasons = {"reference": "", "triton": why_not_fp8(device)}
+    wanted = dispatch.wanted("attention_int8_fp8")
+    if wanted == "auto":
+        wanted = "reference" if device.type == "cpu" else "triton"
+    return dispatch.row("attention_int8_fp8", f"error: {reasons[wanted]}" if reasons[wanted] else wanted, reasons)
+
+
 def _importable(module: str) -> bool:
     try:
         return importlib.util.find_spec(module) is not None
@@ -106,20 +136,29 @@ def backward(
         )  # fmt: skip
         return grads[0], grads[1], grads[2]
     turned: list[Any] = [t.transpose(1, 2) for t in (grad, q, k, v, out)]
-    if q.device.type == "cpu":
-        grads = aten._scaled_dot_product_flash_attention_for_cpu_backward(*turned, lse, 0.0, False, scale=scale)
-    else:
-        none, lengths = torch.empty(0, dtype=torch.int64, device=q.device), (q.shape[1], k.shape[1])
-        if core == "sdpa_cudnn":
-            grads = aten._scaled_dot_product_cudnn_attention_backward(
-                *turned, lse[..., None], none, none, none, none, none, *lengths, 0.0, False, scale=scale
-            )
-        else:
-            _activate(core)
-            grads = aten._scaled_dot_product_flash_attention_backward(
-                *turned, lse, none, none, *lengths, 0.0, False, none, none, scale=scale
-            )
-    return tuple(g.transpose(1, 2) for g in grads)
+    dq, dk, dv = _torch_backward(core, turned, lse, (q.shape[1], k.shape[1]), scale)
+    return dq.transpose(1, 2), dk.transpose(1, 2), dv.transpose(1, 2)
+
+
+def _torch_backward(
+    core: str, turned: list[Any], lse: Tensor, lengths: tuple[int, int], scale: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The backward of torch's own operators, operands [B, H, S, hd].
+
+    Torch takes sequence offsets that are given, even empty ones, for a packed batch, and a bias that is given for a
+    bias: what does not exist is None, which these operators accept although their schema does not say so.
+    """
+    if turned[0].device.type == "cpu":
+        return aten._scaled_dot_product_flash_attention_for_cpu_backward(*turned, lse, 0.0, False, scale=scale)
+    if core == "sdpa_cudnn":
+        seed, offset, bias, offsets = None, None, None, (None, None)
+        return aten._scaled_dot_product_cudnn_attention_backward(
+            *turned, lse.unsqueeze(-1), seed, offset, bias, *offsets, *lengths, 0.0, False, scale=scale
+        )
+    _activate(core)
+    return aten._scaled_dot_product_flash_attention_backward(
+        *turned, lse, None, None, *lengths, 0.0, False, None, None, scale=scale
+    )
 
 
 def _activate(core: str) -> None:

@@ -19,10 +19,17 @@ from geoalign_kernels.ops.attention import cores
 from geoalign_kernels.registration import NAMESPACE, define, library
 
 _HERE = "geoalign_kernels.ops.attention"
-dispatch.register("attention", reference=f"{_HERE}.reference:forward", triton=f"{_HERE}.triton_impl:forward")
 dispatch.register(
-    "attention_int8", reference=f"{_HERE}.reference:attention_int8", triton=f"{_HERE}.triton_impl:attention_int8"
+    "attention",
+    reporter=f"{_HERE}.cores:report",
+    reference=f"{_HERE}.reference:forward",
+    triton=f"{_HERE}.triton_impl:forward",
 )
+QUANTISED = ("int8", "int8_fp8")
+for _name, _reporter in (("attention_int8", ""), ("attention_int8_fp8", f"{_HERE}.cores:report_fp8")):
+    dispatch.register(
+        _name, reporter=_reporter, reference=f"{_HERE}.reference:{_name}", triton=f"{_HERE}.triton_impl:{_name}"
+    )
 _exact_only = False
 
 
@@ -32,12 +39,12 @@ class AttentionOutput(NamedTuple):
     out: Tensor
     """[B, Sq, H, hd] in the dtype of q."""
     lse: Tensor | None
-    """[B, H, Sq] float32, natural logarithm of the summed exponentials; None for int8."""
+    """[B, H, Sq] float32, natural logarithm of the summed exponentials; None for the quantised modes."""
 
 
 @contextlib.contextmanager
 def exact_only() -> Iterator[None]:
-    """Inside (the SDE window of a rollout, the learner) int8 attention is refused: it would break the policy ratio."""
+    """Inside (the SDE window of a rollout, the learner) quantised attention is refused: it would break the ratio."""
     global _exact_only
     before, _exact_only = _exact_only, True
     try:
@@ -60,7 +67,7 @@ def attention(
     k: Tensor,
     v: Tensor,
     *,
-    mode: Literal["exact", "int8"] = "exact",
+    mode: Literal["exact", "int8", "int8_fp8"] = "exact",
     scale: float | None = None,
     core: str | None = None,
 ) -> AttentionOutput:
@@ -68,28 +75,29 @@ def attention(
 
     Args:
         q: [B, Sq, H, hd], floating dtype. k: [B, Sk, H, hd]. v: like k.
-        mode: "exact" (float32 accumulation, differentiable) or "int8" (q and k in int8 with per-block scales, v as it
-            is; no gradient; for deterministic steps only).
+        mode: "exact" (float32 accumulation, differentiable); "int8" (q and k in int8 with per-block scales, v as it
+            is); "int8_fp8" (probabilities and v in fp8 as well; compute capability 9.0 only). The quantised ones have
+            no gradient and are for deterministic steps only; `ProbedInt8Attention` chooses per layer.
         scale: default hd^-0.5.
         core: one of `cores.CORES`; default `resolve_attention`.
 
     Raises:
         ValueError: shapes differ, or the mode or core is unknown.
-        RuntimeError: int8 inside `exact_only()` or where a gradient is needed.
-        BackendUnavailableError: the core cannot run here.
+        RuntimeError: a quantised mode inside `exact_only()` or where a gradient is needed.
+        BackendUnavailableError: the core, or fp8, cannot run here.
     """
     if q.dim() != 4 or k.shape != v.shape or q.shape[::2] != k.shape[::2] or q.shape[3] != k.shape[3]:
         raise ValueError(f"q must be [B, Sq, H, hd] and k, v [B, Sk, H, hd]: {q.shape}, {k.shape}, {v.shape}")
     scale = q.shape[3] ** -0.5 if scale is None else scale
-    if mode == "int8":
+    if mode in QUANTISED:
         if _exact_only or (torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)):
             raise RuntimeError(
-                "int8 attention inside the SDE window or where a gradient is needed: its error exceeds the clip range "
-                "of the policy ratio; use mode='exact' there"
+                f"{mode} attention inside the SDE window or where a gradient is needed: its error exceeds the clip "
+                "range of the policy ratio; use mode='exact' there"
             )
-        return AttentionOutput(torch.ops.geoalign.attention_int8(q, k, v, scale), None)
+        return AttentionOutput(getattr(torch.ops.geoalign, f"attention_{mode}")(q, k, v, scale), None)
     if mode != "exact":
-        raise ValueError(f"attention mode '{mode}': choose 'exact' or 'int8'")
+        raise ValueError(f"attention mode '{mode}': choose one of exact, {', '.join(QUANTISED)}")
     core = core or resolve_attention(q.device, q.dtype)
     if core not in cores.CORES:
         raise ValueError(f"attention core '{core}': the cores are {', '.join(cores.CORES)}")
@@ -138,11 +146,12 @@ for _key in ("CPU", "CUDA"):
 torch.library.register_fake(f"{NAMESPACE}::attention", _fake, lib=library)
 torch.library.register_fake(f"{NAMESPACE}::attention_backward", _backward_fake, lib=library)
 torch.library.register_autograd(f"{NAMESPACE}::attention", _backward, setup_context=_setup_context, lib=library)
-define(
-    "attention_int8",
-    "(Tensor q, Tensor k, Tensor v, float scale) -> Tensor",
-    fake=lambda q, *_: torch.empty_like(q, memory_format=torch.contiguous_format),
-)
+for _name in (f"attention_{mode}" for mode in QUANTISED):
+    define(
+        _name,
+        "(Tensor q, Tensor k, Tensor v, float scale) -> Tensor",
+        fake=lambda q, *_: torch.empty_like(q, memory_format=torch.contiguous_format),
+    )
 
 
 @register_flop_formula(torch.ops.geoalign.attention)

@@ -1,39 +1,52 @@
-"""int8 attention where a layer tolerates it, exact attention where it does not, decided by measurement.
+"""Quantised attention where a layer tolerates it, exact attention where it does not, decided by measurement.
 
 Activations of some layers have outliers that int8 scores do not survive (SageAttention, arXiv 2410.02367, reports such
-layers). The probe compares both modes on a few blocks of queries of real inputs, once per layer: less than one percent
-of the work of the layer at 65,520 tokens.
+layers), and fp8 values cost more accuracy again. The probe compares the modes on a few blocks of queries of real
+inputs, once per layer: less than one percent of the work of the layer at 65,520 tokens.
 """
 
 from __future__ import annotations
 
 import logging
+from collections.abc import Sequence
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
-from geoalign_kernels.ops.attention.op import attention
+from geoalign_kernels.ops.attention.op import QUANTISED, attention
+from geoalign_kernels.ops.attention.reference import SCALE_BLOCK
 
 logger = logging.getLogger("geoalign_kernels")
-BLOCK = 128
-"""Queries that share an int8 scale: a probe takes whole blocks, so they are quantised as in the full call."""
+Mode = Literal["exact", "int8", "int8_fp8"]
 
 
 class ProbedInt8Attention:
-    """Attention of the deterministic steps of a network, int8 layer by layer.
+    """Attention of the deterministic steps of a network, quantised layer by layer.
 
-    Not for the SDE window: inside `exact_only()` an int8 layer raises like `attention(mode="int8")`.
+    Not for the SDE window: inside `exact_only()` a quantised layer raises like `attention(mode="int8")`.
+
+    Args:
+        threshold: largest relative L2 error that a layer may have.
+        blocks: how many blocks of 128 queries are measured; whole blocks, so they are quantised as in the full call.
+        modes: quantised modes in the order of preference; a layer takes the first that meets the threshold, e.g.
+            `("int8_fp8", "int8")` on an H200. A layer that none of them suits, or with a result that is not finite,
+            stays exact.
 
     Attributes:
-        errors: `{layer: relative L2 error of int8}` of the layers seen so far.
-        threshold: a layer above it, or with a result that is not finite, stays exact.
+        errors: `{layer: relative L2 error of the mode measured last}` of the layers seen so far: the chosen one, or the
+            last that was refused.
+        chosen: `{layer: mode}` likewise.
     """
 
-    def __init__(self, threshold: float = 2e-2, blocks: int = 2) -> None:
+    def __init__(self, threshold: float = 2e-2, blocks: int = 2, modes: Sequence[Mode] = ("int8",)) -> None:
         if threshold <= 0 or blocks < 1:
             raise ValueError(f"threshold must be positive and blocks at least 1, got {threshold} and {blocks}")
-        self.threshold = threshold
+        if not modes or not set(modes) <= set(QUANTISED):
+            raise ValueError(f"modes must name some of {', '.join(QUANTISED)}, got {list(modes)}")
+        self.threshold, self.modes = threshold, tuple(modes)
         self.errors: dict[int, float] = {}
+        self.chosen: dict[int, Mode] = {}
         self._blocks = blocks
 
     def __call__(
@@ -41,14 +54,11 @@ class ProbedInt8Attention:
     ) -> Tensor:
         """Output [B, Sq, H, hd] of layer number `layer`; the other arguments as in `attention`.
 
-        The first call of a layer measures it, which waits for the device once.
+        The first call of a layer measures it, which waits for the device once per mode.
         """
-        if layer not in self.errors:
-            self.errors[layer] = error = self._measure(q, k, v, scale, core)
-            if self.is_exact(layer):
-                logger.warning("layer %d stays exact: int8 attention is off by %.3g there", layer, error)
-        mode = "exact" if self.is_exact(layer) else "int8"
-        return attention(q, k, v, mode=mode, scale=scale, core=core).out
+        if layer not in self.chosen:
+            self._choose(layer, q, k, v, {"scale": scale, "core": core})
+        return attention(q, k, v, mode=self.chosen[layer], scale=scale, core=core).out
 
     def is_exact(self, layer: int) -> bool:
         """Whether a measured layer was found to need exact attention.
@@ -56,12 +66,18 @@ class ProbedInt8Attention:
         Raises:
             KeyError: the layer has not been called yet.
         """
-        return not self.errors[layer] <= self.threshold  # true for NaN as well
+        return self.chosen[layer] == "exact"
 
-    def _measure(self, q: Tensor, k: Tensor, v: Tensor, scale: float | None, core: str | None) -> float:
-        count = -(-q.shape[1] // BLOCK)
-        chosen = sorted({i * count // self._blocks for i in range(min(self._blocks, count))})
-        sample = torch.cat([q[:, i * BLOCK : (i + 1) * BLOCK] for i in chosen], dim=1) if chosen else q
-        approximate = attention(sample, k, v, mode="int8", scale=scale).out.float()
-        exact = attention(sample, k, v, scale=scale, core=core).out.float()
-        return float((approximate - exact).norm() / exact.norm().clamp_min(1e-30))
+    def _choose(self, layer: int, q: Tensor, k: Tensor, v: Tensor, options: dict[str, Any]) -> None:
+        count = -(-q.shape[1] // SCALE_BLOCK)
+        some = sorted({i * count // self._blocks for i in range(min(self._blocks, count))})
+        sample = torch.cat([q[:, i * SCALE_BLOCK : (i + 1) * SCALE_BLOCK] for i in some], dim=1) if some else q
+        exact = attention(sample, k, v, **options).out.float()
+        for mode in self.modes:
+            difference = attention(sample, k, v, mode=mode, **options).out.float() - exact
+            self.errors[layer] = float(difference.norm() / exact.norm().clamp_min(1e-30))
+            if self.errors[layer] <= self.threshold:  # false for NaN as well
+                self.chosen[layer] = mode
+                return
+        self.chosen[layer] = "exact"
+        logger.warning("layer %d stays exact: %s attention is off by %.3g there", layer, mode, self.errors[layer])

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from geoalign_kernels import dispatch
+from geoalign_kernels.ops.flow_step import reference
 from geoalign_kernels.philox import MASK32, NoiseKey
 from geoalign_kernels.registration import define
 
@@ -108,7 +109,7 @@ def flow_log_prob(
         _same_shape(name, value, x)
     if not _is_stochastic(table):
         raise ValueError("flow_log_prob of a deterministic step: coefficient c is 0")
-    return torch.ops.geoalign.flow_log_prob(x, velocity, x_next.detach(), table, velocity_uncond, guidance)
+    return torch.ops.geoalign.flow_log_prob(x.detach(), velocity, x_next.detach(), table, velocity_uncond, guidance)
 
 
 def _table(coefficients: Tensor | Sequence[float], x: Tensor) -> Tensor:
@@ -146,14 +147,17 @@ def _step_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 def _step_backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
     a, b, c, d = (column.to(grad) for column in _columns(ctx.table, grad))
     x, velocity, noise, uncond, m_prev = ctx.dtypes
+    need_x, need_v, _, need_noise, _, _, _, need_uncond, _, need_m = ctx.needs_input_grad
     share = ctx.guidance if uncond is not None else 1.0
 
-    def scaled(weight: Tensor, dtype: torch.dtype | None) -> Tensor | None:
-        return None if dtype is None else (weight * grad).to(dtype)
+    def scaled(column: Tensor, factor: float, dtype: torch.dtype | None, need: bool) -> Tensor | None:
+        if not need:
+            return None
+        return ((column if factor == 1.0 else factor * column) * grad).to(dtype)
 
     return (
-        scaled(a, x), scaled(share * b, velocity), None, scaled(c, noise), None, None, None,
-        scaled((1.0 - share) * b, uncond), None, scaled(d, m_prev),
+        scaled(a, 1.0, x, need_x), scaled(b, share, velocity, need_v), None, scaled(c, 1.0, noise, need_noise), None,
+        None, None, scaled(b, 1.0 - share, uncond, need_uncond), None, scaled(d, 1.0, m_prev, need_m),
     )  # fmt: skip
 
 
@@ -172,14 +176,17 @@ def _log_prob_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None
 
 def _log_prob_backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
     x, velocity, x_next, table, uncond = ctx.saved_tensors
-    d_guided = torch.ops.geoalign.flow_log_prob_backward(grad, x, velocity, x_next, table, uncond, ctx.guidance)
-    share = ctx.guidance if uncond is not None else 1.0
-    d_uncond = None if uncond is None else ((1.0 - share) * d_guided).to(uncond.dtype)
-    return None, (share * d_guided).to(velocity.dtype), None, None, d_uncond, None
+    _, need_v, _, _, need_u, _ = ctx.needs_input_grad
+    needs = [need_v, need_u]
+    dv, du = torch.ops.geoalign.flow_log_prob_backward(
+        grad, x, velocity, x_next, table, uncond, ctx.guidance, needs
+    )  # fmt: skip
+    return None, dv if need_v else None, None, None, du if need_u else None, None
 
 
-def _log_prob_backward_fake(grad: Tensor, x: Tensor, *_: Any) -> Tensor:
-    return x.new_empty(x.shape, dtype=torch.promote_types(x.dtype, torch.float32))
+def _log_prob_backward_fake(grad: Tensor, x: Tensor, velocity: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
+    _, _, velocity_uncond, _, needs = rest
+    return reference.gradient_buffers(velocity, velocity_uncond, needs)
 
 
 define(
@@ -201,6 +208,6 @@ define(
 define(
     "flow_log_prob_backward",
     "(Tensor grad, Tensor x, Tensor velocity, Tensor x_next, Tensor coefficients, Tensor? velocity_uncond, "
-    "float guidance) -> Tensor",
+    "float guidance, bool[] needs) -> (Tensor, Tensor)",
     fake=_log_prob_backward_fake,
 )

@@ -78,6 +78,15 @@ def flow_log_prob(
     return -precision * mean_square - constant.to(mean_square)
 
 
+def gradient_buffers(velocity: Tensor, velocity_uncond: Tensor | None, needs: list[bool]) -> tuple[Tensor, Tensor]:
+    """Room for the gradients of the two velocities in their dtypes; what is not needed is empty."""
+    uncond = velocity if velocity_uncond is None else velocity_uncond
+    return (
+        torch.empty_like(velocity, memory_format=torch.contiguous_format) if needs[0] else velocity.new_empty(0),
+        torch.empty_like(uncond, memory_format=torch.contiguous_format) if needs[1] else uncond.new_empty(0),
+    )
+
+
 def flow_log_prob_backward(
     grad: Tensor,
     x: Tensor,
@@ -86,9 +95,19 @@ def flow_log_prob_backward(
     coefficients: Tensor,
     velocity_uncond: Tensor | None,
     guidance: float,
-) -> Tensor:
-    """Gradient to the guided velocity: grad[B] * b (x' - mean) / (c^2 n), in the working dtype."""
+    needs: list[bool],
+) -> tuple[Tensor, Tensor]:
+    """Gradients to (velocity, velocity_uncond) as far as `needs` asks for each.
+
+    That of the guided velocity is grad[B] * b (x' - mean) / (c^2 n); the two share it as guidance and 1 - guidance.
+    """
+    buffers = gradient_buffers(velocity, velocity_uncond, needs)
     r = residual(x, velocity, x_next, coefficients, velocity_uncond, guidance)
     table = coefficients.reshape(-1, 4)
-    weight = (table[:, 1] / (table[:, 2].square() * r[0].numel())).to(r)
-    return (grad.to(r) * weight).reshape(-1, *[1] * (r.dim() - 1)) * r
+    weight = (table[:, 1] / (table[:, 2].square() * r.flatten(1).shape[1])).to(r)
+    guided = (grad.to(r) * weight).reshape(-1, *[1] * (r.dim() - 1)) * r
+    share = 1.0 if velocity_uncond is None else guidance
+    for buffer, need, part in zip(buffers, needs, (share, 1.0 - share), strict=True):
+        if need:
+            buffer.copy_(part * guided)
+    return buffers

@@ -8,6 +8,7 @@ no multiply-add is contracted here.
 
 from __future__ import annotations
 
+import functools
 import math
 
 import torch
@@ -16,8 +17,9 @@ import triton.language as tl
 from torch import Tensor
 
 from geoalign_kernels.dispatch import UnsupportedInput
+from geoalign_kernels.ops.flow_step.reference import gradient_buffers
 from geoalign_kernels.philox import MASK32
-from geoalign_kernels.triton_common import log_unit, sincos_turns
+from geoalign_kernels.triton_angles import log_unit, sincos_turns
 
 BLOCK = 1024
 WARPS = 4
@@ -120,7 +122,7 @@ def log_prob_finish_kernel(
 
 @triton.jit
 def log_prob_backward_kernel(
-    Grad, X, Velocity, Uncond, XNext, Table, Out, table_stride, count, guidance,
+    Grad, X, Velocity, Uncond, XNext, Table, DVelocity, DUncond, table_stride, count, guidance,
     SLOPE: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     sample = tl.program_id(1).to(tl.int64)
@@ -129,18 +131,29 @@ def log_prob_backward_kernel(
     row = Table + sample * table_stride
     mean = _mean(X, Velocity, Uncond, at, ok, tl.load(row), tl.load(row + 1), guidance)
     residual = tl.load(XNext + at, mask=ok, other=0.0).to(tl.float32) - mean
-    weight = tl.load(Grad + sample) * tl.load(row + SLOPE)
-    tl.store(Out + at, weight * residual, mask=ok)
+    guided = tl.load(Grad + sample) * tl.load(row + SLOPE) * residual
+    if DVelocity is not None:
+        grad = guided if Uncond is None else guidance * guided
+        tl.store(DVelocity + at, grad.to(DVelocity.dtype.element_ty), mask=ok)
+    if DUncond is not None:
+        tl.store(DUncond + at, ((1.0 - guidance) * guided).to(DUncond.dtype.element_ty), mask=ok)
 
 
 def _device_table(coefficients: Tensor, count: int, device: torch.device) -> tuple[Tensor, int]:
-    """([B or 1, COLUMNS] float32 on the device, its row stride); derived columns are computed in float64."""
-    table = coefficients.reshape(-1, 4).double()
+    """([B or 1, COLUMNS] float32 on the device, its row stride)."""
+    rows = tuple(map(tuple, coefficients.reshape(-1, 4).tolist()))
+    return _uploaded(rows, count, device), COLUMNS if len(rows) > 1 else 0
+
+
+@functools.lru_cache(maxsize=1024)
+def _uploaded(rows: tuple[tuple[float, ...], ...], count: int, device: torch.device) -> Tensor:
+    """The table with its derived columns, computed in float64. A run has few rows and calls each many times: kept, they
+    cost one copy each, and a call can be put in a CUDA graph, which no copy from pageable memory can."""
+    table = torch.tensor(rows, dtype=torch.float64)
     b, c = table[:, 1], table[:, 2]
     safe = torch.where(c == 0, 1.0, c)
     derived = [0.5 / (safe.square() * count), safe.log() + 0.5 * math.log(2.0 * math.pi), b / (safe.square() * count)]
-    table = torch.cat([table, torch.stack(derived, dim=1)], dim=1).float().to(device, non_blocking=True)
-    return table, COLUMNS if table.shape[0] > 1 else 0
+    return torch.cat([table, torch.stack(derived, dim=1)], dim=1).float().to(device)
 
 
 def _dense(*tensors: Tensor | None) -> list[Tensor | None]:
@@ -170,9 +183,9 @@ def flow_step(x, velocity, coefficients, noise, key, group, sample, velocity_unc
 def flow_log_prob(x, velocity, x_next, coefficients, velocity_uncond, guidance):
     """See `reference.flow_log_prob`."""
     x, velocity, x_next, velocity_uncond = _dense(x, velocity, x_next, velocity_uncond)
-    out = torch.zeros(x.shape[0], dtype=torch.float32, device=x.device)
+    out = torch.empty(x.shape[0], dtype=torch.float32, device=x.device)
     if x.numel() == 0:
-        return out
+        return out.zero_()
     count = x[0].numel()
     blocks = triton.cdiv(count, BLOCK)
     partial = torch.empty(x.shape[0], blocks, dtype=torch.float32, device=x.device)
@@ -188,16 +201,17 @@ def flow_log_prob(x, velocity, x_next, coefficients, velocity_uncond, guidance):
     return out
 
 
-def flow_log_prob_backward(grad, x, velocity, x_next, coefficients, velocity_uncond, guidance):
+def flow_log_prob_backward(grad, x, velocity, x_next, coefficients, velocity_uncond, guidance, needs):
     """See `reference.flow_log_prob_backward`."""
     grad, x, velocity, x_next, velocity_uncond = _dense(grad, x, velocity, x_next, velocity_uncond)
-    out = torch.empty(x.shape, dtype=torch.float32, device=x.device)
-    if out.numel() == 0:
-        return out
+    buffers = gradient_buffers(velocity, velocity_uncond, needs)
+    if x.numel() == 0 or not any(needs):
+        return buffers
     count = x[0].numel()
     table, stride = _device_table(coefficients, count, x.device)
     log_prob_backward_kernel[(triton.cdiv(count, BLOCK), x.shape[0])](
-        grad, x, velocity, velocity_uncond, x_next, table, out, stride, count, guidance, SLOPE,
-        BLOCK=BLOCK, num_warps=WARPS, enable_fp_fusion=False,
+        grad, x, velocity, velocity_uncond, x_next, table,
+        *(buffer if need else None for buffer, need in zip(buffers, needs, strict=True)), stride, count, guidance,
+        SLOPE=SLOPE, BLOCK=BLOCK, num_warps=WARPS, enable_fp_fusion=False,
     )  # fmt: skip
-    return out
+    return buffers

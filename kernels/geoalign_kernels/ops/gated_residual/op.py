@@ -42,19 +42,24 @@ def _fake(x: Tensor, *_: Any) -> Tensor:
 
 
 def _backward_fake(grad: Tensor, y: Tensor, *_: Any) -> Tensor:
-    return torch.empty_like(y, memory_format=torch.contiguous_format)
+    return torch.empty_like(grad, dtype=y.dtype, memory_format=torch.contiguous_format)
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    ctx.save_for_backward(*inputs[1:])
+    _, y, gate = inputs
+    # y serves the gradient of the gate only; without it an empty tensor stands for its dtype.
+    ctx.save_for_backward(y if ctx.needs_input_grad[2] else y.new_empty(0), gate)
 
 
 def _backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
     y, gate = ctx.saved_tensors
     _, need_y, need_gate = ctx.needs_input_grad
     dy = torch.ops.geoalign.gated_residual_backward(grad, y, gate) if need_y else None
-    dtype = working_dtype(grad)
-    return grad, dy, vector_gradient(grad.to(dtype) * y.to(dtype), gate) if need_gate else None
+    dgate = None
+    if need_gate:
+        dtype = working_dtype(grad)
+        dgate = vector_gradient(grad.to(dtype) * y.to(dtype), gate)
+    return grad, dy, dgate
 
 
 define(

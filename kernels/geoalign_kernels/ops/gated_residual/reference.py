@@ -14,6 +14,6 @@ def gated_residual(x: Tensor, y: Tensor, gate: Tensor) -> Tensor:
 
 
 def gated_residual_backward(grad: Tensor, y: Tensor, gate: Tensor) -> Tensor:
-    """dy = gate * grad, in the dtype of y; dx is grad itself."""
+    """dy = gate * grad, in the dtype of y, which may be empty; dx is grad itself."""
     dtype = working_dtype(grad)
     return (per_sample(gate, dtype) * grad.to(dtype)).to(y.dtype)

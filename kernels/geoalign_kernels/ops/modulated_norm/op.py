@@ -20,22 +20,26 @@ for _name in ("modulated_norm", "modulated_norm_backward"):
     dispatch.register(_name, reference=f"{_HERE}.reference:{_name}", triton=f"{_HERE}.triton_impl:{_name}")
 
 
-def modulated_norm(x: Tensor, scale: Tensor, shift: Tensor, eps: float = 1e-6) -> Tensor:
+def modulated_norm(
+    x: Tensor, scale: Tensor, shift: Tensor, eps: float = 1e-6, *, dtype: torch.dtype | None = None
+) -> Tensor:
     """LayerNorm(x) * (1 + scale) + shift over the last dimension; an affine LayerNorm is scale = weight - 1.
 
     Args:
         x: [B, S, D], any floating dtype; arithmetic in float32 (float64 for float64), one rounding at the end.
         scale: [B or 1, D] or [D], any floating dtype. shift: likewise.
         eps: added to the variance.
+        dtype: of the result, default that of x. A float32 residual stream whose norm feeds a bfloat16 product asks for
+            bfloat16 here and saves a pass over the norm.
 
     Returns:
-        [B, S, D] in the dtype of x.
+        [B, S, D] in `dtype`.
 
     Raises:
         ValueError: shapes do not fit.
     """
     check_vectors(x, scale=scale, shift=shift)
-    return torch.ops.geoalign.modulated_norm(x, scale, shift, eps)
+    return torch.ops.geoalign.modulated_norm(x, scale, shift, eps, dtype)
 
 
 def check_vectors(x: Tensor, **vectors: Tensor) -> None:
@@ -53,8 +57,8 @@ def vector_gradient(grad: Tensor, vector: Tensor) -> Tensor:
     return per_sample.sum_to_size(vector.shape if vector.dim() == 2 else (1, *vector.shape)).view_as(vector).to(vector)
 
 
-def _fake(x: Tensor, *_: Any) -> Tensor:
-    return torch.empty_like(x, memory_format=torch.contiguous_format)
+def _fake(x: Tensor, scale: Tensor, shift: Tensor, eps: float, dtype: torch.dtype | None) -> Tensor:
+    return torch.empty_like(x, dtype=dtype, memory_format=torch.contiguous_format)
 
 
 def _backward_fake(grad: Tensor, x: Tensor, *_: Any) -> Tensor:
@@ -76,12 +80,12 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
         dscale = vector_gradient(grad.to(unit) * unit, scale)
     if need_shift:
         dshift = vector_gradient(grad.to(reference.working_dtype(x)), shift)
-    return dx, dscale, dshift, None
+    return dx, dscale, dshift, None, None
 
 
 define(
     "modulated_norm",
-    "(Tensor x, Tensor scale, Tensor shift, float eps) -> Tensor",
+    "(Tensor x, Tensor scale, Tensor shift, float eps, ScalarType? dtype) -> Tensor",
     fake=_fake,
     backward=_backward,
     setup_context=_setup_context,

@@ -29,10 +29,10 @@ def norm_gradient(grad: Tensor, unit: Tensor, inverse: Tensor) -> Tensor:
     return inverse * (grad - grad.mean(-1, keepdim=True) - unit * (grad * unit).mean(-1, keepdim=True))
 
 
-def modulated_norm(x: Tensor, scale: Tensor, shift: Tensor, eps: float) -> Tensor:
-    """LayerNorm(x) * (1 + scale) + shift, in the dtype of x."""
+def modulated_norm(x: Tensor, scale: Tensor, shift: Tensor, eps: float, dtype: torch.dtype | None) -> Tensor:
+    """LayerNorm(x) * (1 + scale) + shift, in `dtype` or that of x."""
     unit, _ = normalised(x, eps)
-    return (unit * (1.0 + per_sample(scale, unit.dtype)) + per_sample(shift, unit.dtype)).to(x.dtype)
+    return (unit * (1.0 + per_sample(scale, unit.dtype)) + per_sample(shift, unit.dtype)).to(dtype or x.dtype)
 
 
 def modulated_norm_backward(grad: Tensor, x: Tensor, scale: Tensor, eps: float) -> Tensor:

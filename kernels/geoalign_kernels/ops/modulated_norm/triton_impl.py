@@ -7,9 +7,20 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from geoalign_kernels.triton_common import dense_rows, load_vector, plan_rows, row_strides, vector_stride
-
-ROWS = 4
+from geoalign_kernels.triton_rows import (
+    dense,
+    dense_rows,
+    load_chunk,
+    load_rows,
+    load_vector,
+    plan_rows,
+    row_covariance,
+    row_mean,
+    row_strides,
+    row_tile,
+    store_chunk,
+    vector_stride,
+)
 
 
 @triton.jit
@@ -17,26 +28,34 @@ def forward_kernel(
     X, Scale, Shift, Out, x_strides, scale_stride, shift_stride, tokens, eps,
     WIDTH: tl.constexpr, ROWS: tl.constexpr, CHUNK: tl.constexpr, CHUNKS: tl.constexpr,
 ):  # fmt: skip
-    b = tl.program_id(1).to(tl.int64)
-    s = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
-    ok = (s < tokens)[:, None]
-    columns = tl.arange(0, CHUNK)[None, :]
-    row, total = (), tl.zeros((ROWS, CHUNK), tl.float32)
-    for c in tl.static_range(CHUNKS):
-        at = b * x_strides[0] + s[:, None] * x_strides[1] + c * CHUNK + columns
-        row = row + (tl.load(X + at, mask=ok, other=0.0).to(tl.float32),)  # noqa: RUF005
-        total += row[c]
-    mean = (tl.sum(total, 1) / WIDTH)[:, None]
-    square = tl.zeros((ROWS, CHUNK), tl.float32)
-    for c in tl.static_range(CHUNKS):
-        square += (row[c] - mean) * (row[c] - mean)
-    inverse = tl.rsqrt(tl.sum(square, 1) / WIDTH + eps)[:, None]
+    b, s, ok = row_tile(tokens, ROWS)
+    x = load_rows(X, b, s, ok, x_strides, CHUNK, CHUNKS)
+    mean = row_mean(x, WIDTH)
+    inverse = tl.rsqrt(row_covariance(x, mean, x, mean, WIDTH) + eps)
     for c in tl.static_range(CHUNKS):
         scale = load_vector(Scale + b * scale_stride, c, ROWS, CHUNK)
         shift = load_vector(Shift + b * shift_stride, c, ROWS, CHUNK)
-        out = (row[c] - mean) * inverse * (1.0 + scale) + shift
-        at = (b * tokens + s[:, None]) * WIDTH + c * CHUNK + columns
-        tl.store(Out + at, out.to(Out.dtype.element_ty), mask=ok)
+        out = (x[c] - mean) * inverse * (1.0 + scale) + shift
+        store_chunk(Out, out, b, s, ok, dense(tokens, WIDTH), c, CHUNK)
+
+
+@triton.jit
+def norm_gradient(
+    Grad, x, Scale, b, s, ok, grad_strides, scale_stride, eps,
+    WIDTH: tl.constexpr, ROWS: tl.constexpr, CHUNK: tl.constexpr, CHUNKS: tl.constexpr,
+):  # fmt: skip
+    """Gradient to the rows x of their modulated LayerNorm, as a tuple of chunks."""
+    grads = ()
+    for c in tl.static_range(CHUNKS):
+        scale = load_vector(Scale + b * scale_stride, c, ROWS, CHUNK)
+        grads = grads + (load_chunk(Grad, b, s, ok, grad_strides, c, CHUNK) * (1.0 + scale),)  # noqa: RUF005
+    mean, grad_mean = row_mean(x, WIDTH), row_mean(grads, WIDTH)
+    inverse = tl.rsqrt(row_covariance(x, mean, x, mean, WIDTH) + eps)
+    slope = row_covariance(x, mean, grads, grad_mean, WIDTH) * inverse * inverse
+    result = ()
+    for c in tl.static_range(CHUNKS):
+        result = result + (inverse * (grads[c] - grad_mean - (x[c] - mean) * slope),)  # noqa: RUF005
+    return result
 
 
 @triton.jit
@@ -44,56 +63,34 @@ def backward_kernel(
     Grad, X, Scale, DX, grad_strides, x_strides, scale_stride, tokens, eps,
     WIDTH: tl.constexpr, ROWS: tl.constexpr, CHUNK: tl.constexpr, CHUNKS: tl.constexpr,
 ):  # fmt: skip
-    b = tl.program_id(1).to(tl.int64)
-    s = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
-    ok = (s < tokens)[:, None]
-    columns = tl.arange(0, CHUNK)[None, :]
-    row, grads = (), ()
-    total, grad_total = tl.zeros((ROWS, CHUNK), tl.float32), tl.zeros((ROWS, CHUNK), tl.float32)
+    b, s, ok = row_tile(tokens, ROWS)
+    x = load_rows(X, b, s, ok, x_strides, CHUNK, CHUNKS)
+    dx = norm_gradient(Grad, x, Scale, b, s, ok, grad_strides, scale_stride, eps, WIDTH, ROWS, CHUNK, CHUNKS)
     for c in tl.static_range(CHUNKS):
-        at = b * x_strides[0] + s[:, None] * x_strides[1] + c * CHUNK + columns
-        row = row + (tl.load(X + at, mask=ok, other=0.0).to(tl.float32),)  # noqa: RUF005
-        at = b * grad_strides[0] + s[:, None] * grad_strides[1] + c * CHUNK + columns
-        scale = load_vector(Scale + b * scale_stride, c, ROWS, CHUNK)
-        grads = grads + (tl.load(Grad + at, mask=ok, other=0.0).to(tl.float32) * (1.0 + scale),)  # noqa: RUF005
-        total += row[c]
-        grad_total += grads[c]
-    mean, grad_mean = (tl.sum(total, 1) / WIDTH)[:, None], (tl.sum(grad_total, 1) / WIDTH)[:, None]
-    square, cross = tl.zeros((ROWS, CHUNK), tl.float32), tl.zeros((ROWS, CHUNK), tl.float32)
-    for c in tl.static_range(CHUNKS):
-        square += (row[c] - mean) * (row[c] - mean)
-        cross += (row[c] - mean) * grads[c]
-    inverse = tl.rsqrt(tl.sum(square, 1) / WIDTH + eps)[:, None]
-    slope = (tl.sum(cross, 1) / WIDTH)[:, None] * inverse * inverse
-    for c in tl.static_range(CHUNKS):
-        dx = inverse * (grads[c] - grad_mean - (row[c] - mean) * slope)
-        at = (b * tokens + s[:, None]) * WIDTH + c * CHUNK + columns
-        tl.store(DX + at, dx.to(DX.dtype.element_ty), mask=ok)
+        store_chunk(DX, dx[c], b, s, ok, dense(tokens, WIDTH), c, CHUNK)
 
 
-def modulated_norm(x: Tensor, scale: Tensor, shift: Tensor, eps: float) -> Tensor:
+def modulated_norm(x: Tensor, scale: Tensor, shift: Tensor, eps: float, dtype: torch.dtype | None) -> Tensor:
     """See `reference.modulated_norm`."""
-    batch, tokens, width = x.shape
-    plan = plan_rows(width, ROWS)
-    out = torch.empty_like(x, memory_format=torch.contiguous_format)
+    plan = plan_rows(x.shape[2])
+    out = torch.empty_like(x, dtype=dtype, memory_format=torch.contiguous_format)
     if x.numel() > 0:
         x, scale, shift = dense_rows(x), scale.contiguous(), shift.contiguous()
-        forward_kernel[(triton.cdiv(tokens, plan.rows), batch)](
-            x, scale, shift, out, row_strides(x), vector_stride(scale), vector_stride(shift), tokens, eps,
-            WIDTH=width, ROWS=plan.rows, CHUNK=plan.chunk, CHUNKS=plan.chunks, num_warps=plan.warps,
+        forward_kernel[plan.grid(x.shape[1], x.shape[0])](
+            x, scale, shift, out, row_strides(x), vector_stride(scale), vector_stride(shift), x.shape[1], eps,
+            **plan.constants,
         )  # fmt: skip
     return out
 
 
 def modulated_norm_backward(grad: Tensor, x: Tensor, scale: Tensor, eps: float) -> Tensor:
     """See `reference.modulated_norm_backward`."""
-    batch, tokens, width = x.shape
-    plan = plan_rows(width, ROWS)
+    plan = plan_rows(x.shape[2])
     dx = torch.empty_like(x, memory_format=torch.contiguous_format)
     if x.numel() > 0:
         grad, x, scale = dense_rows(grad), dense_rows(x), scale.contiguous()
-        backward_kernel[(triton.cdiv(tokens, plan.rows), batch)](
-            grad, x, scale, dx, row_strides(grad), row_strides(x), vector_stride(scale), tokens, eps,
-            WIDTH=width, ROWS=plan.rows, CHUNK=plan.chunk, CHUNKS=plan.chunks, num_warps=plan.warps,
+        backward_kernel[plan.grid(x.shape[1], x.shape[0])](
+            grad, x, scale, dx, row_strides(grad), row_strides(x), vector_stride(scale), x.shape[1], eps,
+            **plan.constants,
         )  # fmt: skip
     return dx

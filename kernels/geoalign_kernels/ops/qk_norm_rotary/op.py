@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from geoalign_kernels import dispatch
+from geoalign_kernels.ops.qk_norm_rotary import reference
 from geoalign_kernels.registration import define
 
 _HERE = "geoalign_kernels.ops.qk_norm_rotary"
@@ -106,38 +107,30 @@ def _fake(q: Tensor, k: Tensor, v: Tensor | None, *_: Any) -> tuple[Tensor, Tens
     return torch.empty_like(q, memory_format=dense), torch.empty_like(k, memory_format=dense), v_out
 
 
-def _backward_fake(dq: Tensor, dk: Tensor, dv: Tensor, q: Tensor, k: Tensor, v: Tensor | None, *rest: Any) -> Any:
-    weight_q, weight_k, _, phase_qk, phase_vo, _, need_weight, need_phase = rest
-    dtype = torch.promote_types(q.dtype, torch.float32)
-
-    def phase(p: Tensor | None) -> Tensor:
-        return k.new_empty((*k.shape[:3], p.shape[-1]) if need_phase and p is not None else 0, dtype=dtype)
-
-    weights = [w.new_empty(w.shape if need_weight else 0, dtype=dtype) for w in (weight_q, weight_k)]
-    return (*_fake(q, k, v), *weights, phase(phase_qk), phase(phase_vo))
+def _backward_fake(dq: Tensor, dk: Tensor, dv: Tensor, *rest: Any) -> list[Tensor]:
+    _, _, _, weight_q, weight_k, _, phase_qk, phase_vo, _, needs = rest
+    return reference.gradient_buffers(dq, dk, dv, weight_q, weight_k, phase_qk, phase_vo, needs)
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-    ctx.save_for_backward(*inputs[:8])
-    ctx.eps = inputs[8]
+    q, k, v, weight_q, weight_k, position, phase_qk, phase_vo, ctx.eps = inputs
+    # Rotation needs no v on the way back; only the gradient of its phase does.
+    kept = v if ctx.needs_input_grad[7] else None
+    ctx.has_v = v is not None
+    ctx.save_for_backward(q, k, kept, weight_q, weight_k, position, phase_qk, phase_vo)
 
 
 def _backward(ctx: Any, dq: Tensor, dk: Tensor, dv: Tensor) -> tuple[Any, ...]:
     saved = ctx.saved_tensors
-    v, phases = saved[2], saved[6:8]
-    need = ctx.needs_input_grad
-    need_weight, need_phase = need[3] or need[4], need[6] or need[7]
-    dq_in, dk_in, dv_in, *weights_and_phases = torch.ops.geoalign.qk_norm_rotary_backward(
-        dq, dk, dv, *saved, ctx.eps, need_weight, need_phase
+    need_q, need_k, need_v, need_wq, need_wk, _, need_qk, need_vo, _ = ctx.needs_input_grad
+    needs = [need_q, need_k, need_v and ctx.has_v, need_wq, need_wk, need_qk, need_vo and ctx.has_v]
+    gradients = torch.ops.geoalign.qk_norm_rotary_backward(dq, dk, dv, *saved, ctx.eps, needs)
+    dq_in, dk_in, dv_in, *rest = (g if need else None for g, need in zip(gradients, needs, strict=True))
+    inputs = (saved[3], saved[4], saved[6], saved[7])
+    dwq, dwk, dqk, dvo = (
+        None if g is None else g.sum_to_size(x.shape).to(x.dtype) for g, x in zip(rest, inputs, strict=True)
     )
-    dweights = [
-        g.to(w.dtype) if n else None for g, w, n in zip(weights_and_phases, saved[3:5], need[3:5], strict=False)
-    ]
-    dphases = [
-        g.sum_to_size(p.shape).to(p.dtype) if n and p is not None else None
-        for g, p, n in zip(weights_and_phases[2:], phases, need[6:8], strict=True)
-    ]
-    return dq_in, dk_in, None if v is None else dv_in, *dweights, None, *dphases, None
+    return dq_in, dk_in, dv_in, dwq, dwk, None, dqk, dvo, None
 
 
 _ARGUMENTS = (
@@ -157,7 +150,7 @@ define(
 )
 define(
     "qk_norm_rotary_backward",
-    f"(Tensor dq, Tensor dk, Tensor dv, Tensor q, Tensor k, Tensor? v, {_ARGUMENTS}, bool need_weight, "
-    "bool need_phase) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+    f"(Tensor dq, Tensor dk, Tensor dv, Tensor q, Tensor k, Tensor? v, {_ARGUMENTS}, bool[] needs) "
+    "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
     fake=_backward_fake,
 )

@@ -100,6 +100,34 @@ def qk_norm_rotary_(
             target.copy_(result)
 
 
+def gradient_buffers(
+    dq: Tensor,
+    dk: Tensor,
+    dv: Tensor,
+    weight_q: Tensor,
+    weight_k: Tensor,
+    phase_qk: Tensor | None,
+    phase_vo: Tensor | None,
+    needs: list[bool],
+) -> list[Tensor]:
+    """Room for the gradients of (q, k, v, weight_q, weight_k, phase_qk, phase_vo); what is not needed is empty.
+
+    Weight gradients are in the working dtype. Those of phases are [B, S, H, P]: in the dtype of the phase, or in the
+    working dtype if they are still to be summed over samples or heads.
+    """
+    dtype, shape = torch.promote_types(dk.dtype, torch.float32), dk.shape[:3]
+    buffers = [g.new_empty(g.shape if need else 0) for g, need in zip((dq, dk, dv), needs[:3], strict=True)]
+    for weight, need in zip((weight_q, weight_k), needs[3:5], strict=True):
+        buffers.append(weight.new_zeros(weight.shape if need else 0, dtype=dtype))
+    for phase, need in zip((phase_qk, phase_vo), needs[5:], strict=True):
+        if phase is None or not need:
+            buffers.append(dk.new_empty(0))
+        else:
+            summed = phase.shape[:3] != shape
+            buffers.append(dk.new_empty((*shape, phase.shape[-1]), dtype=dtype if summed else phase.dtype))
+    return buffers
+
+
 def qk_norm_rotary_backward(
     dq: Tensor,
     dk: Tensor,
@@ -113,42 +141,52 @@ def qk_norm_rotary_backward(
     phase_qk: Tensor | None,
     phase_vo: Tensor | None,
     eps: float,
-    need_weight: bool,
-    need_phase: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """(dq, dk, dv, dweight_q, dweight_k, dphase_qk, dphase_vo).
+    needs: list[bool],
+) -> tuple[Tensor, ...]:
+    """Gradients of (q, k, v, weight_q, weight_k, phase_qk, phase_vo) as far as `needs` asks for each.
 
-    Weight and phase gradients are in the working dtype, the latter [B, S, H, P]; what was not asked for is empty.
+    `v` serves `phase_vo` alone and may be None without it.
     """
-    pairs = 0 if phase_qk is None else phase_qk.shape[-1]
-    dq_in, dweight_q, dangle_q = _norm_rotate_backward(dq, q, weight_q, rotation(position, phase_qk, q), eps, pairs)
-    dk_in, dweight_k, dangle_k = _norm_rotate_backward(dk, k, weight_k, rotation(position, phase_qk, k), eps, pairs)
-    empty = dweight_q.new_empty(0)
-    if not need_weight:
-        dweight_q = dweight_k = empty
-    dphase_qk = dphase_vo = empty
-    if need_phase and phase_qk is not None:
-        dphase_qk = dangle_k
-        dphase_qk[:, : q.shape[1]] += dangle_q
-    dv_in = dv.new_empty(0)
-    if v is not None:
-        value, grad = working(v, dv)
-        turned = rotate(grad, rotation(None, phase_vo, v))
-        dv_in = turned.to(v.dtype)
-        if need_phase and phase_vo is not None:
-            dphase_vo = -phase_gradient(value, turned, phase_vo.shape[-1])
-    return dq_in, dk_in, dv_in, dweight_q, dweight_k, dphase_qk, dphase_vo
+    out = gradient_buffers(dq, dk, dv, weight_q, weight_k, phase_qk, phase_vo, needs)
+    pairs = phase_qk.shape[-1] if needs[5] and phase_qk is not None else 0
+    turn_q, turn_k = (rotation(position, phase_qk, x) for x in (q, k))
+    dangle_q = _norm_rotate_backward(dq, q, weight_q, turn_q, eps, pairs, out[0], out[3], needs[0], needs[3])
+    dangle_k = _norm_rotate_backward(dk, k, weight_k, turn_k, eps, pairs, out[1], out[4], needs[1], needs[4])
+    if pairs:
+        dangle_k[:, : q.shape[1]] += dangle_q
+        out[5].copy_(dangle_k)
+    if needs[2] or needs[6]:
+        turned = rotate(working(dv)[0], rotation(None, phase_vo, dv))
+        if needs[2]:
+            out[2].copy_(turned)
+        if needs[6] and phase_vo is not None and v is not None:
+            out[6].copy_(-phase_gradient(working(v)[0], turned, phase_vo.shape[-1]))
+    return tuple(out)
 
 
 def _norm_rotate_backward(
-    grad: Tensor, x: Tensor, weight: Tensor, turn: tuple[Tensor, Tensor] | None, eps: float, pairs: int
-) -> tuple[Tensor, Tensor, Tensor]:
+    grad: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    turn: tuple[Tensor, Tensor] | None,
+    eps: float,
+    pairs: int,
+    dx: Tensor,
+    dweight: Tensor,
+    need_x: bool,
+    need_weight: bool,
+) -> Tensor:
+    """Fills dx and dweight if they are needed; returns the gradient of the last `pairs` angles."""
+    if not (need_x or need_weight or pairs):
+        return grad.new_empty(0)
     value, scale, dy = working(x, weight, grad)
     scale = scale.view(x.shape[2:])
     r = inverse_rms(value, eps)
     unit = value * r
     dz = rotate(dy, turn, inverse=True)
-    dangle = phase_gradient(unit * scale, dz, pairs) if pairs else dz.new_empty(0)
-    dunit = dz * scale
-    dx = r * (dunit - unit * (dunit * unit).mean(dim=(2, 3), keepdim=True))
-    return dx.to(x.dtype), (dz * unit).sum(dim=(0, 1)).flatten(), dangle
+    if need_weight:
+        dweight.copy_((dz * unit).sum(dim=(0, 1)).flatten())
+    if need_x:
+        dunit = dz * scale
+        dx.copy_(r * (dunit - unit * (dunit * unit).mean(dim=(2, 3), keepdim=True)))
+    return phase_gradient(unit * scale, dz, pairs) if pairs else grad.new_empty(0)

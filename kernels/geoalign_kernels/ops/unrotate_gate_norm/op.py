@@ -33,6 +33,7 @@ def unrotate_gate_norm(
     phase: Tensor | None = None,
     heads: int = 1,
     eps: float = 1e-6,
+    dtype: torch.dtype | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Everything between the attention's output projection and the next projection.
 
@@ -49,9 +50,10 @@ def unrotate_gate_norm(
         phase: [B or 1, S, heads or 1, P], on the last P pairs of every head; |phase| < 8192.
         heads: number of heads that D = heads * hd is split into for the rotation.
         eps: added to the variance.
+        dtype: of u, default that of x.
 
     Returns:
-        (x', u), both [B, S, D] in the dtype of x; u is the norm of the stored (rounded) x'.
+        (x', u), both [B, S, D], x' in the dtype of x; u is the norm of the stored (rounded) x'.
 
     Raises:
         ValueError: shapes do not fit.
@@ -61,49 +63,52 @@ def unrotate_gate_norm(
     if y.shape != x.shape or width % (2 * heads):
         raise ValueError(f"y must be like x {list(x.shape)} and split into {heads} heads of pairs, got {list(y.shape)}")
     check_phase("phase", phase, (batch, tokens, heads, width // heads))
-    return torch.ops.geoalign.unrotate_gate_norm(y, x, gate, scale, shift, phase, heads, eps)
+    return torch.ops.geoalign.unrotate_gate_norm(y, x, gate, scale, shift, phase, heads, eps, dtype)
 
 
-def _fake(y: Tensor, x: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
+def _fake(y: Tensor, x: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
     dense = torch.contiguous_format
-    return torch.empty_like(x, memory_format=dense), torch.empty_like(x, memory_format=dense)
+    return torch.empty_like(x, memory_format=dense), torch.empty_like(x, dtype=rest[-1], memory_format=dense)
 
 
 def _backward_fake(dstream: Tensor, dnormed: Tensor, y: Tensor, stream: Tensor, *rest: Any) -> tuple[Tensor, ...]:
-    _, _, phase, heads, _, need_phase = rest
-    dense = torch.contiguous_format
-    shape = (*y.shape[:2], heads, phase.shape[-1]) if need_phase and phase is not None else 0
-    dphase = y.new_empty(shape, dtype=torch.promote_types(y.dtype, torch.float32))
-    return torch.empty_like(stream, memory_format=dense), torch.empty_like(y, memory_format=dense), dphase
+    _, _, phase, heads, _, needs = rest
+    return reference.gradient_buffers(y, stream, phase, heads, needs)
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    y, _, gate, scale, shift, phase, ctx.heads, ctx.eps = inputs
-    ctx.save_for_backward(y, output[0], gate, scale, shift, phase)
+    y, _, gate, scale, shift, phase, ctx.heads, ctx.eps, _ = inputs
+    # y serves the gradients of the phase and the gate only; without them an empty tensor stands for its dtype.
+    kept = y if ctx.needs_input_grad[5] or ctx.needs_input_grad[2] else y.new_empty(0)
+    ctx.save_for_backward(kept, output[0], gate, scale, shift, phase)
 
 
 def _backward(ctx: Any, dstream: Tensor, dnormed: Tensor) -> tuple[Any, ...]:
     y, stream, gate, scale, shift, phase = ctx.saved_tensors
-    _, _, need_gate, need_scale, need_shift, need_phase, _, _ = ctx.needs_input_grad
-    dx, dy, dphase = torch.ops.geoalign.unrotate_gate_norm_backward(
-        dstream, dnormed, y, stream, gate, scale, phase, ctx.heads, ctx.eps, need_phase
-    )
-    dgate = dscale = dshift = None
-    if need_gate:
+    need_y, need_x, need_gate, need_scale, need_shift, need_phase, *_ = ctx.needs_input_grad
+    needs = [need_x or need_gate, need_y, need_phase]
+    dx = dy = dphase = dgate = dscale = dshift = None
+    if any(needs):
+        found = torch.ops.geoalign.unrotate_gate_norm_backward(
+            dstream, dnormed, y, stream, gate, scale, phase, ctx.heads, ctx.eps, needs
+        )
+        dx, dy, dphase = (gradient if need else None for gradient, need in zip(found, needs, strict=True))
+    if dx is not None and need_gate:
         dgate = vector_gradient(dx * reference.turned(y, phase, ctx.heads), gate)
     if need_scale:
         unit, _ = normalised(stream, ctx.eps)
         dscale = vector_gradient(dnormed.to(unit) * unit, scale)
     if need_shift:
         dshift = vector_gradient(dnormed.to(reference.working_dtype(dnormed)), shift)
-    dphase = dphase.sum_to_size(phase.shape).to(phase.dtype) if need_phase else None
-    return dy, dx, dgate, dscale, dshift, dphase, None, None
+    if dphase is not None:
+        dphase = dphase.sum_to_size(phase.shape).to(phase.dtype)
+    return dy, dx if need_x else None, dgate, dscale, dshift, dphase, None, None, None
 
 
 define(
     "unrotate_gate_norm",
-    "(Tensor y, Tensor x, Tensor gate, Tensor scale, Tensor shift, Tensor? phase, int heads, float eps) "
-    "-> (Tensor, Tensor)",
+    "(Tensor y, Tensor x, Tensor gate, Tensor scale, Tensor shift, Tensor? phase, int heads, float eps, "
+    "ScalarType? dtype) -> (Tensor, Tensor)",
     fake=_fake,
     backward=_backward,
     setup_context=_setup_context,
@@ -111,6 +116,6 @@ define(
 define(
     "unrotate_gate_norm_backward",
     "(Tensor dstream, Tensor dnormed, Tensor y, Tensor stream, Tensor gate, Tensor scale, Tensor? phase, int heads, "
-    "float eps, bool need_phase) -> (Tensor, Tensor, Tensor)",
+    "float eps, bool[] needs) -> (Tensor, Tensor, Tensor)",
     fake=_backward_fake,
 )

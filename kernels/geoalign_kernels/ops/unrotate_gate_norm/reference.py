@@ -6,6 +6,7 @@ stored.
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from geoalign_kernels.ops.modulated_norm.reference import (
@@ -25,13 +26,35 @@ def turned(y: Tensor, phase: Tensor | None, heads: int, *, inverse: bool = False
 
 
 def unrotate_gate_norm(
-    y: Tensor, x: Tensor, gate: Tensor, scale: Tensor, shift: Tensor, phase: Tensor | None, heads: int, eps: float
+    y: Tensor,
+    x: Tensor,
+    gate: Tensor,
+    scale: Tensor,
+    shift: Tensor,
+    phase: Tensor | None,
+    heads: int,
+    eps: float,
+    dtype: torch.dtype | None,
 ) -> tuple[Tensor, Tensor]:
-    """(x + gate * rot(y, phase), its modulated norm), both in the dtype of x."""
-    dtype = working_dtype(x)
-    branch = turned(y, phase, heads).to(dtype)
-    stream = (x.to(dtype) + per_sample(gate, dtype) * branch).to(x.dtype)
-    return stream, modulated_norm(stream, scale, shift, eps)
+    """(x + gate * rot(y, phase) in the dtype of x, its modulated norm in `dtype`)."""
+    working = working_dtype(x)
+    branch = turned(y, phase, heads).to(working)
+    stream = (x.to(working) + per_sample(gate, working) * branch).to(x.dtype)
+    return stream, modulated_norm(stream, scale, shift, eps, dtype)
+
+
+def gradient_buffers(
+    y: Tensor, stream: Tensor, phase: Tensor | None, heads: int, needs: list[bool]
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Room for (dx, dy in the dtype of y, dphase [B, S, H, P]); what is not needed is empty.
+
+    dphase is in the dtype of the phase, or in the working dtype if it is still to be summed over samples or heads.
+    """
+    dx, dy = stream.new_empty(stream.shape if needs[0] else 0), y.new_empty(stream.shape if needs[1] else 0)
+    if phase is None or not needs[2]:
+        return dx, dy, y.new_empty(0)
+    shape = (*stream.shape[:2], heads, phase.shape[-1])
+    return dx, dy, y.new_empty(shape, dtype=phase.dtype if phase.shape == shape else working_dtype(y))
 
 
 def unrotate_gate_norm_backward(
@@ -44,15 +67,20 @@ def unrotate_gate_norm_backward(
     phase: Tensor | None,
     heads: int,
     eps: float,
-    need_phase: bool,
+    needs: list[bool],
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """(dx, dy, dphase); dphase is [B, S, H, P] in the working dtype, empty if not asked for."""
+    """(dx, dy, dphase) as far as `needs` asks for each; y may be empty where dphase is not needed."""
+    dx, dy, dphase = gradient_buffers(y, stream, phase, heads, needs)
     unit, inverse = normalised(stream, eps)
     through_norm = norm_gradient(dnormed.to(unit) * (1.0 + per_sample(scale, unit.dtype)), unit, inverse)
     total = dstream.to(unit) + through_norm
-    dy = turned(per_sample(gate, unit.dtype) * total, phase, heads, inverse=True)
-    dphase = dy.new_empty(0)
-    if need_phase and phase is not None:
-        value = y.to(dy).unflatten(-1, (heads, -1))
-        dphase = phase_gradient(value, dy.unflatten(-1, (heads, -1)), phase.shape[-1])
-    return total.to(stream.dtype), dy.to(y.dtype), dphase
+    if needs[0]:
+        dx.copy_(total)
+    if needs[1] or needs[2]:
+        dbranch = turned(per_sample(gate, unit.dtype) * total, phase, heads, inverse=True)
+        if needs[1]:
+            dy.copy_(dbranch)
+        if needs[2] and phase is not None:
+            branch, grad = (t.to(unit).unflatten(-1, (heads, -1)) for t in (y, dbranch))
+            dphase.copy_(phase_gradient(branch, grad, phase.shape[-1]))
+    return dx, dy, dphase

@@ -6,22 +6,23 @@ import torch
 import triton
 import triton.language as tl
 
-from geoalign_kernels.triton_common import (
-    cross_pairs,
+from geoalign_kernels.ops.modulated_norm.triton_impl import norm_gradient
+from geoalign_kernels.ops.unrotate_gate_norm.reference import gradient_buffers
+from geoalign_kernels.triton_angles import cross_pairs, load_turn, phase_operand, phase_vector, rotate, store_angles
+from geoalign_kernels.triton_rows import (
+    dense,
     dense_rows,
-    load_angle,
+    load_chunk,
+    load_rows,
     load_vector,
-    phase_operand,
-    phase_vector,
     plan_rows,
-    rotate,
+    row_covariance,
+    row_mean,
     row_strides,
-    sincos,
-    store_angles,
+    row_tile,
+    store_chunk,
     vector_stride,
 )
-
-ROWS = 2
 
 
 @triton.jit
@@ -31,37 +32,27 @@ def forward_kernel(
     WIDTH: tl.constexpr, HEAD: tl.constexpr, PAIRS: tl.constexpr,
     ROWS: tl.constexpr, CHUNK: tl.constexpr, CHUNKS: tl.constexpr, VECTOR: tl.constexpr,
 ):  # fmt: skip
-    b = tl.program_id(1).to(tl.int64)
-    s = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
-    rows_ok = s < tokens
-    ok = rows_ok[:, None]
-    columns = tl.arange(0, CHUNK)[None, :]
-    row, total = (), tl.zeros((ROWS, CHUNK), tl.float32)
+    b, s, ok = row_tile(tokens, ROWS)
+    row = ()
     for c in tl.static_range(CHUNKS):
-        at = b * y_strides[0] + s[:, None] * y_strides[1] + c * CHUNK + columns
-        y = tl.load(Y + at, mask=ok, other=0.0).to(tl.float32)
         if Phase is not None:
-            angle = load_angle(None, Phase, b, s, rows_ok, c, 1.0, phase_strides, HEAD, PAIRS, CHUNK, VECTOR)
-            sine, cosine = sincos(angle)
+            sine, cosine = load_turn(Phase, b, s, ok, c, 1.0, phase_strides, HEAD, PAIRS, CHUNK, VECTOR)
+        y = load_chunk(Y, b, s, ok, y_strides, c, CHUNK)
+        if Phase is not None:
             y = rotate(y, cosine, sine, ROWS, CHUNK)
-        at = b * x_strides[0] + s[:, None] * x_strides[1] + c * CHUNK + columns
-        stream = tl.load(X + at, mask=ok, other=0.0).to(tl.float32)
+        stream = load_chunk(X, b, s, ok, x_strides, c, CHUNK)
         stream += load_vector(Gate + b * gate_stride, c, ROWS, CHUNK) * y
-        at = (b * tokens + s[:, None]) * WIDTH + c * CHUNK + columns
-        stored = stream.to(Stream.dtype.element_ty)
-        tl.store(Stream + at, stored, mask=ok)
-        row = row + (stored.to(tl.float32),)  # noqa: RUF005
-        total += row[c]
-    mean = (tl.sum(total, 1) / WIDTH)[:, None]
-    square = tl.zeros((ROWS, CHUNK), tl.float32)
-    for c in tl.static_range(CHUNKS):
-        square += (row[c] - mean) * (row[c] - mean)
-    inverse = tl.rsqrt(tl.sum(square, 1) / WIDTH + eps)[:, None]
+        # The norm reads what is stored, not what was computed.
+        stream = stream.to(Stream.dtype.element_ty).to(tl.float32)
+        store_chunk(Stream, stream, b, s, ok, dense(tokens, WIDTH), c, CHUNK)
+        row = row + (stream,)  # noqa: RUF005
+    mean = row_mean(row, WIDTH)
+    inverse = tl.rsqrt(row_covariance(row, mean, row, mean, WIDTH) + eps)
     for c in tl.static_range(CHUNKS):
         scale = load_vector(Scale + b * scale_stride, c, ROWS, CHUNK)
         shift = load_vector(Shift + b * shift_stride, c, ROWS, CHUNK)
-        at = (b * tokens + s[:, None]) * WIDTH + c * CHUNK + columns
-        tl.store(Normed + at, ((row[c] - mean) * inverse * (1.0 + scale) + shift).to(Normed.dtype.element_ty), mask=ok)
+        out = (row[c] - mean) * inverse * (1.0 + scale) + shift
+        store_chunk(Normed, out, b, s, ok, dense(tokens, WIDTH), c, CHUNK)
 
 
 @triton.jit
@@ -71,90 +62,63 @@ def backward_kernel(
     WIDTH: tl.constexpr, HEAD: tl.constexpr, PAIRS: tl.constexpr,
     ROWS: tl.constexpr, CHUNK: tl.constexpr, CHUNKS: tl.constexpr, VECTOR: tl.constexpr,
 ):  # fmt: skip
-    b = tl.program_id(1).to(tl.int64)
-    s = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
-    rows_ok = s < tokens
-    ok = rows_ok[:, None]
-    columns = tl.arange(0, CHUNK)[None, :]
-    row, grads = (), ()
-    total, grad_total = tl.zeros((ROWS, CHUNK), tl.float32), tl.zeros((ROWS, CHUNK), tl.float32)
-    for c in tl.static_range(CHUNKS):
-        at = (b * tokens + s[:, None]) * WIDTH + c * CHUNK + columns
-        row = row + (tl.load(Stream + at, mask=ok, other=0.0).to(tl.float32),)  # noqa: RUF005
-        at = b * dnormed_strides[0] + s[:, None] * dnormed_strides[1] + c * CHUNK + columns
-        scale = load_vector(Scale + b * scale_stride, c, ROWS, CHUNK)
-        grads = grads + (tl.load(DNormed + at, mask=ok, other=0.0).to(tl.float32) * (1.0 + scale),)  # noqa: RUF005
-        total += row[c]
-        grad_total += grads[c]
-    mean, grad_mean = (tl.sum(total, 1) / WIDTH)[:, None], (tl.sum(grad_total, 1) / WIDTH)[:, None]
-    square, cross = tl.zeros((ROWS, CHUNK), tl.float32), tl.zeros((ROWS, CHUNK), tl.float32)
-    for c in tl.static_range(CHUNKS):
-        square += (row[c] - mean) * (row[c] - mean)
-        cross += (row[c] - mean) * grads[c]
-    inverse = tl.rsqrt(tl.sum(square, 1) / WIDTH + eps)[:, None]
-    slope = (tl.sum(cross, 1) / WIDTH)[:, None] * inverse * inverse
+    b, s, ok = row_tile(tokens, ROWS)
+    row = load_rows(Stream, b, s, ok, dense(tokens, WIDTH), CHUNK, CHUNKS)
+    through = norm_gradient(
+        DNormed, row, Scale, b, s, ok, dnormed_strides, scale_stride, eps, WIDTH, ROWS, CHUNK, CHUNKS
+    )
     dangles = ()
     for c in tl.static_range(CHUNKS):
-        at = b * dstream_strides[0] + s[:, None] * dstream_strides[1] + c * CHUNK + columns
-        dx = tl.load(DStream + at, mask=ok, other=0.0).to(tl.float32)
-        dx += inverse * (grads[c] - grad_mean - (row[c] - mean) * slope)
-        at = (b * tokens + s[:, None]) * WIDTH + c * CHUNK + columns
-        tl.store(DX + at, dx.to(DX.dtype.element_ty), mask=ok)
+        if Phase is not None:
+            sine, cosine = load_turn(Phase, b, s, ok, c, 1.0, phase_strides, HEAD, PAIRS, CHUNK, VECTOR)
+        dx = load_chunk(DStream, b, s, ok, dstream_strides, c, CHUNK) + through[c]
+        if DX is not None:
+            store_chunk(DX, dx, b, s, ok, dense(tokens, WIDTH), c, CHUNK)
         dy = load_vector(Gate + b * gate_stride, c, ROWS, CHUNK) * dx
         if Phase is not None:
-            angle = load_angle(None, Phase, b, s, rows_ok, c, 1.0, phase_strides, HEAD, PAIRS, CHUNK, VECTOR)
-            sine, cosine = sincos(angle)
             dy = rotate(dy, cosine, -sine, ROWS, CHUNK)
-        tl.store(DY + at, dy.to(DY.dtype.element_ty), mask=ok)
+        if DY is not None:
+            store_chunk(DY, dy, b, s, ok, dense(tokens, WIDTH), c, CHUNK)
         if DPhase is not None:
-            at = b * y_strides[0] + s[:, None] * y_strides[1] + c * CHUNK + columns
-            y = tl.load(Y + at, mask=ok, other=0.0).to(tl.float32)
+            y = load_chunk(Y, b, s, ok, y_strides, c, CHUNK)
             dangles = dangles + (cross_pairs(y, dy, ROWS, CHUNK),)  # noqa: RUF005
     if DPhase is not None:
-        store_angles(DPhase, dangles, b, s, rows_ok, tokens, 1.0, WIDTH // HEAD, HEAD, PAIRS, CHUNK, CHUNKS)
+        store_angles(DPhase, dangles, b, s, ok, tokens, 1.0, WIDTH // HEAD, HEAD, PAIRS, CHUNK, CHUNKS)
 
 
-def unrotate_gate_norm(y, x, gate, scale, shift, phase, heads, eps):
+def unrotate_gate_norm(y, x, gate, scale, shift, phase, heads, eps, dtype):
     """See `reference.unrotate_gate_norm`."""
     batch, tokens, width = x.shape
-    plan = plan_rows(width, ROWS, multiple_of=width // heads if phase is not None else 2)
-    stream, normed = (torch.empty_like(x, memory_format=torch.contiguous_format) for _ in range(2))
+    plan = plan_rows(width, multiple_of=width // heads if phase is not None else 2)
+    stream = torch.empty_like(x, memory_format=torch.contiguous_format)
+    normed = torch.empty_like(stream, dtype=dtype)
     if x.numel() > 0:
-        y, x, gate, scale, shift = (
-            dense_rows(y),
-            dense_rows(x),
-            gate.contiguous(),
-            scale.contiguous(),
-            shift.contiguous(),
-        )
+        y, x = dense_rows(y), dense_rows(x)
+        gate, scale, shift = gate.contiguous(), scale.contiguous(), shift.contiguous()
         phase, phase_strides, pairs = phase_operand(phase)
-        forward_kernel[(triton.cdiv(tokens, plan.rows), batch)](
+        forward_kernel[plan.grid(tokens, batch)](
             y, x, gate, scale, shift, phase, stream, normed, row_strides(y), row_strides(x), phase_strides,
             vector_stride(gate), vector_stride(scale), vector_stride(shift), tokens, eps,
-            WIDTH=width, HEAD=width // heads, PAIRS=pairs, VECTOR=phase_vector(phase),
-            ROWS=plan.rows, CHUNK=plan.chunk, CHUNKS=plan.chunks, num_warps=plan.warps,
+            HEAD=width // heads, PAIRS=pairs, VECTOR=phase_vector(phase), **plan.constants,
         )  # fmt: skip
     return stream, normed
 
 
-def unrotate_gate_norm_backward(dstream, dnormed, y, stream, gate, scale, phase, heads, eps, need_phase):
+def unrotate_gate_norm_backward(dstream, dnormed, y, stream, gate, scale, phase, heads, eps, needs):
     """See `reference.unrotate_gate_norm_backward`."""
     batch, tokens, width = stream.shape
-    plan = plan_rows(width, ROWS, multiple_of=width // heads if phase is not None else 2)
-    dx = torch.empty_like(stream, memory_format=torch.contiguous_format)
-    dy = torch.empty_like(y, memory_format=torch.contiguous_format)
-    dphase = None
-    if need_phase and phase is not None:
-        dphase = torch.empty((batch, tokens, heads, phase.shape[3]), dtype=torch.float32, device=y.device)
-    if stream.numel() > 0:
-        dstream, dnormed, y, stream = (dense_rows(t) for t in (dstream, dnormed, y, stream))
+    plan = plan_rows(width, multiple_of=width // heads if phase is not None else 2)
+    dx, dy, dphase = gradient_buffers(y, stream, phase, heads, needs)
+    if stream.numel() > 0 and any(needs):
+        dstream, dnormed = dense_rows(dstream), dense_rows(dnormed)
+        y = dense_rows(y) if needs[2] else None
         gate, scale = gate.contiguous(), scale.contiguous()
         phase, phase_strides, pairs = phase_operand(phase)
-        backward_kernel[(triton.cdiv(tokens, plan.rows), batch)](
-            dstream, dnormed, y, stream.contiguous(), gate, scale, phase, dx, dy, dphase,
+        backward_kernel[plan.grid(tokens, batch)](
+            dstream, dnormed, y, stream.contiguous(), gate, scale, phase,
+            *(wanted if need else None for wanted, need in zip((dx, dy, dphase), needs, strict=True)),
             row_strides(dstream), row_strides(dnormed), row_strides(y), phase_strides,
             vector_stride(gate), vector_stride(scale), tokens, eps,
-            WIDTH=width, HEAD=width // heads, PAIRS=pairs, VECTOR=phase_vector(phase),
-            ROWS=plan.rows, CHUNK=plan.chunk, CHUNKS=plan.chunks, num_warps=plan.warps,
+            HEAD=width // heads, PAIRS=pairs, VECTOR=phase_vector(phase), **plan.constants,
         )  # fmt: skip
-    return dx, dy, stream.new_empty(0, dtype=torch.float32) if dphase is None else dphase
+    return dx, dy, dphase

@@ -1,45 +1,13 @@
-"""Device functions and tile rules shared by the Triton kernels (Triton 3.6 to 3.9).
+"""Device functions for angles: sine, cosine and logarithm without slow paths, rotation of pairs, camera phases.
 
-Row kernels hold a row of D elements as `chunks` pieces of `chunk` columns, the largest power of two that divides D:
-1536 = 3 x 512 keeps every lane busy, where one padded tile of 2048 would idle a quarter of them.
+They keep to what Triton 3.6 to 3.9 have in common and use no fp64.
 """
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 import triton
 import triton.language as tl
 from torch import Tensor
-
-from geoalign_kernels.dispatch import UnsupportedInput
-
-MAX_CHUNK = 1024
-MAX_CHUNKS = 8
-LANE_ELEMENTS = 8  # one 16-byte access of bf16 per lane
-
-
-class RowPlan(NamedTuple):
-    """How a row kernel tiles: `rows` x `chunk` elements a step, `chunks` steps a row."""
-
-    rows: int
-    chunk: int
-    chunks: int
-    warps: int
-
-
-def plan_rows(width: int, rows: int, multiple_of: int = 1) -> RowPlan:
-    """Tile for rows of `width` elements whose chunks must hold whole groups of `multiple_of` (a head).
-
-    Raises:
-        UnsupportedInput: `width` has no power-of-two divisor that fits.
-    """
-    chunk = min(width & -width, MAX_CHUNK)
-    chunks = width // chunk
-    if chunks > MAX_CHUNKS or chunk % multiple_of or chunk < 2:
-        raise UnsupportedInput(f"rows of {width} in groups of {multiple_of} do not split into power-of-two chunks")
-    warps = max(1, min(8, rows * chunk // (32 * LANE_ELEMENTS)))
-    return RowPlan(rows, chunk, chunks, warps)
 
 
 @triton.jit
@@ -120,13 +88,6 @@ def phase_offsets(c, HEAD: tl.constexpr, PAIRS: tl.constexpr, CHUNK: tl.constexp
 
 
 @triton.jit
-def load_vector(Vector, c, ROWS: tl.constexpr, CHUNK: tl.constexpr):
-    """Chunk c of a per-channel vector, addressed as [ROWS, CHUNK] so that it lands in the layout of the rows."""
-    at = tl.zeros((ROWS, 1), tl.int32) + (c * CHUNK + tl.arange(0, CHUNK))[None, :]
-    return tl.load(Vector + at).to(tl.float32)
-
-
-@triton.jit
 def load_angle(
     Position, Phase, b, s, ok, c, sign, strides,
     HEAD: tl.constexpr, PAIRS: tl.constexpr, CHUNK: tl.constexpr, VECTOR: tl.constexpr,
@@ -145,35 +106,33 @@ def load_angle(
 
 
 @triton.jit
+def load_turn(
+    Phase, b, s, ok, c, sign, strides,
+    HEAD: tl.constexpr, PAIRS: tl.constexpr, CHUNK: tl.constexpr, VECTOR: tl.constexpr,
+):  # fmt: skip
+    """(sin, cos) of sign * phase of chunk c. Load them before the rows they turn: Triton then brings the angles to the
+    layout of the rows through shared memory, and not the rows to that of the angles and back."""
+    return sincos(load_angle(None, Phase, b, s, ok, c, sign, strides, HEAD, PAIRS, CHUNK, VECTOR))
+
+
+@triton.jit
 def store_angles(
     DPhase, angles, b, s, ok, tokens, sign, HEADS,
     HEAD: tl.constexpr, PAIRS: tl.constexpr, CHUNK: tl.constexpr, CHUNKS: tl.constexpr,
 ):  # fmt: skip
     """Writes the gradient of the camera pairs, dense [B, S, H, PAIRS]."""
+    VECTOR: tl.constexpr = 2 - PAIRS % 2
     for c in tl.static_range(CHUNKS):
         head, pair, valid = phase_offsets(c, HEAD, PAIRS, CHUNK)
         at = (b * tokens + s[:, None]) * (HEADS * PAIRS) + (head * PAIRS + pair)[None, :]
-        tl.store(DPhase + at, sign * angles[c], mask=ok[:, None] & valid[None, :])
-
-
-def dense_rows(x: Tensor) -> Tensor:
-    """x [B, S, D] itself, or a copy, such that the channels are dense."""
-    return x if x.stride(2) == 1 else x.contiguous()
-
-
-def row_strides(x: Tensor | None) -> tuple[int, int]:
-    """Strides of batch and token; zeros for an absent operand."""
-    return (0, 0) if x is None else (x.stride(0), x.stride(1))
-
-
-def vector_stride(vector: Tensor) -> int:
-    """Batch stride of [B, D]; 0 for a vector that all samples share."""
-    return vector.stride(0) if vector.dim() == 2 and vector.shape[0] > 1 else 0
+        at = tl.max_contiguous(tl.multiple_of(at, (1, VECTOR)), (1, VECTOR))
+        tl.store(DPhase + at, (sign * angles[c]).to(DPhase.dtype.element_ty), mask=ok[:, None] & valid[None, :])
 
 
 def phase_vector(*phases: Tensor | None) -> int:
     """2 if all phases of a head may be read in aligned pairs, else 1."""
-    even = all(p is None or not any(v % 2 for v in (p.shape[3], *p.stride()[:3], p.data_ptr() // 4)) for p in phases)
+    present = [p for p in phases if p is not None]
+    even = not any(v % 2 for p in present for v in (p.shape[3], *p.stride()[:3], p.data_ptr() // p.element_size()))
     return 2 if even else 1
 
 
