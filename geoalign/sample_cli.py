@@ -15,7 +15,8 @@ if TYPE_CHECKING:
     from geoalign.sampling import CostEstimate, RetakeInputs
 
 # Names of geoalign.rewards.registry.EVALUATORS, repeated because the registry imports torch.
-ESTIMATORS = ("flow_pnp", "mapanything", "planar")
+ESTIMATORS = ("depth_anything_3", "flow_pnp", "mapanything", "planar")
+WITH_WEIGHTS = ("depth_anything_3", "mapanything")
 
 
 def add_parser(subparsers: argparse._SubParsersAction) -> None:
@@ -29,7 +30,7 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
     add("--speed", type=float, default=1.0, help="multiplies the camera's motion per frame (default 1)")
     add("--source-camera", type=Path, help="camera file of the source (default: its camera does not move)")
     add("--source-estimator", choices=ESTIMATORS, help="estimate the source camera instead (metric)")
-    add("--estimator-weights", type=Path, help="of mapanything: model.safetensors or its folder")
+    add("--estimator-weights", type=Path, help="of mapanything (model.safetensors or its folder) or depth_anything_3")
     add("--intrinsics", type=_numbers, metavar="FX,FY,CX,CY", help="of the source frames, fractions of W,H,W,H")
     add("--ground-plane", type=_numbers, metavar="NX,NY,NZ,D", help="n.X = d in metres; for geometric models only")
     add("--frames", type=int, help="length (Wan: 4k + 1; default: the longest that fits, at most 81)")
@@ -100,8 +101,8 @@ def _check_arguments(args: argparse.Namespace) -> None:
         raise UsageError(f"--out {args.out} must end in .mp4")
     if args.source_camera and args.source_estimator:
         raise UsageError("--source-camera gives the camera that --source-estimator would estimate; use one of them")
-    if (args.source_estimator == "mapanything") != (args.estimator_weights is not None):
-        raise UsageError("--source-estimator mapanything and --estimator-weights PATH go together")
+    if (args.source_estimator in WITH_WEIGHTS) != (args.estimator_weights is not None):
+        raise UsageError(f"--source-estimator {' or '.join(WITH_WEIGHTS)} and --estimator-weights PATH go together")
 
 
 def _estimate_camera(args: argparse.Namespace, inputs: RetakeInputs) -> RetakeInputs:
@@ -111,11 +112,12 @@ def _estimate_camera(args: argparse.Namespace, inputs: RetakeInputs) -> RetakeIn
     from geoalign.rewards.registry import build_evaluator
     from geoalign.sampling import with_estimated_camera
 
-    options = {
-        "mapanything": {"checkpoint": str(args.estimator_weights), "device": args.device},
-        "planar": {"reference": "first"},  # a source aligned to itself frame by frame would seem to stand still
-    }
-    evaluator = build_evaluator(args.source_estimator, **options.get(args.source_estimator, {}))
+    options = {}
+    if args.source_estimator in WITH_WEIGHTS:
+        options = {"checkpoint": str(args.estimator_weights), "device": args.device}
+    if args.source_estimator == "planar":
+        options = {"reference": "first"}  # a source aligned to itself frame by frame would seem to stand still
+    evaluator = build_evaluator(args.source_estimator, **options)
     inputs, tracked = with_estimated_camera(inputs, evaluator)
     length = float(inputs.source_camera.path_length()[0])
     print(f"camera   estimated by {evaluator.name}: a path of {length:.3g} m, {tracked:.0%} tracked")

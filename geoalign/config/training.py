@@ -146,8 +146,9 @@ class OdeConfig(Section):
     """Approximations of deterministic steps outside the window: each CHANGES which videos are sampled, by rounding of
     its kind, and leaves the probability ratio unbiased, because no log-probability is taken there."""
 
-    attention: Literal["exact", "int8"] = "exact"
-    """``int8``: int8 scores, layer by layer where a probe of real inputs finds the error below ``int8_threshold``."""
+    attention: Literal["exact", "int8", "int8_fp8"] = "exact"
+    """``int8``: int8 scores, layer by layer where a probe of real inputs finds the error below ``int8_threshold``;
+    ``int8_fp8``: and values in fp8 where that stays below it too (compute capability 9.0)."""
     int8_threshold: float = Field(2e-2, gt=0)
     """Relative error of attention's output above which a layer stays exact."""
     linears: Literal["exact", "int8"] = "exact"

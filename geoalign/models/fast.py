@@ -1,8 +1,9 @@
-"""An approximate twin of a network for steps that take no log-probability: int8 attention, int8 frozen linears."""
+"""An approximate twin of a network for steps that take no log-probability: 8-bit attention, int8 frozen linears."""
 
 from __future__ import annotations
 
 import copy
+from collections.abc import Sequence
 from dataclasses import replace
 
 from torch import nn
@@ -10,14 +11,16 @@ from torch import nn
 from geoalign.errors import ConfigError
 from geoalign.models.dit import RetakeDiT
 from geoalign_kernels import ProbedInt8Attention
+from geoalign_kernels.ops.attention.probe import Mode
 
 
-def fast_twin(model: RetakeDiT, *, attention_threshold: float | None, linears: bool) -> RetakeDiT:
+def fast_twin(model: RetakeDiT, *, attention: Sequence[Mode], threshold: float, linears: bool) -> RetakeDiT:
     """A network with the very parameters of ``model`` that runs them faster and less exactly.
 
     Args:
         model: the exact network; updates of its trained parameters are seen by the twin.
-        attention_threshold: int8 attention in the layers whose error in a probe stays below it; None: exact attention.
+        attention: quantised modes in the order of preference, each layer by a probe; none: exact attention.
+        threshold: relative error of attention's output up to which the probe accepts a mode.
         linears: replace frozen linears of the blocks by 8-bit weights and activations; this copies their weights.
 
     Raises:
@@ -27,8 +30,8 @@ def fast_twin(model: RetakeDiT, *, attention_threshold: float | None, linears: b
     # The execution is copied by the twin's own line below, and must not be deep-copied: it may hold a process group.
     twin = copy.deepcopy(model, shared | {id(model.execution): model.execution})
     execution = replace(model.execution)
-    if attention_threshold is not None:
-        execution.probe = ProbedInt8Attention(attention_threshold)
+    if attention:
+        execution.probe = ProbedInt8Attention(threshold, modes=attention)
     twin.execution = execution
     for block in twin.blocks:
         block.self_attn.execution = execution

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -13,7 +12,8 @@ from geoalign.config.model import ModelConfig
 from geoalign.models.conditioning import CrossKeys, Phases
 from geoalign.models.execution import Execution
 from geoalign.models.rope import axis_pairs
-from geoalign_kernels import attention, gated_residual, modulated_norm, qk_norm_rotary, unrotate_gate_norm
+from geoalign_kernels import attention, gated_residual, modulated_norm, qk_norm_rotary, rms_norm, unrotate_gate_norm
+from geoalign_kernels.ops.attention.probe import Mode
 
 
 def wide(x: Tensor) -> Tensor:
@@ -62,8 +62,8 @@ class RMSNorm(nn.Module):
         self.weight = nn.Parameter(torch.ones(dim))
 
     def forward(self, x: Tensor) -> Tensor:
-        value = wide(x)
-        return (value * torch.rsqrt(value.square().mean(-1, keepdim=True) + self.eps)).to(x.dtype) * self.weight
+        """Normalise ``[B, L, dim]`` tokens."""
+        return rms_norm(x, self.weight, self.eps)
 
 
 class SelfAttention(nn.Module):
@@ -72,7 +72,7 @@ class SelfAttention(nn.Module):
     def __init__(self, config: ModelConfig, layer: int, execution: Execution) -> None:
         super().__init__()
         self.config, self.layer, self.execution = config, layer, execution
-        self.mode: Literal["exact", "int8"] | None = None
+        self.mode: Mode | None = None
         """What the probe of ``execution`` found; read only with one."""
         self.q, self.k, self.v, self.o = (nn.Linear(config.dim, config.dim) for _ in range(4))
         self.norm_q, self.norm_k = RMSNorm(config.dim, config.eps), RMSNorm(config.dim, config.eps)
@@ -126,7 +126,7 @@ class SelfAttention(nn.Module):
             q, k, v = (sequence.to_heads(part) for part in (q, k, v))
         if probe is not None and self.mode is None:
             y = probe(self.layer, q, k, v, core=core)
-            self.mode = "exact" if probe.is_exact(self.layer) else "int8"
+            self.mode = probe.chosen[self.layer]
         else:
             y = attention(q, k, v, mode="exact" if probe is None or self.mode is None else self.mode, core=core).out
         return y if sequence is None else sequence.to_tokens(y)
@@ -237,25 +237,24 @@ class Block(nn.Module):
     ) -> Tensor:
         """Output of self-attention for the first ``queries`` tokens, before its rotation and gate."""
         shift, scale = modulation[:, 0], modulation[:, 1]
-        u = modulated_norm(x, scale, shift, self.config.eps).to(self._dtype)
+        u = modulated_norm(x, scale, shift, self.config.eps, dtype=self._dtype)
         if poses is None:
             return self.self_attn(u, position, phases, queries)
         return self.projector(self.self_attn(u + self.cam_encoder(poses.to(u.dtype)), position, phases, queries))
 
     def _finish(self, x: Tensor, y: Tensor, modulation: Tensor, turn: Tensor | None, keys: CrossKeys) -> Tensor:
         """Rotate and add attention's output ``y``, then cross-attention and feed-forward."""
-        eps, heads, dtype = self.config.eps, self.config.heads, self._dtype
+        dtype, eps = self._dtype, self.config.eps
+        common = {"phase": turn, "heads": self.config.heads, "eps": eps, "dtype": dtype}
         _, _, gate_a, shift_f, scale_f, gate_f = modulation.unbind(1)
         if keys.constant is not None:  # nothing stands between the two residual sums: one norm serves the feed-forward
-            x, u = unrotate_gate_norm(
-                y, x + wide(keys.constant), gate_a, scale_f, shift_f, phase=turn, heads=heads, eps=eps
-            )
+            x, u = unrotate_gate_norm(y, x + wide(keys.constant), gate_a, scale_f, shift_f, **common)
         else:
             weight, bias = wide(self.norm3.weight), wide(self.norm3.bias)
-            x, u = unrotate_gate_norm(y, x, gate_a, weight - 1, bias, phase=turn, heads=heads, eps=eps)
-            x = x + wide(self.cross_attn(u.to(dtype), keys))
-            u = modulated_norm(x, scale_f, shift_f, eps)
-        return gated_residual(x, self.ffn(u.to(dtype)), gate_f)
+            x, u = unrotate_gate_norm(y, x, gate_a, weight - 1, bias, **common)
+            x = x + wide(self.cross_attn(u, keys))
+            u = modulated_norm(x, scale_f, shift_f, eps, dtype=dtype)
+        return gated_residual(x, self.ffn(u), gate_f)
 
 
 class Head(nn.Module):
@@ -270,7 +269,7 @@ class Head(nn.Module):
     def forward(self, x: Tensor, time: Tensor) -> Tensor:
         """``x`` ``[B, N, dim]`` and ``time`` ``[B, dim]`` to ``[B, N, patch volume * out_channels]``, all float32."""
         shift, scale = (wide(self.modulation) + time[:, None]).unbind(1)
-        return wide(self.head(modulated_norm(x, scale, shift, self.eps).to(self.head.weight.dtype)))
+        return wide(self.head(modulated_norm(x, scale, shift, self.eps, dtype=self.head.weight.dtype)))
 
 
 class ImageProjector(nn.Module):

@@ -58,13 +58,14 @@ class PlanarAligner:
     @torch.no_grad()
     def __call__(self, video: Tensor, source: SourceClip) -> PoseEstimate:
         """Read the camera of ``video`` ``[B, F, 3, H, W]``; frame 0 is given and returned as the identity."""
-        if source.ground_plane is None:
+        device, video, source = video.device, video.cpu(), source.to("cpu")  # small matrices: no work for a GPU
+        plane = source.ground_plane
+        if plane is None:
             raise UsageError(
                 "the planar evaluator needs the ground plane of the source clip; use another evaluator for such clips"
             )
-        device, video, source = video.device, video.cpu(), source.to("cpu")  # small matrices: no work for a GPU
         batch, frames, _, height, width = video.shape
-        plane, axes = source.ground_plane, ground_axes(source.ground_plane)
+        axes = ground_axes(plane)
         rays = pixel_rays(source.camera.intrinsics[:, 0], pixel_grid(height, width, step=self.step, offset=self.offset))
         local = rays @ axes.transpose(-1, -2)
         slope = local[..., :2] / local[..., 2:].clamp_min(0.05)  # where a ray meets the ground, per metre of height

@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 import torch
 
 from geoalign.config.schema import Config
+from geoalign.errors import ConfigError
 from geoalign.models.dit import RetakeDiT
 from geoalign.models.execution import Execution, allow_graphs
 from geoalign.models.fast import fast_twin
@@ -18,6 +19,8 @@ from geoalign.training.optim import freeze_all_but
 from geoalign.training.ranks import Ranks
 from geoalign.training.reference import ReferencePolicy
 from geoalign_kernels import resolve_attention
+from geoalign_kernels.ops.attention.cores import why_not_fp8
+from geoalign_kernels.ops.attention.probe import Mode
 
 logger = logging.getLogger(__name__)
 
@@ -73,5 +76,13 @@ def configure(execution: Execution, config: Config, device: torch.device, dtype:
 def _twin(config: Config, model: RetakeDiT) -> RetakeDiT | None:
     if config.ode.attention == "exact" and config.ode.linears == "exact":
         return None
-    threshold = config.ode.int8_threshold if config.ode.attention == "int8" else None
-    return fast_twin(model, attention_threshold=threshold, linears=config.ode.linears == "int8")
+    device = next(model.parameters()).device
+    if config.ode.attention == "int8_fp8" and device.type == "cuda" and (reason := why_not_fp8(device)):
+        raise ConfigError(f"ode.attention=int8_fp8 cannot run here: {reason}; use ode.attention=int8")
+    modes: dict[str, tuple[Mode, ...]] = {"exact": (), "int8": ("int8",), "int8_fp8": ("int8_fp8", "int8")}
+    return fast_twin(
+        model,
+        attention=modes[config.ode.attention],
+        threshold=config.ode.int8_threshold,
+        linears=config.ode.linears == "int8",
+    )

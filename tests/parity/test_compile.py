@@ -6,7 +6,6 @@ Two tests, because each compiles for half a minute on a cold cache.
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Any
 
 import pytest
 import torch
@@ -17,7 +16,7 @@ from geoalign.errors import RunError
 from geoalign.models import layers
 from geoalign.training.trainer import Trainer
 from geoalign.types import Encodings, RetakeBatch
-from geoalign_kernels.ops.qk_norm_rotary import reference
+from geoalign_kernels.ops.unrotate_gate_norm import reference
 
 
 class Texts(Conditions):
@@ -63,22 +62,21 @@ def test_ratio_is_one_under_compile_in_float32_with_attention_kept(monkeypatch: 
     assert metrics["perf/forwards_recomputed"] == metrics["perf/backwards"] > 0
 
 
-def plain_prologue(
-    q: Tensor, k: Tensor, v: Tensor, weight_q: Tensor, weight_k: Tensor, position: Any, **options: Any
-) -> tuple[Tensor, Tensor, Tensor]:
-    """The attention prologue as plain operations, which the compiler fuses as it likes."""
-    phase_qk, phase_vo, eps = (options[name] for name in ("phase_qk", "phase_vo", "eps"))
-    return reference.qk_norm_rotary(q, k, v, weight_q, weight_k, position, phase_qk, phase_vo, eps)
+def plain_epilogue(
+    y: Tensor, x: Tensor, *vectors: Tensor, phase: Tensor | None, heads: int, eps: float, dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
+    """What follows attention as plain operations, which the compiler fuses and reorders as it likes."""
+    return reference.unrotate_gate_norm(y, x, *vectors, phase, heads, eps, dtype)
 
 
 def test_ratio_under_compile_in_bfloat16_and_a_rollout_by_another_graph(monkeypatch: pytest.MonkeyPatch) -> None:
     """Without gradients the compiler fuses and rounds plain operations differently; the check must see it.
 
-    The project's own prologue is one opaque operator: both graphs call it, so they agree even then.
+    The project's own epilogue is one opaque operator: both graphs call it, so they agree even then.
     """
     trainer = compiled("bfloat16", "none")
     assert_exact(trainer.step())
-    monkeypatch.setattr(layers, "qk_norm_rotary", plain_prologue)
+    monkeypatch.setattr(layers, "unrotate_gate_norm", plain_epilogue)
     trainer = compiled("bfloat16", "none")
     assert_exact(trainer.step())
     sampler = trainer._sampler

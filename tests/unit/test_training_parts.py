@@ -184,14 +184,15 @@ class TestCheckpointWriter:
 
 
 class TestFastTwin:
-    def test_ode_steps_run_int8_and_the_ratio_stays_one(self, monkeypatch: pytest.MonkeyPatch) -> None:
+    @pytest.mark.parametrize("mode", ["int8", "int8_fp8"])
+    def test_ode_steps_run_8_bit_and_the_ratio_stays_one(self, mode: str, monkeypatch: pytest.MonkeyPatch) -> None:
         """The twin shares the trained parameters, the window does not see it, and the videos differ by its rounding."""
         import geoalign_kernels.ops.attention.reference as attention
 
-        int8_calls: list[int] = []
-        original = attention.attention_int8
-        monkeypatch.setattr(attention, "attention_int8", lambda *args: int8_calls.append(1) or original(*args))
-        ode = {"attention": "int8", "linears": "int8", "int8_threshold": 0.5}
+        calls: list[int] = []
+        original = getattr(attention, f"attention_{mode}")
+        monkeypatch.setattr(attention, f"attention_{mode}", lambda *args: calls.append(1) or original(*args))
+        ode = {"attention": mode, "linears": "int8", "int8_threshold": 0.5}
         exact = trainer_of(smoke(window=WINDOW, advantage={"weights": {}}), rewards={"b": Brightness()})
         fast = trainer_of(smoke(window=WINDOW, advantage={"weights": {}}, ode=ode), rewards={"b": Brightness()})
         twin = fast.policy.fast
@@ -199,8 +200,8 @@ class TestFastTwin:
         assert twin.blocks[0].self_attn.q.weight is fast.policy.model.blocks[0].self_attn.q.weight
         assert type(twin.blocks[0].ffn[0].weight) is not nn.Parameter
         reference, metrics = exact.step(), fast.step()
-        assert int8_calls
-        assert {block.self_attn.mode for block in twin.blocks} == {"int8"}
+        assert calls
+        assert {block.self_attn.mode for block in twin.blocks} == {mode}
         assert metrics["parity/log_prob_diff_max"] == 0.0 and metrics["policy/ratio_max"] == 1.0
         assert metrics["reward/bright"] != reference["reward/bright"]
         assert metrics["reward/bright"] == pytest.approx(reference["reward/bright"], abs=0.05)
@@ -208,7 +209,7 @@ class TestFastTwin:
     def test_layers_that_int8_spoils_stay_exact(self) -> None:
         policy = lively_policy(smoke())
         policy.model.requires_grad_(False)
-        twin = fast_twin(policy.model, attention_threshold=1e-9, linears=False)
+        twin = fast_twin(policy.model, attention=("int8_fp8", "int8"), threshold=1e-9, linears=False)
         batch = Conditions(smoke()).batch(0, [0])
         prepared = policy.prepare(policy.condition(batch))
         x, time = torch.randn(1, *policy.latent_shape(batch)), torch.tensor([500.0])
