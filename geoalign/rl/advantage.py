@@ -2,18 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Literal
 
 import torch
 from torch import Tensor
 
 from geoalign.config.flow import AdvantageConfig
 from geoalign.errors import ConfigError, UsageError
-
-AllReduce = Callable[[Tensor, Literal["max", "sum"]], Tensor]
-"""Reduces a small float64 tensor over the ranks and returns it (the argument may be overwritten)."""
 
 ZERO_STD = 1e-8
 """A group whose deviation is below this is counted as one without signal."""
@@ -27,7 +23,7 @@ class Advantage:
         values: [B] float32, clipped weighted sum; 0 for invalid samples.
         per_key: [B] float32 per reward key, normalised, before weight and clip; 0 for invalid samples.
         metrics: `<key>/mean`, `<key>/sigma_max`, `<key>/sigma_median`, `<key>/sigma_max_over_median`,
-            `<key>/zero_variance` (number of groups) of this rank's groups, `<key>/denominator` (mean over groups),
+            `<key>/zero_variance` (number of groups), `<key>/denominator` (mean over groups),
             `clip_fraction`, `valid_fraction`.
     """
 
@@ -55,27 +51,23 @@ def group_advantage(
     valid: Tensor,
     group_ids: Tensor,
     config: AdvantageConfig,
-    all_reduce: AllReduce | None = None,
 ) -> Advantage:
-    """Advantages from the scores of one iteration.
+    """Advantages from the scores of one iteration, of all ranks together.
 
     Invalid samples leave mean, deviation and loss. Deviations are population deviations (ddof 0). All arithmetic is
-    float64, so the result does not depend on the order of ranks beyond 1e-15.
+    float64. Every rank is given all scores and finds the same advantages, whatever the layout.
 
     Args:
         scores: reward key -> [B], higher is better; entries of invalid samples are ignored, NaN included.
         valid: [B] bool.
         group_ids: [B] integers; all members of a group must be present.
         config: denominator, floors, weights, clip.
-        all_reduce: joins the ranks when groups are spread over them; None: this process holds all groups.
 
     Raises:
         ConfigError: a weight or floor names a reward that does not exist.
-        UsageError: shapes differ, a valid score is not finite, or a quantile below 1 is asked of several ranks (its
-            groups must be gathered first).
+        UsageError: shapes differ, or a valid score is not finite.
     """
-    _check(scores, valid, group_ids, config, distributed=all_reduce is not None)
-    reduce = all_reduce if all_reduce is not None else (lambda tensor, _: tensor)
+    _check(scores, valid, group_ids, config)
     index = torch.unique(group_ids, return_inverse=True)[1]
     mask = valid.double()
     count = torch.zeros(int(index.max()) + 1, dtype=torch.float64, device=mask.device).index_add_(0, index, mask)
@@ -85,7 +77,7 @@ def group_advantage(
     total = torch.zeros_like(mask)
     for key, score in scores.items():
         values = torch.where(valid, score.double(), 0.0)
-        normalised, key_metrics = _normalise(values, groups, config, key, reduce)
+        normalised, key_metrics = _normalise(values, groups, config, key)
         total += config.weights.get(key, 1.0) * normalised
         per_key[key] = normalised.float()
         metrics |= {f"{key}/{name}": number for name, number in key_metrics.items()}
@@ -94,13 +86,11 @@ def group_advantage(
     return Advantage(total.clamp(-bound, bound).float(), per_key, metrics)
 
 
-def _normalise(
-    values: Tensor, groups: _Groups, config: AdvantageConfig, key: str, reduce: AllReduce
-) -> tuple[Tensor, dict[str, float]]:
+def _normalise(values: Tensor, groups: _Groups, config: AdvantageConfig, key: str) -> tuple[Tensor, dict[str, float]]:
     centred = (values - groups.mean(values)[groups.index]) * groups.valid
     std = groups.mean(centred.square()).sqrt()
     comparable = std[groups.count >= 2]  # a single member has no deviation and must not enter median or quantile
-    denominator = _denominator(values, std, comparable, groups, config, key, reduce)
+    denominator = _denominator(values, std, comparable, groups, config, key)
     largest, median = (float(torch.quantile(comparable, q)) if comparable.numel() else 0.0 for q in (1.0, 0.5))
     metrics = {
         "mean": float(values.sum() / groups.valid.sum().clamp_min(1.0)),
@@ -120,7 +110,6 @@ def _denominator(
     groups: _Groups,
     config: AdvantageConfig,
     key: str,
-    reduce: AllReduce,
 ) -> Tensor:
     """[N] denominators, one per group."""
     floor = config.floor_of(key)
@@ -130,22 +119,17 @@ def _denominator(
         case "group_floor":
             return std.clamp_min(floor)
         case "batch_max":
-            largest = torch.quantile(comparable, config.quantile) if comparable.numel() else std.new_zeros(())
-            shared = reduce(largest.reshape(1), "max")
+            shared = torch.quantile(comparable, config.quantile) if comparable.numel() else std.new_zeros(())
         case "batch_rms":
-            sums = reduce(torch.stack([comparable.square().sum(), std.new_tensor(float(comparable.numel()))]), "sum")
-            shared = (sums[:1] / sums[1:].clamp_min(1.0)).sqrt()
+            shared = (comparable.square().sum() / max(comparable.numel(), 1)).sqrt()
         case "global":
-            first = reduce(torch.stack([values.sum(), groups.valid.sum()]), "sum")
-            size = first[1:].clamp_min(1.0)
-            deviation = (values - first[0] / size) * groups.valid  # a second pass: sum x^2 - n mean^2 would cancel
-            shared = (reduce(deviation.square().sum().reshape(1), "sum") / size).sqrt()
+            size = groups.valid.sum().clamp_min(1.0)
+            deviation = (values - values.sum() / size) * groups.valid  # a second pass: sum x^2 - n mean^2 would cancel
+            shared = (deviation.square().sum() / size).sqrt()
     return shared.clamp_min(floor).expand(std.shape)
 
 
-def _check(
-    scores: Mapping[str, Tensor], valid: Tensor, group_ids: Tensor, config: AdvantageConfig, distributed: bool
-) -> None:
+def _check(scores: Mapping[str, Tensor], valid: Tensor, group_ids: Tensor, config: AdvantageConfig) -> None:
     for field, named in (("weights", config.weights), ("floors", config.floors)):
         unknown = sorted(set(named) - set(scores))
         if unknown:
@@ -158,5 +142,3 @@ def _check(
             )
         if not bool(torch.isfinite(score[valid]).all()):
             raise UsageError(f"score {key!r} is not finite for a valid sample; mark such samples invalid")
-    if distributed and config.quantile < 1:
-        raise UsageError("advantage.quantile < 1 needs all groups in one process: gather the scores first")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Literal
 
@@ -80,12 +80,25 @@ class Ranks:
 
     def join(self, stats: RatioStats) -> RatioStats:
         """Ratio statistics of all ranks; ranks that share tokens count the same pairs once each."""
-        joined = {}
+        names: dict[Operation, list[str]] = {"sum": [], "max": [], "min": []}
         for field in fields(stats):
             kind = field.name.rpartition("_")[2]
-            operation: Operation = "max" if kind == "max" else "min" if kind == "min" else "sum"
-            joined[field.name] = self.all_reduce(getattr(stats, field.name).clone(), operation)
+            names["max" if kind == "max" else "min" if kind == "min" else "sum"].append(field.name)
+        joined: dict[str, Tensor] = {}
+        for operation, some in names.items():
+            values = [getattr(stats, name) for name in some]
+            together = self.all_reduce(torch.stack([value.double() for value in values]), operation)
+            joined |= {n: new.to(old.dtype) for n, new, old in zip(some, together, values, strict=True)}
         return RatioStats(**joined)
+
+    def union(self, names: Iterable[str]) -> list[str]:
+        """All names that any rank has, sorted: equal on every rank."""
+        mine = torch.frombuffer(bytearray("\n".join(sorted(names)).encode() + b"\n"), dtype=torch.uint8)
+        longest = int(self.all_reduce(torch.tensor(len(mine)), "max"))
+        texts = torch.zeros(self.size, longest, dtype=torch.uint8)
+        texts[self.rank, : len(mine)] = mine
+        lines = bytes(self.all_reduce(texts, "sum").flatten().tolist()).replace(b"\0", b"").decode().split("\n")
+        return sorted(set(lines) - {""})
 
     def sum_tensors(self, tensors: Sequence[Tensor], what: str) -> list[Tensor]:
         """Tensors of equal dtype summed over all ranks in one flat collective."""
@@ -152,25 +165,30 @@ class Placement:
 def gather_scores(ranks: Ranks, place: Placement, scores: Scores) -> Scores:
     """From scores of the local rows ``place.scored`` to those of all ranks: in global row order, on the CPU.
 
-    One sum of a buffer that is zero outside the own rows, so values arrive bit for bit and advantages do not depend on
-    the layout. ``failures`` are summed and ``seconds`` are those of the slowest rank.
+    One sum of a float64 buffer that is zero outside the own rows, so values arrive bit for bit and advantages do not
+    depend on the layout. A scorer that failed on a rank gives fewer names there, in another order: the ranks agree on
+    the names first. ``failures`` are summed and ``seconds`` are those of the slowest rank.
     """
-    tables = (scores.scores, scores.parts, scores.diagnostics)
-    total = place.conditions * place.group_size
-    columns = [scores.valid.double(), *(value.double() for table in tables for value in table.values())]
-    buffer = torch.zeros(len(columns), total, dtype=torch.float64)
-    # Values of failed rows may be NaN, which a sum would spread; they are excluded by ``valid`` everywhere.
-    buffer[:, place.rows[place.scored]] = torch.nan_to_num(torch.stack([column.cpu() for column in columns]))
-    gathered = iter(ranks.all_reduce(buffer, "sum", "scores"))
-    valid = next(gathered) > 0
-    joined = [{name: next(gathered).to(value.dtype) for name, value in table.items()} for table in tables]
+    tables = ("scores", "parts", "diagnostics")
+    columns = {f"{table}/{name}": value for table in tables for name, value in getattr(scores, table).items()}
+    names = ranks.union(columns)
+    buffer = torch.zeros(1 + len(names), place.conditions * place.group_size, dtype=torch.float64)
+    rows = place.rows[place.scored]
+    buffer[0, rows] = scores.valid.double().cpu()
+    for number, name in enumerate(names, start=1):
+        if name in columns:
+            # Values of failed rows may be NaN, which a sum would spread; they are excluded by ``valid`` everywhere.
+            buffer[number, rows] = torch.nan_to_num(columns[name].double().cpu())
+    gathered = ranks.all_reduce(buffer, "sum", "scores")
+    joined: dict[str, dict[str, Tensor]] = {table: {} for table in tables}
+    for number, name in enumerate(names, start=1):
+        table, _, key = name.partition("/")
+        joined[table][key] = gathered[number]
     counts = ranks.all_reduce(torch.tensor([*scores.failures.values()], dtype=torch.float64), "sum", "scores")
     return replace(
         scores,
-        valid=valid,
-        scores=joined[0],
-        parts=joined[1],
-        diagnostics=joined[2],
+        valid=gathered[0] > 0,
+        **joined,
         failures=dict(zip(scores.failures, map(int, counts.tolist()), strict=True)),
         seconds={name: ranks.maximum(value) for name, value in scores.seconds.items()},
     )

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from training_cases import Brightness, smoke, trainer_of
+from training_cases import Brightness, gradient_of, on_fake_ranks, smoke, trainer_of
 
 from geoalign.cli import main
 from geoalign.errors import CheckpointError, RunError
@@ -19,6 +19,7 @@ from geoalign.rewards.base import Reward, RewardOutput
 from geoalign.rewards.guard import GuardedReward
 from geoalign.rl.policy import RetakePolicy
 from geoalign.training import checkpoint as checkpoints
+from geoalign.training.ranks import LocalRanks, Ranks
 from geoalign.training.run import run_training
 from geoalign.training.trainer import Trainer
 from geoalign.types import RetakeBatch
@@ -129,6 +130,46 @@ def test_a_scorer_that_keeps_failing_stops_the_run_and_is_named() -> None:
         RunError, match=r"iteration 0: 100% of the samples are invalid \(b: 8\); .*max_invalid_fraction"
     ):
         trainer.step()
+
+
+class Pair:
+    """Two keys, given in another order than named, and a part; singly asked, it fails on the chosen samples."""
+
+    name, keys = "pair", ("mean", "spread")
+
+    def __init__(self, bad: set[int]) -> None:
+        self.bad, self.calls = bad, -1
+
+    def __call__(self, videos: Tensor, batch: RetakeBatch) -> RewardOutput:
+        self.calls += 1
+        if self.bad and (len(videos) > 1 or self.calls - 1 in self.bad):
+            raise RuntimeError("CUDA out of memory")
+        mean, spread = videos.double().mean((1, 2, 3, 4)), videos.double().std((1, 2, 3, 4))
+        valid = torch.ones(len(videos), dtype=torch.bool)
+        return RewardOutput({"spread": spread, "mean": mean}, valid, {"percent": 100 * mean}, {"seen": spread})
+
+
+@pytest.mark.parametrize("bad", [{4}, {4, 5, 6, 7}], ids=["first sample", "all samples"])
+def test_a_scorer_that_fails_on_one_rank_is_as_if_it_failed_in_one_process(bad: set[int]) -> None:
+    """The failing rank knows fewer names, in another order; its neighbour must not take one column for another.
+
+    Videos are float32, so a batch of other size moves a score by 1e-7, and an advantage by that over a spread of 1e-2.
+    """
+
+    def work(ranks: Ranks) -> tuple[dict[str, float], Tensor]:
+        first = ranks.rank * ROWS // ranks.size
+        here = {row - first for row in bad if first <= row < first + ROWS // ranks.size}
+        config = smoke(window=WINDOW, advantage={"weights": {}}, failures={"max_invalid_fraction": 1.0})
+        trainer = trainer_of(config, ranks, rewards={"p": GuardedReward(Pair(here), retries=0)})
+        metrics = trainer.step()
+        return metrics, gradient_of(trainer)
+
+    expected, gradient = work(LocalRanks())
+    for found, other in on_fake_ranks(2, work):
+        for key in ("mean", "spread", "percent", "p/seen", "invalid_fraction"):
+            assert found[f"reward/{key}"] == pytest.approx(expected[f"reward/{key}"], rel=1e-5)
+        assert found["failures/p"] == expected["failures/p"] == len(bad)
+        assert float((other - gradient).norm() / gradient.norm()) < 1e-3
 
 
 def run_config(tmp_path: Path, *more: str) -> list[str]:

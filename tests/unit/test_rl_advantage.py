@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import math
-import threading
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -13,10 +11,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import ValidationError
 from torch import Tensor
+from training_cases import on_fake_ranks
 
 from geoalign.config.flow import AdvantageConfig
 from geoalign.errors import ConfigError, UsageError
 from geoalign.rl.advantage import group_advantage
+from geoalign.rl.score import Scores
+from geoalign.training.ranks import Placement, Ranks, gather_scores
 
 # Two groups: 1, 2, 3, 6 (mean 3, population deviation sqrt(3.5)) and 10, 10, 12, 12 (mean 11, deviation 1).
 SCORES = torch.tensor([1.0, 2.0, 3.0, 6.0, 10.0, 10.0, 12.0, 12.0])
@@ -122,35 +123,22 @@ def test_metrics_by_hand() -> None:
     assert metrics["r/denominator"] == pytest.approx(math.sqrt(3.5))
 
 
-def on_ranks(config: AdvantageConfig, scores: Tensor, groups: Tensor, parts: list[slice]) -> Tensor:
-    """One thread per rank; a reduction waits for all of them, as a collective does."""
-    barrier = threading.Barrier(len(parts), timeout=60)
-    slots: list[Tensor] = [torch.empty(0)] * len(parts)
-
-    def rank(index: int) -> Tensor:
-        def reduce(tensor: Tensor, op: str) -> Tensor:
-            slots[index] = tensor.clone()
-            barrier.wait()
-            together = torch.stack(slots)
-            barrier.wait()
-            return together.amax(0) if op == "max" else together.sum(0)
-
-        part = parts[index]
-        valid = torch.ones(scores[part].numel(), dtype=torch.bool)
-        return group_advantage({"r": scores[part]}, valid, groups[part], config, reduce).values
-
-    with ThreadPoolExecutor(len(parts)) as pool:
-        return torch.cat(list(pool.map(rank, range(len(parts)))))
-
-
 @pytest.mark.parametrize("std", ["batch_max", "batch_rms", "group", "global"])
-def test_groups_spread_over_ranks_equal_one_process(std: str) -> None:
-    scores = torch.cat([SCORES, 3 * SCORES + 1])
-    groups = torch.cat([GROUPS, GROUPS + 100])
-    config = AdvantageConfig(std=std)
-    alone = group_advantage({"r": scores}, torch.ones(16, dtype=torch.bool), groups, config).values
-    spread = on_ranks(config, scores, groups, [slice(0, 4), slice(4, 12), slice(12, 16)])
-    torch.testing.assert_close(spread, alone, **TOLERANCE)
+@pytest.mark.parametrize("size", [2, 4, 8])
+def test_groups_spread_over_ranks_equal_one_process(std: str, size: int) -> None:
+    """Bit for bit: ranks gather all scores and normalise them alike, groups whole or split."""
+    table, groups = torch.cat([SCORES, 3 * SCORES + 1]), torch.arange(4).repeat_interleave(4)
+    valid, config = torch.rand(16, generator=torch.Generator().manual_seed(0)) > 0.2, AdvantageConfig(std=std)
+    alone = group_advantage({"r": table}, valid, groups, config).values
+
+    def work(ranks: Ranks) -> Tensor:
+        place = Placement.of(4, 4, ranks)
+        mine = Scores({"r": table[place.rows]}, valid[place.rows], {}, {}, {"r": 1}, {"r": float(ranks.rank)})
+        found = gather_scores(ranks, place, mine)
+        assert found.failures == {"r": size} and found.seconds == {"r": size - 1.0}
+        return group_advantage(found.scores, found.valid, groups, config).values
+
+    assert all(torch.equal(values, alone) for values in on_fake_ranks(size, work))
 
 
 @given(
@@ -183,11 +171,6 @@ def test_normalisation_ignores_scale_and_offset(seed: int, scale: float, offset:
         (lambda: values(AdvantageConfig(floors={"y": 1.0})), ConfigError, r"floors names \['y'\]"),
         (lambda: values(AdvantageConfig(), SCORES[:7]), UsageError, r"must all be \[B\]"),
         (lambda: values(AdvantageConfig(), SCORES.log() * float("inf")), UsageError, "not finite"),
-        (
-            lambda: group_advantage({"r": SCORES}, ALL, GROUPS, AdvantageConfig(quantile=0.9), lambda t, _: t),
-            UsageError,
-            "gather the scores",
-        ),
     ],
 )
 def test_misuse_is_named(call: Callable[[], object], error: type[Exception], message: str) -> None:
