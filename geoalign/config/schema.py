@@ -126,7 +126,7 @@ class Config(Section):
             raise ValueError(
                 f"parallel.sequence {parallel.sequence} must divide model.heads {self.model.heads}: ranks share heads"
             )
-        if parallel.engine == "fsdp" and (self.run.compile or self.ode != OdeConfig()):
-            raise ValueError("parallel.engine=fsdp runs blocks as they are: reset run.compile and ode.*")
+        if parallel.engine == "fsdp" and self.ode != OdeConfig():
+            raise ValueError("parallel.engine=fsdp has no second network for ode.*: set them to exact")
         if parallel.engine != "ddp" and self.optim.states != "float32":
             raise ValueError(f"parallel.engine={parallel.engine} shards float32 states: set optim.states=float32")

@@ -27,6 +27,8 @@ VelocityFn = Callable[[Tensor, Tensor, Conditioning], Tensor]
 # What runs once per condition and is kept: parameters of these modules would miss gradients behind a kept cache.
 _CACHED = ("text_embedding.", "img_emb.", "control_adapter.", "camera_embedding.", "patch_embedding.")
 _CACHED_CROSS = ("k", "v", "norm_k", "k_img", "v_img", "norm_k_img")
+# What makes camera phases: kept for deterministic steps, made anew with their graph where gradients are enabled.
+_PHASES = ("camera_gain", "rope_phase_")
 
 
 class RetakeDiT(nn.Module):
@@ -98,7 +100,7 @@ class RetakeDiT(nn.Module):
             keys = cache.cross[layer]
             if cache.negative:
                 keys = keys.joined(cache.negative[layer])
-            h = self.execution.run(block, h, time, position, _camera(cache, layer), keys, cache.poses, keep)
+            h = block(h, time, position, _camera(cache, layer), keys, cache.poses, keep)
             if cache.negative and layer == 0:  # from here on both halves are computed
                 time, cache = torch.cat([time, time]), _doubled(cache)
         return h
@@ -128,7 +130,19 @@ class RetakeDiT(nn.Module):
     def is_cached(self, name: str) -> bool:
         """Whether the output of parameter ``name`` is kept with the condition, so that it must stay frozen in RL."""
         part = name.split(".")
-        return name.startswith(_CACHED) or ("cross_attn" in part and part[-2] in _CACHED_CROSS)
+        if name.startswith(_CACHED):
+            return True
+        if "cross_attn" not in part and "norm3" not in part:
+            return False
+        # Over one text token the whole cross-attention is one kept constant, and its norm is skipped.
+        alone = self.config.text_length == 1 and self.config.image_dim is None
+        return alone or part[-2] in _CACHED_CROSS
+
+    @property
+    def trains_text(self) -> bool:
+        """Whether a trained parameter needs a text of several tokens: over one the cross-attention is a constant."""
+        reading = (p for name, p in self.named_parameters() if "cross_attn." in name or "norm3." in name)
+        return self.config.text_length > 1 and any(p.requires_grad for p in reading)
 
     def _cross_keys(self, context: Tensor, image_tokens: Tensor | None) -> tuple[CrossKeys, ...]:
         text, image = self.text_embedding(context.to(self.text_embedding[0].weight.dtype)), None
@@ -136,7 +150,7 @@ class RetakeDiT(nn.Module):
             if image_tokens is None:
                 raise UsageError("this model has an image branch and needs image_tokens")
             image = self.img_emb(image_tokens)
-        return tuple(block.cross_attn.prepare(text, image) for block in self.blocks)
+        return tuple(block.cross_keys(text, image) for block in self.blocks)
 
     def _prepare_camera(self, cache: ConditionCache, cond: Conditioning, size: torch.Size) -> ConditionCache:
         config = self.config
@@ -147,7 +161,7 @@ class RetakeDiT(nn.Module):
             offset = torch.cat([target, self._adapter_tokens(cond.source_camera, size)], 1)
             cache = replace(cache, token_offset=offset, camera_tokens=offset if config.camera == "learned" else None)
             if config.camera == "learned" and self.execution.cache_phases and not torch.is_grad_enabled():
-                cache = replace(cache, phases=tuple(b.self_attn.learned_phases(offset) for b in self.blocks))
+                cache = replace(cache, phases=tuple(b.learned_phases(offset) for b in self.blocks))
             return cache
         if config.camera == "geometric":
             phases = self._geometric_phases(cond)
@@ -171,10 +185,12 @@ class RetakeDiT(nn.Module):
 
     def _with_live_phases(self, cache: ConditionCache, cond: Conditioning) -> ConditionCache:
         """The cache with camera phases that carry the graph of their trained parameters."""
-        attention = self.blocks[0].self_attn
-        if self.config.camera == "geometric" and attention.camera_gain.requires_grad:
+        trained = (p for name, p in self.named_parameters() if any(part in name for part in _PHASES))
+        if not any(parameter.requires_grad for parameter in trained):
+            return cache
+        if self.config.camera == "geometric":
             return replace(cache, phases=self._geometric_phases(cond))
-        if self.config.camera == "learned" and attention.rope_phase_qk[1].weight.requires_grad:
+        if self.config.camera == "learned":
             return replace(cache, phases=())  # every layer makes its own of the camera tokens
         return cache
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any, Literal
@@ -45,7 +44,7 @@ class Execution:
     compiled: bool = False
 
     def run(self, block: Block, *args: Any) -> Tensor:
-        """``block(*args)``, recomputed in its backward and compiled as configured."""
+        """``block.compute(*args)``, computed again in its backward and compiled as configured."""
         unknown = self.probe is not None and block.self_attn.mode is None  # a measurement cannot be compiled
         step = _compiled if self.compiled and not unknown else _eager
         return step(block, self.recompute if torch.is_grad_enabled() else "none", args)
@@ -59,11 +58,12 @@ def allow_graphs(limit: int = 64) -> None:
     torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, limit)
 
 
-def _eager(function: Callable[..., Tensor], recompute: Recompute, args: tuple[Any, ...]) -> Tensor:
+def _eager(block: Block, recompute: Recompute, args: tuple[Any, ...]) -> Tensor:
     if recompute == "none":
-        return function(*args)
+        return block.compute(*args)
     context = {} if recompute == "full" else {"context_fn": _KEEP_ATTENTION}
-    return checkpoint(function, *args, use_reentrant=False, **context)
+    # Nothing here draws from torch's generators, so their state need not be kept for the second time.
+    return checkpoint(block.compute, *args, use_reentrant=False, preserve_rng_state=False, **context)
 
 
 def _policy(ctx: Any, op: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:

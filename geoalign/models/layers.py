@@ -201,6 +201,9 @@ class Block(nn.Module):
     ) -> Tensor:
         """Transform ``x`` ``[B, N, dim]`` and return its first ``keep`` tokens (all but the last block keep N).
 
+        Runs :meth:`compute` as the network's execution says. What hooks this call (FSDP2) stays outside of what is
+        compiled or computed again in the backward.
+
         Args:
             x: float32 residual stream.
             time: ``[B, 6, dim]`` float32 time modulation.
@@ -211,6 +214,27 @@ class Block(nn.Module):
             poses: ``[B, N, 12]`` camera poses per token (ReCamMaster), or None.
             keep: tokens whose output is needed.
         """
+        return self.self_attn.execution.run(self, x, time, position, camera, keys, poses, keep)
+
+    def learned_phases(self, camera_tokens: Tensor) -> Phases:
+        """See :meth:`SelfAttention.learned_phases`."""
+        return self.self_attn.learned_phases(camera_tokens)
+
+    def cross_keys(self, text: Tensor, image: Tensor | None) -> CrossKeys:
+        """See :meth:`CrossAttention.prepare`."""
+        return self.cross_attn.prepare(text, image)
+
+    def compute(
+        self,
+        x: Tensor,
+        time: Tensor,
+        position: Tensor | None,
+        camera: Phases | Tensor | None,
+        keys: CrossKeys,
+        poses: Tensor | None,
+        keep: int,
+    ) -> Tensor:
+        """The arithmetic of :meth:`forward`."""
         phases = self.self_attn.learned_phases(camera) if isinstance(camera, Tensor) else camera
         modulation = wide(self.modulation) + time
         y = self._attend(x, modulation, position, phases, poses, keep)

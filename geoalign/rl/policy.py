@@ -71,6 +71,11 @@ class RetakePolicy:
         config, ready = self.model.config, batch.encodings or Encodings()
         latents = self.codec.encode(batch.source.video) if ready.latents is None else ready.latents.float()
         if ready.context is None:
+            if self.model.trains_text:
+                raise ConfigError(
+                    "optim.trainable trains the cross-attention, but the data has no prepared text: set "
+                    "data.prepare.text and run `geoalign prepare`, or train self-attention only"
+                )
             context = torch.zeros(len(batch), 1, config.text_dim, device=self.device)
         else:
             context = self._padded(ready.context.float())

@@ -23,7 +23,7 @@ from geoalign.models.codec import PatchCodec
 from geoalign.models.dit import RetakeDiT
 from geoalign.models.open import apply_delta, open_codec, open_model
 from geoalign.rl.policy import RetakePolicy
-from geoalign.training.checkpoint import copy_strictly
+from geoalign.training.snapshot import copy_strictly
 
 _KIND = "geoalign-policy"
 

@@ -15,7 +15,6 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -27,6 +26,7 @@ from geoalign.training.snapshot import Snapshot
 
 _NAME = re.compile(r"step_(\d{6})$")
 FORMAT = 1
+_OPERATION = ("checkpoint_every", "keep_checkpoints", "async_checkpoints", "rank_timeout_s")
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,10 +47,12 @@ class TrainState:
 def config_hash(resolved: Mapping[str, Any]) -> str:
     """Short hash of the parts of a resolved configuration that change the numbers of a run beyond rounding.
 
-    Ranks and engines may change between the parts of a run: checkpoints hold whole tensors.
+    Ranks and engines may change between the parts of a run (checkpoints hold whole tensors), and so may how often and
+    how it saves, waits and scores.
     """
-    kept = {key: value for key, value in resolved.items() if key not in ("run", "eval", "parallel")}
+    kept = {key: value for key, value in resolved.items() if key not in ("run", "eval", "parallel", "scoring")}
     kept["run"] = [resolved["run"][key] for key in ("seed", "dtype")]
+    kept["train"] = {key: value for key, value in resolved["train"].items() if key not in _OPERATION}
     return hashlib.sha256(json.dumps(kept, sort_keys=True, default=str).encode()).hexdigest()[:16]
 
 
@@ -75,12 +77,15 @@ def save_checkpoint(folder: Path, state: TrainState, *, config: str, keep: int) 
         saved = state.snapshot
         flat = {f"{name}/{key}": value for name, entry in saved.optimizer.items() for key, value in entry.items()}
         for part, tensors in (("trained", saved.values), ("average", saved.average), ("optimizer", flat)):
-            save_file({name: value.contiguous() for name, value in tensors.items()}, temporary / f"{part}.safetensors")
+            path = temporary / f"{part}.safetensors"
+            save_file({name: value.contiguous() for name, value in tensors.items()}, path)
+            _flush(path)
         meta = {"format": FORMAT, "iteration": state.iteration, "config": config, "notes": dict(state.notes)}
         atomic_write_json(temporary / "state.json", meta)
         if final.exists():
             shutil.rmtree(final)
         temporary.rename(final)
+        _flush(folder)
     except (OSError, SafetensorError) as error:
         raise CheckpointError(
             f"cannot write checkpoint {final}: {error}; free disk space, then --resume auto"
@@ -90,6 +95,15 @@ def save_checkpoint(folder: Path, state: TrainState, *, config: str, keep: int) 
     for old in list_checkpoints(folder)[:-keep]:
         shutil.rmtree(old, ignore_errors=True)
     return final
+
+
+def _flush(path: Path) -> None:
+    """Wait until a file, or the names in a folder, are on the disk: a power loss must not leave a torn checkpoint."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
 
 
 class CheckpointWriter:
@@ -167,20 +181,3 @@ def load_checkpoint(path: Path, *, config: str, allow_config_change: bool = Fals
         name, _, part = key.rpartition("/")
         optimizer.setdefault(name, {})[part] = value
     return TrainState(meta["iteration"], Snapshot(trained, average, optimizer), meta["notes"])
-
-
-@torch.no_grad()
-def copy_strictly(values: Mapping[str, Tensor], into: Mapping[str, Tensor], what: str) -> None:
-    """Copy tensors by name; both name sets and all shapes must agree.
-
-    Raises:
-        CheckpointError: lists the first missing, unexpected or wrongly shaped names.
-    """
-    missing, unexpected = sorted(set(into) - set(values)), sorted(set(values) - set(into))
-    shapes = [name for name in into if name in values and into[name].shape != values[name].shape]
-    if missing or unexpected or shapes:
-        parts = (("missing", missing), ("unexpected", unexpected), ("wrong shape", shapes))
-        listed = "; ".join(f"{label}: {', '.join(names[:3])} ({len(names)} in all)" for label, names in parts if names)
-        raise CheckpointError(f"{what} does not fit this model: {listed}")
-    for name, target in into.items():
-        target.copy_(values[name])

@@ -131,11 +131,6 @@ def load_optimizer_state(
         optimizer.state[value] = state
 
 
-def on_cpu(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Copies on the CPU."""
-    return {name: tensor.detach().to("cpu", copy=True) for name, tensor in tensors.items()}
-
-
 def _parts(key: str, value: Tensor) -> list[tuple[str, Tensor]]:
     if isinstance(value, DTensor) or not hasattr(value, "__tensor_flatten__"):
         return [(key, value)]

@@ -23,7 +23,6 @@ from geoalign.export.formats import save_safetensors
 from geoalign.io_utils import atomic_path, atomic_write_json, atomic_write_text
 from geoalign.models.codec import PatchCodec
 from geoalign.rewards.registry import build_rewards
-from geoalign.rl.policy import RetakePolicy
 from geoalign.training.bundle import open_base, save_policy
 from geoalign.training.checkpoint import CheckpointWriter, TrainState, config_hash, list_checkpoints, load_checkpoint
 from geoalign.training.device import device_of, dtype_of
@@ -33,6 +32,7 @@ from geoalign.training.environment import bar, describe_environment
 from geoalign.training.evaluate import METRICS, Evaluation, HeldOut, evaluate
 from geoalign.training.metrics import MetricsWriter
 from geoalign.training.ranks import Ranks
+from geoalign.training.snapshot import whole_on_cpu
 from geoalign.training.trainer import Trainer
 from geoalign.world.dataset import is_complete, write_world
 
@@ -129,9 +129,7 @@ def _run_training(config: Config, ranks: Ranks, resume: str | None, allow_config
     trainer.notes["data"] = dataset.fingerprint()
     if not _loop(config, trainer, folder, fingerprint, evaluation, clock):
         return folder
-    trained = trainer.engine.snapshot().average
-    if main:
-        _save_result(config, trainer.policy, folder, trained)
+    _save_result(config, trainer, folder)
     trainer.engine.swap_average()
     after = evaluation.keep("after")
     trainer.engine.swap_average()
@@ -149,13 +147,23 @@ def _run_training(config: Config, ranks: Ranks, resume: str | None, allow_config
     return folder
 
 
-def _save_result(config: Config, policy: RetakePolicy, folder: Path, trained: Mapping[str, torch.Tensor]) -> None:
-    """The trained policy as one file; of published weights only the trained part, which their loaders read."""
-    if isinstance(policy.codec, PatchCodec):
+def _save_result(config: Config, trainer: Trainer, folder: Path) -> None:
+    """The trained policy as one file; of published weights only the trained part, which their loaders read.
+
+    A collective: ranks that hold parts of the model give them to rank 0, which writes.
+    """
+    main, policy = trainer.ranks.rank == 0, trainer.policy
+    trained = trainer.engine.snapshot(main).average
+    if not isinstance(policy.codec, PatchCodec):
+        if main:
+            save_safetensors(
+                {name: value.contiguous() for name, value in trained.items()}, folder / "delta.safetensors"
+            )
+        return
+    state = whole_on_cpu(policy.model.state_dict(), main)
+    if main:
         notes = {"run": config.run.name, "seed": config.run.seed}
-        save_policy(folder / "policy.safetensors", policy, config.codec, notes, trained)
-    else:
-        save_safetensors({name: value.contiguous() for name, value in trained.items()}, folder / "delta.safetensors")
+        save_policy(folder / "policy.safetensors", policy, config.codec, notes, {**state, **trained})
 
 
 def refuse_other_data(state: TrainState, fingerprint: str, allowed: bool) -> None:
@@ -206,7 +214,7 @@ def _loop(
             stopping = trainer.ranks.maximum(float(bool(stop.signal_name))) > 0  # all ranks stop together
             if trainer.iteration % config.train.checkpoint_every == 0 or trainer.iteration == total or stopping:
                 trainer.notes |= {"wall_s": clock.wall(base_notes), "cpu_s": clock.cpu(base_notes)}
-                state = trainer.state()  # a collective
+                state = trainer.state(keep=main)  # a collective
                 if main:
                     checkpoints.save(state)
             if stopping and trainer.iteration < total:

@@ -55,7 +55,7 @@ def ready(config: Config, policy: RetakePolicy, ranks: Ranks) -> Parts:
     if config.parallel.engine != "fsdp":  # which casts where it gathers
         model.to(dtype)
     policy = replace(policy, codec=policy.codec.to(device), guidance=config.flow.guidance, fast=_twin(config, model))
-    reference = ReferencePolicy(trained) if config.objective.kl_weight > 0 else None
+    reference = ReferencePolicy(engine.trained) if config.objective.kl_weight > 0 else None
     return Parts(policy, engine, device, reference)
 
 

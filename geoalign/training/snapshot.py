@@ -5,7 +5,11 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
+from torch.distributed.tensor import DTensor, distribute_tensor
+
+from geoalign.errors import CheckpointError
 
 
 @dataclass(frozen=True, slots=True)
@@ -21,3 +25,42 @@ class Snapshot:
     values: Mapping[str, Tensor]
     average: Mapping[str, Tensor]
     optimizer: Mapping[str, Mapping[str, Tensor]]
+
+
+def whole_on_cpu(tensors: Mapping[str, Tensor], keep: bool = True) -> dict[str, Tensor]:
+    """Copies on the CPU, made one after another; what is sharded is gathered from all ranks, which all must call this.
+
+    ``keep`` False takes part and returns nothing.
+    """
+    copies = {}
+    for name, tensor in tensors.items():
+        value = tensor.detach()
+        if isinstance(value, DTensor):
+            value = value.full_tensor()
+        if keep:
+            copies[name] = value.to("cpu", copy=True)
+    return copies
+
+
+def sharded_like(whole: Tensor, target: Tensor) -> Tensor:
+    """``whole``, distributed over the ranks as ``target`` is."""
+    if not isinstance(target, DTensor):
+        return whole
+    return distribute_tensor(whole.to(target.device), target.device_mesh, target.placements)
+
+
+@torch.no_grad()
+def copy_strictly(values: Mapping[str, Tensor], into: Mapping[str, Tensor], what: str) -> None:
+    """Copy whole tensors by name; both name sets and all shapes must agree.
+
+    Raises:
+        CheckpointError: lists the first missing, unexpected or wrongly shaped names.
+    """
+    missing, unexpected = sorted(set(into) - set(values)), sorted(set(values) - set(into))
+    shapes = [name for name in into if name in values and into[name].shape != values[name].shape]
+    if missing or unexpected or shapes:
+        parts = (("missing", missing), ("unexpected", unexpected), ("wrong shape", shapes))
+        listed = "; ".join(f"{label}: {', '.join(names[:3])} ({len(names)} in all)" for label, names in parts if names)
+        raise CheckpointError(f"{what} does not fit this model: {listed}")
+    for name, target in into.items():
+        target.copy_(sharded_like(values[name], target))

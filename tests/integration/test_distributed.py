@@ -51,7 +51,9 @@ def test_every_engine_and_layout_equals_one_process(tmp_path: Path) -> None:
     assert process.returncode == 0, output[-3000:]
     names = [line.split(":")[0] for line in output.splitlines() if line.startswith("ok ")]
     assert names == [
-        "ok ddp", "ok deepspeed 1", "ok deepspeed 2", "ok fsdp", "ok ulysses", "ok ddp bf16", "ok fsdp bf16"
+        "ok ddp", "ok deepspeed 1", "ok deepspeed 2", "ok fsdp", "ok ulysses", "ok ddp bf16", "ok fsdp kl",
+        "ok paper ddp bf16", "ok paper fsdp", "ok paper fsdp bf16", "ok paper fsdp compiled",
+        "ok paper deepspeed ulysses",
     ]  # fmt: skip
 
 

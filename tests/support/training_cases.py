@@ -19,7 +19,7 @@ from geoalign.rl.policy import RetakePolicy
 from geoalign.training.bundle import new_policy
 from geoalign.training.ranks import Operation, Ranks
 from geoalign.training.trainer import Trainer
-from geoalign.types import RetakeBatch, SourceClip
+from geoalign.types import Encodings, RetakeBatch, SourceClip
 from geoalign.world.pairs import paired_videos
 
 _SEEDING = threading.Lock()  # fake ranks are threads, and torch's generator is shared
@@ -46,6 +46,42 @@ class Conditions:
             source.clip_ids,
         )
         return replace(batch, source=wide, target_camera=batch.target_camera.to(dtype=self.dtype))
+
+
+# The paper's kind of model, small: adapter, learned phases, text and image branch, latents of the video autoencoder.
+PAPER_LIKE = {
+    "model": {
+        "in_channels": 32, "out_channels": 16, "patch": (1, 2, 2), "text_length": 8, "image_dim": 12,
+        "camera": "learned", "pluecker_adapter": True, "time_stride": 4, "space_stride": 8, "first_frame_given": False,
+        "data_variance": None, "timestep_dtype": "bfloat16", "rope_theta": (1e4, 1e4), "rope_scale": (1.0, 1.0),
+    },
+    "codec": {"kind": "wan_vae"},
+}  # fmt: skip
+
+
+class Encoded(Conditions):
+    """Conditions that come with everything `geoalign prepare` stores, as random numbers."""
+
+    def batch(self, iteration: int, group_ids: list[int]) -> RetakeBatch:
+        batch = super().batch(iteration, group_ids)
+        latents, context, image, negative = (
+            torch.stack([_normal(shape, iteration, group) for group in group_ids])
+            for shape in ((16, 2, 6, 8), (8, 16), (5, 12), (8, 16))
+        )
+        return replace(batch, encodings=Encodings(latents, context, image, negative))
+
+
+class Shades:
+    """Stands in for the video autoencoder: every video has the mean of its latents as its one grey."""
+
+    def to(self, _: torch.device) -> Shades:
+        return self
+
+    def latent_shape(self, *_: int) -> tuple[int, int, int, int]:
+        return 16, 2, 6, 8
+
+    def decode(self, latents: Tensor) -> Tensor:
+        return latents.mean((1, 2, 3, 4)).view(-1, 1, 1, 1, 1).expand(-1, 5, 3, 8, 8)
 
 
 class Brightness:
@@ -87,6 +123,18 @@ def trainer_of(
     """A trainer of a lively policy on rendered conditions."""
     scorers = build_rewards(config.rewards) if rewards is None else rewards
     return Trainer(config, lively_policy(config, dtype), Conditions(config, dtype), scorers, ranks)
+
+
+def paper_like_trainer(ranks: Ranks | None = None, *, weights: torch.dtype = torch.float32, **changes: Any) -> Trainer:
+    """A trainer of the paper's kind of model, whose files hold ``weights``."""
+    config = smoke(**PAPER_LIKE | {"optim": {"groups": ()}, "advantage": {"weights": {}}} | changes)
+    policy = replace(lively_policy(smoke(model=PAPER_LIKE["model"]), weights), codec=Shades())  # type: ignore[arg-type]
+    return Trainer(config, policy, Encoded(config), {"b": Brightness()}, ranks)
+
+
+def _normal(shape: tuple[int, ...], *key: int) -> Tensor:
+    generator = torch.Generator().manual_seed(hash((len(shape), *shape, *key)) % (1 << 31))
+    return torch.randn(shape, generator=generator)
 
 
 def gradient_of(trainer: Trainer) -> Tensor:

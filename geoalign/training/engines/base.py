@@ -47,8 +47,11 @@ class Engine(Protocol):
         """Exchange parameters and moving average; call it twice around an evaluation."""
         ...
 
-    def snapshot(self) -> Snapshot:
-        """Copies on the CPU of everything a checkpoint holds; a collective."""
+    def snapshot(self, keep: bool = True) -> Snapshot:
+        """Copies on the CPU of everything a checkpoint holds; a collective.
+
+        ``keep`` False takes part and gives an empty one, for ranks that need none.
+        """
         ...
 
     def restore(self, snapshot: Snapshot) -> None:

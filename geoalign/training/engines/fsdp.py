@@ -1,8 +1,8 @@
 """FSDP2: parameters, gradients and optimizer state sharded over the ranks, for models that do not fit one GPU.
 
-Every block's self-attention, cross-attention and feed-forward are sharded units that are gathered where they run. The
-small rest (modulation, norms, embeddings, camera gains) is replicated; trained parameters among it are summed as in the
-replicated engine. Slower than that one where a model fits: every forward gathers what it needs.
+Every block is one sharded unit that is gathered where it runs, outside of what is computed again in its backward. The
+small rest (embeddings, head, camera gains) is replicated; trained parameters among it are summed as in the replicated
+engine. Slower than that one where a model fits: every forward gathers what it needs.
 """
 
 from __future__ import annotations
@@ -14,14 +14,14 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
-from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.distributed.tensor import DTensor
 
 from geoalign.config.training import OptimConfig
-from geoalign.errors import CheckpointError, ConfigError
+from geoalign.errors import ConfigError
 from geoalign.training.masters import MovingAverage
-from geoalign.training.optim import build_adamw, load_optimizer_state, on_cpu, optimizer_state
+from geoalign.training.optim import build_adamw, load_optimizer_state, optimizer_state
 from geoalign.training.ranks import Ranks
-from geoalign.training.snapshot import Snapshot
+from geoalign.training.snapshot import Snapshot, copy_strictly, sharded_like, whole_on_cpu
 
 if TYPE_CHECKING:
     from geoalign.models.dit import RetakeDiT
@@ -29,6 +29,8 @@ if TYPE_CHECKING:
 
 class ShardedEngine:
     """Parameters sharded by FSDP2; implements :class:`Engine`.
+
+    The shards of trained parameters are float32 whatever the files hold; blocks gather them in the computing precision.
 
     Raises:
         ConfigError: there is one process only.
@@ -45,6 +47,9 @@ class ShardedEngine:
         if ranks.size == 1:
             raise ConfigError("parallel.engine=fsdp shards over several processes; use ddp with one")
         self._ranks, self._clip = ranks, config.grad_clip
+        for parameter in model.parameters():
+            wanted = torch.promote_types(parameter.dtype, torch.float32) if parameter.requires_grad else dtype
+            parameter.data = parameter.data.to(wanted)
         _shard(model, ranks, dtype)
         found = dict(model.named_parameters())  # sharding has replaced the parameters
         self.trained: Mapping[str, nn.Parameter] = {name: found[name] for name in trained}
@@ -87,23 +92,20 @@ class ShardedEngine:
         """Exchange parameters and moving average."""
         self._average.swap()
 
-    def snapshot(self) -> Snapshot:
-        """Copies on the CPU, gathered from the shards."""
-        state = optimizer_state(self.optimizer, self.trained)
-        whole = {name: {key: _whole(value) for key, value in entry.items()} for name, entry in state.items()}
-        return Snapshot(
-            on_cpu({name: _whole(value) for name, value in self.trained.items()}),
-            on_cpu({name: _whole(value) for name, value in self._average.state().items()}),
-            {name: on_cpu(entry) for name, entry in whole.items()},
-        )
+    def snapshot(self, keep: bool = True) -> Snapshot:
+        """Copies on the CPU, gathered from the shards one tensor at a time."""
+        states = optimizer_state(self.optimizer, self.trained)
+        optimizer = {name: whole_on_cpu(entry, keep) for name, entry in states.items()}
+        values, average = whole_on_cpu(self.trained, keep), whole_on_cpu(self._average.state(), keep)
+        return Snapshot(values, average, optimizer if keep else {})
 
     def restore(self, snapshot: Snapshot) -> None:
         """Take over a snapshot; raises CheckpointError if names or shapes differ."""
-        _copy_whole(snapshot.values, self.trained, "checkpoint")
+        copy_strictly(snapshot.values, self.trained, "checkpoint")
         if self._average.average:
-            _copy_whole(snapshot.average, self._average.average, "moving average of the checkpoint")
+            copy_strictly(snapshot.average, self._average.average, "moving average of the checkpoint")
         parts = {
-            name: {key: _like(value, self.trained[name]) if value.dim() else value for key, value in entry.items()}
+            name: {k: sharded_like(v, self.trained[name]) if v.dim() else v for k, v in entry.items()}
             for name, entry in snapshot.optimizer.items()
             if name in self.trained
         }
@@ -111,56 +113,30 @@ class ShardedEngine:
 
     def _norm(self) -> Tensor:
         """Norm of the summed gradient over all shards, equal on every rank."""
-        squares = torch.zeros((), dtype=torch.float64)
+        squares = []
         for parameter in self.trained.values():
             gradient = parameter.grad
             assert gradient is not None
             local = gradient.to_local() if isinstance(gradient, DTensor) else gradient
             share = 1.0 if isinstance(gradient, DTensor) else 1.0 / self._ranks.size  # replicated ones count once
-            squares += share * float(local.double().square().sum())
-        return self._ranks.all_reduce(squares, "sum", "gradients").sqrt().float()
+            squares.append(share * local.double().square().sum())
+        return self._ranks.all_reduce(torch.stack(squares).sum(), "sum", "gradients").sqrt().float()
 
 
 def _shard(model: RetakeDiT, ranks: Ranks, dtype: torch.dtype) -> None:
     device = next(model.parameters()).device.type
     mesh = init_device_mesh(device, (ranks.size,))
     # Low precision where weights are gathered and used; gradients are summed and shards kept in float32.
-    policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
-    inside: set[nn.Parameter] = set()
+    wide = torch.promote_types(dtype, torch.float32)
+    policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=wide, cast_forward_inputs=False)
+    rest = {p for name, p in model.named_parameters() if "blocks." not in name or "camera_gain" in name}
     for block in model.blocks:
-        gains = {p for name, p in block.self_attn.named_parameters() if name == "camera_gain"}
-        for part in (block.self_attn, block.cross_attn, block.ffn):
-            fully_shard(part, mesh=mesh, mp_policy=policy, ignored_params=gains)
-        register_fsdp_forward_method(block.self_attn, "learned_phases")
-        register_fsdp_forward_method(block.cross_attn, "prepare")
-        inside |= {p for part in (block.self_attn, block.cross_attn, block.ffn) for p in part.parameters()} - gains
-    rest = {p for p in model.parameters() if p not in inside}
-    for parameter in rest:
-        if not parameter.requires_grad:
-            parameter.data = parameter.data.to(dtype)
+        fully_shard(block, mesh=mesh, mp_policy=policy, ignored_params=rest)
+        for method in ("learned_phases", "cross_keys"):  # what runs of a block before its forward
+            register_fsdp_forward_method(block, method)
     fully_shard(model, mesh=mesh, mp_policy=policy, ignored_params=rest)
     register_fsdp_forward_method(model, "prepare")
     for module in model.modules():
         if isinstance(module, FSDPModule):
             module.set_gradient_divide_factor(1.0)  # losses carry global denominators: sum, do not average
             module.set_force_sum_reduction_for_comms(True)  # gloo knows no scaled sum
-
-
-def _whole(value: Tensor) -> Tensor:
-    return value.full_tensor() if isinstance(value, DTensor) else value
-
-
-def _like(whole: Tensor, target: Tensor) -> Tensor:
-    """``whole``, sharded as ``target`` is."""
-    if not isinstance(target, DTensor):
-        return whole
-    return distribute_tensor(whole.to(target.device), target.device_mesh, target.placements)
-
-
-@torch.no_grad()
-def _copy_whole(values: Mapping[str, Tensor], into: Mapping[str, Tensor], what: str) -> None:
-    wrong = [name for name in into if name not in values or values[name].shape != into[name].shape]
-    if wrong or len(values) != len(into):
-        raise CheckpointError(f"{what} does not fit this model: {', '.join(wrong[:3]) or 'unexpected names'}")
-    for name, target in into.items():
-        target.copy_(_like(values[name], target))

@@ -42,9 +42,9 @@ class ReplicatedEngine(WholeParameters):
             self._updated()
         return float(norm)
 
-    def snapshot(self) -> Snapshot:
+    def snapshot(self, keep: bool = True) -> Snapshot:
         """Copies on the CPU."""
-        return self._snapshot(optimizer_state(self.optimizer, self._masters.values))
+        return self._snapshot(optimizer_state(self.optimizer, self._masters.values), keep)
 
     def restore(self, snapshot: Snapshot) -> None:
         """Take over a snapshot; raises CheckpointError if names or shapes differ."""

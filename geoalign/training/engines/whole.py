@@ -8,11 +8,9 @@ import torch
 from torch import Tensor, nn
 
 from geoalign.config.training import OptimConfig
-from geoalign.training.checkpoint import copy_strictly
 from geoalign.training.masters import MasterWeights, MovingAverage
-from geoalign.training.optim import on_cpu
 from geoalign.training.ranks import Ranks
-from geoalign.training.snapshot import Snapshot
+from geoalign.training.snapshot import Snapshot, copy_strictly, whole_on_cpu
 
 
 class WholeParameters:
@@ -61,10 +59,9 @@ class WholeParameters:
         self._average.update()
         self._masters.publish()
 
-    def _snapshot(self, optimizer: Mapping[str, Mapping[str, Tensor]]) -> Snapshot:
-        values = {name: value.detach() for name, value in self._masters.values.items()}
-        states = {name: on_cpu(entry) for name, entry in optimizer.items()}
-        return Snapshot(on_cpu(values), on_cpu(self._average.state()), states)
+    def _snapshot(self, optimizer: Mapping[str, Mapping[str, Tensor]], keep: bool) -> Snapshot:
+        states = {name: whole_on_cpu(entry) for name, entry in optimizer.items() if keep}
+        return Snapshot(whole_on_cpu(self._masters.values, keep), whole_on_cpu(self._average.state(), keep), states)
 
     def _restore_values(self, snapshot: Snapshot) -> None:
         copy_strictly(snapshot.values, self._masters.values, "checkpoint")

@@ -16,11 +16,10 @@ from torch import Tensor, nn
 
 from geoalign.config.training import OptimConfig
 from geoalign.errors import ConfigError
-from geoalign.training.checkpoint import copy_strictly
 from geoalign.training.engines.whole import WholeParameters
 from geoalign.training.optim import build_adamw
 from geoalign.training.ranks import Ranks
-from geoalign.training.snapshot import Snapshot
+from geoalign.training.snapshot import Snapshot, copy_strictly, whole_on_cpu
 
 _MOMENTS = ("exp_avg", "exp_avg_sq")
 
@@ -56,7 +55,7 @@ class DeepSpeedEngine(WholeParameters):
         self._updated()
         return float(self._engine.get_global_grad_norm())
 
-    def snapshot(self) -> Snapshot:
+    def snapshot(self, keep: bool = True) -> Snapshot:
         """Copies on the CPU, gathered from the shards."""
         from deepspeed.utils import safe_get_full_optimizer_state
 
@@ -66,8 +65,9 @@ class DeepSpeedEngine(WholeParameters):
             step = next(iter(self.optimizer.state.values()))["step"]
             for name, value in self._masters.values.items():
                 moments: dict[str, Any] = {key: safe_get_full_optimizer_state(value, key) for key in _MOMENTS}
-                optimizer[name] = {"step": step, **moments}
-        return self._snapshot(optimizer)
+                if keep:
+                    optimizer[name] = whole_on_cpu({"step": step, **moments})
+        return self._snapshot(optimizer, keep)
 
     def restore(self, snapshot: Snapshot) -> None:
         """Take over a snapshot; raises CheckpointError if names or shapes differ."""
