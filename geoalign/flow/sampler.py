@@ -24,8 +24,21 @@ from geoalign_kernels import FlowStep, NoiseKey, flow_log_prob, flow_step, philo
 SDE_STREAM = 0
 INITIAL_NOISE_STREAM = 1
 
-WindowObserver = Callable[[int, slice, Tensor], None]
-"""observer(window position, rows, log_prob [rows] with the graph of the rollout's own forward)."""
+
+class ObservedStep(NamedTuple):
+    """One window forward of a rollout, as an observer gets it."""
+
+    position: int
+    """Of the window step, 0..K-1."""
+    rows: slice
+    """All rows that the forward served."""
+    log_prob: Tensor
+    """[rows], with the graph of the rollout's own forward."""
+    passes: int
+    """Network passes of that forward, summed over its samples."""
+
+
+WindowObserver = Callable[[ObservedStep], None]
 
 
 class ReplayStep(NamedTuple):
@@ -242,15 +255,15 @@ class FlowSampler:
         run.x_start[lanes] = x
         with phase("rollout/window"):
             velocity = self._window_velocity(run, x, first, cond).map(lambda v: _repeat(_working(v), per_lane))
-            rows = slice(lanes.start * per_lane, lanes.stop * per_lane)
-            return rows, *self._stochastic(run, 0, _repeat(x, per_lane), velocity, rows)
+            rows, passes = slice(lanes.start * per_lane, lanes.stop * per_lane), velocity.passes * x.shape[0]
+            return rows, *self._stochastic(run, 0, _repeat(x, per_lane), velocity, rows, passes)
 
     def _finish(self, run: _Run, cond: Condition, x: Tensor, m_prev: Tensor | None, rows: slice) -> None:
         """The other window steps and the deterministic tail of some rows."""
         with phase("rollout/window"):
             for position, step in enumerate(self._window_steps[1:], start=1):
                 velocity = self._window_velocity(run, x, step, cond)
-                x, m_prev = self._stochastic(run, position, x, velocity, rows)
+                x, m_prev = self._stochastic(run, position, x, velocity, rows, velocity.passes * x.shape[0])
         tail = range(self._window_steps.stop, self.table.num_steps)
         with phase("rollout/tail"):
             run.final[rows] = self._ode(run.phases.tail, x, m_prev, tail, cond, run.forwards, "tail")
@@ -259,12 +272,16 @@ class FlowSampler:
         with torch.set_grad_enabled(self.window_grad or run.observer is not None):
             velocity = self._velocity(run.phases.window, x, step, cond)
         run.forwards["window"] += x.shape[0] * velocity.passes
-        return velocity
+        # Without an observer nobody needs the graph, which would stay alive through the next forward.
+        return velocity if run.observer is not None else velocity.map(Tensor.detach)
 
     def _stochastic(
-        self, run: _Run, position: int, x: Tensor, velocity: Velocity, rows: slice
+        self, run: _Run, position: int, x: Tensor, velocity: Velocity, rows: slice, passes: int
     ) -> tuple[Tensor, Tensor | None]:
-        """One stochastic step: stores state and log-probability, returns state and history."""
+        """One stochastic step: stores state and log-probability, returns state and history.
+
+        ``passes`` were spent on ``velocity``, which may be one forward repeated for several rows.
+        """
         step = self._window_steps[position]
         key = NoiseKey(run.seed, run.iteration, run.groups[rows], run.members[rows], step, SDE_STREAM)
         fixed = velocity.map(Tensor.detach)
@@ -273,7 +290,8 @@ class FlowSampler:
         run.x_next[position, rows] = taken.x_next
         run.log_prob[rows, position] = taken.log_prob
         if run.observer is not None:
-            run.observer(position, rows, self._log_prob(x, velocity, taken.x_next, step))
+            log_prob = self._log_prob(x, velocity, taken.x_next, step)
+            run.observer(ObservedStep(position, rows, log_prob, passes))
         return taken.x_next, self._history(x, fixed, step)
 
     @torch.no_grad()

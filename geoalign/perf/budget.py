@@ -39,6 +39,7 @@ class Plan:
         keep_attention: attention outputs saved, everything else recomputed in the backward.
         checkpoint: blocks are recomputed in the backward; False saves all activations.
         stream_backward: the backward starts from the rollout's graph; no learner forward (one update per rollout).
+        replay_first: with it, a first window step that serves a group is replayed, so that no graph waits for rewards.
         hide_host: host code of the rewards off the critical path.
         int8_attention: int8 scores in steps outside the window.
         guidance: forwards per velocity (2 with classifier-free guidance), in rollout and learner.
@@ -51,6 +52,7 @@ class Plan:
     keep_attention: bool = False
     checkpoint: bool = True
     stream_backward: bool = False
+    replay_first: bool = False
     hide_host: bool = False
     int8_attention: bool = False
     guidance: int = 1
@@ -103,11 +105,14 @@ def count_passes(walk: Walk, conditions: int, group_size: int, updates: int, pla
     lanes = conditions if plan.share_prefix else rows
     first = conditions * updates if plan.merge_first else rows
     learned = first + rows * (walk.window - 1)
+    replayed = learned
+    if plan.stream_backward:
+        replayed = conditions if plan.replay_first and plan.merge_first and group_size > 1 else 0
     return PassCount(
         prefix=guidance * lanes * walk.prefix,
         window=guidance * (lanes + rows * (walk.window - 1)),
         tail=guidance * rows * walk.tail,
-        replay=0 if plan.stream_backward else guidance * learned,
+        replay=guidance * replayed,
         recompute=guidance * learned if plan.checkpoint else 0,
         backward=guidance * learned,
         reference=guidance * learned if plan.reference else 0,
@@ -215,7 +220,12 @@ LEVERS: tuple[Lever, ...] = (
     Lever("shared prefix and first window forward", "EXACT", plan={"share_prefix": True}),
     Lever("merged first learner step", "EXACT", plan={"merge_first": True}),
     Lever("reward host work off the critical path", "EXACT", plan={"hide_host": True}),
-    Lever("backward streamed from the rollout", "EXACT", plan={"stream_backward": True}, one_update=True),
+    Lever(
+        "backward streamed from the rollout",
+        "EXACT",
+        plan={"stream_backward": True, "replay_first": True},
+        one_update=True,
+    ),
     Lever("int8 attention outside the window", "CHANGES", plan={"int8_attention": True}),
     Lever("int8 frozen linears", "CHANGES", execution={"int8_linear": True}),
     Lever("coarser tail (MixGRPO-Flash)", "CHANGES", coarse_tail=True),

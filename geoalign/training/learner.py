@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -64,7 +64,7 @@ class Learner:
             prepared: its M conditions.
             advantage: ``[R]``.
             valid: ``[R]`` bool.
-            stream: the rollout's own backward; nothing is replayed.
+            stream: the rollout's own backward; only what it left is replayed.
 
         Returns:
             Metrics: ratio statistics of all updates, loss, gradient norm, and log-probability parity before the first.
@@ -72,17 +72,18 @@ class Learner:
         self.passes.clear()
         stats = RatioStats.empty(advantage.device)
         numbers: dict[str, float] = {"policy/skipped_updates": 0.0}
-        part_of_row = torch.arange(rollout.num_rows, device=valid.device) % rollout.group_size
-        part_of_row = part_of_row * self.updates // rollout.group_size
+        part_of_row = torch.arange(rollout.num_rows) % rollout.group_size * self.updates // rollout.group_size
         for part in range(self.updates):
             mine = part_of_row == part
-            count = self.ranks.sum(float((valid & mine).sum())) * rollout.num_window_steps
-            share = _Share(advantage, valid & mine, valid, mine, max(count, 1.0), self.objective)
+            keep = valid & mine.to(valid.device)
+            count = self.ranks.sum(float(keep.sum())) * rollout.num_window_steps
+            share = _Share(advantage, keep, valid, mine, max(count, 1.0), self.objective)
             self.engine.begin()
-            if stream is not None:
-                result = self._stream(sampler, stream, rollout, share)
+            if stream is None:
+                result = self._replay(sampler, rollout, prepared, share, range(rollout.num_window_steps))
             else:
-                result = self._replay(sampler, rollout, prepared, share)
+                result = self._replay(sampler, rollout, prepared, share, sorted(stream.left))
+                self._stream(sampler, stream, rollout, share, result)
             with phase("update/optimizer"):
                 norm = self.engine.step()
             if part == 0:
@@ -94,8 +95,10 @@ class Learner:
                 numbers["policy/reference_kl"] = self.ranks.sum(float(result.kl)) / max(count, 1.0)
         return numbers | {f"policy/{name}": value for name, value in stats.summary().items()}
 
-    def _replay(self, sampler: FlowSampler, rollout: Rollout, prepared: Prepared, share: _Share) -> _Result:
-        """Sum gradients over the window.
+    def _replay(
+        self, sampler: FlowSampler, rollout: Rollout, prepared: Prepared, share: _Share, positions: Sequence[int]
+    ) -> _Result:
+        """Sum gradients over some window steps.
 
         The first window step runs once per condition and serves all members (merged first learner step); the others
         run the rows of this update only.
@@ -104,8 +107,8 @@ class Learner:
         if not self.merge_first and rollout.shared:
             rollout = replace(rollout, x_start=rollout.x_start.repeat_interleave(rollout.group_size, 0))
         result = _Result.zero(share.advantage.device)
-        targets = self._reference_velocities(sampler, rollout, prepared, share)
-        for position, rows, forwards in self._batches(sampler, rollout, share):
+        targets = self._reference_velocities(sampler, rollout, prepared, share, positions)
+        for position, rows, forwards in self._batches(sampler, rollout, share, positions):
             with phase("update/forward"):
                 replayed = sampler.replay(self.policy.velocity, rollout, position, prepared, rows)
                 old = rollout.log_prob[rows, position]
@@ -117,22 +120,21 @@ class Learner:
             with phase("update/backward"):
                 self.engine.backward(loss)
             self.passes.update(replay=forwards * replayed.velocity.passes, backward=forwards * replayed.velocity.passes)
-            # Rows that failed carry zeros instead of states; a NaN of a valid row must not be lost in a maximum.
-            difference = torch.where(share.valid[rows], replayed.log_prob.detach() - old, 0.0).abs()
-            result.drift = torch.maximum(result.drift, difference.max().float())
-            result.add(loss, output)
+            result.add(loss, output, share.drift(replayed.log_prob, old, rows))
         return result
 
-    def _batches(self, sampler: FlowSampler, rollout: Rollout, share: _Share) -> Iterator[tuple[int, slice, int]]:
+    def _batches(
+        self, sampler: FlowSampler, rollout: Rollout, share: _Share, positions: Sequence[int]
+    ) -> Iterator[tuple[int, slice, int]]:
         """(window position, rows, forwards) of the batches that hold rows of this update."""
-        for position in range(rollout.num_window_steps):
+        for position in positions:
             per_lane = rollout.num_rows // rollout.state(position).shape[0]
             for rows in sampler.replay_batches(rollout, position):
                 if bool(share.mine[rows].any()):
                     yield position, rows, (rows.stop - rows.start) // per_lane
 
     def _reference_velocities(
-        self, sampler: FlowSampler, rollout: Rollout, prepared: Prepared, share: _Share
+        self, sampler: FlowSampler, rollout: Rollout, prepared: Prepared, share: _Share, positions: Sequence[int]
     ) -> Iterator[Velocity] | None:
         """The reference's velocities of every batch, in order; None without a KL term.
 
@@ -143,36 +145,35 @@ class Learner:
         velocities = []
         with phase("update/reference"), torch.no_grad(), self.reference.in_place():
             fixed = self.policy.prepare(prepared.conditioning)
-            for position, rows, forwards in self._batches(sampler, rollout, share):
+            for position, rows, forwards in self._batches(sampler, rollout, share, positions):
                 velocity = sampler.replay(self.policy.velocity, rollout, position, fixed, rows).velocity
                 self.passes.update(reference=forwards * velocity.passes)
                 velocities.append(velocity)
         return iter(velocities)
 
-    def _stream(self, sampler: FlowSampler, stream: StreamingBackward, rollout: Rollout, share: _Share) -> _Result:
-        """The backward that the rollout left behind; the ratio is 1, so old and new are one tensor."""
+    def _stream(
+        self, sampler: FlowSampler, stream: StreamingBackward, rollout: Rollout, share: _Share, result: _Result
+    ) -> None:
+        """Add the backward that the rollout left behind; its log-probabilities are old and new at once."""
         weights = loss_weights(sampler.table, self.objective).tolist()
-        result, total = _Result.zero(share.advantage.device), torch.zeros((), device=share.advantage.device)
+        total = torch.zeros((), device=share.advantage.device)
         with phase("update/backward"):
-            for position, rows, log_prob in stream.graphs():
+            for position, rows, log_prob, passes in (*stream.graphs, *stream.done):
                 output = share.surrogate(log_prob, log_prob.detach(), rows, weights[position])
-                total = total + output.loss
-                result.add(output.loss, output)
-                merged = position == 0 and rollout.shared
-                self.passes.update(backward=(rows.stop - rows.start) // (rollout.group_size if merged else 1))
+                if log_prob.requires_grad:
+                    total = total + output.loss
+                result.add(output.loss, output, share.drift(log_prob, rollout.log_prob[rows, position], rows))
+                self.passes.update(backward=passes)
             if total.requires_grad:
                 self.engine.backward(total)
-            for position, row, log_prob in stream.finished():
-                output = share.surrogate(log_prob, log_prob, slice(row, row + 1), weights[position])
-                result.add(output.loss, output)
-                self.passes.update(backward=1)
-            self.engine.accumulate(stream.combine(-share.gain / share.denominator))
-        return result
+            if stream.gradients is not None:
+                self.engine.accumulate(stream.gradients.combine(-share.gain / share.denominator))
+        stream.drop()
 
 
 @dataclass(frozen=True, slots=True)
 class _Share:
-    """What one optimizer update takes of a rollout, per row: ``keep`` = ``valid`` and ``mine``."""
+    """What one optimizer update takes of a rollout, per row: ``keep`` = ``valid`` and ``mine``; that is on the host."""
 
     advantage: Tensor
     keep: Tensor
@@ -197,6 +198,10 @@ class _Share:
             denominator=self.denominator,
             valid=self.keep[rows],
         )
+
+    def drift(self, log_prob: Tensor, old: Tensor, rows: slice) -> Tensor:
+        """Largest difference of new and old among valid rows; those that failed carry zeros instead of states."""
+        return torch.where(self.valid[rows], log_prob.detach() - old, 0.0).abs().max().float()
 
     def kl(
         self, velocity: Velocity, reference: Velocity, sampler: FlowSampler, position: int, rows: slice, weight: float
@@ -225,6 +230,7 @@ class _Result:
         zero = torch.zeros((), device=device)
         return _Result(zero, zero, zero, RatioStats.empty(device))
 
-    def add(self, loss: Tensor, output: LossOutput) -> None:
-        """Add one batch."""
+    def add(self, loss: Tensor, output: LossOutput, drift: Tensor) -> None:
+        """Add one batch; a drift that is NaN stays."""
         self.loss, self.stats = self.loss + loss.detach(), self.stats + output.stats
+        self.drift = torch.maximum(self.drift, drift)

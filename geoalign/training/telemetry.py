@@ -25,6 +25,7 @@ def plan_of(config: Config) -> Plan:
         checkpoint=levers.recompute != "none",
         keep_attention=levers.recompute == "keep_attention",
         stream_backward=levers.streaming != "off",
+        replay_first=levers.streaming in ("device", "host"),
         guidance=2 if config.flow.guidance > 1 else 1,
         reference=config.objective.kl_weight > 0,
     )

@@ -27,7 +27,7 @@ from geoalign.training.learner import Learner
 from geoalign.training.optim import set_learning_rate
 from geoalign.training.ranks import LocalRanks, Placement, Ranks, gather_scores
 from geoalign.training.setup import ready
-from geoalign.training.streaming import StreamingBackward
+from geoalign.training.streaming import RowGradients, StreamingBackward
 from geoalign.training.telemetry import WorkMeter
 from geoalign.types import RetakeBatch
 from geoalign_kernels import philox_uniform
@@ -87,6 +87,10 @@ class Trainer:
             config.optim.updates_per_rollout,
             config.levers.merge_first_step,
             parts.reference,
+        )
+        mode = config.levers.streaming
+        self._row_gradients = (
+            RowGradients(self.engine.trained, self.place.rows.numel(), mode) if mode in ("device", "host") else None
         )
         self.meter = WorkMeter(config, self.place, self.device)
         self.clock = PhaseTimer(self.device)
@@ -151,15 +155,17 @@ class Trainer:
         )
 
     def _stream(self, sampler: FlowSampler) -> StreamingBackward | None:
-        mode = self.config.levers.streaming
-        if mode == "off":
+        if self.config.levers.streaming == "off":
             return None
         weights = loss_weights(sampler.table, self.config.objective).tolist()
-        return StreamingBackward(self.engine.trained, weights, None if mode == "graphs" else mode)
+        return StreamingBackward(self.engine.trained, weights, self._row_gradients)
 
     def _held(self, stream: StreamingBackward | None) -> StreamingBackward | None:
         """The stream, unless the backward of some rank's graphs would spread a NaN: then all ranks replay zeros."""
-        if stream is None or self.ranks.maximum(float(stream.poisoned)):
+        if stream is None:
+            return None
+        if self.ranks.maximum(float(stream.poisoned)):
+            stream.drop()
             return None
         return stream
 
@@ -206,9 +212,9 @@ class Trainer:
             return advantage
         return Advantage(self._shuffled(advantage.values), advantage.per_key, advantage.metrics)
 
-    def state(self) -> TrainState:
-        """Everything a checkpoint holds; a collective."""
-        return TrainState(self.iteration, self.engine.snapshot(), dict(self.notes))
+    def state(self, keep: bool = True) -> TrainState:
+        """Everything a checkpoint holds; a collective, of which ranks without ``keep`` get no tensors."""
+        return TrainState(self.iteration, self.engine.snapshot(keep), dict(self.notes))
 
     def load(self, state: TrainState) -> None:
         """Continue from a checkpoint; raises CheckpointError if it does not fit."""

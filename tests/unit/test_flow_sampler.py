@@ -12,7 +12,7 @@ from geoalign.config.flow import FlowConfig, ObjectiveConfig
 from geoalign.errors import UsageError
 from geoalign.flow.policy import PhasedPolicy
 from geoalign.flow.rollout import ForwardCount, Rollout
-from geoalign.flow.sampler import FlowSampler, initial_noise
+from geoalign.flow.sampler import FlowSampler, ObservedStep, initial_noise
 from geoalign.flow.table import StepTable, StepWindow, build_step_table
 from geoalign.rl.objective import clipped_surrogate, loss_weights
 
@@ -221,9 +221,10 @@ def test_streamed_gradients_combine_to_the_first_update() -> None:
     advantage = torch.linspace(-1.5, 2.0, CONDITIONS * GROUP, dtype=torch.float64)
     buffers: dict[int, list[Tensor]] = {}
 
-    def observer(position: int, rows: slice, log_prob: Tensor) -> None:
-        for local, row in enumerate(range(rows.start, rows.stop)):
-            grads = torch.autograd.grad(weights[position] * log_prob[local], parameters, retain_graph=True)
+    def observer(step: ObservedStep) -> None:
+        for local, row in enumerate(range(step.rows.start, step.rows.stop)):
+            loss = weights[step.position] * step.log_prob[local]
+            grads = torch.autograd.grad(loss, parameters, retain_graph=True)
             known = buffers.get(row, [torch.zeros_like(g) for g in grads])
             buffers[row] = [k + g for k, g in zip(known, grads, strict=True)]
 
