@@ -191,6 +191,11 @@ class DataConfig(Section):
     """The preparation cache."""
 
     @property
+    def video(self) -> tuple[int, int, int]:
+        """Frames, height and width."""
+        return self.num_frames, self.height, self.width
+
+    @property
     def clips_path(self) -> Path:
         """Folder of the clips."""
         return self.root / self.clips.path

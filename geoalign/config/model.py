@@ -66,6 +66,14 @@ class ModelConfig(Section):
     data_variance: float | None = Field(None, gt=0)
     """Output preconditioning: variance of the data, or None when the network output is the velocity itself (Wan)."""
 
+    def tokens(self, frames: int, height: int, width: int) -> tuple[int, int]:
+        """Target and source tokens of a video of that many frames and pixels."""
+        time, rows, columns = self.patch
+        latent_frames = (frames - 1) // self.time_stride + 1
+        plane = (height // self.space_stride // rows) * (width // self.space_stride // columns)
+        target = (latent_frames - self.first_frame_given) // time * plane
+        return target, latent_frames // time * plane if self.source == "frames" else 0
+
     @property
     def head_dim(self) -> int:
         """Channels of one attention head."""

@@ -14,6 +14,7 @@ if TYPE_CHECKING:  # the benchmarks run where pydantic is not installed
     from geoalign.config.model import ModelConfig
 
 Kernels = Literal["eager", "compiled", "fused"]
+Saved = Literal["inputs", "attention", "all"]
 
 _TERA, _GIGA = 1e12, 1e9
 _BF16_BYTES, _LSE_BYTES = 2, 4
@@ -25,6 +26,8 @@ _COMPILED_TRAFFIC = 2.1
 _BACKWARD_OF_ATTENTION = 2.5
 """FLOPs of the attention backward over its forward: five matrix products for two (FlashAttention-2)."""
 _BACKWARD_OF_ELEMENTWISE = 2.0
+_KEPT_BY_EAGER, _HELD_BY_BACKWARD = 27.2, 36.0
+"""In bf16 [tokens, dim] tensors: kept per block without recomputation, and alive while one block goes backward."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -145,17 +148,14 @@ class TransformerCost:
     @classmethod
     def of(cls, model: ModelConfig, frames: int, height: int, width: int) -> Self:
         """The work of `model` on videos of that many frames and pixels."""
-        time, rows, columns = model.patch
-        latent_frames = (frames - 1) // model.time_stride + 1
-        plane = (height // model.space_stride // rows) * (width // model.space_stride // columns)
-        target = (latent_frames - model.first_frame_given) // time * plane
+        target, source = model.tokens(frames, height, width)
         return cls(
             dim=model.dim,
             heads=model.heads,
             ffn_dim=model.ffn_dim,
             layers=model.layers,
             target_tokens=target,
-            source_tokens=latent_frames // time * plane if model.source == "frames" else 0,
+            source_tokens=source,
             context_tokens=model.text_length + (_CLIP_TOKENS if model.image_dim else 0),
             # Rotated pairs of a head apart from those of the time axis.
             phase_channels=model.heads * 2 * (model.head_dim // 6) if model.camera == "learned" else 0,
@@ -271,13 +271,29 @@ class TransformerCost:
             elementwise=kept * traffic,
         )
 
-    def activation_bytes(self, saved: Literal["inputs", "attention", "all"]) -> float:
-        """Bytes of saved activations of one sample.
+    def activation_bytes(self, saved: Saved) -> float:
+        """Bytes that the graph of one sample's forward keeps, with bf16 matrices and a pruned last block.
 
-        `inputs`: block inputs only; `attention`: also attention outputs and their log-sum-exp; `all`: no recomputation.
+        `inputs`: what enters the blocks and the head, in float32; `attention`: also attention outputs and their
+        log-sum-exp; `all`: no recomputation, eager blocks (counted, see `tests/unit/test_perf_memory.py`).
         """
-        stream, log_sum_exp = self.layers * self.stream_bytes, self.layers * self.heads * self.tokens * _LSE_BYTES
-        return {"inputs": stream, "attention": 2 * stream + log_sum_exp, "all": 20.8 * stream}[saved]
+        stream, targets = self.stream_bytes, self.target_tokens / self.tokens
+        if saved == "all":
+            return _KEPT_BY_EAGER * self.layers * stream
+        attention = stream + self.heads * self.tokens * _LSE_BYTES
+        inputs = 2 * stream * (self.layers + targets)
+        return inputs + (self.layers - 1 + targets) * attention * (saved == "attention")
+
+    def block_backward_bytes(self) -> float:
+        """Most bytes that the recomputation and backward of one eager block hold beside the kept graph (counted)."""
+        return _HELD_BY_BACKWARD * self.stream_bytes
+
+    def condition_bytes(self, *, phases: bool) -> float:
+        """Bytes kept with one condition: source and camera tokens, cross-attention keys and values, float32 phases."""
+        tokens = self.dim * self.source_tokens + self.dim * self.tokens * self.adapter
+        keys = 2 * self.layers * self.dim * self.context_tokens
+        angles = self.layers * self.tokens * self.phase_channels * phases
+        return float(_BF16_BYTES * (tokens + keys) + 4 * angles)
 
     @property
     def _unused_share(self) -> float:

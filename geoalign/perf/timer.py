@@ -33,14 +33,16 @@ class PhaseTimer:
     def __init__(self, device: torch.device | str = "cpu") -> None:
         self._cuda = torch.device(device).type == "cuda"
         self._depth = 0
-        self._started = time.perf_counter()
+        self._started, self._between = time.perf_counter(), 0.0
         self._seconds: dict[str, float] = defaultdict(float)
         self._outermost = 0.0
         self._events: list[tuple[str, bool, torch.cuda.Event, torch.cuda.Event]] = []
 
     @contextlib.contextmanager
     def active(self) -> Iterator[PhaseTimer]:
-        """Let :func:`phase` find this timer inside the block, in this thread."""
+        """Let :func:`phase` find this timer inside the block, in this thread; the iteration's clock starts here."""
+        now = time.perf_counter()
+        self._between, self._started = now - self._started, now
         token = _active.set(self)
         try:
             yield self
@@ -62,8 +64,9 @@ class PhaseTimer:
     def collect(self) -> dict[str, float]:
         """Return ``time/<phase>_s`` for every phase, ``time/iteration_s`` and ``time/other_s``, and start anew.
 
-        ``time/iteration_s`` is the wall time since the last collection (or construction); ``time/other_s`` is the part
-        of it outside all phases: idle time and unnamed work.
+        ``time/iteration_s`` is the wall time since :meth:`active` (without it, since the last collection or
+        construction); ``time/other_s`` is the part of it outside all phases: idle time and unnamed work.
+        ``time/between_s`` went by before :meth:`active`: set-up, evaluation, checkpoints.
         """
         if self._cuda:
             torch.cuda.synchronize()
@@ -74,7 +77,8 @@ class PhaseTimer:
         result = {f"time/{name}_s": seconds for name, seconds in self._seconds.items()}
         result["time/iteration_s"] = wall
         result["time/other_s"] = max(wall - self._outermost, 0.0)
-        self._started, self._outermost = now, 0.0
+        result["time/between_s"] = self._between
+        self._started, self._between, self._outermost = now, 0.0, 0.0
         self._seconds.clear()
         self._events.clear()
         return result

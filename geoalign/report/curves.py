@@ -47,7 +47,9 @@ def phases_section(run: Run) -> str:
     """Show mean seconds of the finest phases; a phase that contains others is left out of the bar."""
     names = [key.removeprefix("time/").removesuffix("_s") for key in run.metric_keys("time/")]
     leaves = [
-        name for name in names if name != "iteration" and not any(other.startswith(name + "/") for other in names)
+        name
+        for name in names
+        if name not in ("iteration", "between") and not any(other.startswith(name + "/") for other in names)
     ]
     means = {name: _mean(run.series(f"time/{name}_s")[1]) for name in leaves}
     ranked = sorted(((name, value) for name, value in means.items() if value > 0), key=lambda item: -item[1])

@@ -12,6 +12,7 @@ from geoalign.errors import UsageError
 from geoalign.io_utils import atomic_write_json
 from geoalign.perf.budget import Ladder, Plan, Run, Walk, climb
 from geoalign.perf.cost import DEVICES, TransformerCost, VideoCost, video_cost
+from geoalign.perf.memory import reward_models
 
 if TYPE_CHECKING:
     from geoalign.config.schema import Config
@@ -73,7 +74,7 @@ def run_budget(args: argparse.Namespace) -> int:
 
 def describe(config: Config) -> tuple[Run, Run, list[str]]:
     """The run of a configuration on the full grid, the same with the coarser tail, and the rewards without a model."""
-    transformer = TransformerCost.of(config.model, config.data.num_frames, config.data.height, config.data.width)
+    transformer = TransformerCost.of(config.model, *config.data.video)
     video, left_out = _video(config)
     ratio = config.flow.tail_ratio if config.flow.tail_ratio < 1 else COARSE_TAIL
     full, coarse = (
@@ -108,12 +109,8 @@ def _walks(config: Config, tail_ratio: float) -> dict[Walk, int]:
 def _video(config: Config) -> tuple[VideoCost, list[str]]:
     if config.codec.kind != "wan_vae":
         return VideoCost(decode=0.0, encode=0.0, scorers={}, host_seconds=0.0), sorted(config.rewards)
-    scorers, left_out = [], []
-    for name, reward in config.rewards.items():
-        scorer = reward.options.get("evaluator", "") if reward.kind == "geometry" else reward.kind
-        (scorers if scorer in ("mapanything", "hpsv3", "videoalign") else left_out).append(scorer or name)
-    data = config.data
-    return video_cost(data.num_frames, data.height, data.width, tuple(dict.fromkeys(scorers))), left_out
+    scorers, left_out = reward_models(config)
+    return video_cost(*config.data.video, scorers), left_out
 
 
 def _numbers(run: Run, coarse: Run, ladder: Ladder, device: str, devices: int, guidance: int) -> dict[str, Any]:

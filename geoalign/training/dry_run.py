@@ -12,6 +12,7 @@ from geoalign.config.schema import Config
 from geoalign.flow.table import StepWindow, build_step_table
 from geoalign.models.dit import RetakeDiT
 from geoalign.perf.budget import Walk, count_passes
+from geoalign.perf.memory import predict_memory
 from geoalign.rl.window import WindowSchedule
 from geoalign.training.optim import freeze_all_but
 from geoalign.training.telemetry import plan_of
@@ -41,6 +42,7 @@ def describe_run(config: Config) -> Mapping[str, object]:
         "rewards": ", ".join(f"{name} ({reward.kind})" for name, reward in config.rewards.items()) or "none",
         "execution": _execution(config),
         "processes": _processes(config),
+        "memory": _memory(config, total, moving),
         "iterations": f"{config.train.iterations} (`geoalign budget` predicts the hours)",
     }
 
@@ -63,8 +65,26 @@ def _execution(config: Config) -> str:
     return ", ".join(parts) + (f"; CHANGES samples: {', '.join(approximate)}" if approximate else "; all EXACT")
 
 
+def _memory(config: Config, parameters: int, trained: int) -> str:
+    if config.run.device == "cpu":
+        return "that of a small model; predicted for GPUs only"
+    matrix_bytes = 4 if config.run.dtype == "float32" else 2
+    plan = predict_memory(config, parameters, trained, _world_size(), matrix_bytes=matrix_bytes)
+    parts = ", ".join(f"{name} {_gb(size)}" for name, size in plan.device.items() if size)
+    host = "".join(f"; page-locked on the host: {name} {_gb(size)}" for name, size in plan.host.items())
+    return f"{_gb(plan.device_total)} a process, predicted, without video decoder and workspaces: {parts}{host}"
+
+
+def _gb(size: float) -> str:
+    return f"{size / 1e9:.1f} GB" if size >= 1e8 else f"{size / 1e6:.1f} MB"
+
+
+def _world_size() -> int:
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
 def _processes(config: Config) -> str:
-    size, parallel = int(os.environ.get("WORLD_SIZE", "1")), config.parallel
+    size, parallel = _world_size(), config.parallel
     share = place_groups(config.groups.conditions, config.groups.size, size, parallel.sequence)
     shared = f", {parallel.sequence} ranks share each video" if parallel.sequence > 1 else ""
     rollouts = f"{share.groups} groups x {share.members} rollouts each"

@@ -83,8 +83,7 @@ class WorkMeter:
 
     def _model_flops(self, spent: PassCount) -> float:
         """Arithmetic of the network, repeated forwards left out; ranks that share tokens do a part each."""
-        data = self.config.data
-        work = TransformerCost.of(self.config.model, data.num_frames, data.height, data.width)
+        work = TransformerCost.of(self.config.model, *self.config.data.video)
         forwards = spent.forwards - spent.recompute
         total = forwards * work.forward_flops() + spent.backward * work.backward_flops()
         return total / self.config.parallel.sequence

@@ -119,16 +119,6 @@ def test_every_execution_lever_saves_time(device) -> None:  # type: ignore[no-un
     assert cost.backward(device, FASTEST).total < cost.backward(device, Execution()).total
 
 
-def test_activation_bytes() -> None:
-    """Block inputs of 30 blocks are 30 bf16 tensors; attention adds its outputs and one float32 per head and token."""
-    cost = TransformerCost()
-    tensor = 65520 * 1536 * 2
-    assert cost.stream_bytes == tensor
-    assert cost.activation_bytes("inputs") == 30 * tensor
-    assert cost.activation_bytes("attention") == 60 * tensor + 30 * 12 * 65520 * 4
-    assert cost.activation_bytes("all") > 8 * cost.activation_bytes("attention")
-
-
 def test_pass_counts_by_hand() -> None:
     """12 members, 12 steps, window of 4 at step 3."""
     walk = Walk(3, 4, 5)
