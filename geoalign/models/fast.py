@@ -5,11 +5,13 @@ from __future__ import annotations
 import copy
 from collections.abc import Sequence
 from dataclasses import replace
+from typing import cast
 
 from torch import nn
 
 from geoalign.errors import ConfigError
 from geoalign.models.dit import RetakeDiT
+from geoalign.models.layers import Block
 from geoalign_kernels import ProbedInt8Attention
 from geoalign_kernels.ops.attention.probe import Mode
 
@@ -38,6 +40,22 @@ def fast_twin(model: RetakeDiT, *, attention: Sequence[Mode], threshold: float, 
     if linears:
         _quantise(twin)
     return twin
+
+
+def attention_modes(twin: RetakeDiT) -> list[Mode] | None:
+    """What the probe chose for each block of ``twin``; None while it has yet to measure one, or without a probe."""
+    modes = [block.self_attn.mode for block in twin.blocks]
+    return None if None in modes else cast(list[Mode], modes)
+
+
+def set_attention_modes(twin: RetakeDiT, modes: Sequence[str]) -> bool:
+    """Run each block of ``twin`` in a mode that was measured before; False, and measure anew, where they do not fit."""
+    probe = twin.execution.probe
+    if probe is None or len(modes) != len(twin.blocks) or not {*modes} <= {*probe.modes, "exact"}:
+        return False
+    for block, mode in zip(cast("list[Block]", twin.blocks), modes, strict=True):
+        block.self_attn.mode = cast(Mode, mode)
+    return True
 
 
 def _quantise(model: RetakeDiT) -> None:

@@ -14,6 +14,7 @@ from geoalign.errors import ConfigError, RunError
 from geoalign.flow.rollout import Rollout
 from geoalign.flow.sampler import FlowSampler, initial_noise
 from geoalign.flow.table import StepWindow, build_step_table
+from geoalign.models.fast import attention_modes, set_attention_modes
 from geoalign.perf.timer import PhaseTimer, phase
 from geoalign.rewards.base import Reward
 from geoalign.rewards.placement import decode_and_score
@@ -34,6 +35,8 @@ from geoalign_kernels import philox_uniform
 
 logger = logging.getLogger(__name__)
 SHUFFLE_STREAM = 6
+MODES = "ode_modes"
+"""Key of the notes: the attention mode of every block outside the window."""
 
 
 class ConditionSource(Protocol):
@@ -112,15 +115,18 @@ class Trainer:
             with phase("rollout/encode"):
                 prepared = self.policy.prepare(self.policy.condition(batch))
             stream = self._stream(sampler)
+            self.ranks.check_alive()
             rollout, usable = self._rollout(sampler, batch, prepared, stream)
             scores = self._score(rollout, batch, usable)
             with phase("advantage"):
                 advantage = self._advantage(scores)
+            self.ranks.check_alive()
             factor = set_learning_rate(self.engine.optimizer, config.optim, self.iteration, config.train.iterations)
             rows = place.rows
             values, valid = advantage.values[rows].to(self.device), scores.valid[rows].to(self.device)
             update = self.learner.update(sampler, rollout, prepared, values, valid, self._held(stream))
         self._refuse_drift(update["parity/log_prob_diff_max"])
+        self._agree_on_modes()
         self.iteration += 1
         seconds = self.clock.collect() | {f"time/reward/{name}_s": value for name, value in scores.seconds.items()}
         spent = self.meter.passes(rollout, self.learner.passes)
@@ -220,6 +226,20 @@ class Trainer:
         """Continue from a checkpoint; raises CheckpointError if it does not fit."""
         self.engine.restore(state.snapshot)
         self.iteration, self.notes = state.iteration, dict(state.notes)
+        modes = self.notes.pop(MODES, None)
+        if modes and self.policy.fast is not None and set_attention_modes(self.policy.fast, modes):
+            self.notes[MODES] = modes
+
+    def _agree_on_modes(self) -> None:
+        """After the first iteration: where ranks measured other 8-bit modes for a layer, the most exact one is kept."""
+        twin = self.policy.fast
+        if twin is None or twin.execution.probe is None or MODES in self.notes:
+            return
+        order = (*twin.execution.probe.modes, "exact")
+        modes = attention_modes(twin) or ["exact"] * len(twin.blocks)
+        agreed = self.ranks.all_reduce(torch.tensor([order.index(mode) for mode in modes]), "max")
+        self.notes[MODES] = [order[index] for index in agreed.tolist()]
+        set_attention_modes(twin, self.notes[MODES])
 
     def _shuffled(self, values: Tensor) -> Tensor:
         """Permute advantages inside each group by counter-based draws (control experiment)."""
