@@ -110,6 +110,18 @@ class WindowConfig(Section):
     decay_start: int = Field(13, ge=0)
     """`exp_decay`: last step that keeps the full interval."""
 
+    def misfit(self, steps: int) -> str:
+        """Why no window fits into ``steps`` sampling steps, of which the last is deterministic; empty if one does."""
+        limit = steps - 1 - self.size
+        if self.start > limit:
+            return (
+                f"window.start {self.start} + window.size {self.size} reaches the last of flow.steps {steps} steps, "
+                "which must stay deterministic; lower window.start or window.size, or raise flow.steps"
+            )
+        if self.max_start is not None and not self.start <= self.max_start <= limit:
+            return f"window.max_start {self.max_start} must lie between window.start {self.start} and {limit}"
+        return ""
+
 
 class AdvantageConfig(Section):
     """From rewards to advantages: per reward key, inside each group, combined after normalisation (eq. 5)."""

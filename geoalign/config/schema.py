@@ -79,12 +79,8 @@ class Config(Section):
         return self
 
     def _window_fits(self) -> None:
-        last = self.window.start + self.window.size
-        if last > self.flow.steps - 1:
-            raise ValueError(
-                f"window.start {self.window.start} + window.size {self.window.size} reaches the last of flow.steps "
-                f"{self.flow.steps} steps, which must stay deterministic; lower window.size or raise flow.steps"
-            )
+        if reason := self.window.misfit(self.flow.steps):
+            raise ValueError(reason)
 
     def _updates_fit(self) -> None:
         updates, rows = self.optim.updates_per_rollout, self.groups.rows_per_forward
@@ -126,6 +122,12 @@ class Config(Section):
             raise ValueError(
                 f"parallel.sequence {parallel.sequence} must divide model.heads {self.model.heads}: ranks share heads"
             )
+        for name, count in zip(("target", "source"), self.model.tokens(*self.data.video), strict=True):
+            if count % parallel.sequence:
+                raise ValueError(
+                    f"parallel.sequence {parallel.sequence} must divide the {count} {name} tokens of a video: ranks "
+                    "share tokens; change data.num_frames, data.height or data.width"
+                )
         if parallel.engine == "fsdp" and self.ode != OdeConfig():
             raise ValueError("parallel.engine=fsdp has no second network for ode.*: set them to exact")
         if parallel.engine != "ddp" and self.optim.states != "float32":

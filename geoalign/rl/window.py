@@ -31,17 +31,8 @@ class WindowSchedule:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        limit = self.steps - 1 - self.config.size
-        if limit < self.config.start:
-            raise ConfigError(
-                f"window start {self.config.start} + size {self.config.size} must be at most {self.steps - 1}: the "
-                f"last of {self.steps} steps is deterministic; lower window.start or window.size, or raise flow.steps"
-            )
-        if self.config.max_start is not None and not self.config.start <= self.config.max_start <= limit:
-            raise ConfigError(
-                f"window.max_start {self.config.max_start} must lie between window.start {self.config.start} "
-                f"and {limit}"
-            )
+        if reason := self.config.misfit(self.steps):
+            raise ConfigError(reason)
 
     @property
     def max_start(self) -> int:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import sys
 import time
 from pathlib import Path
@@ -68,7 +69,7 @@ def run_train(args: argparse.Namespace) -> int:
         return _dry_run(config)
     folder = run_training(config, resume=args.resume, allow_config_change=args.allow_config_change)
     summary = folder / "summary.json"
-    if not summary.exists():
+    if not summary.exists() or os.environ.get("RANK", "0") != "0":
         return 0
     from geoalign.report.cli import write_report
 
@@ -105,9 +106,10 @@ def run_pretrain(args: argparse.Namespace) -> int:
     """Pre-train a base policy and print its held-out numbers."""
     config = _load(args)
     from geoalign.training.bundle import save_policy
-    from geoalign.training.environment import bar, describe_environment
+    from geoalign.training.environment import describe_environment
     from geoalign.training.evaluate import HeldOut, evaluate
     from geoalign.training.pretrain import pretrain
+    from geoalign.training.progress import bar
 
     if config.run.threads:
         import torch

@@ -9,24 +9,27 @@ import torch
 from geoalign.config.training import RunConfig
 from geoalign.errors import UsageError
 
+_TORCHRUN = (("LOCAL_RANK", "0"), ("LOCAL_WORLD_SIZE", "1"))
+
 
 def device_of(config: RunConfig) -> torch.device:
     """The device of this process: its own GPU (``LOCAL_RANK``) or the CPU.
 
     Raises:
-        UsageError: CUDA is asked for and not there.
+        UsageError: CUDA is asked for and not there, or this machine has fewer GPUs than processes of the run.
     """
     if config.device == "cpu":
         return torch.device("cpu")
-    local = int(os.environ.get("LOCAL_RANK", "0"))
-    if torch.cuda.is_available() and local < torch.cuda.device_count():
-        return torch.device("cuda", local)
-    if config.device == "cuda":
+    local, processes = (int(os.environ.get(name, default)) for name, default in _TORCHRUN)
+    found = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if config.device == "auto" and found == 0:
+        return torch.device("cpu")
+    if found < processes:  # checked alike by all of them: a run must not mix GPUs and CPUs
         raise UsageError(
-            f"run.device=cuda: process {local} of this machine finds {torch.cuda.device_count()} CUDA devices; start "
-            "one process per GPU at most, or use run.device=cpu (`geoalign doctor` shows what this machine has)"
+            f"run.device={config.device}: this machine has {found} CUDA devices for {processes} processes; start one "
+            "process per GPU at most, or use run.device=cpu (`geoalign doctor` shows what this machine has)"
         )
-    return torch.device("cpu")
+    return torch.device("cuda", local)
 
 
 def dtype_of(config: RunConfig, device: torch.device) -> torch.dtype:

@@ -53,17 +53,22 @@ class ProcessRanks(Ranks):
         try:
             call()
         except RuntimeError as error:
-            raise RunError(
-                f"rank {self.rank} of {self.size}: another rank died or hangs ({str(error).splitlines()[0]}); "
-                "see the logs of the other ranks, then continue with --resume auto"
-            ) from error
+            raise self.lost(error) from error
+
+    def lost(self, error: RuntimeError) -> RunError:
+        """What to tell the user when a collective failed."""
+        return RunError(
+            f"rank {self.rank} of {self.size}: another rank died or hangs ({str(error).splitlines()[0]}); "
+            "see the logs of the other ranks, then continue with --resume auto"
+        )
 
     def sequence_group(self) -> SequenceParallel | None:
         """A process group per ``sequence`` neighbours; every rank creates all of them, as torch wants it."""
         if self.sequence == 1:
             return None
         groups = [
-            dist.new_group(list(range(first, first + self.sequence))) for first in range(0, self.size, self.sequence)
+            dist.new_group(list(range(first, first + self.sequence)), timeout=self._timeout)
+            for first in range(0, self.size, self.sequence)
         ]
         mine: Any = groups[self.data_rank]
 
@@ -90,6 +95,7 @@ def ranks_of_environment(sequence: int, timeout_s: float, *, cuda: bool) -> Iter
 
     Raises:
         ConfigError: several ranks are to share tokens, but there is one process.
+        RunError: a collective inside the block failed, also one of the libraries' own (FSDP, DeepSpeed).
     """
     if int(os.environ.get("WORLD_SIZE", "1")) == 1:
         if sequence > 1:
@@ -103,7 +109,15 @@ def ranks_of_environment(sequence: int, timeout_s: float, *, cuda: bool) -> Iter
         dist.init_process_group("nccl", timeout=timeout, device_id=torch.device("cuda", local))
     else:
         dist.init_process_group("gloo", timeout=timeout)
+    ranks = ProcessRanks(sequence, timeout_s)
     try:
-        yield ProcessRanks(sequence, timeout_s)
-    finally:
-        dist.destroy_process_group()
+        yield ranks
+    except RuntimeError as error:
+        if _of_a_collective(error):
+            raise ranks.lost(error) from error
+        raise
+    dist.destroy_process_group()  # after success only: it waits for ranks that may be gone
+
+
+def _of_a_collective(error: RuntimeError) -> bool:
+    return isinstance(error, dist.DistError) or "/gloo/" in str(error)

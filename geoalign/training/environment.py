@@ -1,4 +1,4 @@
-"""What a result is worthless without: versions, hardware and commit; and the progress bar of long verbs."""
+"""What a result is worthless without: versions, hardware and commit."""
 
 from __future__ import annotations
 
@@ -12,7 +12,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from tqdm import tqdm
 
 from geoalign import __version__
 
@@ -51,8 +50,3 @@ def source_commit() -> str:
     ).stdout.strip()
     dirty = call("status", "--porcelain", "--untracked-files=no")
     return call("rev-parse", "--short=12", "HEAD") + ("-dirty" if dirty else "")
-
-
-def bar(total: int, what: str, unit: str, initial: int = 0) -> tqdm:  # type: ignore[type-arg]
-    """A progress bar with ETA on a terminal; silent elsewhere."""
-    return tqdm(total=total, initial=initial, desc=what, unit=unit, disable=not sys.stderr.isatty(), dynamic_ncols=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import subprocess
@@ -12,6 +13,7 @@ from pathlib import Path
 import pytest
 
 from geoalign.io_utils import read_jsonl
+from geoalign.training.bundle import load_policy
 from geoalign.training.checkpoint import list_checkpoints
 
 ROOT = Path(__file__).parents[2]
@@ -59,29 +61,36 @@ def test_every_engine_and_layout_equals_one_process(tmp_path: Path) -> None:
 
 @pytest.mark.dist
 def test_a_run_of_two_processes_equals_that_of_one(tmp_path: Path) -> None:
-    rows = []
-    for processes in (1, 2):
-        process = train(tmp_path / str(processes), processes)
+    rows, held_out = {}, {}
+    for name, processes, settings in (("1", 1, ()), ("2", 2, ()), ("fsdp", 2, ("parallel.engine=fsdp",))):
+        process = train(tmp_path / name, processes, *settings)
         output, _ = process.communicate(timeout=300)
         assert process.returncode == 0, output[-3000:]
-        rows.append(read_jsonl(tmp_path / str(processes) / "metrics.jsonl"))
-    assert len(rows[0]) == len(rows[1]) == 2
-    # The tracker amplifies float32 rounding of other batch shapes; the engines are compared without it above.
-    for name in ("policy/grad_norm", "reward/trans", "reward/rot"):
-        assert rows[1][0][name] == pytest.approx(rows[0][0][name], rel=2e-2, abs=1e-3), name
-    assert rows[1][0]["parity/log_prob_diff_max"] == 0.0
-    assert (tmp_path / "2" / "summary.json").exists()
+        assert output.count("held-out, mean over noise seeds") == output.count("report: ") == 1
+        rows[name] = read_jsonl(tmp_path / name / "metrics.jsonl")
+        held_out[name] = json.loads((tmp_path / name / "summary.json").read_text())["held_out"]["mean"]["after"]
+        policy, _ = load_policy(tmp_path / name / "policy.safetensors")
+        assert not any(parameter.isnan().any() for parameter in policy.model.parameters())
+    for name in ("2", "fsdp"):
+        assert len(rows[name]) == len(rows["1"]) == 2
+        # The tracker amplifies float32 rounding of other batch shapes; the engines are compared without it above.
+        for key in ("policy/grad_norm", "reward/trans", "reward/rot"):
+            assert rows[name][0][key] == pytest.approx(rows["1"][0][key], rel=2e-2, abs=1e-3), (name, key)
+        assert rows[name][0]["parity/log_prob_diff_max"] == 0.0
+        assert held_out[name]["translation_error_m"] == pytest.approx(held_out["1"]["translation_error_m"], rel=2e-2)
 
 
 @pytest.mark.dist
-def test_a_killed_rank_ends_the_run_which_another_number_of_ranks_resumes(tmp_path: Path) -> None:
+@pytest.mark.parametrize("engine", ["ddp", "fsdp"])
+def test_a_killed_rank_ends_the_run_which_another_number_of_ranks_resumes(engine: str, tmp_path: Path) -> None:
     folder = tmp_path / "run"
-    process = train(folder, 2, "train.iterations=4000", "train.rank_timeout_s=20")
+    process = train(folder, 2, "train.iterations=4000", "train.rank_timeout_s=20", f"parallel.engine={engine}")
     wait_for(folder / "checkpoints" / "step_000002", process)
     os.kill(rank_1_of(process), signal.SIGKILL)
     output, _ = process.communicate(timeout=120)
     assert process.returncode != 0
-    assert "another rank died or hangs" in output and "--resume auto" in output
+    assert "rank 0 of 2: another rank died or hangs" in output and "--resume auto" in output
+    assert "geoalign/training/" not in output  # no traceback but torchrun's own
     done = int(list_checkpoints(folder / "checkpoints")[-1].name.removeprefix("step_"))
     settings = ("--resume", "auto", "--allow-config-change", f"train.iterations={done + 1}")
     output, _ = (alone := train(folder, 1, *settings)).communicate(timeout=300)

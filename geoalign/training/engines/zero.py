@@ -45,8 +45,8 @@ class DeepSpeedEngine(WholeParameters):
         """Let DeepSpeed reduce, clip and update; without an update if any rank's gradient is not finite."""
         gradients = self._masters.gradients()
         self._masters.clear()
-        finite = all(bool(torch.isfinite(gradient).all()) for gradient in gradients)
-        if self._ranks.maximum(float(not finite)):
+        spoilt = torch.stack([~torch.isfinite(gradient).all() for gradient in gradients]).any()
+        if self._ranks.maximum(float(spoilt)):
             return float("nan")
         # DeepSpeed averages over the ranks; losses carry global denominators, so the sum is wanted.
         pairs = zip(self._masters.values.values(), gradients, strict=True)

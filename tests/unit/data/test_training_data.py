@@ -14,7 +14,7 @@ from geoalign.errors import CheckpointError
 from geoalign.rewards.registry import build_rewards
 from geoalign.training.bundle import new_policy
 from geoalign.training.checkpoint import TrainState
-from geoalign.training.run import refuse_other_data
+from geoalign.training.resume import refuse_other_data
 from geoalign.training.snapshot import Snapshot
 from geoalign.training.trainer import Trainer
 from geoalign.types import RetakeBatch

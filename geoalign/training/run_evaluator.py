@@ -1,0 +1,94 @@
+"""Held-out evaluation inside a training run: before, on the way, after; clips and numbers for the report."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from geoalign.config.schema import Config
+from geoalign.io_utils import atomic_path
+from geoalign.training.evaluate import METRICS, Evaluation, HeldOut, evaluate
+from geoalign.training.trainer import Trainer
+
+
+@dataclass(frozen=True, slots=True)
+class RunEvaluator:
+    """Held-out evaluation of a run; does nothing without held-out pairs.
+
+    One rank suffices where every rank holds the whole model; ranks that hold parts of it evaluate together.
+    """
+
+    config: Config
+    trainer: Trainer
+    folder: Path
+    held_out: HeldOut | None
+
+    @staticmethod
+    def of(config: Config, trainer: Trainer, folder: Path) -> RunEvaluator:
+        """The evaluation that ``config`` asks of this rank; renders its videos."""
+        together = config.parallel.engine == "fsdp" or config.parallel.sequence > 1
+        taking_part = config.world is not None and (together or trainer.ranks.rank == 0)
+        held_out = HeldOut.build(config.world, config.eval) if taking_part and config.world is not None else None
+        return RunEvaluator(config, trainer, folder, held_out)
+
+    def on_the_way(self) -> dict[str, float]:
+        """Means of the averaged policy, as metrics."""
+        self.trainer.engine.swap_average()
+        numbers = {}
+        if self.held_out is not None:
+            result = evaluate(self.trainer.policy, self.config.flow, self.held_out, self.config.eval)
+            numbers = {f"eval/{kind}_{m}": result.mean(kind, m) for kind in result.numbers for m in METRICS}
+        self.trainer.engine.swap_average()
+        return numbers
+
+    def keep(self, stage: str) -> dict[str, dict[str, list[float]]]:
+        """Evaluate, keep videos and cameras for the report, return the numbers per kind, metric and noise seed."""
+        if self.held_out is None:
+            return {}
+        result = evaluate(self.trainer.policy, self.config.flow, self.held_out, self.config.eval)
+        if self.trainer.ranks.rank == 0:
+            _write_clips(self.folder / "eval" / f"{stage}.npz", self.held_out, result)
+        return {kind: dict(rows) for kind, rows in result.numbers.items()}
+
+
+def _write_clips(path: Path, held_out: HeldOut, result: Evaluation) -> None:
+    pairs = held_out.sets.values()
+    arrays = {
+        "source": _bytes(torch.cat([p.batch.source.video for p in pairs])),
+        "generated": _bytes(torch.cat(list(result.videos.values()))),
+        "truth": _bytes(torch.cat([p.truth for p in pairs])),
+        "target_c2w": torch.cat([p.batch.target_camera.c2w for p in pairs]).numpy(),
+        "estimated_c2w": torch.cat(list(result.estimated.values())).numpy(),
+        "names": np.array([name for p in pairs for name in p.names]),
+    }
+    with atomic_path(path) as temporary:
+        np.savez_compressed(temporary, **arrays)
+
+
+def _bytes(video: torch.Tensor) -> np.ndarray[Any, Any]:
+    return ((video.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8).numpy()
+
+
+def held_out_summary(notes: Mapping[str, Any], after: Mapping[str, Mapping[str, list[float]]]) -> dict[str, Any]:
+    """``held_out.{presets,random,mean}.{before,after}.{metric}`` means, and the same per noise seed beside it."""
+    stages = {"before": notes.get("before", {}), "after": after}
+    per_seed: dict[str, dict[str, Any]] = {}
+    for stage, kinds in stages.items():
+        rows = {kind: dict(values) for kind, values in kinds.items()}
+        if rows:
+            metrics = next(iter(rows.values()))
+            rows["mean"] = {
+                m: [sum(v) / len(v) for v in zip(*(k[m] for k in rows.values()), strict=True)] for m in metrics
+            }
+        for kind, values in rows.items():
+            per_seed.setdefault(kind, {})[stage] = values
+    means = {
+        kind: {stage: {m: sum(v) / len(v) for m, v in rows.items()} for stage, rows in stage_rows.items()}
+        for kind, stage_rows in per_seed.items()
+    }
+    return {"held_out": means, "held_out_per_noise_seed": per_seed}
