@@ -253,11 +253,12 @@ def run(bench: Bench, only: str) -> None:
     bench.ceilings("last")
 
 
-def options_parser(doc: str | None, things: str, quick: str) -> argparse.ArgumentParser:
-    """The command line that the benchmarks share."""
+def options_parser(doc: str | None, things: str | None, quick: str) -> argparse.ArgumentParser:
+    """The command line that the benchmarks share; `things` are what `--only` chooses from, if there is a choice."""
     parser = argparse.ArgumentParser(description=(doc or "").partition("\n")[0])
     parser.add_argument("--out", type=Path, help="default: profiling/results/<utc>-<device>-<commit>.jsonl")
-    parser.add_argument("--only", default="", help=f"{things} whose name contains this")
+    if things:
+        parser.add_argument("--only", default="", help=f"{things} whose name contains this")
     parser.add_argument("--quick", action="store_true", help=quick)
     parser.add_argument("--self-check", action="store_true", help="tiny sizes on the CPU: exercises the harness only")
     return parser

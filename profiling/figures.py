@@ -1,4 +1,4 @@
-"""Table and roofline of a result file of `bench_ops.py` or `bench_rewards.py`.
+"""Table and roofline of a result file of `bench_ops.py`, `bench_rewards.py` or `bench_depth.py`.
 
     python profiling/figures.py RESULTS.jsonl [--out FOLDER]
 
@@ -69,7 +69,7 @@ def markdown(rows: list[Row]) -> str:
     versions = ", ".join(f"{name} {version}" for name, version in environment["versions"].items() if version)
     commit = environment["commit"] + (" with uncommitted changes" if environment["dirty"] else "")
     text = [
-        f"# Kernels on {environment['device']}",
+        f"# Measured on {environment['device']}",
         "",
         f"Commit {commit}; {versions}; CUDA {environment['cuda']}; `{environment['command']}`.",
         ""
@@ -90,8 +90,15 @@ def markdown(rows: list[Row]) -> str:
     models = [row for row in rows if row["kind"] == "reward" and row["status"] == "ok"]
     if models:
         text += ["", "## Reward models", "", *_models(models)]
+    phases = [row for row in rows if row["kind"] in ("phase", "iteration")]
+    if phases:
+        text += ["", "## One iteration at reduced depth", "", *_iterations(phases)]
     text += ["", "## Predictions missed by more than 25 %", ""]
-    missed = [r for r in timed + models if r["predicted_ms"] and abs(r["t_ms_median"] / r["predicted_ms"] - 1.0) > MISS]
+    missed = [
+        r
+        for r in timed + models + phases
+        if r["predicted_ms"] and abs(r["t_ms_median"] / r["predicted_ms"] - 1.0) > MISS
+    ]
     text += [
         f"- {_title(r)}: {r['t_ms_median'] / r['predicted_ms']:.2f} of the prediction" for r in missed
     ] or ["none"]  # fmt: skip
@@ -153,6 +160,25 @@ def targets(timed: list[Row]) -> list[list[str]]:
         value = ratio(core, "int8")
         lines.append([f"int8 attention over {core}", "reported", _number(value), "" if value else "not measured"])
     return lines
+
+
+def _iterations(rows: list[Row]) -> list[str]:
+    """Every phase in a line, the runs side by side; then what was said of extrapolated times and gradients."""
+    runs = list(dict.fromkeys((r["impl"], r["variant"]) for r in rows if r["impl"] != "line" and r["t_ms_median"]))
+    at = {(r["name"], r["impl"], r["variant"]): r for r in rows}
+    lines = []
+    for name in dict.fromkeys(row["name"] for row in rows if row["name"] != "gradient"):
+        found = [at.get((name, *run)) for run in runs]
+        lines.append([name, *("" if r is None else _number(r["t_ms_median"], 4) for r in found)])
+    peaks = [at.get(("iteration", *run)) for run in runs]
+    lines.append(["peak memory, GB", *("" if r is None else _number(1e-9 * r["peak_mem_bytes"]) for r in peaks)])
+    said = [
+        f"- {r['name']}, {r['variant']}: {_number(r['t_ms_median'], 4)} ms; {r['note']}"
+        for r in rows
+        if r["impl"] == "line"
+    ]
+    said += [f"- gradient: relative error {r['rel_l2']:.1e}, {r['note']}" for r in rows if r["name"] == "gradient"]
+    return [*_table(["ms", *(f"{impl}, {variant}" for impl, variant in runs)], lines), "", *said]
 
 
 def _models(rows: list[Row]) -> list[str]:
