@@ -64,7 +64,9 @@ def measure(config: Config, settings: list[str], repeats: int) -> list[dict[str,
             began = time.perf_counter()
             metrics[setting] = trainer.step()
             seconds[setting].append(time.perf_counter() - began)
-            phases[setting].append({k: v for k, v in metrics[setting].items() if k.startswith("time/")})
+            times = {k: v for k, v in metrics[setting].items() if k.startswith("time/")}
+            times.pop("time/between_s")  # the other setting's turn
+            phases[setting].append(times)
     return [
         {
             "levers": setting,
