@@ -37,6 +37,9 @@ class ScoringConfig(Section):
     """Videos that are decoded and scored at a time; unset: all of the rank at once."""
     beside_decode: bool = False
     """Score a chunk on a side stream (CPU: a thread) while the next one is decoded. Two chunks are then in memory."""
+    take_turns: bool = False
+    """Keep the weights of inline scorers in page-locked host memory and bring those of one at a time to the device: the
+    memory of the largest scorer instead of all, for a copy per scorer and chunk."""
 
 
 class FailureConfig(Section):
@@ -46,7 +49,9 @@ class FailureConfig(Section):
     """The run stops when more than this share of an iteration's samples is invalid."""
     timeout_s: float | None = Field(None, gt=0)
     """Longest time in seconds that one scorer may take for one batch; unset: 600 for workers, none for inline scorers.
-    A late worker is killed and started again. A late inline scorer cannot be killed: it stays invalid until it returns.
+    A late worker is killed and started again. A late inline scorer cannot be killed: it stays invalid until it returns,
+    and on a GPU it may hold up the others; give a scorer that may hang a worker. An inline scorer's first batch of a
+    shape may take ten times as long (native code is built, graphs are captured).
     """
     retries: int = Field(1, ge=0)
     """How often a batch that raises is scored again before its samples are scored one by one."""

@@ -63,6 +63,7 @@ def predict_memory(config: Config, parameters: int, trained: int, ranks: int, *,
     of_states = 1 / ranks if parallel.engine in ("fsdp", "deepspeed") else 1.0
     separate = matrix_bytes < _WIDE or parallel.engine == "deepspeed"  # masters beside the network's own values
     moments = 2 if optim.states == "int8" else 2 * _WIDE
+    scorers = [2 * SCORER_PARAMETERS[name] for name in reward_models(config)[0]]
     rollouts = share.groups * share.members
     rows = groups.rows_per_forward or rollouts
     kept = share.groups + rollouts * (config.window.size - 1) if levers.streaming == "graphs" else rows
@@ -74,9 +75,10 @@ def predict_memory(config: Config, parameters: int, trained: int, ranks: int, *,
         "conditions": share.groups * work.condition_bytes(phases=levers.cache_phases) * of_tokens,
         "kept graphs": passes * kept * work.activation_bytes(_SAVED[levers.recompute]) * of_tokens,
         "one block's backward": passes * rows * work.block_backward_bytes() * of_tokens,
-        "scorers": sum(2.0 * SCORER_PARAMETERS[name] for name in reward_models(config)[0]),
+        "scorers": float((max if config.scoring.take_turns else sum)([0, *scorers])),
     }
     table = {"gradients per rollout": float(rollouts * trained * _WIDE)}
     if levers.streaming == "device":
         device |= table
-    return MemoryPlan(device, table if levers.streaming == "host" else {})
+    host = table if levers.streaming == "host" else {}
+    return MemoryPlan(device, host | ({"scorers": float(sum(scorers))} if config.scoring.take_turns else {}))

@@ -7,12 +7,13 @@ The device cost is the largest scorer instead of the sum.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import torch
 from torch import Tensor, nn
 
 from geoalign.errors import UsageError
+from geoalign.rewards.graphed import CaptureBackend, CudaGraphBackend
 
 # CUDA allocations and vectorised loads want at least this alignment, in bytes.
 _ALIGNMENT = 256
@@ -53,6 +54,44 @@ class WeightArena:
             flat = self._host[name]
             self._buffer[: flat.numel()].copy_(flat, non_blocking=True)
             self.resident = name
+
+
+class ScorerMemory:
+    """What the scorers of a run share: the pool of their graphs and, if they take turns, the device memory of weights.
+
+    The arena is made when the first scorer runs, so scorers can be built one after another.
+
+    Args:
+        take_turns: keep weights in host memory and bring those of one scorer at a time to the device.
+    """
+
+    def __init__(self, *, take_turns: bool = False) -> None:
+        self.capture: CaptureBackend = CudaGraphBackend()
+        self.take_turns = take_turns
+        self.arena: WeightArena | None = None
+        self._modules: dict[str, nn.Module] = {}
+
+    def enter(self, module: nn.Module) -> Callable[[], None]:
+        """What ``module``'s scorer must call before every run.
+
+        Raises UsageError once a scorer has run: the arena has the size of the modules that entered before.
+        """
+        if not self.take_turns:
+            return _nothing
+        if self.arena is not None:
+            raise UsageError("a scorer cannot join others that already take turns; build all of them first")
+        name = str(len(self._modules))
+        self._modules[name] = module
+        return lambda: self._bring(name)
+
+    def _bring(self, name: str) -> None:
+        if self.arena is None:
+            self.arena = WeightArena(self._modules, next(self._modules[name].parameters()).device)
+        self.arena.activate(name)
+
+
+def _nothing() -> None:
+    """Weights that stay need nothing."""
 
 
 def _offsets(module: nn.Module) -> tuple[list[tuple[Tensor, int, int]], int]:

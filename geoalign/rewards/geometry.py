@@ -55,7 +55,8 @@ class GeometryReward:
         walked, asked = (CameraTrajectory.build(c2w).path_length() for c2w in (estimate.c2w, target))
         return RewardOutput(
             scores={"trans": -translation, "rot": -rotation},
-            valid=torch.isfinite(translation) & torch.isfinite(rotation),
+            # A pose that is not a number is the scorer's failure, or a broken video's; a lost camera has a pose.
+            valid=torch.isfinite(estimate.c2w).flatten(1).all(1),
             parts={
                 "trans_m": mean_m,
                 "rot_deg": torch.rad2deg(mean_rad),

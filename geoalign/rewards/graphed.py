@@ -8,6 +8,8 @@ captured again. To share memory between scorers without moving weights, see :cla
 from __future__ import annotations
 
 import logging
+import threading
+import weakref
 from collections import OrderedDict
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -43,9 +45,17 @@ class CaptureBackend(Protocol):
         """
         ...
 
+    def settle(self) -> None:
+        """Wait until no graph runs; called before graphs are dropped."""
+        ...
+
 
 class CudaGraphBackend:
-    """``torch.cuda.CUDAGraph`` capture with one private memory pool for all graphs of this backend."""
+    """``torch.cuda.CUDAGraph`` capture with one private memory pool for all graphs of this backend.
+
+    Every live graph has a capture stream of its own: torch keeps cuBLAS workspaces by stream and frees those of a
+    graph's capture stream with the graph, whoever else recorded their addresses (pytorch/pytorch#193402).
+    """
 
     device_type = "cuda"
 
@@ -59,17 +69,58 @@ class CudaGraphBackend:
         with HOST, torch.cuda.device(inputs[0].device):
             if self._pool is None:
                 self._pool = torch.cuda.graph_pool_handle()
-            side = torch.cuda.Stream()
+            graph, side = torch.cuda.CUDAGraph(), _CAPTURE_STREAMS.take(inputs[0].device)
+            weakref.finalize(graph, _CAPTURE_STREAMS.give_back, inputs[0].device, side)
             side.wait_stream(torch.cuda.current_stream())
             with torch.cuda.stream(side):
                 for _ in range(warmups):
                     body(*inputs)
             torch.cuda.current_stream().wait_stream(side)
-            graph = torch.cuda.CUDAGraph()
             # Other threads (decoding, collectives) may go on using the device while this one records.
-            with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
+            with torch.cuda.graph(graph, pool=self._pool, stream=side, capture_error_mode="thread_local"):
                 outputs = body(*inputs)
         return graph.replay, outputs
+
+    def settle(self) -> None:
+        """Wait until no graph runs, so that graphs may be dropped."""
+        torch.cuda.synchronize()
+
+
+class _Streams:
+    """Streams that no two live graphs share, by device.
+
+    ``make`` hands out streams of a small pool in turn (torch has 32), so the same one may come again.
+    """
+
+    _ATTEMPTS = 64
+
+    def __init__(self, make: Callable[[torch.device], Any]) -> None:
+        self._make, self._lock = make, threading.Lock()
+        self._free: dict[torch.device, list[Any]] = {}
+        self._taken: dict[torch.device, set[Any]] = {}
+
+    def take(self, device: torch.device) -> Any:
+        """A stream of ``device`` for one graph; raises UsageError when all are in use."""
+        with self._lock:
+            free, taken = self._free.setdefault(device, []), self._taken.setdefault(device, set())
+            if free:
+                return free.pop()
+            for _ in range(self._ATTEMPTS):
+                stream = self._make(device)
+                if stream not in taken:
+                    taken.add(stream)
+                    return stream
+        raise UsageError(
+            f"{len(taken)} CUDA graphs are alive on {device}: use fewer scorers, or lower their max_graphs"
+        )
+
+    def give_back(self, device: torch.device, stream: Any) -> None:
+        """The graph is gone."""
+        with self._lock:
+            self._free[device].append(stream)
+
+
+_CAPTURE_STREAMS = _Streams(torch.cuda.Stream)
 
 
 @dataclass(frozen=True, slots=True)
@@ -137,7 +188,8 @@ class GraphedScorer:
 
     def clear(self) -> None:
         """Drop all graphs and their static buffers."""
-        self._graphs.clear()
+        while self._graphs:
+            self._drop()
 
     def _graph_for(self, inputs: tuple[Tensor, ...]) -> _Captured:
         key: ShapeKey = tuple((tuple(x.shape), x.dtype, x.device) for x in inputs)
@@ -146,18 +198,24 @@ class GraphedScorer:
         if graph is not None and graph.weights != addresses:
             _LOG.warning("weights moved since capture; %d graph(s) are captured again", len(self._graphs))
             self.counts.moved += len(self._graphs)
-            self._graphs.clear()
+            self.clear()
             graph = None
         if graph is None:
+            if len(self._graphs) == self.max_graphs:
+                self._drop()
+                self.counts.evictions += 1
             static = tuple(x.clone(memory_format=torch.contiguous_format) for x in inputs)
             replay, outputs = self.backend.capture(self.body, static, self.warmups)
             self.counts.captures += 1
             graph = self._graphs[key] = _Captured(static, outputs, replay, addresses)
         self._graphs.move_to_end(key)
-        while len(self._graphs) > self.max_graphs:
-            self._graphs.popitem(last=False)
-            self.counts.evictions += 1
         return graph
+
+    def _drop(self) -> None:
+        """Forget the least recently used graph; no capture begins before it is gone."""
+        with HOST:
+            self.backend.settle()
+            self._graphs.popitem(last=False)
 
     def _weight_addresses(self) -> tuple[int, ...]:
         if self.module is None:

@@ -20,6 +20,8 @@ from geoalign.rewards.base import Reward, RewardOutput, ScorerTimeoutError
 from geoalign.types import RetakeBatch
 
 _LOG = logging.getLogger(__name__)
+FIRST_CALL = 10
+"""How many times the limit the first batch of a shape may take: native code is built, graphs are captured."""
 
 
 def invalid_output(keys: Sequence[str], count: int, device: torch.device) -> RewardOutput:
@@ -33,9 +35,10 @@ def check_output(output: RewardOutput, keys: Sequence[str], count: int) -> Rewar
 
     Raises RewardError when keys or shapes differ from what was asked.
     """
-    shapes = {key: tuple(score.shape) for key, score in output.scores.items()} | {"valid": tuple(output.valid.shape)}
+    values = {**output.diagnostics, **output.parts, **output.scores, "valid": output.valid}
+    shapes = {key: tuple(value.shape) for key, value in values.items()}
     if set(output.scores) != set(keys) or any(shape != (count,) for shape in shapes.values()):
-        raise RewardError(f"expected {count} scores for each of {sorted(keys)}, got {shapes}")
+        raise RewardError(f"expected {count} values for each of {sorted({*keys, *shapes})}, got {shapes}")
     return output.masked_by_finite()
 
 
@@ -54,6 +57,10 @@ class FailureCounts:
     errors: Counter[str] = field(default_factory=Counter)
     invalid: int = 0
 
+    def named(self) -> dict[str, int]:
+        """Numbers by name; ``errors`` is their total."""
+        return {"retries": self.retries, "timeouts": self.timeouts, "errors": self.errors.total()}
+
 
 class GuardedReward:
     """A reward that never fails: late, failing or malformed answers turn into invalid samples.
@@ -65,9 +72,9 @@ class GuardedReward:
 
     Args:
         reward: what to guard; with a time-out it runs on a thread of its own.
-        timeout_s: longest time per call in seconds, None waits forever. A thread cannot be killed: until a hung call
-            returns, further calls are invalid at once. A reward that runs elsewhere keeps the time itself: its process
-            can be killed and started again.
+        timeout_s: longest time per call in seconds (first call of a shape: ten times that), None waits forever. A
+            thread cannot be killed: until a hung call returns, further calls are invalid at once. A reward that runs
+            elsewhere keeps the time itself: its process can be killed and started again.
         retries: how often a raising batch is repeated.
     """
 
@@ -76,6 +83,7 @@ class GuardedReward:
         self.elsewhere = getattr(reward, "elsewhere", False)
         self.timeout_s, self.retries, self.counts = timeout_s, retries, FailureCounts()
         self._hung: threading.Thread | None = None
+        self._seen: set[torch.Size] = set()
 
     def __call__(self, videos: Tensor, batch: RetakeBatch) -> RewardOutput:
         """Score ``videos`` ``[B, F, 3, H, W]``; always returns B rows."""
@@ -138,11 +146,13 @@ class GuardedReward:
                 raised.append(error)
 
         thread = threading.Thread(target=run, name=f"reward-{self.name}", daemon=True)
+        limit = self.timeout_s * (1 if videos.shape in self._seen else FIRST_CALL)
         thread.start()
-        thread.join(self.timeout_s)
+        thread.join(limit)
         if thread.is_alive():
             self._hung = thread
-            raise ScorerTimeoutError(f"no answer within {self.timeout_s} s")
+            raise ScorerTimeoutError(f"no answer within {limit:g} s")
+        self._seen.add(videos.shape)
         if raised:
             raise raised[0]
         return answer[0]

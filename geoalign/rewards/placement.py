@@ -21,8 +21,8 @@ from torch import Tensor
 from geoalign.errors import UsageError
 from geoalign.perf.spans import span
 from geoalign.rewards.base import Reward, RewardOutput
-from geoalign.rewards.guard import concatenate, invalid_output
-from geoalign.rewards.precision import HOST
+from geoalign.rewards.guard import check_output, concatenate, invalid_output
+from geoalign.rewards.precision import host
 from geoalign.types import RetakeBatch
 
 _LOG = logging.getLogger(__name__)
@@ -52,6 +52,8 @@ def score_all(rewards: Mapping[str, Reward], videos: Tensor, batch: RetakeBatch)
     """
     elsewhere = [name for name, reward in rewards.items() if getattr(reward, "elsewhere", False)]
     stream = torch.cuda.current_stream(videos.device) if videos.is_cuda else None
+    if stream is not None:
+        stream.synchronize()  # decoding that is still under way is charged to no reward
     answers: dict[str, tuple[RewardOutput, float]] = {}
     with ThreadPoolExecutor(max(1, len(elsewhere)), thread_name_prefix="reward") as pool:
         begun = {name: pool.submit(_score, name, rewards[name], videos, batch, stream) for name in elsewhere}
@@ -67,7 +69,7 @@ def _score(name: str, reward: Reward, videos: Tensor, batch: RetakeBatch, stream
     began = time.perf_counter()
     with torch.cuda.stream(stream), span(f"reward/{name}"):
         try:
-            output = reward(videos, batch).masked_by_finite()
+            output = check_output(reward(videos, batch), reward.keys, len(batch))
         except UsageError:
             raise
         except Exception as error:
@@ -111,7 +113,7 @@ def decode_and_score(
 
     def make(rows: Tensor) -> tuple[Tensor, RetakeBatch]:
         part = batch.select(owner[rows])
-        with HOST:  # no scorer on another thread switches precision or captures a graph meanwhile
+        with host():  # no scorer on another thread switches precision or captures a graph meanwhile
             return decode(rows, part), part
 
     chunks = _score_beside(rewards, make, pieces) if beside else (score_all(rewards, *make(rows)) for rows in pieces)

@@ -15,8 +15,26 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from geoalign.errors import RunError
+
 HOST = threading.RLock()
 """Held while process-wide CUDA state is changed, or while work is launched that depends on it."""
+PATIENCE_S = 900.0
+"""How long the trainer waits for ``HOST``: longer than any capture takes."""
+
+
+@contextlib.contextmanager
+def host() -> Iterator[None]:
+    """Hold ``HOST``; raises RunError instead of waiting forever for a scorer that hangs while it holds it."""
+    if not HOST.acquire(timeout=PATIENCE_S):
+        raise RunError(
+            f"a scorer of this process has held the GPU's settings for {PATIENCE_S:.0f} s and seems to hang (the log "
+            "names those that are late); give it placement=worker, which can be killed, then --resume auto"
+        )
+    try:
+        yield
+    finally:
+        HOST.release()
 
 
 @contextlib.contextmanager

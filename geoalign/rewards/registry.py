@@ -17,6 +17,7 @@ from torch import Tensor
 
 from geoalign.config.rewards import FailureConfig, RewardConfig
 from geoalign.errors import ConfigError
+from geoalign.rewards.arena import ScorerMemory
 from geoalign.rewards.base import PoseEstimate, PoseEvaluator, Reward
 from geoalign.rewards.frames import SharedFrames
 from geoalign.rewards.guard import GuardedReward
@@ -36,8 +37,8 @@ EVALUATORS = {
     "mapanything": "geoalign.rewards.mapanything.evaluator:build_evaluator",
     "depth_anything_3": "geoalign.rewards.depth_anything3:build_evaluator",
 }
-# A factory's parameter of this name gets what the scorers of a run share; it is no option.
-FRAMES = "frames"
+# A factory's parameters of these names get what the scorers of a run share; they are no options.
+SHARED = ("frames", "memory")
 # Their pose estimates say nothing about how well the pictures agree.
 WITHOUT_RESIDUAL = {"mapanything", "depth_anything_3"}
 
@@ -65,15 +66,16 @@ class LastResult:
 
 @dataclass(frozen=True, slots=True)
 class Shared:
-    """What the inline rewards of a run have in common: one preprocessing pass, and evaluators by name and options."""
+    """What the inline rewards of a run have in common: a preprocessing pass, memory, evaluators by name and options."""
 
     frames: SharedFrames = field(default_factory=SharedFrames)
+    memory: ScorerMemory = field(default_factory=ScorerMemory)
     evaluators: dict[str, PoseEvaluator] = field(default_factory=dict)
 
     def build(self, factory: Callable[..., Any], options: Mapping[str, Any]) -> Any:
-        """Call ``factory`` with the options, and with the shared frames if it takes them."""
-        extra = {FRAMES: self.frames} if FRAMES in inspect.signature(factory).parameters else {}
-        return factory(**options, **extra)
+        """Call ``factory`` with the options, and with what is shared if it takes it."""
+        taken = inspect.signature(factory).parameters
+        return factory(**options, **{name: getattr(self, name) for name in SHARED if name in taken})
 
 
 def _resolve(table: Mapping[str, str], name: str, what: str) -> Callable[..., Any]:
@@ -87,7 +89,7 @@ def _resolve(table: Mapping[str, str], name: str, what: str) -> Callable[..., An
 
 def _check_options(factory: Callable[..., Any], options: Iterable[str], where: str) -> None:
     """Refuse unknown options and name the ones that are missing."""
-    parameters = {name: p for name, p in inspect.signature(factory).parameters.items() if name not in ("self", FRAMES)}
+    parameters = {name: p for name, p in inspect.signature(factory).parameters.items() if name not in ("self", *SHARED)}
     given = set(options)
     for name in given - set(parameters):
         near = difflib.get_close_matches(name, parameters, n=1)
@@ -119,23 +121,32 @@ def build_reward(kind: str, options: Mapping[str, Any], shared: Shared | None = 
     return shared.build(factory, options)
 
 
-def build_rewards(configs: Mapping[str, RewardConfig], failures: FailureConfig | None = None) -> dict[str, Reward]:
+def build_rewards(
+    configs: Mapping[str, RewardConfig], failures: FailureConfig | None = None, *, take_turns: bool = False
+) -> dict[str, Reward]:
     """Build all rewards of a run. Inline rewards share one preprocessing pass over the pixels, and evaluators that are
     named alike with equal options.
 
     Args:
         configs: scorers by name.
         failures: time-out and retries; None leaves the rewards unguarded, so that they raise.
+        take_turns: inline scorers keep their weights on the host and have them on the device one at a time.
 
     Raises:
         ConfigError: unknown reward, evaluator or option, an evaluator without what a reward reads, or two rewards that
             emit the same key.
         RewardError: a reward cannot be built (missing weights), here or in its worker.
     """
-    shared = Shared()
+    shared = Shared(memory=ScorerMemory(take_turns=take_turns))
     for name, config in configs.items():
         _check_reward(name, config)
-    rewards = {name: _place(name, config, failures, shared) for name, config in configs.items()}
+    rewards: dict[str, Reward] = {}
+    try:
+        for name, config in configs.items():
+            rewards[name] = _place(name, config, failures, shared)
+    except BaseException:
+        close_rewards(rewards)
+        raise
     emitted = [key for reward in rewards.values() for key in reward.keys]
     twice = sorted({key for key in emitted if emitted.count(key) > 1})
     if twice:
@@ -144,6 +155,14 @@ def build_rewards(configs: Mapping[str, RewardConfig], failures: FailureConfig |
         return rewards
     guard = partial(GuardedReward, timeout_s=failures.timeout_s, retries=failures.retries)
     return {name: guard(reward) for name, reward in rewards.items()}
+
+
+def close_rewards(rewards: Mapping[str, Reward]) -> None:
+    """End the worker processes among ``rewards``."""
+    for reward in rewards.values():
+        inner = reward.reward if isinstance(reward, GuardedReward) else reward
+        if isinstance(inner, WorkerReward):
+            inner.close()
 
 
 def _check_reward(name: str, config: RewardConfig) -> None:

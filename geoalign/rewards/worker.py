@@ -202,7 +202,8 @@ def load_output(path: Path, device: torch.device) -> RewardOutput:
     """Read what :func:`save_output` wrote."""
     from safetensors.torch import load_file
 
-    tensors = load_file(path, device=str(device))
+    # Cloned: on the CPU they are views of the file, which the next answer replaces.
+    tensors = {name: value.clone() for name, value in load_file(path, device=str(device)).items()}
     groups: dict[str, dict[str, Tensor]] = {"scores": {}, "parts": {}, "diagnostics": {}}
     valid = tensors.pop("valid")
     for name, value in tensors.items():

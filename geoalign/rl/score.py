@@ -22,7 +22,7 @@ class Scores:
         valid: ``[R]`` bool, False if any scorer failed on the sample (infrastructure failures only).
         parts: physical quantities for people, ``[R]`` each.
         diagnostics: further named ``[R]`` values.
-        failures: scorer -> number of samples it failed on.
+        failures: scorer -> number of samples it failed on; a sample that two scorers failed on counts for both.
         seconds: scorer -> seconds.
     """
 
@@ -56,7 +56,7 @@ def merged(scored: Scored, usable: Tensor | None = None) -> Scores:
     diagnostics: dict[str, Tensor] = {}
     failures: dict[str, int] = {"policy": int((~valid).sum())}
     for name, output in outputs.items():
-        failures[name] = int((~output.valid & valid).sum())
+        failures[name] = int((~output.valid).sum())
         valid &= output.valid
         scores |= output.scores
         parts |= output.parts

@@ -20,9 +20,9 @@ from geoalign.data.source import RetakeDataset
 from geoalign.export.formats import save_safetensors
 from geoalign.io_utils import atomic_write_json, atomic_write_text
 from geoalign.models.codec import PatchCodec
-from geoalign.rewards.registry import build_rewards
+from geoalign.rewards.registry import build_rewards, close_rewards
 from geoalign.training.bundle import open_base, save_policy
-from geoalign.training.checkpoint import CheckpointWriter, config_hash, load_checkpoint
+from geoalign.training.checkpoint import CheckpointWriter, TrainState, config_hash, load_checkpoint
 from geoalign.training.device import device_of, dtype_of
 from geoalign.training.distributed import ranks_of_environment
 from geoalign.training.encoders import encoder_identity
@@ -93,41 +93,45 @@ def run_training(config: Config, *, resume: str | None = None, allow_config_chan
 
 def _run_training(config: Config, ranks: Ranks, resume: str | None, allow_config_change: bool) -> Path:
     """The run on one rank; rank 0 alone writes."""
-    folder, main = config.run.folder, ranks.rank == 0
     fingerprint = config_hash(config.model_dump(mode="json"))
-    checkpoint = find_checkpoint(folder, resume)
-    refuse_overwrite(folder, checkpoint, resume)
-    state = (
-        None
-        if checkpoint is None
-        else load_checkpoint(checkpoint, config=fingerprint, allow_config_change=allow_config_change)
-    )
+    checkpoint = find_checkpoint(config.run.folder, resume)
+    refuse_overwrite(config.run.folder, checkpoint, resume)
+    state = None
+    if checkpoint is not None:
+        state = load_checkpoint(checkpoint, config=fingerprint, allow_config_change=allow_config_change)
     device = device_of(config.run)
     policy = open_base(config, device, dtype_of(config.run, device))
-    if main:
+    if ranks.rank == 0:
         prepare_run(config)
     ranks.barrier()  # rank 0 has rendered the world, and every rank has looked for checkpoints
-    if not main:
+    if ranks.rank > 0:
         prepare_run(config)
-    rewards = build_rewards(config.rewards, config.failures)
-    encoder = encoder_identity(config) if config.data.use_cache else None
-    dataset = RetakeDataset(config.data, seed=config.run.seed, encoder=encoder)
-    if state is not None:
-        refuse_other_data(state, dataset.fingerprint(), allow_config_change)
-    refuse_disagreement(ranks, 0 if state is None else state.iteration, fingerprint, dataset.fingerprint())
-    trainer = Trainer(config, policy, dataset, rewards, ranks)
-    environment = describe_environment()
+    rewards = build_rewards(config.rewards, config.failures, take_turns=config.scoring.take_turns)
+    try:
+        encoder = encoder_identity(config) if config.data.use_cache else None
+        dataset = RetakeDataset(config.data, seed=config.run.seed, encoder=encoder)
+        if state is not None:
+            refuse_other_data(state, dataset.fingerprint(), allow_config_change)
+        refuse_disagreement(ranks, 0 if state is None else state.iteration, fingerprint, dataset.fingerprint())
+        trainer = Trainer(config, policy, dataset, rewards, ranks)
+        return _train(config, trainer, state, fingerprint, dataset.fingerprint())
+    finally:
+        close_rewards(rewards)
+
+
+def _train(config: Config, trainer: Trainer, state: TrainState | None, fingerprint: str, data: str) -> Path:
+    """From set-up to summary; ``fingerprint`` names the configuration, ``data`` the clips and paths."""
+    folder, main, environment = config.run.folder, trainer.ranks.rank == 0, describe_environment()
     if main:
         folder.mkdir(parents=True, exist_ok=True)
         atomic_write_text(folder / "config.yaml", to_yaml(config))
         atomic_write_json(folder / "env.json", environment)
-    evaluation = RunEvaluator.of(config, trainer, folder)
-    clock = _Clock()
+    evaluation, clock = RunEvaluator.of(config, trainer, folder), _Clock()
     if state is not None:
         trainer.load(state)
     else:
         trainer.notes["before"] = evaluation.keep("before")
-    trainer.notes["data"] = dataset.fingerprint()
+    trainer.notes["data"] = data
     if not _loop(config, trainer, folder, fingerprint, evaluation, clock):
         return folder
     _save_result(config, trainer, folder)

@@ -17,6 +17,7 @@ from geoalign.flow.table import StepWindow, build_step_table
 from geoalign.models.fast import attention_modes, set_attention_modes
 from geoalign.perf.timer import PhaseTimer, phase
 from geoalign.rewards.base import Reward
+from geoalign.rewards.guard import GuardedReward
 from geoalign.rewards.placement import decode_and_score
 from geoalign.rl.advantage import Advantage, group_advantage
 from geoalign.rl.objective import loss_weights
@@ -133,7 +134,8 @@ class Trainer:
         work = self.meter.metrics(spent, sampler.table, seconds["time/iteration_s"])
         where = {"window/start": float(window.start), "optim/lr_factor": factor}
         data = self.source.telemetry() if isinstance(self.source, PrefetchingSource) else {}
-        return _reward_metrics(scores, advantage) | update | work | seconds | where | data
+        counts = self._failure_counts()
+        return _reward_metrics(scores, advantage) | counts | update | work | seconds | where | data
 
     def _draw(self, group_ids: list[int]) -> RetakeBatch:
         """The batch of this iteration; the next one is assembled while this one trains."""
@@ -208,6 +210,15 @@ class Trainer:
         scores = gather_scores(self.ranks, self.place, merged(scored, usable[mine]))
         self._refuse_too_many_failures(scores)
         return scores
+
+    def _failure_counts(self) -> dict[str, float]:
+        """What the guards of all ranks counted since the start of the process."""
+        kinds = ("retries", "timeouts", "errors")
+        guards = {name: reward.counts for name, reward in self.rewards.items() if isinstance(reward, GuardedReward)}
+        mine = [float(counts.named()[kind]) for counts in guards.values() for kind in kinds]
+        names = [f"failures/{name}/{kind}" for name in guards for kind in kinds]
+        total = self.ranks.all_reduce(torch.tensor(mine, dtype=torch.float64), "sum") if mine else torch.zeros(0)
+        return dict(zip(names, total.tolist(), strict=True))
 
     def _advantage(self, scores: Scores) -> Advantage:
         """Advantages of all ranks' samples in global order."""

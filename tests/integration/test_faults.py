@@ -113,7 +113,9 @@ def test_a_late_scorer_costs_its_batch_and_the_run_goes_on(hanging: Faulty) -> N
 def test_a_scorer_that_raises_once_is_asked_again() -> None:
     scorer = Faulty({0: "raise"})
     trainer = trainer_with({"b": GuardedReward(scorer, retries=1)})
-    assert trainer.step()["failures/b"] == 0 and scorer.calls == 2
+    metrics = trainer.step()
+    assert metrics["failures/b"] == 0 and scorer.calls == 2
+    assert [metrics[f"failures/b/{kind}"] for kind in ("retries", "errors", "timeouts")] == [1, 1, 0]
 
 
 def test_nan_scores_mask_their_samples_and_leave_the_other_scorers_alone() -> None:

@@ -107,6 +107,10 @@ def test_the_parts_of_a_run() -> None:
         changed = config.model_copy(update={"parallel": config.parallel.model_copy(update=parallel)})
         return predict_memory(changed, parameters, trained, 8, matrix_bytes=2).device
 
+    turns = config.model_copy(update={"scoring": config.scoring.model_copy(update={"take_turns": True})})
+    shared = predict_memory(turns, parameters, trained, 8, matrix_bytes=2)
+    assert shared.device["scorers"] == 2 * SCORER_PARAMETERS["hpsv3"]
+    assert shared.host["scorers"] == plan.device["scorers"] == 2 * sum(SCORER_PARAMETERS.values())
     assert of(engine="deepspeed")["trained parameters"] == trained * (4 + 4 + 4 + 8 / 8)
     assert of(engine="fsdp")["network"] == 2 * parameters / 8
     assert of(sequence=2)["kept graphs"] == plan.device["kept graphs"] / 2

@@ -17,7 +17,8 @@ from geoalign.geometry.plane import pixel_grid, pixel_rays
 from geoalign.geometry.trajectory import CameraTrajectory
 from geoalign.rewards.base import PoseEvaluator
 from geoalign.rewards.flow_pnp import FlowPnpEvaluator, plane_depth
-from geoalign.types import SourceClip
+from geoalign.rewards.geometry import GeometryReward
+from geoalign.types import RetakeBatch, SourceClip
 from geoalign.world.pairs import paired_videos
 
 HEIGHT, WIDTH, FRAMES = 120, 208, 9
@@ -206,6 +207,16 @@ def test_clips_do_not_touch_each_other(evaluate: FlowPnpEvaluator, honest: tuple
     estimate = evaluate(both, clip(both))
     assert torch.equal(estimate.c2w[0], evaluate(short[None], clip(short[None])).c2w[0])
     assert torch.isnan(estimate.c2w[1]).all()
+
+
+def test_a_video_without_a_number_in_it_is_no_content_failure(evaluate: FlowPnpEvaluator) -> None:
+    """It is shown as black, whose camera is lost; but its poses are NaN: the sample is invalid, not the worst."""
+    video = torch.full((2, 3, 3, HEIGHT, WIDTH), torch.nan)
+    video[1] = -1.0  # black: a video, of which nothing can be read
+    target = CameraTrajectory.build(torch.eye(4).repeat(2, 3, 1, 1))
+    output = GeometryReward(evaluate)(video, RetakeBatch(clip(video), target, ("", "")))
+    assert output.valid.tolist() == [False, True] and output.diagnostics["lost"].tolist() == [1, 1]
+    assert output.scores["trans"][1] < -1
 
 
 def test_ground_plane_gives_depth() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Mapping
 
 import pytest
@@ -10,7 +11,7 @@ from torch import Tensor, nn
 
 from geoalign.errors import UsageError
 from geoalign.rewards.arena import WeightArena
-from geoalign.rewards.graphed import Body, CudaGraphBackend, GraphedScorer
+from geoalign.rewards.graphed import Body, CudaGraphBackend, GraphedScorer, _Streams
 
 
 class Affine(nn.Module):
@@ -35,7 +36,7 @@ class FixedAddresses:
     device_type = "cpu"
 
     def __init__(self, module: Affine) -> None:
-        self.module = module
+        self.module, self.settled = module, 0
 
     def capture(self, body: Body, inputs: tuple[Tensor, ...], warmups: int) -> tuple[Callable[[], None], Mapping]:
         for _ in range(warmups):
@@ -54,6 +55,9 @@ class FixedAddresses:
             outputs["score"].copy_(y.sum(-1) * gain)
 
         return replay, outputs
+
+    def settle(self) -> None:
+        self.settled += 1
 
 
 def batch(rows: int, seed: int = 1) -> tuple[Tensor, Tensor]:
@@ -111,6 +115,23 @@ def test_least_recently_used_graph_is_dropped() -> None:
     assert run.counts.captures == 3
     run(*batch(2))
     assert (run.counts.captures, run.counts.evictions) == (4, 2)
+    assert run.backend.settled == 2  # a running graph is never dropped
+    run.clear()
+    run(*batch(2))
+    assert run.counts.captures == 5 and run.backend.settled == 4
+
+
+def test_no_two_live_graphs_share_a_capture_stream() -> None:
+    """Torch hands out streams of a pool in turn, and with a graph go all workspaces of its stream."""
+    pool, device = itertools.cycle("abc"), torch.device("cpu")
+    streams = _Streams(lambda _: next(pool))
+    assert streams.take(device) == "a"
+    next(pool)  # somebody else took b
+    assert {streams.take(device), streams.take(device)} == {"b", "c"}
+    with pytest.raises(UsageError, match="3 CUDA graphs are alive"):
+        streams.take(device)
+    streams.give_back(device, "b")
+    assert streams.take(device) == "b"
 
 
 def test_dtype_is_part_of_the_key() -> None:
@@ -194,3 +215,18 @@ def test_cuda_graphs_equal_eager_bitwise_and_share_a_pool() -> None:
         assert same(got, modules[name](*inputs))
     assert runs["a"].counts.captures == 2 and runs["b"].counts.captures == 1
     assert runs["a"].counts.moved == runs["b"].counts.moved == 0
+
+
+@pytest.mark.gpu
+def test_a_graph_replays_after_another_one_was_dropped() -> None:
+    """Products large enough for a cuBLAS workspace; the memory that the dropped graph leaves is overwritten."""
+    module = Affine(width=1024).cuda()
+    kept, dropped = GraphedScorer(module, module), GraphedScorer(module, module, max_graphs=1)
+    inputs = torch.randn(2048, 1024, device="cuda"), torch.randn(2048, device="cuda")
+    expected = kept(*inputs)
+    for rows in (512, 1024):
+        dropped(torch.randn(rows, 1024, device="cuda"), torch.randn(rows, device="cuda"))
+    dropped.clear()
+    torch.cuda.empty_cache()
+    noise = [torch.full((1 << 24,), torch.nan, device="cuda") for _ in range(8)]
+    assert same(kept(*inputs), expected) and len(noise) == 8

@@ -2,12 +2,20 @@
 
 from __future__ import annotations
 
+import threading
+import time
+
 import pytest
 import torch
 from reward_cases import MeanReward, batch_of, honest, videos_of
 
+from geoalign.errors import RunError
+from geoalign.rewards import precision
+from geoalign.rewards.base import RewardOutput
 from geoalign.rewards.guard import GuardedReward
-from geoalign.rewards.placement import score_all
+from geoalign.rewards.placement import decode_and_score, score_all
+from geoalign.rl.score import merged
+from geoalign.types import RetakeBatch
 
 
 @pytest.mark.parametrize("fault", ["raise", "nan", "partial"])
@@ -43,6 +51,73 @@ def test_a_hung_scorer_times_out_once_and_recovers() -> None:
     reward.release.set()
     guarded._hung.join(10)
     assert guarded(videos_of(2), batch_of(2)).valid.all()
+
+
+def test_the_first_batch_of_a_shape_may_take_longer() -> None:
+    """A call of 0.5 s against a limit of 0.2 s: in time while its shape is new, late afterwards."""
+
+    class Slow(MeanReward):
+        def __call__(self, videos: torch.Tensor, batch: RetakeBatch) -> RewardOutput:
+            time.sleep(0.5)
+            return super().__call__(videos, batch)
+
+    guarded = GuardedReward(Slow(), timeout_s=0.2)
+    assert guarded(videos_of(2), batch_of(2)).valid.all()
+    assert not guarded(videos_of(2), batch_of(2)).valid.any()
+
+
+def test_parts_of_another_shape_are_a_failure_of_their_scorer() -> None:
+    class Total(MeanReward):
+        def __call__(self, videos: torch.Tensor, batch: RetakeBatch) -> RewardOutput:
+            out = super().__call__(videos, batch)
+            return RewardOutput(out.scores, out.valid, {"total": out.scores["mean"].sum()})
+
+    videos, batch = videos_of(3), batch_of(3)
+    guarded = GuardedReward(Total(), retries=0)
+    assert not guarded(videos, batch).valid.any() and guarded.counts.errors == {"RewardError": 4}
+    assert not score_all({"bare": Total()}, videos, batch).outputs["bare"].valid.any()
+
+
+def test_a_bare_reward_that_loses_rows_is_invalid() -> None:
+    out = score_all({"bare": MeanReward("partial")}, videos_of(3, bad=1), batch_of(3)).outputs["bare"]
+    assert out.valid.tolist() == [False] * 3
+
+
+def test_each_scorer_counts_the_samples_that_it_failed_on() -> None:
+    """Two scorers may fail on the same sample, which is lost once."""
+    videos, batch = videos_of(3, bad=1), batch_of(3)
+    rewards = {"a": GuardedReward(MeanReward("raise")), "b": GuardedReward(Other("nan"))}
+    scores = merged(score_all(rewards, videos, batch), torch.tensor([False, True, True]))
+    assert scores.failures == {"policy": 1, "a": 1, "b": 1}
+    assert scores.valid.tolist() == [False, False, True]
+
+
+class Other(MeanReward):
+    keys = ("other",)
+
+    def __call__(self, videos: torch.Tensor, batch: RetakeBatch) -> RewardOutput:
+        out = super().__call__(videos, batch)
+        return RewardOutput({"other": out.scores["mean"]}, out.valid)
+
+
+def test_the_trainer_does_not_wait_forever_for_a_scorer_that_hangs(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(precision, "PATIENCE_S", 0.05)
+    held, release = threading.Event(), threading.Event()
+
+    def hang() -> None:
+        with precision.exact_float32():
+            held.set()
+            release.wait(30)
+
+    thread = threading.Thread(target=hang)
+    thread.start()
+    held.wait(30)
+    try:
+        with pytest.raises(RunError, match="placement=worker"):
+            decode_and_score({"mean": MeanReward()}, lambda rows, _: videos_of(len(rows)), batch_of(2))
+    finally:
+        release.set()
+        thread.join()
 
 
 def test_other_rewards_keep_their_scores_when_one_fails() -> None:

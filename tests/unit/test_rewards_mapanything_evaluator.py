@@ -15,6 +15,7 @@ from torch import Tensor
 from geoalign.errors import CheckpointError, RewardError, UsageError
 from geoalign.geometry.trajectory import CameraTrajectory
 from geoalign.rewards.base import PoseEvaluator
+from geoalign.rewards.geometry import GeometryReward
 from geoalign.rewards.mapanything import evaluator as module
 from geoalign.rewards.mapanything.checkpoint import SKIPPED_MODULES, load_layout, load_pose_network
 from geoalign.rewards.mapanything.evaluator import MapAnythingEvaluator, coherent_share, frame_subset
@@ -22,7 +23,7 @@ from geoalign.rewards.mapanything.layout import LAYOUTS, PoseNetworkLayout
 from geoalign.rewards.mapanything.network import PoseNetwork, RawPoses
 from geoalign.rewards.mapanything.published import PublishedBackend
 from geoalign.rewards.precision import exact_float32
-from geoalign.types import SourceClip
+from geoalign.types import RetakeBatch, SourceClip
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "mapanything"
 SMALL = PoseNetworkLayout(48, 2, 2, "swiglu", False, 48, 2, 2, "swiglu", True, True)
@@ -164,6 +165,14 @@ def test_a_broken_video_harms_only_itself() -> None:
     estimate = evaluate(broken, clip(video))
     assert torch.isnan(estimate.c2w[1]).all()
     assert torch.equal(estimate.c2w[[0, 2]], whole.c2w[[0, 2]])
+
+
+def test_a_video_without_a_number_in_it_is_invalid() -> None:
+    video = moving_video()
+    video[1] = torch.nan
+    target = CameraTrajectory.build(torch.eye(4).repeat(*video.shape[:2], 1, 1))
+    output = GeometryReward(MapAnythingEvaluator(BrightnessPoses()))(video, RetakeBatch(clip(video), target, ("",) * 3))
+    assert output.valid.tolist() == [True, False, True]
 
 
 def test_coherent_share_tells_video_from_noise_and_black() -> None:

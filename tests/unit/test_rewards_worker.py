@@ -8,10 +8,13 @@ import pytest
 import torch
 from reward_cases import BAD, batch_of, honest, videos_of
 
+from geoalign.config.rewards import RewardConfig
 from geoalign.errors import RewardError
+from geoalign.rewards.base import RewardOutput
 from geoalign.rewards.guard import GuardedReward
 from geoalign.rewards.placement import score_all
-from geoalign.rewards.worker import WorkerReward, choose_device
+from geoalign.rewards.registry import build_rewards
+from geoalign.rewards.worker import WorkerReward, choose_device, load_output, save_output
 
 
 @pytest.fixture(scope="module")
@@ -100,6 +103,27 @@ def test_workers_of_different_rewards_score_at_the_same_time(worker_module: Path
     finally:
         for worker in workers.values():
             worker.close()
+
+
+def test_an_answer_stays_when_the_next_one_overwrites_its_file(tmp_path: Path) -> None:
+    path, valid = tmp_path / "answer.safetensors", torch.ones(1, dtype=torch.bool)
+    save_output(path, RewardOutput({"s": torch.zeros(1)}, valid, {"part": torch.ones(1)}))
+    first = load_output(path, torch.device("cpu"))
+    save_output(tmp_path / "next", RewardOutput({"s": torch.zeros(1)}, valid, {"part": torch.full((1,), 2.0)}))
+    with path.open("r+b") as file:  # the same file, as other versions of the library write it
+        file.write((tmp_path / "next").read_bytes())
+    assert float(first.parts["part"]) == 1.0
+
+
+def test_no_worker_outlives_rewards_that_cannot_be_built(monkeypatch: pytest.MonkeyPatch) -> None:
+    started: list[WorkerReward] = []
+    original = WorkerReward.start
+    monkeypatch.setattr(WorkerReward, "start", lambda self: (started.append(self), original(self))[1])
+    good = RewardConfig(kind="geometry", options={"evaluator": "planar"}, placement="worker")
+    bad = RewardConfig(kind="hpsv3", options={"checkpoint": "none", "tokenizer": "none"})
+    with pytest.raises(RewardError):
+        build_rewards({"good": good, "bad": bad})
+    assert len(started) == 1 and started[0]._process is None
 
 
 def test_workers_of_a_machine_spread_over_the_devices_they_may_see() -> None:

@@ -8,6 +8,7 @@ from collections.abc import Callable
 import torch
 from torch import nn
 
+from geoalign.rewards.arena import ScorerMemory
 from geoalign.rewards.frames import SharedFrames
 from geoalign.rewards.mapanything.evaluator import MapAnythingEvaluator
 from geoalign.rewards.mapanything.layout import PoseNetworkLayout
@@ -39,17 +40,21 @@ def random_network(head: Callable[[QwenLayout], nn.Module]) -> RewardQwen:
     return network
 
 
-def videoalign(frames: SharedFrames | None = None, greyscale_motion: bool = False) -> VideoAlignReward:
+def videoalign(
+    frames: SharedFrames | None = None, greyscale_motion: bool = False, memory: ScorerMemory | None = None
+) -> VideoAlignReward:
     text = "look <|VQ_reward|> move <|MQ_reward|>"
     network = random_network(videoalign_head)
-    return VideoAlignReward(network, encode, text, greyscale_motion=greyscale_motion, frames=frames)
+    return VideoAlignReward(network, encode, text, greyscale_motion=greyscale_motion, frames=frames, memory=memory)
 
 
-def hpsv3(frames: SharedFrames | None = None) -> Hpsv3Reward:
+def hpsv3(frames: SharedFrames | None = None, memory: ScorerMemory | None = None) -> Hpsv3Reward:
     network = random_network(hpsv3_head)
-    return Hpsv3Reward(network, encode, "judge {text_prompt} ", "<|Reward|>", frame_stride=STRIDE, frames=frames)
+    return Hpsv3Reward(
+        network, encode, "judge {text_prompt} ", "<|Reward|>", frame_stride=STRIDE, frames=frames, memory=memory
+    )
 
 
-def mapanything(frames: SharedFrames | None = None) -> MapAnythingEvaluator:
+def mapanything(frames: SharedFrames | None = None, memory: ScorerMemory | None = None) -> MapAnythingEvaluator:
     torch.manual_seed(0)
-    return MapAnythingEvaluator(PoseNetwork(POSE).eval().requires_grad_(False), frames=frames)
+    return MapAnythingEvaluator(PoseNetwork(POSE).eval().requires_grad_(False), frames=frames, memory=memory)

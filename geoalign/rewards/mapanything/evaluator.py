@@ -10,9 +10,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from geoalign.errors import UsageError
+from geoalign.rewards.arena import ScorerMemory
 from geoalign.rewards.base import PoseEstimate
 from geoalign.rewards.frames import SharedFrames
-from geoalign.rewards.graphed import Body, CaptureBackend, CudaGraphBackend, GraphedScorer
+from geoalign.rewards.graphed import Body, GraphedScorer
 from geoalign.rewards.mapanything.checkpoint import load_pose_network
 from geoalign.rewards.mapanything.network import PoseBackend, PoseNetwork
 from geoalign.rewards.mapanything.poses import relative_to_first
@@ -95,7 +96,7 @@ class MapAnythingEvaluator:
         frame_stride: evaluate frames 0, s, 2s, ... and the last. 1 evaluates all frames, as in the paper.
         scenes_per_forward: videos per network call; bounds the activation memory.
         graphs: replay CUDA graphs on CUDA devices.
-        capture: capture backend, to share a memory pool with other scorers.
+        memory: what it shares with other scorers; None: a graph pool of its own, and weights that stay.
         frames: where the inputs of all scorers of a run are made; None makes those of this one alone.
     """
 
@@ -109,7 +110,7 @@ class MapAnythingEvaluator:
         frame_stride: int = 1,
         scenes_per_forward: int = 1,
         graphs: bool = True,
-        capture: CaptureBackend | None = None,
+        memory: ScorerMemory | None = None,
         frames: SharedFrames | None = None,
     ) -> None:
         if scenes_per_forward < 1:
@@ -117,7 +118,8 @@ class MapAnythingEvaluator:
         self.network, self.device = network, torch.device(device)
         self.frame_stride, self.scenes_per_forward, self.graphs = frame_stride, scenes_per_forward, graphs
         self._view = (frames or SharedFrames()).geometry(lambda count: frame_subset(count, self.frame_stride))
-        self._capture = capture or CudaGraphBackend()
+        self._memory = memory or ScorerMemory()
+        self._before = self._memory.enter(network) if isinstance(network, nn.Module) else None
         self._size: tuple[int, int] | None = None
         self._run: Body
 
@@ -125,6 +127,8 @@ class MapAnythingEvaluator:
     def __call__(self, video: Tensor, source: SourceClip) -> PoseEstimate:
         """Poses of ``video`` ``[B, F, 3, H, W]`` in [-1, 1], on its device; ``source`` is not read."""
         shown = self._view(video)
+        if self._before is not None:
+            self._before()
         run = self._prepared(shown.size)
         parts = [run(chunk.to(self.device)) for chunk in shown.inputs.split(self.scenes_per_forward)]
         out = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
@@ -145,7 +149,7 @@ class MapAnythingEvaluator:
                 self.network.prepare(*size)
             body = PoseBody(self.network).to(self.device)
             exact = exactly(body)
-            self._run = GraphedScorer(exact, body, self._capture) if self.graphs else exact
+            self._run = GraphedScorer(exact, body, self._memory.capture) if self.graphs else exact
             self._size = size
         return self._run
 
@@ -161,6 +165,7 @@ def build_evaluator(
     scenes_per_forward: int = 1,
     graphs: bool = True,
     frames: SharedFrames | None = None,
+    memory: ScorerMemory | None = None,
 ) -> MapAnythingEvaluator:
     """Build the evaluator from configuration values.
 
@@ -170,7 +175,7 @@ def build_evaluator(
         backend: "native" (this package) or "published" (the ``mapanything`` package; for comparison, never captured).
         device: "auto" takes CUDA where there is one.
         dtype: storage dtype of the large matrices.
-        frames: given by the registry.
+        frames, memory: given by the registry.
 
     Raises:
         RewardError: the weights or the published package are missing (the message holds the command to get them).
@@ -197,4 +202,5 @@ def build_evaluator(
         scenes_per_forward=scenes_per_forward,
         graphs=graphs,
         frames=frames,
+        memory=memory,
     )

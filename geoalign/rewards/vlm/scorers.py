@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
@@ -11,9 +12,10 @@ import torch
 from torch import Tensor, nn
 
 from geoalign.errors import UsageError
+from geoalign.rewards.arena import ScorerMemory
 from geoalign.rewards.base import RewardOutput
 from geoalign.rewards.frames import SharedFrames, Shown
-from geoalign.rewards.graphed import CaptureBackend, CudaGraphBackend, GraphedScorer
+from geoalign.rewards.graphed import GraphedScorer
 from geoalign.rewards.precision import exactly
 from geoalign.rewards.vlm import prompts, templates
 from geoalign.rewards.vlm.body import RewardQwen, hpsv3_head, text_table, videoalign_head, vision_table
@@ -38,6 +40,7 @@ _LORA_SCALE = 2.0  # alpha 128 / rank 64
 _CAPTION_SLOT = "{text_prompt}"
 # Captioned prompts are padded to a multiple of this many tokens, so that few graphs serve all captions.
 _BUCKET = 32
+_MOST_BODIES = 4
 
 
 class StaticBody(nn.Module):
@@ -64,14 +67,18 @@ class StaticBody(nn.Module):
 
 
 class _Runner:
-    """Runs patches with their token plans in chunks; one static body per (patch grid, length, placeholder) key."""
+    """Runs patches with their token plans in chunks; one static body per (patch grid, length, placeholder) key.
 
-    def __init__(self, network: RewardQwen, chunk: int, graphs: bool, capture: CaptureBackend | None) -> None:
+    The ``_MOST_BODIES`` that were used last are kept, with their graphs.
+    """
+
+    def __init__(self, network: RewardQwen, chunk: int, graphs: bool, memory: ScorerMemory | None) -> None:
         if chunk < 1:
             raise UsageError(f"at least one video or frame must run at a time, got {chunk}")
         self.network, self.chunk, self.graphs = network, chunk, graphs
-        self._capture = capture or CudaGraphBackend()
-        self._bodies: dict[tuple[tuple[int, int], int, tuple[int, ...]], GraphedScorer] = {}
+        self._memory = memory or ScorerMemory()
+        self._before = self._memory.enter(network)
+        self._bodies: OrderedDict[tuple[tuple[int, int], int, tuple[int, ...]], GraphedScorer] = OrderedDict()
 
     @property
     def device(self) -> torch.device:
@@ -84,8 +91,12 @@ class _Runner:
     def __call__(self, patches: Tensor, size: tuple[int, int], plans: Sequence[TokenPlan]) -> Tensor:
         """``patches`` ``[N, slices, S, patch_values]`` of images of ``size`` pixels and N plans of one length to
         ``[N, K, outputs]`` float32."""
+        rows = self.network.layout.rows
+        if (largest := max(max(plan.ids) for plan in plans)) >= rows:  # on a GPU it would end the process
+            raise UsageError(f"the tokenizer gives token {largest}, but the weights know {rows}: use the scorer's own")
         ids = torch.tensor([plan.ids for plan in plans], device=self.device)
         pool = torch.tensor([plan.pool_index for plan in plans], device=self.device)
+        self._before()
         run = self._prepared(size, plans[0])
         parts = zip(patches.split(self.chunk), ids.split(self.chunk), pool.split(self.chunk), strict=True)
         return torch.cat([run(part.to(self.device), *rest)["raw"] for part, *rest in parts])
@@ -94,8 +105,11 @@ class _Runner:
         grid = (size[0] // self.network.layout.patch, size[1] // self.network.layout.patch)
         key = (grid, len(plan.ids), plan.visual_index)
         if key not in self._bodies:
+            if len(self._bodies) == _MOST_BODIES:
+                self._bodies.popitem(last=False)[1].clear()
             body = StaticBody(self.network, grid, len(plan.ids), plan.visual_index).to(self.device)
-            self._bodies[key] = GraphedScorer(exactly(body), body, self._capture)
+            self._bodies[key] = GraphedScorer(exactly(body), body, self._memory.capture)
+        self._bodies.move_to_end(key)
         scorer = self._bodies[key]
         return scorer if self.graphs else scorer.body
 
@@ -117,7 +131,8 @@ class VideoAlignReward:
         text_alignment: also emit ``align``; the prompt then becomes longer and depends on the caption.
         greyscale_motion: show the motion score a grey video (some recipes do); costs a second pass.
         videos_per_forward: bounds the activation memory.
-        graphs, capture: replay CUDA graphs on CUDA devices; backend to share a memory pool.
+        graphs: replay CUDA graphs on CUDA devices.
+        memory: what it shares with other scorers; None: a graph pool of its own, and weights that stay.
         frames: where the inputs of all scorers of a run are made; None makes those of this one alone.
     """
 
@@ -134,13 +149,13 @@ class VideoAlignReward:
         greyscale_motion: bool = False,
         videos_per_forward: int = 4,
         graphs: bool = True,
-        capture: CaptureBackend | None = None,
+        memory: ScorerMemory | None = None,
         frames: SharedFrames | None = None,
     ) -> None:
         self.parts = ("vq", "mq", "ta") if text_alignment else ("vq", "mq")
         self.keys = tuple(_VIDEOALIGN_KEYS[part] for part in self.parts)
         self.encode, self.template, self.clip_fps = encode, template, clip_fps
-        self._run = _Runner(network, videos_per_forward, graphs, capture)
+        self._run = _Runner(network, videos_per_forward, graphs, memory)
         fit = _fit(network, _VIDEOALIGN_AREA)
         self._view = (frames or SharedFrames()).clip(lambda count: sample_frames(count, self.clip_fps), fit)
         # The grey video is another video, of the chosen frames alone.
@@ -173,7 +188,7 @@ class VideoAlignReward:
 
         if "ta" not in self.parts:
             return [plan("")] * len(captions)  # the prompt is cut before the caption
-        return _to_one_length([plan(caption) for caption in captions])
+        return _bucketed([plan(caption) for caption in captions])
 
 
 class Hpsv3Reward:
@@ -187,7 +202,8 @@ class Hpsv3Reward:
         caption: the constant caption.
         best_share: mean over this share of the best frames; 1 is the plain mean.
         frames_per_forward: bounds the activation memory.
-        graphs, capture: replay CUDA graphs on CUDA devices; backend to share a memory pool.
+        graphs: replay CUDA graphs on CUDA devices.
+        memory: what it shares with other scorers; None: a graph pool of its own, and weights that stay.
         frames: where the inputs of all scorers of a run are made; None makes those of this one alone.
     """
 
@@ -207,7 +223,7 @@ class Hpsv3Reward:
         best_share: float = 1.0,
         frames_per_forward: int = 8,
         graphs: bool = True,
-        capture: CaptureBackend | None = None,
+        memory: ScorerMemory | None = None,
         frames: SharedFrames | None = None,
     ) -> None:
         if frame_stride < 1 or not 0 < best_share <= 1 or caption_policy not in ("constant", "prompt"):
@@ -218,7 +234,7 @@ class Hpsv3Reward:
         self.encode, self.instruction, self.suffix = encode, instruction, suffix
         self.frame_stride, self.best_share = frame_stride, best_share
         self.caption_policy, self.caption = caption_policy, caption
-        self._run = _Runner(network, frames_per_forward, graphs, capture)
+        self._run = _Runner(network, frames_per_forward, graphs, memory)
         self._view = (frames or SharedFrames()).still(
             lambda count: range(0, count, self.frame_stride), _fit(network, _HPSV3_AREA)
         )
@@ -229,9 +245,11 @@ class Hpsv3Reward:
         shown = self._view(videos)
         count, frames = shown.inputs.shape[:2]
         patches = shown.inputs.flatten(0, 1)[:, None]
-        captions = batch.prompts if self.caption_policy == "prompt" else (self.caption,) * count
         tokens = self._run.visual_tokens(patches)
-        plans = _to_one_length([self._plan(caption, tokens) for caption in captions])
+        if self.caption_policy == "prompt":
+            plans = _bucketed([self._plan(caption, tokens) for caption in batch.prompts])
+        else:
+            plans = [self._plan(self.caption, tokens)] * count
         raw = self._run(patches, shown.size, [plan for plan in plans for _ in range(frames)])
         mean, log_std = raw[:, 0].to(videos.device).view(count, frames, 2).unbind(dim=-1)
         kept = max(1, round(self.best_share * frames))
@@ -245,12 +263,9 @@ class Hpsv3Reward:
         return prompts.plan_tokens(self.encode, text, pad=prompts.IMAGE_PAD, visual_tokens=tokens, reads=reads)
 
 
-def _to_one_length(plans: list[TokenPlan]) -> list[TokenPlan]:
-    """Right-pad to the longest, rounded up to a bucket; prompts that agree in length stay as they are."""
-    lengths = {len(plan.ids) for plan in plans}
-    if len(lengths) == 1 and len(set(plans)) == 1:
-        return plans
-    length = -(-max(lengths) // _BUCKET) * _BUCKET
+def _bucketed(plans: list[TokenPlan]) -> list[TokenPlan]:
+    """Right-pad to the longest, rounded up to a bucket."""
+    length = -(-max(len(plan.ids) for plan in plans) // _BUCKET) * _BUCKET
     return [plan.padded(length) for plan in plans]
 
 
@@ -285,6 +300,7 @@ def build_videoalign(
     videos_per_forward: int = 4,
     graphs: bool = True,
     frames: SharedFrames | None = None,
+    memory: ScorerMemory | None = None,
 ) -> VideoAlignReward:
     """Build VideoAlign from configuration values.
 
@@ -293,7 +309,7 @@ def build_videoalign(
         tokenizer: its tokenizer folder; by default ``tokenizer`` beside the checkpoint.
         template_folder: where ``geoalign doctor --fetch-rewards`` put the prompt; None takes the default place.
         device: "auto" takes CUDA where there is one.
-        frames: given by the registry.
+        frames, memory: given by the registry.
 
     Raises:
         RewardError: weights, tokenizer or prompt are missing (the message holds the command to get them).
@@ -320,6 +336,7 @@ def build_videoalign(
         videos_per_forward=videos_per_forward,
         graphs=graphs,
         frames=frames,
+        memory=memory,
     )
 
 
@@ -337,6 +354,7 @@ def build_hpsv3(
     frames_per_forward: int = 8,
     graphs: bool = True,
     frames: SharedFrames | None = None,
+    memory: ScorerMemory | None = None,
 ) -> Hpsv3Reward:
     """Build HPSv3 from configuration values.
 
@@ -345,7 +363,7 @@ def build_hpsv3(
         tokenizer: folder with the tokenizer files of Qwen/Qwen2-VL-7B-Instruct.
         template_folder: where ``geoalign doctor --fetch-rewards`` put the prompt; None takes the default place.
         device: "auto" takes CUDA where there is one.
-        frames: given by the registry.
+        frames, memory: given by the registry.
 
     Raises:
         RewardError: weights, tokenizer or prompt are missing (the message holds the command to get them).
@@ -369,4 +387,5 @@ def build_hpsv3(
         frames_per_forward=frames_per_forward,
         graphs=graphs,
         frames=frames,
+        memory=memory,
     )

@@ -128,7 +128,7 @@ def _download_hpsv3(folder: Path) -> Path:
 
 
 def _download_videoalign(folder: Path) -> Path:
-    url = "https://codeload.github.com/KwaiVGI/VideoAlign/zip/refs/heads/main"
+    url = "https://codeload.github.com/KwaiVGI/VideoAlign/zip/219ab9d"
     target = folder / "VideoAlign.zip"
     with urllib.request.urlopen(url, timeout=_TIMEOUT_S) as answer:
         target.write_bytes(answer.read())
