@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 import os
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from geoalign.errors import DataError
+from geoalign.errors import DataError, UsageError
 
 
 @contextlib.contextmanager
@@ -34,6 +35,21 @@ def atomic_path(path: str | os.PathLike[str]) -> Iterator[Path]:
         temporary.unlink(missing_ok=True)
 
 
+def check_writable(path: Path) -> None:
+    """Make sure, before long work, that :func:`atomic_path` will be able to write ``path``; makes its folder.
+
+    Raises UsageError for a folder, DataError for a place where nothing can be written.
+    """
+    try:
+        if path.is_dir():
+            raise UsageError(f"{path} is a folder; name a file")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=path.parent):
+            pass
+    except OSError as error:
+        raise DataError(f"{path}: cannot be written ({error.strerror or error}); choose another place") from error
+
+
 def atomic_write_bytes(path: str | os.PathLike[str], data: bytes) -> None:
     """Write ``data`` to ``path`` atomically, creating parent folders."""
     with atomic_path(path) as temporary:
@@ -48,6 +64,11 @@ def atomic_write_text(path: str | os.PathLike[str], text: str) -> None:
 def atomic_write_json(path: str | os.PathLike[str], value: Any) -> None:
     """Write ``value`` as indented JSON to ``path`` atomically; NaN and infinity are refused (not JSON)."""
     atomic_write_text(path, json.dumps(value, indent=2, allow_nan=False) + "\n")
+
+
+def nan_to_none(row: Mapping[str, Any]) -> dict[str, Any]:
+    """``row`` with NaN and infinite values replaced by None, which JSON can say."""
+    return {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in row.items()}
 
 
 def read_jsonl(path: str | os.PathLike[str]) -> list[dict[str, Any]]:

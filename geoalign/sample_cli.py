@@ -216,6 +216,7 @@ def _write(
     import torch
 
     from geoalign import __version__
+    from geoalign.data.plots import plot_cameras
     from geoalign.data.video import write_video
     from geoalign.io_utils import atomic_write_json
 
@@ -228,7 +229,8 @@ def _write(
     }
     write_video(beside["video"], video[0], inputs.fps)
     write_video(beside["side_by_side"], torch.cat([inputs.video[0], video[0]], -1), inputs.fps)
-    _plot(inputs, beside["cameras"])
+    cameras = {"source": inputs.source_camera.c2w[0], "target": inputs.target_camera.c2w[0]}
+    plot_cameras(beside["cameras"], cameras)
     settings = {name: str(v) if isinstance(v, Path) else v for name, v in vars(args).items() if _plain(v)}
     used = chosen | {"frames": video.shape[1], "size": list(video.shape[-2:]), "fps": inputs.fps}
     record = {
@@ -243,40 +245,6 @@ def _write(
 
 def _plain(value: object) -> bool:
     return value is None or isinstance(value, str | int | float | bool | Path | tuple)
-
-
-def _plot(inputs: RetakeInputs, path: Path) -> None:
-    """Source and target camera paths seen from above and from the side, with viewing directions."""
-    from matplotlib.figure import Figure
-
-    from geoalign.io_utils import atomic_path
-
-    figure = Figure(figsize=(9, 4), layout="constrained")
-    moved = [camera.position[0] for camera in (inputs.source_camera, inputs.target_camera)]
-    reach = 0.2 * max([float((centre - centre[0]).norm(dim=-1).max()) for centre in moved] + [0.5])
-    views = (
-        ("from above", 0, 2, "x right (m)", "z forward (m)"),
-        ("from the side", 2, 1, "z forward (m)", "y down (m)"),
-    )
-    for axis, (title, i, j, across, along) in zip(figure.subplots(1, 2), views, strict=True):
-        for name, camera, colour in (
-            ("source", inputs.source_camera, "#777777"),
-            ("target", inputs.target_camera, "#c2410c"),
-        ):
-            centre, look = camera.position[0], camera.rotation[0][:, :, 2]
-            axis.plot(centre[:, i], centre[:, j], "-o", color=colour, markersize=2, linewidth=1.5, label=name)
-            for point, ray in zip(*(part[:: max(1, len(centre) // 8)] for part in (centre, look)), strict=True):
-                tip = point + reach * ray  # a short line of sight, drawn even where the camera does not move
-                axis.plot([point[i], tip[i]], [point[j], tip[j]], color=colour, linewidth=0.8)
-        axis.set(title=title, xlabel=across, ylabel=along)
-        axis.margins(0.25)
-        axis.set_aspect("equal", adjustable="datalim")
-        axis.grid(alpha=0.3)
-        if along.startswith("y"):
-            axis.invert_yaxis()
-    figure.axes[0].legend(frameon=False)
-    with atomic_path(path) as temporary:
-        figure.savefig(temporary, dpi=110)
 
 
 def _numbers(text: str) -> tuple[float, float, float, float]:

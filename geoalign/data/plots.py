@@ -1,13 +1,14 @@
-"""Figure of raw and rescaled target paths."""
+"""Figures of camera paths: raw and rescaled targets, and few paths side by side with viewing directions."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from torch import Tensor
 
 from geoalign.config.data import RescaleConfig, TruncatedGaussian
 from geoalign.geometry.rescale import RescaleResult, truncated_gaussian
@@ -15,6 +16,47 @@ from geoalign.geometry.trajectory import CameraTrajectory
 from geoalign.io_utils import atomic_path
 
 _SHOWN = 24
+_COLOURS = ("#777777", "#c2410c")
+PNG_MARK = {"Software": "geoalign"}
+"""Metadata of the camera plots, by which one of them is told from a picture of somebody else."""
+
+
+def plot_cameras(path: Path, cameras: Mapping[str, Tensor]) -> None:
+    """Write :func:`cameras_figure` as a png that carries ``PNG_MARK``, atomically."""
+    figure = cameras_figure(cameras)
+    with atomic_path(path) as temporary:
+        figure.savefig(temporary, dpi=110, metadata=PNG_MARK)
+
+
+def cameras_figure(cameras: Mapping[str, Tensor]) -> Any:
+    """Two camera paths from above and from the side, with viewing directions; down in the world is down on paper.
+
+    Args:
+        cameras: camera-to-world ``[F, 4, 4]`` in metres by label, at most two.
+    """
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(9, 4), layout="constrained")
+    reach = 0.2 * max([float((c2w[:, :3, 3] - c2w[0, :3, 3]).norm(dim=-1).max()) for c2w in cameras.values()] + [0.5])
+    views = (
+        ("from above", 0, 2, "x (m, right)", "z (m, forward)"),
+        ("from the side", 2, 1, "z (m, forward)", "y (m, down)"),
+    )
+    for axis, (title, i, j, across, along) in zip(figure.subplots(1, 2), views, strict=True):
+        for (name, c2w), colour in zip(cameras.items(), _COLOURS, strict=False):
+            centre, look = c2w[:, :3, 3], c2w[:, :3, 2]
+            axis.plot(centre[:, i], centre[:, j], "-o", color=colour, markersize=2, linewidth=1.5, label=name)
+            for point, ray in zip(*(part[:: max(1, len(centre) // 8)] for part in (centre, look)), strict=True):
+                tip = point + reach * ray  # a short line of sight, drawn even where the camera does not move
+                axis.plot([point[i], tip[i]], [point[j], tip[j]], color=colour, linewidth=0.8)
+        axis.set(title=title, xlabel=across, ylabel=along)
+        axis.margins(0.25)
+        axis.set_aspect("equal", adjustable="datalim")
+        axis.grid(alpha=0.3)
+        if j == 1:  # OpenCV's y points down
+            axis.invert_yaxis()
+    figure.axes[0].legend(frameon=False)
+    return figure
 
 
 def plot_paths(

@@ -12,6 +12,11 @@ from torch import Tensor
 from geoalign.errors import RewardError
 from geoalign.types import RetakeBatch, SourceClip
 
+NO_PLANE = (
+    "the {} evaluator needs the ground plane of the source clip, in metres (ground_plane in its camera file); for "
+    "clips without one, evaluator mapanything with evaluator_options.checkpoint reads images alone"
+)
+
 
 class ScorerTimeoutError(RewardError):
     """A scorer did not answer in time."""

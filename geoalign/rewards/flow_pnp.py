@@ -22,7 +22,7 @@ from torch import Tensor
 
 from geoalign.errors import RewardError, UsageError
 from geoalign.geometry.plane import pixel_grid, pixel_rays
-from geoalign.rewards.base import PoseEstimate
+from geoalign.rewards.base import NO_PLANE, PoseEstimate
 from geoalign.types import SourceClip
 
 FrameDepth = Callable[[SourceClip, int, int], Tensor]
@@ -38,9 +38,7 @@ _RANSAC_ITERATIONS, _RANSAC_CONFIDENCE = 200, 0.999
 def plane_depth(source: SourceClip, height: int, width: int) -> Tensor:
     """Depth of source frame 0 from its known ground plane, NaN where a ray misses the plane."""
     if source.ground_plane is None:
-        raise UsageError(
-            "the flow_pnp evaluator needs frame-0 depth: a source clip with a ground plane, or frame_depth"
-        )
+        raise UsageError(NO_PLANE.format("flow_pnp"))
     rays = pixel_rays(source.camera.intrinsics[:, 0], pixel_grid(height, width).to(source.ground_plane.device))
     plane = source.ground_plane
     # A ray with z = 1 meets n . X = d at depth d / (n . ray).
@@ -86,6 +84,10 @@ class FlowPnpEvaluator:
             raise UsageError(
                 f"need 6 <= min_points <= max_corners and one corner for each of {math.prod(_CELLS)} cells, got "
                 f"{min_points} and {max_corners}"
+            )
+        if not (0 < forward_backward_px < math.inf and 0 < ransac_px < math.inf):
+            raise UsageError(
+                f"forward_backward_px and ransac_px must be positive, got {forward_backward_px} and {ransac_px}"
             )
         try:
             self._cv: Any = importlib.import_module("cv2")

@@ -7,6 +7,7 @@ import math
 import torch
 from torch import Tensor
 
+from geoalign.errors import UsageError
 from geoalign.geometry.reward_terms import WeightKind, rotation_distance, temporal_weights, translation_distance
 from geoalign.geometry.trajectory import CameraTrajectory
 from geoalign.rewards.base import PoseEvaluator, RewardOutput
@@ -39,6 +40,11 @@ class GeometryReward:
         max_rotation_deg: float = 45.0,
         min_tracked: float = 0.15,
     ) -> None:
+        if not (0 < max_translation_m < math.inf and 0 < max_rotation_deg <= 180 and 0 <= min_tracked <= 1):
+            raise UsageError(
+                "need max_translation_m > 0, 0 < max_rotation_deg <= 180 and 0 <= min_tracked <= 1, got "
+                f"{max_translation_m}, {max_rotation_deg} and {min_tracked}"
+            )
         self.evaluator, self.temporal_weights, self.min_tracked = evaluator, temporal_weights, min_tracked
         self.max_translation_m, self.max_rotation_deg = max_translation_m, max_rotation_deg
 

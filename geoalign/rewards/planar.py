@@ -8,6 +8,7 @@ the source's first pose and continues at constant velocity.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Literal
 
@@ -17,7 +18,7 @@ from torch import Tensor
 
 from geoalign.errors import UsageError
 from geoalign.geometry.plane import ground_axes, pixel_grid, pixel_rays
-from geoalign.rewards.base import PoseEstimate
+from geoalign.rewards.base import NO_PLANE, PoseEstimate
 from geoalign.types import SourceClip
 
 _LUMA = (0.299, 0.587, 0.114)
@@ -41,7 +42,8 @@ class PlanarAligner:
         levels: (blur sigma in pixels, Gauss-Newton iterations), coarse to fine.
         step, offset: every ``step``-th pixel from ``offset`` on is used, so two aligners can use disjoint pixels.
         reference: which source frame a generated frame is aligned to, "same" index or the "first".
-        frame_stride: evaluate every n-th frame (frame 0 is always the identity).
+
+    Raises UsageError for values that leave nothing to align.
     """
 
     name = "planar"
@@ -53,6 +55,10 @@ class PlanarAligner:
         offset: int = 2,
         reference: Literal["same", "first"] = "same",
     ) -> None:
+        if not levels or any(not 0 <= sigma < math.inf or iterations < 1 for sigma, iterations in levels):
+            raise UsageError(f"levels are pairs of a blur >= 0 and at least 1 iteration, got {levels}")
+        if step < 1 or offset < 0:
+            raise UsageError(f"need step >= 1 and offset >= 0, got {step} and {offset}")
         self.levels, self.step, self.offset, self.reference = levels, step, offset, reference
 
     @torch.no_grad()
@@ -61,9 +67,7 @@ class PlanarAligner:
         device, video, source = video.device, video.cpu(), source.to("cpu")  # small matrices: no work for a GPU
         plane = source.ground_plane
         if plane is None:
-            raise UsageError(
-                "the planar evaluator needs the ground plane of the source clip; use another evaluator for such clips"
-            )
+            raise UsageError(NO_PLANE.format("planar"))
         batch, frames, _, height, width = video.shape
         axes = ground_axes(plane)
         rays = pixel_rays(source.camera.intrinsics[:, 0], pixel_grid(height, width, step=self.step, offset=self.offset))

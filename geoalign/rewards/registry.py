@@ -8,11 +8,12 @@ import inspect
 import sys
 import threading
 import weakref
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any
+from typing import Any, get_type_hints
 
+from pydantic import TypeAdapter, ValidationError
 from torch import Tensor
 
 from geoalign.config.rewards import FailureConfig, RewardConfig
@@ -24,7 +25,7 @@ from geoalign.rewards.guard import GuardedReward
 from geoalign.rewards.worker import WorkerReward
 from geoalign.types import SourceClip
 
-# name -> "module:callable". The callable takes keyword options; one called `evaluator` is resolved by name.
+# name -> "module:callable". The callable takes keyword options, whose values are checked against its annotations.
 REWARDS = {
     "geometry": "geoalign.rewards.geometry:GeometryReward",
     "source_consistency": "geoalign.rewards.geometry:SourceConsistencyReward",
@@ -37,6 +38,8 @@ EVALUATORS = {
     "mapanything": "geoalign.rewards.mapanything.evaluator:build_evaluator",
     "depth_anything_3": "geoalign.rewards.depth_anything3:build_evaluator",
 }
+# A reward's parameter of this name is given as the name of an evaluator, beside `evaluator_options` to build it with.
+EVALUATOR = "evaluator"
 # A factory's parameters of these names get what the scorers of a run share; they are no options.
 SHARED = ("frames", "memory")
 # Their pose estimates say nothing about how well the pictures agree.
@@ -78,7 +81,8 @@ class Shared:
         return factory(**options, **{name: getattr(self, name) for name in SHARED if name in taken})
 
 
-def _resolve(table: Mapping[str, str], name: str, what: str) -> Callable[..., Any]:
+def _resolve(table: Mapping[str, str], name: Any, what: str) -> Callable[..., Any]:
+    name = str(name)
     if name not in table:
         near = difflib.get_close_matches(name, table, n=1)
         hint = f"; did you mean {near[0]!r}?" if near else ""
@@ -87,38 +91,58 @@ def _resolve(table: Mapping[str, str], name: str, what: str) -> Callable[..., An
     return getattr(importlib.import_module(module), attribute)
 
 
-def _check_options(factory: Callable[..., Any], options: Iterable[str], where: str) -> None:
-    """Refuse unknown options and name the ones that are missing."""
+def takes_evaluator(kind: str) -> bool:
+    """Whether a registered reward is built on a pose evaluator; raises ConfigError for an unknown reward."""
+    return EVALUATOR in inspect.signature(_resolve(REWARDS, kind, "reward")).parameters
+
+
+def _checked(factory: Callable[..., Any], options: Mapping[str, Any], where: str) -> dict[str, Any]:
+    """``options`` as the types that ``factory`` declares (a YAML list becomes a tuple, an integer a float).
+
+    Raises ConfigError for unknown options, missing ones, and values of another type.
+    """
     parameters = {name: p for name, p in inspect.signature(factory).parameters.items() if name not in ("self", *SHARED)}
-    given = set(options)
-    for name in given - set(parameters):
+    for name in set(options) - set(parameters):
         near = difflib.get_close_matches(name, parameters, n=1)
         hint = f"; did you mean {near[0]!r}?" if near else ""
         raise ConfigError(f"{where}: unknown option {name!r}{hint} (known: {', '.join(parameters)})")
-    missing = [name for name, p in parameters.items() if p.default is p.empty and name not in given]
+    missing = [name for name, p in parameters.items() if p.default is p.empty and name not in options]
     if missing:
         raise ConfigError(f"{where}: needs {', '.join(missing)}")
+    hints = get_type_hints(factory.__init__ if inspect.isclass(factory) else factory)
+    return {
+        name: value if name == EVALUATOR else _typed(hints.get(name, Any), value, f"{where}.{name}")
+        for name, value in options.items()
+    }
+
+
+def _typed(hint: Any, value: Any, where: str) -> Any:
+    try:
+        return TypeAdapter(hint).validate_python(value)
+    except ValidationError as error:
+        problem = error.errors()[0]
+        place = "".join(f"[{part}]" for part in problem["loc"] if isinstance(part, int))
+        message = problem["msg"][:1].lower() + problem["msg"][1:]
+        raise ConfigError(f"{where}{place}: {message}, got {problem['input']!r}") from None
 
 
 def build_evaluator(name: str, shared: Shared | None = None, /, **options: Any) -> PoseEvaluator:
     """Build a pose evaluator by registered name."""
     factory = _resolve(EVALUATORS, name, "pose evaluator")
-    _check_options(factory, options, f"pose evaluator {name}")
-    return (shared or Shared()).build(factory, options)
+    return (shared or Shared()).build(factory, _checked(factory, options, f"pose evaluator {name}"))
 
 
 def build_reward(kind: str, options: Mapping[str, Any], shared: Shared | None = None) -> Reward:
     """Build one reward by registered name; what it needs of evaluators is taken from, and added to, ``shared``."""
     shared = shared or Shared()
-    factory, options = _resolve(REWARDS, kind, "reward"), dict(options)
-    evaluator_options = options.pop("evaluator_options", {})
-    if "evaluator" in options:
-        key = f"{options['evaluator']}:{sorted(evaluator_options.items())}"
+    options, evaluator_options = _check_reward(f"reward {kind}", kind, options)
+    if EVALUATOR in options:
+        key = f"{options[EVALUATOR]}:{sorted(evaluator_options.items())}"
         if key not in shared.evaluators:
-            evaluator = build_evaluator(options["evaluator"], shared, **evaluator_options)
+            evaluator = build_evaluator(options[EVALUATOR], shared, **evaluator_options)
             shared.evaluators[key] = LastResult(evaluator)
-        options["evaluator"] = shared.evaluators[key]
-    return shared.build(factory, options)
+        options[EVALUATOR] = shared.evaluators[key]
+    return shared.build(_resolve(REWARDS, kind, "reward"), options)
 
 
 def build_rewards(
@@ -133,13 +157,13 @@ def build_rewards(
         take_turns: inline scorers keep their weights on the host and have them on the device one at a time.
 
     Raises:
-        ConfigError: unknown reward, evaluator or option, an evaluator without what a reward reads, or two rewards that
-            emit the same key.
+        ConfigError: unknown reward, evaluator or option, a value of another type than the option's, an evaluator
+            without what a reward reads, or two rewards that emit the same key.
         RewardError: a reward cannot be built (missing weights), here or in its worker.
     """
     shared = Shared(memory=ScorerMemory(take_turns=take_turns))
     for name, config in configs.items():
-        _check_reward(name, config)
+        _check_reward(f"rewards.{name}.options", config.kind, config.options)
     rewards: dict[str, Reward] = {}
     try:
         for name, config in configs.items():
@@ -165,16 +189,23 @@ def close_rewards(rewards: Mapping[str, Reward]) -> None:
             inner.close()
 
 
-def _check_reward(name: str, config: RewardConfig) -> None:
-    factory = _resolve(REWARDS, config.kind, "reward")
-    options = [key for key in config.options if key != "evaluator_options"]
-    _check_options(factory, options, f"rewards.{name}.options")
-    if config.kind == "source_consistency" and config.options["evaluator"] in WITHOUT_RESIDUAL:
+def _check_reward(where: str, kind: str, options: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Checked options of a reward, and those of its evaluator; nothing is built."""
+    options, evaluator_options = dict(options), {}
+    if takes_evaluator(kind):
+        evaluator_options = _typed(dict[str, Any], options.pop("evaluator_options", {}), f"{where}.evaluator_options")
+    options = _checked(_resolve(REWARDS, kind, "reward"), options, where)
+    if EVALUATOR not in options:
+        return options, {}
+    name = options[EVALUATOR]
+    factory = _resolve(EVALUATORS, name, "pose evaluator")
+    if kind == "source_consistency" and name in WITHOUT_RESIDUAL:
         known = ", ".join(sorted(set(EVALUATORS) - WITHOUT_RESIDUAL))
         raise ConfigError(
-            f"rewards.{name}: evaluator {config.options['evaluator']!r} measures no residual, so source_consistency "
-            f"would score 0 for every video; use one of: {known}"
+            f"{where}: evaluator {name!r} measures no residual, so source_consistency would score 0 for every video; "
+            f"use one of: {known}"
         )
+    return options, _checked(factory, evaluator_options, f"{where}.evaluator_options")
 
 
 def _place(name: str, config: RewardConfig, failures: FailureConfig | None, shared: Shared) -> Reward:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import math
 from collections.abc import Mapping
 from pathlib import Path
 from types import TracebackType
@@ -12,7 +11,7 @@ from typing import Any
 
 from geoalign.config.training import RunConfig
 from geoalign.errors import ConfigError
-from geoalign.io_utils import atomic_write_text, read_jsonl
+from geoalign.io_utils import atomic_write_text, nan_to_none, read_jsonl
 
 
 class MetricsWriter:
@@ -68,5 +67,4 @@ def _tracker(folder: Path, run: RunConfig) -> Any:
 
 
 def _line(row: Mapping[str, Any]) -> str:
-    clean = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in row.items()}
-    return json.dumps(clean) + "\n"
+    return json.dumps(nan_to_none(row)) + "\n"

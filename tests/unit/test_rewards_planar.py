@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import math
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor
@@ -153,6 +156,39 @@ class TestRegistry:
             build_rewards({"x": one, "y": one})
         with pytest.raises(ConfigError, match="unknown pose evaluator"):
             build_evaluator("plannar")
+
+    @pytest.mark.parametrize(
+        ("options", "text"),
+        [
+            ({"max_translation_m": "abc"}, r"rewards\.x\.options\.max_translation_m: input should be a valid number"),
+            ({"temporal_weights": "foo"}, "temporal_weights: input should be 'linear'"),
+            ({"evaluator": ["planar"]}, "unknown pose evaluator"),
+            ({"evaluator_options": 3}, "evaluator_options: input should be a valid dictionary"),
+            (
+                {"evaluator_options": {"levels": 3}},
+                r"options\.evaluator_options\.levels: input should be a valid tuple",
+            ),
+            ({"evaluator_options": {"levels": [[4, "x"]]}}, r"levels\[0\]\[1\]: input should be a valid integer"),
+            ({"evaluator_options": {"reference": "last"}}, "reference: input should be 'same' or 'first'"),
+            ({"evaluator_options": {"stepp": 3}}, "did you mean 'step'"),
+            ({"max_translation_m": math.nan}, "max_translation_m > 0"),
+            ({"max_rotation_deg": 0}, "max_rotation_deg"),
+            ({"min_tracked": 1.5}, "min_tracked"),
+            ({"evaluator_options": {"levels": []}}, "at least 1 iteration"),
+            ({"evaluator_options": {"step": 0}}, "step >= 1"),
+            ({"evaluator": "flow_pnp", "evaluator_options": {"ransac_px": 0.0}}, "ransac_px must be positive"),
+        ],
+    )
+    def test_wrong_values_are_refused_at_building_time(self, options: dict[str, Any], text: str) -> None:
+        """In a run they would fail inside the guard, and every sample would leave as invalid."""
+        with pytest.raises(UsageError, match=text):
+            build_rewards({"x": RewardConfig(kind="geometry", options={"evaluator": "planar"} | options)})
+
+    def test_values_arrive_as_the_declared_types(self) -> None:
+        options = {"evaluator": "planar", "max_translation_m": 2, "evaluator_options": {"levels": [[4, 2]]}}
+        reward: Any = build_rewards({"x": RewardConfig(kind="geometry", options=options)})["x"]
+        assert isinstance(reward.max_translation_m, float)
+        assert reward.evaluator.evaluator.levels == ((4.0, 2),)
 
     def test_planar_needs_the_plane(self, pairs: PairedVideos) -> None:
         source = pairs.batch.source

@@ -150,8 +150,13 @@ def test_a_worker_that_cannot_be_built_says_so_before_the_run(tmp_path: Path) ->
         build_rewards({"hps": config}, FailureConfig())
     with pytest.raises(RewardError, match="no-such-python cannot be started"):
         build_rewards({"hps": config.model_copy(update={"python": "no-such-python"})}, FailureConfig())
-    with pytest.raises(ConfigError, match="unknown option 'checkpoimt'"):  # found without starting a process
-        build_rewards({"hps": config.model_copy(update={"options": {"checkpoimt": "x"}})}, FailureConfig())
+    for wrong, text in (
+        ({"checkpoimt": "x"}, "unknown option 'checkpoimt'"),
+        (options | {"best_share": "most"}, "best_share: input should be a valid number"),
+        (options | {"evaluator_options": {}}, "unknown option 'evaluator_options'"),
+    ):
+        with pytest.raises(ConfigError, match=text):  # found without starting a process
+            build_rewards({"hps": config.model_copy(update={"options": wrong})}, FailureConfig())
 
 
 def test_settings_that_cannot_work_are_refused() -> None:

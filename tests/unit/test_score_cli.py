@@ -1,130 +1,238 @@
-"""``geoalign score``: cheats lose by a margin, files are scored, wrong requests are explained."""
+"""``geoalign score`` on files: a bad one costs its own row, wrong requests are explained before anything is built."""
 
 from __future__ import annotations
 
 import json
+import math
+import shutil
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from PIL import Image
 
 from geoalign.cli import main
 from geoalign.config.world import WorldConfig
 from geoalign.data.citywalk import write_clip_camera
+from geoalign.data.plots import cameras_figure
 from geoalign.data.video import write_video
 from geoalign.geometry.io import save_trajectory
 from geoalign.rewards import registry
 from geoalign.rewards.base import RewardOutput
-from geoalign.rewards.flow_pnp import FlowPnpEvaluator
-from geoalign.rewards.geometry import GeometryReward
-from geoalign.score_cli import PROBE_SIZES, probe_table
 from geoalign.types import RetakeBatch
 from geoalign.world.pairs import paired_videos
-
-# Half of what was measured on 40 scenes (corner tracking: of the least over 16, 24 and 40, its honest score varies):
-# metres plus radians, weighted over frames.
-MARGINS = {
-    "planar": {
-        "wrong_scale": 0.2, "frozen": 0.55, "reversed": 0.44, "black": 1.7, "repeated": 0.09, "noise": 1.7,
-        "vanishing": 1.0,
-    },
-    "flow_pnp": {
-        "wrong_scale": 0.13, "frozen": 0.39, "reversed": 0.86, "black": 1.6, "repeated": 0.03, "noise": 1.6,
-        "vanishing": 1.6,
-    },
-}  # fmt: skip
-
-
-def check_probes(rows: list[dict], evaluator: str) -> None:
-    assert all(set(row) == {"probe", "score", "margin"} for row in rows)
-    honest, *cheats = rows
-    assert honest["probe"] == "honest" and honest["margin"] == 0
-    assert {row["probe"] for row in cheats} == set(MARGINS[evaluator])
-    for row in cheats:
-        assert row["margin"] > MARGINS[evaluator][row["probe"]], row
-        assert row["margin"] == pytest.approx(honest["score"] - row["score"])
-
-
-def test_every_probe_loses_by_its_margin(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["score", "--probes", "--json", str(tmp_path / "p.json")]) == 0
-    check_probes(json.loads((tmp_path / "p.json").read_text()), "planar")
-    assert "wrong_scale" in capsys.readouterr().out
-
-
-def test_every_probe_loses_to_corner_tracking_as_well() -> None:
-    """Sixteen scenes, at the size that ``--evaluator flow_pnp`` takes."""
-    height, width = (int(side) for side in PROBE_SIZES["flow_pnp"].split("x"))
-    check_probes(probe_table(GeometryReward(FlowPnpEvaluator()), 16, (height, width)), "flow_pnp")
-
-
-def test_a_reward_that_a_cheat_can_fool_ends_with_exit_code_1(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    class Generous:
-        name, keys = "generous", ("all",)
-
-        def __call__(self, videos: torch.Tensor, batch: RetakeBatch) -> RewardOutput:
-            return RewardOutput({"all": torch.ones(len(videos))}, torch.ones(len(videos), dtype=torch.bool))
-
-    monkeypatch.setattr(registry, "build_rewards", lambda configs: {"geometry": Generous()})
-    assert main(["score", "--probes", "--json", str(tmp_path / "p.json")]) == 1
-    assert {row["margin"] for row in json.loads((tmp_path / "p.json").read_text())} == {0.0}
 
 
 @pytest.fixture
 def files(tmp_path: Path) -> dict[str, Path]:
+    """A true retake of 5 frames, its source and path; a folder with two good videos and one cut in half."""
     world = WorldConfig()
     pairs = paired_videos(world, 1, torch.Generator().manual_seed(4), style="real")
-    paths = {name: tmp_path / name for name in ("retake.mp4", "source.mp4", "source.npz", "target.json")}
+    names = ("retake.mp4", "source.mp4", "source.npz", "bare.npz", "short.npz", "target.json", "target4.json")
+    paths = {name: tmp_path / name for name in names}
     write_video(paths["retake.mp4"], pairs.truth[0], 12, lossless=True)
     write_video(paths["source.mp4"], pairs.batch.source.video[0], 12, lossless=True)
     plane = pairs.batch.source.ground_plane
     assert plane is not None
-    write_clip_camera(
-        paths["source.npz"], pairs.batch.source.camera[0], (world.height, world.width), ground_plane=plane[0]
-    )
-    save_trajectory(paths["target.json"], pairs.batch.target_camera[0])
+    camera, target, size = pairs.batch.source.camera[0], pairs.batch.target_camera[0], (world.height, world.width)
+    write_clip_camera(paths["source.npz"], camera, size, ground_plane=plane[0])
+    write_clip_camera(paths["bare.npz"], camera, size)
+    write_clip_camera(paths["short.npz"], camera.frames([0, 1]), size, ground_plane=plane[0])
+    save_trajectory(paths["target.json"], target)
+    save_trajectory(paths["target4.json"], target.frames([0, 1, 2, 3]))
+    paths["folder"] = tmp_path / "folder"
+    paths["folder"].mkdir()
+    for name in ("a.mov", "a.mp4"):
+        shutil.copy(paths["retake.mp4"], paths["folder"] / name)
+    paths["broken"] = paths["folder"] / "c.mp4"
+    paths["broken"].write_bytes(paths["retake.mp4"].read_bytes()[:200])
     return paths
 
 
-def test_a_true_retake_scores_within_two_centimetres(files: dict[str, Path], tmp_path: Path) -> None:
-    arguments = ["score", "--video", str(files["retake.mp4"]), "--trajectory", str(files["target.json"])]
-    arguments += ["--source", str(files["source.mp4"]), "--source-camera", str(files["source.npz"])]
-    assert main([*arguments, "--json", str(tmp_path / "s.json"), "--plot"]) == 0
-    row = json.loads((tmp_path / "s.json").read_text())[0]
-    assert row["valid"] and row["trans_m"] < 0.02 and row["rot_deg"] < 0.1
-    assert files["retake.mp4"].with_suffix(".png").stat().st_size > 5000
+@pytest.fixture
+def score(files: dict[str, Path], tmp_path: Path) -> Callable[..., tuple[int, list[dict[str, Any]]]]:
+    """Score with the source given; returns the exit code and the rows of the JSON."""
+
+    def run(*arguments: str, video: str = "retake.mp4", target: str = "target.json") -> tuple[int, list[dict]]:
+        words = ["--video", str(files[video]), "--trajectory", str(files[target]), "--json", str(tmp_path / "s.json")]
+        words += ["--source", str(files["source.mp4"]), "--source-camera", str(files["source.npz"])]
+        code = main(["score", *words, *arguments])
+        return code, json.loads((tmp_path / "s.json").read_text())
+
+    return run
 
 
-def test_options_reach_the_reward_and_its_evaluator(files: dict[str, Path], tmp_path: Path) -> None:
-    arguments = ["score", "--video", str(files["retake.mp4"]), "--trajectory", str(files["target.json"])]
-    arguments += ["--source", str(files["source.mp4"]), "--source-camera", str(files["source.npz"])]
+def test_a_true_retake_scores_within_two_centimetres(score: Callable, files: dict[str, Path]) -> None:
+    code, (row,) = score("--plot")
+    assert code == 0 and row["valid"] and row["trans_m"] < 0.02 and row["rot_deg"] < 0.1
+    assert (row["frames"], row["video_frames"]) == (5, 5) and "error" not in row
+    with Image.open(files["retake.mp4"].with_name("retake.mp4.png")) as picture:
+        assert picture.info["Software"] == "geoalign"
+
+
+def test_the_lens_follows_the_crop(score: Callable) -> None:
+    """Pixels of the camera file are those of the source's frames, whatever size the scoring takes."""
+    code, (row,) = score("--size", "48x48")
+    assert code == 0 and row["trans_m"] < 0.02
+
+
+def test_a_longer_video_says_which_frames_were_scored(score: Callable, capsys: pytest.CaptureFixture[str]) -> None:
+    code, (row,) = score(target="target4.json")
+    assert code == 0 and row["trans_m"] < 0.02 and (row["frames"], row["video_frames"]) == (4, 5)
+    assert "frames 0-3 of 5 were scored" in capsys.readouterr().err
+
+
+def test_a_bad_file_costs_its_own_row(
+    score: Callable, files: dict[str, Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    code, rows = score("--plot", video="folder")
+    assert code == 1 and [row["valid"] for row in rows] == [True, True, False]
+    assert rows[2] == {"video": str(files["broken"]), "valid": False, "error": rows[2]["error"]}
+    assert "c.mp4: cannot be decoded" in rows[2]["error"]
+    shown = capsys.readouterr()
+    assert "a.mov" in shown.out and "c.mp4" in shown.out and "c.mp4" in shown.err
+    made = sorted(path.name for path in files["folder"].glob("*.png"))
+    assert made == ["a.mov.png", "a.mp4.png"]
+
+
+class Faulty:
+    """Scores 1, with a NaN beside it; ``fault`` happens at the second video."""
+
+    name, keys = "faulty", ("all",)
+
+    def __init__(self, fault: Exception | float) -> None:
+        self.fault, self.calls = fault, 0
+
+    def __call__(self, videos: torch.Tensor, batch: RetakeBatch) -> RewardOutput:
+        self.calls += 1
+        score = torch.ones(1)
+        if self.calls == 2 and isinstance(self.fault, Exception):
+            raise self.fault
+        if self.calls == 2:
+            score = torch.tensor([self.fault])
+        return RewardOutput({"all": score}, torch.tensor([True]), {"part": torch.tensor([math.nan])})
+
+
+@pytest.mark.parametrize(
+    ("fault", "text"), [(torch.cuda.OutOfMemoryError("CUDA out of memory."), "OutOfMemory"), (math.nan, "no finite")]
+)
+def test_a_failing_reward_costs_one_row(
+    fault: Exception | float, text: str, score: Callable, files: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shutil.copy(files["retake.mp4"], files["broken"])
+    reward = Faulty(fault)
+    monkeypatch.setattr(registry, "build_rewards", lambda configs: {"geometry": reward})
+    code, rows = score(video="folder")
+    assert code == 1 and [row["valid"] for row in rows] == [True, False, True]
+    assert text in rows[1]["error"] and rows[1].get("score/all") is None
+    assert rows[0]["score/all"] == 1.0 and rows[0]["part"] is None  # NaN is no JSON
+
+
+@pytest.mark.parametrize("fault", [RuntimeError("CUDA out of memory.\nmore"), math.nan])
+def test_a_single_video_without_a_score_ends_with_1(
+    fault: Exception | float,
+    files: dict[str, Path],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    reward = Faulty(fault)
+    reward.calls = 1
+    monkeypatch.setattr(registry, "build_rewards", lambda configs: {"geometry": reward})
+    given = [f"--{name}={files[file]}" for name, file in (("video", "retake.mp4"), ("trajectory", "target.json"))]
+    given += [f"--source={files['source.mp4']}", f"--source-camera={files['source.npz']}"]
+    assert main(["score", *given]) == 1
+    text = "reward faulty failed (RuntimeError: CUDA out of memory.)" if isinstance(fault, Exception) else "no finite"
+    assert text in capsys.readouterr().err
+
+
+def test_options_reach_the_reward_and_its_evaluator(score: Callable) -> None:
     rows = []
     for settings in ([], ["max_translation_m=0.001"], ["evaluator_options.levels=[[4.0, 1]]"]):
-        extra = [word for setting in settings for word in ("--set", setting)]
-        assert main([*arguments, *extra, "--json", str(tmp_path / "s.json")]) == 0
-        rows += json.loads((tmp_path / "s.json").read_text())
+        code, found = score(*(word for setting in settings for word in ("--set", setting)))
+        assert code == 0
+        rows += found
     plain, clamped, coarse = rows
     assert plain["trans_m"] > 0.002 and clamped["trans_m"] < 0.0011  # the reward's option
     assert coarse["trans_m"] > plain["trans_m"]  # the evaluator's: one blurred step reads worse than seven
 
 
-def test_wrong_files_are_named(files: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    target, video = str(files["target.json"]), str(files["retake.mp4"])
-    broken = tmp_path / "broken.mp4"
-    broken.write_bytes(files["retake.mp4"].read_bytes()[:200])
-    for arguments, code, text in (
-        (["--video", str(tmp_path / "no.mp4"), "--trajectory", target], 1, "no.mp4"),
-        (["--video", str(broken), "--trajectory", target], 1, "broken.mp4"),
-        (["--video", video, "--trajectory", str(tmp_path / "no.json")], 1, "no.json"),
-        (["--video", video, "--trajectory", target, "--evaluator", "plannar"], 2, "did you mean 'planar'"),
-        (["--video", video, "--trajectory", target], 2, "ground plane"),
-        (["--video", video], 2, "--trajectory"),
-        (
-            ["--video", video, "--trajectory", target, "--set", "max_translation=1"],
-            2,
-            "did you mean 'max_translation_m'",
-        ),
-        (["--video", video, "--trajectory", target, "--evaluator", "mapanything"], 2, "needs checkpoint"),
-        (["--evaluator", "mapanything", "--set", "evaluator_options.checkpoint=no"], 1, "hf download facebook/"),
-    ):
-        assert main(["score", *arguments]) == code
-        assert text in capsys.readouterr().err
+def test_plots_replace_their_like_and_nothing_else(
+    score: Callable, files: dict[str, Path], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    ours = files["retake.mp4"].with_name("retake.mp4.png")
+    assert score("--plot")[0] == 0
+    first = ours.stat().st_ino
+    assert score("--plot")[0] == 0 and ours.stat().st_ino != first
+    Image.new("RGB", (4, 4)).save(ours)
+    monkeypatch.setattr(registry, "build_rewards", lambda configs: pytest.fail("built before the check"))
+    assert score("--plot")[0] == 1
+    assert "not written by geoalign" in capsys.readouterr().err
+    with Image.open(ours) as picture:
+        assert picture.size == (4, 4)
+
+
+def test_a_sinking_camera_is_drawn_sinking() -> None:
+    c2w = torch.eye(4).repeat(3, 1, 1)
+    c2w[:, 1, 3] = torch.tensor([0.0, 0.5, 1.0])  # OpenCV: y points down
+    _, side = cameras_figure({"target": c2w, "estimated": c2w}).axes
+    low, high = (side.transData.transform((0.0, y))[1] for y in (1.0, 0.0))
+    assert low < high and side.get_ylabel() == "y (m, down)"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "text"),
+    [
+        ("--video {no}.mp4", 1, "no such video"),
+        ("--video {broken}", 1, "c.mp4: cannot be decoded"),
+        ("--trajectory {no}.json", 1, "no such trajectory"),
+        ("--source {broken}", 1, "c.mp4"),
+        ("--source-camera {short.npz}", 1, "cameras of 2 frames, but the trajectory has 5"),
+        ("--source-camera {bare.npz}", 1, "no ground_plane"),
+        ("--json {retake.mp4}/s.json", 1, "cannot be written"),
+        ("--json {folder}", 2, "is a folder"),
+        ("--evaluator plannar", 2, "did you mean 'planar'"),
+        ("--evaluator mapanything", 2, "needs checkpoint"),
+        ("--reward geometri", 2, "did you mean 'geometry'"),
+        ("--reward hpsv3 --plot", 2, "reward hpsv3 has none"),
+        ("--size 0x0", 2, "at least 16 pixels"),
+        ("--set max_translation=1", 2, "did you mean 'max_translation_m'"),
+        ("--set max_translation_m=abc", 2, "options.max_translation_m: input should be a valid number"),
+        ("--set evaluator_options.levels=3", 2, "evaluator_options.levels: input should be a valid tuple"),
+        ("--set temporal_weights=foo", 2, "temporal_weights: input should be 'linear'"),
+        ("--evaluator mapanything --set evaluator_options.checkpoint=no", 1, "hf download facebook/"),
+    ],
+)
+def test_wrong_requests_are_explained(
+    arguments: str, code: int, text: str, files: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    given = "--video {retake.mp4} --trajectory {target.json} --source {source.mp4} --source-camera {source.npz} "
+    for name, path in {**files, "no": tmp_path / "no"}.items():
+        given, arguments = given.replace(f"{{{name}}}", str(path)), arguments.replace(f"{{{name}}}", str(path))
+    assert main(["score", *given.split(), *arguments.split()]) == code
+    assert text in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "texts"),
+    [
+        ("", ["--trajectory"]),
+        ("--trajectory {target.json}", ["--source-camera FILE", "--evaluator mapanything --set"]),
+        ("--trajectory {target.json} --evaluator flow_pnp", ["--source-camera FILE", "--evaluator mapanything --set"]),
+        ("--trajectory {target.json} --source-camera {source.npz}", ["give --source FILE"]),
+    ],
+)
+def test_what_an_evaluator_misses_is_named(
+    arguments: str, texts: list[str], files: dict[str, Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name, path in files.items():
+        arguments = arguments.replace(f"{{{name}}}", str(path))
+    assert main(["score", "--video", str(files["retake.mp4"]), *arguments.split()]) == 2
+    shown = capsys.readouterr().err
+    assert all(text in shown for text in texts)
+
+
+def test_tracking_needs_no_source_video(files: dict[str, Path]) -> None:
+    given = [f"--{name}={files[file]}" for name, file in (("video", "retake.mp4"), ("trajectory", "target.json"))]
+    assert main(["score", *given, f"--source-camera={files['source.npz']}", "--evaluator=flow_pnp"]) == 0
