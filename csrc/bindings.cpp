@@ -1,5 +1,4 @@
 // The only file that knows torch: registers geoalign_native::frame_preprocess through the stable ABI (torch >= 2.10).
-#include <torch/csrc/inductor/aoti_torch/c/shim.h>
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
@@ -12,8 +11,6 @@
 
 #ifdef GEOALIGN_WITH_CUDA
 #include <torch/csrc/stable/accelerator.h>
-// The header declares it only with torch's own CUDA macros; weak, so that the library also loads on a CPU torch.
-extern "C" __attribute__((weak)) AOTITorchError aoti_torch_get_current_cuda_stream(int32_t device_index, void** stream);
 #endif
 
 namespace {
@@ -64,7 +61,7 @@ geoalign::FramePreprocess pack(const Tensor& video, const Tensor& gx, const Tens
 #define GEOALIGN_ARGUMENTS                                                                                       \
   Tensor video, Tensor gx, Tensor gxw, Tensor gy, Tensor gyw, Tensor px, Tensor pxw, Tensor py, Tensor pyw,      \
       Tensor slots, Tensor levels, int64_t geometry_rows, int64_t geometry_columns, int64_t patch_rows,          \
-      int64_t patch_columns, Tensor geometry, Tensor clip, Tensor still
+      int64_t patch_columns, int64_t stream, Tensor geometry, Tensor clip, Tensor still
 #define GEOALIGN_PACKED pack(video, gx, gxw, gy, gyw, px, pxw, py, pyw, slots, levels, geometry, clip, still)
 
 // Outputs of hundreds of megabytes are fresh memory: with pages of 4 KiB the kernel takes as long to map them as the
@@ -82,7 +79,7 @@ void ask_for_huge_pages(const Tensor& output) {
 }
 
 void frame_preprocess_cpu(GEOALIGN_ARGUMENTS) {
-  (void)geometry_rows, (void)geometry_columns, (void)patch_rows, (void)patch_columns;
+  (void)geometry_rows, (void)geometry_columns, (void)patch_rows, (void)patch_columns, (void)stream;
   for (const Tensor& output : {geometry, clip, still}) ask_for_huge_pages(output);
   const geoalign::FramePreprocess p = GEOALIGN_PACKED;
   torch::stable::parallel_for(0, static_cast<int64_t>(p.clips) * p.frames, 1, [&p](int64_t begin, int64_t end) {
@@ -93,25 +90,23 @@ void frame_preprocess_cpu(GEOALIGN_ARGUMENTS) {
 #ifdef GEOALIGN_WITH_CUDA
 void frame_preprocess_cuda(GEOALIGN_ARGUMENTS) {
   const geoalign::FramePreprocess p = GEOALIGN_PACKED;
-  const int32_t device = video.get_device_index();
-  const torch::stable::accelerator::DeviceGuard guard(device);
-  void* stream = nullptr;
-  STD_TORCH_CHECK(aoti_torch_get_current_cuda_stream != nullptr, "this torch build has no CUDA");
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(device, &stream));
+  const torch::stable::accelerator::DeviceGuard guard(video.get_device_index());
   const int32_t reads[4] = {static_cast<int32_t>(geometry_rows), static_cast<int32_t>(geometry_columns),
                             static_cast<int32_t>(patch_rows), static_cast<int32_t>(patch_columns)};
-  const int error = geoalign_frame_preprocess_cuda(&p, reads, stream);
+  const int error = geoalign_frame_preprocess_cuda(&p, reads, reinterpret_cast<void*>(stream));
   STD_TORCH_CHECK(error == 0, "frame_preprocess: CUDA launch failed with cudaError ", error);
 }
 #endif
 
 }  // namespace
 
+// `stream` is a cudaStream_t (0 for CPU tensors): the shim that would give it lies in torch's CUDA library, which a
+// library that also loads into a CPU torch cannot link.
 STABLE_TORCH_LIBRARY(geoalign_native, m) {
   m.def(
       "frame_preprocess(Tensor video, Tensor gx, Tensor gxw, Tensor gy, Tensor gyw, Tensor px, Tensor pxw, Tensor py, "
       "Tensor pyw, Tensor slots, Tensor levels, int geometry_rows, int geometry_columns, int patch_rows, "
-      "int patch_columns, Tensor(a!) geometry, Tensor(b!) clip, Tensor(c!) still) -> ()");
+      "int patch_columns, int stream, Tensor(a!) geometry, Tensor(b!) clip, Tensor(c!) still) -> ()");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(geoalign_native, CPU, m) { m.impl("frame_preprocess", TORCH_BOX(&frame_preprocess_cpu)); }

@@ -38,10 +38,11 @@ from bench_timing import (
     count_launches,
     environment,
     measure,
+    side_stream,
 )
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from geoalign.perf.cost import DEVICES, DeviceProfile, TransformerCost
+from geoalign.perf.cost import DEVICES, TransformerCost, profile_of
 from geoalign_kernels.static_check import EXPECTATIONS
 
 GATE = 1e-2
@@ -72,9 +73,7 @@ class Bench:
         self.file = ResultFile(out or (None if small else default), first)
         self.ceiling: dict[str, float] = {}
         self.missed: list[Row] = []
-        profile = {(9, 0): "h200", (8, 0): "a800"}
-        found = profile.get(torch.cuda.get_device_capability(device)) if device.type == "cuda" else None
-        self.profile: DeviceProfile | None = DEVICES[found] if found else None
+        self.profile = profile_of(str(first["device"])) if device.type == "cuda" else None
         self.static = json.loads(EXPECTATIONS.read_text())["rows"]
 
     def add(self, kind: str, name: str, impl: str, **fields: Any) -> Row:
@@ -247,10 +246,11 @@ def all_cases(bench: Bench, only: str) -> Iterator[AnyCase]:
 
 def run(bench: Bench, only: str) -> None:
     """All rows of one run, ceilings first and last."""
-    bench.ceilings("first")
-    for case in all_cases(bench, only):
-        bench.case(case)
-    bench.ceilings("last")
+    with side_stream(bench.device):
+        bench.ceilings("first")
+        for case in all_cases(bench, only):
+            bench.case(case)
+        bench.ceilings("last")
 
 
 def options_parser(doc: str | None, things: str | None, quick: str) -> argparse.ArgumentParser:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import platform
@@ -9,7 +10,7 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from importlib import metadata, util
 from pathlib import Path
 from typing import Any
@@ -28,7 +29,9 @@ L2_BYTES = 60 << 20
 WARM_UPS = 10
 REPLAYS = 20
 SHORT_MS = 0.05
-"""Below this the launch is as long as the kernel: the time is taken from a graph of `REPLAYS` calls."""
+"""Below this the gaps between launches count: the time is taken from a graph of `REPLAYS` calls."""
+AHEAD_CYCLES = 2_500_000
+"""1.3 to 1.8 ms of a GPU's clock, in which Python enqueues the timed call."""
 RIVAL_PACKAGES = ("flash-attn", "flash-attn-4", "liger-kernel", "sageattention", "quack-kernels", "torchao")
 
 Call = Callable[[int], Any]
@@ -43,17 +46,17 @@ def buffers_for(set_bytes: float, device: torch.device) -> int:
 def measure(call: Call, device: torch.device, repeats: int, buffers: int = 1) -> dict[str, Any]:
     """Milliseconds of `call(buffer index)`: median, p20 and p80 of `repeats` after ten warm-ups.
 
-    On a GPU a call below `SHORT_MS` is timed as a graph of `REPLAYS` calls.
+    On a GPU a call below `SHORT_MS` is timed as a graph of `REPLAYS` calls, which takes a `side_stream`.
     """
     for i in range(WARM_UPS):
         call(i % buffers)
-    times, graph, note = [_once(call, i % buffers, device) for i in range(repeats)], False, ""
+    times, graph, note = _series(call, device, repeats, buffers), False, ""
     if device.type == "cuda" and statistics.median(times) < SHORT_MS:
         try:
             times, graph = _replayed(call, device, repeats, buffers), True
         except RuntimeError as error:  # the call synchronises or copies from pageable memory
             torch.cuda.synchronize(device)
-            note = f"includes launch time: no graph ({str(error).splitlines()[0]})"
+            note = f"includes launches: no graph ({str(error).splitlines()[0]})"
     cuts = statistics.quantiles(times, n=10)
     return {
         "n_warm": WARM_UPS, "n_rep": repeats, "t_ms_median": statistics.median(times), "t_ms_p20": cuts[1],
@@ -61,26 +64,55 @@ def measure(call: Call, device: torch.device, repeats: int, buffers: int = 1) ->
     }  # fmt: skip
 
 
-def _once(call: Call, index: int, device: torch.device) -> float:
+@contextlib.contextmanager
+def side_stream(device: torch.device) -> Iterator[None]:
+    """Everything inside runs on one stream that a graph can capture.
+
+    A backward runs on the stream of its forward: from the default stream, a capture of it would fail or be empty.
+    """
     if device.type != "cuda":
-        start = time.perf_counter()
-        call(index)
-        return 1e3 * (time.perf_counter() - start)
-    begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-    begin.record()
+        yield
+        return
+    stream = torch.cuda.Stream(device)
+    stream.wait_stream(torch.cuda.current_stream(device))
+    with torch.cuda.stream(stream):
+        yield
+    torch.cuda.current_stream(device).wait_stream(stream)
+
+
+def _series(call: Call, device: torch.device, repeats: int, buffers: int) -> list[float]:
+    """Milliseconds of each of `repeats` calls; a GPU sleeps before each, so it never waits for Python inside one."""
+    if device.type != "cuda":
+        return [_on_cpu(call, i % buffers) for i in range(repeats)]
+    events = [[torch.cuda.Event(enable_timing=True) for _ in range(2)] for _ in range(repeats)]
+    for i, (begin, end) in enumerate(events):
+        torch.cuda._sleep(AHEAD_CYCLES)
+        begin.record()
+        call(i % buffers)
+        end.record()
+    torch.cuda.synchronize(device)
+    return [begin.elapsed_time(end) for begin, end in events]
+
+
+def _on_cpu(call: Call, index: int) -> float:
+    start = time.perf_counter()
     call(index)
-    end.record()
-    end.synchronize()
-    return begin.elapsed_time(end)
+    return 1e3 * (time.perf_counter() - start)
 
 
 def _replayed(call: Call, device: torch.device, repeats: int, buffers: int) -> list[float]:
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
+    with torch.cuda.graph(graph, stream=torch.cuda.current_stream(device)):
         for i in range(REPLAYS):
             call(i % buffers)
-    graph.replay()
-    return [_once(lambda _: graph.replay(), 0, device) / REPLAYS for _ in range(repeats)]
+
+    def replay(_: int) -> None:
+        graph.replay()
+
+    replay(0)
+    if count_launches(call, device) and not count_launches(replay, device):
+        raise RuntimeError("the captured graph is empty")
+    return [ms / REPLAYS for ms in _series(replay, device, repeats, 1)]
 
 
 def on_poison(call: Call, inputs: Iterable[torch.Tensor]) -> Any:

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from bench_timing import errors, measure
+from bench_timing import errors, measure, side_stream
 
 import geoalign_kernels as gk
 from geoalign_kernels.capture import load
@@ -57,7 +57,7 @@ def main() -> int:
         print(f"--profile opens the CUDA profiler: it needs --device cuda, not '{device}'", file=sys.stderr)
         return 2
     op, args = load(options.file, device)
-    with torch.no_grad():
+    with torch.no_grad(), side_stream(device):
         if options.profile:
             profile(op, args)
             return 0

@@ -58,7 +58,8 @@ class DeviceProfile:
 
 # A800: SageAttention's chart for that card (FlashAttention-2 and int8); backward by the FlashAttention-2 paper's ratio
 # on A100; 80 % of the data sheet's bandwidth. H200: attention of FlashAttention-3 or cuDNN class; `h200_fa2` has the
-# rates of FlashAttention-2 there. Convolution and reward rates are assumed shares of the peak.
+# rates of FlashAttention-2 there. H100 (SXM): peak by the data sheet and 80 % of its bandwidth; the other rates are
+# assumed to be the H200's, whose chip it is. Convolution and reward rates are assumed shares of the peak.
 DEVICES: dict[str, DeviceProfile] = {
     "a800": DeviceProfile(
         "A800 80 GB", 312 * _TERA, 188 * _TERA, 165 * _TERA, 266 * _TERA, 225 * _TERA, 330 * _TERA,
@@ -68,6 +69,10 @@ DEVICES: dict[str, DeviceProfile] = {
         "H200 141 GB", 989 * _TERA, 600 * _TERA, 530 * _TERA, 880 * _TERA, 700 * _TERA, 1100 * _TERA,
         240 * _TERA, 380 * _TERA, 0.90 * 4300 * _GIGA,
     ),
+    "h100": DeviceProfile(
+        "H100 80 GB", 989 * _TERA, 600 * _TERA, 530 * _TERA, 880 * _TERA, 700 * _TERA, 1100 * _TERA,
+        240 * _TERA, 380 * _TERA, 0.80 * 3350 * _GIGA,
+    ),
     "h200_fa2": DeviceProfile(
         "H200 141 GB (FlashAttention-2)", 989 * _TERA, 370 * _TERA, 322 * _TERA, 880 * _TERA, 700 * _TERA, 1100 * _TERA,
         240 * _TERA, 380 * _TERA, 0.90 * 4300 * _GIGA,
@@ -75,11 +80,22 @@ DEVICES: dict[str, DeviceProfile] = {
 }  # fmt: skip
 
 
+def profile_of(name: str) -> DeviceProfile | None:
+    """Profile of a CUDA device by the name its driver gives; None for devices that no profile covers.
+
+    Hopper boards other than SXM ("PCIe", "NVL") have other clocks and memory.
+    """
+    families = {"A100": "a800", "A800": "a800", "H100": "h100", "H800": "h100", "H200": "h200"}
+    known = next((profile for part, profile in families.items() if part in name), None)
+    if known is None or (known != "a800" and any(board in name for board in ("PCIe", "NVL"))):
+        return None
+    return DEVICES[known]
+
+
 def peak_flops(name: str) -> float | None:
     """Dense bf16 peak of a CUDA device by the name its driver gives; None for devices that no profile covers."""
-    family = {"A100": "a800", "A800": "a800", "H100": "h200", "H200": "h200", "H800": "h200", "GH200": "h200"}
-    known = next((profile for part, profile in family.items() if part in name), None)
-    return None if known is None else DEVICES[known].peak
+    known = profile_of(name)
+    return None if known is None else known.peak
 
 
 @dataclass(frozen=True, slots=True)

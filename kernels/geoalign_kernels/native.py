@@ -4,9 +4,9 @@
 
 The library is kept in `GEOALIGN_KERNELS_CACHE` (default `~/.cache/geoalign_kernels`) under a name that hashes the
 sources, the flags, torch's major.minor version, the architecture and the compilers, so a change of any of them builds
-anew. A machine that lacks a compiler takes a library of the same sources, flags and torch that was built elsewhere: it
-holds code for all CPUs of its architecture. A file lock makes processes that start together compile once. The CUDA part
-is compiled where torch has CUDA and nvcc is found; that needs no device.
+anew, and says whether it has a CUDA part. A machine that lacks a compiler takes a library of the same sources, flags
+and torch that was built elsewhere: it holds code for all CPUs of its architecture. A file lock makes processes that
+start together compile once. The CUDA part is compiled where torch has CUDA and nvcc is found; that needs no device.
 """
 
 from __future__ import annotations
@@ -34,6 +34,8 @@ CXX_ENV = "CXX"
 CXX_FLAGS = ("-std=c++20", "-O3", "-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math", "-fPIC")
 NVCC_FLAGS = ("-std=c++17", "-O3", "-fmad=false")
 TARGETS = ("sm_80", "sm_90")
+PTX = "compute_90"
+"""What the driver of a newer GPU compiles from."""
 OPERATOR = "geoalign_native::frame_preprocess"
 
 
@@ -111,7 +113,7 @@ def build() -> Path:
     if cxx is None:
         raise NativeBuildError(lacking)
     versions = [_run([tool, "--version"]) for tool in (cxx, nvcc) if tool]
-    library = _cache() / f"{_stem()}-{_hash(*versions)}.so"
+    library = _cache() / f"{_stem()}-{'cuda' if nvcc else 'cpu'}-{_hash(*versions)}.so"
     if library.is_file():
         return library
     with _lock(library.with_suffix(".lock")):
@@ -124,10 +126,13 @@ def build() -> Path:
 
 def obstacle(device: str) -> str:
     """Why tensors on "cpu" or "cuda" cannot be taken here, as far as is known before a build; else empty."""
-    cxx, _, lacking = _compilers()
-    if not lacking or (device == "cpu" and cxx) or _built_elsewhere():
-        return ""
-    return lacking
+    cxx, nvcc, lacking = _compilers()
+    if device == "cuda":
+        buildable, kind = cxx and nvcc, "cuda"
+        lacking = lacking or f"torch {torch.__version__} has no CUDA"
+    else:
+        buildable, kind = cxx, "*"
+    return "" if buildable or _built_elsewhere(kind) else lacking
 
 
 def load(device: str = "cpu") -> Path:
@@ -185,7 +190,7 @@ def _compile(cxx: str, nvcc: str | None, work: Path) -> None:
     objects = []
     if nvcc:
         flags.append("-DGEOALIGN_WITH_CUDA")
-        codes = [f"-gencode=arch={target.replace('sm', 'compute')},code={target}" for target in TARGETS]
+        codes = [f"-gencode=arch={target.replace('sm', 'compute')},code={target}" for target in (*TARGETS, PTX)]
         device = [*NVCC_FLAGS, *codes, "-Xcompiler", "-fPIC", f"-I{folder / 'include'}"]
         objects.append(str(work / "cuda.o"))
         _run([nvcc, *device, "-c", str(folder / "cuda" / "frame_preprocess.cu"), "-o", objects[-1]])
@@ -203,10 +208,15 @@ def _run(command: Sequence[str]) -> str:
     return done.stdout + done.stderr
 
 
-def _built_elsewhere() -> Path | None:
-    """The newest library of the same sources, flags, torch and architecture, whatever compiled it."""
-    found = sorted(_cache().glob(f"{_stem()}-*.so"), key=lambda path: path.stat().st_mtime)
-    return found[-1] if found else None
+def _built_elsewhere(kind: str = "*") -> Path | None:
+    """The newest library of the same sources, flags, torch and architecture, whatever compiled it; those with a CUDA
+    part first, `kind` "cuda" takes no others."""
+    stem = f"{_stem()}-"
+    found = [
+        (path.name.startswith(f"{stem}cuda-"), path.stat().st_mtime, path)
+        for path in _cache().glob(f"{stem}{kind}-*.so")
+    ]
+    return max(found)[2] if found else None
 
 
 def _stem() -> str:
@@ -214,7 +224,7 @@ def _stem() -> str:
     sources = sorted(path for path in folder.rglob("*") if path.suffix in (".h", ".cuh", ".cu", ".cpp"))
     texts = [f"{path.relative_to(folder)}\n{path.read_text()}" for path in sources]
     torch_version = ".".join(torch.__version__.split(".")[:2])
-    key = _hash(*texts, *CXX_FLAGS, *NVCC_FLAGS, *TARGETS, torch_version, platform.machine())
+    key = _hash(*texts, *CXX_FLAGS, *NVCC_FLAGS, *TARGETS, PTX, torch_version, platform.machine())
     return f"geoalign_native-{key}"
 
 

@@ -17,6 +17,14 @@ NAMESPACE = "geoalign"
 library = torch.library.Library(NAMESPACE, "DEF")
 
 
+def on_device(device: torch.device, function: Callable[..., Any], *args: Any) -> Any:
+    """`function(*args)` with `device` as the current one: Triton launches there, wherever its operands lie."""
+    if device.type != "cuda" or device.index == torch.cuda.current_device():
+        return function(*args)
+    with torch.cuda.device(device):
+        return function(*args)
+
+
 def define(
     name: str,
     schema: str,
@@ -33,7 +41,7 @@ def define(
     library.define(f"{name}{schema}", tags=(torch.Tag.pt2_compliant_tag,))
 
     def run(first: torch.Tensor, *args: Any) -> Any:
-        return dispatch.run(name, first.device, (first, *args))
+        return on_device(first.device, dispatch.run, name, first.device, (first, *args))
 
     for key in ("CPU", "CUDA"):
         library.impl(name, run, key)

@@ -98,7 +98,7 @@ def load_vector(Vector, c, ROWS: tl.constexpr, CHUNK: tl.constexpr):
 @triton.jit
 def dense(tokens, WIDTH: tl.constexpr):
     """(batch, token) strides of a dense [B, tokens, WIDTH]; 64-bit, because they may pass 2^31."""
-    return tokens.to(tl.int64) * WIDTH, WIDTH
+    return tl.cast(tokens, tl.int64) * WIDTH, WIDTH  # no method: Triton makes an argument that is 1 a plain int
 
 
 @triton.jit

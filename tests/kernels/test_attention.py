@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from importlib import metadata
 from typing import Any
 
 import pytest
 import torch
 
 import geoalign_kernels as gk
+from geoalign_kernels.dispatch import UnsupportedInput
 from geoalign_kernels.ops.attention.probe import ProbedInt8Attention
 from geoalign_kernels.testing import assert_gradients_match, assert_matches_reference, run_with_gradients
 
@@ -76,12 +78,46 @@ def test_fp8_is_refused_where_the_device_has_none(monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (8, 0))
     assert "8.0" in cores.why_not_fp8(torch.device("cuda"))
     assert cores.report_fp8(torch.device("cuda"))["backend"].startswith("error: ")
-    q = torch.randn(1, 4, 1, 16)
+    q = torch.randn(1, 4, 1, 32)
     with monkeypatch.context() as patch, pytest.raises(gk.BackendUnavailableError, match="use mode='int8'"):
         patch.setattr(cores, "why_not_fp8", lambda device: "no fp8")
         triton_impl.attention_int8_fp8(q, q, q, 0.25)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (9, 0))
     assert cores.report_fp8(torch.device("cuda"))["backend"] == "triton"
+
+
+def test_heads_too_small_for_8_bit_products_are_left_to_the_reference() -> None:
+    """Their tensor cores sum over 32 at least; without this a launch ends in an error of the compiler."""
+    from geoalign_kernels.ops.attention import triton_impl
+
+    q = torch.randn(1, 4, 2, 16)
+    for kernel in (triton_impl.attention_int8, triton_impl.attention_int8_fp8):
+        with pytest.raises(UnsupportedInput, match="got 16"):
+            kernel(q, q, q, 0.25)
+
+
+def test_flash_attention_2_needs_the_argument_order_that_is_called(monkeypatch: pytest.MonkeyPatch) -> None:
+    from geoalign_kernels.ops.attention import cores
+
+    monkeypatch.setattr(cores, "_importable", lambda module: True)
+    found: dict[str, str] = {}
+
+    def version(package: str) -> str:
+        if package not in found:
+            raise metadata.PackageNotFoundError
+        return found[package]
+
+    monkeypatch.setattr(cores.metadata, "version", version)
+    for number, reason in (
+        ("2.6.3", "it needs flash-attn >= 2.7, installed is 2.6"), ("2.7.0.post2", ""), ("2.8.3", ""), ("2.10.1", ""),
+    ):  # fmt: skip
+        found["flash-attn"] = number
+        cores._flash2_version.cache_clear()
+        assert cores.why_not("flash2", torch.device("cuda"), torch.bfloat16) == reason
+    del found["flash-attn"]  # flash-attn-4 fills the name space alone
+    cores._flash2_version.cache_clear()
+    assert "installed is none" in cores.why_not("flash2", torch.device("cuda"), torch.bfloat16)
+    cores._flash2_version.cache_clear()
 
 
 @pytest.mark.parametrize("lengths", [(0, 5), (5, 0)], ids=str)

@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Callable, Iterator
+from typing import Any
+
 import pytest
 import torch
 
 import geoalign_kernels as gk
-from geoalign_kernels import dispatch
+from geoalign_kernels import dispatch, registration
+from geoalign_kernels.ops.attention import op as attention_op
+from geoalign_kernels.registration import on_device
 
 CPU = torch.device("cpu")
 
@@ -19,6 +25,37 @@ def test_explicit_backend_that_cannot_run_raises(monkeypatch: pytest.MonkeyPatch
     with gk.use_backend("cuda", "gated_residual"), pytest.raises(gk.BackendUnavailableError, match="only"):
         gk.gated_residual(x, x, x[:, 0])
     assert dispatch.backend_for("gated_residual", CPU) == "reference"
+
+
+def test_an_op_runs_with_the_device_of_its_tensors_as_the_current_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    current = [0]
+
+    @contextlib.contextmanager
+    def switched(device: torch.device) -> Iterator[None]:
+        before, current[0] = current[0], device.index
+        yield
+        current[0] = before
+
+    monkeypatch.setattr(torch.cuda, "device", switched)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: current[0])
+    seen = [on_device(torch.device("cuda", index), lambda: current[0]) for index in (1, 0)]
+    assert (seen, current) == ([1, 0], [0])
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: pytest.fail("a CPU tensor must not wake CUDA"))
+    assert on_device(CPU, lambda a, b: a - b, 5, 3) == 2
+    # Every op goes through it, attention too, which does not go through `dispatch`.
+    calls: list[str] = []
+
+    def noted(device: torch.device, function: Callable[..., Any], *args: Any) -> Any:
+        calls.append(function.__name__)
+        return on_device(device, function, *args)
+
+    for module in (registration, attention_op):
+        monkeypatch.setattr(module, "on_device", noted)
+    x = torch.zeros(1, 2, 8)
+    gk.gated_residual(x, x, x[:, 0])
+    q = torch.zeros(1, 2, 1, 8, requires_grad=True)
+    gk.attention(q, q, q).out.sum().backward()
+    assert calls == ["run", "forward", "backward"]
 
 
 def test_environment_chooses_per_op(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -4,6 +4,7 @@ Qwen2-VL; layouts, batches, not-a-number; validation; registration; the tables."
 from __future__ import annotations
 
 import re
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -17,6 +18,8 @@ import geoalign_kernels as gk
 from geoalign.rewards.mapanything.preprocess import IMAGENET_MEAN, IMAGENET_STD, plan_resize
 from geoalign.rewards.vlm.preprocess import CLIP_MEAN, CLIP_STD, fit_size
 from geoalign_kernels import native
+from geoalign_kernels.dispatch import UnsupportedInput
+from geoalign_kernels.ops.frame_preprocess import native_impl
 from geoalign_kernels.ops.frame_preprocess.plan import TILE, pillow_taps, torch_taps
 
 FRAMES = 5
@@ -256,6 +259,22 @@ def test_tables_never_read_outside_the_image_and_tiles_are_those_of_the_kernel()
             )
 
 
+def test_a_device_that_a_launch_would_fail_on_is_refused_for_the_reference() -> None:
+    a100 = SimpleNamespace(name="A100", major=8, minor=0, shared_memory_per_block_optin=163 << 10)
+    small = SimpleNamespace(name="RTX 4090", major=8, minor=9, shared_memory_per_block_optin=99 << 10)
+    old = SimpleNamespace(name="T4", major=7, minor=5, shared_memory_per_block_optin=64 << 10)
+    video, photo = (list(plan_of(size, patches=(336, 588)).reads) for size in ((480, 832), (2160, 3840)))
+    for device in (a100, small):
+        native_impl.refuse_device(device, video)
+    native_impl.refuse_device(a100, photo)
+    with pytest.raises(UnsupportedInput, match=r"capability 8\.0, T4"):
+        native_impl.refuse_device(old, video)
+    with pytest.raises(UnsupportedInput, match="RTX 4090 has 101376"):
+        native_impl.refuse_device(small, photo)
+    # By hand: 10 source rows of 84 float32 each, and the larger of two areas in bytes.
+    assert native_impl.shared_bytes([10, 100, 8, 200]) == 10 * 84 * 4 + 1600
+
+
 def test_no_resize_is_the_identity() -> None:
     for first, weights in (pillow_taps(300, 300, 0, 300), torch_taps(300, 300)):
         matrix = torch.zeros(300, 300).scatter_add(1, first.long()[:, None] + torch.arange(weights.shape[1]), weights)
@@ -265,7 +284,15 @@ def test_no_resize_is_the_identity() -> None:
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", [torch.uint8, torch.float32, torch.bfloat16])
 def test_cuda_equals_the_cpu_bit_for_bit(dtype: torch.dtype) -> None:
-    """The same tables, order of sums and rounding, without fused multiply-add."""
+    """The same tables, order of sums and rounding, without fused multiply-add. A machine without nvcc says so."""
+    reason = native.obstacle("cuda")
+    if reason:
+        with (
+            gk.use_backend("cuda", "frame_preprocess"),
+            pytest.raises(gk.BackendUnavailableError, match=re.escape(reason)),
+        ):
+            gk.frame_preprocess(clip_of(SIZES[0], dtype).cuda(), plan_of(SIZES[0]).to("cuda"))
+        return
     for size in SIZES:
         video, plan = clip_of(size, dtype, batch=2), plan_of(size)
         with gk.use_backend("cpp", "frame_preprocess"):

@@ -70,6 +70,13 @@ def test_a_library_is_built_once_and_again_when_a_source_or_the_compiler_changes
     os.utime(second, (1, 1))
     monkeypatch.setattr(native, "_compilers", lambda: (None, None, "no C++ compiler"))
     assert native.build() == third
+    # Those libraries have no CUDA part; one that has it serves both kinds of tensors, and goes first.
+    assert (native.obstacle("cpu"), native.obstacle("cuda")) == ("", "no C++ compiler")
+    monkeypatch.setattr(native, "_compilers", lambda: (str(fake), str(fake), ""))
+    both = native.build()
+    os.utime(both, (1, 1))
+    monkeypatch.setattr(native, "_compilers", lambda: (None, None, "no C++ compiler"))
+    assert native.build() == both not in (first, second, third)
     assert native.obstacle("cpu") == native.obstacle("cuda") == ""
     (sources / "bindings.cpp").write_text("// three\n")
     with pytest.raises(native.NativeBuildError, match=r"no C\+\+ compiler"):
@@ -79,6 +86,9 @@ def test_a_library_is_built_once_and_again_when_a_source_or_the_compiler_changes
     monkeypatch.setattr(native, "_compilers", lambda: (str(fake), None, "no CUDA compiler"))
     assert (native.obstacle("cpu"), native.obstacle("cuda")) == ("", "no CUDA compiler")
     assert native.build() not in (first, second, third)
+    # All compilers, but a torch without CUDA.
+    monkeypatch.setattr(native, "_compilers", lambda: (str(fake), None, ""))
+    assert native.obstacle("cpu") == "" and "has no CUDA" in native.obstacle("cuda")
 
 
 @pytest.mark.aot
@@ -95,6 +105,30 @@ def test_the_cuda_kernel_compiles_without_spills(target: str, tmp_path: Path) ->
     assert out.read_bytes()[:4] == b"\x7fELF"
     assert f"'{target}'" in report
     assert re.findall(r"(\d+) bytes spill (?:stores|loads)", report) == ["0", "0"]
+
+
+@pytest.mark.aot
+def test_the_library_with_its_cuda_part_loads_into_a_torch_without_cuda(tmp_path: Path) -> None:
+    """Every symbol resolves in torch's CPU library, so no part of it depends on how torch's CUDA library is loaded. It
+    holds machine code for both targets and PTX for later ones, and its CPU part works."""
+    try:
+        nvcc = native.cuda_compiler()
+    except native.NativeBuildError:
+        return  # the test above holds the message
+    with_cuda = (
+        "import torch, geoalign_kernels.native as n\n"
+        f"n._compilers = lambda: (n.compiler(), {nvcc!r}, '')\n"
+        "log, run = [], n._run\n"
+        "n._run = lambda command: (log.append(' '.join(command)), run(command))[1]\n"
+    )
+    checks = (
+        "assert n.load('cuda').name.split('-')[2] == 'cuda', n.load('cuda')\n"
+        "print([line for line in log if '-gencode' in line][0])\n"
+    )
+    done = python(with_cuda + CASE + checks, tmp_path, str(tmp_path / "results"))
+    assert done.returncode == 0, done.stderr
+    for code in ("compute_80,code=sm_80", "compute_90,code=sm_90", "compute_90,code=compute_90"):
+        assert f"-gencode=arch={code}" in done.stdout.split(), done.stdout
 
 
 NO_COMPILER = """

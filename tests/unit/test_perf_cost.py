@@ -9,7 +9,7 @@ import torch
 
 from geoalign.config.model import ModelConfig
 from geoalign.perf.budget import LEVERS, PassCount, Plan, Run, Walk, climb, count_passes
-from geoalign.perf.cost import DEVICES, Execution, TransformerCost, video_cost
+from geoalign.perf.cost import DEVICES, Execution, TransformerCost, peak_flops, profile_of, video_cost
 
 A800, H200 = DEVICES["a800"], DEVICES["h200"]
 FASTEST = Execution(kernels="fused", cached=True, pruned=True)
@@ -29,6 +29,21 @@ def paper_run(updates: int = 1, tail: int = 19) -> Run:
         group_size=12,
         updates=updates,
     )
+
+
+@pytest.mark.parametrize(
+    ("name", "profile", "tera"),
+    [
+        ("NVIDIA A800-SXM4-80GB", "a800", 312.0), ("NVIDIA A100-SXM4-80GB", "a800", 312.0),
+        ("NVIDIA H100 80GB HBM3", "h100", 989.0), ("NVIDIA H200", "h200", 989.0), ("NVIDIA GH200 480GB", "h200", 989.0),
+        ("NVIDIA H100 PCIe", None, None), ("NVIDIA H200 NVL", None, None), ("NVIDIA L40S", None, None),
+    ],
+)  # fmt: skip
+def test_a_device_is_known_by_its_name(name: str, profile: str | None, tera: float | None) -> None:
+    """Dense bf16 by the data sheets; an H100 has 3.35 TB/s of memory, of which no copy reaches more."""
+    assert profile_of(name) is (None if profile is None else DEVICES[profile])
+    assert peak_flops(name) == (None if tera is None else tera * 1e12)
+    assert DEVICES["h100"].bandwidth < 3.35e12 < DEVICES["h200"].bandwidth
 
 
 def test_sizes_follow_from_the_configuration() -> None:

@@ -165,11 +165,12 @@ def test_a_side_stream_gives_the_scores_of_scoring_at_once(chunk: int | None) ->
 
     def decode(rows: Tensor, _: RetakeBatch) -> Tensor:
         shown = torch.full((len(rows), *videos.shape[1:]), torch.nan, device="cuda")
+        index = rows.cuda()  # waits for this stream: behind the sleep, nothing would be late
         busy = torch.randn(512, 512, device="cuda")
         for _ in range(20):  # work and allocations of the caller's stream beside the scorers'
             busy = busy @ busy / 512
         torch.cuda._sleep(20_000_000)
-        return shown.copy_(videos[rows.cuda()])
+        return shown.copy_(videos[index])
 
     rewards = rewards_on_cuda()
     for beside in (True, False, True):

@@ -126,7 +126,7 @@ def test_philox_words_of_the_kernel_are_the_reference_words() -> None:
 
 @pytest.mark.parametrize("lengths", [(5, 3), (130, 150)], ids=str)
 def test_attention_kernel(lengths: tuple[int, int]) -> None:
-    q, k, v = (torch.randn(1, n, 2, 16) for n in (lengths[0], lengths[1], lengths[1]))
+    q, k, v = (torch.randn(1, n, 2, 32) for n in (lengths[0], lengths[1], lengths[1]))
     truth = gk.attention(q.double(), k.double(), v.double(), core="reference")
     eager = gk.attention(q, k, v, core="reference")
     with gk.use_backend("triton"):
@@ -164,7 +164,7 @@ def test_attention_kernel_with_fp8_values(lengths: tuple[int, int]) -> None:
     """The kernel rounds probabilities relative to the largest of the keys so far, the reference to that of all keys:
     where the two are not a power of two apart, p lands on another fp8 neighbour. Both err by 2.5 % (see
     test_attention.py), independently, in up to all probabilities of a row whose first 64 keys miss its maximum."""
-    q, k, v = (torch.randn(1, n, 2, 16) for n in (*lengths, lengths[1]))
+    q, k, v = (torch.randn(1, n, 2, 32) for n in (*lengths, lengths[1]))
     emulated = gk.attention(q, k + 3.0, v + 1.0, mode="int8_fp8").out
     with gk.use_backend("triton"):
         got = gk.attention(q, k + 3.0, v + 1.0, mode="int8_fp8").out
@@ -176,6 +176,6 @@ def test_attention_kernel_with_fp8_values(lengths: tuple[int, int]) -> None:
 @pytest.mark.parametrize("lengths", [(0, 5), (5, 0)], ids=str)
 @pytest.mark.parametrize("mode", ["exact", "int8", "int8_fp8"])
 def test_attention_of_empty_sequences(mode: str, lengths: tuple[int, int]) -> None:
-    q, k, v = torch.randn(1, lengths[0], 2, 16), *torch.randn(2, 1, lengths[1], 2, 16)
+    q, k, v = torch.randn(1, lengths[0], 2, 32), *torch.randn(2, 1, lengths[1], 2, 32)
     with gk.use_backend("triton"):
         assert torch.equal(gk.attention(q, k, v, mode=mode).out, torch.zeros_like(q))

@@ -6,8 +6,10 @@ backward may come from another core than the forward: our Triton forward hands O
 
 from __future__ import annotations
 
+import functools
 import importlib.util
 import os
+from importlib import metadata
 from typing import Any
 
 import torch
@@ -17,6 +19,8 @@ from geoalign_kernels import dispatch
 from geoalign_kernels.ops.attention import reference
 
 ENV = "GEOALIGN_ATTENTION"
+FLASH2 = (2, 7)
+"""The first flash-attn whose inner functions take their arguments in the order used here."""
 CORES = ("reference", "sdpa_flash", "sdpa_cudnn", "flash2", "flash3", "flash4", "triton")
 aten = torch.ops.aten
 
@@ -34,6 +38,8 @@ def why_not(core: str, device: torch.device, dtype: torch.dtype) -> str:
     module = {"flash2": "flash_attn", "flash3": "flash_attn_interface", "flash4": "flash_attn.cute"}.get(core)
     if module and not _importable(module):
         return f"the package '{module}' is not installed"
+    if core == "flash2" and _flash2_version() < FLASH2:
+        return f"it needs flash-attn >= {_dotted(FLASH2)}, installed is {_dotted(_flash2_version()) or 'none'}"
     if core == "flash3" and torch.cuda.get_device_capability(device) != (9, 0):
         return "FlashAttention 3 is for sm_90"
     return ""
@@ -67,6 +73,19 @@ def report_fp8(device: torch.device) -> dict[str, str]:
     if wanted == "auto":
         wanted = "reference" if device.type == "cpu" else "triton"
     return dispatch.row("attention_int8_fp8", f"error: {reasons[wanted]}" if reasons[wanted] else wanted, reasons)
+
+
+@functools.lru_cache(maxsize=1)
+def _flash2_version() -> tuple[int, ...]:
+    """(major, minor) of flash-attn; empty where only another package fills its name space."""
+    try:
+        return tuple(int(part) for part in metadata.version("flash-attn").split(".")[:2])
+    except metadata.PackageNotFoundError:
+        return ()
+
+
+def _dotted(version: tuple[int, ...]) -> str:
+    return ".".join(map(str, version))
 
 
 def _importable(module: str) -> bool:

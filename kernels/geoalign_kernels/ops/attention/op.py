@@ -16,7 +16,7 @@ from torch.utils.flop_counter import register_flop_formula
 
 from geoalign_kernels import capture, dispatch
 from geoalign_kernels.ops.attention import cores
-from geoalign_kernels.registration import NAMESPACE, define, library
+from geoalign_kernels.registration import NAMESPACE, define, library, on_device
 
 _HERE = "geoalign_kernels.ops.attention"
 dispatch.register(
@@ -75,9 +75,10 @@ def attention(
 
     Args:
         q: [B, Sq, H, hd], floating dtype. k: [B, Sk, H, hd]. v: like k.
-        mode: "exact" (float32 accumulation, differentiable); "int8" (q and k in int8 with per-block scales, v as it
-            is); "int8_fp8" (probabilities and v in fp8 as well; compute capability 9.0 only). The quantised ones have
-            no gradient and are for deterministic steps only; `ProbedInt8Attention` chooses per layer.
+        mode: "exact" (float32 accumulation, differentiable); "int8" (q and k in int8 with per-block scales, v in 16
+            bits: as it is, float32 rounded to bfloat16 by the kernel); "int8_fp8" (probabilities and v in fp8 as well;
+            compute capability 9.0 only). The quantised ones have no gradient, take heads of 32 to 128 in their kernels,
+            and are for deterministic steps only; `ProbedInt8Attention` chooses per layer.
         scale: default hd^-0.5.
         core: one of `cores.CORES`; default `resolve_attention`.
 
@@ -111,12 +112,13 @@ def _fake(q: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
 
 def _run(q: Tensor, k: Tensor, v: Tensor, scale: float, core: str) -> tuple[Tensor, Tensor]:
     capture.record("attention", (q, k, v, scale, core))
-    return cores.forward(core, q, k, v, scale)
+    return on_device(q.device, cores.forward, core, q, k, v, scale)
 
 
 def _run_backward(grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, scale: float, core: str):
     capture.record("attention_backward", (grad, q, k, v, out, lse, scale, core))
-    return tuple(g.contiguous() for g in cores.backward(core, grad, q, k, v, out, lse, scale))
+    grads = on_device(q.device, cores.backward, core, grad, q, k, v, out, lse, scale)
+    return tuple(g.contiguous() for g in grads)
 
 
 def _backward_fake(grad: Tensor, q: Tensor, k: Tensor, v: Tensor, *_: Any) -> tuple[Tensor, ...]:

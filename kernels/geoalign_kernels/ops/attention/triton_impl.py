@@ -19,6 +19,9 @@ from geoalign_kernels.ops.attention import cores
 from geoalign_kernels.ops.attention.reference import FP8_MAX, SCALE_BLOCK
 
 LOG2E = 1.4426950408889634
+HEADS = (16, 32, 64, 128)
+QUANTISED_HEADS = (32, 64, 128)
+"""An 8-bit product sums over at least 32."""
 QUERY_BLOCK, WARPS, STAGES = 128, 8, 3
 KEY_BLOCK = {80: 64, 90: 128}
 VALUE_BLOCK, QUANTISE_WARPS = 64, 8
@@ -134,10 +137,10 @@ def quantise_values_kernel(
     tl.store(Out + channel[None, :] * padded + s[:, None], scaled)
 
 
-def _check(q: Tensor, scale: float) -> None:
+def _check(q: Tensor, scale: float, heads: tuple[int, ...]) -> None:
     head = q.shape[3]
-    if head < 16 or head & (head - 1) or head > 128 or q.dtype == torch.float64:
-        raise UnsupportedInput(f"the attention kernel takes heads of 16, 32, 64 or 128 below float64, got {head}")
+    if head not in heads or q.dtype == torch.float64:
+        raise UnsupportedInput(f"the attention kernel takes heads of {heads} below float64, got {head} in {q.dtype}")
     if scale <= 0.0:
         raise UnsupportedInput(f"the attention kernel takes positive scales, got {scale}")
 
@@ -170,17 +173,23 @@ def _launch(q, k, v, lse, q_scale, k_scale, v_scale, v_mean, scale, dtype):
 
 def forward(q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tensor]:
     """(O, LSE); see `reference.forward`."""
-    _check(q, scale)
+    _check(q, scale, HEADS)
     q, k, v = _rows(q), _rows(k), _rows(v)
     lse = torch.empty(q.shape[0], q.shape[2], q.shape[1], dtype=torch.float32, device=q.device)
     return _launch(q, k, v, lse, None, None, None, None, scale, q.dtype), lse
 
 
 def attention_int8(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
-    """See `reference.attention_int8`."""
-    _check(q, scale)
+    """See `reference.attention_int8`.
+
+    Float32 values are rounded to bfloat16, an eighth of the error of the scores: in float32 they would take three times
+    the shared memory of a block and the plain cores in place of the tensor cores.
+    """
+    _check(q, scale, QUANTISED_HEADS)
     if q.numel() == 0 or k.numel() == 0:
         return torch.zeros(q.shape, dtype=q.dtype, device=q.device)
+    if v.dtype == torch.float32 and not interpreting():  # whose products know no bfloat16
+        v = v.bfloat16()
     return _launch(*_quantised_scores(q, k, _rows(v), None), None, None, scale, q.dtype)
 
 
@@ -190,7 +199,7 @@ def attention_int8_fp8(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
     Raises:
         BackendUnavailableError: the device is not of compute capability 9.0.
     """
-    _check(q, scale)
+    _check(q, scale, QUANTISED_HEADS)
     reason = cores.why_not_fp8(q.device)
     if reason:
         raise BackendUnavailableError(f"attention mode 'int8_fp8': {reason}; use mode='int8'")
