@@ -6,7 +6,7 @@ the pixels, so that what differs is the rounding of other batch shapes. Prints o
 
 from __future__ import annotations
 
-import sys
+import argparse
 from typing import Any
 
 import torch
@@ -105,11 +105,16 @@ def check(name: str, changes: dict[str, Any], ranks: Ranks) -> None:
 
 
 def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("cases", nargs="*", help="names; default: all")
+    parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
+    options = parser.parse_args()
     torch.set_num_threads(1)
-    with ranks_of_environment(1, 120.0, cuda=False) as ranks:
+    with ranks_of_environment(1, 120.0, cuda=options.device == "cuda") as ranks:
         for name, changes in CASES.items():
-            if len(sys.argv) > 1 and name not in sys.argv[1:]:
+            if options.cases and name not in options.cases:
                 continue
+            changes = changes | {"run": {"device": options.device, "dtype": "float32"} | changes.get("run", {})}
             ranks.sequence = changes.get("parallel", {}).get("sequence", 1)
             check(name, changes, ranks)
             dist.barrier()

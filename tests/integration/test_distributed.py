@@ -46,17 +46,21 @@ def rank_1_of(process: subprocess.Popen[str]) -> int:
     return int(children.split()[-1])
 
 
-@pytest.mark.dist
-def test_every_engine_and_layout_equals_one_process(tmp_path: Path) -> None:
-    process = launch(2, str(Path(__file__).with_name("rank_checks.py")), folder=tmp_path)
+CHECKS = [
+    "ok ddp", "ok deepspeed 1", "ok deepspeed 2", "ok fsdp", "ok ulysses", "ok ddp bf16", "ok fsdp kl",
+    "ok paper ddp bf16", "ok paper fsdp", "ok paper fsdp bf16", "ok paper fsdp compiled", "ok paper deepspeed ulysses",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "device", [pytest.param("cpu", marks=pytest.mark.dist), pytest.param("cuda", marks=pytest.mark.multigpu)]
+)
+def test_every_engine_and_layout_equals_one_process(device: str, tmp_path: Path) -> None:
+    checks = str(Path(__file__).with_name("rank_checks.py"))
+    process = launch(2, checks, "--device", device, folder=tmp_path)
     output, _ = process.communicate(timeout=500)
     assert process.returncode == 0, output[-3000:]
-    names = [line.split(":")[0] for line in output.splitlines() if line.startswith("ok ")]
-    assert names == [
-        "ok ddp", "ok deepspeed 1", "ok deepspeed 2", "ok fsdp", "ok ulysses", "ok ddp bf16", "ok fsdp kl",
-        "ok paper ddp bf16", "ok paper fsdp", "ok paper fsdp bf16", "ok paper fsdp compiled",
-        "ok paper deepspeed ulysses",
-    ]  # fmt: skip
+    assert [line.split(":")[0] for line in output.splitlines() if line.startswith("ok ")] == CHECKS
 
 
 @pytest.mark.dist
