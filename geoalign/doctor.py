@@ -28,7 +28,6 @@ SHOWN_PACKAGES = (
     "transformers",
     "safetensors",
     "pydantic",
-    "roma",
     "av",
 )
 

@@ -1,4 +1,4 @@
-"""Scoring a batch of videos with all rewards, so that one failing scorer never biases the others (rule R4)."""
+"""The answers of all rewards as one table, in which one failing scorer never biases the others (rule R4)."""
 
 from __future__ import annotations
 
@@ -8,9 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from geoalign.rewards.base import Reward
-from geoalign.rewards.placement import Scored, score_all
-from geoalign.types import RetakeBatch
+from geoalign.rewards.placement import Scored
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,13 +30,6 @@ class Scores:
     diagnostics: Mapping[str, Tensor]
     failures: Mapping[str, int]
     seconds: Mapping[str, float]
-
-
-def score_videos(
-    rewards: Mapping[str, Reward], videos: Tensor, batch: RetakeBatch, usable: Tensor | None = None
-) -> Scores:
-    """Score ``videos`` ``[R, F, 3, H, W]`` of R conditions; see :func:`merged` and ``placement.score_all``."""
-    return merged(score_all(rewards, videos, batch), usable)
 
 
 def merged(scored: Scored, usable: Tensor | None = None) -> Scores:
