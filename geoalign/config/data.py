@@ -79,7 +79,8 @@ class ClipsConfig(Section):
     path: Path = Path("clips")
     """Folder of the clips, relative to ``data.root`` unless absolute."""
     metadata: Path | None = None
-    """csv or jsonl table, relative to ``path`` unless absolute; default: ``metadata.csv`` in ``path``, if any."""
+    """csv or jsonl table, relative to ``path`` unless absolute; default: ``metadata.csv`` or ``metadata.jsonl`` in
+    ``path``, else the only csv there (several are an error), else none."""
     layout: Literal["auto", "videos", "frames", "davis"] = "auto"
     """``videos``: video files with an optional table (Sekai, OmniWorld-CityWalk, any folder of mp4);
     ``frames``: one folder of images per clip; ``davis``: a DAVIS folder; ``auto``: decided by what lies on disk."""
@@ -116,7 +117,8 @@ class TrajectoriesConfig(Section):
     """``omniworld``: ``*_others.tar.gz`` or unpacked scenes; ``multicam``: a MultiCamVideo ``camera_extrinsics.json``;
     ``files``: npz or json with ``c2w`` and ``intrinsics``; ``auto``: decided by what lies on disk."""
     metadata: Path | None = None
-    """OmniWorld csv with ``UID``, ``Test Split Index`` and maybe ``Metric Scale``; default: the csv in ``path``."""
+    """OmniWorld csv with ``UID`` and ``Test Split Index`` or ``Metric Scale``; default: the csv with these columns in
+    ``path`` or its folder ``metadata`` (several are an error), else none."""
     window_step: int = Field(40, ge=1)
     """Frames between window starts where the archive lists no windows of its own (OmniWorld's captions use 40)."""
     max_reprojection_error: float = Field(50.0, gt=0)

@@ -30,6 +30,21 @@ Settings = Mapping[str, Mapping[str, Any]]
 
 
 @dataclass(frozen=True, slots=True)
+class FileFacts:
+    """The bytes of a clip and how to tell without reading them that they are unchanged.
+
+    Attributes:
+        content: sha256 of the bytes (of a folder: of names and bytes of its files).
+        size: number of bytes (of a folder: of all its files).
+        mtime_ns: modification time (of a folder: a hash of names, sizes and times of its files).
+    """
+
+    content: str
+    size: int
+    mtime_ns: int
+
+
+@dataclass(frozen=True, slots=True)
 class Entry:
     """One prepared window.
 
@@ -38,12 +53,11 @@ class Entry:
         clip_id: clip name.
         start: first frame in the file.
         source: path of the clip when it was prepared.
-        content: sha256 of the clip's bytes.
-        size: bytes of the clip file.
-        mtime_ns: modification time of the clip file (equal size and time: the content is not read again).
+        content, size, mtime_ns: see :class:`FileFacts`.
         caption: the prompt.
         shard: name of the file that holds the tensors, relative to the settings folder.
         shard_sha256: its hash, "" for a part that is not packed yet.
+        frames: frames of the clip, 0 if not known.
     """
 
     key: str
@@ -56,17 +70,20 @@ class Entry:
     caption: str
     shard: str = ""
     shard_sha256: str = ""
+    frames: int = 0
+
+    @property
+    def facts(self) -> FileFacts:
+        """What is known of the clip's bytes."""
+        return FileFacts(self.content, self.size, self.mtime_ns)
 
     def is_current(self, record: ClipRecord, settings: Settings) -> bool:
         """Whether clip, caption and camera file are still those that were prepared."""
         try:
-            status = record.path.stat()
-        except OSError:
+            content = file_facts(record.path, self.facts).content
+            return content == self.content and window_key(record, content, self.start, settings) == self.key
+        except DataError:  # gone
             return False
-        same = (status.st_size, status.st_mtime_ns) == (self.size, self.mtime_ns)
-        if not same and content_hash(record.path) != self.content:
-            return False
-        return window_key(record, self.content, self.start, settings) == self.key
 
 
 def settings_hash(settings: Settings) -> str:
@@ -74,12 +91,28 @@ def settings_hash(settings: Settings) -> str:
     return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:16]
 
 
+def file_facts(path: Path, known: FileFacts | None = None) -> FileFacts:
+    """Facts of a file or folder; where size and time are those of ``known``, its hash is taken and nothing is read."""
+    try:
+        # Before the bytes are read: a clip that changes meanwhile is read again next time.
+        states = [(file.name, file.stat()) for file in _files(path)]
+    except OSError as error:
+        raise DataError(f"{path}: cannot be read ({error.strerror or error})") from error
+    size, time = sum(state.st_size for _, state in states), states[0][1].st_mtime_ns if states else 0
+    if path.is_dir():
+        listing = repr([(name, state.st_size, state.st_mtime_ns) for name, state in states])
+        digest = hashlib.sha256(listing.encode("utf-8", "surrogateescape")).digest()
+        time = int.from_bytes(digest[:7], "big")
+    if known is not None and (size, time) == (known.size, known.mtime_ns):
+        return known
+    return FileFacts(content_hash(path), size, time)
+
+
 def content_hash(path: Path) -> str:
     """sha256 of a file, or of the names and bytes of a folder's files."""
     digest = hashlib.sha256()
     try:
-        files = sorted(file for file in path.iterdir() if file.is_file()) if path.is_dir() else [path]
-        for file in files:
+        for file in _files(path):
             if file is not path:
                 digest.update(file.name.encode("utf-8", "surrogateescape") + b"\0")
             with file.open("rb") as stream:
@@ -88,6 +121,10 @@ def content_hash(path: Path) -> str:
     except OSError as error:
         raise DataError(f"{path}: cannot be read ({error.strerror or error})") from error
     return digest.hexdigest()
+
+
+def _files(path: Path) -> list[Path]:
+    return sorted(file for file in path.iterdir() if file.is_file()) if path.is_dir() else [path]
 
 
 def window_key(record: ClipRecord, content: str, start: int, settings: Settings) -> str:
@@ -128,11 +165,7 @@ class CacheFolder:
             if manifest.with_suffix(".safetensors").is_file():
                 for entry in _read_manifest(manifest):
                     found[entry.key] = entry
-        for part in sorted(self._parts.glob("*.safetensors")):
-            with contextlib.suppress(DataError):
-                entry = _part_entry(part)
-                found.setdefault(entry.key, entry)
-        return found
+        return self.parts() | found
 
     def add(self, entry: Entry, tensors: Mapping[str, Tensor]) -> None:
         """Store one window as a part, atomically."""
@@ -162,13 +195,15 @@ class CacheFolder:
         atomic_write_text(self.path / f"{name}.jsonl", "\n".join(lines) + "\n")
         for key in keys:
             (self._parts / f"{key}.safetensors").unlink(missing_ok=True)
-        with contextlib.suppress(OSError):  # not empty: other parts are still waiting
-            self._parts.rmdir()
-        return shard
+        return shard  # the folder of the parts stays: another process may be about to write into it
 
-    def parts(self) -> list[str]:
-        """Keys of the parts that wait to be packed, sorted."""
-        return sorted(part.stem for part in self._parts.glob("*.safetensors"))
+    def parts(self) -> dict[str, Entry]:
+        """The parts that wait to be packed, by key in order; unreadable ones are left out."""
+        found = {}
+        for part in sorted(self._parts.glob("*.safetensors")):
+            with contextlib.suppress(DataError):
+                found[part.stem] = _part_entry(part)
+        return found
 
     def read(self, entry: Entry) -> dict[str, Tensor]:
         """The tensors of one window (memory-mapped: only their bytes are read)."""

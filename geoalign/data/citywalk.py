@@ -11,7 +11,8 @@ from __future__ import annotations
 
 import zipfile
 import zlib
-from collections.abc import Iterable, Mapping
+from collections import Counter
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -40,52 +41,89 @@ ALIASES: Mapping[str, tuple[str, ...]] = {
 }
 """Canonical column -> accepted names, first match wins."""
 
+_Row = tuple[dict[str, str], dict[str, str]]  # by `ALIASES`, and as it is
 
-def find_metadata(root: Path, metadata: Path | None) -> Path | None:
-    """The table of ``root``: the configured one (must exist), else ``metadata.csv`` / ``.jsonl``, else the only csv."""
+
+def find_tables(root: Path, metadata: Path | None) -> list[Path]:
+    """Tables of ``root``: the configured one (must exist), else ``metadata.csv`` or ``.jsonl``, else every csv."""
     if metadata is not None:
         path = root / metadata
         if not path.is_file():
             raise DataError(f"{path}: no such table (data.clips.metadata)")
-        return path
+        return [path]
     for name in ("metadata.csv", "metadata.jsonl"):
         if (root / name).is_file():
-            return root / name
-    tables = sorted(root.glob("*.csv"))
-    return tables[0] if len(tables) == 1 else None
+            return [root / name]
+    return sorted(root.glob("*.csv"))
 
 
-def list_video_clips(root: Path, metadata: Path | None, tally: Tally) -> list[ClipRecord]:
-    """Records of a folder of videos, from its table or (without one) from the files found under it."""
+def list_video_clips(root: Path, tables: list[Path], tally: Tally) -> list[ClipRecord]:
+    """Records of a folder of videos, from its table or (without one) from the files found under it.
+
+    Raises:
+        DataError: several tables, or one that cannot be read.
+    """
     index = _FileIndex(root)
-    if metadata is None:
-        rows: list[dict[str, str]] = [{"path": path.relative_to(root).as_posix()} for path in index.videos()]
-    else:
-        rows = read_rows(metadata)
-        if rows and not any(name in row for row in rows for name in ALIASES["path"]):
-            raise DataError(
-                f"{metadata}: no column with file names; expected one of {ALIASES['path']}, got {list(rows[0])}"
-            )
-    records: dict[str, ClipRecord] = {}
-    for number, row in enumerate(rows, start=2):
-        values = {key: next((row[name] for name in names if name in row), "") for key, names in ALIASES.items()}
-        if not values["path"]:
+    if len(tables) > 1:
+        raise DataError(f"{root}: several tables ({', '.join(t.name for t in tables)}); name one in data.clips.metadata")
+    rows = read_rows(tables[0]) if tables else [{"path": file.relative_to(root).as_posix()} for file in index.videos()]
+    if tables and rows and not any(name in row for row in rows for name in ALIASES["path"]):
+        raise DataError(
+            f"{tables[0]}: no column with file names; expected one of {ALIASES['path']}, got {list(rows[0])}"
+        )
+    listed = _listed_files(rows, index, tally)
+    known = {name for names in ALIASES.values() for name in names}
+    records = []
+    for (clip_id, video_id), (path, (values, row)) in zip(clip_names(listed, root), listed.items(), strict=True):
+        bounds = _bounds(values["start_frame"], values["end_frame"])
+        if bounds is None:
+            tally.reject(clip_id, "bad start_frame or end_frame")
+            continue
+        camera = index.camera(values["camera"], path, anywhere=clip_id == path.stem)
+        extra = {key: value for key, value in row.items() if key not in known}
+        records.append(ClipRecord(clip_id, video_id, path, values["caption"], camera, *bounds, extra))
+    return records
+
+
+def _listed_files(rows: list[dict[str, str]], index: _FileIndex, tally: Tally) -> dict[Path, _Row]:
+    """The file of each row that has one, with the row by `ALIASES` and as it is; a file counts once."""
+    named = [
+        ({key: next((row[name] for name in names if name in row), "") for key, names in ALIASES.items()}, row)
+        for row in rows
+    ]
+    uses = Counter(Path(name).name for name in {values["path"] for values, _ in named})
+    listed: dict[Path, tuple[Path, _Row]] = {}
+    for number, (values, row) in enumerate(named, start=2):
+        if not (name := values["path"]):
             tally.reject(f"line {number}", "row without a file name")
             continue
-        stem = Path(values["path"]).stem
-        if stem in records:
+        files = index.find(name, VIDEO_SUFFIXES, ".mp4", anywhere=uses[Path(name).name] == 1)
+        if len(files) != 1:
+            tally.reject(name, "several files of this name" if files else "missing file")
+        elif listed.setdefault(files[0].resolve(), (files[0], (values, row)))[1][1] is not row:
             tally.remarks["listed twice, first row kept"] += 1
+    return dict(listed.values())
+
+
+def clip_names(paths: Iterable[Path], root: Path) -> list[tuple[str, str]]:
+    """(clip id, video id) of each file: the stem and the video in it, as far as stems are unique.
+
+    Files of equal stem (``scene0/videos/cam00.mp4``, ``scene1/videos/cam00.mp4``) are called by their path below
+    ``root``, and their video is their folder: the cameras of a scene stay on one side of the train/val split.
+    """
+    paths = [path.relative_to(root) if path.is_relative_to(root) else path for path in paths]
+    stems = Counter(path.stem for path in paths)
+    short = Counter(path.with_suffix("") for path in paths)
+    names = []
+    for path in paths:
+        stem = path.stem
+        if stems[stem] == 1:
+            names.append((stem, youtube_id(stem)))
             continue
-        path = index.find(values["path"], VIDEO_SUFFIXES)
-        bounds = _bounds(values["start_frame"], values["end_frame"])
-        if path is None or bounds is None:
-            tally.reject(stem, "missing file" if path is None else "bad start_frame or end_frame")
-            continue
-        camera = index.find(values["camera"] or f"{stem}.npz", {".npz"}, beside=path.parent)
-        known = {name for names in ALIASES.values() for name in names}
-        extra = {key: value for key, value in row.items() if key not in known}
-        records[stem] = ClipRecord(stem, youtube_id(stem), path, values["caption"], camera, *bounds, extra)
-    return list(records.values())
+        name = path if short[path.with_suffix("")] > 1 else path.with_suffix("")
+        video = youtube_id(stem)
+        names.append((name.as_posix(), path.parent.as_posix() if video == stem else video))
+    return names
 
 
 def _bounds(start: str, end: str) -> tuple[int, int | None] | None:
@@ -101,25 +139,44 @@ class _FileIndex:
 
     def __init__(self, root: Path) -> None:
         self._root = root
-        self._by_name: dict[str, Path] | None = None
+        self._files: dict[str, list[Path]] | None = None
 
     def videos(self) -> list[Path]:
-        return sorted(path for path in self._names().values() if path.suffix.lower() in VIDEO_SUFFIXES)
+        found = (path for paths in self._by_name().values() for path in paths)
+        return sorted(path for path in found if path.suffix.lower() in VIDEO_SUFFIXES)
 
-    def find(self, name: str, suffixes: Iterable[str], beside: Path | None = None) -> Path | None:
-        relative = Path(name) if Path(name).suffix.lower() in suffixes else Path(f"{name}.mp4")
+    def find(
+        self, name: str, suffixes: Collection[str], suffix: str, *, anywhere: bool, beside: Path | None = None
+    ) -> list[Path]:
+        """All files that ``name`` may mean; ``suffix`` is added unless it has one of ``suffixes``.
+
+        ``anywhere``: a file of that name in any other folder will do. Otherwise its last folders must be those named.
+        """
+        relative = Path(name) if Path(name).suffix.lower() in suffixes else Path(f"{name}{suffix}")
         video_id = youtube_id(relative.stem)
         places = [self._root / relative, self._root / video_id / relative, self._root / "files" / video_id / relative]
         for place in [beside / relative.name, *places] if beside else places:
             if place.is_file():
-                return place
-        return self._names().get(relative.name)
+                return [place]
+        files, depth = self._by_name().get(relative.name, []), len(relative.parts)
+        fitting = [file for file in files if depth > 1 and file.parts[-depth:] == relative.parts]
+        return fitting or (files if anywhere else [])
 
-    def _names(self) -> dict[str, Path]:
-        if self._by_name is None:
-            found = sorted(path for path in self._root.rglob("*") if not path.name.startswith(".") and path.is_file())
-            self._by_name = {path.name: path for path in reversed(found)}
-        return self._by_name
+    def camera(self, name: str, video: Path, *, anywhere: bool) -> Path | None:
+        """The camera file ``name`` of a clip, else the one that is called like ``video``."""
+        for wanted in (name, video.stem):
+            files = self.find(wanted, {".npz"}, ".npz", anywhere=anywhere, beside=video.parent) if wanted else []
+            if len(files) == 1:
+                return files[0]
+        return None
+
+    def _by_name(self) -> dict[str, list[Path]]:
+        if self._files is None:
+            self._files = {}
+            for path in sorted(self._root.rglob("*")):
+                if not path.name.startswith(".") and path.is_file():
+                    self._files.setdefault(path.name, []).append(path)
+        return self._files
 
 
 def write_metadata(path: Path, rows: Iterable[Mapping[str, object]]) -> None:

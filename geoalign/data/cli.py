@@ -58,9 +58,10 @@ def run_prepare(args: argparse.Namespace) -> int:
     rank, world_size = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
     encoders = importlib.import_module(ENCODERS)
     encoders.render_missing_data(config, rank)
+    device_id = encoders.claim_device(config).index
     encoder = encoders.build_encoder(config)
     if args.dry_run:
-        report = prepare(config.data, encoder, limit=1, dry_run=True)
+        report = prepare(config.data, encoder, device_id=device_id, limit=1, dry_run=True)
         if not report.encoded:
             print(f"nothing to do: the first {report.reused} windows are prepared")
             return 0
@@ -79,7 +80,9 @@ def run_prepare(args: argparse.Namespace) -> int:
             bar.total = total
             bar.update(done - bar.n)
 
-        report = prepare(config.data, encoder, rank=rank, world_size=world_size, progress=progress)
+        report = prepare(
+            config.data, encoder, rank=rank, world_size=world_size, device_id=device_id, progress=progress
+        )
     print(f"encoded {report.encoded} windows ({_size(report.bytes)}) in {report.seconds:.1f} s, kept {report.reused}")
     if report.tally is not None and report.tally.rejected:
         print(report.tally.summary())
@@ -87,11 +90,14 @@ def run_prepare(args: argparse.Namespace) -> int:
 
 
 def run_check(args: argparse.Namespace) -> int:
-    """Probe every clip and camera path, verify the cache; exit 1 if too much is unusable or the cache is damaged."""
+    """Probe every clip, its camera file and all camera paths, verify the cache.
+
+    Exit 1 if too much is unusable or the cache is damaged.
+    """
     from geoalign.data.cache import CacheFolder, open_cache
     from geoalign.data.clips import list_clips
     from geoalign.data.loader import ClipLoader, cause_of
-    from geoalign.data.prepare import data_settings
+    from geoalign.data.prepare import chosen_starts, data_settings
     from geoalign.data.readers import local_device, open_reader
     from geoalign.data.tally import Tally
     from geoalign.data.trajectories import load_pool
@@ -99,10 +105,13 @@ def run_check(args: argparse.Namespace) -> int:
     config = _load(args).data
     clips, paths = Tally("clips"), Tally("camera paths")
     loader = ClipLoader(config, open_reader(config.clips.reader, local_device()))
-    windows = 0
+    windows, may_estimate = 0, config.prepare.evaluator is not None
     for record in list_clips(config.clips_path, config.clips, clips):
         try:
-            windows += len(loader.starts(record))
+            starts = loader.starts(record)
+            last = chosen_starts(starts, config.prepare.windows_per_clip)[-1] if config.use_cache else starts[-1]
+            loader.check_camera(record, last, may_estimate=may_estimate)
+            windows += len(starts)
         except DataError as error:
             clips.accepted -= 1
             clips.reject(record.clip_id, cause_of(error, record))

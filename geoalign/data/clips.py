@@ -23,7 +23,7 @@ class ClipRecord:
     """One conditioning clip on disk.
 
     Attributes:
-        clip_id: unique name (file stem, or folder name of a frame sequence).
+        clip_id: unique name (file stem, or path below the root where stems are not unique; folder of a frame sequence).
         video_id: name of the video it was cut from; the unit of the train/val split.
         path: video file, or folder of images.
         caption: text of the table, "" if none.
@@ -79,14 +79,14 @@ def list_clips(root: Path, config: ClipsConfig, tally: Tally) -> list[ClipRecord
     Raises:
         DataError: ``root`` is not a folder, its table cannot be read, or nothing usable is in it.
     """
-    from geoalign.data.citywalk import find_metadata, list_video_clips
+    from geoalign.data.citywalk import find_tables, list_video_clips
 
     if not root.is_dir():
         raise DataError(f"{root}: no such folder of clips; set data.root and data.clips.path")
-    metadata = find_metadata(root, config.metadata)
-    layout = config.layout if config.layout != "auto" else _guess_layout(root, metadata)
+    tables = find_tables(root, config.metadata)
+    layout = config.layout if config.layout != "auto" else _guess_layout(root, tables)
     if layout == "videos":
-        records = list_video_clips(root, metadata, tally)
+        records = list_video_clips(root, tables, tally)
     else:
         records = _list_frame_folders(root / "JPEGImages" if layout == "davis" else root, layout == "davis", tally)
     if not records:
@@ -95,10 +95,10 @@ def list_clips(root: Path, config: ClipsConfig, tally: Tally) -> list[ClipRecord
     return sorted(records, key=lambda record: record.clip_id)
 
 
-def _guess_layout(root: Path, metadata: Path | None) -> Literal["videos", "frames", "davis"]:
+def _guess_layout(root: Path, tables: list[Path]) -> Literal["videos", "frames", "davis"]:
     if (root / "JPEGImages").is_dir():
         return "davis"
-    if metadata is not None or any(file.suffix.lower() in VIDEO_SUFFIXES for file in root.rglob("*")):
+    if len(tables) == 1 or any(file.suffix.lower() in VIDEO_SUFFIXES for file in root.rglob("*")):
         return "videos"
     return "frames"
 

@@ -64,15 +64,23 @@ class ClipLoader:
         """Source frames that a window covers."""
         return (self._config.num_frames - 1) * self._config.clips.stride + 1
 
-    def starts(self, record: ClipRecord) -> range:
+    def frames(self, record: ClipRecord) -> int:
+        """Frames in the file; raises DataError if it is unreadable or of variable frame rate."""
+        with self._lock:
+            return self._probe(record).frames
+
+    def starts(self, record: ClipRecord, frames: int = 0) -> range:
         """All window starts of a clip (frames in the file).
+
+        Args:
+            record: the clip.
+            frames: frames in the file if known; 0 reads them from it.
 
         Raises:
             DataError: unreadable, too short or of variable frame rate.
         """
-        with self._lock:
-            info = self._probe(record)
-        end = min(info.frames, record.end_frame or info.frames)
+        frames = frames or self.frames(record)
+        end = min(frames, record.end_frame or frames)
         count = end - record.start_frame - self.span + 1
         if count < 1:
             raise DataError(f"{record.path}: too short, {max(end - record.start_frame, 0)} of {self.span} frames")
@@ -96,6 +104,19 @@ class ClipLoader:
                 self._recent.popitem(last=False)
             return window
 
+    def check_camera(self, record: ClipRecord, start: int, *, may_estimate: bool) -> None:
+        """Raise DataError if the window at ``start`` has no usable camera on disk, as :meth:`load` would.
+
+        ``may_estimate``: a clip without a metric camera file is no error; a damaged file always is.
+        """
+        with self._lock:
+            found = self._camera_on_disk(record, self._probe(record), self._indices(start))
+        if found is None and not may_estimate:
+            raise _no_camera(record)
+
+    def _indices(self, start: int) -> list[int]:
+        return list(range(start, start + self.span, self._config.clips.stride))
+
     def _probe(self, record: ClipRecord) -> VideoInfo:
         if (info := self._info.get(record.clip_id)) is None:
             info = self._info[record.clip_id] = self._reader.probe(record.path)
@@ -106,7 +127,7 @@ class ClipLoader:
     def _decode(self, record: ClipRecord, start: int, camera: CameraTrajectory | None) -> LoadedWindow:
         config = self._config
         info, size = self._probe(record), (config.height, config.width)
-        indices = list(range(start, start + self.span, config.clips.stride))
+        indices = self._indices(start)
         found = None if camera is not None else self._camera_on_disk(record, info, indices)
         frames = self._reader.read(record.path, indices, size)
         if camera is not None:
@@ -137,8 +158,15 @@ class ClipLoader:
     def _estimated(self, record: ClipRecord, frames: Tensor) -> CameraEstimate:
         estimate = self._estimate_camera(to_float(frames))
         if estimate is None:
-            raise DataError(f"{record.path}: no metric camera file; run `geoalign prepare`, or see data.clips.camera")
+            raise _no_camera(record)
         return estimate
+
+
+def _no_camera(record: ClipRecord) -> DataError:
+    return DataError(
+        f"{record.path}: no metric camera file; run `geoalign prepare` with data.prepare.evaluator, or see "
+        "data.clips.camera"
+    )
 
 
 def cause_of(error: DataError, record: ClipRecord) -> str:

@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 
 from geoalign.config.data import TrajectoriesConfig
-from geoalign.data.tables import read_rows
+from geoalign.data.tables import read_columns, read_rows
 from geoalign.data.tally import Tally
 from geoalign.data.tracks import CameraTrack, valid_runs, window_starts
 from geoalign.errors import DataError, UsageError
@@ -43,9 +43,9 @@ _WANTED = re.compile(r"(?:^|.*/)(split_info\.json|fps\.txt|camera/split_\d+\.jso
 
 @dataclass(frozen=True, slots=True)
 class SceneFacts:
-    """A row of ``omniworld_game_metadata.csv``."""
+    """A row of ``omniworld_game_metadata.csv``; ``test_splits`` is None where the table has no such column."""
 
-    test_splits: frozenset[int]
+    test_splits: frozenset[int] | None
     metric_scale: float | None
     fps: float | None
 
@@ -57,21 +57,39 @@ def read_metadata(path: Path) -> dict[str, SceneFacts]:
         DataError: the file cannot be read or has no ``UID`` column.
     """
     facts = {}
+    tells_splits = "Test Split Index" in read_columns(path)
     for row in read_rows(path):
         if not (uid := row.get("UID")):
             raise DataError(f"{path}: expected a column 'UID', got {sorted(row)}")
         test = frozenset(int(number) for number in re.findall(r"\d+", row.get("Test Split Index", "")))
-        facts[uid] = SceneFacts(test, _positive(row.get("Metric Scale")), _positive(row.get("FPS")))
+        scale, fps = _positive(row.get("Metric Scale")), _positive(row.get("FPS"))
+        facts[uid] = SceneFacts(test if tells_splits else None, scale, fps)
     return facts
 
 
+def find_scene_table(folder: Path) -> Path | None:
+    """The csv in ``folder`` or its ``metadata`` (as on the hub) that describes scenes, by its columns; None without.
+
+    Raises:
+        DataError: several csv files do.
+    """
+    files = [*sorted(folder.glob("*.csv")), *sorted((folder / "metadata").glob("*.csv"))]
+    columns = {file: set(read_columns(file)) for file in files}
+    tables = [file for file in files if "UID" in columns[file] and columns[file] & {"Test Split Index", "Metric Scale"}]
+    if len(tables) > 1:
+        raise DataError(
+            f"{folder}: several tables of scenes ({', '.join(map(str, tables))}); name one in data.trajectories.metadata"
+        )
+    return tables[0] if tables else None
+
+
 def find_scenes(path: Path) -> list[Path]:
-    """Archives and unpacked scene folders under ``path`` (or ``path`` itself), sorted by name."""
+    """Archives and unpacked scene folders under ``path`` (or ``path`` itself), by uid; archives before folders."""
     if path.is_file():
         return [path]
     archives = set(path.rglob(f"*{ARCHIVE_SUFFIX}"))
     folders = {info.parent for info in path.rglob("split_info.json")}
-    return sorted(archives | folders, key=lambda scene: (scene_id(scene), str(scene)))
+    return sorted(archives | folders, key=lambda scene: (scene_id(scene), scene in folders, str(scene)))
 
 
 def scene_id(path: Path) -> str:
@@ -125,7 +143,7 @@ def load_scene(
                 fps,
                 starts,
                 facts.metric_scale if facts else None,
-                index in facts.test_splits if facts else None,
+                index in facts.test_splits if facts and facts.test_splits is not None else None,
             )
         )
     return tracks
@@ -151,8 +169,8 @@ def _load_split(name: str, raw: bytes | None, ids: list[int], config: Trajectori
         translations = np.asarray(record["trans"], dtype=np.float64).reshape(-1, 3)
         focals = np.asarray(record["focals"], dtype=np.float64).reshape(-1)
         centre = np.asarray([np.mean(record["cx"]), np.mean(record["cy"])], dtype=np.float64)
-        error = float(np.mean(record.get("reproj_error_after_refine", 0.0)))
-        marked = {int(frame) for frame in record.get("invalid_frame") or ()}
+        error = float(np.mean(record.get("reproj_error_after_refine") or 0.0))
+        marked = _marked(record.get("invalid_frame") or ())
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError, OverflowError):
         raise _Rejected("unreadable camera file") from None
     if not error <= config.max_reprojection_error:
@@ -185,6 +203,13 @@ def _load_split(name: str, raw: bytes | None, ids: list[int], config: Trajectori
     )
     c2w = poses_from_wxyz(torch.from_numpy(quaternions), torch.from_numpy(translations))
     return _Split(CameraTrajectory(c2w, torch.from_numpy(intrinsics)), [not flag for flag in bad], ids)
+
+
+def _marked(entries: Sequence[Any]) -> set[int]:
+    """Frames that ``invalid_frame`` excludes: it is a list of numbers, or a mask with a boolean per frame."""
+    if all(isinstance(entry, bool) for entry in entries):
+        return {index for index, entry in enumerate(entries) if entry}
+    return {int(entry) for entry in entries}
 
 
 def poses_from_wxyz(quaternions: Tensor, translations: Tensor) -> Tensor:

@@ -2,22 +2,22 @@
 
 from __future__ import annotations
 
+import hashlib
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
-from pathlib import Path
+from dataclasses import asdict, dataclass
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
 from geoalign.config.data import DataConfig
-from geoalign.data.cache import CacheFolder, Entry, Settings, content_hash, trim_tokens, window_key
+from geoalign.data.cache import CacheFolder, Entry, Settings, file_facts, trim_tokens, window_key
 from geoalign.data.captions import prompt_of
 from geoalign.data.clips import ClipRecord, list_clips
 from geoalign.data.frames import to_float
 from geoalign.data.loader import CameraEstimate, ClipLoader, cause_of
-from geoalign.data.readers import local_device, open_reader
+from geoalign.data.readers import open_reader
 from geoalign.data.tally import Tally
 from geoalign.errors import ConfigError, DataError
 
@@ -46,7 +46,7 @@ class WindowEncoder(Protocol):
 
 @dataclass(slots=True)
 class PrepareReport:
-    """What a run of :func:`prepare` did (this rank's share)."""
+    """What a run of :func:`prepare` did (this rank's share; ``tally`` counts its clips)."""
 
     encoded: int = 0
     reused: int = 0
@@ -84,48 +84,47 @@ def prepare(
 ) -> PrepareReport:
     """Encode this rank's missing windows and pack them into shards.
 
-    A window belongs to the rank given by its key, so ranks never share work, whatever was prepared before and by
-    however many ranks. Unusable clips are skipped and counted.
+    A clip belongs to the rank given by its name, so ranks never share work, whatever was prepared before and by however
+    many ranks, and each reads its own clips only. Unusable clips are skipped and counted.
 
     Args:
         config: the data section.
         encoder: what to compute.
         rank: this process.
         world_size: number of processes.
-        device_id: GPU of the DALI reader; None takes the current one, or the CPU without any.
+        device_id: GPU of the DALI reader; None decodes on the CPU.
         limit: encode at most this many windows.
         dry_run: encode (to measure) but write nothing.
-        progress: called with (windows done, windows of all ranks).
+        progress: called with (clips done, clips of this rank).
 
     Raises:
-        DataError: no clips, or more than ``clips.max_bad_fraction`` of them unusable.
+        DataError: no clips, or of those of this rank none is usable or more than ``clips.max_bad_fraction`` are not.
     """
     settings: Settings = {"data": data_settings(config), "encoder": dict(encoder.identity)}
     folder = CacheFolder(config.cache, settings)
-    tally = Tally("clips")
-    records = list_clips(config.clips_path, config.clips, tally)
-    loader = ClipLoader(
-        config,
-        open_reader(config.clips.reader, local_device() if device_id is None else device_id),
-        encoder.estimate_camera,
-    )
-    known = folder.entries().keys()
+    listing = Tally("clips")
+    records = [r for r in list_clips(config.clips_path, config.clips, listing) if owner(r.clip_id, world_size) == rank]
+    rejected = {name: cause for name, cause in listing.rejected.items() if owner(name, world_size) == rank}
+    tally = Tally("clips", len(records), rejected, listing.remarks)
+    loader = ClipLoader(config, open_reader(config.clips.reader, device_id), encoder.estimate_camera)
+    entries = folder.entries()
+    hashed = {entry.clip_id: entry.facts for entry in entries.values()}
     report, begin = PrepareReport(tally=tally), time.perf_counter()
     for number, record in enumerate(records):
         try:
-            facts = file_facts(record.path)
-            for start in chosen_starts(loader.starts(record), config.prepare.windows_per_clip):
-                key = window_key(record, facts["content"], start, settings)
-                if int(key, 16) % world_size != rank:
-                    continue
-                if key in known:
+            starts = chosen_starts(loader.starts(record), config.prepare.windows_per_clip)
+            facts = file_facts(record.path, hashed.get(record.clip_id))
+            for start in starts:
+                key = window_key(record, facts.content, start, settings)
+                if key in entries:
                     report.reused += 1
                     continue
-                entry, tensors = _encode(config, encoder, loader, record, start, key, facts)
+                prompt, tensors = _encode(config, encoder, loader, record, start)
                 report.encoded += 1
                 report.bytes += sum(value.nbytes for value in tensors.values())
                 if not dry_run:
-                    folder.add(entry, tensors)
+                    told = {**asdict(facts), "caption": prompt, "frames": loader.frames(record)}
+                    folder.add(Entry(key, record.clip_id, start, str(record.path), **told), tensors)
         except DataError as error:
             tally.accepted -= 1
             tally.reject(record.clip_id, cause_of(error, record))
@@ -133,12 +132,20 @@ def prepare(
         progress(number + 1, len(records))
         if limit is not None and report.encoded >= limit:
             break
+    if records and not report.encoded + report.reused:
+        raise DataError(f"{config.clips_path}: nothing could be prepared\n{tally.summary()}")
     if not dry_run:
-        mine = [key for key in folder.parts() if int(key, 16) % world_size == rank]
+        mine = [key for key, entry in folder.parts().items() if owner(entry.clip_id, world_size) == rank]
         for first in range(0, len(mine), config.prepare.clips_per_shard):
             folder.pack(mine[first : first + config.prepare.clips_per_shard])
     report.seconds = time.perf_counter() - begin
     return report
+
+
+def owner(name: str, world_size: int) -> int:
+    """The rank that prepares the clip ``name``."""
+    digest = hashlib.sha256(name.encode("utf-8", "surrogateescape")).digest()
+    return int.from_bytes(digest[:8], "big") % world_size
 
 
 def chosen_starts(starts: range, count: int) -> list[int]:
@@ -149,22 +156,14 @@ def chosen_starts(starts: range, count: int) -> list[int]:
     return [starts[round(i * (len(starts) - 1) / (count - 1))] for i in range(count)]
 
 
-def file_facts(path: Path) -> dict[str, Any]:
-    """Content hash, size and modification time of a clip."""
-    content = content_hash(path)
-    status = path.stat()
-    return {"content": content, "size": status.st_size, "mtime_ns": status.st_mtime_ns}
-
-
 def _encode(
     config: DataConfig,
     encoder: WindowEncoder,
     loader: ClipLoader,
     record: ClipRecord,
     start: int,
-    key: str,
-    facts: Mapping[str, Any],
-) -> tuple[Entry, dict[str, Tensor]]:
+) -> tuple[str, dict[str, Tensor]]:
+    """Prompt and tensors of a window."""
     window = loader.load(record, start)
     frames = to_float(window.frames)
     generated = encoder.caption(frames) if config.clips.caption == "blip2" else None
@@ -182,4 +181,4 @@ def _encode(
     bad = [name for name, value in tensors.items() if not bool(torch.isfinite(value).all())]
     if bad:
         raise DataError(f"{record.path}: encoder produced non-finite {', '.join(bad)}")
-    return Entry(key, record.clip_id, start, str(record.path), caption=prompt, **facts), tensors
+    return prompt, tensors

@@ -11,6 +11,7 @@ import time
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import replace
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -21,7 +22,7 @@ from geoalign.data.captions import prompt_of
 from geoalign.data.clips import ClipRecord, Split, in_split, list_clips
 from geoalign.data.frames import to_float
 from geoalign.data.loader import ClipLoader, LoadedWindow, cause_of
-from geoalign.data.prepare import data_settings
+from geoalign.data.prepare import chosen_starts, data_settings
 from geoalign.data.readers import local_device, open_reader
 from geoalign.data.tally import Tally
 from geoalign.data.trajectories import PathRescaler, draw_path, load_pool
@@ -122,12 +123,15 @@ class RetakeDataset:
         """Clip and window of a group; unusable clips are counted and drawn again (the same way on every rank)."""
         for attempt in range(_CLIP_ATTEMPTS):
             uniforms = philox_uniform(2, self.seed, iteration, group, 0, attempt, STREAM_CLIP).tolist()
-            if self.cache is not None:
-                return self._cached_window(self._entries[int(uniforms[0] * len(self._entries))])
-            record = self.clips[int(uniforms[0] * len(self.clips))]
+            if self.cache is None:
+                record = self.clips[int(uniforms[0] * len(self.clips))]
+                load = partial(self._any_window, record, uniforms[1])
+            else:
+                entry = self._entries[int(uniforms[0] * len(self._entries))]
+                record = self._record_of[entry.clip_id]
+                load = partial(self._cached_window, record, entry, self.cache.read(entry))  # a damaged cache is no clip
             try:
-                starts = self.loader.starts(record)
-                return self.loader.load(record, starts[int(uniforms[1] * len(starts))])
+                return load()
             except DataError as error:
                 self._reject(record, error)
         raise DataError(
@@ -155,18 +159,29 @@ class RetakeDataset:
             record = records.get(entry.clip_id)
             if record is None:
                 continue
-            if entry.is_current(record, self.cache.settings):
-                found.append(entry)
-            else:
+            if not entry.is_current(record, self.cache.settings):
                 self.clip_tally.remarks["changed since it was prepared, not used"] += 1
+            elif not self._is_chosen(record, entry):
+                self.clip_tally.remarks["prepared window that the settings no longer choose, not used"] += 1
+            else:
+                found.append(entry)
         if not found:
             raise DataError(f"{self.cache.path}: no prepared window of split '{self.split}'; run `geoalign prepare`")
         return found
 
-    def _cached_window(self, entry: Entry) -> LoadedWindow:
-        assert self.cache is not None
-        record = self._record_of[entry.clip_id]
-        stored = self.cache.read(entry)
+    def _is_chosen(self, record: ClipRecord, entry: Entry) -> bool:
+        """Whether `prepare` would store this window today: inside the clip's bounds, and one of those of its clip."""
+        try:
+            starts = self.loader.starts(record, entry.frames)
+        except DataError:
+            return False
+        return entry.start in chosen_starts(starts, self.config.prepare.windows_per_clip)
+
+    def _any_window(self, record: ClipRecord, uniform: float) -> LoadedWindow:
+        starts = self.loader.starts(record)
+        return self.loader.load(record, starts[int(uniform * len(starts))])
+
+    def _cached_window(self, record: ClipRecord, entry: Entry, stored: Mapping[str, Tensor]) -> LoadedWindow:
         camera = CameraTrajectory(stored["camera.c2w"], stored["camera.intrinsics"])
         frames = self.loader.load(replace(record, camera=None), entry.start, camera).frames
         return LoadedWindow(

@@ -30,6 +30,15 @@ def read_rows(path: Path) -> list[dict[str, str]]:
     return _csv_rows(text, path) if path.suffix == ".csv" else _jsonl_rows(text, path)
 
 
+def read_columns(path: Path) -> list[str]:
+    """Column names of a csv file, also of those whose cells are empty in all rows; [] if it cannot be read."""
+    try:
+        with path.open(encoding="utf-8-sig", errors="replace", newline="") as stream:
+            return [name.strip() for name in next(csv.reader(stream), [])]
+    except (OSError, csv.Error):
+        return []
+
+
 def _csv_rows(text: str, path: Path) -> list[dict[str, str]]:
     reader = csv.DictReader(io.StringIO(text, newline=""))
     try:

@@ -13,7 +13,7 @@ import numpy as np
 
 from geoalign.config.data import RescaleConfig, TrajectoriesConfig, TruncatedGaussian
 from geoalign.data.clips import Split, is_held_out
-from geoalign.data.omniworld import find_scenes, load_scene, read_metadata, scene_id
+from geoalign.data.omniworld import find_scene_table, find_scenes, load_scene, read_metadata, scene_id
 from geoalign.data.tally import Tally
 from geoalign.data.tracks import CameraTrack
 from geoalign.errors import DataError
@@ -101,14 +101,20 @@ def _guess_layout(path: Path) -> Literal["omniworld", "multicam", "files"]:
 
 
 def _load_omniworld(path: Path, num_frames: int, config: TrajectoriesConfig, tally: Tally) -> list[CameraTrack]:
-    table = path / config.metadata if config.metadata else None
-    if table is None and path.is_dir():
-        table = next(iter(sorted(path.glob("*.csv"))), None)
+    folder = path if path.is_dir() else path.parent
+    table = folder / config.metadata if config.metadata else find_scene_table(folder)
     facts = read_metadata(table) if table else {}
+    found = find_scenes(path)
+    scenes = {scene_id(scene): scene for scene in reversed(found)}  # the first of equal ids
+    if len(scenes) < len(found):
+        tally.remarks["scene found more than once, first archive or folder read"] += len(found) - len(scenes)
+    unlisted = len(scenes.keys() - facts.keys())
+    if table and unlisted:
+        tally.remarks["scene without a row in the table: test splits and metric scale unknown"] += unlisted
     return [
         track
-        for scene in find_scenes(path)
-        for track in load_scene(scene, num_frames, config, tally, facts.get(scene_id(scene)))
+        for uid, scene in sorted(scenes.items())
+        for track in load_scene(scene, num_frames, config, tally, facts.get(uid))
     ]
 
 

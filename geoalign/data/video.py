@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
@@ -83,19 +83,23 @@ class PyAVReader:
             first, last = min(indices), max(indices)
             if first < 0 or last >= len(stamps):
                 raise DataError(f"{path}: frames {first}..{last} asked for, but it has {len(stamps)}")
-            wanted = set(indices)
+            wanted, kind = set(indices), container.format.name
             found: dict[int, Tensor] = {}
-            if reliable:
-                container.seek(stamps[first], stream=stream)
-                index_of = {stamp: index for index, stamp in enumerate(stamps)}
-                numbered = ((index_of.get(frame.pts, -1), frame) for frame in container.decode(stream))
-                found = _collect(numbered, wanted, last, size)
-            if len(found) < len(wanted):
-                container.seek(stamps[0] if reliable else 0, stream=stream)
+            # Transport streams are seeked by decoding time and may land behind the key frame: nothing decodes there.
+            with suppress(av.error.InvalidDataError):
+                if reliable:
+                    container.seek(stamps[first], stream=stream)
+                    index_of = {stamp: index for index, stamp in enumerate(stamps)}
+                    numbered = ((index_of.get(frame.pts, -1), frame) for frame in container.decode(stream))
+                    found = _collect(numbered, wanted, last, size)
+        if len(found) < len(wanted):
+            with _opened(path) as (container, stream):  # from the very first packet, which not every seek reaches
                 found = _collect(enumerate(container.decode(stream)), wanted, last, size)
-        missing = sorted(wanted - found.keys())
-        if missing:
-            raise DataError(f"{path}: truncated or damaged, {len(missing)} of {len(wanted)} frames did not decode")
+        if len(found) < len(wanted):
+            raise DataError(
+                f"{path}: {len(found)} of the {len(wanted)} frames asked for decode, though the {kind} container lists "
+                f"{len(stamps)}; re-download it, or re-encode to mp4"
+            )
         return torch.stack([found[index] for index in indices])
 
 

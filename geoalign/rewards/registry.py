@@ -96,6 +96,11 @@ def takes_evaluator(kind: str) -> bool:
     return EVALUATOR in inspect.signature(_resolve(REWARDS, kind, "reward")).parameters
 
 
+def evaluator_options(name: str) -> set[str]:
+    """Names of the options of a registered pose evaluator; raises ConfigError for an unknown one."""
+    return inspect.signature(_resolve(EVALUATORS, name, "pose evaluator")).parameters.keys() - set(SHARED)
+
+
 def _checked(factory: Callable[..., Any], options: Mapping[str, Any], where: str) -> dict[str, Any]:
     """``options`` as the types that ``factory`` declares (a YAML list becomes a tuple, an integer a float).
 

@@ -24,7 +24,7 @@ from geoalign.models.encoders import ImageEncoder, TextEncoder, load_image_encod
 from geoalign.models.open import open_codec
 from geoalign.models.wan_vae import load_wan_codec
 from geoalign.rewards.base import PoseEstimate, PoseEvaluator
-from geoalign.rewards.registry import build_evaluator
+from geoalign.rewards.registry import build_evaluator, evaluator_options
 from geoalign.training.bundle import resolve_base
 from geoalign.training.device import device_of
 from geoalign.types import SourceClip
@@ -110,6 +110,14 @@ def every_frame(estimate: PoseEstimate, count: int) -> Tensor:
     return so3.rigid(turned, torch.lerp(position[left], position[left + 1], fraction[:, None]))
 
 
+def claim_device(config: Config) -> torch.device:
+    """The device of this process, made the current one: whatever asks for CUDA without a number gets this GPU."""
+    device = device_of(config.run)
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    return device
+
+
 def build_encoder(config: Config) -> ModelEncoder:
     """Load what ``data.prepare`` names and the codec of ``train.base``.
 
@@ -131,7 +139,8 @@ def build_encoder(config: Config) -> ModelEncoder:
 
         captioner = load_captioner(settings.captioner, dtype=dtype, device=device)
     if settings.evaluator is not None:
-        evaluator = build_evaluator(settings.evaluator, **settings.evaluator_options)
+        options = {"device": device} if "device" in evaluator_options(settings.evaluator) else {}
+        evaluator = build_evaluator(settings.evaluator, **options | settings.evaluator_options)
     place = "cpu" if isinstance(codec, PatchCodec) else device  # a patch transform is not worth the transfer
     identity, focal = encoder_identity(config), config.data.clips.default_focal
     negative = negative_text(settings)

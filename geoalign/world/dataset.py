@@ -7,16 +7,18 @@ paths come from different draws: reinforcement learning never sees a pair.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 from collections.abc import Callable
+from pathlib import Path
 
 import torch
 
 from geoalign.config.data import DataConfig
 from geoalign.config.world import WorldConfig
 from geoalign.data.citywalk import write_clip_camera, write_metadata
-from geoalign.data.omniworld import split_record, write_archive
+from geoalign.data.omniworld import ARCHIVE_SUFFIX, split_record, write_archive
 from geoalign.data.video import write_video
 from geoalign.errors import DataError
 from geoalign.geometry.trajectory import CameraTrajectory
@@ -26,7 +28,7 @@ from geoalign.world.pairs import PROMPT
 from geoalign.world.render import intrinsics, render
 from geoalign.world.scene import sample_scenes
 
-_STAMP = "world.json"
+_STAMP, _UNFINISHED = "world.json", ".writing"
 _CHUNK, _SPLITS_PER_ARCHIVE = 64, 64
 
 
@@ -43,6 +45,8 @@ def is_complete(data: DataConfig, world: WorldConfig) -> bool:
 def write_world(data: DataConfig, world: WorldConfig, progress: Callable[[int], object] = lambda count: None) -> None:
     """Render clips and camera archives into ``data.root``; a stamp is written last, so a killed run starts over.
 
+    The files of an earlier render, which its stamp lists, are deleted first; all others in the folder stay.
+
     Args:
         data: where to write.
         world: what to render; equal settings give equal bytes.
@@ -52,48 +56,78 @@ def write_world(data: DataConfig, world: WorldConfig, progress: Callable[[int], 
         DataError: the folder holds another data set, which is never overwritten.
     """
     root = data.root
-    stamp = root / _STAMP
-    if root.exists() and any(root.iterdir()) and not stamp.exists() and not (root / ".writing").exists():
-        raise DataError(f"{root}: not empty and not an embedded world; choose another data.root or empty the folder")
-    stamp.unlink(missing_ok=True)
+    stamp, unfinished = root / _STAMP, root / _UNFINISHED
+    earlier = _earlier_files(root)
     root.mkdir(parents=True, exist_ok=True)
-    (root / ".writing").touch()
-    _write_paths(data, world)
-    _write_clips(data, world, progress)
-    atomic_write_json(stamp, {"fingerprint": _fingerprint(world), "settings": world.model_dump(mode="json")})
-    (root / ".writing").unlink()
+    clips, archives = _clip_files(data, world), _archive_files(data, world)
+    listed = [data.clips_path / "metadata.csv", *archives, *clips, *(clip.with_suffix(".npz") for clip in clips)]
+    files = [str(file.relative_to(root) if file.is_relative_to(root) else file) for file in listed]
+    atomic_write_json(unfinished, {"files": sorted({*earlier, *files})})  # a killed run leaves no file unlisted
+    stamp.unlink(missing_ok=True)
+    _delete(root, earlier)
+    _write_paths(archives, world)
+    _write_clips(data, clips, world, progress)
+    settings = world.model_dump(mode="json")
+    atomic_write_json(stamp, {"fingerprint": _fingerprint(world), "settings": settings, "files": files})
+    unfinished.unlink()
 
 
-def _write_clips(data: DataConfig, world: WorldConfig, progress: Callable[[int], object]) -> None:
+def _earlier_files(root: Path) -> list[str]:
+    """Files that earlier renders wrote, finished or not; relative to ``root`` where they lie inside."""
+    stamps = [stamp for name in (_STAMP, _UNFINISHED) if (stamp := root / name).exists()]
+    if not stamps and root.exists() and any(root.iterdir()):
+        raise DataError(f"{root}: not empty and not an embedded world; choose another data.root or empty the folder")
+    try:
+        return sorted({file for stamp in stamps for file in json.loads(stamp.read_text())["files"]})
+    except (ValueError, KeyError, TypeError):
+        raise DataError(f"{root}: its stamp does not list the files of the world in it; empty the folder") from None
+
+
+def _delete(root: Path, files: list[str]) -> None:
+    """Delete ``files`` and the folders that are empty without them."""
+    for file in files:
+        (root / file).unlink(missing_ok=True)
+    for folder in sorted({parent for file in files for parent in Path(file).parents[:-1]}, reverse=True):
+        with contextlib.suppress(OSError):  # holds other files, or is gone
+            (root / folder).rmdir()
+
+
+def _clip_files(data: DataConfig, world: WorldConfig) -> list[Path]:
+    names = [f"drone{number:05d}" for number in range(world.clips)]
+    return [data.clips_path / "files" / name / f"{name}_{0:07d}_{world.frames:07d}.mp4" for name in names]
+
+
+def _archive_files(data: DataConfig, world: WorldConfig) -> list[Path]:
+    uids = [f"{number:012x}" for number in range(-(-world.trajectories // _SPLITS_PER_ARCHIVE))]
+    return [data.trajectories_path / uid / f"{uid}{ARCHIVE_SUFFIX}" for uid in uids]
+
+
+def _write_clips(data: DataConfig, clips: list[Path], world: WorldConfig, progress: Callable[[int], object]) -> None:
     generator = torch.Generator().manual_seed(world.seed + 101)
     low, high = world.height_m
     rows = []
-    for start in range(0, world.clips, _CHUNK):
-        count = min(_CHUNK, world.clips - start)
+    for start in range(0, len(clips), _CHUNK):
+        chunk = clips[start : start + _CHUNK]
+        count = len(chunk)
         height = low + (high - low) * torch.rand(count, generator=generator)
         scenes = sample_scenes(count, generator, style="real")
         c2w = to_c2w(source_drift(count, world.frames, generator), world)
         plane = ground_plane(world, height)
         videos = render(scenes, c2w, plane, world)
-        for i in range(count):
-            name = f"drone{start + i:05d}"
-            stem = f"{name}_{0:07d}_{world.frames:07d}"
-            folder = data.clips_path / "files" / name
-            write_video(folder / f"{stem}.mp4", videos[i], world.fps, lossless=True)
-            camera = CameraTrajectory.build(c2w[i], intrinsics(world))
-            write_clip_camera(folder / f"{stem}.npz", camera, (world.height, world.width), ground_plane=plane[i])
-            rows.append(
-                {"videoFile": f"{stem}.mp4", "cameraFile": f"{stem}.npz", "caption": PROMPT, "scene": "landscape"}
-            )
+        for i, file in enumerate(chunk):
+            write_video(file, videos[i], world.fps, lossless=True)
+            camera, name = CameraTrajectory.build(c2w[i], intrinsics(world)), file.with_suffix(".npz")
+            write_clip_camera(name, camera, (world.height, world.width), ground_plane=plane[i])
+            rows.append({"videoFile": file.name, "cameraFile": name.name, "caption": PROMPT, "scene": "landscape"})
         progress(count)
     write_metadata(data.clips_path / "metadata.csv", rows)
 
 
-def _write_paths(data: DataConfig, world: WorldConfig) -> None:
+def _write_paths(archives: list[Path], world: WorldConfig) -> None:
     generator = torch.Generator().manual_seed(world.seed + 202)
     c2w = to_c2w(random_curves(world.trajectories, world.frames, generator), world)
-    for number, start in enumerate(range(0, world.trajectories, _SPLITS_PER_ARCHIVE)):
-        paths = [CameraTrajectory.build(poses, intrinsics(world)) for poses in c2w[start : start + _SPLITS_PER_ARCHIVE]]
-        records = [split_record(path, image_size=(world.height, world.width)) for path in paths]
-        uid = f"{number:012x}"
-        write_archive(data.trajectories_path / uid / f"{uid}_others.tar.gz", records, fps=world.fps)
+    for file, some in zip(archives, c2w.split(_SPLITS_PER_ARCHIVE), strict=True):
+        paths = [CameraTrajectory.build(poses, intrinsics(world)) for poses in some]
+        write_archive(
+            file, [split_record(path, image_size=(world.height, world.width)) for path in paths], fps=world.fps
+        )

@@ -5,8 +5,10 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from geoalign.config.data import DataConfig
 from geoalign.config.world import WorldConfig
@@ -15,6 +17,7 @@ from geoalign.errors import DataError, UsageError
 from geoalign.geometry import so3
 from geoalign.geometry.plane import ground_axes, intersect_plane, pixel_grid, pixel_rays
 from geoalign.models.codec import PatchCodec, lapped_transform, seam_ratio
+from geoalign.world.cli import write_sheet
 from geoalign.world.dataset import is_complete, write_world
 from geoalign.world.motion import PRESETS, ground_normal, ground_plane, preset_motions, random_curves, to_c2w
 from geoalign.world.pairs import LabelBias, paired_videos
@@ -193,3 +196,45 @@ class TestDataset:
         assert not is_complete(data, WORLD)
         write_world(data, WORLD)
         assert json.loads((data.root / "world.json").read_text())["settings"]["clips"] == 12
+
+    def test_another_world_leaves_nothing_of_the_first(self, tmp_path: Path) -> None:
+        """A smaller world over a larger one, finished or not, equals the smaller one alone, byte for byte."""
+        large, small = WORLD, WORLD.model_copy(update={"clips": 3, "trajectories": 2, "frames": 4, "seed": 5})
+        large = large.model_copy(update={"trajectories": 70})  # two archives
+        alone, over = self.data(tmp_path / "alone"), self.data(tmp_path / "over")
+        write_world(alone, small)
+        write_world(over, large)
+
+        def interrupt(_: int) -> None:
+            raise KeyboardInterrupt
+
+        with pytest.raises(KeyboardInterrupt):
+            write_world(over, large.model_copy(update={"frames": 6}), interrupt)
+        mine = over.clips_path / "files" / "drone00007" / "mine.mp4"
+        mine.write_bytes(b"mine")
+        write_world(over, small)
+        assert mine.read_bytes() == b"mine"
+        mine.unlink()
+        mine.parent.rmdir()
+        assert contents(over.root) == contents(alone.root)
+
+    def test_a_world_that_lists_no_files_is_not_mixed_with_another(self, tmp_path: Path) -> None:
+        (tmp_path / "world.json").write_text('{"fingerprint": "0"}')
+        with pytest.raises(DataError, match="empty the folder"):
+            write_world(self.data(tmp_path), WORLD)
+
+
+def test_the_contact_sheet_labels_both_blocks(tmp_path: Path) -> None:
+    write_sheet(WORLD, tmp_path / "sheet.png", rows=2)
+    pixels = np.asarray(Image.open(tmp_path / "sheet.png").convert("L"))
+    block = WORLD.frames * WORLD.width * 3
+    assert pixels.shape == (24 + 2 * WORLD.height * 3, 2 * block + 12)
+    assert pixels[:24, :block].min() < 64 and pixels[:24, block + 12 :].min() < 64  # something is written there
+    assert pixels[:24, block : block + 12].min() == 255
+
+
+def contents(root: Path) -> dict[str, bytes | None]:
+    """Bytes of every file, None for folders, by relative name."""
+    return {
+        str(path.relative_to(root)): path.read_bytes() if path.is_file() else None for path in sorted(root.rglob("*"))
+    }

@@ -59,6 +59,59 @@ def test_tables_that_cannot_be_read_say_why(tmp_path: Path) -> None:
         list_clips(tmp_path / "absent", ClipsConfig(), Tally("clips"))
 
 
+@pytest.mark.parametrize("table", [False, True])
+def test_clips_of_equal_names_in_different_folders_are_all_used(tmp_path: Path, table: bool) -> None:
+    """As in MultiCamVideo. One scene of the table is missing: its rows must not take the files of another."""
+    names = [f"scene{scene}/videos/cam{camera:02d}" for scene in range(3) for camera in range(2)]
+    for name in names:
+        write_video(tmp_path / f"{name}.mp4", FRAMES, 30)
+        write_clip_camera(tmp_path / f"{name}.npz", CameraTrajectory.identity(9, LENS), (48, 64))
+    if table:
+        rows = ["missing/videos/cam00", *names, "./scene0/videos/cam00"]
+        lines = [f"{name}.mp4,text of {name}" for name in rows]
+        (tmp_path / "metadata.csv").write_text("\n".join(["file_name,text", *lines]))
+    tally = Tally("clips")
+    records = list_clips(tmp_path, ClipsConfig(), tally)
+    assert [record.clip_id for record in records] == names
+    for record in records:
+        assert record.path == tmp_path / f"{record.clip_id}.mp4" and record.camera == record.path.with_suffix(".npz")
+        assert record.video_id == record.clip_id.rpartition("/")[0]  # one side of the split for all of a scene
+        assert record.caption == (f"text of {record.clip_id}" if table else "")
+    assert tally.rejected == ({"missing/videos/cam00.mp4": "missing file"} if table else {})
+    assert sum(tally.remarks.values()) == table
+
+
+def test_names_without_a_folder_must_be_unique(tmp_path: Path) -> None:
+    for name in ("a/x.mp4", "b/x.mp4", "b/y.mp4", "b/y.mkv"):
+        write_video(tmp_path / name, FRAMES, 30)
+    assert [record.clip_id for record in list_clips(tmp_path, ClipsConfig(), Tally("clips"))] == [
+        "a/x", "b/x", "b/y.mkv", "b/y.mp4"
+    ]  # fmt: skip
+    (tmp_path / "t.csv").write_text("path\nx.mp4\ny.mp4\n")
+    tally = Tally("clips")
+    assert [record.path for record in list_clips(tmp_path, ClipsConfig(), tally)] == [tmp_path / "b/y.mp4"]
+    assert tally.rejected == {"x.mp4": "several files of this name"}
+
+
+@pytest.mark.parametrize("named", ["v_0_9", "v_0_9.npz", "v/v_0_9.npz", "v_0_9.json", "gone.npz", ""])
+def test_cameras_are_found_however_the_table_calls_them(tmp_path: Path, named: str) -> None:
+    write_video(tmp_path / "files" / "v" / "v_0_9.mp4", FRAMES, 30)
+    write_clip_camera(tmp_path / "files" / "v" / "v_0_9.npz", CameraTrajectory.identity(9, LENS), (48, 64))
+    write_metadata(tmp_path / "metadata.csv", [{"videoFile": "v_0_9.mp4", "cameraFile": named}])
+    (record,) = list_clips(tmp_path, ClipsConfig(), Tally("clips"))
+    assert record.camera == tmp_path / "files" / "v" / "v_0_9.npz"
+
+
+def test_several_tables_are_an_error_and_not_none(tmp_path: Path) -> None:
+    write_video(tmp_path / "a.mp4", FRAMES, 30)
+    for name in ("hq.csv", "mapping.csv"):
+        (tmp_path / name).write_text("videoFile,caption\na.mp4,words\n")
+    with pytest.raises(DataError, match=r"hq\.csv, mapping\.csv.*data\.clips\.metadata"):
+        list_clips(tmp_path, ClipsConfig(), Tally("clips"))
+    (record,) = list_clips(tmp_path, ClipsConfig(metadata=Path("hq.csv")), Tally("clips"))
+    assert record.caption == "words"
+
+
 def test_frame_folders_and_davis(tmp_path: Path) -> None:
     import cv2
 

@@ -18,9 +18,12 @@ from geoalign.config.data import DataConfig
 from geoalign.config.load import load_config
 from geoalign.config.model import ModelConfig
 from geoalign.config.schema import Config
+from geoalign.data.citywalk import write_clip_camera
 from geoalign.data.frames import to_float
+from geoalign.data.prepare import PrepareReport
 from geoalign.data.source import RetakeDataset
 from geoalign.errors import DataError, RunError
+from geoalign.geometry.trajectory import CameraTrajectory
 from geoalign.models.captions import load_captioner
 from geoalign.models.dit import RetakeDiT
 from geoalign.models.encoders import load_image_encoder, load_text_encoder
@@ -28,6 +31,7 @@ from geoalign.models.wan_vae import load_wan_codec
 from geoalign.rewards.base import PoseEstimate
 from geoalign.rewards.registry import EVALUATORS
 from geoalign.rl.policy import RetakePolicy
+from geoalign.training import encoders
 from geoalign.training.bundle import load_policy
 from geoalign.training.encoders import encoder_identity, every_frame, render_missing_data, weights_hash
 from geoalign.types import Encodings, SourceClip
@@ -220,6 +224,63 @@ def test_other_ranks_wait_for_the_world(tmp_path: Path) -> None:
     waiting.join(30)
     assert not waiting.is_alive()
     render_missing_data(config, 1, timeout_s=0.0)  # complete: nobody waits
+
+
+class Placed(LineEvaluator):
+    """Remembers where it was put."""
+
+    def __init__(self, device: str = "auto") -> None:
+        self.device = device
+
+
+def test_every_rank_prepares_on_its_own_device(
+    world: DataConfig, weights: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(EVALUATORS, "placed", f"{__name__}:Placed")
+    monkeypatch.setitem(EVALUATORS, "line", f"{__name__}:LineEvaluator")
+    unused = {"text": None, "tokenizer": None, "image": None, "captioner": None}
+    file = settings_file(world, weights, evaluator="placed", **unused)
+    config = load_config(Config, str(file))
+    evaluator = encoders.build_encoder(config).evaluator
+    assert isinstance(evaluator, Placed) and evaluator.device == "cpu"  # run.device=cpu, whatever the machine has
+    chosen = load_config(Config, str(file), ["data.prepare.evaluator_options={device: meta}"])
+    assert encoders.build_encoder(chosen).evaluator.device == "meta"  # type: ignore[union-attr]
+    encoders.build_encoder(load_config(Config, str(file), ["data.prepare.evaluator=line"]))  # takes no device
+    assert encoders.claim_device(config) == torch.device("cpu")
+
+    events: list[object] = []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 8)
+    monkeypatch.setattr(torch.cuda, "set_device", events.append)
+    monkeypatch.setattr(encoders, "build_encoder", lambda config: events.append("built"))
+    monkeypatch.setattr("geoalign.data.prepare.prepare", lambda *_, device_id, **__: events.append(device_id) or REPORT)
+    for name, value in {"RANK": "11", "WORLD_SIZE": "16", "LOCAL_RANK": "3", "LOCAL_WORLD_SIZE": "8"}.items():
+        monkeypatch.setenv(name, value)
+    assert main(["prepare", "--config", str(file), "run.device=cuda"]) == 0
+    assert events == [torch.device("cuda", 3), "built", 3]
+
+
+REPORT = PrepareReport()
+
+
+def test_check_looks_at_the_cameras(
+    world: DataConfig, weights: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """One clip without a camera, one with a damaged file, one whose path ends early: training would reject them."""
+    monkeypatch.setitem(EVALUATORS, "line", f"{__name__}:LineEvaluator")
+    cameras = sorted((world.root / "clips").rglob("*.npz"))
+    cameras[0].unlink()
+    cameras[1].write_bytes(cameras[1].read_bytes()[:300])
+    lens = (0.8, 0.8 * 64 / 48, 0.5, 0.5)
+    write_clip_camera(cameras[2], CameraTrajectory.identity(7, lens), (48, 64))
+    arguments = ["data", "check", "--config", str(settings_file(world, weights)), "data.clips.max_bad_fraction=1"]
+    causes = {}
+    for evaluator in ("null", "line"):
+        assert main([*arguments, f"data.prepare.evaluator={evaluator}"]) == 0
+        causes[evaluator] = capsys.readouterr().out.split("windows of 5")[0]
+    assert "9 clips usable, 3 rejected" in causes["null"] and "10 clips usable, 2 rejected" in causes["line"]
+    assert "no metric camera file" in causes["null"] and "no metric camera file" not in causes["line"]
+    assert all("npz" in text and "7 poses, frame 8 is needed" in text for text in causes.values())
 
 
 def test_identities_see_every_byte_of_small_files_and_the_ends_of_large_ones(tmp_path: Path) -> None:

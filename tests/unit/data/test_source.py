@@ -12,7 +12,7 @@ from torch import Tensor
 
 from geoalign.config.data import DataConfig
 from geoalign.data.cache import CacheFolder, open_cache, pad_tokens, trim_tokens
-from geoalign.data.prepare import chosen_starts, data_settings, prepare
+from geoalign.data.prepare import chosen_starts, data_settings, owner, prepare
 from geoalign.data.source import RetakeDataset
 from geoalign.data.video import write_video
 from geoalign.errors import DataError
@@ -149,6 +149,108 @@ def test_stale_and_damaged_caches_are_noticed(world: DataConfig) -> None:
     manifest = next(folder.path.glob("*.jsonl"))
     manifest.write_text(manifest.read_text() + "{torn line\n" + json.dumps({"key": 1}) + "\n")
     assert len(folder.entries()) == 13
+
+
+def changed(config: DataConfig, **sections: Mapping[str, object]) -> DataConfig:
+    """``config`` with fields of its ``clips`` or ``prepare`` replaced, reading the cache."""
+    updates = {name: getattr(config, name).model_copy(update=values) for name, values in sections.items()}
+    return config.model_copy(update=updates | {"use_cache": True})
+
+
+def test_only_windows_that_the_settings_choose_are_trained_on(world: DataConfig) -> None:
+    """Clips of 9 frames have windows of 5 at 0 to 4."""
+    prepare(changed(world, prepare={"windows_per_clip": 5}), Encoder())
+
+    def used(config: DataConfig) -> set[int]:
+        return {entry.start for entry in RetakeDataset(config, seed=0, split="all")._entries}
+
+    assert used(changed(world, prepare={"windows_per_clip": 5})) == {0, 1, 2, 3, 4}
+    assert used(changed(world, prepare={"windows_per_clip": 3})) == {0, 2, 4}
+    table = world.root / "clips" / "metadata.csv"
+    rows = table.read_text().splitlines()
+    name, *others = ["end_frame", *["6"] * 11, "4"]  # windows at 0 and 1; none in the last clip
+    table.write_text("\n".join(f"{row},{end}" for row, end in zip(rows, [name, *others], strict=True)))
+    narrow = RetakeDataset(changed(world, prepare={"windows_per_clip": 5}), seed=0, split="all")
+    assert [entry.start for entry in narrow._entries] == [0, 1] * 11
+    assert narrow.clip_tally.remarks["prepared window that the settings no longer choose, not used"] == 5 + 11 * 3
+
+
+def test_overwritten_images_make_a_folder_stale(world: DataConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Overwriting a file changes neither size nor time of its folder."""
+    import cv2
+    import numpy as np
+
+    folder = world.root / "frames" / "one"
+    folder.mkdir(parents=True)
+    for index in range(9):
+        cv2.imwrite(str(folder / f"{index}.png"), np.full((48, 64, 3), 50, np.uint8))
+    config = changed(world, clips={"path": Path("frames"), "camera": "none", "val_fraction": 0.0})
+    assert prepare(config, Encoder()).encoded == 1
+    assert len(RetakeDataset(config, seed=0)._entries) == 1
+    before = folder.stat().st_mtime_ns
+    cv2.imwrite(str(folder / "3.png"), np.full((48, 64, 3), 200, np.uint8))
+    assert folder.stat().st_mtime_ns == before
+    with pytest.raises(DataError, match="no prepared window"):
+        RetakeDataset(config, seed=0)
+    assert prepare(config, Encoder()).encoded == 1
+    monkeypatch.setattr("geoalign.data.cache.content_hash", None)  # nothing is read again
+    assert prepare(config, Encoder()).reused == 1
+
+
+def test_each_clip_is_read_by_one_rank_and_once(world: DataConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    from geoalign.data import cache
+
+    hashed = []
+
+    def count(path: Path) -> str:
+        hashed.append(path)
+        return hash_of(path)
+
+    hash_of = cache.content_hash
+    monkeypatch.setattr(cache, "content_hash", count)
+    for expected in (12, 0):
+        hashed.clear()
+        for rank in range(3):
+            prepare(world, Encoder(), rank=rank, world_size=3)
+        assert len([path for path in hashed if path.suffix == ".mp4"]) == expected
+
+
+def test_a_rank_stops_when_too_many_of_its_own_clips_are_bad(world: DataConfig) -> None:
+    """All clips of one rank are damaged, which are fewer than half of all clips."""
+    config = changed(world, clips={"max_bad_fraction": 0.5})
+    ranks: dict[int, list[Path]] = {}
+    for file in sorted((world.root / "clips").rglob("*.mp4")):
+        ranks.setdefault(owner(file.stem, 3), []).append(file)
+    bad, mine = min(ranks.items(), key=lambda item: len(item[1]))
+    assert len(mine) < 6 < sum(map(len, ranks.values()))
+    for file in mine:
+        file.write_bytes(b"")
+    for rank in ranks.keys() - {bad}:
+        assert prepare(config, Encoder(), rank=rank, world_size=3).encoded == len(ranks[rank])
+    with pytest.raises(DataError, match=rf"of {len(mine)} clips cannot be used"):
+        prepare(config, Encoder(), rank=bad, world_size=3)
+    with pytest.raises(DataError, match="nothing could be prepared"):
+        prepare(changed(world, clips={"max_bad_fraction": 1.0}), Encoder(), rank=bad, world_size=3)
+
+
+def test_packing_leaves_the_folder_that_other_ranks_write_into(world: DataConfig) -> None:
+    prepare(world, Encoder())
+    folder = open_cache(world.cache, data_settings(world))
+    assert not folder.parts() and (folder.path / "parts").is_dir()
+
+
+def test_clips_that_break_while_training_from_a_cache_are_drawn_again(world: DataConfig) -> None:
+    prepare(world, Encoder())
+    dataset = RetakeDataset(changed(world), seed=0, split="all")
+    broken = sorted((world.root / "clips").rglob("*.mp4"))[2]
+    broken.write_bytes(b"")
+    names = {name for iteration in range(6) for name in dataset.batch(iteration, range(8)).source.clip_ids}
+    assert len(names) == 11 and list(dataset.clip_tally.rejected) == [broken.stem]
+    assert dataset.cache is not None
+    for shard in dataset.cache.path.glob("*.safetensors"):
+        shard.write_bytes(b"")
+    with pytest.raises(DataError, match="damaged shard"):  # no fault of a clip
+        dataset.batch(9, range(8))
 
 
 def test_small_helpers() -> None:

@@ -121,6 +121,66 @@ def test_scenes_folders_captions_and_metadata(tmp_path: Path) -> None:
     assert tally.causes["no metric scale"] == 1
 
 
+HUB_TABLE = 'UID,Test Split Index,FPS,Metric Scale\naaaaaaaaaaaa,"0",30,1.5\n'
+
+
+@pytest.mark.parametrize("place", ["metadata", "."])
+def test_the_scene_table_is_found_by_its_columns(tmp_path: Path, place: str) -> None:
+    """As on the hub; the table of the walking clips beside it has uids too, and sorts first."""
+    record = split_record(walk(12))
+    for uid in ("aaaaaaaaaaaa", "bbbbbbbbbbbb"):
+        folder = tmp_path / "annotations" / "OmniWorld-Game" / uid
+        write_archive(folder / f"{uid}_others.tar.gz", [record, record], fps=24)
+    (tmp_path / place).mkdir(exist_ok=True)
+    (tmp_path / place / "omniworld_citywalk_metadata.csv").write_text("UID,videoFile\naaaaaaaaaaaa,x.mp4\n")
+    (tmp_path / place / "omniworld_game_metadata.csv").write_text(HUB_TABLE)
+    tally = Tally("camera paths")
+    tracks = load_pool(tmp_path, 5, CONFIG, tally).tracks
+    assert [(track.name, track.metric_scale) for track in tracks] == [
+        ("aaaaaaaaaaaa/split_1", 1.5), ("bbbbbbbbbbbb/split_0", None), ("bbbbbbbbbbbb/split_1", None)
+    ]  # fmt: skip
+    assert tally.remarks["scene without a row in the table: test splits and metric scale unknown"] == 1
+    (tmp_path / "copy.csv").write_text(HUB_TABLE)
+    with pytest.raises(DataError, match=r"omniworld_game_metadata\.csv.*data\.trajectories\.metadata"):
+        load_pool(tmp_path, 5, CONFIG, Tally("camera paths"))
+    chosen = CONFIG.model_copy(update={"metadata": Path("copy.csv")})
+    assert len(load_pool(tmp_path, 5, chosen, Tally("camera paths")).tracks) == 3
+    # A table that says nothing of test splits leaves the split to the hash of the names.
+    (tmp_path / "copy.csv").write_text("UID,Metric Scale\naaaaaaaaaaaa,1.5\nbbbbbbbbbbbb,2\n")
+    hashed = chosen.model_copy(update={"val_fraction": 0.999})
+    assert len(load_pool(tmp_path, 5, hashed, Tally("camera paths"), "val").tracks) == 4
+
+
+def test_an_archive_beside_its_folder_is_one_scene(tmp_path: Path) -> None:
+    import tarfile
+
+    archive = tmp_path / "aaaaaaaaaaaa" / "aaaaaaaaaaaa_others.tar.gz"
+    write_archive(archive, [split_record(walk(12))], fps=24)
+    alone = load_pool(tmp_path, 5, CONFIG, Tally("camera paths"))
+    with tarfile.open(archive) as packed:
+        packed.extractall(archive.parent, filter="data")
+    tally = Tally("camera paths")
+    both = load_pool(tmp_path, 5, CONFIG, tally)
+    assert len(both) == len(alone) == 2 and both.fingerprint() == alone.fingerprint()
+    assert tally.accepted == 1 and sum(tally.remarks.values()) == 1
+
+
+def test_absent_errors_and_masks_are_understood(tmp_path: Path) -> None:
+    good = split_record(walk(12))
+    mask = [index == 5 for index in range(12)]
+    records = [
+        good | {"reproj_error_after_refine": None},
+        good | {"invalid_frame": mask},
+        good | {"invalid_frame": [False] * 12},
+        good | {"invalid_frame": None},
+    ]
+    write_archive(tmp_path / "aaaaaaaaaaaa_others.tar.gz", records, fps=24)
+    tally = Tally("camera paths")
+    tracks = load_scene(tmp_path / "aaaaaaaaaaaa_others.tar.gz", 5, CONFIG, tally)
+    assert [track.starts for track in tracks] == [(0, 4), (0, 6), (0, 4), (0, 4)]
+    assert not tally.rejected and tally.remarks == {"frames excluded: marked invalid": 1}
+
+
 def test_runs_never_cross_a_gap_or_a_bad_frame() -> None:
     assert valid_runs([True, True, False, True, True, True], [0, 1, 2, 3, 5, 6]) == [(0, 2), (3, 4), (4, 6)]
     assert valid_runs([False], [0]) == []

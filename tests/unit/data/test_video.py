@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import av
 import pytest
 import torch
 from hypothesis import given, settings
@@ -32,6 +33,25 @@ def test_reads_the_frames_asked_for_with_any_group_structure(tmp_path: Path, cod
         assert indices_read(read_video(path, wanted)) == wanted
     assert PyAVReader().probe(path).frames == 60
     assert indices_read(read_video(path, start=5, stride=7, count=6)) == [5, 12, 19, 26, 33, 40]
+
+
+@pytest.mark.parametrize("options", [{"bf": "3"}, {"bf": "0"}, {"bf": "3", "g": "12"}])
+def test_transport_streams_are_read_from_any_frame(tmp_path: Path, options: dict[str, str]) -> None:
+    """They start at a time other than 0, and with B-frames a seek may land behind the key frame."""
+    path = tmp_path / "c.ts"
+    with av.open(str(path), "w", format="mpegts") as container:
+        stream = container.add_stream("libx264", rate=30, options=options | {"crf": "10"})
+        stream.width, stream.height, stream.pix_fmt = 64, 48, "yuv420p"
+        for index, picture in enumerate(FRAMES.numpy()):
+            frame = av.VideoFrame.from_ndarray(picture, format="rgb24")
+            frame.pts = index
+            container.mux(stream.encode(frame))
+        container.mux(stream.encode(None))
+    for wanted in ([0], [59], [3, 17, 18, 40], list(range(60))):
+        assert indices_read(read_video(path, wanted)) == wanted
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+    with pytest.raises(DataError, match=r"c\.ts"):
+        read_video(path, range(60))
 
 
 def test_lossless_files_return_the_very_pixels_and_equal_bytes(tmp_path: Path) -> None:
