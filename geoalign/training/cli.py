@@ -105,12 +105,17 @@ def _dry_run(config: Config) -> int:
 def run_pretrain(args: argparse.Namespace) -> int:
     """Pre-train a base policy and print its held-out numbers."""
     config = _load(args)
+    from geoalign.errors import UsageError
+    from geoalign.io_utils import check_writable
     from geoalign.training.bundle import save_policy
     from geoalign.training.environment import describe_environment
     from geoalign.training.evaluate import HeldOut, evaluate
     from geoalign.training.pretrain import pretrain
     from geoalign.training.progress import bar
 
+    if args.out.suffix != ".safetensors":
+        raise UsageError(f"--out {args.out}: policies are read by this suffix; name a .safetensors file")
+    check_writable(args.out)
     if config.run.threads:
         import torch
 
@@ -145,13 +150,15 @@ def run_evaluate(args: argparse.Namespace) -> int:
     """Evaluate a policy on the held-out sets of the configuration."""
     config = _load(args)
     from geoalign.errors import ConfigError
-    from geoalign.io_utils import atomic_write_json
+    from geoalign.io_utils import atomic_write_json, check_writable
     from geoalign.training.bundle import load_policy
     from geoalign.training.environment import describe_environment
     from geoalign.training.evaluate import HeldOut, evaluate
 
     if config.world is None:
         raise ConfigError("evaluate needs held-out pairs with a true render: set the world section (tiny_cpu has it)")
+    if args.json:
+        check_writable(args.json)
     policy, _ = load_policy(args.policy)
     result = evaluate(
         policy, config.flow, HeldOut.build(config.world, config.eval), config.eval, condition_scale=args.condition_scale
