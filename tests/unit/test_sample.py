@@ -7,6 +7,7 @@ import json
 from dataclasses import replace
 from importlib import resources
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -68,6 +69,19 @@ def clip(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
+@pytest.fixture
+def made(monkeypatch: pytest.MonkeyPatch) -> list[torch.Tensor]:
+    """Every video that is sampled, before its encoding: x264 does not give the same bytes for the same frames."""
+    videos: list[torch.Tensor] = []
+
+    def recorded(*args: Any, **options: Any) -> torch.Tensor:
+        videos.append(retake(*args, **options))
+        return videos[-1]
+
+    monkeypatch.setattr("geoalign.sampling.retake", recorded)
+    return videos
+
+
 def run(model: Path, video: Path, out: Path, *more: str) -> int:
     arguments = ["--model", str(model), "--video", str(video), "--out", str(out), "--size", "32x48", "--steps", "2"]
     if "--trajectory" not in more:
@@ -75,7 +89,7 @@ def run(model: Path, video: Path, out: Path, *more: str) -> int:
     return main(["sample", *arguments, *more])
 
 
-def test_mp4_end_to_end(model: Path, clip: Path, tmp_path: Path) -> None:
+def test_mp4_end_to_end(model: Path, clip: Path, tmp_path: Path, made: list[torch.Tensor]) -> None:
     out = tmp_path / "made" / "out.mp4"
     assert run(model, clip, out, "--speed", "1.5", "--frames", "5") == 0
     info = PyAVReader().probe(out)
@@ -88,9 +102,8 @@ def test_mp4_end_to_end(model: Path, clip: Path, tmp_path: Path) -> None:
     assert record["arguments"]["seed"] == 0 and record["forwards"] == 2
     with Image.open(out.with_name("out.cameras.png")) as picture:
         assert picture.width > 400
-    first = out.read_bytes()
     assert run(model, clip, tmp_path / "again.mp4", "--speed", "1.5", "--frames", "5") == 0
-    assert (tmp_path / "again.mp4").read_bytes() == first
+    assert torch.equal(made[0], made[1])
 
 
 def test_frame_folder_with_odd_sizes_and_camera_file(model: Path, tmp_path: Path) -> None:
@@ -126,13 +139,13 @@ def test_policy_file_of_the_embedded_default(tmp_path: Path) -> None:
     assert (made - source).abs().mean() < 8
 
 
-def test_exported_policy_samples_the_same_video(clip: Path, tmp_path: Path) -> None:
+def test_exported_policy_samples_the_same_video(clip: Path, tmp_path: Path, made: list[torch.Tensor]) -> None:
     """The patch codec travels with an export; a damaged or missing one is named."""
     folder, plane = tmp_path / "exported", ("--ground-plane", "0,0.342,0.94,10", "--size", "48x64", "--frames", "5")
     assert main(["export", "--format", "diffusers", "--model", str(TINY_BASE), "--out", str(folder)]) == 0
     for name, model in (("file", TINY_BASE), ("folder", folder)):
         assert run(model, clip, tmp_path / f"{name}.mp4", *plane) == 0
-    assert (tmp_path / "file.mp4").read_bytes() == (tmp_path / "folder.mp4").read_bytes()
+    assert torch.equal(made[0], made[1])
     again = tmp_path / "again"
     assert main(["export", "--format", "diffusers", "--model", str(folder), "--out", str(again)]) == 0
     for file in folder.iterdir():
