@@ -71,8 +71,16 @@ def atomic_write_json(path: str | os.PathLike[str], value: Any) -> None:
 
 
 def nan_to_none(row: Mapping[str, Any]) -> dict[str, Any]:
-    """``row`` with NaN and infinite values replaced by None, which JSON can say."""
-    return {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in row.items()}
+    """``row`` with NaN and infinite values, also of mappings and lists inside, replaced by None, which JSON can say."""
+    return {key: _sayable(value) for key, value in row.items()}
+
+
+def _sayable(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return nan_to_none(value)
+    if isinstance(value, list):
+        return [_sayable(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def read_jsonl(path: str | os.PathLike[str]) -> list[dict[str, Any]]:

@@ -67,7 +67,7 @@ def config_of(model: Path, checkpoint: Path | None = None) -> ModelConfig:
     if not model.exists():
         raise CheckpointError(f"{model}: no such model file or folder")
     if model.is_file():
-        return _settings(model, "model", ModelConfig)
+        return header_settings(model, "model", ModelConfig)
     config = read_config(model)
     if config is not None:
         return config
@@ -136,7 +136,7 @@ def patch_codec(model: Path) -> PatchCodec | None:
     path = model if model.is_file() else model / CODEC_FILE
     if not path.is_file():
         return None
-    settings = _settings(path, "codec", CodecConfig)
+    settings = header_settings(path, "codec", CodecConfig)
     if settings.kind != "patch":
         return None
     codec = PatchCodec(settings.patch, settings.luma, settings.chroma)
@@ -151,7 +151,7 @@ def _weights(folder: Path) -> Path:
     return inner if inner.is_dir() else folder
 
 
-def _settings(path: Path, part: str, kind: type[Settings]) -> Settings:
+def header_settings(path: Path, part: str, kind: type[Settings]) -> Settings:
     """The settings of ``part`` ("model", "codec") in the header of a geoalign file."""
     if path.suffix != ".safetensors":
         raise CheckpointError(f"{path}: not a geoalign policy file (those end in .safetensors)")
@@ -175,7 +175,7 @@ def _problem(error: ValidationError) -> str:
 def _open_policy(
     path: Path, checkpoint: Path | None, dtype: torch.dtype | None, device: str
 ) -> tuple[RetakeDiT, LoadReport]:
-    config = _settings(path, "model", ModelConfig)
+    config = header_settings(path, "model", ModelConfig)
     source = TensorFile(path).part("model.")
     check(source, model_shapes(config), "a geoalign policy")
     with torch.device("meta"):

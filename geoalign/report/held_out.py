@@ -22,7 +22,7 @@ class Value:
         """Read a mean and the values that it was taken over; None for what is not a number."""
         if not isinstance(entry, int | float):
             return None
-        seeds = [float(value) for value in per_noise_seed or ()]
+        seeds = [float(value) for value in per_noise_seed or () if value is not None]
         return cls(float(entry), statistics.stdev(seeds) if len(seeds) > 1 else None)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import os
 import sys
 import time
@@ -84,7 +85,10 @@ def _print_comparison(summary: dict[str, Any]) -> None:
     names |= {"scale_ratio": "travelled / asked", "psnr_db": "PSNR against the truth (dB)"}
     print(f"\nheld-out, mean over noise seeds{'':<14}before    after   change")
     for kind in summary["held_out"]:
-        before, after = (summary["held_out"][kind][stage] for stage in ("before", "after"))
+        before, after = (
+            {key: math.nan if value is None else value for key, value in summary["held_out"][kind][stage].items()}
+            for stage in ("before", "after")
+        )
         for key, title in names.items():
             change = (
                 f"{after[key] - before[key]:+.2f}"
@@ -150,7 +154,7 @@ def run_evaluate(args: argparse.Namespace) -> int:
     """Evaluate a policy on the held-out sets of the configuration."""
     config = _load(args)
     from geoalign.errors import ConfigError
-    from geoalign.io_utils import atomic_write_json, check_writable
+    from geoalign.io_utils import atomic_write_json, check_writable, nan_to_none
     from geoalign.training.bundle import load_policy
     from geoalign.training.environment import describe_environment
     from geoalign.training.evaluate import HeldOut, evaluate
@@ -165,7 +169,8 @@ def run_evaluate(args: argparse.Namespace) -> int:
     )
     _print_numbers(result.numbers)
     if args.json:
-        atomic_write_json(args.json, {"policy": str(args.policy), "held_out": result.numbers, **describe_environment()})
+        found = {"policy": str(args.policy), "held_out": result.numbers, **describe_environment()}
+        atomic_write_json(args.json, nan_to_none(found))
     return 0
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -9,6 +10,7 @@ import pytest
 from geoalign.cli import main
 from geoalign.errors import DataError, RunError, UsageError
 from geoalign.io_utils import atomic_path, atomic_write_text, check_writable
+from geoalign.training.evaluate import Evaluation
 
 
 @pytest.mark.parametrize(
@@ -47,6 +49,18 @@ def test_a_place_that_cannot_be_written_is_refused_before_the_work(
 def test_a_policy_is_written_as_what_it_is_read(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["pretrain", "--config", "smoke", "--out", str(tmp_path / "policy.pt")]) == 2
     assert "name a .safetensors file" in capsys.readouterr().err
+
+
+def test_numbers_that_are_not_finite_are_null(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    found = Evaluation({"presets": {"psnr_db": [float("nan"), 20.0]}}, {}, {})
+    monkeypatch.setattr("geoalign.training.evaluate.evaluate", lambda *_, **__: found)
+    monkeypatch.setattr("geoalign.training.evaluate.HeldOut.build", lambda *_: None)
+    command = ["evaluate", "--config", "smoke", "--policy", "builtin:tiny_base", "--json", str(tmp_path / "e.json")]
+    assert main(command) == 0
+    assert json.loads((tmp_path / "e.json").read_text())["held_out"] == {"presets": {"psnr_db": [None, 20.0]}}
+    assert "nan" in capsys.readouterr().out
 
 
 def test_the_check_leaves_nothing_behind(tmp_path: Path) -> None:
