@@ -180,8 +180,8 @@ def _kernel_report() -> dict[str, Any]:
 
 def _kernel_lines(kernels: dict[str, Any]) -> list[str]:
     lines = [f"  {kernels['error']}"] if kernels["error"] else []
-    for row in kernels["ops"]:
-        lines.append(f"  {row['op']:<26}{row['backend']:<12}{_reason(row)}".rstrip())
+    ops, backends = (max((len(row[key]) for row in kernels["ops"]), default=0) + 2 for key in ("op", "backend"))
+    lines += [f"  {row['op']:<{ops}}{row['backend']:<{backends}}{_reason(row)}".rstrip() for row in kernels["ops"]]
     return lines
 
 

@@ -11,7 +11,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from geoalign.errors import DataError, UsageError
+from geoalign.errors import DataError, RunError, UsageError
 
 
 @contextlib.contextmanager
@@ -19,32 +19,36 @@ def atomic_path(path: str | os.PathLike[str]) -> Iterator[Path]:
     """Yield a temporary path beside ``path``; rename it onto ``path`` on success, delete it on failure.
 
     The temporary name keeps the suffix of ``path`` because writers such as PyAV and numpy choose the format by it.
+    Raises RunError when the place cannot be written (no rights, a file where a folder should be, a full disk).
     """
-    final = Path(path)
-    final.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(prefix=f".{final.stem}.", suffix=f".tmp{final.suffix}", dir=final.parent)
-    os.close(handle)
-    temporary = Path(name)
+    final, temporary = Path(path), None
     try:
+        final.parent.mkdir(parents=True, exist_ok=True)
+        handle, name = tempfile.mkstemp(prefix=f".{final.stem}.", suffix=f".tmp{final.suffix}", dir=final.parent)
+        os.close(handle)
+        temporary = Path(name)
         yield temporary
         with temporary.open("rb") as written:
             os.fsync(written.fileno())
         temporary.chmod(0o644)
         temporary.replace(final)
+    except OSError as error:
+        raise RunError(f"{final}: cannot be written ({error.strerror or error})") from error
     finally:
-        temporary.unlink(missing_ok=True)
+        if temporary is not None:
+            temporary.unlink(missing_ok=True)
 
 
 def check_writable(path: Path) -> None:
-    """Make sure, before long work, that :func:`atomic_path` will be able to write ``path``; makes its folder.
+    """Make sure, before long work, that :func:`atomic_path` will be able to write ``path``; leaves nothing behind.
 
     Raises UsageError for a folder, DataError for a place where nothing can be written.
     """
     try:
         if path.is_dir():
             raise UsageError(f"{path} is a folder; name a file")
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=path.parent):
+        folder = next(parent for parent in path.absolute().parents if parent.exists())
+        with tempfile.TemporaryFile(dir=folder):
             pass
     except OSError as error:
         raise DataError(f"{path}: cannot be written ({error.strerror or error}); choose another place") from error
@@ -67,8 +71,16 @@ def atomic_write_json(path: str | os.PathLike[str], value: Any) -> None:
 
 
 def nan_to_none(row: Mapping[str, Any]) -> dict[str, Any]:
-    """``row`` with NaN and infinite values replaced by None, which JSON can say."""
-    return {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in row.items()}
+    """``row`` with NaN and infinite values, also of mappings and lists inside, replaced by None, which JSON can say."""
+    return {key: _sayable(value) for key, value in row.items()}
+
+
+def _sayable(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return nan_to_none(value)
+    if isinstance(value, list):
+        return [_sayable(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def read_jsonl(path: str | os.PathLike[str]) -> list[dict[str, Any]]:

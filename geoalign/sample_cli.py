@@ -12,10 +12,15 @@ from geoalign.config.data import DEFAULT_NEGATIVE_PROMPT
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from geoalign.config.flow import FlowConfig
     from geoalign.sampling import CostEstimate, RetakeInputs
 
 # Names of geoalign.rewards.registry.EVALUATORS, repeated because the registry imports torch.
 ESTIMATORS = ("depth_anything_3", "flow_pnp", "mapanything", "planar")
+TRAJECTORY_HELP = (
+    "pan_right, tilt_up, zoom_in, translate_up, arc_left, ... or a camera file (its first poses; one shorter than the "
+    "video is spread over it)"
+)
 WITH_WEIGHTS = ("depth_anything_3", "mapanything")
 
 
@@ -26,7 +31,7 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
     add("--model", type=Path, required=True, help="policy file, exported folder, or folder with published weights")
     add("--checkpoint", type=Path, help="delta or full state dict trained on top of published weights")
     add("--video", type=Path, required=True, help="source video file, or a folder of frames")
-    add("--trajectory", required=True, help="pan_right, tilt_up, zoom_in, translate_up, arc_left, ... or a camera file")
+    add("--trajectory", required=True, help=TRAJECTORY_HELP)
     add("--speed", type=float, default=1.0, help="multiplies the camera's motion per frame (default 1)")
     add("--source-camera", type=Path, help="camera file of the source (default: its camera does not move)")
     add("--source-estimator", choices=ESTIMATORS, help="estimate the source camera instead (metric)")
@@ -42,7 +47,7 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
     add("--steps", type=int, default=25, help="sampling steps (default 25)")
     add("--shift", type=float, default=5.0, help="time shift of the noise levels (default 5)")
     add("--seed", type=int, default=0, help="seed of the initial noise")
-    add("--device", default="cpu", help="cpu, cuda or cuda:N")
+    add("--device", default="cpu", help="cpu (default), cuda, cuda:N or auto")
     add("--dtype", choices=("float32", "bfloat16"), help="of the weights (default bfloat16 on cuda, float32 on cpu)")
     add("--tiled", action="store_true", help="encode and decode in tiles (less memory, faint borders)")
     add("--out", type=Path, required=True, help="an .mp4; a side-by-side mp4, a JSON and a camera plot lie beside it")
@@ -53,19 +58,19 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
 def _run(args: argparse.Namespace) -> int:
     import torch
 
-    from geoalign.config.flow import FlowConfig
-    from geoalign.errors import ConfigError, UsageError
+    from geoalign.errors import UsageError
+    from geoalign.io_utils import check_writable
     from geoalign.models.layouts import count, model_shapes
     from geoalign.models.open import config_of, open_codec, open_model
+    from geoalign.rewards.device import named_device
     from geoalign.rl.policy import RetakePolicy
     from geoalign.sampling import build_condition, estimate, read_inputs, retake
 
     _check_arguments(args)
-    dtype = getattr(torch, args.dtype or ("bfloat16" if args.device.startswith("cuda") else "float32"))
-    try:
-        flow = FlowConfig(steps=args.steps, shift=args.shift)
-    except ValueError as error:
-        raise ConfigError(f"--steps {args.steps} --shift {args.shift}: {error}") from error
+    device = named_device(args.device, "--device")
+    args.device = str(device)
+    dtype = getattr(torch, args.dtype or ("bfloat16" if device.type == "cuda" else "float32"))
+    flow = _flow(args)
     config = config_of(args.model, args.checkpoint)
     codec = open_codec(args.model, dtype=dtype, device=args.device, tiled=args.tiled)
     inputs = read_inputs(
@@ -82,6 +87,8 @@ def _run(args: argparse.Namespace) -> int:
     _print_cost(inputs, cost)
     if args.dry_run:
         return 0
+    for path in _outputs(args.out).values():
+        check_writable(path)
     inputs, prompt = _estimate_camera(args, inputs), _prompt(args, inputs, dtype)
     text = None if encoder is None or prompt is None else _texts(args, encoder, prompt, dtype)
     model, _ = open_model(args.model, args.checkpoint, dtype=dtype, device=args.device)
@@ -103,6 +110,26 @@ def _check_arguments(args: argparse.Namespace) -> None:
         raise UsageError("--source-camera gives the camera that --source-estimator would estimate; use one of them")
     if (args.source_estimator in WITH_WEIGHTS) != (args.estimator_weights is not None):
         raise UsageError(f"--source-estimator {' or '.join(WITH_WEIGHTS)} and --estimator-weights PATH go together")
+
+
+def _flow(args: argparse.Namespace) -> FlowConfig:
+    from pydantic import ValidationError
+
+    from geoalign.config.flow import FlowConfig
+    from geoalign.errors import ConfigError
+
+    try:
+        return FlowConfig(steps=args.steps, shift=args.shift)
+    except ValidationError as error:
+        found = error.errors()[0]
+        name = ".".join(map(str, found["loc"])) or "steps, shift"
+        raise ConfigError(f"--{name} {found['input']}: {found['msg'][:1].lower()}{found['msg'][1:]}") from None
+
+
+def _outputs(out: Path) -> dict[str, Path]:
+    """Everything that is written, by what it is."""
+    suffixes = {"video": ".mp4", "side_by_side": ".side_by_side.mp4", "cameras": ".cameras.png", "settings": ".json"}
+    return {name: out.with_suffix(suffix) for name, suffix in suffixes.items()}
 
 
 def _estimate_camera(args: argparse.Namespace, inputs: RetakeInputs) -> RetakeInputs:
@@ -220,13 +247,7 @@ def _write(
     from geoalign.data.video import write_video
     from geoalign.io_utils import atomic_write_json
 
-    args.out.parent.mkdir(parents=True, exist_ok=True)
-    stem = args.out.with_suffix("")
-    beside = {
-        "video": args.out,
-        "side_by_side": stem.with_name(stem.name + ".side_by_side.mp4"),
-        "cameras": stem.with_name(stem.name + ".cameras.png"),
-    }
+    beside = _outputs(args.out)
     write_video(beside["video"], video[0], inputs.fps)
     write_video(beside["side_by_side"], torch.cat([inputs.video[0], video[0]], -1), inputs.fps)
     cameras = {"source": inputs.source_camera.c2w[0], "target": inputs.target_camera.c2w[0]}
@@ -239,7 +260,7 @@ def _write(
         "target_c2w": inputs.target_camera.c2w[0].tolist(), "source_c2w": inputs.source_camera.c2w[0].tolist(),
         "intrinsics": inputs.target_camera.intrinsics[0, 0].tolist(),
     }  # fmt: skip
-    atomic_write_json(stem.with_name(stem.name + ".json"), record)
+    atomic_write_json(beside["settings"], record)
     print("\n".join(f"{name:13}{path}" for name, path in beside.items()))
 
 
@@ -258,4 +279,7 @@ def _size(text: str) -> tuple[int, int]:
     height, cross, width = text.partition("x")
     if not cross:
         raise argparse.ArgumentTypeError(f"HEIGHTxWIDTH such as 480x832, got {text!r}")
-    return int(height), int(width)
+    size = int(height), int(width)
+    if min(size) < 1:
+        raise argparse.ArgumentTypeError(f"height and width must be positive, got {text!r}")
+    return size

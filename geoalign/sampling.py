@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -15,12 +16,12 @@ from geoalign.config.model import ModelConfig
 from geoalign.data.frames import cover_crop_intrinsics, to_float
 from geoalign.data.readers import AnyReader
 from geoalign.data.video import PyAVReader
-from geoalign.errors import RewardError, UsageError
+from geoalign.errors import RewardError, RunError, UsageError
 from geoalign.flow.policy import Velocity
 from geoalign.flow.sampler import FlowSampler, initial_noise
 from geoalign.flow.table import build_step_table
 from geoalign.geometry.io import load_trajectory
-from geoalign.geometry.presets import preset, preset_name, retime
+from geoalign.geometry.presets import preset, preset_name
 from geoalign.geometry.trajectory import DEFAULT_INTRINSICS, CameraTrajectory
 from geoalign.models.codec_base import LatentCodec
 from geoalign.models.conditioning import Conditioning
@@ -67,7 +68,7 @@ def read_inputs(
 
     Args:
         video: a video file or a folder of frames.
-        trajectory: a preset name, or a camera file.
+        trajectory: a preset name, or a camera file: its first poses, or all of them spread over a longer video.
         codec: decides which lengths and sizes are possible.
         speed: multiplies the camera's motion per frame.
         frames: length; default: the longest that fits the codec, at most 81.
@@ -79,6 +80,8 @@ def read_inputs(
     Raises:
         UserError: anything that cannot be read or does not fit; nothing has been written.
     """
+    _check_numbers(speed, intrinsics)
+    plane = None if ground_plane is None else _unit_plane(ground_plane)
     reader = AnyReader(PyAVReader())
     info = reader.probe(video)
     count = choose_frames(codec, info.frames) if frames is None else frames
@@ -91,7 +94,6 @@ def read_inputs(
     source = source.with_intrinsics(lens)
     target = _target_camera(trajectory, count, speed, lens[0])
     pixels = to_float(reader.read(video, range(count), size))
-    plane = None if ground_plane is None else _unit_plane(ground_plane)
     fps = info.fps if info.fps > 0 else 24.0
     return RetakeInputs(pixels[None], _batch(source), _batch(target), plane, fps)
 
@@ -176,6 +178,9 @@ def retake(
     """Sample deterministically and decode: ``[1, F, 3, H, W]`` in [-1, 1].
 
     ``on_pass`` is told how many passes of the network each step took (two under guidance).
+
+    Raises:
+        RunError: the model or its codec gave NaN or infinity.
     """
 
     def velocity(x: Tensor, timestep: Tensor, rows: Prepared) -> Velocity:
@@ -188,7 +193,19 @@ def retake(
     shape = (cond.source_latents.shape[1], frames, *cond.source_latents.shape[3:])
     noise = initial_noise(shape, seed, 0, torch.zeros(1, dtype=torch.int64, device=policy.device))
     latents = FlowSampler(build_step_table(flow)).sample(velocity, policy.prepare(cond), noise)
-    return policy.decode(latents, inputs.video)
+    _refuse_non_finite(latents, "the model")
+    video = policy.decode(latents, inputs.video)
+    _refuse_non_finite(video, "the autoencoder")
+    return video
+
+
+def _refuse_non_finite(values: Tensor, maker: str) -> None:
+    if not torch.isfinite(values).all():
+        share = float((~torch.isfinite(values)).float().mean())
+        raise RunError(
+            f"{maker} gave NaN or infinity in {share:.0%} of its values, nothing is written; are its weights intact, "
+            "and the cameras, --guidance and --shift of a usual size?"
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -249,17 +266,23 @@ def _source_camera(
 
 
 def _target_camera(trajectory: str, count: int, speed: float, lens: Tensor) -> CameraTrajectory:
-    if not speed > 0:
-        raise UsageError(f"--speed must be positive, got {speed}")
     path = Path(trajectory)
     if not path.suffix and not path.exists():
         return preset(preset_name(trajectory), count, speed=speed, intrinsics=lens)
     camera = load_trajectory(path, intrinsics=lens)
-    if speed == 1.0 and camera.num_frames >= count:
-        poses = camera.frames(slice(0, count)).c2w
-    else:
-        poses = retime(camera.c2w, count, speed).to(camera.dtype)
-    return CameraTrajectory.build(poses, lens).relative_to_first()
+    camera = camera.frames(slice(0, count)) if camera.num_frames >= count else camera.resample(count)
+    if speed == 1.0:
+        return camera
+    rotvec, step = camera.increments()
+    return CameraTrajectory.from_increments(speed * rotvec, speed * step, camera.intrinsics)
+
+
+def _check_numbers(speed: float, intrinsics: Sequence[float] | None) -> None:
+    if not 0 < speed < math.inf:
+        raise UsageError(f"--speed must be positive and finite, got {speed}")
+    if intrinsics is not None and not (all(map(math.isfinite, intrinsics)) and min(intrinsics[:2]) > 0):
+        given = ",".join(f"{value:g}" for value in intrinsics)
+        raise UsageError(f"--intrinsics {given}: needs four finite numbers, the focal lengths fx and fy above 0")
 
 
 def _unit_plane(plane: tuple[float, float, float, float]) -> Tensor:

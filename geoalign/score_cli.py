@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from geoalign.errors import DataError, RewardError, UsageError, UserError
+from geoalign.errors import DataError, RewardError, RunError, UsageError, UserError
 
 if TYPE_CHECKING:
     from geoalign.rewards.base import Reward
@@ -185,8 +185,8 @@ def _row(path: Path, reward: Reward, condition: Condition, *, plot: bool, alone:
     if plot and row["valid"]:
         try:
             plot_scored(path, reward, video, batch)
-        except OSError as error:
-            row["error"] = f"scored, but the plot cannot be written ({error})"
+        except RunError as error:
+            row["error"] = f"scored, but without its plot: {error}"
     return row
 
 
@@ -216,9 +216,5 @@ def _cell(value: Any) -> str:
 def _write(path: Path | None, rows: Sequence[dict[str, Any]]) -> None:
     from geoalign.io_utils import atomic_write_json, nan_to_none
 
-    if path is None:
-        return
-    try:
+    if path is not None:
         atomic_write_json(path, [nan_to_none(row) for row in rows])
-    except OSError as error:
-        raise DataError(f"{path}: cannot be written ({error}); the scores are above") from error

@@ -82,7 +82,7 @@ def run_check(args: argparse.Namespace) -> int:
     if args.world_size is not None:
         if args.world_size < 1:
             raise UsageError(f"--world-size must be at least 1, got {args.world_size}.")
-        place_groups(config.groups.conditions, config.groups.size, args.world_size)
+        place_groups(config.groups.conditions, config.groups.size, args.world_size, config.parallel.sequence)
     suffix = f" on {args.world_size} process(es)" if args.world_size is not None else ""
     print(f"{args.config}: valid{suffix}")
     return 0
@@ -111,8 +111,10 @@ def run_schema(args: argparse.Namespace) -> int:
 def run_docs(args: argparse.Namespace) -> int:
     """Print or write the reference page."""
     from geoalign.config.docs import reference_page
-    from geoalign.io_utils import atomic_write_text
+    from geoalign.io_utils import atomic_write_text, check_writable
 
+    if args.write:
+        check_writable(args.write)
     page = reference_page(_schema())
     if args.write:
         atomic_write_text(args.write, page)

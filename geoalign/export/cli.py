@@ -30,9 +30,12 @@ def _run(args: argparse.Namespace) -> int:
     import torch
 
     from geoalign.export import formats, lora
-    from geoalign.io_utils import atomic_write_json
-    from geoalign.models.open import open_model
+    from geoalign.io_utils import atomic_write_json, check_writable
+    from geoalign.models.open import open_model, patch_codec
 
+    manifest = args.out.with_name(args.out.name + ".manifest.json")
+    for path in (manifest,) if args.format == "diffusers" else (manifest, args.out):
+        check_writable(path)
     loaded = None if args.dtype == "keep" else getattr(torch, args.dtype)
     model, _ = open_model(args.model, args.checkpoint, dtype=None)
     if args.format == "lora":
@@ -45,13 +48,15 @@ def _run(args: argparse.Namespace) -> int:
             )
         tensors = report.tensors
     elif args.format == "diffusers":
-        tensors = formats.save_pretrained(model, args.out, loaded)
+        tensors = formats.save_pretrained(model, args.out, loaded, patch_codec(args.model))
     elif args.format == "recammaster":
         tensors = formats.export_recammaster(model, args.out, loaded)
     else:
         tensors = formats.export_redirector(model, args.out, loaded)
     summary = formats.manifest(tensors)
-    atomic_write_json(args.out.with_name(args.out.name + ".manifest.json"), summary)
+    atomic_write_json(manifest, summary)
     rounding = "every bit kept" if args.dtype == "keep" else f"rounded to {args.dtype}"
+    if args.format == "lora":
+        rounding = f"factors in {'float32' if args.dtype == 'keep' else args.dtype}"
     print(f"{args.out}: {summary['tensors']} tensors, {summary['parameters']:,} parameters, {rounding}")
     return 0

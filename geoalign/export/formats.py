@@ -15,12 +15,14 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from geoalign.config.model import ModelConfig
+from geoalign.config.training import CodecConfig
 from geoalign.errors import CheckpointError, UsageError
 from geoalign.io_utils import atomic_path
 from geoalign.models.checkpoint import LoadReport
+from geoalign.models.codec import PatchCodec
 from geoalign.models.dit import RetakeDiT
 from geoalign.models.layouts import diffusers_name, is_self_attention, model_shapes
-from geoalign.models.open import CONFIG_FILE, open_model
+from geoalign.models.open import CODEC_FILE, CONFIG_FILE, open_model
 
 WEIGHTS_FILE = "diffusion_pytorch_model.safetensors"
 
@@ -55,9 +57,12 @@ def export_recammaster(model: RetakeDiT, path: Path, dtype: torch.dtype | None =
     return tensors
 
 
-def save_pretrained(model: RetakeDiT, folder: Path, dtype: torch.dtype | None = None) -> dict[str, Tensor]:
+def save_pretrained(
+    model: RetakeDiT, folder: Path, dtype: torch.dtype | None = None, codec: PatchCodec | None = None
+) -> dict[str, Tensor]:
     """Write a folder with ``config.json`` and safetensors in diffusers' names; appears complete or not at all.
 
+    A patch codec lies beside them in ``codec.safetensors``, which diffusers does not look at; a VAE is not copied.
     A model without source video and cameras is a stock ``WanTransformer3DModel`` and loads as one. Camera modules have
     no home in that class: they keep their own names, and :func:`from_pretrained` reads them.
 
@@ -72,6 +77,10 @@ def save_pretrained(model: RetakeDiT, folder: Path, dtype: torch.dtype | None = 
     try:
         (temporary / CONFIG_FILE).write_text(json.dumps(diffusers_config(model.config), indent=2) + "\n", "utf-8")
         save_file(tensors, temporary / WEIGHTS_FILE, metadata={"format": "pt"})
+        if codec is not None:
+            settings = CodecConfig(kind="patch", patch=codec.patch, luma=codec.luma, chroma=codec.chroma)
+            buffers = {f"codec.{name}": value.cpu() for name, value in codec.named_buffers()}
+            save_file(buffers, temporary / CODEC_FILE, metadata={"codec": settings.model_dump_json()})
         temporary.chmod(0o755)
         os.replace(temporary, folder)
     finally:

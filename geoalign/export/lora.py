@@ -48,13 +48,13 @@ def export_lora(
 
     Raises:
         UsageError: a rank that is not positive, or exceeds the width.
-        CheckpointError: the two models have different parameters in common.
+        CheckpointError: the two models have different parameters in common, or no matrix of them differs.
     """
     if not 0 < rank <= base.config.dim:
         raise UsageError(f"--rank {rank} must be between 1 and the model width {base.config.dim}")
     before, after = dict(base.named_parameters()), dict(tuned.named_parameters())
     tensors: dict[str, Tensor] = {}
-    lost = omitted = whole = 0.0
+    lost = omitted = changed = 0.0
     names = 0
     for name, value in after.items():
         old = before.get(name)
@@ -64,19 +64,24 @@ def export_lora(
             )
         difference = value.detach().float() - (0 if old is None else old.detach().float())
         energy = float(difference.square().sum(dtype=torch.float64))
-        whole += energy
         if not is_factored(name):
             omitted, names = omitted + energy, names + (energy > 0)
             continue
+        changed += energy
         u, s, vh = torch.linalg.svd(difference, full_matrices=False)
         root = s[:rank].sqrt()
         stem = PREFIX + name.removesuffix(".weight")
         tensors[f"{stem}.lora_A.weight"] = (root[:, None] * vh[:rank]).to(dtype).contiguous()
         tensors[f"{stem}.lora_B.weight"] = (u[:, :rank] * root).to(dtype).contiguous()
         lost += float(s[rank:].square().sum(dtype=torch.float64))
+    if not changed:
+        raise CheckpointError(
+            "no matrix of the self-attention differs before and after training, so all factors would be zero: give the "
+            "untrained model with --model and what was trained on top with --checkpoint (geoalign export --format "
+            "redirector makes such a file of a policy)"
+        )
     save_safetensors(tensors, path)
-    matrices = max(whole - omitted, 1e-300)
-    return LoraReport(tensors, (lost / matrices) ** 0.5, (omitted / max(whole, 1e-300)) ** 0.5, names)
+    return LoraReport(tensors, (lost / changed) ** 0.5, (omitted / (changed + omitted)) ** 0.5, names)
 
 
 @torch.no_grad()

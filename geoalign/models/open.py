@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import TypeVar
 
 import torch
-from pydantic import ValidationError
+from pydantic import BaseModel, ValidationError
 from safetensors import safe_open
 
 from geoalign.config.model import ModelConfig
+from geoalign.config.training import CodecConfig
 from geoalign.errors import CheckpointError, UsageError
 from geoalign.models.checkpoint import LoadReport, TensorFile, check, load_dit, load_redirector, place
 from geoalign.models.codec import PatchCodec
@@ -19,6 +21,8 @@ from geoalign.models.layouts import LAYOUTS, RECAMMASTER, REDIRECTOR, identify, 
 from geoalign.models.wan_vae import load_wan_codec
 
 CONFIG_FILE = "config.json"
+CODEC_FILE = "codec.safetensors"
+Settings = TypeVar("Settings", bound=BaseModel)
 
 
 def open_model(
@@ -63,7 +67,7 @@ def config_of(model: Path, checkpoint: Path | None = None) -> ModelConfig:
     if not model.exists():
         raise CheckpointError(f"{model}: no such model file or folder")
     if model.is_file():
-        return ModelConfig.model_validate_json(_header(model)["model"])
+        return header_settings(model, "model", ModelConfig)
     config = read_config(model)
     if config is not None:
         return config
@@ -93,7 +97,9 @@ def read_config(folder: Path) -> ModelConfig | None:
             settings = json.loads(path.read_text("utf-8"))
             if "retake" in settings:
                 return ModelConfig.model_validate(settings["retake"])
-        except (ValueError, TypeError, ValidationError) as error:
+        except ValidationError as error:
+            raise CheckpointError(f"{path}: not a readable model configuration ({_problem(error)})") from None
+        except (ValueError, TypeError) as error:
             raise CheckpointError(f"{path}: not a readable model configuration ({error})") from error
     return None
 
@@ -101,13 +107,18 @@ def read_config(folder: Path) -> ModelConfig | None:
 def open_codec(
     model: Path, *, dtype: torch.dtype = torch.float32, device: str = "cpu", tiled: bool = False
 ) -> LatentCodec:
-    """The codec of a model: inside a policy file, a ``vae`` folder, or ``Wan2.1_VAE.pth``.
+    """The codec of a model: inside a policy file, ``codec.safetensors``, a ``vae`` folder, or ``Wan2.1_VAE.pth``.
 
     Raises:
         CheckpointError: none of these exists or can be read.
     """
+    if (codec := patch_codec(model)) is not None:
+        return codec.to(device)
     if model.is_file():
-        return _policy_codec(model).to(device)
+        raise CheckpointError(
+            f"{model}: its autoencoder is the Wan VAE, which no policy file holds; run geoalign export --format "
+            "diffusers and put the folder vae or Wan2.1_VAE.pth into the result"
+        )
     for path in (model / "vae", model / "Wan2.1_VAE.pth"):
         if path.exists():
             return load_wan_codec(path, dtype=dtype, device=device, tiled=tiled)
@@ -116,39 +127,58 @@ def open_codec(
     )
 
 
+def patch_codec(model: Path) -> PatchCodec | None:
+    """The patch codec in a policy file or in the ``codec.safetensors`` of an exported folder; None for a VAE.
+
+    Raises:
+        CheckpointError: settings or tensors of the codec are missing or damaged.
+    """
+    path = model if model.is_file() else model / CODEC_FILE
+    if not path.is_file():
+        return None
+    settings = header_settings(path, "codec", CodecConfig)
+    if settings.kind != "patch":
+        return None
+    codec = PatchCodec(settings.patch, settings.luma, settings.chroma)
+    source = TensorFile(path).part("codec.")
+    check(source, {name: tuple(b.shape) for name, b in codec.named_buffers()}, "a geoalign codec")
+    codec.load_state_dict(dict(source.items()))
+    return codec
+
+
 def _weights(folder: Path) -> Path:
     inner = folder / "transformer"
     return inner if inner.is_dir() else folder
 
 
-def _header(path: Path) -> dict[str, str]:
+def header_settings(path: Path, part: str, kind: type[Settings]) -> Settings:
+    """The settings of ``part`` ("model", "codec") in the header of a geoalign file."""
+    if path.suffix != ".safetensors":
+        raise CheckpointError(f"{path}: not a geoalign policy file (those end in .safetensors)")
     TensorFile(path)  # refuses truncated files with one clear message
     with safe_open(path, framework="pt") as file:
         header = file.metadata() or {}
-    if "model" not in header:
-        raise CheckpointError(f"{path}: not a geoalign policy file (its header holds no model settings)")
-    return header
+    if part not in header:
+        raise CheckpointError(f"{path}: not a geoalign policy file (its header holds no {part} settings)")
+    try:
+        return kind.model_validate_json(header[part])
+    except ValidationError as error:
+        raise CheckpointError(f"{path}: invalid {part} settings in its header ({_problem(error)})") from None
+
+
+def _problem(error: ValidationError) -> str:
+    """The first problem in one line."""
+    found = error.errors()[0]
+    return ": ".join(filter(None, (".".join(map(str, found["loc"])), found["msg"])))
 
 
 def _open_policy(
     path: Path, checkpoint: Path | None, dtype: torch.dtype | None, device: str
 ) -> tuple[RetakeDiT, LoadReport]:
-    try:
-        config = ModelConfig.model_validate_json(_header(path)["model"])
-    except ValidationError as error:
-        raise CheckpointError(f"{path}: invalid model settings in its header ({error})") from error
+    config = header_settings(path, "model", ModelConfig)
     source = TensorFile(path).part("model.")
     check(source, model_shapes(config), "a geoalign policy")
     with torch.device("meta"):
         network = RetakeDiT(config)
     report = place(network, source, dtype, device)
     return (network, report) if checkpoint is None else (network, apply_delta(network, checkpoint, dtype, device))
-
-
-def _policy_codec(path: Path) -> PatchCodec:
-    settings = json.loads(_header(path)["codec"])
-    codec = PatchCodec(settings["patch"], settings["luma"], settings["chroma"])
-    source = TensorFile(path).part("codec.")
-    check(source, {name: tuple(b.shape) for name, b in codec.named_buffers()}, "a geoalign policy's codec")
-    codec.load_state_dict(dict(source.items()))
-    return codec

@@ -6,6 +6,8 @@ import argparse
 from pathlib import Path
 from typing import Any
 
+from geoalign.errors import UsageError
+
 
 def add_parser(subparsers: Any) -> None:
     """Add ``report``."""
@@ -32,13 +34,16 @@ def write_report(folder: str | Path, output: Path | None = None, *, samples: int
     """Write the report of ``folder`` to ``output`` (default ``folder/report.html``) and return its path.
 
     Raises:
-        UsageError: ``folder`` is not a run folder.
-        DataError: a file of the run cannot be read.
+        UsageError: ``folder`` is not a run folder, or fewer than 0 samples are asked for.
+        DataError: a file of the run cannot be read, or the report cannot be written.
     """
-    from geoalign.io_utils import atomic_write_text
+    from geoalign.io_utils import atomic_write_text, check_writable
     from geoalign.report.page import report_page
     from geoalign.report.run_folder import read_run
 
-    path = output or Path(folder) / "report.html"
-    atomic_write_text(path, report_page(read_run(folder), samples))
+    if samples < 0:
+        raise UsageError(f"--samples {samples}: 0 or more held-out samples can be shown")
+    path, found = output or Path(folder) / "report.html", read_run(folder)
+    check_writable(path)
+    atomic_write_text(path, report_page(found, samples))
     return path

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from html import escape
 
 from geoalign.report.run_folder import Run
-from geoalign.report.svg import Line, line_chart, number, stacked_bar
+from geoalign.report.svg import Line, line_chart, number, smooth, stacked_bar
 from geoalign.report.words import CURVES, CurveGroup
 
 MAX_PHASES = 8
+SCORING = "scoring"
 
 
 def curves_section(run: Run) -> str:
@@ -19,58 +20,80 @@ def curves_section(run: Run) -> str:
     for key in run.metric_keys(""):
         group = next((group for group in CURVES if group.takes(key)), None)
         if group:
-            taken[group.title].append(_chart(run, key, group))
-    blocks = [
-        f'<h3>{group.title}</h3><p class="note">{group.meaning}</p><div class="charts">{charts}</div>'
-        for group in CURVES
-        if (charts := "".join(taken[group.title]))
-    ]
+            taken[group.title].append(key)
+    blocks = [block for group in CURVES if (block := _group(run, group, taken[group.title]))]
     if not blocks:
         return ""
     return f"""<section id="curves"><h2>How it learnt</h2>
-<p>One point per iteration; the bold line is a moving average. Rest the pointer on a curve to read a value.</p>
+<p>One point per iteration; the bold line is a moving average, whose first and last values stand above it. Rest the
+pointer on a curve to read a value.</p>
 {"".join(blocks)}</section>"""
 
 
-def _chart(run: Run, key: str, group: CurveGroup) -> str:
-    steps, values = run.series(key)
-    if not values or (group.hide_zeros and not any(values)):
+def _group(run: Run, group: CurveGroup, keys: Iterable[str]) -> str:
+    """The charts of a group; what never changed is one line of text."""
+    charts, constant = [], []
+    for key in keys:
+        steps, values = run.series(key)
+        if not values or (group.hide_zeros and not any(values)):
+            continue
+        label = key.removeprefix(group.prefix)
+        if len(set(values)) == 1:
+            constant.append(f"{escape(_unsnake(label))} <b>{number(values[0])}</b>")
+        else:
+            charts.append(_chart(Line(label, steps, values), key, zero=group.with_zero))
+    if not charts and not constant:
         return ""
-    label = key.removeprefix(group.prefix)
-    chart = line_chart([Line(label, steps, values)], title=key, zero=group.with_zero)
-    trend = number(values[0]) if len(set(values)) == 1 else f"{number(values[0])} &rarr; {number(values[-1])}"
-    caption = f'<span class="now">{trend}</span><b>{escape(_unsnake(label))}</b>'
-    return f"<figure><figcaption>{caption}</figcaption>{chart}</figure>"
+    drawn = f'<div class="charts">{"".join(charts)}</div>' if charts else ""
+    listed = f'<p class="constant">In every iteration: {", ".join(constant)}.</p>' if constant else ""
+    return f'<h3>{group.title}</h3><p class="note">{group.meaning}</p>{drawn}{listed}'
+
+
+def _chart(line: Line, title: str, *, zero: bool) -> str:
+    ends = smooth(line.y)
+    trend = f"{number(ends[0])} &rarr; {number(ends[-1])}"
+    caption = f'<b>{escape(_unsnake(line.label))}</b><span class="now">{trend}</span>'
+    return f"<figure><figcaption>{caption}</figcaption>{line_chart([line], title=title, zero=zero)}</figure>"
 
 
 def phases_section(run: Run) -> str:
-    """Show mean seconds of the finest phases; a phase that contains others is left out of the bar."""
-    names = [key.removeprefix("time/").removesuffix("_s") for key in run.metric_keys("time/")]
-    leaves = [
-        name
-        for name in names
-        if name not in ("iteration", "between") and not any(other.startswith(name + "/") for other in names)
-    ]
-    means = {name: _mean(run.series(f"time/{name}_s")[1]) for name in leaves}
-    ranked = sorted(((name, value) for name, value in means.items() if value > 0), key=lambda item: -item[1])
-    if not ranked:
+    """Show the mean seconds of the phases that follow one another; what runs inside ``scoring`` is named there."""
+    means = {
+        key.removeprefix("time/").removesuffix("_s"): _mean(run.series(key)[1]) for key in run.metric_keys("time/")
+    }
+    total, inside = means.get("iteration", 0.0), {name: means[name] for name in means if _inside_scoring(name, means)}
+    leaves = {name: seconds for name, seconds in means.items() if seconds > 0 and name not in inside}
+    leaves = {name: leaves[name] for name in leaves if not _is_no_leaf(name, leaves)}
+    if not leaves or not total:
         return ""
-    if len(ranked) > MAX_PHASES:
-        rest = sum(value for _, value in ranked[MAX_PHASES - 1 :])
-        ranked = [*ranked[: MAX_PHASES - 1], ("all others", rest)]
-    total = sum(value for _, value in ranked)
+    ranked = sorted(leaves.items(), key=lambda item: -item[1])
+    kept, rest = ranked[: MAX_PHASES - 1], total - sum(seconds for _, seconds in ranked[: MAX_PHASES - 1])
+    if rest > 0:
+        kept.append(("all else", rest))
     rows = "".join(
-        f'<tr><td><span class="swatch fill-{index % 8 + 1}"></span>{escape(_unsnake(name))}</td>'
-        f"<td>{number(value)}</td><td>{100 * value / total:.0f}&thinsp;%</td></tr>"
-        for index, (name, value) in enumerate(ranked)
+        f'<tr><td><span class="swatch fill-{index % 8 + 1}"></span>{escape(_unsnake(name))}'
+        f"{_parts(inside) if name == SCORING else ''}</td>"
+        f"<td>{number(seconds)}</td><td>{100 * seconds / total:.0f}&thinsp;%</td></tr>"
+        for index, (name, seconds) in enumerate(kept)
     )
     return f"""<section id="time"><h2>Where the time went</h2><p>Mean of an iteration: {number(total)} seconds.</p>
-{stacked_bar(ranked)}<table><thead><tr><th>phase</th><th>seconds per iteration</th><th>share</th></tr></thead>
+{stacked_bar(kept)}<table><thead><tr><th>phase</th><th>seconds per iteration</th><th>share</th></tr></thead>
 <tbody>{rows}</tbody></table></section>"""
 
 
-def _has_children(name: str, names: Iterable[str]) -> bool:
-    return any(other.startswith((name + "/", name + "_")) for other in names)
+def _inside_scoring(name: str, names: Iterable[str]) -> bool:
+    return SCORING in names and (name == "rollout/decode" or name.startswith("reward/"))
+
+
+def _is_no_leaf(name: str, names: Iterable[str]) -> bool:
+    """Whole iterations, the unnamed rest, waiting inside other phases, and phases that contain others."""
+    sums = ("iteration", "between", "other")
+    return name in sums or name.startswith("sync/") or any(other.startswith(name + "/") for other in names)
+
+
+def _parts(inside: Mapping[str, float]) -> str:
+    listed = ", ".join(f"{escape(_unsnake(name))} {number(seconds)}" for name, seconds in inside.items() if seconds > 0)
+    return f" <small>in it: {listed}</small>" if listed else ""
 
 
 def _mean(values: Iterable[float]) -> float:

@@ -6,7 +6,7 @@ from __future__ import annotations
 _BOXES = (
     (0, "Request", "source video + camera path", False),
     (216, "Model", "makes several retakes", True),
-    (432, "Evaluator", "reads each camera from pixels", False),
+    (432, "Evaluator", "reads cameras from pixels", False),
     (648, "Compare", "metres and degrees off", False),
 )
 

@@ -22,7 +22,7 @@ class Value:
         """Read a mean and the values that it was taken over; None for what is not a number."""
         if not isinstance(entry, int | float):
             return None
-        seeds = [float(value) for value in per_noise_seed or ()]
+        seeds = [float(value) for value in per_noise_seed or () if value is not None]
         return cls(float(entry), statistics.stdev(seeds) if len(seeds) > 1 else None)
 
 
@@ -43,6 +43,11 @@ class Comparison:
         return 100 * (self.after.mean / self.before.mean - 1)
 
     @property
+    def change(self) -> tuple[float, int]:
+        """The change as it is shown, with its number of decimals: per cent where that means something."""
+        return (self.after.mean - self.before.mean, 2) if self.percent is None else (self.percent, 0)
+
+    @property
     def gain(self) -> float:
         """How much better it got in the metric's own unit; negative: worse."""
         better: Better = self.metric.better
@@ -54,11 +59,13 @@ class Comparison:
 
     @property
     def verdict(self) -> str:
-        """``good`` or ``bad`` when the change exceeds the spread over noise seeds, else ``even``."""
-        if self.metric.better == "unknown":
+        """``good`` or ``bad`` when the change exceeds the spread over noise seeds and shows in print, else ``even``.
+
+        Without a spread (one noise seed) nothing can be said.
+        """
+        if self.metric.better == "unknown" or self.before.spread is None or self.after.spread is None:
             return "even"
-        noise = max(self.before.spread or 0.0, self.after.spread or 0.0)
-        if abs(self.gain) <= noise:
+        if abs(self.gain) <= max(self.before.spread, self.after.spread) or round(*self.change) == 0:
             return "even"
         return "good" if self.gain > 0 else "bad"
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import shlex
 from html import escape
 from importlib import resources
 from typing import Any
@@ -72,6 +73,9 @@ def _headline(run: Run) -> str:
     main = found.get("translation_error_m")
     if main is None:
         return "This run has no held-out result yet"
+    if main.before.spread is None or main.after.spread is None:
+        before, after = number(main.before.mean), number(main.after.mean)
+        return f"The camera strays {after} metres from its path, {before} before training"
     if main.verdict == "even":
         return "The camera is as far from its path as before"
     less = "less" if main.gain > 0 else "more"
@@ -118,8 +122,20 @@ def _results(run: Run) -> str:
 <div class="cards">{"".join(_card(item) for item in shown)}</div>
 <div class="scroll"><table><thead><tr><th></th><th>before</th><th>after</th><th>change</th></tr></thead>
 <tbody>{"".join(rows)}</tbody></table></div>
-<p class="note">&plusmn; is the sample standard deviation over evaluation noise seeds. A change is coloured only where
-it exceeds that spread.</p></section>"""
+<p class="note">{_spread_note(run)}</p></section>"""
+
+
+def _spread_note(run: Run) -> str:
+    found = [item for kind in SETS for item in comparisons(run.summary, kind)]
+    if any(value.spread is None for item in found for value in (item.before, item.after)):
+        return (
+            "Some or all of it was measured with one evaluation noise seed, which gives no spread: those changes are "
+            "not coloured, because chance alone may explain them. Name several in <code>eval.noise_seeds</code>."
+        )
+    return (
+        "&plusmn; is the sample standard deviation over evaluation noise seeds. A change is coloured only where it "
+        "exceeds that spread."
+    )
 
 
 def _card(item: Comparison) -> str:
@@ -143,11 +159,8 @@ def _value(value: Value) -> str:
 
 
 def _change(item: Comparison) -> str:
-    if item.percent is not None:
-        return _signed(item.percent, 0) + "&thinsp;%"
-    difference = item.after.mean - item.before.mean
-    unit = "&thinsp;dB" if item.metric.unit == "dB" else ""
-    return _signed(difference, 2) + unit
+    unit = "%" if item.percent is not None else "dB" if item.metric.unit == "dB" else ""
+    return _signed(*item.change) + (f"&thinsp;{unit}" if unit else "")
 
 
 def _signed(value: float, digits: int) -> str:
@@ -168,9 +181,18 @@ def _how(run: Run) -> str:
         blocks.append(f"<details><summary>Machine and versions</summary><pre>{text}</pre></details>")
     if not blocks:
         return ""
-    command = escape(f"geoalign train --config {run.folder / 'config.yaml'} run.name={run.name}-again")
+    command = escape(_command(run))
     return f"""<section id="how"><h2>How to make it again</h2><p>Every random draw follows from the seed, so the same
 configuration on the same kind of machine gives the same run.</p><pre>{command}</pre>{"".join(blocks)}</section>"""
+
+
+def _command(run: Run) -> str:
+    """Train with the resolved configuration into another folder, also where ``run.dir`` does not hold the name."""
+    words = ["geoalign", "train", "--config", str(run.folder / "config.yaml"), f"run.name={run.name}-again"]
+    folder = str(run.config.get("run", {}).get("dir") or "{name}")
+    if "{name}" not in folder:
+        words.append(f"run.dir={folder.rstrip('/')}-again")
+    return shlex.join(words)
 
 
 def _duration(seconds: Any) -> str | None:

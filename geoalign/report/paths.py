@@ -86,7 +86,7 @@ def axonometric_view(tracks: Mapping[str, Array]) -> str:
     for css, kind, points in flat:
         places = [(SIZE / 2 + x, SIZE / 2 + y) for x, y in (points - centre) * scale]
         parts.append(_track(css, places) if kind == "track" else f'<path class="frustum {css}" d="{path(places)}"/>')
-    parts += _compass(scale)
+    parts += _compass(scale, (everything - centre) * scale + SIZE / 2)
     return "".join(parts) + "</svg>"
 
 
@@ -95,15 +95,17 @@ def _track(css: str, places: list[tuple[float, float]]) -> str:
     return f'<path class="track {css}" d="{path(places)}"/>{marks}'
 
 
-def _compass(scale: float) -> list[str]:
-    """Draw the three axes in the lower left corner, as long as a round number of metres."""
+def _compass(scale: float, taken: Array) -> list[str]:
+    """Draw the three axes, as long as a round number of metres, in the corner farthest from the ``taken`` places."""
     lengths = [0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0]
     metres = max((length for length in lengths if length * scale <= 60), default=lengths[0])
+    corners = ((30.0, SIZE - 62.0), (30.0, 46.0), (SIZE - 90.0, 46.0), (SIZE - 90.0, SIZE - 80.0))
+    left, top = max(corners, key=lambda corner: float(np.linalg.norm(taken - corner - [25.0, 0.0], axis=1).min()))
     parts = []
     for direction, label in zip(AXONOMETRIC, ("right", "down", "forward"), strict=True):
         x, y = direction * metres * scale
-        at_x, at_y = 30 + x, SIZE - 62 + y
-        parts.append(f'<line class="axis" x1="30" y1="{SIZE - 62:g}" x2="{at_x:.1f}" y2="{at_y:.1f}"/>')
+        at_x, at_y = left + x, top + y
+        parts.append(f'<line class="axis" x1="{left:g}" y1="{top:g}" x2="{at_x:.1f}" y2="{at_y:.1f}"/>')
         parts.append(f'<text class="tick" x="{at_x + 3:.1f}" y="{at_y + 4:.1f}">{label}</text>')
     parts.append(f'<text class="tick" x="{SIZE - 8:g}" y="{SIZE - 8:g}" text-anchor="end">axes: {metres:g} m</text>')
     return parts

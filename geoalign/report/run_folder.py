@@ -83,9 +83,11 @@ def read_run(folder: str | Path) -> Run:
         raise UsageError(f"no run folder at {path}; give the folder that `geoalign train` printed, such as runs/NAME.")
     if not any((path / name).is_file() for name in ("metrics.jsonl", "summary.json", "config.yaml")):
         raise UsageError(f"{path} is not a run folder: it has no metrics.jsonl, summary.json or config.yaml.")
+    config = _read_yaml(path / "config.yaml")
+    _mapping(path / "config.yaml", config.get("run", {}), "run")
     return Run(
         folder=path,
-        config=_read_yaml(path / "config.yaml"),
+        config=config,
         environment=_read_json(path / "env.json"),
         summary=_read_json(path / "summary.json"),
         metrics=_read_jsonl(path / "metrics.jsonl"),
@@ -113,9 +115,9 @@ def _read_yaml(path: Path) -> dict[str, Any]:
     return _mapping(path, value)
 
 
-def _mapping(path: Path, value: Any) -> dict[str, Any]:
+def _mapping(path: Path, value: Any, section: str = "the file") -> dict[str, Any]:
     if not isinstance(value, dict):
-        raise DataError(f"{path}: expected a mapping, got {type(value).__name__}.")
+        raise DataError(f"{path}: {section} must be a mapping, not {type(value).__name__}; restore or delete the file.")
     return value
 
 

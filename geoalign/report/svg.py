@@ -28,10 +28,10 @@ def number(value: float, digits: int = 3) -> str:
         return "n/a"
     if value == 0:
         return "0"
-    size = math.floor(math.log10(abs(value)))
-    if -4 <= size < 5:
-        return f"{value:.{max(digits - 1 - size, 0)}f}"
-    return f"{value:.{digits - 1}e}"
+    rounded = f"{abs(value):.{digits - 1}e}"  # 0.0996 with two digits is 0.10, of another size
+    size = int(rounded.partition("e")[2])
+    text = f"{abs(value):.{max(digits - 1 - size, 0)}f}" if -4 <= size < 5 else rounded
+    return f"\N{MINUS SIGN}{text}" if value < 0 else text
 
 
 def ticks(low: float, high: float, count: int = 4) -> list[float]:
@@ -124,7 +124,7 @@ def _range(values: Sequence[float], zero: bool) -> tuple[float, float]:
         low, high = min(low, 0.0), max(high, 0.0)
     if high == low:
         pad = abs(high) * 0.1 or 1.0
-        return (low, high + pad) if zero and low == 0 else (low - pad, high + pad)
+        return low - pad, high + pad
     pad = 0.06 * (high - low)
     return (low if zero and low == 0 else low - pad), (high if zero and high == 0 else high + pad)
 

@@ -91,6 +91,13 @@ CURVES = (
         with_zero=True,
     ),
     CurveGroup(
+        "What is not trained on",
+        "What the evaluators report beside the scores. The path length ratio is travelled over asked, tracked is "
+        " the share of the picture that an estimate explains.",
+        "reward/",
+        suffixes=("_ratio", "residual", "/lost", "/tracked", "_fraction"),
+    ),
+    CurveGroup(
         "Rewards",
         "Scores of the model's own samples, which it is trained to raise. Camera rewards are negative errors.",
         "reward/",

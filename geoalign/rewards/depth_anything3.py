@@ -18,6 +18,7 @@ from torch import Tensor
 from geoalign.errors import RewardError, UsageError
 from geoalign.geometry.trajectory import CameraTrajectory
 from geoalign.rewards.base import PoseEstimate
+from geoalign.rewards.device import named_device
 from geoalign.rewards.mapanything.evaluator import coherent_share, frame_subset
 from geoalign.rewards.vlm.preprocess import to_uint8
 from geoalign.types import SourceClip
@@ -118,6 +119,7 @@ def build_evaluator(
 
     Raises RewardError with the command to get it when the package or the checkpoint is missing.
     """
+    place = named_device(device)
     try:
         api = importlib.import_module("depth_anything_3.api")
     except ImportError as error:
@@ -131,6 +133,5 @@ def build_evaluator(
         raise RewardError(
             f"no Depth Anything 3 checkpoint at {checkpoint} ({error}). On a machine with a network run: {DOWNLOAD}"
         ) from error
-    place = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
     model = model.to(place).eval()
     return DepthAnything3Evaluator(model, device=place, frame_stride=frame_stride, longest_side=longest_side)

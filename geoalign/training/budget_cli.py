@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from geoalign.config.load import load_config
 from geoalign.errors import UsageError
-from geoalign.io_utils import atomic_write_json
+from geoalign.io_utils import atomic_write_json, check_writable
 from geoalign.perf.budget import Ladder, Plan, Run, Walk, climb
 from geoalign.perf.cost import DEVICES, TransformerCost, VideoCost, video_cost
 from geoalign.perf.memory import reward_models
@@ -62,6 +62,8 @@ def run_budget(args: argparse.Namespace) -> int:
             f"--devices {devices}: the prediction places whole groups, so 1 to {config.groups.conditions} devices "
             "(groups.conditions) can be used"
         )
+    if args.json is not None:
+        check_writable(args.json)
     run, coarse, left_out = describe(config)
     guidance = 2 if config.flow.guidance > 1 else 1
     ladder = climb(run, coarse, DEVICES[args.device], devices, guidance)

@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from pydantic import ValidationError
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
@@ -21,7 +20,7 @@ from geoalign.errors import CheckpointError, ConfigError
 from geoalign.io_utils import atomic_path
 from geoalign.models.codec import PatchCodec
 from geoalign.models.dit import RetakeDiT
-from geoalign.models.open import apply_delta, open_codec, open_model
+from geoalign.models.open import apply_delta, header_settings, open_codec, open_model
 from geoalign.rl.policy import RetakePolicy
 from geoalign.training.snapshot import copy_strictly
 
@@ -128,13 +127,10 @@ def load_policy(name: Path) -> tuple[RetakePolicy, dict[str, Any]]:
             raise CheckpointError(
                 f"{path}: a safetensors file, but not a geoalign policy (header kind {header.get('kind')!r})"
             )
-        config, codec_config = (
-            ModelConfig.model_validate_json(header["model"]),
-            CodecConfig.model_validate_json(header["codec"]),
-        )
-    except (OSError, SafetensorError, KeyError, ValidationError) as error:
+    except (OSError, SafetensorError) as error:
         raise CheckpointError(f"{path}: not a readable policy file ({error}); it may be truncated") from error
-    model, codec = RetakeDiT(config), build_codec(codec_config)
+    model = RetakeDiT(header_settings(path, "model", ModelConfig))
+    codec = build_codec(header_settings(path, "codec", CodecConfig))
     copy_strictly(_part(tensors, "model."), model.state_dict(), str(path))
     copy_strictly(_part(tensors, "codec."), dict(codec.named_buffers()), str(path))
     rest = [key for key in tensors if not key.startswith(("model.", "codec."))]

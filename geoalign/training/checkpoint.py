@@ -20,7 +20,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from geoalign.config.training import TrainConfig
-from geoalign.errors import CheckpointError
+from geoalign.errors import CheckpointError, RunError
 from geoalign.io_utils import atomic_write_json
 from geoalign.training.snapshot import Snapshot
 
@@ -86,7 +86,7 @@ def save_checkpoint(folder: Path, state: TrainState, *, config: str, keep: int) 
             shutil.rmtree(final)
         temporary.rename(final)
         _flush(folder)
-    except (OSError, SafetensorError) as error:
+    except (OSError, SafetensorError, RunError) as error:
         raise CheckpointError(
             f"cannot write checkpoint {final}: {error}; free disk space, then --resume auto"
         ) from error

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import os
 import sys
 import time
@@ -84,7 +85,10 @@ def _print_comparison(summary: dict[str, Any]) -> None:
     names |= {"scale_ratio": "travelled / asked", "psnr_db": "PSNR against the truth (dB)"}
     print(f"\nheld-out, mean over noise seeds{'':<14}before    after   change")
     for kind in summary["held_out"]:
-        before, after = (summary["held_out"][kind][stage] for stage in ("before", "after"))
+        before, after = (
+            {key: math.nan if value is None else value for key, value in summary["held_out"][kind][stage].items()}
+            for stage in ("before", "after")
+        )
         for key, title in names.items():
             change = (
                 f"{after[key] - before[key]:+.2f}"
@@ -105,12 +109,17 @@ def _dry_run(config: Config) -> int:
 def run_pretrain(args: argparse.Namespace) -> int:
     """Pre-train a base policy and print its held-out numbers."""
     config = _load(args)
+    from geoalign.errors import UsageError
+    from geoalign.io_utils import check_writable
     from geoalign.training.bundle import save_policy
     from geoalign.training.environment import describe_environment
     from geoalign.training.evaluate import HeldOut, evaluate
     from geoalign.training.pretrain import pretrain
     from geoalign.training.progress import bar
 
+    if args.out.suffix != ".safetensors":
+        raise UsageError(f"--out {args.out}: policies are read by this suffix; name a .safetensors file")
+    check_writable(args.out)
     if config.run.threads:
         import torch
 
@@ -145,20 +154,23 @@ def run_evaluate(args: argparse.Namespace) -> int:
     """Evaluate a policy on the held-out sets of the configuration."""
     config = _load(args)
     from geoalign.errors import ConfigError
-    from geoalign.io_utils import atomic_write_json
+    from geoalign.io_utils import atomic_write_json, check_writable, nan_to_none
     from geoalign.training.bundle import load_policy
     from geoalign.training.environment import describe_environment
     from geoalign.training.evaluate import HeldOut, evaluate
 
     if config.world is None:
         raise ConfigError("evaluate needs held-out pairs with a true render: set the world section (tiny_cpu has it)")
+    if args.json:
+        check_writable(args.json)
     policy, _ = load_policy(args.policy)
     result = evaluate(
         policy, config.flow, HeldOut.build(config.world, config.eval), config.eval, condition_scale=args.condition_scale
     )
     _print_numbers(result.numbers)
     if args.json:
-        atomic_write_json(args.json, {"policy": str(args.policy), "held_out": result.numbers, **describe_environment()})
+        found = {"policy": str(args.policy), "held_out": result.numbers, **describe_environment()}
+        atomic_write_json(args.json, nan_to_none(found))
     return 0
 
 

@@ -18,7 +18,7 @@ from geoalign.config.load import to_yaml
 from geoalign.config.schema import Config
 from geoalign.data.source import RetakeDataset
 from geoalign.export.formats import save_safetensors
-from geoalign.io_utils import atomic_write_json, atomic_write_text
+from geoalign.io_utils import atomic_write_json, atomic_write_text, nan_to_none
 from geoalign.models.codec import PatchCodec
 from geoalign.rewards.registry import build_rewards, close_rewards
 from geoalign.training.bundle import open_base, save_policy
@@ -148,7 +148,7 @@ def _train(config: Config, trainer: Trainer, state: TrainState | None, fingerpri
             "config_hash": fingerprint,
             **environment,
         }
-        atomic_write_json(folder / "summary.json", summary)
+        atomic_write_json(folder / "summary.json", nan_to_none(summary))
     return folder
 
 

@@ -60,7 +60,12 @@ def test_every_listed_verb_exists_and_teaches(verb: cli.Verb, capsys: pytest.Cap
         (["config", "print", "tiny_cpu", "optim.lrr=1"], "did you mean `optim.lr`?"),
         (["config", "print", "tiny_cpu", "--sauces"], "unrecognized arguments: --sauces"),
         (["config", "check", "tiny_cpu", "--world-size", "3"], "set groups.conditions=9, or use 2 processes"),
+        (
+            ["config", "check", "tiny_cpu", "--world-size", "3", "parallel.sequence=2"],
+            "parallel.sequence 2 must divide the 3 processes",
+        ),
         (["report", "/nonexistent"], "no run folder at /nonexistent"),
+        (["report", "/nonexistent", "--samples", "-2"], "--samples -2"),
     ],
 )
 def test_user_errors_are_one_line_and_exit_2(
@@ -113,9 +118,12 @@ def test_every_preset_is_valid_and_says_what_it_is_for(name: str) -> None:
 
 def test_doctor_reports_as_text_and_json(capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["doctor"]) == 0
-    assert "Kernels" in capsys.readouterr().out
+    text = capsys.readouterr().out
+    assert "Kernels" in text
     assert cli.main(["doctor", "--json"]) == 0
     report = json.loads(capsys.readouterr().out)
+    words = [line.split()[:2] for line in text.splitlines()]
+    assert all([row["op"], row["backend"]] in words for row in report["kernels"]["ops"])  # columns stay apart
     assert report["kernels"]["error"] is None and report["kernels"]["ops"]
     assert report["packages"]["torch"]
 

@@ -244,8 +244,16 @@ def test_export_verb(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
     assert "every bit kept" in capsys.readouterr().out
     assert set(TensorFile(out).dtypes.values()) == {"bfloat16"}
     assert (tmp_path / "full.ckpt.manifest.json").is_file()
-    lora = ["export", "--format", "lora", "--model", str(tmp_path / "model"), "--rank", "0", "--out"]
-    assert main([*lora, str(tmp_path / "x.safetensors")]) == 2
+    lora = ["export", "--format", "lora", "--model", str(tmp_path / "model"), "--out", str(tmp_path / "x.safetensors")]
+    assert main([*lora, "--rank", "0"]) == 2
+    capsys.readouterr()
+    assert main([*lora, "--rank", "4"]) == 1  # nothing was trained: factors of zeros help nobody
+    assert "no matrix of the self-attention differs" in capsys.readouterr().err
+    assert not (tmp_path / "x.safetensors").exists()
+    export_redirector(model_of(RECAM, 7), tmp_path / "trained.safetensors")
+    assert main([*lora, "--rank", "4", "--checkpoint", str(tmp_path / "trained.safetensors")]) == 0
+    text = capsys.readouterr().out
+    assert "lossy" in text and "factors in float32" in text and "every bit kept" not in text
     assert main(["model", "fingerprint", str(tmp_path / "model"), "--json"]) == 0
     assert main(["model", "fingerprint", str(tmp_path / "nothing.pth")]) == 1
     assert manifest({"a": torch.ones(2)})["entries"] == {"a": "float32 [2]"}

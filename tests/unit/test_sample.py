@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from dataclasses import replace
+from importlib import resources
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
+from safetensors import safe_open
+from safetensors.torch import save_file
+from scipy.spatial.transform import Rotation, Slerp
 
 from geoalign.cli import main
 from geoalign.config.flow import FlowConfig
@@ -32,6 +38,9 @@ RECAM = ModelConfig(
     dim=48, heads=2, layers=2, ffn_dim=64, text_dim=16, freq_dim=32, source="frames", camera="modulated",
     rope_layout="sequential",
 )  # fmt: skip
+
+
+TINY_BASE = Path(str(resources.files("geoalign"))) / "_assets" / "tiny_base.safetensors"
 
 
 def moving_picture(frames: int, height: int, width: int) -> torch.Tensor:
@@ -60,6 +69,19 @@ def clip(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
+@pytest.fixture
+def made(monkeypatch: pytest.MonkeyPatch) -> list[torch.Tensor]:
+    """Every video that is sampled, before its encoding: x264 does not give the same bytes for the same frames."""
+    videos: list[torch.Tensor] = []
+
+    def recorded(*args: Any, **options: Any) -> torch.Tensor:
+        videos.append(retake(*args, **options))
+        return videos[-1]
+
+    monkeypatch.setattr("geoalign.sampling.retake", recorded)
+    return videos
+
+
 def run(model: Path, video: Path, out: Path, *more: str) -> int:
     arguments = ["--model", str(model), "--video", str(video), "--out", str(out), "--size", "32x48", "--steps", "2"]
     if "--trajectory" not in more:
@@ -67,7 +89,7 @@ def run(model: Path, video: Path, out: Path, *more: str) -> int:
     return main(["sample", *arguments, *more])
 
 
-def test_mp4_end_to_end(model: Path, clip: Path, tmp_path: Path) -> None:
+def test_mp4_end_to_end(model: Path, clip: Path, tmp_path: Path, made: list[torch.Tensor]) -> None:
     out = tmp_path / "made" / "out.mp4"
     assert run(model, clip, out, "--speed", "1.5", "--frames", "5") == 0
     info = PyAVReader().probe(out)
@@ -80,9 +102,8 @@ def test_mp4_end_to_end(model: Path, clip: Path, tmp_path: Path) -> None:
     assert record["arguments"]["seed"] == 0 and record["forwards"] == 2
     with Image.open(out.with_name("out.cameras.png")) as picture:
         assert picture.width > 400
-    first = out.read_bytes()
     assert run(model, clip, tmp_path / "again.mp4", "--speed", "1.5", "--frames", "5") == 0
-    assert (tmp_path / "again.mp4").read_bytes() == first
+    assert torch.equal(made[0], made[1])
 
 
 def test_frame_folder_with_odd_sizes_and_camera_file(model: Path, tmp_path: Path) -> None:
@@ -102,23 +123,66 @@ def test_frame_folder_with_odd_sizes_and_camera_file(model: Path, tmp_path: Path
 
 
 def test_policy_file_of_the_embedded_default(tmp_path: Path) -> None:
-    from importlib import resources
-
-    base = Path(str(resources.files("geoalign"))) / "_assets" / "tiny_base.safetensors"
     clip = tmp_path / "in.mp4"
     write_video(clip, moving_picture(5, 48, 64), 12.0)
     out, plane = tmp_path / "out.mp4", ("--ground-plane", "0,0.342,0.94,10")
-    assert run(base, clip, out, "--size", "48x64") == 2  # geometric phases need the plane
+    assert run(TINY_BASE, clip, out, "--size", "48x64") == 2  # geometric phases need the plane
     assert not out.exists()
-    assert run(base, clip, out, "--size", "48x64", *plane) == 0
+    assert run(TINY_BASE, clip, out, "--size", "48x64", *plane) == 0
     # bfloat16, the default on CUDA, has 8 bits of mantissa: a level or two of 255 away from float32 after two steps.
     half = tmp_path / "half.mp4"
-    assert run(base, clip, half, "--size", "48x64", "--dtype", "bfloat16", *plane) == 0
+    assert run(TINY_BASE, clip, half, "--size", "48x64", "--dtype", "bfloat16", *plane) == 0
     videos = [PyAVReader().read(path, range(5)).float() for path in (out, half)]
     assert (videos[0] - videos[1]).abs().mean() < 4
     # Frame 0 is given: up to the video coding of both files it is the source's.
     made, source = (PyAVReader().read(path, [0]).float() for path in (out, clip))
     assert (made - source).abs().mean() < 8
+
+
+def test_exported_policy_samples_the_same_video(clip: Path, tmp_path: Path, made: list[torch.Tensor]) -> None:
+    """The patch codec travels with an export; a damaged or missing one is named."""
+    folder, plane = tmp_path / "exported", ("--ground-plane", "0,0.342,0.94,10", "--size", "48x64", "--frames", "5")
+    assert main(["export", "--format", "diffusers", "--model", str(TINY_BASE), "--out", str(folder)]) == 0
+    for name, model in (("file", TINY_BASE), ("folder", folder)):
+        assert run(model, clip, tmp_path / f"{name}.mp4", *plane) == 0
+    assert torch.equal(made[0], made[1])
+    again = tmp_path / "again"
+    assert main(["export", "--format", "diffusers", "--model", str(folder), "--out", str(again)]) == 0
+    for file in folder.iterdir():
+        assert (again / file.name).read_bytes() == file.read_bytes()
+    assert {file.name for file in folder.iterdir()} == {
+        "config.json", "diffusion_pytorch_model.safetensors", "codec.safetensors",
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("header", "said"),
+    [
+        ({"model": '{"dim": "wide"}'}, "invalid model settings in its header (dim: "),
+        ({"model": "{"}, "invalid model settings in its header (Invalid JSON"),
+        ({"codec": None}, "its header holds no codec settings"),
+        ({"codec": "{"}, "invalid codec settings in its header (Invalid JSON"),
+        ({"codec": '{"luma": 4}'}, "is not a geoalign codec"),
+        ({"codec": '{"patch": 15}'}, "need an even patch"),
+        ({"codec": '{"kind": "wan_vae"}'}, "its autoencoder is the Wan VAE"),
+    ],
+)
+def test_damaged_headers_of_policy_files_are_named(
+    clip: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], header: dict[str, str | None], said: str
+) -> None:
+    with safe_open(TINY_BASE, framework="pt") as file:
+        tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 - safe_open has no __iter__
+        wanted = {key: value for key, value in (file.metadata() | header).items() if value is not None}
+    save_file(tensors, tmp_path / "bad.safetensors", wanted)
+    assert run(tmp_path / "bad.safetensors", clip, tmp_path / "out.mp4", "--size", "48x64") in (1, 2)
+    message = capsys.readouterr().err
+    assert said in message and len(message.splitlines()) == 1 and "pydantic" not in message
+
+
+def test_a_torch_file_is_no_policy(clip: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    torch.save({"a": torch.ones(2)}, tmp_path / "model.pt")
+    assert run(tmp_path / "model.pt", clip, tmp_path / "out.mp4") == 1
+    assert "not a geoalign policy file" in capsys.readouterr().err
 
 
 def test_dry_run_writes_nothing(model: Path, clip: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -203,6 +267,79 @@ def test_planar_estimator_reads_a_known_motion() -> None:
     torch.testing.assert_close(found.source_camera.intrinsics, still.intrinsics)
 
 
+def turning_path(frames: int) -> torch.Tensor:
+    """``[F, 4, 4]`` float64 from the identity: turns about all axes and moves along a curve, unevenly."""
+    time = np.linspace(0, 1, frames)
+    vectors = np.stack([0.9 * time**2, 0.7 * np.sin(3 * time), 0.8 * time], -1)
+    poses = np.tile(np.eye(4), (frames, 1, 1))
+    poses[:, :3, :3] = Rotation.from_rotvec(vectors).as_matrix()
+    poses[:, :3, 3] = np.stack([np.sin(2 * time), time**3, 1.5 * time], -1)
+    return torch.from_numpy(poses)
+
+
+def target_of(model: Path, clip: Path, out: Path, poses: torch.Tensor, *more: str) -> np.ndarray:
+    """The target path ``[9, 4, 4]`` that a run of nine frames used for a camera file with ``poses``."""
+    np.save(out.with_suffix(".npy"), poses.numpy())
+    assert run(model, clip, out, "--trajectory", str(out.with_suffix(".npy")), *more) == 0
+    return np.array(json.loads(out.with_suffix(".json").read_text("utf-8"))["target_c2w"])
+
+
+def test_a_camera_file_keeps_its_shape_at_any_length_and_speed(model: Path, clip: Path, tmp_path: Path) -> None:
+    """Against scipy: slerp and linear positions at the new times; speed multiplies every step of the body frame."""
+    long, short = turning_path(12), turning_path(6)
+    first = target_of(model, clip, tmp_path / "long.mp4", long)
+    np.testing.assert_allclose(first, long[:9], atol=1e-6)
+    spread = target_of(model, clip, tmp_path / "short.mp4", short)
+    times, new = np.arange(6.0), np.linspace(0, 5, 9)
+    expected = Slerp(times, Rotation.from_matrix(short[:, :3, :3].numpy()))(new).as_matrix()
+    np.testing.assert_allclose(spread[:, :3, :3], expected, atol=1e-6)
+    places = np.stack([np.interp(new, times, short[:, i, 3].numpy()) for i in range(3)], -1)
+    np.testing.assert_allclose(spread[:, :3, 3], places, atol=1e-6)
+    for name, poses in (("long", first), ("short", spread)):
+        fast = target_of(
+            model, clip, tmp_path / f"{name}_fast.mp4", long if name == "long" else short, "--speed", "1.5"
+        )
+        np.testing.assert_allclose(fast[0], np.eye(4), atol=1e-7)
+        for slow_step, fast_step in zip(steps(poses), steps(fast), strict=True):
+            np.testing.assert_allclose(fast_step, 1.5 * slow_step, atol=2e-6)
+
+
+def steps(poses: np.ndarray) -> list[np.ndarray]:
+    """Rotation vector and move of each step in the frame of the camera before it, by numpy and scipy."""
+    moves = [np.linalg.inv(a) @ b for a, b in itertools.pairwise(poses)]
+    return [np.concatenate([Rotation.from_matrix(m[:3, :3]).as_rotvec(), m[:3, 3]]) for m in moves]
+
+
+@pytest.mark.parametrize("part", ["transformer", "codec"])
+def test_results_that_are_not_finite_are_refused(
+    clip: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], part: str
+) -> None:
+    """A NaN weight, and NaN in the codec alone: exit 1, one line, no file."""
+    name = {"transformer": "model.head.head.weight", "codec": "codec.channel_std"}[part]
+    with safe_open(TINY_BASE, framework="pt") as file:
+        tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 - safe_open has no __iter__
+        save_file(
+            tensors | {name: torch.full_like(tensors[name], torch.nan)}, tmp_path / "bad.safetensors", file.metadata()
+        )
+    out = tmp_path / "out" / "out.mp4"
+    assert run(tmp_path / "bad.safetensors", clip, out, "--size", "48x64", "--ground-plane", "0,0.342,0.94,10") == 1
+    message = capsys.readouterr().err
+    assert "NaN or infinity" in message and "Traceback" not in message
+    assert not out.parent.exists()
+
+
+def test_outputs_are_checked_before_sampling(
+    model: Path, clip: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("geoalign.sampling.retake", lambda *_, **__: pytest.fail("sampled before the check"))
+    (tmp_path / "file").touch()
+    assert run(model, clip, tmp_path / "file" / "out.mp4") == 1
+    assert "cannot be written" in capsys.readouterr().err
+    (tmp_path / "out.cameras.png").mkdir()
+    assert run(model, clip, tmp_path / "out.mp4") == 2
+    assert "out.cameras.png is a folder" in capsys.readouterr().err
+
+
 def test_refusals_are_one_line_and_write_nothing(
     model: Path, clip: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -227,14 +364,26 @@ def test_refusals_are_one_line_and_write_nothing(
         (2, clip, ("--frames", "13")),
         (2, clip, ("--size", "33x48")),
         (2, clip, ("--speed", "0")),
+        (2, clip, ("--speed", "inf")),
+        (2, clip, ("--speed", "nan")),
+        (2, clip, ("--intrinsics", "0,0,.5,.5")),
+        (2, clip, ("--intrinsics", "nan,1,.5,.5")),
+        (2, clip, ("--intrinsics", "1,1,.5,inf")),
         (2, clip, ("--guidance", "5")),
         (2, clip, ("--steps", "0")),
+        (2, clip, ("--shift", "-1")),
+        (2, clip, ("--device", "foo")),
+        (2, clip, ("--device", "meta")),
+        (2, clip, ("--device", "cuda:99")),
         (1, clip, ("--checkpoint", str(clip))),
     ]
     for code, video, more in cases:
         assert run(model, video, out, *more) == code, more
         message = capsys.readouterr().err
-        assert message.count("error:") == 1 and "Traceback" not in message, message
+        assert message.count("error:") == 1 and "Traceback" not in message and "pydantic" not in message, message
+    with pytest.raises(SystemExit, match="2"):
+        run(model, clip, out, "--size", "0x0")
+    assert "height and width must be positive" in capsys.readouterr().err
     assert not out.parent.exists()
 
 

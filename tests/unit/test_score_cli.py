@@ -181,6 +181,9 @@ def test_a_sinking_camera_is_drawn_sinking() -> None:
     assert low < high and side.get_ylabel() == "y (m, down)"
 
 
+MAPANYTHING = "--evaluator mapanything --set evaluator_options.checkpoint=no --set evaluator_options.device="
+
+
 @pytest.mark.parametrize(
     ("arguments", "code", "text"),
     [
@@ -202,6 +205,9 @@ def test_a_sinking_camera_is_drawn_sinking() -> None:
         ("--set evaluator_options.levels=3", 2, "evaluator_options.levels: input should be a valid tuple"),
         ("--set temporal_weights=foo", 2, "temporal_weights: input should be 'linear'"),
         ("--evaluator mapanything --set evaluator_options.checkpoint=no", 1, "hf download facebook/"),
+        (f"{MAPANYTHING}gpu", 2, "device 'gpu': no such device"),
+        (f"{MAPANYTHING}cuda:99", 2, "device 'cuda:99': this machine has"),
+        ("--reward hpsv3 --set checkpoint=no --set tokenizer=no --set device=gpu", 2, "device 'gpu': no such device"),
     ],
 )
 def test_wrong_requests_are_explained(

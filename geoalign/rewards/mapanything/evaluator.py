@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from geoalign.errors import UsageError
 from geoalign.rewards.arena import ScorerMemory
 from geoalign.rewards.base import PoseEstimate
+from geoalign.rewards.device import named_device
 from geoalign.rewards.frames import SharedFrames
 from geoalign.rewards.graphed import Body, GraphedScorer
 from geoalign.rewards.mapanything.checkpoint import load_pose_network
@@ -185,9 +186,7 @@ def build_evaluator(
         raise UsageError(
             f"dtype must be one of {', '.join(DTYPES)} and backend native or published; got {dtype}, {backend}"
         )
-    place = torch.device(
-        "cuda" if device == "auto" and torch.cuda.is_available() else "cpu" if device == "auto" else device
-    )
+    place = named_device(device)
     if backend == "published":
         from geoalign.rewards.mapanything.published import PublishedBackend
 

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from geoalign.errors import UsageError
 from geoalign.rewards.arena import ScorerMemory
 from geoalign.rewards.base import RewardOutput
+from geoalign.rewards.device import named_device
 from geoalign.rewards.frames import SharedFrames, Shown
 from geoalign.rewards.graphed import GraphedScorer
 from geoalign.rewards.precision import exactly
@@ -277,10 +278,6 @@ def _grey(frames: Tensor) -> Tensor:
     return luma.expand_as(levels).contiguous()
 
 
-def _device(name: str) -> torch.device:
-    return torch.device(("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name)
-
-
 def _dtype(name: str) -> torch.dtype:
     if name not in DTYPES:
         raise UsageError(f"unknown dtype {name!r}; known: {', '.join(DTYPES)}")
@@ -315,15 +312,13 @@ def build_videoalign(
         RewardError: weights, tokenizer or prompt are missing (the message holds the command to get them).
         CheckpointError: the weights are not the published ones.
     """
-    matrix_dtype = _dtype(dtype)
+    matrix_dtype, place = _dtype(dtype), named_device(device)
     template = templates.load("videoalign", template_folder)
     download = 'hf download KlingTeam/VideoReward --include "checkpoint-11352/*" --local-dir videoalign'
     state = fold_lora(strip_prefix(read_tensors(checkpoint, download), PEFT_PREFIX), _LORA_SCALE)
     with torch.device("meta"):
         head = videoalign_head(VIDEOALIGN_BODY)
-    network = load_scorer(
-        VIDEOALIGN_BODY, head, state, source=checkpoint, device=_device(device), matrix_dtype=matrix_dtype
-    )
+    network = load_scorer(VIDEOALIGN_BODY, head, state, source=checkpoint, device=place, matrix_dtype=matrix_dtype)
     folder = tokenizer or str(Path(checkpoint).expanduser().parent / "tokenizer")
     encode = prompts.load_encoder(folder, (prompts.VQ, prompts.MQ, prompts.TA))
     return VideoAlignReward(
@@ -369,12 +364,12 @@ def build_hpsv3(
         RewardError: weights, tokenizer or prompt are missing (the message holds the command to get them).
         CheckpointError: the weights are not the published ones.
     """
-    matrix_dtype = _dtype(dtype)
+    matrix_dtype, place = _dtype(dtype), named_device(device)
     instruction, suffix = (templates.load(f"hpsv3_{part}", template_folder) for part in ("instruction", "suffix"))
     state = read_tensors(checkpoint, "hf download MizzenAI/HPSv3 HPSv3.safetensors --local-dir hpsv3")
     with torch.device("meta"):
         head = hpsv3_head(HPSV3_BODY)
-    network = load_scorer(HPSV3_BODY, head, state, source=checkpoint, device=_device(device), matrix_dtype=matrix_dtype)
+    network = load_scorer(HPSV3_BODY, head, state, source=checkpoint, device=place, matrix_dtype=matrix_dtype)
     return Hpsv3Reward(
         network,
         prompts.load_encoder(tokenizer, (prompts.REWARD,)),
