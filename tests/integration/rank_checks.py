@@ -7,6 +7,8 @@ the pixels, so that what differs is the rounding of other batch shapes. Prints o
 from __future__ import annotations
 
 import argparse
+import os
+import tempfile
 from typing import Any
 
 import torch
@@ -110,7 +112,11 @@ def main() -> None:
     parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
     options = parser.parse_args()
     torch.set_num_threads(1)
-    with ranks_of_environment(1, 120.0, cuda=options.device == "cuda") as ranks:
+    with (
+        tempfile.TemporaryDirectory() as cache,  # no rank reads what another one is compiling
+        ranks_of_environment(1, 120.0, cuda=options.device == "cuda") as ranks,
+    ):
+        os.environ["TORCHINDUCTOR_CACHE_DIR"] = cache
         for name, changes in CASES.items():
             if options.cases and name not in options.cases:
                 continue

@@ -22,7 +22,7 @@ PATHS = os.pathsep.join(str(ROOT / part) for part in ("", "kernels", "tests/supp
 
 def launch(processes: int, *command: str, folder: Path) -> subprocess.Popen[str]:
     launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"] if processes > 1 else []
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": PATHS}
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": PATHS, "PYTHONFAULTHANDLER": "1"}
     return subprocess.Popen(
         [sys.executable, *launcher, *command],
         cwd=folder, env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
@@ -59,7 +59,7 @@ def test_every_engine_and_layout_equals_one_process(device: str, tmp_path: Path)
     checks = str(Path(__file__).with_name("rank_checks.py"))
     process = launch(2, checks, "--device", device, folder=tmp_path)
     output, _ = process.communicate(timeout=500)
-    assert process.returncode == 0, output[-3000:]
+    assert process.returncode == 0, output
     assert [line.split(":")[0] for line in output.splitlines() if line.startswith("ok ")] == CHECKS
 
 

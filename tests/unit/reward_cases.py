@@ -4,21 +4,23 @@ from __future__ import annotations
 
 import re
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from geoalign.geometry.trajectory import CameraTrajectory
-from geoalign.rewards.base import RewardOutput
+from geoalign.rewards.base import Reward, RewardOutput
 from geoalign.rewards.geometry import GeometryReward
 from geoalign.rewards.mapanything.evaluator import MapAnythingEvaluator, PoseBody
 from geoalign.rewards.mapanything.layout import PoseNetworkLayout
 from geoalign.rewards.mapanything.network import PoseNetwork
+from geoalign.rewards.placement import score_all
 from geoalign.rewards.vlm.body import RewardQwen, hpsv3_head, videoalign_head
 from geoalign.rewards.vlm.layout import QwenLayout
 from geoalign.rewards.vlm.scorers import Hpsv3Reward, StaticBody
+from geoalign.rl.score import Scores, merged
 from geoalign.types import RetakeBatch, SourceClip
 
 BAD = 0.75  # a video that starts with this value is the one that a faulty scorer chokes on
@@ -31,6 +33,11 @@ def batch_of(count: int) -> RetakeBatch:
     video = torch.zeros(count, 2, 3, 4, 4)
     names = tuple(f"clip{i}" for i in range(count))
     return RetakeBatch(SourceClip(video, camera, None, names), camera, tuple("p" * (i + 1) for i in range(count)))
+
+
+def score_videos(rewards: Mapping[str, Reward], videos: Tensor, batch: RetakeBatch) -> Scores:
+    """The answers of all rewards as the trainer sees them."""
+    return merged(score_all(rewards, videos, batch))
 
 
 def videos_of(count: int, bad: int | None = None) -> Tensor:

@@ -5,12 +5,13 @@ from __future__ import annotations
 
 import gc
 import weakref
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from reward_cases import score_videos
 from torch import Tensor
 
 import geoalign_kernels as gk
@@ -18,12 +19,10 @@ from geoalign.config.rewards import FailureConfig, RewardConfig
 from geoalign.errors import ConfigError
 from geoalign.geometry.trajectory import CameraTrajectory
 from geoalign.rewards import registry
-from geoalign.rewards.base import Reward
 from geoalign.rewards.frames import SharedFrames
-from geoalign.rewards.placement import score_all
 from geoalign.rewards.registry import build_rewards
 from geoalign.rewards.worker import WorkerReward
-from geoalign.rl.score import Scores, merged
+from geoalign.rl.score import Scores
 from geoalign.types import RetakeBatch, SourceClip
 
 BATCH, FRAMES, SIZE = 2, 6, (480, 832)
@@ -57,10 +56,6 @@ def passes(monkeypatch: pytest.MonkeyPatch) -> list[tuple[gk.FramePlan, list[wea
 
     monkeypatch.setattr(gk, "frame_preprocess", watched)
     return seen
-
-
-def score_videos(rewards: Mapping[str, Reward], videos: Tensor, batch: RetakeBatch) -> Scores:
-    return merged(score_all(rewards, videos, batch))
 
 
 def alive(made: Sequence[weakref.ref[Tensor]]) -> int:

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from reward_cases import score_videos
 from torch import Tensor
 
 from geoalign import doctor
@@ -24,7 +25,6 @@ from geoalign.rewards.guard import GuardedReward
 from geoalign.rewards.registry import build_rewards
 from geoalign.rewards.vlm import templates
 from geoalign.rewards.worker import WorkerReward
-from geoalign.rl.score import score_videos
 from geoalign.types import RetakeBatch, SourceClip
 from geoalign.world.pairs import PairedVideos, paired_videos
 
