@@ -226,11 +226,13 @@ def bench_turns(bench: Bench, chosen: list[RewardCase]) -> None:
         outputs = {name: exactly(body)(*inputs[name]) for name, body in bodies.items()}
     arena = WeightArena({name: body.network for name, body in bodies.items()}, bench.device)
     backend = CudaGraphBackend()
-    runs = {
-        name: GraphedScorer(exactly(body), body, backend, before=lambda name=name: arena.activate(name))
-        for name, body in bodies.items()
-    }
-    equal = all(same([outputs[name]], [runs[name](*inputs[name])]) for _ in range(3) for name in runs)
+    runs = {name: GraphedScorer(exactly(body), body, backend) for name, body in bodies.items()}
+
+    def turn(name: str) -> Any:
+        arena.activate(name)
+        return runs[name](*inputs[name])
+
+    equal = all(same([outputs[name]], [turn(name)]) for _ in range(3) for name in runs)
     moved = sum(run.counts.moved for run in runs.values())
 
     def swap(_: int) -> None:

@@ -93,7 +93,7 @@ CURVES = (
     CurveGroup(
         "What is not trained on",
         "What the evaluators report beside the scores. The path length ratio is travelled over asked, tracked is "
-        " the share of the picture that an estimate explains.",
+        "the share of the picture that an estimate explains.",
         "reward/",
         suffixes=("_ratio", "residual", "/lost", "/tracked", "_fraction"),
     ),

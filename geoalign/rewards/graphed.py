@@ -151,7 +151,6 @@ class GraphedScorer:
         body: tensors in, named tensors out; static shapes, no host reads, no random numbers, no state.
         module: the weights that ``body`` reads (parameters and buffers), watched for moves.
         backend: how to capture; give several scorers one backend to let them share its memory pool.
-        before: called before every run, for instance to bring weights back into place.
         max_graphs: least recently used graphs beyond this many are dropped.
         warmups: eager runs before a capture.
 
@@ -161,7 +160,6 @@ class GraphedScorer:
     body: Body
     module: nn.Module | None = None
     backend: CaptureBackend = field(default_factory=CudaGraphBackend)
-    before: Callable[[], None] | None = None
     max_graphs: int = 4
     warmups: int = 3
     counts: GraphCounts = field(default_factory=GraphCounts, init=False)
@@ -174,8 +172,6 @@ class GraphedScorer:
     @torch.no_grad()
     def __call__(self, *inputs: Tensor) -> dict[str, Tensor]:
         """Run on ``inputs``; the returned tensors belong to the caller."""
-        if self.before is not None:
-            self.before()
         if inputs[0].device.type != self.backend.device_type:
             self.counts.eager += 1
             return dict(self.body(*inputs))

@@ -88,12 +88,10 @@ def test_graphs_survive_weights_that_take_turns() -> None:
     arena = WeightArena({name: body.network for name, (body, _) in cases.items()}, "cuda")
     backend = CudaGraphBackend()
     addresses = {name: [p.data_ptr() for p in body.network.parameters()] for name, (body, _) in cases.items()}
-    runs = {
-        name: GraphedScorer(exactly(body), body, backend, before=lambda name=name: arena.activate(name))
-        for name, (body, _) in cases.items()
-    }
+    runs = {name: GraphedScorer(exactly(body), body, backend) for name, (body, _) in cases.items()}
     for order in (list(BODIES), list(reversed(BODIES)), list(BODIES)):
         for name in order:
+            arena.activate(name)
             assert same(runs[name](*cases[name][1][0]), expected[name]), name
             assert arena.resident == name
     for name, (body, _) in cases.items():
