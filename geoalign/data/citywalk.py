@@ -65,7 +65,8 @@ def list_video_clips(root: Path, tables: list[Path], tally: Tally) -> list[ClipR
     """
     index = _FileIndex(root)
     if len(tables) > 1:
-        raise DataError(f"{root}: several tables ({', '.join(t.name for t in tables)}); name one in data.clips.metadata")
+        found = ", ".join(table.name for table in tables)
+        raise DataError(f"{root}: several tables ({found}); name one in data.clips.metadata")
     rows = read_rows(tables[0]) if tables else [{"path": file.relative_to(root).as_posix()} for file in index.videos()]
     if tables and rows and not any(name in row for row in rows for name in ALIASES["path"]):
         raise DataError(

@@ -80,9 +80,7 @@ def run_prepare(args: argparse.Namespace) -> int:
             bar.total = total
             bar.update(done - bar.n)
 
-        report = prepare(
-            config.data, encoder, rank=rank, world_size=world_size, device_id=device_id, progress=progress
-        )
+        report = prepare(config.data, encoder, rank=rank, world_size=world_size, device_id=device_id, progress=progress)
     print(f"encoded {report.encoded} windows ({_size(report.bytes)}) in {report.seconds:.1f} s, kept {report.reused}")
     if report.tally is not None and report.tally.rejected:
         print(report.tally.summary())

@@ -78,7 +78,8 @@ def find_scene_table(folder: Path) -> Path | None:
     tables = [file for file in files if "UID" in columns[file] and columns[file] & {"Test Split Index", "Metric Scale"}]
     if len(tables) > 1:
         raise DataError(
-            f"{folder}: several tables of scenes ({', '.join(map(str, tables))}); name one in data.trajectories.metadata"
+            f"{folder}: several tables of scenes ({', '.join(map(str, tables))}); "
+            "name one in data.trajectories.metadata"
         )
     return tables[0] if tables else None
 

@@ -32,7 +32,7 @@ class WindowEncoder(Protocol):
     identity: Mapping[str, str]
 
     def encode(self, frames: Tensor, prompt: str) -> Mapping[str, Tensor]:
-        """Tensors of one window ``[F, 3, H, W]`` in [-1, 1]; text embeddings are called ``context`` and ``negative`` ``[L, D]``."""
+        """Tensors of one window ``[F, 3, H, W]`` in [-1, 1]; texts ``[L, D]`` are called ``context`` and ``negative``."""
         ...
 
     def caption(self, frames: Tensor) -> str | None:
