@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from training_cases import Brightness, gradient_of, on_fake_ranks, smoke, trainer_of
 
-from geoalign.cli import main
+from geoalign.cli.main import main
 from geoalign.errors import CheckpointError, RunError
 from geoalign.io_utils import read_jsonl
 from geoalign.rewards.base import Reward, RewardOutput

@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import load_file
 from training_cases import smoke
 
-from geoalign.cli import main
+from geoalign.cli.main import main
 from geoalign.config.schema import Config
 from geoalign.errors import ConfigError
 from geoalign.export.formats import save_pretrained, save_safetensors

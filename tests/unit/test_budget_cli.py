@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from geoalign.cli import main
+from geoalign.cli.budget import describe
+from geoalign.cli.main import main
 from geoalign.perf.budget import Walk
-from geoalign.training.budget_cli import describe
 
 
 def test_prints_the_ladder_and_both_totals(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:

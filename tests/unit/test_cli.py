@@ -32,7 +32,7 @@ def geoalign(*arguments: str, code: str | None = None) -> subprocess.CompletedPr
 def test_help_and_config_print_import_no_torch() -> None:
     code = """
 import sys
-from geoalign.cli import main
+from geoalign.cli.main import main
 assert main(["--help"]) == 0
 assert main(["config", "print", "tiny_cpu"]) == 0
 heavy = {"torch", "numpy", "diffusers", "transformers", "matplotlib"} & set(sys.modules)

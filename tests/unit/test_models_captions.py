@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from geoalign.cli import main
+from geoalign.cli.main import main
 from geoalign.config.model import ModelConfig
 from geoalign.data.video import write_video
 from geoalign.errors import CheckpointError, DataError

@@ -13,7 +13,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from geoalign.cli import main
+from geoalign.cli.main import main
 from geoalign.config.model import ModelConfig
 from geoalign.errors import CheckpointError, UsageError
 from geoalign.export.formats import export_recammaster, export_redirector, from_pretrained, manifest, save_pretrained

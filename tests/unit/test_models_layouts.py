@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from geoalign.cli import main
+from geoalign.cli.main import main
 from geoalign.export.formats import published_manifest
 from geoalign.models.layouts import LAYOUTS, count, fingerprint, identify, original_names
 from geoalign.models.wan_vae import original_name

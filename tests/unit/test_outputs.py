@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from geoalign.cli import main
+from geoalign.cli.main import main
 from geoalign.errors import DataError, RunError, UsageError
 from geoalign.io_utils import atomic_path, atomic_write_text, check_writable
 from geoalign.training.evaluate import Evaluation
@@ -18,7 +18,7 @@ from geoalign.training.evaluate import Evaluation
     [
         ("pretrain --config smoke", "--out", "geoalign.training.pretrain.pretrain"),
         ("evaluate --config smoke --policy builtin:tiny_base", "--json", "geoalign.training.evaluate.evaluate"),
-        ("budget smoke", "--json", "geoalign.training.budget_cli.climb"),
+        ("budget smoke", "--json", "geoalign.cli.budget.climb"),
         ("config docs", "--write", "geoalign.config.docs.reference_page"),
         ("report {run}", "--output", "geoalign.report.page.report_page"),
         ("export --format redirector --model {run}", "--out", "geoalign.models.open.open_model"),

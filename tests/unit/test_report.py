@@ -18,10 +18,10 @@ import yaml
 from PIL import Image
 
 from geoalign import cli
+from geoalign.cli.report import write_report
 from geoalign.config.load import load_config
 from geoalign.config.schema import Config
 from geoalign.errors import DataError, UsageError
-from geoalign.report.cli import write_report
 from geoalign.report.held_out import comparisons
 from geoalign.report.media import filmstrip, looping_clip
 from geoalign.report.page import report_page

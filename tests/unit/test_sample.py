@@ -17,7 +17,8 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from scipy.spatial.transform import Rotation, Slerp
 
-from geoalign.cli import main
+from geoalign.cli.main import main
+from geoalign.cli.sample import ESTIMATORS
 from geoalign.config.flow import FlowConfig
 from geoalign.config.model import ModelConfig
 from geoalign.data.video import PyAVReader, write_video
@@ -30,7 +31,6 @@ from geoalign.models.dit import RetakeDiT
 from geoalign.rewards.base import PoseEstimate
 from geoalign.rewards.registry import EVALUATORS, build_evaluator
 from geoalign.rl.policy import RetakePolicy
-from geoalign.sample_cli import ESTIMATORS
 from geoalign.sampling import RetakeInputs, retake, with_estimated_camera
 from geoalign.types import SourceClip
 

@@ -13,7 +13,7 @@ import pytest
 import torch
 from PIL import Image
 
-from geoalign.cli import main
+from geoalign.cli.main import main
 from geoalign.config.world import WorldConfig
 from geoalign.data.citywalk import write_clip_camera
 from geoalign.data.plots import cameras_figure

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from geoalign.cli import main
+from geoalign.cli.main import main
 from geoalign.rewards import registry
 from geoalign.rewards.base import RewardOutput
 from geoalign.rewards.flow_pnp import FlowPnpEvaluator

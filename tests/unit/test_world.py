@@ -10,6 +10,7 @@ import pytest
 import torch
 from PIL import Image
 
+from geoalign.cli.world import write_sheet
 from geoalign.config.data import DataConfig
 from geoalign.config.world import WorldConfig
 from geoalign.data.source import RetakeDataset
@@ -17,7 +18,6 @@ from geoalign.errors import DataError, UsageError
 from geoalign.geometry import so3
 from geoalign.geometry.plane import ground_axes, intersect_plane, pixel_grid, pixel_rays
 from geoalign.models.codec import PatchCodec, lapped_transform, seam_ratio
-from geoalign.world.cli import write_sheet
 from geoalign.world.dataset import is_complete, write_world
 from geoalign.world.motion import PRESETS, ground_normal, ground_plane, preset_motions, random_curves, to_c2w
 from geoalign.world.pairs import LabelBias, paired_videos

@@ -13,7 +13,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from geoalign.cli import main
+from geoalign.cli.main import main
 from geoalign.config.data import DataConfig
 from geoalign.config.load import load_config
 from geoalign.config.model import ModelConfig

@@ -72,7 +72,7 @@ def run_train(args: argparse.Namespace) -> int:
     summary = folder / "summary.json"
     if not summary.exists() or os.environ.get("RANK", "0") != "0":
         return 0
-    from geoalign.report.cli import write_report
+    from geoalign.cli.report import write_report
 
     report = write_report(folder)
     _print_comparison(json.loads(summary.read_text()))

@@ -34,27 +34,28 @@ class Verb:
 
 
 VERBS = (
+    Verb("train", "geoalign.cli.train", "Train", "reinforcement learning of the camera (GRPO); ends with report.html"),
+    Verb("pretrain", "geoalign.cli.train", "Train", "make the base policy of the embedded default anew"),
+    Verb("evaluate", "geoalign.cli.train", "Train", "camera errors of a checkpoint on held-out scenes and paths"),
+    Verb("data", "geoalign.cli.data", "Prepare", "check clips, camera paths and the cache; plot the paths"),
+    Verb("prepare", "geoalign.cli.data", "Prepare", "encode clips, text and source cameras once, for many runs"),
+    Verb("score", "geoalign.cli.score", "Look", "score any video against a camera path; probe a reward with cheats"),
+    Verb("world", "geoalign.cli.world", "Look", "render the embedded world: clips, camera archives, a contact sheet"),
+    Verb("report", "geoalign.cli.report", "Look", "write the self-contained HTML report of a run folder"),
     Verb(
-        "train", "geoalign.training.cli", "Train", "reinforcement learning of the camera (GRPO); ends with report.html"
-    ),
-    Verb("pretrain", "geoalign.training.cli", "Train", "make the base policy of the embedded default anew"),
-    Verb("evaluate", "geoalign.training.cli", "Train", "camera errors of a checkpoint on held-out scenes and paths"),
-    Verb("data", "geoalign.data.cli", "Prepare", "check clips, camera paths and the cache; plot the paths"),
-    Verb("prepare", "geoalign.data.cli", "Prepare", "encode clips, text and source cameras once, for many runs"),
-    Verb("score", "geoalign.score_cli", "Look", "score any video against a camera path; probe a reward with cheats"),
-    Verb("world", "geoalign.world.cli", "Look", "render the embedded world: clips, camera archives, a contact sheet"),
-    Verb("report", "geoalign.report.cli", "Look", "write the self-contained HTML report of a run folder"),
-    Verb(
-        "sample", "geoalign.sample_cli", "Use", "retake a video along a camera path, with trained or published weights"
+        "sample", "geoalign.cli.sample", "Use", "retake a video along a camera path, with trained or published weights"
     ),
     Verb(
-        "export", "geoalign.export.cli", "Use", "write a trained model for ReDirector, ReCamMaster, diffusers or LoRA"
+        "export", "geoalign.cli.export", "Use", "write a trained model for ReDirector, ReCamMaster, diffusers or LoRA"
     ),
-    Verb("model", "geoalign.models.cli", "Inspect", "published layouts, and which model a checkpoint file belongs to"),
-    Verb("config", "geoalign.config.cli", "Inspect", "print, check and compare configurations; schema for editors"),
-    Verb("budget", "geoalign.training.budget_cli", "Inspect", "predicted hours of a configuration, lever by lever"),
+    Verb("model", "geoalign.cli.model", "Inspect", "published layouts, and which model a checkpoint file belongs to"),
+    Verb("config", "geoalign.cli.config", "Inspect", "print, check and compare configurations; schema for editors"),
+    Verb("budget", "geoalign.cli.budget", "Inspect", "predicted hours of a configuration, lever by lever"),
     Verb(
-        "doctor", "geoalign.doctor", "Inspect", "versions, devices, kernel backends, and what each missing extra adds"
+        "doctor",
+        "geoalign.cli.doctor",
+        "Inspect",
+        "versions, devices, kernel backends, and what each missing extra adds",
     ),
 )
 

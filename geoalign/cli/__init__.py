@@ -1,0 +1,1 @@
+"""The command line: one module a verb. Nothing imports these but ``main``."""
