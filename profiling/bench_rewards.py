@@ -24,14 +24,14 @@ from bench_ops import Bench, bench_of, options_parser
 from bench_timing import count_launches, measure
 from torch import Tensor, nn
 
+from geoalign.evaluators.mapanything.evaluator import PoseBody
+from geoalign.evaluators.mapanything.layout import LAYOUTS, PoseNetworkLayout
+from geoalign.evaluators.mapanything.network import PoseNetwork
+from geoalign.frozen.mapanything_images import plan_resize
 from geoalign.perf.cost import DEVICES
 from geoalign.perf.reward_cost import pose_path_flops, qwen_flops
 from geoalign.rewards.arena import WeightArena
 from geoalign.rewards.graphed import CudaGraphBackend, GraphedScorer
-from geoalign.rewards.mapanything.evaluator import PoseBody
-from geoalign.rewards.mapanything.layout import LAYOUTS, PoseNetworkLayout
-from geoalign.rewards.mapanything.network import PoseNetwork
-from geoalign.rewards.mapanything.preprocess import plan_resize
 from geoalign.rewards.precision import exactly
 from geoalign.rewards.vlm.body import RewardQwen, hpsv3_head, videoalign_head
 from geoalign.rewards.vlm.layout import HPSV3_BODY, VIDEOALIGN_BODY, QwenLayout

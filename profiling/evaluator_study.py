@@ -16,12 +16,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from geoalign.config.world import WorldConfig
+from geoalign.evaluators.flow_pnp import FlowPnpEvaluator
+from geoalign.evaluators.planar import PlanarAligner
 from geoalign.geometry import so3
 from geoalign.geometry.trajectory import CameraTrajectory
 from geoalign.models.codec import PatchCodec
 from geoalign.rewards.base import PoseEvaluator
-from geoalign.rewards.flow_pnp import FlowPnpEvaluator
-from geoalign.rewards.planar import PlanarAligner
 from geoalign.training.environment import describe_environment
 from geoalign.training.evaluate import second_evaluator
 from geoalign.world.pairs import LabelBias, PairedVideos, paired_videos

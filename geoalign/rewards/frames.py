@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 import geoalign_kernels as gk
-from geoalign.rewards.mapanything.preprocess import IMAGENET_MEAN, IMAGENET_STD, plan_resize
+from geoalign.frozen.mapanything_images import IMAGENET_MEAN, IMAGENET_STD, plan_resize
 from geoalign.rewards.precision import exact_float32
 from geoalign.rewards.vlm.preprocess import CLIP_MEAN, CLIP_STD
 

@@ -33,10 +33,10 @@ REWARDS = {
     "hpsv3": "geoalign.rewards.vlm.scorers:build_hpsv3",
 }
 EVALUATORS = {
-    "flow_pnp": "geoalign.rewards.flow_pnp:FlowPnpEvaluator",
-    "planar": "geoalign.rewards.planar:PlanarAligner",
-    "mapanything": "geoalign.rewards.mapanything.evaluator:build_evaluator",
-    "depth_anything_3": "geoalign.rewards.depth_anything3:build_evaluator",
+    "flow_pnp": "geoalign.evaluators.flow_pnp:FlowPnpEvaluator",
+    "planar": "geoalign.evaluators.planar:PlanarAligner",
+    "mapanything": "geoalign.evaluators.mapanything.evaluator:build_evaluator",
+    "depth_anything_3": "geoalign.evaluators.depth_anything3:build_evaluator",
 }
 # A reward's parameter of this name is given as the name of an evaluator, beside `evaluator_options` to build it with.
 EVALUATOR = "evaluator"

@@ -15,7 +15,7 @@ from PIL import Image
 from torch import Tensor
 
 import geoalign_kernels as gk
-from geoalign.rewards.mapanything.preprocess import IMAGENET_MEAN, IMAGENET_STD, plan_resize
+from geoalign.frozen.mapanything_images import IMAGENET_MEAN, IMAGENET_STD, plan_resize
 from geoalign.rewards.vlm.preprocess import CLIP_MEAN, CLIP_STD, fit_size
 from geoalign_kernels import native
 from geoalign_kernels.dispatch import UnsupportedInput

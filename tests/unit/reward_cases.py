@@ -10,12 +10,12 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from geoalign.evaluators.mapanything.evaluator import MapAnythingEvaluator, PoseBody
+from geoalign.evaluators.mapanything.layout import PoseNetworkLayout
+from geoalign.evaluators.mapanything.network import PoseNetwork
 from geoalign.geometry.trajectory import CameraTrajectory
 from geoalign.rewards.base import Reward, RewardOutput
 from geoalign.rewards.geometry import GeometryReward
-from geoalign.rewards.mapanything.evaluator import MapAnythingEvaluator, PoseBody
-from geoalign.rewards.mapanything.layout import PoseNetworkLayout
-from geoalign.rewards.mapanything.network import PoseNetwork
 from geoalign.rewards.placement import score_all
 from geoalign.rewards.vlm.body import RewardQwen, hpsv3_head, videoalign_head
 from geoalign.rewards.vlm.layout import QwenLayout

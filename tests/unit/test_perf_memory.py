@@ -13,14 +13,14 @@ from torch.utils._pytree import tree_iter
 
 from geoalign.config.load import load_config
 from geoalign.config.schema import Config
+from geoalign.evaluators.mapanything.layout import LAYOUTS
+from geoalign.evaluators.mapanything.network import PoseNetwork
 from geoalign.geometry.trajectory import CameraTrajectory
 from geoalign.models.conditioning import Conditioning
 from geoalign.models.dit import RetakeDiT
 from geoalign.models.execution import Recompute
 from geoalign.perf.cost import TransformerCost
 from geoalign.perf.memory import SCORER_PARAMETERS, predict_memory
-from geoalign.rewards.mapanything.layout import LAYOUTS
-from geoalign.rewards.mapanything.network import PoseNetwork
 from geoalign.rewards.vlm.body import RewardQwen, hpsv3_head, videoalign_head
 from geoalign.rewards.vlm.layout import HPSV3_BODY, VIDEOALIGN_BODY
 from geoalign.training.optim import freeze_all_but

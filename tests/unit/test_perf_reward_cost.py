@@ -9,9 +9,9 @@ import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
+from geoalign.evaluators.mapanything.layout import LAYOUTS
+from geoalign.evaluators.mapanything.network import PoseNetwork
 from geoalign.perf.reward_cost import pose_path_flops, qwen_flops
-from geoalign.rewards.mapanything.layout import LAYOUTS
-from geoalign.rewards.mapanything.network import PoseNetwork
 from geoalign.rewards.vlm.body import RewardQwen, hpsv3_head, videoalign_head
 from geoalign.rewards.vlm.layout import HPSV3_BODY, VIDEOALIGN_BODY, QwenLayout
 

@@ -10,10 +10,10 @@ from reward_cases import BODIES, HostReads
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from geoalign.rewards.mapanything.evaluator import PoseBody
-from geoalign.rewards.mapanything.layout import LAYOUTS
-from geoalign.rewards.mapanything.network import PoseNetwork
-from geoalign.rewards.mapanything.preprocess import plan_resize
+from geoalign.evaluators.mapanything.evaluator import PoseBody
+from geoalign.evaluators.mapanything.layout import LAYOUTS
+from geoalign.evaluators.mapanything.network import PoseNetwork
+from geoalign.frozen.mapanything_images import plan_resize
 from geoalign.rewards.vlm.body import RewardQwen, hpsv3_head, videoalign_head
 from geoalign.rewards.vlm.layout import HPSV3_BODY, VIDEOALIGN_BODY, QwenLayout
 from geoalign.rewards.vlm.scorers import StaticBody

@@ -13,15 +13,15 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from geoalign.errors import CheckpointError, RewardError, UsageError
+from geoalign.evaluators.mapanything import evaluator as module
+from geoalign.evaluators.mapanything.checkpoint import SKIPPED_MODULES, load_layout, load_pose_network
+from geoalign.evaluators.mapanything.evaluator import MapAnythingEvaluator, coherent_share, frame_subset
+from geoalign.evaluators.mapanything.layout import LAYOUTS, PoseNetworkLayout
+from geoalign.evaluators.mapanything.network import PoseNetwork, RawPoses
+from geoalign.evaluators.mapanything.published import PublishedBackend
 from geoalign.geometry.trajectory import CameraTrajectory
 from geoalign.rewards.base import PoseEvaluator
 from geoalign.rewards.geometry import GeometryReward
-from geoalign.rewards.mapanything import evaluator as module
-from geoalign.rewards.mapanything.checkpoint import SKIPPED_MODULES, load_layout, load_pose_network
-from geoalign.rewards.mapanything.evaluator import MapAnythingEvaluator, coherent_share, frame_subset
-from geoalign.rewards.mapanything.layout import LAYOUTS, PoseNetworkLayout
-from geoalign.rewards.mapanything.network import PoseNetwork, RawPoses
-from geoalign.rewards.mapanything.published import PublishedBackend
 from geoalign.rewards.precision import exact_float32
 from geoalign.types import RetakeBatch, SourceClip
 
@@ -215,7 +215,7 @@ def test_exact_float32_overrides_and_restores_tf32() -> None:
 
 
 def test_build_evaluator_from_settings(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("geoalign.rewards.mapanything.checkpoint.LAYOUTS", {"v1.1": SMALL})
+    monkeypatch.setattr("geoalign.evaluators.mapanything.checkpoint.LAYOUTS", {"v1.1": SMALL})
     save_file(published_file(SMALL, "full_v1_1"), tmp_path / "model.safetensors")
     evaluate = module.build_evaluator(str(tmp_path), device="cpu", frame_stride=2)
     assert isinstance(evaluate.network, PoseNetwork)

@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 from geoalign.errors import UsageError
-from geoalign.rewards.mapanything.layout import LAYOUTS, PoseNetworkLayout
-from geoalign.rewards.mapanything.network import PoseNetwork, RawPoses
+from geoalign.evaluators.mapanything.layout import LAYOUTS, PoseNetworkLayout
+from geoalign.evaluators.mapanything.network import PoseNetwork, RawPoses
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "mapanything"
 TINY = ("tiny_v1_1", "tiny_v1_1_swiglu", "tiny_v1")

@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 from scipy.spatial.transform import Rotation
 
 from geoalign.errors import UsageError
-from geoalign.rewards.mapanything.poses import quaternion_to_rotation, relative_to_first, small_matmul
-from geoalign.rewards.mapanything.preprocess import plan_resize
+from geoalign.evaluators.mapanything.poses import quaternion_to_rotation, relative_to_first, small_matmul
+from geoalign.frozen.mapanything_images import plan_resize
 
 
 def test_plan_of_the_paper_size() -> None:

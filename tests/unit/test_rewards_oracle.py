@@ -7,11 +7,11 @@ import torch
 from torch import Tensor
 
 from geoalign.errors import UsageError
+from geoalign.evaluators.oracle import OracleEvaluator
 from geoalign.geometry import so3
 from geoalign.geometry.trajectory import CameraTrajectory
 from geoalign.rewards.base import PoseEvaluator
 from geoalign.rewards.geometry import GeometryReward
-from geoalign.rewards.oracle import OracleEvaluator
 from geoalign.types import RetakeBatch, SourceClip
 
 FRAMES = 3

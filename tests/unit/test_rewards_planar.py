@@ -12,11 +12,11 @@ from torch import Tensor
 from geoalign.config.rewards import RewardConfig
 from geoalign.config.world import WorldConfig
 from geoalign.errors import ConfigError, RewardError, UsageError
+from geoalign.evaluators.oracle import OracleEvaluator
+from geoalign.evaluators.planar import PlanarAligner
 from geoalign.geometry import so3
 from geoalign.models.codec import PatchCodec
 from geoalign.rewards.geometry import GeometryReward, SourceConsistencyReward
-from geoalign.rewards.oracle import OracleEvaluator
-from geoalign.rewards.planar import PlanarAligner
 from geoalign.rewards.registry import build_evaluator, build_rewards
 from geoalign.training.evaluate import second_evaluator
 from geoalign.types import SourceClip

@@ -224,7 +224,7 @@ def test_camera_of_the_source_by_an_evaluator(
             seen["source"], seen["same"] = source, torch.equal(video, source.video)
             return PoseEstimate(c2w[None] * seen.get("factor", 1.0), torch.arange(5), torch.ones(1), torch.zeros(1))
 
-    monkeypatch.setattr("geoalign.rewards.planar.PlanarAligner", StandIn)
+    monkeypatch.setattr("geoalign.evaluators.planar.PlanarAligner", StandIn)
     plane = ("--ground-plane", "0,2,0,3", "--intrinsics", "0.9,1.2,0.5,0.5")
     assert run(model, clip, tmp_path / "out.mp4", "--source-estimator", "planar", *plane) == 0
     assert "estimated by planar: a path of 3 m, 100% tracked" in capsys.readouterr().out

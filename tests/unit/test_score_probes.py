@@ -10,9 +10,9 @@ import pytest
 import torch
 
 from geoalign.cli.main import main
+from geoalign.evaluators.flow_pnp import FlowPnpEvaluator
 from geoalign.rewards import registry
 from geoalign.rewards.base import RewardOutput
-from geoalign.rewards.flow_pnp import FlowPnpEvaluator
 from geoalign.rewards.geometry import GeometryReward
 from geoalign.rewards.probes import PROBES
 from geoalign.score_probes import PROBE_SIZES, probe_table

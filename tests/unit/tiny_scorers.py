@@ -8,11 +8,11 @@ from collections.abc import Callable
 import torch
 from torch import nn
 
+from geoalign.evaluators.mapanything.evaluator import MapAnythingEvaluator
+from geoalign.evaluators.mapanything.layout import PoseNetworkLayout
+from geoalign.evaluators.mapanything.network import PoseNetwork
 from geoalign.rewards.arena import ScorerMemory
 from geoalign.rewards.frames import SharedFrames
-from geoalign.rewards.mapanything.evaluator import MapAnythingEvaluator
-from geoalign.rewards.mapanything.layout import PoseNetworkLayout
-from geoalign.rewards.mapanything.network import PoseNetwork
 from geoalign.rewards.vlm.body import RewardQwen, hpsv3_head, videoalign_head
 from geoalign.rewards.vlm.layout import QwenLayout
 from geoalign.rewards.vlm.scorers import Hpsv3Reward, VideoAlignReward

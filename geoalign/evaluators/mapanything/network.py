@@ -17,8 +17,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from geoalign.errors import UsageError
-from geoalign.rewards.mapanything.blocks import LAYER_NORM_EPS, Block, CastLinear
-from geoalign.rewards.mapanything.layout import PoseNetworkLayout
+from geoalign.evaluators.mapanything.blocks import LAYER_NORM_EPS, Block, CastLinear
+from geoalign.evaluators.mapanything.layout import PoseNetworkLayout
 
 _POSE_HIDDEN, _POSE_RESIDUAL_BLOCKS = 784, 2
 _SCALE_HIDDEN, _SCALE_LAYERS = 196, 2

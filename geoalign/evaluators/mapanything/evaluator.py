@@ -10,15 +10,15 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from geoalign.errors import UsageError
+from geoalign.evaluators.mapanything.checkpoint import load_pose_network
+from geoalign.evaluators.mapanything.network import PoseBackend, PoseNetwork
+from geoalign.evaluators.mapanything.poses import relative_to_first
+from geoalign.frozen.mapanything_images import IMAGENET_MEAN, IMAGENET_STD
 from geoalign.rewards.arena import ScorerMemory
 from geoalign.rewards.base import PoseEstimate
 from geoalign.rewards.device import named_device
 from geoalign.rewards.frames import SharedFrames
 from geoalign.rewards.graphed import Body, GraphedScorer
-from geoalign.rewards.mapanything.checkpoint import load_pose_network
-from geoalign.rewards.mapanything.network import PoseBackend, PoseNetwork
-from geoalign.rewards.mapanything.poses import relative_to_first
-from geoalign.rewards.mapanything.preprocess import IMAGENET_MEAN, IMAGENET_STD
 from geoalign.rewards.precision import exactly
 from geoalign.types import SourceClip
 
@@ -188,7 +188,7 @@ def build_evaluator(
         )
     place = named_device(device)
     if backend == "published":
-        from geoalign.rewards.mapanything.published import PublishedBackend
+        from geoalign.evaluators.mapanything.published import PublishedBackend
 
         network: PoseBackend = PublishedBackend.from_pretrained(checkpoint, device=place, dtype=DTYPES[dtype])
         graphs = False

@@ -9,8 +9,8 @@ from pathlib import Path
 import torch
 
 from geoalign.errors import CheckpointError, RewardError, UsageError
-from geoalign.rewards.mapanything.layout import HUB_IDS, LAYOUTS, PoseNetworkLayout
-from geoalign.rewards.mapanything.network import PoseNetwork
+from geoalign.evaluators.mapanything.layout import HUB_IDS, LAYOUTS, PoseNetworkLayout
+from geoalign.evaluators.mapanything.network import PoseNetwork
 
 SKIPPED_MODULES = (
     # Encoders of geometric inputs (rays, depth, poses): the reward feeds images only, and they then add exactly zero.

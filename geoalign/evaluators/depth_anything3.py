@@ -16,10 +16,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from geoalign.errors import RewardError, UsageError
+from geoalign.evaluators.mapanything.evaluator import coherent_share, frame_subset
 from geoalign.geometry.trajectory import CameraTrajectory
 from geoalign.rewards.base import PoseEstimate
 from geoalign.rewards.device import named_device
-from geoalign.rewards.mapanything.evaluator import coherent_share, frame_subset
 from geoalign.rewards.vlm.preprocess import to_uint8
 from geoalign.types import SourceClip
 

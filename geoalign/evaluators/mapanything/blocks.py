@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from geoalign.rewards.mapanything.layout import FeedForward
+from geoalign.evaluators.mapanything.layout import FeedForward
 
 LAYER_NORM_EPS = 1e-6
 

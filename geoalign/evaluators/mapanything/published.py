@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from geoalign.errors import RewardError
-from geoalign.rewards.mapanything.network import RawPoses
+from geoalign.evaluators.mapanything.network import RawPoses
 
 INSTALL = 'pip install "mapanything @ git+https://github.com/facebookresearch/map-anything"'
 

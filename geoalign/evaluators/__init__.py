@@ -1,0 +1,1 @@
+"""Cameras of a video: what reads them, for rewards, ``prepare``, ``sample`` and the evaluation alike."""

@@ -1,0 +1,1 @@
+"""What frozen networks share: their pixels, graphs, arena of weights, precision."""
