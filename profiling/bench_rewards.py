@@ -27,15 +27,15 @@ from torch import Tensor, nn
 from geoalign.evaluators.mapanything.evaluator import PoseBody
 from geoalign.evaluators.mapanything.layout import LAYOUTS, PoseNetworkLayout
 from geoalign.evaluators.mapanything.network import PoseNetwork
+from geoalign.frozen.arena import WeightArena
+from geoalign.frozen.graphed import CudaGraphBackend, GraphedScorer
 from geoalign.frozen.mapanything_images import plan_resize
+from geoalign.frozen.precision import exactly
+from geoalign.frozen.qwen_patches import fit_size
 from geoalign.perf.cost import DEVICES
 from geoalign.perf.reward_cost import pose_path_flops, qwen_flops
-from geoalign.rewards.arena import WeightArena
-from geoalign.rewards.graphed import CudaGraphBackend, GraphedScorer
-from geoalign.rewards.precision import exactly
 from geoalign.rewards.vlm.body import RewardQwen, hpsv3_head, videoalign_head
 from geoalign.rewards.vlm.layout import HPSV3_BODY, VIDEOALIGN_BODY, QwenLayout
-from geoalign.rewards.vlm.preprocess import fit_size
 from geoalign.rewards.vlm.scorers import StaticBody
 
 FRAME = (480, 832)

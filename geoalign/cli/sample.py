@@ -59,10 +59,10 @@ def _run(args: argparse.Namespace) -> int:
     import torch
 
     from geoalign.errors import UsageError
+    from geoalign.frozen.device import named_device
     from geoalign.io_utils import check_writable
     from geoalign.models.layouts import count, model_shapes
     from geoalign.models.open import config_of, open_codec, open_model
-    from geoalign.rewards.device import named_device
     from geoalign.rl.policy import RetakePolicy
     from geoalign.sampling import build_condition, estimate, read_inputs, retake
 

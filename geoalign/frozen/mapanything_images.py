@@ -2,7 +2,7 @@
 
 The published loader reads 8-bit images, resizes them with Pillow (Lanczos when shrinking, bicubic when enlarging),
 which rounds to 8 bits after the horizontal and again after the vertical pass, and crops the centre. The pixels are
-computed by ``geoalign_kernels.frame_preprocess``, see :mod:`geoalign.rewards.frames`.
+computed by ``geoalign_kernels.frame_preprocess``, see :mod:`geoalign.frozen.frames`.
 """
 
 from __future__ import annotations

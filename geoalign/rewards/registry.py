@@ -18,9 +18,9 @@ from torch import Tensor
 
 from geoalign.config.rewards import FailureConfig, RewardConfig
 from geoalign.errors import ConfigError
-from geoalign.rewards.arena import ScorerMemory
+from geoalign.frozen.arena import ScorerMemory
+from geoalign.frozen.frames import SharedFrames
 from geoalign.rewards.base import PoseEstimate, PoseEvaluator, Reward
-from geoalign.rewards.frames import SharedFrames
 from geoalign.rewards.guard import GuardedReward
 from geoalign.rewards.worker import WorkerReward
 from geoalign.types import SourceClip

@@ -16,7 +16,7 @@ from torch import Tensor
 
 import geoalign_kernels as gk
 from geoalign.frozen.mapanything_images import IMAGENET_MEAN, IMAGENET_STD, plan_resize
-from geoalign.rewards.vlm.preprocess import CLIP_MEAN, CLIP_STD, fit_size
+from geoalign.frozen.qwen_patches import CLIP_MEAN, CLIP_STD, fit_size
 from geoalign_kernels import native
 from geoalign_kernels.dispatch import UnsupportedInput
 from geoalign_kernels.ops.frame_preprocess import native_impl

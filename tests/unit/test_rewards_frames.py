@@ -17,9 +17,9 @@ from torch import Tensor
 import geoalign_kernels as gk
 from geoalign.config.rewards import FailureConfig, RewardConfig
 from geoalign.errors import ConfigError
+from geoalign.frozen.frames import SharedFrames
 from geoalign.geometry.trajectory import CameraTrajectory
 from geoalign.rewards import registry
-from geoalign.rewards.frames import SharedFrames
 from geoalign.rewards.registry import build_rewards
 from geoalign.rewards.worker import WorkerReward
 from geoalign.rl.score import Scores

@@ -13,13 +13,13 @@ import torch
 from reward_cases import BODIES, MeanReward, tiny_geometry, tiny_hpsv3
 from torch import Tensor, nn
 
+from geoalign.frozen.arena import WeightArena
+from geoalign.frozen.graphed import CudaGraphBackend, GraphedScorer
+from geoalign.frozen.precision import exact_float32, exactly
 from geoalign.geometry.trajectory import CameraTrajectory
-from geoalign.rewards.arena import WeightArena
 from geoalign.rewards.base import Reward, RewardOutput
-from geoalign.rewards.graphed import CudaGraphBackend, GraphedScorer
 from geoalign.rewards.guard import GuardedReward
 from geoalign.rewards.placement import Scored, decode_and_score, score_all
-from geoalign.rewards.precision import exact_float32, exactly
 from geoalign.rewards.worker import WorkerReward
 from geoalign.types import RetakeBatch, SourceClip
 

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from geoalign.errors import UsageError
-from geoalign.rewards.arena import WeightArena
-from geoalign.rewards.graphed import Body, CudaGraphBackend, GraphedScorer, _Streams
+from geoalign.frozen.arena import WeightArena
+from geoalign.frozen.graphed import Body, CudaGraphBackend, GraphedScorer, _Streams
 
 
 class Affine(nn.Module):

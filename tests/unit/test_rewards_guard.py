@@ -10,7 +10,7 @@ import torch
 from reward_cases import MeanReward, batch_of, honest, videos_of
 
 from geoalign.errors import RunError
-from geoalign.rewards import precision
+from geoalign.frozen import precision
 from geoalign.rewards.base import RewardOutput
 from geoalign.rewards.guard import GuardedReward
 from geoalign.rewards.placement import decode_and_score, score_all

@@ -19,10 +19,10 @@ from geoalign.evaluators.mapanything.evaluator import MapAnythingEvaluator, cohe
 from geoalign.evaluators.mapanything.layout import LAYOUTS, PoseNetworkLayout
 from geoalign.evaluators.mapanything.network import PoseNetwork, RawPoses
 from geoalign.evaluators.mapanything.published import PublishedBackend
+from geoalign.frozen.precision import exact_float32
 from geoalign.geometry.trajectory import CameraTrajectory
 from geoalign.rewards.base import PoseEvaluator
 from geoalign.rewards.geometry import GeometryReward
-from geoalign.rewards.precision import exact_float32
 from geoalign.types import RetakeBatch, SourceClip
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "mapanything"

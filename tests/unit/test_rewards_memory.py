@@ -11,8 +11,8 @@ from tiny_scorers import QWEN, encode, hpsv3, mapanything, random_network, video
 from torch import Tensor, nn
 
 from geoalign.errors import UsageError
+from geoalign.frozen.arena import ScorerMemory
 from geoalign.geometry.trajectory import CameraTrajectory
-from geoalign.rewards.arena import ScorerMemory
 from geoalign.rewards.geometry import GeometryReward
 from geoalign.rewards.vlm.body import hpsv3_head
 from geoalign.rewards.vlm.scorers import _MOST_BODIES, Hpsv3Reward

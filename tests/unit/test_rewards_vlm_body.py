@@ -7,7 +7,8 @@ import torch
 from torch import Tensor
 
 from geoalign.errors import UsageError
-from geoalign.rewards.frames import SharedFrames
+from geoalign.frozen.frames import SharedFrames
+from geoalign.frozen.qwen_patches import fit_size, sample_frames
 from geoalign.rewards.vlm.body import (
     RewardQwen,
     hpsv3_head,
@@ -16,7 +17,6 @@ from geoalign.rewards.vlm.body import (
     vision_table,
 )
 from geoalign.rewards.vlm.layout import HPSV3_BODY, VIDEOALIGN_BODY, QwenLayout
-from geoalign.rewards.vlm.preprocess import fit_size, sample_frames
 from geoalign.rewards.vlm.scorers import StaticBody
 
 TINY = QwenLayout(32, 2, 2, 64, 64, 2, 4, 2, 128, rows=512)

@@ -11,8 +11,8 @@ from torch import nn
 from geoalign.evaluators.mapanything.evaluator import MapAnythingEvaluator
 from geoalign.evaluators.mapanything.layout import PoseNetworkLayout
 from geoalign.evaluators.mapanything.network import PoseNetwork
-from geoalign.rewards.arena import ScorerMemory
-from geoalign.rewards.frames import SharedFrames
+from geoalign.frozen.arena import ScorerMemory
+from geoalign.frozen.frames import SharedFrames
 from geoalign.rewards.vlm.body import RewardQwen, hpsv3_head, videoalign_head
 from geoalign.rewards.vlm.layout import QwenLayout
 from geoalign.rewards.vlm.scorers import Hpsv3Reward, VideoAlignReward

@@ -13,13 +13,13 @@ from geoalign.errors import UsageError
 from geoalign.evaluators.mapanything.checkpoint import load_pose_network
 from geoalign.evaluators.mapanything.network import PoseBackend, PoseNetwork
 from geoalign.evaluators.mapanything.poses import relative_to_first
+from geoalign.frozen.arena import ScorerMemory
+from geoalign.frozen.device import named_device
+from geoalign.frozen.frames import SharedFrames
+from geoalign.frozen.graphed import Body, GraphedScorer
 from geoalign.frozen.mapanything_images import IMAGENET_MEAN, IMAGENET_STD
-from geoalign.rewards.arena import ScorerMemory
+from geoalign.frozen.precision import exactly
 from geoalign.rewards.base import PoseEstimate
-from geoalign.rewards.device import named_device
-from geoalign.rewards.frames import SharedFrames
-from geoalign.rewards.graphed import Body, GraphedScorer
-from geoalign.rewards.precision import exactly
 from geoalign.types import SourceClip
 
 _LUMA = (0.299, 0.587, 0.114)

@@ -12,17 +12,17 @@ import torch
 from torch import Tensor, nn
 
 from geoalign.errors import UsageError
-from geoalign.rewards.arena import ScorerMemory
+from geoalign.frozen.arena import ScorerMemory
+from geoalign.frozen.device import named_device
+from geoalign.frozen.frames import SharedFrames, Shown
+from geoalign.frozen.graphed import GraphedScorer
+from geoalign.frozen.precision import exactly
+from geoalign.frozen.qwen_patches import fit_size, sample_frames, to_uint8
 from geoalign.rewards.base import RewardOutput
-from geoalign.rewards.device import named_device
-from geoalign.rewards.frames import SharedFrames, Shown
-from geoalign.rewards.graphed import GraphedScorer
-from geoalign.rewards.precision import exactly
 from geoalign.rewards.vlm import prompts, templates
 from geoalign.rewards.vlm.body import RewardQwen, hpsv3_head, text_table, videoalign_head, vision_table
 from geoalign.rewards.vlm.checkpoint import PEFT_PREFIX, fold_lora, load_scorer, read_tensors, strip_prefix
 from geoalign.rewards.vlm.layout import HPSV3_BODY, VIDEOALIGN_BODY
-from geoalign.rewards.vlm.preprocess import fit_size, sample_frames, to_uint8
 from geoalign.rewards.vlm.prompts import Encode, TokenPlan
 from geoalign.types import RetakeBatch
 

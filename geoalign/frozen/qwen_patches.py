@@ -1,6 +1,6 @@
 """Which frames Qwen2-VL scorers see, at which size and with which statistics.
 
-The patches are computed by ``geoalign_kernels.frame_preprocess``, see :mod:`geoalign.rewards.frames`.
+The patches are computed by ``geoalign_kernels.frame_preprocess``, see :mod:`geoalign.frozen.frames`.
 """
 
 from __future__ import annotations

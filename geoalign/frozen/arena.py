@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from geoalign.errors import UsageError
-from geoalign.rewards.graphed import CaptureBackend, CudaGraphBackend
+from geoalign.frozen.graphed import CaptureBackend, CudaGraphBackend
 
 # CUDA allocations and vectorised loads want at least this alignment, in bytes.
 _ALIGNMENT = 256

@@ -19,8 +19,8 @@ from torch import Tensor
 
 import geoalign_kernels as gk
 from geoalign.frozen.mapanything_images import IMAGENET_MEAN, IMAGENET_STD, plan_resize
-from geoalign.rewards.precision import exact_float32
-from geoalign.rewards.vlm.preprocess import CLIP_MEAN, CLIP_STD
+from geoalign.frozen.precision import exact_float32
+from geoalign.frozen.qwen_patches import CLIP_MEAN, CLIP_STD
 
 Form = Literal["geometry", "clip", "still"]
 """A field of ``geoalign_kernels.FrameInputs``: images for MapAnything, patches of frame pairs, patches of frames."""

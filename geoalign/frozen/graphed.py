@@ -2,7 +2,7 @@
 
 A graph records addresses, not values: its inputs, outputs and weights must stay where they were. Inputs are copied into
 static buffers and outputs are cloned, so callers never see them. Weights are watched: a scorer whose weights moved is
-captured again. To share memory between scorers without moving weights, see :class:`geoalign.rewards.arena.WeightArena`.
+captured again. To share memory between scorers without moving weights, see :class:`geoalign.frozen.arena.WeightArena`.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from geoalign.errors import UsageError
-from geoalign.rewards.precision import HOST
+from geoalign.frozen.precision import HOST
 
 _LOG = logging.getLogger(__name__)
 
