@@ -15,7 +15,7 @@ from geoalign.errors import DataError, RewardError, UserError
 from geoalign.geometry.io import load_trajectory
 from geoalign.geometry.trajectory import CameraTrajectory
 from geoalign.rewards.base import Reward, RewardOutput
-from geoalign.rewards.guard import check_output
+from geoalign.rewards.running.guard import check_output
 from geoalign.types import RetakeBatch, SourceClip
 
 

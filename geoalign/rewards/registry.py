@@ -21,8 +21,8 @@ from geoalign.errors import ConfigError
 from geoalign.frozen.arena import ScorerMemory
 from geoalign.frozen.frames import SharedFrames
 from geoalign.rewards.base import PoseEstimate, PoseEvaluator, Reward
-from geoalign.rewards.guard import GuardedReward
-from geoalign.rewards.worker import WorkerReward
+from geoalign.rewards.running.guard import GuardedReward
+from geoalign.rewards.running.worker import WorkerReward
 from geoalign.types import SourceClip
 
 # name -> "module:callable". The callable takes keyword options, whose values are checked against its annotations.

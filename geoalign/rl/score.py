@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from geoalign.rewards.placement import Scored
+from geoalign.rewards.running.turns import Scored
 
 
 @dataclass(frozen=True, slots=True)

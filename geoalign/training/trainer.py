@@ -17,8 +17,8 @@ from geoalign.flow.table import StepWindow, build_step_table
 from geoalign.models.fast import attention_modes, set_attention_modes
 from geoalign.perf.timer import PhaseTimer, phase
 from geoalign.rewards.base import Reward
-from geoalign.rewards.guard import GuardedReward
-from geoalign.rewards.placement import decode_and_score
+from geoalign.rewards.running.guard import GuardedReward
+from geoalign.rewards.running.turns import decode_and_score
 from geoalign.rl.advantage import Advantage, group_advantage
 from geoalign.rl.objective import loss_weights
 from geoalign.rl.policy import Prepared, RetakePolicy

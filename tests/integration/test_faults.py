@@ -16,7 +16,7 @@ from geoalign.cli.main import main
 from geoalign.errors import CheckpointError, RunError
 from geoalign.io_utils import read_jsonl
 from geoalign.rewards.base import Reward, RewardOutput
-from geoalign.rewards.guard import GuardedReward
+from geoalign.rewards.running.guard import GuardedReward
 from geoalign.rl.policy import RetakePolicy
 from geoalign.training import checkpoint as checkpoints
 from geoalign.training.ranks import LocalRanks, Ranks

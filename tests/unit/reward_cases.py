@@ -16,7 +16,7 @@ from geoalign.evaluators.mapanything.network import PoseNetwork
 from geoalign.geometry.trajectory import CameraTrajectory
 from geoalign.rewards.base import Reward, RewardOutput
 from geoalign.rewards.geometry import GeometryReward
-from geoalign.rewards.placement import score_all
+from geoalign.rewards.running.turns import score_all
 from geoalign.rewards.vlm.body import RewardQwen, hpsv3_head, videoalign_head
 from geoalign.rewards.vlm.layout import QwenLayout
 from geoalign.rewards.vlm.scorers import Hpsv3Reward, StaticBody

@@ -21,7 +21,7 @@ from geoalign.frozen.frames import SharedFrames
 from geoalign.geometry.trajectory import CameraTrajectory
 from geoalign.rewards import registry
 from geoalign.rewards.registry import build_rewards
-from geoalign.rewards.worker import WorkerReward
+from geoalign.rewards.running.worker import WorkerReward
 from geoalign.rl.score import Scores
 from geoalign.types import RetakeBatch, SourceClip
 

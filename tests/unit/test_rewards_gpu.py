@@ -18,9 +18,9 @@ from geoalign.frozen.graphed import CudaGraphBackend, GraphedScorer
 from geoalign.frozen.precision import exact_float32, exactly
 from geoalign.geometry.trajectory import CameraTrajectory
 from geoalign.rewards.base import Reward, RewardOutput
-from geoalign.rewards.guard import GuardedReward
-from geoalign.rewards.placement import Scored, decode_and_score, score_all
-from geoalign.rewards.worker import WorkerReward
+from geoalign.rewards.running.guard import GuardedReward
+from geoalign.rewards.running.turns import Scored, decode_and_score, score_all
+from geoalign.rewards.running.worker import WorkerReward
 from geoalign.types import RetakeBatch, SourceClip
 
 pytestmark = pytest.mark.gpu

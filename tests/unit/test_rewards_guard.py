@@ -12,8 +12,8 @@ from reward_cases import MeanReward, batch_of, honest, videos_of
 from geoalign.errors import RunError
 from geoalign.frozen import precision
 from geoalign.rewards.base import RewardOutput
-from geoalign.rewards.guard import GuardedReward
-from geoalign.rewards.placement import decode_and_score, score_all
+from geoalign.rewards.running.guard import GuardedReward
+from geoalign.rewards.running.turns import decode_and_score, score_all
 from geoalign.rl.score import merged
 from geoalign.types import RetakeBatch
 

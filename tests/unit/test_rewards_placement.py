@@ -17,9 +17,9 @@ from geoalign.config.world import WorldConfig
 from geoalign.errors import UsageError
 from geoalign.frozen.precision import HOST, exact_float32
 from geoalign.rewards.base import PoseEstimate, RewardOutput
-from geoalign.rewards.guard import GuardedReward
-from geoalign.rewards.placement import Scored, decode_and_score, score_all
 from geoalign.rewards.registry import LastResult, build_rewards
+from geoalign.rewards.running.guard import GuardedReward
+from geoalign.rewards.running.turns import Scored, decode_and_score, score_all
 from geoalign.types import RetakeBatch, SourceClip
 from geoalign.world.pairs import PairedVideos, paired_videos
 

@@ -21,10 +21,10 @@ from geoalign.config.world import WorldConfig
 from geoalign.errors import ConfigError, RewardError, UsageError
 from geoalign.rewards import registry
 from geoalign.rewards.base import RewardOutput
-from geoalign.rewards.guard import GuardedReward
 from geoalign.rewards.registry import build_rewards
+from geoalign.rewards.running.guard import GuardedReward
+from geoalign.rewards.running.worker import WorkerReward
 from geoalign.rewards.vlm import templates
-from geoalign.rewards.worker import WorkerReward
 from geoalign.types import RetakeBatch, SourceClip
 from geoalign.world.pairs import PairedVideos, paired_videos
 

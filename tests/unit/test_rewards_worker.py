@@ -11,10 +11,10 @@ from reward_cases import BAD, batch_of, honest, videos_of
 from geoalign.config.rewards import RewardConfig
 from geoalign.errors import RewardError
 from geoalign.rewards.base import RewardOutput
-from geoalign.rewards.guard import GuardedReward
-from geoalign.rewards.placement import score_all
 from geoalign.rewards.registry import build_rewards
-from geoalign.rewards.worker import WorkerReward, choose_device, load_output, save_output
+from geoalign.rewards.running.guard import GuardedReward
+from geoalign.rewards.running.turns import score_all
+from geoalign.rewards.running.worker import WorkerReward, choose_device, load_output, save_output
 
 
 @pytest.fixture(scope="module")

@@ -101,7 +101,7 @@ class WorkerReward:
         path = os.pathsep.join(filter(None, (root, str(Path(root) / "kernels"), os.environ.get("PYTHONPATH"))))
         try:
             self._process = subprocess.Popen(
-                [self._python, "-m", "geoalign.rewards.worker", json.dumps(self._setup)],
+                [self._python, "-m", "geoalign.rewards.running.worker", json.dumps(self._setup)],
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 text=True,

@@ -22,7 +22,7 @@ from geoalign.errors import UsageError
 from geoalign.frozen.precision import host
 from geoalign.perf.spans import span
 from geoalign.rewards.base import Reward, RewardOutput
-from geoalign.rewards.guard import check_output, concatenate, invalid_output
+from geoalign.rewards.running.guard import check_output, concatenate, invalid_output
 from geoalign.types import RetakeBatch
 
 _LOG = logging.getLogger(__name__)

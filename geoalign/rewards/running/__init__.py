@@ -1,0 +1,1 @@
+"""How rewards are run: in turns on one device, guarded, in processes of their own."""
