@@ -26,8 +26,8 @@ from geoalign.geometry.trajectory import DEFAULT_INTRINSICS, CameraTrajectory
 from geoalign.models.codec_base import LatentCodec
 from geoalign.models.conditioning import Conditioning
 from geoalign.perf.cost import TransformerCost
+from geoalign.policy.policy import Prepared, RetakePolicy
 from geoalign.rewards.base import PoseEvaluator
-from geoalign.rl.policy import Prepared, RetakePolicy
 from geoalign.types import SourceClip
 
 WAN_SIZE, MAX_FRAMES = (480, 832), 81

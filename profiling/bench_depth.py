@@ -32,8 +32,8 @@ from geoalign.models.dit import RetakeDiT
 from geoalign.models.wan_vae import WanCodec
 from geoalign.perf.budget import Plan, Walk, count_passes
 from geoalign.perf.cost import DEVICES, DeviceProfile, Execution, TransformerCost
+from geoalign.policy.policy import RetakePolicy
 from geoalign.rewards.base import RewardOutput
-from geoalign.rl.policy import RetakePolicy
 from geoalign.training.telemetry import plan_of
 from geoalign.training.trainer import Trainer
 from geoalign.types import Encodings, RetakeBatch, SourceClip

@@ -31,7 +31,7 @@ def _run(args: argparse.Namespace) -> int:
 
     from geoalign.export import formats, lora
     from geoalign.io_utils import atomic_write_json, check_writable
-    from geoalign.models.open import open_model, patch_codec
+    from geoalign.policy.open import open_model, patch_codec
 
     manifest = args.out.with_name(args.out.name + ".manifest.json")
     for path in (manifest,) if args.format == "diffusers" else (manifest, args.out):

@@ -62,8 +62,8 @@ def _run(args: argparse.Namespace) -> int:
     from geoalign.frozen.device import named_device
     from geoalign.io_utils import check_writable
     from geoalign.models.layouts import count, model_shapes
-    from geoalign.models.open import config_of, open_codec, open_model
-    from geoalign.rl.policy import RetakePolicy
+    from geoalign.policy.open import config_of, open_codec, open_model
+    from geoalign.policy.policy import RetakePolicy
     from geoalign.sampling import build_condition, estimate, read_inputs, retake
 
     _check_arguments(args)

@@ -111,7 +111,7 @@ def run_pretrain(args: argparse.Namespace) -> int:
     config = _load(args)
     from geoalign.errors import UsageError
     from geoalign.io_utils import check_writable
-    from geoalign.training.bundle import save_policy
+    from geoalign.policy.files import save_policy
     from geoalign.training.environment import describe_environment
     from geoalign.training.evaluate import HeldOut, evaluate
     from geoalign.training.pretrain import pretrain
@@ -155,7 +155,7 @@ def run_evaluate(args: argparse.Namespace) -> int:
     config = _load(args)
     from geoalign.errors import ConfigError
     from geoalign.io_utils import atomic_write_json, check_writable, nan_to_none
-    from geoalign.training.bundle import load_policy
+    from geoalign.policy.files import load_policy
     from geoalign.training.environment import describe_environment
     from geoalign.training.evaluate import HeldOut, evaluate
 

@@ -21,11 +21,11 @@ from geoalign.geometry.trajectory import CameraTrajectory
 from geoalign.models.codec import PatchCodec
 from geoalign.models.codec_base import LatentCodec
 from geoalign.models.encoders import ImageEncoder, TextEncoder, load_image_encoder, load_text_encoder
-from geoalign.models.open import open_codec
 from geoalign.models.wan_vae import load_wan_codec
+from geoalign.policy.files import resolve_base
+from geoalign.policy.open import open_codec
 from geoalign.rewards.base import PoseEstimate, PoseEvaluator
 from geoalign.rewards.registry import build_evaluator, evaluator_options
-from geoalign.training.bundle import resolve_base
 from geoalign.training.device import device_of
 from geoalign.types import SourceClip
 from geoalign.world.dataset import is_complete, write_world

@@ -15,8 +15,8 @@ from geoalign.evaluators.planar import PlanarAligner
 from geoalign.flow.sampler import FlowSampler, initial_noise
 from geoalign.flow.table import build_step_table
 from geoalign.geometry import so3
+from geoalign.policy.policy import RetakePolicy
 from geoalign.rewards.base import PoseEvaluator
-from geoalign.rl.policy import RetakePolicy
 from geoalign.types import RetakeBatch
 from geoalign.world.pairs import PairedVideos, paired_videos
 

@@ -15,8 +15,8 @@ from geoalign.flow.policy import Velocity
 from geoalign.flow.rollout import Rollout
 from geoalign.flow.sampler import FlowSampler
 from geoalign.perf.timer import phase
+from geoalign.policy.policy import Prepared, RetakePolicy
 from geoalign.rl.objective import LossOutput, RatioStats, clipped_surrogate, kl_loss, loss_weights, reference_kl
-from geoalign.rl.policy import Prepared, RetakePolicy
 from geoalign.training.engines.base import Engine
 from geoalign.training.ranks import Ranks
 from geoalign.training.reference import ReferencePolicy

@@ -19,8 +19,8 @@ from geoalign.config.schema import Config
 from geoalign.errors import ConfigError
 from geoalign.models.codec import PatchCodec
 from geoalign.models.conditioning import Conditioning
-from geoalign.rl.policy import RetakePolicy
-from geoalign.training.bundle import new_policy
+from geoalign.policy.files import new_policy
+from geoalign.policy.policy import RetakePolicy
 from geoalign.world.pairs import LabelBias, paired_videos
 
 _CHUNK = 256  # pairs rendered at a time

@@ -17,11 +17,11 @@ import torch
 from geoalign.config.load import to_yaml
 from geoalign.config.schema import Config
 from geoalign.data.source import RetakeDataset
-from geoalign.export.formats import save_safetensors
 from geoalign.io_utils import atomic_write_json, atomic_write_text, nan_to_none
 from geoalign.models.codec import PatchCodec
+from geoalign.policy.files import open_base, save_policy
+from geoalign.policy.formats import save_safetensors
 from geoalign.rewards.registry import build_rewards, close_rewards
-from geoalign.training.bundle import open_base, save_policy
 from geoalign.training.checkpoint import CheckpointWriter, TrainState, config_hash, load_checkpoint
 from geoalign.training.device import device_of, dtype_of
 from geoalign.training.distributed import ranks_of_environment

@@ -12,7 +12,7 @@ from geoalign.errors import ConfigError
 from geoalign.models.dit import RetakeDiT
 from geoalign.models.execution import Execution, allow_graphs
 from geoalign.models.fast import fast_twin
-from geoalign.rl.policy import RetakePolicy
+from geoalign.policy.policy import RetakePolicy
 from geoalign.training.device import device_of, dtype_of
 from geoalign.training.engines.base import Engine, build_engine
 from geoalign.training.optim import freeze_all_but

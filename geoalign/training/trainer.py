@@ -16,12 +16,12 @@ from geoalign.flow.sampler import FlowSampler, initial_noise
 from geoalign.flow.table import StepWindow, build_step_table
 from geoalign.models.fast import attention_modes, set_attention_modes
 from geoalign.perf.timer import PhaseTimer, phase
+from geoalign.policy.policy import Prepared, RetakePolicy
 from geoalign.rewards.base import Reward
 from geoalign.rewards.running.guard import GuardedReward
 from geoalign.rewards.running.turns import decode_and_score
 from geoalign.rl.advantage import Advantage, group_advantage
 from geoalign.rl.objective import loss_weights
-from geoalign.rl.policy import Prepared, RetakePolicy
 from geoalign.rl.score import Scores, merged
 from geoalign.rl.window import WindowSchedule
 from geoalign.training.checkpoint import TrainState

@@ -14,7 +14,7 @@ import pytest
 
 from geoalign.io_utils import read_jsonl
 from geoalign.models.codec import seam_ratio
-from geoalign.training.bundle import load_policy
+from geoalign.policy.files import load_policy
 
 ROOT = Path(__file__).parents[2]
 

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from geoalign.io_utils import read_jsonl
-from geoalign.training.bundle import load_policy
+from geoalign.policy.files import load_policy
 from geoalign.training.checkpoint import list_checkpoints
 
 ROOT = Path(__file__).parents[2]

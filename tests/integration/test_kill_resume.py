@@ -13,15 +13,15 @@ import pytest
 import torch
 from training_cases import Conditions, smoke
 
+from geoalign.policy.files import new_policy
 from geoalign.rewards.registry import build_rewards
 from geoalign.training import checkpoint as checkpoints
-from geoalign.training.bundle import new_policy
 from geoalign.training.trainer import Trainer
 
 ROOT = Path(__file__).parents[2]
 # What is patched, its function, and the call that kills: each lies inside the second iteration or its checkpoint.
 PLACES = {
-    "rollout": ("geoalign.rl.policy.RetakePolicy", "fast_velocity", 8),
+    "rollout": ("geoalign.policy.policy.RetakePolicy", "fast_velocity", 8),
     "reward": ("geoalign.training.trainer", "decode_and_score", 2),
     "update": ("geoalign.training.learner", "clipped_surrogate", 2),
     "checkpoint": ("geoalign.training.checkpoint", "save_file", 5),

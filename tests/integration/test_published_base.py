@@ -12,10 +12,10 @@ from training_cases import smoke
 from geoalign.cli.main import main
 from geoalign.config.schema import Config
 from geoalign.errors import ConfigError
-from geoalign.export.formats import save_pretrained, save_safetensors
 from geoalign.models.dit import RetakeDiT
 from geoalign.models.layouts import is_self_attention
-from geoalign.models.open import open_model
+from geoalign.policy.formats import save_pretrained, save_safetensors
+from geoalign.policy.open import open_model
 from geoalign.training.checkpoint import list_checkpoints, load_checkpoint
 from geoalign.training.run import run_training
 

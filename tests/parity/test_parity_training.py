@@ -14,8 +14,8 @@ from geoalign.errors import RunError
 from geoalign.flow.sampler import FlowSampler, initial_noise
 from geoalign.flow.table import build_step_table
 from geoalign.models.dit import RetakeDiT
+from geoalign.policy.policy import RetakePolicy
 from geoalign.rewards.running.guard import GuardedReward
-from geoalign.rl.policy import RetakePolicy
 from geoalign.rl.window import WindowSchedule
 
 

@@ -13,10 +13,10 @@ from torch import Tensor
 from geoalign.config.load import load_config
 from geoalign.config.schema import Config
 from geoalign.models.parallel import SequenceParallel
+from geoalign.policy.files import new_policy
+from geoalign.policy.policy import RetakePolicy
 from geoalign.rewards.base import Reward, RewardOutput
 from geoalign.rewards.registry import build_rewards
-from geoalign.rl.policy import RetakePolicy
-from geoalign.training.bundle import new_policy
 from geoalign.training.ranks import Operation, Ranks
 from geoalign.training.trainer import Trainer
 from geoalign.types import Encodings, RetakeBatch, SourceClip

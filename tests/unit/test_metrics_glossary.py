@@ -9,8 +9,8 @@ import torch
 
 from geoalign.config.load import load_config
 from geoalign.config.schema import Config
+from geoalign.policy.files import new_policy
 from geoalign.rewards.registry import build_rewards
-from geoalign.training.bundle import new_policy
 from geoalign.training.trainer import Trainer
 from geoalign.types import RetakeBatch
 from geoalign.world.pairs import paired_videos

@@ -14,9 +14,9 @@ from geoalign.cli.main import main
 from geoalign.config.model import ModelConfig
 from geoalign.data.video import write_video
 from geoalign.errors import CheckpointError, DataError
-from geoalign.export.formats import save_pretrained
 from geoalign.models.captions import load_captioner
 from geoalign.models.dit import RetakeDiT
+from geoalign.policy.formats import save_pretrained
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

@@ -16,12 +16,12 @@ from safetensors.torch import load_file, save_file
 from geoalign.cli.main import main
 from geoalign.config.model import ModelConfig
 from geoalign.errors import CheckpointError, UsageError
-from geoalign.export.formats import export_recammaster, export_redirector, from_pretrained, manifest, save_pretrained
-from geoalign.export.lora import apply_lora, export_lora
 from geoalign.models.checkpoint import TensorFile, load_dit, load_redirector
 from geoalign.models.dit import RetakeDiT
 from geoalign.models.layouts import LAYOUTS, diffusers_name, model_shapes
-from geoalign.models.open import open_model
+from geoalign.policy.formats import export_recammaster, export_redirector, from_pretrained, manifest, save_pretrained
+from geoalign.policy.lora import apply_lora, export_lora
+from geoalign.policy.open import open_model
 
 BASE = ModelConfig(
     dim=48, heads=2, layers=2, ffn_dim=64, in_channels=32, text_dim=16, freq_dim=32, image_dim=1280,

@@ -9,9 +9,9 @@ import pytest
 import torch
 
 from geoalign.cli.main import main
-from geoalign.export.formats import published_manifest
 from geoalign.models.layouts import LAYOUTS, count, fingerprint, identify, original_names
 from geoalign.models.wan_vae import original_name
+from geoalign.policy.formats import published_manifest
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "models"
 

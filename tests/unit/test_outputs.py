@@ -21,7 +21,7 @@ from geoalign.training.evaluate import Evaluation
         ("budget smoke", "--json", "geoalign.cli.budget.climb"),
         ("config docs", "--write", "geoalign.config.docs.reference_page"),
         ("report {run}", "--output", "geoalign.report.page.report_page"),
-        ("export --format redirector --model {run}", "--out", "geoalign.models.open.open_model"),
+        ("export --format redirector --model {run}", "--out", "geoalign.policy.open.open_model"),
     ],
     ids=lambda value: value.split()[0],
 )

@@ -21,10 +21,10 @@ from geoalign.models import rope
 from geoalign.models.conditioning import Conditioning
 from geoalign.models.dit import RetakeDiT
 from geoalign.models.execution import Recompute
+from geoalign.policy.policy import RetakePolicy
 from geoalign.rewards.base import PoseEstimate
 from geoalign.rewards.geometry import GeometryReward
 from geoalign.rl.objective import clipped_surrogate
-from geoalign.rl.policy import RetakePolicy
 from geoalign.training.optim import freeze_all_but
 from geoalign.types import RetakeBatch, SourceClip
 

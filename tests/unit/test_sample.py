@@ -22,15 +22,15 @@ from geoalign.cli.sample import ESTIMATORS
 from geoalign.config.flow import FlowConfig
 from geoalign.config.model import ModelConfig
 from geoalign.data.video import PyAVReader, write_video
-from geoalign.export.formats import save_pretrained
 from geoalign.flow.table import build_step_table
 from geoalign.geometry.presets import preset
 from geoalign.geometry.trajectory import CameraTrajectory
 from geoalign.models.conditioning import Conditioning
 from geoalign.models.dit import RetakeDiT
+from geoalign.policy.formats import save_pretrained
+from geoalign.policy.policy import RetakePolicy
 from geoalign.rewards.base import PoseEstimate
 from geoalign.rewards.registry import EVALUATORS, build_evaluator
-from geoalign.rl.policy import RetakePolicy
 from geoalign.sampling import RetakeInputs, retake, with_estimated_camera
 from geoalign.types import SourceClip
 

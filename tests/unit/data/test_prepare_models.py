@@ -28,11 +28,11 @@ from geoalign.models.captions import load_captioner
 from geoalign.models.dit import RetakeDiT
 from geoalign.models.encoders import load_image_encoder, load_text_encoder
 from geoalign.models.wan_vae import load_wan_codec
+from geoalign.policy.files import load_policy
+from geoalign.policy.policy import RetakePolicy
 from geoalign.rewards.base import PoseEstimate
 from geoalign.rewards.registry import EVALUATORS
-from geoalign.rl.policy import RetakePolicy
 from geoalign.training import encoders
-from geoalign.training.bundle import load_policy
 from geoalign.training.encoders import encoder_identity, every_frame, render_missing_data, weights_hash
 from geoalign.types import Encodings, SourceClip
 from tests.unit.test_models_captions import save_tiny_blip2

@@ -11,8 +11,8 @@ from geoalign.config.load import load_config
 from geoalign.config.schema import Config
 from geoalign.data.source import RetakeDataset
 from geoalign.errors import CheckpointError
+from geoalign.policy.files import new_policy
 from geoalign.rewards.registry import build_rewards
-from geoalign.training.bundle import new_policy
 from geoalign.training.checkpoint import TrainState
 from geoalign.training.resume import refuse_other_data
 from geoalign.training.snapshot import Snapshot

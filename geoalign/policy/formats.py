@@ -22,7 +22,7 @@ from geoalign.models.checkpoint import LoadReport
 from geoalign.models.codec import PatchCodec
 from geoalign.models.dit import RetakeDiT
 from geoalign.models.layouts import diffusers_name, is_self_attention, model_shapes
-from geoalign.models.open import CODEC_FILE, CONFIG_FILE, open_model
+from geoalign.policy.open import CODEC_FILE, CONFIG_FILE, open_model
 
 WEIGHTS_FILE = "diffusion_pytorch_model.safetensors"
 
@@ -141,7 +141,7 @@ def manifest(tensors: Mapping[str, Tensor]) -> dict[str, Any]:
 
 def published_manifest(config: ModelConfig, kind: str, rank: int = 16) -> dict[str, Any]:
     """Manifest of an export of a full-size model in bfloat16, from its configuration alone (nothing is allocated)."""
-    from geoalign.export.lora import PREFIX, is_factored
+    from geoalign.policy.lora import PREFIX, is_factored
 
     shapes = model_shapes(config)
     if kind == "redirector":

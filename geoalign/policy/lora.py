@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from geoalign.errors import CheckpointError, UsageError
-from geoalign.export.formats import save_safetensors
 from geoalign.models.dit import RetakeDiT
+from geoalign.policy.formats import save_safetensors
 
 PREFIX = "diffusion_model."
 _FACTORED = re.compile(r"blocks\.\d+\.self_attn\.[qkvo]\.weight$")

@@ -20,8 +20,8 @@ from geoalign.errors import CheckpointError, ConfigError
 from geoalign.io_utils import atomic_path
 from geoalign.models.codec import PatchCodec
 from geoalign.models.dit import RetakeDiT
-from geoalign.models.open import apply_delta, header_settings, open_codec, open_model
-from geoalign.rl.policy import RetakePolicy
+from geoalign.policy.open import apply_delta, header_settings, open_codec, open_model
+from geoalign.policy.policy import RetakePolicy
 from geoalign.training.snapshot import copy_strictly
 
 _KIND = "geoalign-policy"

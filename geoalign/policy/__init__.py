@@ -1,0 +1,1 @@
+"""A policy: model and codec, the files that hold it, the door that opens them."""
