@@ -27,7 +27,7 @@ from geoalign.data.dali import DaliReader
 from geoalign.data.prepare import data_settings, prepare
 from geoalign.data.video import PyAVReader, write_video
 from geoalign.geometry.trajectory import CameraTrajectory
-from geoalign.training.environment import describe_environment
+from geoalign.jobs.environment import describe_environment
 
 CLIP = "clip.mp4"
 

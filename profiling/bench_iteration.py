@@ -16,9 +16,9 @@ import torch
 from geoalign.config.load import load_config
 from geoalign.config.schema import Config
 from geoalign.io_utils import atomic_write_json
+from geoalign.jobs.environment import describe_environment
 from geoalign.policy.files import load_policy
 from geoalign.rewards.registry import build_rewards
-from geoalign.training.environment import describe_environment
 from geoalign.training.trainer import Trainer
 from geoalign.types import RetakeBatch
 from geoalign.world.pairs import paired_videos

@@ -20,10 +20,10 @@ from geoalign.evaluators.flow_pnp import FlowPnpEvaluator
 from geoalign.evaluators.planar import PlanarAligner
 from geoalign.geometry import so3
 from geoalign.geometry.trajectory import CameraTrajectory
+from geoalign.jobs.environment import describe_environment
+from geoalign.jobs.evaluate import second_evaluator
 from geoalign.models.codec import PatchCodec
 from geoalign.rewards.base import PoseEvaluator
-from geoalign.training.environment import describe_environment
-from geoalign.training.evaluate import second_evaluator
 from geoalign.world.pairs import LabelBias, PairedVideos, paired_videos
 
 COUNT, SEED = 60, 5

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from geoalign.config.schema import Config
     from geoalign.data.trajectories import TrajectoryPool
 
-ENCODERS = "geoalign.training.encoders"
+ENCODERS = "geoalign.jobs.prepare"
 """Module that builds the encoder of a configuration; looked up by name because data knows no models."""
 
 EXAMPLES = """\

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from geoalign.config.flow import FlowConfig
-    from geoalign.sampling import CostEstimate, RetakeInputs
+    from geoalign.jobs.sample import CostEstimate, RetakeInputs
 
 # Names of geoalign.rewards.registry.EVALUATORS, repeated because the registry imports torch.
 ESTIMATORS = ("depth_anything_3", "flow_pnp", "mapanything", "planar")
@@ -61,10 +61,10 @@ def _run(args: argparse.Namespace) -> int:
     from geoalign.errors import UsageError
     from geoalign.frozen.device import named_device
     from geoalign.io_utils import check_writable
+    from geoalign.jobs.sample import build_condition, estimate, read_inputs, retake
     from geoalign.models.layouts import count, model_shapes
     from geoalign.policy.open import config_of, open_codec, open_model
     from geoalign.policy.policy import RetakePolicy
-    from geoalign.sampling import build_condition, estimate, read_inputs, retake
 
     _check_arguments(args)
     device = named_device(args.device, "--device")
@@ -136,8 +136,8 @@ def _estimate_camera(args: argparse.Namespace, inputs: RetakeInputs) -> RetakeIn
     """The inputs with an estimated source camera if one was asked for."""
     if args.source_estimator is None:
         return inputs
+    from geoalign.jobs.sample import with_estimated_camera
     from geoalign.rewards.registry import build_evaluator
-    from geoalign.sampling import with_estimated_camera
 
     options = {}
     if args.source_estimator in WITH_WEIGHTS:

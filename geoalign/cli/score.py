@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Any
 from geoalign.errors import DataError, RewardError, RunError, UsageError, UserError
 
 if TYPE_CHECKING:
+    from geoalign.jobs.score import Condition
     from geoalign.rewards.base import Reward
-    from geoalign.scoring import Condition
 
 EPILOG = """\
 Frames 0..F-1 of a video are compared with the F poses of the path; `frames` and `video_frames` in the output say how
@@ -126,7 +126,7 @@ def _build(name: str, options: dict[str, Any]) -> Reward:
 
 
 def _probe(args: argparse.Namespace, options: dict[str, Any], size: tuple[int, int] | None) -> int:
-    from geoalign.score_probes import PROBE_SIZES, print_probes, probe_table, resists
+    from geoalign.jobs.score_probes import PROBE_SIZES, print_probes, probe_table, resists
 
     rows = probe_table(_build(args.reward, options), size=size or PROBE_SIZES.get(options.get("evaluator", "")))
     print_probes(rows)
@@ -135,8 +135,8 @@ def _probe(args: argparse.Namespace, options: dict[str, Any], size: tuple[int, i
 
 
 def _score(args: argparse.Namespace, options: dict[str, Any], size: tuple[int, int] | None) -> int:
-    from geoalign.score_plot import check_plot
-    from geoalign.scoring import read_condition
+    from geoalign.jobs.score import read_condition
+    from geoalign.jobs.score_plot import check_plot
 
     evaluator = options.get("evaluator")
     videos = _videos(args.video)
@@ -168,8 +168,8 @@ def _videos(path: Path) -> list[Path]:
 
 def _row(path: Path, reward: Reward, condition: Condition, *, plot: bool, alone: bool) -> dict[str, Any]:
     """Score one video of several: what fails is noted in its row. A single video that cannot be scored raises."""
-    from geoalign.score_plot import plot_scored
-    from geoalign.scoring import judge, score_row
+    from geoalign.jobs.score import judge, score_row
+    from geoalign.jobs.score_plot import plot_scored
 
     row: dict[str, Any] = {"video": str(path), "valid": False}
     try:

@@ -64,7 +64,7 @@ def _load(args: argparse.Namespace) -> Config:
 def run_train(args: argparse.Namespace) -> int:
     """Train; prints the held-out improvement and where the report lies."""
     config = _load(args)
-    from geoalign.training.run import run_training
+    from geoalign.jobs.train import run_training
 
     if args.dry_run:
         return _dry_run(config)
@@ -99,7 +99,7 @@ def _print_comparison(summary: dict[str, Any]) -> None:
 
 
 def _dry_run(config: Config) -> int:
-    from geoalign.training.dry_run import describe_run
+    from geoalign.jobs.train_dry_run import describe_run
 
     for name, value in describe_run(config).items():
         print(f"{name:<12} {value}")
@@ -111,11 +111,11 @@ def run_pretrain(args: argparse.Namespace) -> int:
     config = _load(args)
     from geoalign.errors import UsageError
     from geoalign.io_utils import check_writable
+    from geoalign.jobs.environment import describe_environment
+    from geoalign.jobs.evaluate import HeldOut, evaluate
+    from geoalign.jobs.pretrain import pretrain
+    from geoalign.jobs.progress import bar
     from geoalign.policy.files import save_policy
-    from geoalign.training.environment import describe_environment
-    from geoalign.training.evaluate import HeldOut, evaluate
-    from geoalign.training.pretrain import pretrain
-    from geoalign.training.progress import bar
 
     if args.out.suffix != ".safetensors":
         raise UsageError(f"--out {args.out}: policies are read by this suffix; name a .safetensors file")
@@ -155,9 +155,9 @@ def run_evaluate(args: argparse.Namespace) -> int:
     config = _load(args)
     from geoalign.errors import ConfigError
     from geoalign.io_utils import atomic_write_json, check_writable, nan_to_none
+    from geoalign.jobs.environment import describe_environment
+    from geoalign.jobs.evaluate import HeldOut, evaluate
     from geoalign.policy.files import load_policy
-    from geoalign.training.environment import describe_environment
-    from geoalign.training.evaluate import HeldOut, evaluate
 
     if config.world is None:
         raise ConfigError("evaluate needs held-out pairs with a true render: set the world section (tiny_cpu has it)")

@@ -92,7 +92,7 @@ def test_shipped_base_is_what_it_says() -> None:
 
     from geoalign.config.load import load_config
     from geoalign.config.schema import Config
-    from geoalign.training.evaluate import HeldOut, evaluate
+    from geoalign.jobs.evaluate import HeldOut, evaluate
 
     path = ROOT / "geoalign" / "_assets" / "tiny_base.safetensors"
     assert path.stat().st_size < 3e6

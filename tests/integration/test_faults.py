@@ -15,12 +15,12 @@ from training_cases import Brightness, gradient_of, on_fake_ranks, smoke, traine
 from geoalign.cli.main import main
 from geoalign.errors import CheckpointError, RunError
 from geoalign.io_utils import read_jsonl
+from geoalign.jobs.train import run_training
 from geoalign.policy.policy import RetakePolicy
 from geoalign.rewards.base import Reward, RewardOutput
 from geoalign.rewards.running.guard import GuardedReward
 from geoalign.training import checkpoint as checkpoints
 from geoalign.training.ranks import LocalRanks, Ranks
-from geoalign.training.run import run_training
 from geoalign.training.trainer import Trainer
 from geoalign.types import RetakeBatch
 

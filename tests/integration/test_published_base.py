@@ -12,12 +12,12 @@ from training_cases import smoke
 from geoalign.cli.main import main
 from geoalign.config.schema import Config
 from geoalign.errors import ConfigError
+from geoalign.jobs.train import run_training
 from geoalign.models.dit import RetakeDiT
 from geoalign.models.layouts import is_self_attention
 from geoalign.policy.formats import save_pretrained, save_safetensors
 from geoalign.policy.open import open_model
 from geoalign.training.checkpoint import list_checkpoints, load_checkpoint
-from geoalign.training.run import run_training
 
 MODEL = {
     "dim": 96, "heads": 4, "layers": 2, "ffn_dim": 128, "in_channels": 32, "out_channels": 16, "patch": (1, 2, 2),

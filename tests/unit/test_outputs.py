@@ -10,14 +10,14 @@ import pytest
 from geoalign.cli.main import main
 from geoalign.errors import DataError, RunError, UsageError
 from geoalign.io_utils import atomic_path, atomic_write_text, check_writable
-from geoalign.training.evaluate import Evaluation
+from geoalign.jobs.evaluate import Evaluation
 
 
 @pytest.mark.parametrize(
     ("verb", "option", "work"),
     [
-        ("pretrain --config smoke", "--out", "geoalign.training.pretrain.pretrain"),
-        ("evaluate --config smoke --policy builtin:tiny_base", "--json", "geoalign.training.evaluate.evaluate"),
+        ("pretrain --config smoke", "--out", "geoalign.jobs.pretrain.pretrain"),
+        ("evaluate --config smoke --policy builtin:tiny_base", "--json", "geoalign.jobs.evaluate.evaluate"),
         ("budget smoke", "--json", "geoalign.cli.budget.climb"),
         ("config docs", "--write", "geoalign.config.docs.reference_page"),
         ("report {run}", "--output", "geoalign.report.page.report_page"),
@@ -55,8 +55,8 @@ def test_numbers_that_are_not_finite_are_null(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     found = Evaluation({"presets": {"psnr_db": [float("nan"), 20.0]}}, {}, {})
-    monkeypatch.setattr("geoalign.training.evaluate.evaluate", lambda *_, **__: found)
-    monkeypatch.setattr("geoalign.training.evaluate.HeldOut.build", lambda *_: None)
+    monkeypatch.setattr("geoalign.jobs.evaluate.evaluate", lambda *_, **__: found)
+    monkeypatch.setattr("geoalign.jobs.evaluate.HeldOut.build", lambda *_: None)
     command = ["evaluate", "--config", "smoke", "--policy", "builtin:tiny_base", "--json", str(tmp_path / "e.json")]
     assert main(command) == 0
     assert json.loads((tmp_path / "e.json").read_text())["held_out"] == {"presets": {"psnr_db": [None, 20.0]}}

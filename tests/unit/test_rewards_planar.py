@@ -15,10 +15,10 @@ from geoalign.errors import ConfigError, RewardError, UsageError
 from geoalign.evaluators.oracle import OracleEvaluator
 from geoalign.evaluators.planar import PlanarAligner
 from geoalign.geometry import so3
+from geoalign.jobs.evaluate import second_evaluator
 from geoalign.models.codec import PatchCodec
 from geoalign.rewards.geometry import GeometryReward, SourceConsistencyReward
 from geoalign.rewards.registry import build_evaluator, build_rewards
-from geoalign.training.evaluate import second_evaluator
 from geoalign.types import SourceClip
 from geoalign.world.pairs import PairedVideos, paired_videos
 

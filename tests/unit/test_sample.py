@@ -25,13 +25,13 @@ from geoalign.data.video import PyAVReader, write_video
 from geoalign.flow.table import build_step_table
 from geoalign.geometry.presets import preset
 from geoalign.geometry.trajectory import CameraTrajectory
+from geoalign.jobs.sample import RetakeInputs, retake, with_estimated_camera
 from geoalign.models.conditioning import Conditioning
 from geoalign.models.dit import RetakeDiT
 from geoalign.policy.formats import save_pretrained
 from geoalign.policy.policy import RetakePolicy
 from geoalign.rewards.base import PoseEstimate
 from geoalign.rewards.registry import EVALUATORS, build_evaluator
-from geoalign.sampling import RetakeInputs, retake, with_estimated_camera
 from geoalign.types import SourceClip
 
 RECAM = ModelConfig(
@@ -78,7 +78,7 @@ def made(monkeypatch: pytest.MonkeyPatch) -> list[torch.Tensor]:
         videos.append(retake(*args, **options))
         return videos[-1]
 
-    monkeypatch.setattr("geoalign.sampling.retake", recorded)
+    monkeypatch.setattr("geoalign.jobs.sample.retake", recorded)
     return videos
 
 
@@ -331,7 +331,7 @@ def test_results_that_are_not_finite_are_refused(
 def test_outputs_are_checked_before_sampling(
     model: Path, clip: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr("geoalign.sampling.retake", lambda *_, **__: pytest.fail("sampled before the check"))
+    monkeypatch.setattr("geoalign.jobs.sample.retake", lambda *_, **__: pytest.fail("sampled before the check"))
     (tmp_path / "file").touch()
     assert run(model, clip, tmp_path / "file" / "out.mp4") == 1
     assert "cannot be written" in capsys.readouterr().err

@@ -11,11 +11,11 @@ import torch
 
 from geoalign.cli.main import main
 from geoalign.evaluators.flow_pnp import FlowPnpEvaluator
+from geoalign.jobs.score_probes import PROBE_SIZES, probe_table
 from geoalign.rewards import registry
 from geoalign.rewards.base import RewardOutput
 from geoalign.rewards.geometry import GeometryReward
 from geoalign.rewards.probes import PROBES
-from geoalign.score_probes import PROBE_SIZES, probe_table
 from geoalign.types import RetakeBatch
 
 # Half of what was measured on 40 scenes (corner tracking: of the least over 16, 24 and 40, its honest score varies):

@@ -16,10 +16,10 @@ from training_cases import Brightness, Conditions, lively_policy, paper_like_tra
 
 from geoalign.config.training import OptimConfig, RunConfig, TrainConfig
 from geoalign.errors import CheckpointError, ConfigError
+from geoalign.jobs.metrics_file import MetricsWriter
 from geoalign.training import checkpoint as checkpoints
 from geoalign.training.engines.replicated import ReplicatedEngine
 from geoalign.training.masters import MasterWeights, MovingAverage
-from geoalign.training.metrics import MetricsWriter
 from geoalign.training.optim import freeze_all_but, set_learning_rate
 from geoalign.training.ranks import LocalRanks
 from geoalign.training.snapshot import Snapshot

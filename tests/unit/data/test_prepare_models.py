@@ -24,6 +24,8 @@ from geoalign.data.prepare import PrepareReport
 from geoalign.data.source import RetakeDataset
 from geoalign.errors import DataError, RunError
 from geoalign.geometry.trajectory import CameraTrajectory
+from geoalign.jobs import prepare as encoders
+from geoalign.jobs.prepare import encoder_identity, every_frame, render_missing_data, weights_hash
 from geoalign.models.captions import load_captioner
 from geoalign.models.dit import RetakeDiT
 from geoalign.models.encoders import load_image_encoder, load_text_encoder
@@ -32,8 +34,6 @@ from geoalign.policy.files import load_policy
 from geoalign.policy.policy import RetakePolicy
 from geoalign.rewards.base import PoseEstimate
 from geoalign.rewards.registry import EVALUATORS
-from geoalign.training import encoders
-from geoalign.training.encoders import encoder_identity, every_frame, render_missing_data, weights_hash
 from geoalign.types import Encodings, SourceClip
 from tests.unit.test_models_captions import save_tiny_blip2
 

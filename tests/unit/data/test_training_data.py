@@ -11,10 +11,10 @@ from geoalign.config.load import load_config
 from geoalign.config.schema import Config
 from geoalign.data.source import RetakeDataset
 from geoalign.errors import CheckpointError
+from geoalign.jobs.train_resume import refuse_other_data
 from geoalign.policy.files import new_policy
 from geoalign.rewards.registry import build_rewards
 from geoalign.training.checkpoint import TrainState
-from geoalign.training.resume import refuse_other_data
 from geoalign.training.snapshot import Snapshot
 from geoalign.training.trainer import Trainer
 from geoalign.types import RetakeBatch

@@ -8,9 +8,9 @@ from typing import Any
 import torch
 
 from geoalign.config.world import WorldConfig
+from geoalign.jobs.score import judge
 from geoalign.rewards.base import Reward
 from geoalign.rewards.probes import PROBES
-from geoalign.scoring import judge
 from geoalign.world.pairs import LabelBias, PairedVideos, paired_videos
 
 # Corner tracking wants larger frames than the embedded world's own.

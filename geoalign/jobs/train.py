@@ -18,6 +18,12 @@ from geoalign.config.load import to_yaml
 from geoalign.config.schema import Config
 from geoalign.data.source import RetakeDataset
 from geoalign.io_utils import atomic_write_json, atomic_write_text, nan_to_none
+from geoalign.jobs.environment import describe_environment
+from geoalign.jobs.metrics_file import MetricsWriter
+from geoalign.jobs.prepare import encoder_identity
+from geoalign.jobs.progress import bar
+from geoalign.jobs.train_held_out import RunEvaluator, held_out_summary
+from geoalign.jobs.train_resume import find_checkpoint, refuse_disagreement, refuse_other_data, refuse_overwrite
 from geoalign.models.codec import PatchCodec
 from geoalign.policy.files import open_base, save_policy
 from geoalign.policy.formats import save_safetensors
@@ -25,13 +31,7 @@ from geoalign.rewards.registry import build_rewards, close_rewards
 from geoalign.training.checkpoint import CheckpointWriter, TrainState, config_hash, load_checkpoint
 from geoalign.training.device import device_of, dtype_of
 from geoalign.training.distributed import ranks_of_environment
-from geoalign.training.encoders import encoder_identity
-from geoalign.training.environment import describe_environment
-from geoalign.training.metrics import MetricsWriter
-from geoalign.training.progress import bar
 from geoalign.training.ranks import Ranks
-from geoalign.training.resume import find_checkpoint, refuse_disagreement, refuse_other_data, refuse_overwrite
-from geoalign.training.run_evaluator import RunEvaluator, held_out_summary
 from geoalign.training.snapshot import whole_on_cpu
 from geoalign.training.trainer import Trainer
 from geoalign.world.dataset import is_complete, write_world

@@ -12,7 +12,7 @@ import torch
 
 from geoalign.config.schema import Config
 from geoalign.io_utils import atomic_path
-from geoalign.training.evaluate import METRICS, Evaluation, HeldOut, evaluate
+from geoalign.jobs.evaluate import METRICS, Evaluation, HeldOut, evaluate
 from geoalign.training.trainer import Trainer
 
 
