@@ -26,7 +26,7 @@ from geoalign.policy.files import resolve_base
 from geoalign.policy.open import open_codec
 from geoalign.rewards.base import PoseEstimate, PoseEvaluator
 from geoalign.rewards.registry import build_evaluator, evaluator_options
-from geoalign.training.device import device_of
+from geoalign.training.processes.device import device_of
 from geoalign.types import SourceClip
 from geoalign.world.dataset import is_complete, write_world
 

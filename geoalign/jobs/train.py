@@ -29,10 +29,10 @@ from geoalign.policy.files import open_base, save_policy
 from geoalign.policy.formats import save_safetensors
 from geoalign.rewards.registry import build_rewards, close_rewards
 from geoalign.training.checkpoint import CheckpointWriter, TrainState, config_hash, load_checkpoint
-from geoalign.training.device import device_of, dtype_of
-from geoalign.training.distributed import ranks_of_environment
-from geoalign.training.ranks import Ranks
-from geoalign.training.snapshot import whole_on_cpu
+from geoalign.training.engines.snapshot import whole_on_cpu
+from geoalign.training.processes.device import device_of, dtype_of
+from geoalign.training.processes.ranks import Ranks
+from geoalign.training.processes.torchrun import ranks_of_environment
 from geoalign.training.trainer import Trainer
 from geoalign.world.dataset import is_complete, write_world
 

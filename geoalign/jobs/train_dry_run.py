@@ -14,7 +14,7 @@ from geoalign.models.dit import RetakeDiT
 from geoalign.perf.budget import Walk, count_passes
 from geoalign.perf.memory import predict_memory
 from geoalign.rl.window import WindowSchedule
-from geoalign.training.optim import freeze_all_but
+from geoalign.training.engines.optim import freeze_all_but
 from geoalign.training.telemetry import plan_of
 
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from geoalign.errors import CheckpointError, RunError, UsageError
 from geoalign.training.checkpoint import TrainState, list_checkpoints
-from geoalign.training.ranks import Ranks
+from geoalign.training.processes.ranks import Ranks
 
 
 def find_checkpoint(folder: Path, resume: str | None) -> Path | None:

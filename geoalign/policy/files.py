@@ -22,7 +22,7 @@ from geoalign.models.codec import PatchCodec
 from geoalign.models.dit import RetakeDiT
 from geoalign.policy.open import apply_delta, header_settings, open_codec, open_model
 from geoalign.policy.policy import RetakePolicy
-from geoalign.training.snapshot import copy_strictly
+from geoalign.training.engines.snapshot import copy_strictly
 
 _KIND = "geoalign-policy"
 

@@ -22,7 +22,7 @@ from torch import Tensor
 from geoalign.config.training import TrainConfig
 from geoalign.errors import CheckpointError, RunError
 from geoalign.io_utils import atomic_write_json
-from geoalign.training.snapshot import Snapshot
+from geoalign.training.engines.snapshot import Snapshot
 
 _NAME = re.compile(r"step_(\d{6})$")
 FORMAT = 1

@@ -18,7 +18,7 @@ from geoalign.perf.timer import phase
 from geoalign.policy.policy import Prepared, RetakePolicy
 from geoalign.rl.objective import LossOutput, RatioStats, clipped_surrogate, kl_loss, loss_weights, reference_kl
 from geoalign.training.engines.base import Engine
-from geoalign.training.ranks import Ranks
+from geoalign.training.processes.ranks import Ranks
 from geoalign.training.reference import ReferencePolicy
 from geoalign.training.streaming import StreamingBackward
 

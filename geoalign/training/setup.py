@@ -13,10 +13,10 @@ from geoalign.models.dit import RetakeDiT
 from geoalign.models.execution import Execution, allow_graphs
 from geoalign.models.fast import fast_twin
 from geoalign.policy.policy import RetakePolicy
-from geoalign.training.device import device_of, dtype_of
 from geoalign.training.engines.base import Engine, build_engine
-from geoalign.training.optim import freeze_all_but
-from geoalign.training.ranks import Ranks
+from geoalign.training.engines.optim import freeze_all_but
+from geoalign.training.processes.device import device_of, dtype_of
+from geoalign.training.processes.ranks import Ranks
 from geoalign.training.reference import ReferencePolicy
 from geoalign_kernels import resolve_attention
 from geoalign_kernels.ops.attention.cores import why_not_fp8

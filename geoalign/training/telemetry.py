@@ -13,7 +13,7 @@ from geoalign.flow.rollout import Rollout
 from geoalign.flow.table import StepTable
 from geoalign.perf.budget import PassCount, Plan, Walk, count_passes
 from geoalign.perf.cost import TransformerCost, peak_flops
-from geoalign.training.ranks import Placement
+from geoalign.training.processes.ranks import Placement
 
 
 def plan_of(config: Config) -> Plan:

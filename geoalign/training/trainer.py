@@ -25,9 +25,9 @@ from geoalign.rl.objective import loss_weights
 from geoalign.rl.score import Scores, merged
 from geoalign.rl.window import WindowSchedule
 from geoalign.training.checkpoint import TrainState
+from geoalign.training.engines.optim import set_learning_rate
 from geoalign.training.learner import Learner
-from geoalign.training.optim import set_learning_rate
-from geoalign.training.ranks import LocalRanks, Placement, Ranks, gather_scores
+from geoalign.training.processes.ranks import LocalRanks, Placement, Ranks, gather_scores
 from geoalign.training.setup import ready
 from geoalign.training.streaming import RowGradients, StreamingBackward
 from geoalign.training.telemetry import WorkMeter

@@ -15,9 +15,9 @@ import torch
 import torch.distributed as dist
 from training_cases import Brightness, paper_like_trainer, smoke, trainer_of
 
-from geoalign.training.distributed import ranks_of_environment
-from geoalign.training.ranks import LocalRanks, Ranks
-from geoalign.training.snapshot import Snapshot
+from geoalign.training.engines.snapshot import Snapshot
+from geoalign.training.processes.ranks import LocalRanks, Ranks
+from geoalign.training.processes.torchrun import ranks_of_environment
 from geoalign.training.trainer import Trainer
 
 WINDOW = {"kind": "fixed", "start": 1, "size": 2, "max_start": None}

@@ -20,7 +20,7 @@ from geoalign.policy.policy import RetakePolicy
 from geoalign.rewards.base import Reward, RewardOutput
 from geoalign.rewards.running.guard import GuardedReward
 from geoalign.training import checkpoint as checkpoints
-from geoalign.training.ranks import LocalRanks, Ranks
+from geoalign.training.processes.ranks import LocalRanks, Ranks
 from geoalign.training.trainer import Trainer
 from geoalign.types import RetakeBatch
 

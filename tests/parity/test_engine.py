@@ -23,7 +23,7 @@ from geoalign.perf.budget import Plan, Walk, count_passes
 from geoalign.rl.objective import loss_weights
 from geoalign.training.engines.replicated import ReplicatedEngine
 from geoalign.training.learner import Learner
-from geoalign.training.ranks import LocalRanks, Placement, Ranks
+from geoalign.training.processes.ranks import LocalRanks, Placement, Ranks
 from geoalign.training.reference import ReferencePolicy
 from geoalign.training.streaming import RowGradients, StreamingBackward
 

@@ -17,7 +17,7 @@ from geoalign.policy.files import new_policy
 from geoalign.policy.policy import RetakePolicy
 from geoalign.rewards.base import Reward, RewardOutput
 from geoalign.rewards.registry import build_rewards
-from geoalign.training.ranks import Operation, Ranks
+from geoalign.training.processes.ranks import Operation, Ranks
 from geoalign.training.trainer import Trainer
 from geoalign.types import Encodings, RetakeBatch, SourceClip
 from geoalign.world.pairs import paired_videos

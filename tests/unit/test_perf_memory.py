@@ -23,7 +23,7 @@ from geoalign.perf.cost import TransformerCost
 from geoalign.perf.memory import SCORER_PARAMETERS, predict_memory
 from geoalign.rewards.vlm.body import RewardQwen, hpsv3_head, videoalign_head
 from geoalign.rewards.vlm.layout import HPSV3_BODY, VIDEOALIGN_BODY
-from geoalign.training.optim import freeze_all_but
+from geoalign.training.engines.optim import freeze_all_but
 
 LAYERS = 4
 

@@ -25,7 +25,7 @@ from geoalign.policy.policy import RetakePolicy
 from geoalign.rewards.base import PoseEstimate
 from geoalign.rewards.geometry import GeometryReward
 from geoalign.rl.objective import clipped_surrogate
-from geoalign.training.optim import freeze_all_but
+from geoalign.training.engines.optim import freeze_all_but
 from geoalign.types import RetakeBatch, SourceClip
 
 DEVICE = "meta"

@@ -17,7 +17,7 @@ from geoalign.config.flow import AdvantageConfig
 from geoalign.errors import ConfigError, UsageError
 from geoalign.rl.advantage import group_advantage
 from geoalign.rl.score import Scores
-from geoalign.training.ranks import Placement, Ranks, gather_scores
+from geoalign.training.processes.ranks import Placement, Ranks, gather_scores
 
 # Two groups: 1, 2, 3, 6 (mean 3, population deviation sqrt(3.5)) and 10, 10, 12, 12 (mean 11, deviation 1).
 SCORES = torch.tensor([1.0, 2.0, 3.0, 6.0, 10.0, 10.0, 12.0, 12.0])

@@ -18,11 +18,11 @@ from geoalign.config.training import OptimConfig, RunConfig, TrainConfig
 from geoalign.errors import CheckpointError, ConfigError
 from geoalign.jobs.metrics_file import MetricsWriter
 from geoalign.training import checkpoint as checkpoints
+from geoalign.training.engines.masters import MasterWeights, MovingAverage
+from geoalign.training.engines.optim import freeze_all_but, set_learning_rate
 from geoalign.training.engines.replicated import ReplicatedEngine
-from geoalign.training.masters import MasterWeights, MovingAverage
-from geoalign.training.optim import freeze_all_but, set_learning_rate
-from geoalign.training.ranks import LocalRanks
-from geoalign.training.snapshot import Snapshot
+from geoalign.training.engines.snapshot import Snapshot
+from geoalign.training.processes.ranks import LocalRanks
 from geoalign.training.trainer import Trainer
 
 WINDOW = {"kind": "fixed", "start": 1, "size": 2, "max_start": None}

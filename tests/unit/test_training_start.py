@@ -12,8 +12,8 @@ from training_cases import on_fake_ranks, smoke
 from geoalign.config.training import RunConfig
 from geoalign.errors import RunError, UsageError
 from geoalign.jobs.train_resume import refuse_disagreement
-from geoalign.training.device import device_of
-from geoalign.training.ranks import Ranks
+from geoalign.training.processes.device import device_of
+from geoalign.training.processes.ranks import Ranks
 
 
 class TestStart:

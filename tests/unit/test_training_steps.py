@@ -17,7 +17,7 @@ from geoalign.geometry.trajectory import CameraTrajectory
 from geoalign.models.conditioning import Conditioning
 from geoalign.models.dit import RetakeDiT
 from geoalign.models.fast import attention_modes, fast_twin, set_attention_modes
-from geoalign.training.ranks import LocalRanks, Operation
+from geoalign.training.processes.ranks import LocalRanks, Operation
 from geoalign.training.trainer import Trainer
 from geoalign.types import Encodings, RetakeBatch
 from geoalign_kernels import ProbedInt8Attention

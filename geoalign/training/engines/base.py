@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from geoalign.config.schema import Config
-from geoalign.training.ranks import Ranks
-from geoalign.training.snapshot import Snapshot
+from geoalign.training.engines.snapshot import Snapshot
+from geoalign.training.processes.ranks import Ranks
 
 if TYPE_CHECKING:
     from geoalign.models.dit import RetakeDiT

@@ -18,10 +18,10 @@ from torch.distributed.tensor import DTensor
 
 from geoalign.config.training import OptimConfig
 from geoalign.errors import ConfigError
-from geoalign.training.masters import MovingAverage
-from geoalign.training.optim import build_adamw, load_optimizer_state, optimizer_state
-from geoalign.training.ranks import Ranks
-from geoalign.training.snapshot import Snapshot, copy_strictly, sharded_like, whole_on_cpu
+from geoalign.training.engines.masters import MovingAverage
+from geoalign.training.engines.optim import build_adamw, load_optimizer_state, optimizer_state
+from geoalign.training.engines.snapshot import Snapshot, copy_strictly, sharded_like, whole_on_cpu
+from geoalign.training.processes.ranks import Ranks
 
 if TYPE_CHECKING:
     from geoalign.models.dit import RetakeDiT

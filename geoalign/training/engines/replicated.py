@@ -12,10 +12,10 @@ import torch
 from torch import nn
 
 from geoalign.config.training import OptimConfig
+from geoalign.training.engines.optim import build_adamw, load_optimizer_state, optimizer_state
+from geoalign.training.engines.snapshot import Snapshot
 from geoalign.training.engines.whole import WholeParameters
-from geoalign.training.optim import build_adamw, load_optimizer_state, optimizer_state
-from geoalign.training.ranks import Ranks
-from geoalign.training.snapshot import Snapshot
+from geoalign.training.processes.ranks import Ranks
 
 
 class ReplicatedEngine(WholeParameters):

@@ -8,9 +8,9 @@ import torch
 from torch import Tensor, nn
 
 from geoalign.config.training import OptimConfig
-from geoalign.training.masters import MasterWeights, MovingAverage
-from geoalign.training.ranks import Ranks
-from geoalign.training.snapshot import Snapshot, copy_strictly, whole_on_cpu
+from geoalign.training.engines.masters import MasterWeights, MovingAverage
+from geoalign.training.engines.snapshot import Snapshot, copy_strictly, whole_on_cpu
+from geoalign.training.processes.ranks import Ranks
 
 
 class WholeParameters:

@@ -16,10 +16,10 @@ from torch import Tensor, nn
 
 from geoalign.config.training import OptimConfig
 from geoalign.errors import ConfigError
+from geoalign.training.engines.optim import build_adamw
+from geoalign.training.engines.snapshot import Snapshot, copy_strictly, whole_on_cpu
 from geoalign.training.engines.whole import WholeParameters
-from geoalign.training.optim import build_adamw
-from geoalign.training.ranks import Ranks
-from geoalign.training.snapshot import Snapshot, copy_strictly, whole_on_cpu
+from geoalign.training.processes.ranks import Ranks
 
 _MOMENTS = ("exp_avg", "exp_avg_sq")
 

@@ -15,7 +15,7 @@ from geoalign.jobs.train_resume import refuse_other_data
 from geoalign.policy.files import new_policy
 from geoalign.rewards.registry import build_rewards
 from geoalign.training.checkpoint import TrainState
-from geoalign.training.snapshot import Snapshot
+from geoalign.training.engines.snapshot import Snapshot
 from geoalign.training.trainer import Trainer
 from geoalign.types import RetakeBatch
 from geoalign.world.dataset import write_world

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from geoalign.errors import ConfigError, RunError
 from geoalign.models.parallel import SequenceParallel
-from geoalign.training.ranks import LocalRanks, Operation, Ranks
+from geoalign.training.processes.ranks import LocalRanks, Operation, Ranks
 
 _OPERATIONS = {"sum": dist.ReduceOp.SUM, "max": dist.ReduceOp.MAX, "min": dist.ReduceOp.MIN}
 

@@ -1,0 +1,1 @@
+"""The processes of a run: ranks, their start by torchrun, the device of each."""
