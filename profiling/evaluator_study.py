@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from geoalign.config.world import WorldConfig
+from geoalign.evaluators.base import PoseEvaluator
 from geoalign.evaluators.flow_pnp import FlowPnpEvaluator
 from geoalign.evaluators.planar import PlanarAligner
 from geoalign.geometry import so3
@@ -23,7 +24,6 @@ from geoalign.geometry.trajectory import CameraTrajectory
 from geoalign.jobs.environment import describe_environment
 from geoalign.jobs.evaluate import second_evaluator
 from geoalign.models.codec import PatchCodec
-from geoalign.rewards.base import PoseEvaluator
 from geoalign.world.pairs import LabelBias, PairedVideos, paired_videos
 
 COUNT, SEED = 60, 5

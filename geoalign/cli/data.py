@@ -1,90 +1,42 @@
-"""``geoalign prepare`` and ``geoalign data check | trajectories``."""
+"""``geoalign data check | trajectories``."""
 
 from __future__ import annotations
 
 import argparse
-import importlib
-import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from geoalign.cli.options import add_config, bytes_text, read_config
 from geoalign.errors import DataError
 
 if TYPE_CHECKING:
     from geoalign.config.schema import Config
     from geoalign.data.trajectories import TrajectoryPool
 
-ENCODERS = "geoalign.jobs.prepare"
-"""Module that builds the encoder of a configuration; looked up by name because data knows no models."""
-
 EXAMPLES = """\
 examples:
-  geoalign prepare --config tiny_cpu                       encode every clip once; run again to continue
-  geoalign prepare --config paper_64xa800 --dry-run        predict disk and time from one window
-  torchrun --nproc-per-node 8 -m geoalign prepare --config paper_64xa800
   geoalign data check --config tiny_cpu                    what is usable, what is not and why; cache intact?
   geoalign data trajectories --config tiny_cpu --plot paths.png
 """
 
 
 def add_parser(subparsers: Any) -> None:
-    """Add ``prepare`` and ``data`` with its sub-verbs."""
-    options: dict[str, Any] = {"epilog": EXAMPLES, "formatter_class": argparse.RawDescriptionHelpFormatter}
-    prepare = subparsers.add_parser("prepare", help="encode latents, text and source cameras once", **options)
-    _add_config(prepare)
-    prepare.add_argument(
-        "--dry-run", action="store_true", help="encode one window, predict disk and time, write nothing"
+    """Add ``data`` with its sub-verbs."""
+    data = subparsers.add_parser(
+        "data",
+        help="look at clips, camera paths and the cache",
+        epilog=EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    prepare.set_defaults(run=run_prepare)
-    data = subparsers.add_parser("data", help="look at clips, camera paths and the cache", **options)
     verbs = data.add_subparsers(dest="data_verb", required=True, metavar="check|trajectories")
     check = verbs.add_parser("check", help="count usable clips, camera paths and cache entries; list defects")
-    _add_config(check)
+    add_config(check)
     check.set_defaults(run=run_check)
     paths = verbs.add_parser("trajectories", help="statistics of raw and rescaled target paths")
-    _add_config(paths)
+    add_config(paths)
     paths.add_argument("--count", type=int, default=200, metavar="N", help="paths to draw (default 200)")
     paths.add_argument("--plot", type=Path, metavar="FILE", help="write a figure (.png, .svg, .pdf)")
     paths.set_defaults(run=run_trajectories)
-
-
-def run_prepare(args: argparse.Namespace) -> int:
-    """Encode this process's share of the windows."""
-    from geoalign.data.clips import list_clips
-    from geoalign.data.prepare import prepare
-    from geoalign.data.tally import Tally
-
-    config = _load(args)
-    rank, world_size = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
-    encoders = importlib.import_module(ENCODERS)
-    encoders.render_missing_data(config, rank)
-    device_id = encoders.claim_device(config).index
-    encoder = encoders.build_encoder(config)
-    if args.dry_run:
-        report = prepare(config.data, encoder, device_id=device_id, limit=1, dry_run=True)
-        if not report.encoded:
-            print(f"nothing to do: the first {report.reused} windows are prepared")
-            return 0
-        total = len(list_clips(config.data.clips_path, config.data.clips, Tally("clips")))
-        total *= config.data.prepare.windows_per_clip
-        print(f"predicted for at most {total:,} windows, from {report.encoded} measured on this machine:")
-        print(
-            f"  disk {_size(report.bytes / report.encoded * total)}, one process {report.seconds * total / 3600:.2f} h"
-        )
-        return 0
-    from tqdm import tqdm
-
-    with tqdm(desc="preparing", unit="clip", disable=None if rank == 0 else True) as bar:
-
-        def progress(done: int, total: int) -> None:
-            bar.total = total
-            bar.update(done - bar.n)
-
-        report = prepare(config.data, encoder, rank=rank, world_size=world_size, device_id=device_id, progress=progress)
-    print(f"encoded {report.encoded} windows ({_size(report.bytes)}) in {report.seconds:.1f} s, kept {report.reused}")
-    if report.tally is not None and report.tally.rejected:
-        print(report.tally.summary())
-    return 0
 
 
 def run_check(args: argparse.Namespace) -> int:
@@ -100,7 +52,7 @@ def run_check(args: argparse.Namespace) -> int:
     from geoalign.data.tally import Tally
     from geoalign.data.trajectories import load_pool
 
-    config = _load(args).data
+    config = read_config(args).data
     clips, paths = Tally("clips"), Tally("camera paths")
     loader = ClipLoader(config, open_reader(config.clips.reader, local_device()))
     windows, may_estimate = 0, config.prepare.evaluator is not None
@@ -122,7 +74,7 @@ def run_check(args: argparse.Namespace) -> int:
         entries = folder.entries()
         used = sum(file.stat().st_size for file in folder.path.rglob("*") if file.is_file())
         damaged = [f"{name}: {defect}" for name, defect in folder.verify()]
-        print(f"cache {folder.path}: {len(entries):,} windows, {_size(used)}, {len(damaged)} damaged files")
+        print(f"cache {folder.path}: {len(entries):,} windows, {bytes_text(used)}, {len(damaged)} damaged files")
         print("\n".join(f"  {line}" for line in damaged), end="\n" if damaged else "")
     else:
         print(f"cache {config.cache}: nothing prepared")
@@ -137,7 +89,7 @@ def run_trajectories(args: argparse.Namespace) -> int:
     from geoalign.data.tally import Tally
     from geoalign.data.trajectories import load_pool
 
-    config = _load(args)
+    config = read_config(args)
     tally = Tally("camera paths")
     pool = load_pool(config.data.trajectories_path, config.data.num_frames, config.data.trajectories, tally)
     print(tally.summary())
@@ -168,23 +120,3 @@ def _report_paths(config: Config, pool: TrajectoryPool, count: int, plot: Path |
 
         plot_paths(plot, [pool.raw(index) for index, _ in draws], results, config.data.trajectories.rescale)
         print(f"figure: {plot}")
-
-
-def _add_config(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--config", required=True, metavar="NAME|FILE", help="preset name or .yaml path")
-    parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="settings that replace the file's")
-
-
-def _load(args: argparse.Namespace) -> Config:
-    from geoalign.config.load import load_config
-    from geoalign.config.schema import Config
-
-    return load_config(Config, args.config, args.overrides)
-
-
-def _size(count: float) -> str:
-    for unit in ("B", "kB", "MB", "GB"):
-        if count < 1000:
-            return f"{count:.1f} {unit}"
-        count /= 1000
-    return f"{count:.2f} TB"

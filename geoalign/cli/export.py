@@ -29,8 +29,8 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
 def _run(args: argparse.Namespace) -> int:
     import torch
 
-    from geoalign.export import formats, lora
     from geoalign.io_utils import atomic_write_json, check_writable
+    from geoalign.policy import formats, lora
     from geoalign.policy.open import open_model, patch_codec
 
     manifest = args.out.with_name(args.out.name + ".manifest.json")

@@ -35,10 +35,10 @@ class Verb:
 
 VERBS = (
     Verb("train", "geoalign.cli.train", "Train", "reinforcement learning of the camera (GRPO); ends with report.html"),
-    Verb("pretrain", "geoalign.cli.train", "Train", "make the base policy of the embedded default anew"),
-    Verb("evaluate", "geoalign.cli.train", "Train", "camera errors of a checkpoint on held-out scenes and paths"),
+    Verb("pretrain", "geoalign.cli.pretrain", "Train", "make the base policy of the embedded default anew"),
+    Verb("evaluate", "geoalign.cli.evaluate", "Train", "camera errors of a checkpoint on held-out scenes and paths"),
     Verb("data", "geoalign.cli.data", "Prepare", "check clips, camera paths and the cache; plot the paths"),
-    Verb("prepare", "geoalign.cli.data", "Prepare", "encode clips, text and source cameras once, for many runs"),
+    Verb("prepare", "geoalign.cli.prepare", "Prepare", "encode clips, text and source cameras once, for many runs"),
     Verb("score", "geoalign.cli.score", "Look", "score any video against a camera path; probe a reward with cheats"),
     Verb("world", "geoalign.cli.world", "Look", "render the embedded world: clips, camera archives, a contact sheet"),
     Verb("report", "geoalign.cli.report", "Look", "write the self-contained HTML report of a run folder"),

@@ -153,7 +153,7 @@ def _score(args: argparse.Namespace, options: dict[str, Any], size: tuple[int, i
 
 
 def _videos(path: Path) -> list[Path]:
-    from geoalign.data.clips import VIDEO_SUFFIXES
+    from geoalign.data.clip_record import VIDEO_SUFFIXES
 
     if path.is_dir():
         files = (file for file in path.iterdir() if file.is_file() and not file.name.startswith("."))

@@ -21,7 +21,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
-from geoalign.data.clips import ClipRecord
+from geoalign.data.clip_record import ClipRecord
 from geoalign.errors import DataError
 from geoalign.io_utils import atomic_write_bytes, atomic_write_json, atomic_write_text
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 
 from geoalign.config.data import ClipsConfig
-from geoalign.data.clips import ClipRecord
+from geoalign.data.clip_record import ClipRecord
 
 _OBSERVER = (
     r"\b(?:camera\w*|cameraman|viewpoint|point of view|pov|footage|viewer|videographer|shot|drone|lens|vantage)\b"

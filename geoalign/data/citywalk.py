@@ -21,7 +21,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from geoalign.data.clips import VIDEO_SUFFIXES, ClipRecord, youtube_id
+from geoalign.data.clip_record import VIDEO_SUFFIXES, ClipRecord, youtube_id
 from geoalign.data.tables import read_rows, write_csv
 from geoalign.data.tally import Tally
 from geoalign.errors import DataError

@@ -1,52 +1,20 @@
-"""Clip records: what one conditioning clip is, and listing them from any of the accepted layouts."""
+"""Listing conditioning clips from any of the accepted layouts, and the split between training and validation."""
 
 from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Mapping
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
 from geoalign.config.data import ClipsConfig
+from geoalign.data.citywalk import find_tables, list_video_clips
+from geoalign.data.clip_record import VIDEO_SUFFIXES, ClipRecord
 from geoalign.data.tally import Tally
 from geoalign.errors import DataError
 
-VIDEO_SUFFIXES = frozenset({".mp4", ".mkv", ".mov", ".webm", ".avi", ".m4v"})
 IMAGE_SUFFIXES = frozenset({".jpg", ".jpeg", ".png"})
 Split = Literal["train", "val", "all"]
-
-
-@dataclass(frozen=True, slots=True)
-class ClipRecord:
-    """One conditioning clip on disk.
-
-    Attributes:
-        clip_id: unique name (file stem, or path below the root where stems are not unique; folder of a frame sequence).
-        video_id: name of the video it was cut from; the unit of the train/val split.
-        path: video file, or folder of images.
-        caption: text of the table, "" if none.
-        camera: camera file, None if none.
-        start_frame: first usable frame in the file.
-        end_frame: end of the usable frames in the file (exclusive), None for the end of the file.
-        extra: further columns of the table, passed through.
-    """
-
-    clip_id: str
-    video_id: str
-    path: Path
-    caption: str = ""
-    camera: Path | None = None
-    start_frame: int = 0
-    end_frame: int | None = None
-    extra: Mapping[str, str] = field(default_factory=dict)
-
-
-def youtube_id(stem: str) -> str:
-    """The video id in a clip name ``{id}_{start}_{end}`` (ids may hold ``_`` and ``-``); other names are their own."""
-    match = re.fullmatch(r"(.+)_\d+_\d+", stem)
-    return match[1] if match else stem
 
 
 def is_held_out(name: str, fraction: float) -> bool:
@@ -79,8 +47,6 @@ def list_clips(root: Path, config: ClipsConfig, tally: Tally) -> list[ClipRecord
     Raises:
         DataError: ``root`` is not a folder, its table cannot be read, or nothing usable is in it.
     """
-    from geoalign.data.citywalk import find_tables, list_video_clips
-
     if not root.is_dir():
         raise DataError(f"{root}: no such folder of clips; set data.root and data.clips.path")
     tables = find_tables(root, config.metadata)

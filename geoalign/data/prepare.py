@@ -14,7 +14,8 @@ from torch import Tensor
 from geoalign.config.data import DataConfig
 from geoalign.data.cache import CacheFolder, Entry, Settings, file_facts, trim_tokens, window_key
 from geoalign.data.captions import prompt_of
-from geoalign.data.clips import ClipRecord, list_clips
+from geoalign.data.clip_record import ClipRecord
+from geoalign.data.clips import list_clips
 from geoalign.data.frames import to_float
 from geoalign.data.loader import CameraEstimate, ClipLoader, cause_of
 from geoalign.data.readers import open_reader
@@ -29,10 +30,11 @@ class WindowEncoder(Protocol):
         identity: names and hashes of everything that changes the result; part of the cache key.
     """
 
-    identity: Mapping[str, str]
+    @property
+    def identity(self) -> Mapping[str, str]: ...
 
     def encode(self, frames: Tensor, prompt: str) -> Mapping[str, Tensor]:
-        """Tensors of one window ``[F, 3, H, W]`` in [-1, 1]; texts ``[L, D]`` are called ``context`` and ``negative``."""
+        """Tensors of one window ``[F, 3, H, W]`` in [-1, 1]; texts ``[L, D]`` are ``context`` and ``negative``."""
         ...
 
     def caption(self, frames: Tensor) -> str | None:

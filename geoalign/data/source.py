@@ -19,7 +19,8 @@ from torch import Tensor
 from geoalign.config.data import DataConfig
 from geoalign.data.cache import Entry, open_cache, pad_tokens
 from geoalign.data.captions import prompt_of
-from geoalign.data.clips import ClipRecord, Split, in_split, list_clips
+from geoalign.data.clip_record import ClipRecord
+from geoalign.data.clips import Split, in_split, list_clips
 from geoalign.data.frames import to_float
 from geoalign.data.loader import ClipLoader, LoadedWindow, cause_of
 from geoalign.data.prepare import chosen_starts, data_settings

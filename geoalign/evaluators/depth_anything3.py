@@ -16,11 +16,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from geoalign.errors import RewardError, UsageError
+from geoalign.evaluators.base import PoseEstimate
 from geoalign.evaluators.mapanything.evaluator import coherent_share, frame_subset
 from geoalign.frozen.device import named_device
 from geoalign.frozen.qwen_patches import to_uint8
 from geoalign.geometry.trajectory import CameraTrajectory
-from geoalign.rewards.base import PoseEstimate
 from geoalign.types import SourceClip
 
 # The package asks for numpy < 2 and a viewer's worth of others; these are what its inference imports.

@@ -21,8 +21,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from geoalign.errors import RewardError, UsageError
+from geoalign.evaluators.base import NO_PLANE, PoseEstimate
 from geoalign.geometry.plane import pixel_grid, pixel_rays
-from geoalign.rewards.base import NO_PLANE, PoseEstimate
 from geoalign.types import SourceClip
 
 FrameDepth = Callable[[SourceClip, int, int], Tensor]

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from geoalign.errors import UsageError
+from geoalign.evaluators.base import PoseEstimate
 from geoalign.geometry.trajectory import CameraTrajectory
-from geoalign.rewards.base import PoseEstimate
 from geoalign.types import SourceClip
 
 

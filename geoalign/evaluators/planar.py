@@ -17,8 +17,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from geoalign.errors import UsageError
+from geoalign.evaluators.base import NO_PLANE, PoseEstimate
 from geoalign.geometry.plane import ground_axes, pixel_grid, pixel_rays
-from geoalign.rewards.base import NO_PLANE, PoseEstimate
 from geoalign.types import SourceClip
 
 _LUMA = (0.299, 0.587, 0.114)

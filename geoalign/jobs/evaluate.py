@@ -11,12 +11,12 @@ from torch import Tensor
 from geoalign.config.flow import FlowConfig
 from geoalign.config.training import EvalConfig
 from geoalign.config.world import WorldConfig
+from geoalign.evaluators.base import PoseEvaluator
 from geoalign.evaluators.planar import PlanarAligner
 from geoalign.flow.sampler import FlowSampler, initial_noise
 from geoalign.flow.table import build_step_table
 from geoalign.geometry import so3
 from geoalign.policy.policy import RetakePolicy
-from geoalign.rewards.base import PoseEvaluator
 from geoalign.types import RetakeBatch
 from geoalign.world.pairs import PairedVideos, paired_videos
 

@@ -16,6 +16,7 @@ from torch import Tensor
 from geoalign.config.data import DEFAULT_NEGATIVE_PROMPT, PrepareConfig
 from geoalign.config.schema import Config
 from geoalign.errors import ConfigError, DataError, RunError
+from geoalign.evaluators.base import PoseEstimate, PoseEvaluator
 from geoalign.geometry import so3
 from geoalign.geometry.trajectory import CameraTrajectory
 from geoalign.models.codec import PatchCodec
@@ -24,7 +25,6 @@ from geoalign.models.encoders import ImageEncoder, TextEncoder, load_image_encod
 from geoalign.models.wan_vae import load_wan_codec
 from geoalign.policy.files import resolve_base
 from geoalign.policy.open import open_codec
-from geoalign.rewards.base import PoseEstimate, PoseEvaluator
 from geoalign.rewards.registry import build_evaluator, evaluator_options
 from geoalign.training.processes.device import device_of
 from geoalign.types import SourceClip

@@ -17,6 +17,7 @@ from geoalign.data.frames import cover_crop_intrinsics, to_float
 from geoalign.data.readers import AnyReader
 from geoalign.data.video import PyAVReader
 from geoalign.errors import RewardError, RunError, UsageError
+from geoalign.evaluators.base import PoseEvaluator
 from geoalign.flow.policy import Velocity
 from geoalign.flow.sampler import FlowSampler, initial_noise
 from geoalign.flow.table import build_step_table
@@ -27,7 +28,6 @@ from geoalign.models.codec_base import LatentCodec
 from geoalign.models.conditioning import Conditioning
 from geoalign.perf.cost import TransformerCost
 from geoalign.policy.policy import Prepared, RetakePolicy
-from geoalign.rewards.base import PoseEvaluator
 from geoalign.types import SourceClip
 
 WAN_SIZE, MAX_FRAMES = (480, 832), 81

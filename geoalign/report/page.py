@@ -6,15 +6,18 @@ import math
 import shlex
 from html import escape
 from importlib import resources
+from pathlib import Path
 from typing import Any
 
 import yaml
 
 from geoalign import __version__
+from geoalign.errors import UsageError
+from geoalign.io_utils import atomic_write_text, check_writable
 from geoalign.report.curves import curves_section, phases_section
 from geoalign.report.figure import LOOP_FIGURE
 from geoalign.report.held_out import Comparison, Value, comparisons
-from geoalign.report.run_folder import Run
+from geoalign.report.run_folder import Run, read_run
 from geoalign.report.samples import samples_section
 from geoalign.report.svg import number
 from geoalign.report.words import SETS
@@ -202,3 +205,18 @@ def _duration(seconds: Any) -> str | None:
         return f"{seconds:.0f} s"
     minutes = round(seconds / 60)
     return f"{minutes} min" if minutes < 90 else f"{minutes // 60} h {minutes % 60} min"
+
+
+def write_report(folder: str | Path, output: Path | None = None, *, samples: int = 4) -> Path:
+    """Write the report of ``folder`` to ``output`` (default ``folder/report.html``) and return its path.
+
+    Raises:
+        UsageError: ``folder`` is not a run folder, or fewer than 0 samples are asked for.
+        DataError: a file of the run cannot be read, or the report cannot be written.
+    """
+    if samples < 0:
+        raise UsageError(f"--samples {samples}: 0 or more held-out samples can be shown")
+    path, found = output or Path(folder) / "report.html", read_run(folder)
+    check_writable(path)
+    atomic_write_text(path, report_page(found, samples))
+    return path

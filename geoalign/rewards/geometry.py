@@ -8,9 +8,10 @@ import torch
 from torch import Tensor
 
 from geoalign.errors import UsageError
+from geoalign.evaluators.base import PoseEvaluator
 from geoalign.geometry.reward_terms import WeightKind, rotation_distance, temporal_weights, translation_distance
 from geoalign.geometry.trajectory import CameraTrajectory
-from geoalign.rewards.base import PoseEvaluator, RewardOutput
+from geoalign.rewards.base import RewardOutput
 from geoalign.types import RetakeBatch
 
 

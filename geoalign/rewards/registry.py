@@ -18,9 +18,10 @@ from torch import Tensor
 
 from geoalign.config.rewards import FailureConfig, RewardConfig
 from geoalign.errors import ConfigError
+from geoalign.evaluators.base import PoseEstimate, PoseEvaluator
 from geoalign.frozen.arena import ScorerMemory
 from geoalign.frozen.frames import SharedFrames
-from geoalign.rewards.base import PoseEstimate, PoseEvaluator, Reward
+from geoalign.rewards.base import Reward
 from geoalign.rewards.running.guard import GuardedReward
 from geoalign.rewards.running.worker import WorkerReward
 from geoalign.types import SourceClip

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from geoalign import cli
+from geoalign.cli import main as cli
 from geoalign.config.docs import reference_page
 from geoalign.config.layout import GroupPlacement, place_groups
 from geoalign.config.load import load_config
@@ -32,9 +32,8 @@ def geoalign(*arguments: str, code: str | None = None) -> subprocess.CompletedPr
 def test_help_and_config_print_import_no_torch() -> None:
     code = """
 import sys
-from geoalign.cli.main import main
-assert main(["--help"]) == 0
-assert main(["config", "print", "tiny_cpu"]) == 0
+assert cli.main(["--help"]) == 0
+assert cli.main(["config", "print", "tiny_cpu"]) == 0
 heavy = {"torch", "numpy", "diffusers", "transformers", "matplotlib"} & set(sys.modules)
 assert not heavy, heavy
 """

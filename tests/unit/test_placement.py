@@ -15,6 +15,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from geoalign.config.model import ModelConfig
+from geoalign.evaluators.base import PoseEstimate
 from geoalign.flow.sampler import initial_noise
 from geoalign.geometry.trajectory import CameraTrajectory
 from geoalign.models import rope
@@ -22,7 +23,6 @@ from geoalign.models.conditioning import Conditioning
 from geoalign.models.dit import RetakeDiT
 from geoalign.models.execution import Recompute
 from geoalign.policy.policy import RetakePolicy
-from geoalign.rewards.base import PoseEstimate
 from geoalign.rewards.geometry import GeometryReward
 from geoalign.rl.objective import clipped_surrogate
 from geoalign.training.engines.optim import freeze_all_but

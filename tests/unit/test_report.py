@@ -18,13 +18,12 @@ import yaml
 from PIL import Image
 
 from geoalign import cli
-from geoalign.cli.report import write_report
 from geoalign.config.load import load_config
 from geoalign.config.schema import Config
 from geoalign.errors import DataError, UsageError
 from geoalign.report.held_out import comparisons
 from geoalign.report.media import filmstrip, looping_clip
-from geoalign.report.page import report_page
+from geoalign.report.page import report_page, write_report
 from geoalign.report.paths import choose_plane
 from geoalign.report.run_folder import read_run
 from geoalign.report.samples import choose_samples

@@ -13,10 +13,10 @@ from torch import Tensor
 
 from geoalign.config.rewards import RewardConfig
 from geoalign.errors import ConfigError, RewardError, UsageError
+from geoalign.evaluators.base import PoseEvaluator
 from geoalign.evaluators.depth_anything3 import DepthAnything3Evaluator, build_evaluator
 from geoalign.geometry import so3
 from geoalign.geometry.trajectory import CameraTrajectory
-from geoalign.rewards.base import PoseEvaluator
 from geoalign.rewards.registry import build_rewards
 from geoalign.types import SourceClip
 

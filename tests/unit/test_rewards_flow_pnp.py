@@ -13,10 +13,10 @@ from torch import Tensor
 
 from geoalign.config.world import WorldConfig
 from geoalign.errors import RewardError, UsageError
+from geoalign.evaluators.base import PoseEvaluator
 from geoalign.evaluators.flow_pnp import FlowPnpEvaluator, plane_depth
 from geoalign.geometry.plane import pixel_grid, pixel_rays
 from geoalign.geometry.trajectory import CameraTrajectory
-from geoalign.rewards.base import PoseEvaluator
 from geoalign.rewards.geometry import GeometryReward
 from geoalign.types import RetakeBatch, SourceClip
 from geoalign.world.pairs import paired_videos

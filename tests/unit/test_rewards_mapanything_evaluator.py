@@ -13,6 +13,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from geoalign.errors import CheckpointError, RewardError, UsageError
+from geoalign.evaluators.base import PoseEvaluator
 from geoalign.evaluators.mapanything import evaluator as module
 from geoalign.evaluators.mapanything.checkpoint import SKIPPED_MODULES, load_layout, load_pose_network
 from geoalign.evaluators.mapanything.evaluator import MapAnythingEvaluator, coherent_share, frame_subset
@@ -21,7 +22,6 @@ from geoalign.evaluators.mapanything.network import PoseNetwork, RawPoses
 from geoalign.evaluators.mapanything.published import PublishedBackend
 from geoalign.frozen.precision import exact_float32
 from geoalign.geometry.trajectory import CameraTrajectory
-from geoalign.rewards.base import PoseEvaluator
 from geoalign.rewards.geometry import GeometryReward
 from geoalign.types import RetakeBatch, SourceClip
 

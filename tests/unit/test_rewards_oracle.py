@@ -7,10 +7,10 @@ import torch
 from torch import Tensor
 
 from geoalign.errors import UsageError
+from geoalign.evaluators.base import PoseEvaluator
 from geoalign.evaluators.oracle import OracleEvaluator
 from geoalign.geometry import so3
 from geoalign.geometry.trajectory import CameraTrajectory
-from geoalign.rewards.base import PoseEvaluator
 from geoalign.rewards.geometry import GeometryReward
 from geoalign.types import RetakeBatch, SourceClip
 

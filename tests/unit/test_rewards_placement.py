@@ -15,8 +15,9 @@ from torch import Tensor
 from geoalign.config.rewards import FailureConfig, RewardConfig
 from geoalign.config.world import WorldConfig
 from geoalign.errors import UsageError
+from geoalign.evaluators.base import PoseEstimate
 from geoalign.frozen.precision import HOST, exact_float32
-from geoalign.rewards.base import PoseEstimate, RewardOutput
+from geoalign.rewards.base import RewardOutput
 from geoalign.rewards.registry import LastResult, build_rewards
 from geoalign.rewards.running.guard import GuardedReward
 from geoalign.rewards.running.turns import Scored, decode_and_score, score_all

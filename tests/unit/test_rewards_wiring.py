@@ -13,7 +13,7 @@ import torch
 from reward_cases import score_videos
 from torch import Tensor
 
-from geoalign import doctor
+from geoalign.cli import doctor
 from geoalign.config.load import load_config
 from geoalign.config.rewards import FailureConfig, RewardConfig
 from geoalign.config.schema import Config

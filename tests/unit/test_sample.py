@@ -22,6 +22,7 @@ from geoalign.cli.sample import ESTIMATORS
 from geoalign.config.flow import FlowConfig
 from geoalign.config.model import ModelConfig
 from geoalign.data.video import PyAVReader, write_video
+from geoalign.evaluators.base import PoseEstimate
 from geoalign.flow.table import build_step_table
 from geoalign.geometry.presets import preset
 from geoalign.geometry.trajectory import CameraTrajectory
@@ -30,7 +31,6 @@ from geoalign.models.conditioning import Conditioning
 from geoalign.models.dit import RetakeDiT
 from geoalign.policy.formats import save_pretrained
 from geoalign.policy.policy import RetakePolicy
-from geoalign.rewards.base import PoseEstimate
 from geoalign.rewards.registry import EVALUATORS, build_evaluator
 from geoalign.types import SourceClip
 

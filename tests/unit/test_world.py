@@ -10,7 +10,6 @@ import pytest
 import torch
 from PIL import Image
 
-from geoalign.cli.world import write_sheet
 from geoalign.config.data import DataConfig
 from geoalign.config.world import WorldConfig
 from geoalign.data.source import RetakeDataset
@@ -23,6 +22,7 @@ from geoalign.world.motion import PRESETS, ground_normal, ground_plane, preset_m
 from geoalign.world.pairs import LabelBias, paired_videos
 from geoalign.world.render import intrinsics, render
 from geoalign.world.scene import colour, sample_scenes
+from geoalign.world.sheet import write_sheet
 
 WORLD = WorldConfig(clips=12, trajectories=20)
 

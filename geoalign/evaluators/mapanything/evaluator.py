@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from geoalign.errors import UsageError
+from geoalign.evaluators.base import PoseEstimate
 from geoalign.evaluators.mapanything.checkpoint import load_pose_network
 from geoalign.evaluators.mapanything.network import PoseBackend, PoseNetwork
 from geoalign.evaluators.mapanything.poses import relative_to_first
@@ -19,7 +20,6 @@ from geoalign.frozen.frames import SharedFrames
 from geoalign.frozen.graphed import Body, GraphedScorer
 from geoalign.frozen.mapanything_images import IMAGENET_MEAN, IMAGENET_STD
 from geoalign.frozen.precision import exactly
-from geoalign.rewards.base import PoseEstimate
 from geoalign.types import SourceClip
 
 _LUMA = (0.299, 0.587, 0.114)

@@ -11,7 +11,8 @@ import torch
 from geoalign.config.data import ClipsConfig, DataConfig
 from geoalign.data.captions import prompt_of, remove_camera_motion
 from geoalign.data.citywalk import read_clip_camera, write_clip_camera, write_metadata
-from geoalign.data.clips import ClipRecord, in_split, is_held_out, list_clips, natural_key, youtube_id
+from geoalign.data.clip_record import ClipRecord, youtube_id
+from geoalign.data.clips import in_split, is_held_out, list_clips, natural_key
 from geoalign.data.loader import ClipLoader, cause_of
 from geoalign.data.readers import open_reader
 from geoalign.data.tally import Tally

@@ -23,6 +23,7 @@ from geoalign.data.frames import to_float
 from geoalign.data.prepare import PrepareReport
 from geoalign.data.source import RetakeDataset
 from geoalign.errors import DataError, RunError
+from geoalign.evaluators.base import PoseEstimate
 from geoalign.geometry.trajectory import CameraTrajectory
 from geoalign.jobs import prepare as encoders
 from geoalign.jobs.prepare import encoder_identity, every_frame, render_missing_data, weights_hash
@@ -32,7 +33,6 @@ from geoalign.models.encoders import load_image_encoder, load_text_encoder
 from geoalign.models.wan_vae import load_wan_codec
 from geoalign.policy.files import load_policy
 from geoalign.policy.policy import RetakePolicy
-from geoalign.rewards.base import PoseEstimate
 from geoalign.rewards.registry import EVALUATORS
 from geoalign.types import Encodings, SourceClip
 from tests.unit.test_models_captions import save_tiny_blip2

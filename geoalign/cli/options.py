@@ -1,0 +1,44 @@
+"""Options that several verbs share, each spelled once."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Mapping
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from geoalign.config.schema import Config
+
+
+def add_config(parser: argparse.ArgumentParser) -> None:
+    """Add ``--config`` and the settings that replace those of the file."""
+    parser.add_argument(
+        "--config", required=True, metavar="NAME|FILE", help="preset or .yaml file (`geoalign config print NAME`)"
+    )
+    parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="settings that replace the file's")
+
+
+def read_config(args: argparse.Namespace) -> Config:
+    """The configuration that the options of :func:`add_config` name; raises ConfigError."""
+    from geoalign.config.load import load_config
+    from geoalign.config.schema import Config
+
+    return load_config(Config, args.config, args.overrides)
+
+
+def print_held_out(numbers: Mapping[str, Mapping[str, list[float]]]) -> None:
+    """Print each metric's mean over noise seeds, by kind of path."""
+    for kind, rows in numbers.items():
+        print(kind)
+        for name, values in rows.items():
+            spread = f" (noise seeds {', '.join(f'{v:.3f}' for v in values)})" if len(values) > 1 else ""
+            print(f"  {name:<28} {sum(values) / len(values):8.3f}{spread}")
+
+
+def bytes_text(count: float) -> str:
+    """``count`` bytes with a unit that people read."""
+    for unit in ("B", "kB", "MB", "GB"):
+        if count < 1000:
+            return f"{count:.1f} {unit}"
+        count /= 1000
+    return f"{count:.2f} TB"

@@ -1,0 +1,69 @@
+"""``geoalign prepare``."""
+
+from __future__ import annotations
+
+import argparse
+import os
+from typing import Any
+
+from geoalign.cli.options import add_config, bytes_text, read_config
+
+EXAMPLES = """\
+examples:
+  geoalign prepare --config tiny_cpu                       encode every clip once; run again to continue
+  geoalign prepare --config paper_64xa800 --dry-run        predict disk and time from one window
+  torchrun --nproc-per-node 8 -m geoalign prepare --config paper_64xa800
+"""
+
+
+def add_parser(subparsers: Any) -> None:
+    """Add ``prepare``."""
+    parser = subparsers.add_parser(
+        "prepare",
+        help="encode latents, text and source cameras once",
+        epilog=EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    add_config(parser)
+    parser.add_argument("--dry-run", action="store_true", help="encode one window, predict disk and time")
+    parser.set_defaults(run=run_prepare)
+
+
+def run_prepare(args: argparse.Namespace) -> int:
+    """Encode this process's share of the windows."""
+    from geoalign.data.clips import list_clips
+    from geoalign.data.prepare import prepare
+    from geoalign.data.tally import Tally
+    from geoalign.jobs.prepare import build_encoder, claim_device, render_missing_data
+
+    config = read_config(args)
+    rank, world_size = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+    render_missing_data(config, rank)
+    device_id = claim_device(config).index
+    encoder = build_encoder(config)
+    if args.dry_run:
+        report = prepare(config.data, encoder, device_id=device_id, limit=1, dry_run=True)
+        if not report.encoded:
+            print(f"nothing to do: the first {report.reused} windows are prepared")
+            return 0
+        total = len(list_clips(config.data.clips_path, config.data.clips, Tally("clips")))
+        total *= config.data.prepare.windows_per_clip
+        print(f"predicted for at most {total:,} windows, from {report.encoded} measured on this machine:")
+        disk, hours = bytes_text(report.bytes / report.encoded * total), report.seconds * total / 3600
+        print(f"  disk {disk}, one process {hours:.2f} h")
+        return 0
+    from tqdm import tqdm
+
+    with tqdm(desc="preparing", unit="clip", disable=None if rank == 0 else True) as bar:
+
+        def progress(done: int, total: int) -> None:
+            bar.total = total
+            bar.update(done - bar.n)
+
+        report = prepare(config.data, encoder, rank=rank, world_size=world_size, device_id=device_id, progress=progress)
+    print(
+        f"encoded {report.encoded} windows ({bytes_text(report.bytes)}) in {report.seconds:.1f} s, kept {report.reused}"
+    )
+    if report.tally is not None and report.tally.rejected:
+        print(report.tally.summary())
+    return 0
