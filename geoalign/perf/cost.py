@@ -291,7 +291,7 @@ class TransformerCost:
         """Bytes that the graph of one sample's forward keeps, with bf16 matrices and a pruned last block.
 
         `inputs`: what enters the blocks and the head, in float32; `attention`: also attention outputs and their
-        log-sum-exp; `all`: no recomputation, eager blocks (counted, see `tests/unit/test_perf_memory.py`).
+        log-sum-exp; `all`: no recomputation, eager blocks (counted, see `tests/unit/perf/test_memory.py`).
         """
         stream, targets = self.stream_bytes, self.target_tokens / self.tokens
         if saved == "all":

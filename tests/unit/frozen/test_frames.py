@@ -6,11 +6,11 @@ from __future__ import annotations
 import gc
 import weakref
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from repository import ROOT, SUPPORT
 from reward_cases import score_videos
 from torch import Tensor
 
@@ -37,7 +37,7 @@ ONE_LEVEL = 1 / 255 / 0.224
 
 @pytest.fixture(autouse=True)
 def tiny(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.syspath_prepend(str(Path(__file__).parent))
+    monkeypatch.syspath_prepend(str(SUPPORT))
     for name in ("videoalign", "hpsv3"):
         monkeypatch.setitem(registry.REWARDS, name, f"tiny_scorers:{name}")
     monkeypatch.setitem(registry.EVALUATORS, "mapanything", "tiny_scorers:mapanything")
@@ -194,7 +194,7 @@ def test_the_grey_video_of_the_motion_score_is_a_pass_of_its_own(passes) -> None
 def test_a_worker_process_gives_the_same_scores_as_the_shared_pass() -> None:
     videos, batch = videos_of(), batch_of()
     inline = score_videos(build_rewards(ALL), videos, batch)
-    folder, root = Path(__file__).parent, Path(__file__).parents[2]
+    folder, root = SUPPORT, ROOT
     worker = WorkerReward(
         "hpsv3", (), "tiny_scorers:hpsv3",
         environment={"PYTHONPATH": f"{folder}:{root}:{root / 'kernels'}", "OMP_NUM_THREADS": "1"}, timeout_s=120.0,

@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 import json
-from pathlib import Path
 
 import pytest
 import torch
+from repository import GOLDEN
 
 from geoalign.cli.main import main
 from geoalign.models.layouts import LAYOUTS, count, fingerprint, identify, original_names
 from geoalign.models.wan_vae import original_name
 from geoalign.policy.formats import published_manifest
 
-GOLDEN = Path(__file__).parents[1] / "golden" / "models"
+FOLDER = GOLDEN / "models"
 
 
 @pytest.mark.parametrize(
@@ -102,5 +102,5 @@ def test_manifest_verb_prints_totals(capsys: pytest.CaptureFixture[str]) -> None
 )
 def test_export_manifests_in_the_tree(file: str, layout: str, kind: str) -> None:
     """Committed manifests are what an export of the full-size model holds; a changed name or shape breaks readers."""
-    committed = json.loads((GOLDEN / f"{file}.manifest.json").read_text("utf-8"))
+    committed = json.loads((FOLDER / f"{file}.manifest.json").read_text("utf-8"))
     assert published_manifest(LAYOUTS[layout].config, kind) == committed

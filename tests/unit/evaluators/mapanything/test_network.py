@@ -4,24 +4,24 @@ from __future__ import annotations
 
 import json
 import zlib
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from repository import GOLDEN
 from torch import Tensor
 
 from geoalign.errors import UsageError
 from geoalign.evaluators.mapanything.layout import LAYOUTS, PoseNetworkLayout
 from geoalign.evaluators.mapanything.network import PoseNetwork, RawPoses
 
-GOLDEN = Path(__file__).parents[1] / "golden" / "mapanything"
+FOLDER = GOLDEN / "mapanything"
 TINY = ("tiny_v1_1", "tiny_v1_1_swiglu", "tiny_v1")
 SMALL = PoseNetworkLayout(48, 1, 2, "swiglu", False, 48, 2, 2, "swiglu", True, True)
 
 
 def golden(name: str) -> dict:
-    return json.loads((GOLDEN / f"{name}.json").read_text())
+    return json.loads((FOLDER / f"{name}.json").read_text())
 
 
 def generator(name: str) -> np.random.Generator:

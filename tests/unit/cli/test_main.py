@@ -7,9 +7,9 @@ import json
 import os
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
+from repository import ROOT
 
 from geoalign.cli import main as cli
 from geoalign.config.docs import reference_page
@@ -18,8 +18,6 @@ from geoalign.config.load import load_config
 from geoalign.config.schema import Config
 from geoalign.config.source import preset_names
 from geoalign.errors import ConfigError
-
-ROOT = Path(__file__).resolve().parents[2]
 
 
 def geoalign(*arguments: str, code: str | None = None) -> subprocess.CompletedProcess[str]:
@@ -32,8 +30,9 @@ def geoalign(*arguments: str, code: str | None = None) -> subprocess.CompletedPr
 def test_help_and_config_print_import_no_torch() -> None:
     code = """
 import sys
-assert cli.main(["--help"]) == 0
-assert cli.main(["config", "print", "tiny_cpu"]) == 0
+from geoalign.cli.main import main
+assert main(["--help"]) == 0
+assert main(["config", "print", "tiny_cpu"]) == 0
 heavy = {"torch", "numpy", "diffusers", "transformers", "matplotlib"} & set(sys.modules)
 assert not heavy, heavy
 """

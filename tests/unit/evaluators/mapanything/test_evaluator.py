@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from repository import GOLDEN
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -25,7 +26,7 @@ from geoalign.geometry.trajectory import CameraTrajectory
 from geoalign.rewards.geometry import GeometryReward
 from geoalign.types import RetakeBatch, SourceClip
 
-GOLDEN = Path(__file__).parents[1] / "golden" / "mapanything"
+FOLDER = GOLDEN / "mapanything"
 SMALL = PoseNetworkLayout(48, 2, 2, "swiglu", False, 48, 2, 2, "swiglu", True, True)
 SMALL_V1 = PoseNetworkLayout(48, 2, 2, "gelu", True, 32, 2, 2, "gelu", False, False)
 
@@ -33,7 +34,7 @@ SMALL_V1 = PoseNetworkLayout(48, 2, 2, "gelu", True, 32, 2, 2, "gelu", False, Fa
 def published_file(layout: PoseNetworkLayout, names_from: str) -> dict[str, Tensor]:
     """A small checkpoint in the published key layout: our tensors, and every other published name as one number."""
     torch.manual_seed(0)
-    other = json.loads((GOLDEN / f"{names_from}_keys.json").read_text())["other_keys"]
+    other = json.loads((FOLDER / f"{names_from}_keys.json").read_text())["other_keys"]
     state = {name: tensor.clone() for name, tensor in PoseNetwork(layout).state_dict().items()}
     return {**state, **{name: torch.ones(1) for name in other}}
 
@@ -55,7 +56,7 @@ def test_loads_the_published_key_layout(tmp_path: Path, layout: PoseNetworkLayou
 
 @pytest.mark.parametrize("layout", sorted(LAYOUTS))
 def test_skip_list_covers_every_published_name_and_no_more(layout: str) -> None:
-    published = json.loads((GOLDEN / f"full_{layout.replace('.', '_')}_keys.json").read_text())
+    published = json.loads((FOLDER / f"full_{layout.replace('.', '_')}_keys.json").read_text())
     assert {name.split(".")[0] for name in published["other_keys"]} == set(SKIPPED_MODULES)
     assert not {pattern.split(".")[0] for pattern in published["pose_keys"]} & set(SKIPPED_MODULES)
 

@@ -17,7 +17,7 @@ import pytest
 import yaml
 from PIL import Image
 
-from geoalign import cli
+from geoalign.cli.main import main
 from geoalign.config.load import load_config
 from geoalign.config.schema import Config
 from geoalign.errors import DataError, UsageError
@@ -219,7 +219,7 @@ def test_curves_that_never_move_are_words(folder: Path) -> None:
 
 
 def test_the_verb_writes_the_file_and_says_where(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert cli.main(["report", str(folder), "--samples", "1"]) == 0
+    assert main(["report", str(folder), "--samples", "1"]) == 0
     assert capsys.readouterr().out.strip() == str(folder / "report.html")
     assert (folder / "report.html").stat().st_size > 10_000
 

@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from repository import GOLDEN
 
 from geoalign.errors import DataError, UsageError
 from geoalign.geometry import so3
@@ -17,7 +18,7 @@ from geoalign.geometry.io import load_trajectory, save_trajectory
 from geoalign.geometry.presets import PRESETS, preset, preset_name, retime
 from geoalign.geometry.trajectory import CameraTrajectory
 
-GOLDEN = Path(__file__).parents[1] / "golden" / "cameras"
+FOLDER = GOLDEN / "cameras"
 
 
 def sample(frames: int = 7) -> CameraTrajectory:
@@ -28,7 +29,7 @@ def sample(frames: int = 7) -> CameraTrajectory:
 
 
 def test_presets_equal_the_published_resampling() -> None:
-    golden = np.load(GOLDEN / "presets.npz")
+    golden = np.load(FOLDER / "presets.npz")
     assert len(golden.files) == 30
     for key in golden.files:
         kind, frames, speed = key.split("_")
@@ -38,7 +39,7 @@ def test_presets_equal_the_published_resampling() -> None:
 
 
 def test_package_data_holds_the_published_numbers() -> None:
-    published = json.loads((GOLDEN / "camera_extrinsics.json").read_text())
+    published = json.loads((FOLDER / "camera_extrinsics.json").read_text())
     data = json.loads(resources.files("geoalign.geometry").joinpath("preset_cameras.json").read_text())
     assert tuple(data["cameras"]) == PRESETS
     for number, columns in enumerate(data["cameras"].values(), 1):
@@ -77,7 +78,7 @@ def test_preset_names() -> None:
 
 def test_recammaster_loader_reads_the_published_file() -> None:
     for number, name in ((1, "pan_right"), (5, "zoom_in"), (9, "arc_left")):
-        loaded = load_trajectory(GOLDEN / "camera_extrinsics.json", camera=number, dtype=torch.float64)
+        loaded = load_trajectory(FOLDER / "camera_extrinsics.json", camera=number, dtype=torch.float64)
         assert loaded.num_frames == 81 and torch.allclose(torch.linalg.det(loaded.rotation), torch.ones(81).double())
         # The integrator bends arcs by up to 1.3 cm; the orientation is that of the file (6 printed digits).
         same = preset(name, dtype=torch.float64)
@@ -153,7 +154,7 @@ def test_reflections_nan_and_wrong_shapes_are_refused(tmp_path: Path) -> None:
 
 
 def test_recammaster_defects_name_frame_and_camera(tmp_path: Path) -> None:
-    data = json.loads((GOLDEN / "camera_extrinsics.json").read_text())
+    data = json.loads((FOLDER / "camera_extrinsics.json").read_text())
     file = tmp_path / "cameras.json"
 
     def refused(words: str, camera: str | int = 1) -> None:

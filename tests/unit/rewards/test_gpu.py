@@ -1,15 +1,15 @@
 """Rewards on a CUDA device: replays equal eager bit for bit, addresses survive swaps, placements give equal scores.
 
-Needs torch and safetensors alone: pytest tests/unit/test_rewards_gpu.py
+Needs torch and safetensors alone: pytest tests/unit/rewards/test_gpu.py
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from pathlib import Path
 
 import pytest
 import torch
+from repository import ROOT, SUPPORT
 from reward_cases import BODIES, MeanReward, tiny_geometry, tiny_hpsv3
 from torch import Tensor, nn
 
@@ -179,7 +179,7 @@ def test_a_side_stream_gives_the_scores_of_scoring_at_once(chunk: int | None) ->
 
 
 def test_a_worker_on_the_device_gives_equal_scores() -> None:
-    here, root = Path(__file__).parent, Path(__file__).parents[2]
+    here, root = SUPPORT, ROOT
     environment = {"PYTHONPATH": f"{here}:{root}:{root / 'kernels'}"}
     worker = WorkerReward(
         "geometry", (), "reward_cases:tiny_geometry", options={"device": "cuda"}, environment=environment

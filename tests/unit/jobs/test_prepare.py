@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from tiny_captioner import save_tiny_blip2
 from torch import Tensor
 
 from geoalign.cli.main import main
@@ -35,7 +36,6 @@ from geoalign.policy.files import load_policy
 from geoalign.policy.policy import RetakePolicy
 from geoalign.rewards.registry import EVALUATORS
 from geoalign.types import Encodings, SourceClip
-from tests.unit.test_models_captions import save_tiny_blip2
 
 WORDS = ("a", "bear", "walks", "past", "rocks", "river", "street", "tree", "two", "dogs", "red", "car")
 TEXT_DIM, IMAGE_DIM, TEXT_LENGTH = 16, 20, 8

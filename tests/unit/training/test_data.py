@@ -6,6 +6,7 @@ import re
 from pathlib import Path
 
 import pytest
+from repository import ROOT
 
 from geoalign.config.load import load_config
 from geoalign.config.schema import Config
@@ -20,7 +21,7 @@ from geoalign.training.trainer import Trainer
 from geoalign.types import RetakeBatch
 from geoalign.world.dataset import write_world
 
-GLOSSARY = Path(__file__).parents[3] / "docs" / "metrics.md"
+GLOSSARY = ROOT / "docs" / "metrics.md"
 
 
 class Plain:

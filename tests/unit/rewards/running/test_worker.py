@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from repository import ROOT
 from reward_cases import BAD, batch_of, honest, videos_of
 
 from geoalign.config.rewards import RewardConfig
@@ -51,7 +52,7 @@ def worker_module(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def environment_of(folder: Path) -> dict[str, str]:
-    return {"ONLY_THERE": "7", "PYTHONPATH": f"{folder}:{Path(__file__).parents[2]}"}
+    return {"ONLY_THERE": "7", "PYTHONPATH": f"{folder}:{ROOT}"}
 
 
 def test_worker_scores_equally_in_its_own_environment_and_survives_failures(worker_module: Path) -> None:
