@@ -25,11 +25,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-STREAM_SDE = 0
-STREAM_INITIAL = 1
-STREAM_DATA = 2
-STREAM_TRAJECTORY = 3
-STREAM_EVALUATION = 4
+from geoalign_kernels import streams
 
 ROUND_MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
 KEY_INCREMENTS = (0x9E3779B9, 0xBB67AE85)
@@ -50,7 +46,7 @@ class NoiseKey:
         group: id of the condition, an int or an int tensor [B].
         sample: id of the rollout in its group, an int or an int tensor [B]. Use 0 for noise shared by a group.
         step: step index of the sampler, 0 <= step < 2^16.
-        stream: purpose of the numbers (`STREAM_*`), 0 <= stream < 2^16.
+        stream: purpose of the numbers (`streams`), 0 <= stream < 2^16.
     """
 
     seed: int
@@ -58,7 +54,7 @@ class NoiseKey:
     group: Tensor | int
     sample: Tensor | int
     step: int
-    stream: int = STREAM_SDE
+    stream: int = streams.SDE
 
     def __post_init__(self) -> None:
         for name, value, bits in (
