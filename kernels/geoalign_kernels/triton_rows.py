@@ -120,6 +120,25 @@ def row_covariance(x, x_mean, y, y_mean, WIDTH: tl.constexpr):
 
 
 @triton.jit
+def norm_gradient(
+    Grad, x, Scale, b, s, ok, grad_strides, scale_stride, eps,
+    WIDTH: tl.constexpr, ROWS: tl.constexpr, CHUNK: tl.constexpr, CHUNKS: tl.constexpr,
+):  # fmt: skip
+    """Gradient to the rows x of their modulated LayerNorm, as a tuple of chunks."""
+    grads = ()
+    for c in tl.static_range(CHUNKS):
+        scale = load_vector(Scale + b * scale_stride, c, ROWS, CHUNK)
+        grads = grads + (load_chunk(Grad, b, s, ok, grad_strides, c, CHUNK) * (1.0 + scale),)  # noqa: RUF005
+    mean, grad_mean = row_mean(x, WIDTH), row_mean(grads, WIDTH)
+    inverse = tl.rsqrt(row_covariance(x, mean, x, mean, WIDTH) + eps)
+    slope = row_covariance(x, mean, grads, grad_mean, WIDTH) * inverse * inverse
+    result = ()
+    for c in tl.static_range(CHUNKS):
+        result = result + (inverse * (grads[c] - grad_mean - (x[c] - mean) * slope),)  # noqa: RUF005
+    return result
+
+
+@triton.jit
 def norm_backward(
     DY, X, DX, Weight, weight_sum, angles, dangles, b, s, ok, dy_strides, x_strides, dx_strides, eps,
     WEIGHT: tl.constexpr, ANGLES: tl.constexpr,

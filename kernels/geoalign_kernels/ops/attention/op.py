@@ -17,6 +17,7 @@ from torch.utils.flop_counter import register_flop_formula
 from geoalign_kernels import capture, dispatch
 from geoalign_kernels.ops.attention import cores
 from geoalign_kernels.registration import NAMESPACE, define, library, on_device
+from geoalign_kernels.rows import working_dtype
 
 _HERE = "geoalign_kernels.ops.attention"
 dispatch.register(
@@ -106,7 +107,7 @@ def attention(
 
 
 def _fake(q: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
-    lse = q.new_empty(q.shape[0], q.shape[2], q.shape[1], dtype=torch.promote_types(q.dtype, torch.float32))
+    lse = q.new_empty(q.shape[0], q.shape[2], q.shape[1], dtype=working_dtype(q))
     return torch.empty_like(q, memory_format=torch.contiguous_format), lse
 
 

@@ -18,6 +18,7 @@ from geoalign_kernels import dispatch
 from geoalign_kernels.ops.flow_step import reference
 from geoalign_kernels.philox import MASK32, NoiseKey
 from geoalign_kernels.registration import define
+from geoalign_kernels.rows import working_dtype
 
 _HERE = "geoalign_kernels.ops.flow_step"
 for _name in ("flow_step", "flow_log_prob", "flow_log_prob_backward"):
@@ -136,7 +137,7 @@ def _same_shape(name: str, value: Tensor | None, x: Tensor) -> None:
 
 
 def _step_fake(x: Tensor, *_: Any) -> Tensor:
-    return x.new_empty(x.shape, dtype=torch.promote_types(x.dtype, torch.float32))
+    return x.new_empty(x.shape, dtype=working_dtype(x))
 
 
 def _step_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -166,7 +167,7 @@ def _columns(table: Tensor, like: Tensor) -> list[Tensor]:
 
 
 def _log_prob_fake(x: Tensor, *_: Any) -> Tensor:
-    return x.new_empty(x.shape[:1], dtype=torch.promote_types(x.dtype, torch.float32))
+    return x.new_empty(x.shape[:1], dtype=working_dtype(x))
 
 
 def _log_prob_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:

@@ -11,11 +11,7 @@ import torch
 from torch import Tensor
 
 from geoalign_kernels.philox import NoiseKey, philox_normal
-
-
-def working_dtype(x: Tensor) -> torch.dtype:
-    """float32, or float64 for float64 states (gradient checks)."""
-    return torch.promote_types(x.dtype, torch.float32)
+from geoalign_kernels.rows import working_dtype
 
 
 def columns(coefficients: Tensor, x: Tensor) -> list[Tensor]:

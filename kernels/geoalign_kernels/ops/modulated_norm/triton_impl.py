@@ -10,9 +10,9 @@ from torch import Tensor
 from geoalign_kernels.triton_rows import (
     dense,
     dense_rows,
-    load_chunk,
     load_rows,
     load_vector,
+    norm_gradient,
     plan_rows,
     row_covariance,
     row_mean,
@@ -37,25 +37,6 @@ def forward_kernel(
         shift = load_vector(Shift + b * shift_stride, c, ROWS, CHUNK)
         out = (x[c] - mean) * inverse * (1.0 + scale) + shift
         store_chunk(Out, out, b, s, ok, dense(tokens, WIDTH), c, CHUNK)
-
-
-@triton.jit
-def norm_gradient(
-    Grad, x, Scale, b, s, ok, grad_strides, scale_stride, eps,
-    WIDTH: tl.constexpr, ROWS: tl.constexpr, CHUNK: tl.constexpr, CHUNKS: tl.constexpr,
-):  # fmt: skip
-    """Gradient to the rows x of their modulated LayerNorm, as a tuple of chunks."""
-    grads = ()
-    for c in tl.static_range(CHUNKS):
-        scale = load_vector(Scale + b * scale_stride, c, ROWS, CHUNK)
-        grads = grads + (load_chunk(Grad, b, s, ok, grad_strides, c, CHUNK) * (1.0 + scale),)  # noqa: RUF005
-    mean, grad_mean = row_mean(x, WIDTH), row_mean(grads, WIDTH)
-    inverse = tl.rsqrt(row_covariance(x, mean, x, mean, WIDTH) + eps)
-    slope = row_covariance(x, mean, grads, grad_mean, WIDTH) * inverse * inverse
-    result = ()
-    for c in tl.static_range(CHUNKS):
-        result = result + (inverse * (grads[c] - grad_mean - (x[c] - mean) * slope),)  # noqa: RUF005
-    return result
 
 
 @triton.jit

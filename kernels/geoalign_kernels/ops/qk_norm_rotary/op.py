@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from geoalign_kernels import dispatch
+from geoalign_kernels.angles import check_phase
 from geoalign_kernels.ops.qk_norm_rotary import reference
 from geoalign_kernels.registration import define
 
@@ -87,18 +88,6 @@ def _check(
         raise ValueError(f"position must be [{tokens}, {head // 2}], got {list(position.shape)}")
     for name, phase in (("phase_qk", phase_qk), ("phase_vo", phase_vo)):
         check_phase(name, phase, (batch, tokens, heads, head))
-
-
-def check_phase(name: str, phase: Tensor | None, shape: tuple[int, int, int, int]) -> None:
-    """Raises ValueError unless `phase` is None or [B or 1, S, H or 1, P <= hd/2] for `shape` = (B, S, H, hd)."""
-    if phase is None:
-        return
-    batch, tokens, heads, head = shape
-    fits = phase.dim() == 4 and phase.shape[0] in (1, batch) and phase.shape[1] == tokens
-    if not (fits and phase.shape[2] in (1, heads) and 0 < phase.shape[3] <= head // 2):
-        raise ValueError(
-            f"{name} must be [{batch} or 1, {tokens}, {heads} or 1, P <= {head // 2}], got {list(phase.shape)}"
-        )
 
 
 def _fake(q: Tensor, k: Tensor, v: Tensor | None, *_: Any) -> tuple[Tensor, Tensor, Tensor]:

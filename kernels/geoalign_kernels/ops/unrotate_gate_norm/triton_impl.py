@@ -6,7 +6,6 @@ import torch
 import triton
 import triton.language as tl
 
-from geoalign_kernels.ops.modulated_norm.triton_impl import norm_gradient
 from geoalign_kernels.ops.unrotate_gate_norm.reference import gradient_buffers
 from geoalign_kernels.triton_angles import cross_pairs, load_turn, phase_operand, phase_vector, rotate, store_angles
 from geoalign_kernels.triton_rows import (
@@ -15,6 +14,7 @@ from geoalign_kernels.triton_rows import (
     load_chunk,
     load_rows,
     load_vector,
+    norm_gradient,
     plan_rows,
     row_covariance,
     row_mean,
