@@ -43,7 +43,7 @@ from bench_timing import (
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from geoalign.perf.cost import DEVICES, TransformerCost, profile_of
-from geoalign_kernels.static_check import EXPECTATIONS
+from geoalign_kernels.static.check import EXPECTATIONS
 
 GATE = 1e-2
 """Largest relative L2 error of an exact bf16 row; quantised rows are reported, not gated."""

@@ -1,4 +1,4 @@
-"""What `static_check` needs to know of a kernel to compile it as a launch on a GPU would.
+"""What `check` needs to know of a kernel to compile it as a launch on a GPU would.
 
 Types: `*bf16` is a 16-byte aligned pointer, `i32/16` an integer divisible by 16 (Triton finds both out by itself at a
 launch), `None` an absent operand.
