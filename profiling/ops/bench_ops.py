@@ -49,7 +49,7 @@ GATE = 1e-2
 """Largest relative L2 error of an exact bf16 row; quantised rows are reported, not gated."""
 STEADY = 0.03
 GEMMS = ((65_520, 1536, 1536), (65_520, 1536, 4608), (65_520, 1536, 8960), (65_520, 8960, 1536))  # rows, in, out
-RESULTS = Path(__file__).with_name("results")
+RESULTS = Path(__file__).parents[1] / "results"
 QUICK_S = 540.0
 """Seconds after which a quick run measures nothing more but its last ceilings."""
 COMPILE_S, CASE_S = 15.0, 2.0

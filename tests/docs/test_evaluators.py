@@ -10,7 +10,7 @@ ROOT = Path(__file__).parents[2]
 
 
 def test_the_page_is_generated_from_the_result_file() -> None:
-    spec = importlib.util.spec_from_file_location("evaluator_study", ROOT / "profiling" / "evaluator_study.py")
+    spec = importlib.util.spec_from_file_location("study", ROOT / "profiling" / "studies" / "evaluators.py")
     assert spec is not None and spec.loader is not None
     study = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(study)

@@ -156,7 +156,7 @@ def main() -> None:
     parser.add_argument("--frames", type=int, default=16)
     parser.add_argument("--size", default="480x832")
     parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--out", type=Path, default=Path(__file__).with_name("results") / "preprocess-cpu.jsonl")
+    parser.add_argument("--out", type=Path, default=Path(__file__).parents[1] / "results" / "preprocess-cpu.jsonl")
     options = parser.parse_args()
     torch.set_num_threads(1)
     height, width = map(int, options.size.split("x"))

@@ -17,11 +17,10 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
-from bench_ops import Bench, bench_of, options_parser
-from bench_timing import count_launches, measure
 from torch import Tensor, nn
 
 from geoalign.perf.cost import DEVICES
@@ -37,6 +36,11 @@ from geoalign.rewards.vlm.body import RewardQwen, hpsv3_head, videoalign_head
 from geoalign.rewards.vlm.layout import HPSV3_BODY, VIDEOALIGN_BODY, QwenLayout
 from geoalign.rewards.vlm.preprocess import fit_size
 from geoalign.rewards.vlm.scorers import StaticBody
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "ops"))  # scripts of one checkout, not a package
+
+from bench_ops import Bench, bench_of, options_parser
+from bench_timing import count_launches, measure
 
 FRAME = (480, 832)
 # Tokens of the published prompts: VideoAlign's up to the motion token, HPSv3's with a caption of some words.

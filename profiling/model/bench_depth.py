@@ -19,10 +19,10 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import torch
-from bench_ops import Bench, bench_of, options_parser
 from torch import Tensor
 
 from geoalign.config.load import load_config
@@ -38,6 +38,10 @@ from geoalign.training.telemetry import plan_of
 from geoalign.training.trainer import Trainer
 from geoalign.types import Encodings, RetakeBatch, SourceClip
 from geoalign_kernels import report, use_backend
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "ops"))  # scripts of one checkout, not a package
+
+from bench_ops import Bench, bench_of, options_parser
 
 TOLERANCE = 0.03
 """How far an extrapolated time may be from the measured one."""
