@@ -1,8 +1,8 @@
 """One RL iteration of the 1.3B model on fewer blocks, extrapolated to all of them and checked against a whole pass.
 
-    python profiling/bench_depth.py [--quick] [--out FILE.jsonl]       on a CUDA device; --quick: depths 1, 2, 4
-    python profiling/bench_depth.py --plan                             predicted seconds, any machine
-    python profiling/bench_depth.py --self-check [--out FILE.jsonl]    any machine, a tiny model
+    python profiling/model/bench_depth.py [--quick] [--out FILE.jsonl]       on a CUDA device; --quick: depths 1, 2, 4
+    python profiling/model/bench_depth.py --plan                             predicted seconds, any machine
+    python profiling/model/bench_depth.py --self-check [--out FILE.jsonl]    any machine, a tiny model
 
 All tokens of 81 x 480 x 832, random weights of the true shapes, one group of 4, T = 25, window of 4 from step 2, the
 real video decoder with random weights, no scorers (`bench_rewards.py` times those). The time of every phase is a line

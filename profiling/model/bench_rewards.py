@@ -1,8 +1,8 @@
 """The reward models at their true shapes with random weights: latency, memory, and replay equal to eager bit for bit.
 
-    python profiling/bench_rewards.py [--quick] [--only NAME] [--out FILE.jsonl]   on a CUDA device
-    python profiling/bench_rewards.py --plan [--only NAME]                         sizes and predictions, any machine
-    python profiling/bench_rewards.py --self-check [--out FILE.jsonl]              any machine, tiny sizes
+    python profiling/model/bench_rewards.py [--quick] [--only NAME] [--out FILE.jsonl]  on a CUDA device
+    python profiling/model/bench_rewards.py --plan [--only NAME]                        sizes and predictions, anywhere
+    python profiling/model/bench_rewards.py --self-check [--out FILE.jsonl]             tiny sizes, anywhere
 
 Rows go where `bench_ops.py` puts its own, in the same schema, between the same ceilings. What is timed is the captured
 body of a scorer (prepared pixels in, poses or raw scores out), eagerly and as a replayed graph, which includes copying

@@ -1,7 +1,7 @@
 """Microbenchmarks of the kernels against their rivals, as fractions of ceilings measured in the same process.
 
-    python profiling/bench_ops.py [--quick] [--only NAME] [--out FILE.jsonl]     on a CUDA device
-    python profiling/bench_ops.py --self-check [--out FILE.jsonl]                on any machine, tiny sizes
+    python profiling/ops/bench_ops.py [--quick] [--only NAME] [--out FILE.jsonl]     on a CUDA device
+    python profiling/ops/bench_ops.py --self-check [--out FILE.jsonl]                on any machine, tiny sizes
 
 Ceilings (device copy, matrix products) come first and last: if one moved by more than 3 % the run is unsteady and not
 to be quoted. Inputs are random; sets of them are used in turn so that nothing stays in the L2 cache. Every row carries

@@ -1,6 +1,6 @@
 """Frame pre-processing: the native op against the path through an mp4 file and Pillow.
 
-    OMP_NUM_THREADS=1 python profiling/bench_preprocess.py [--frames N] [--size HxW] [--repeats N] [--out FILE.jsonl]
+    OMP_NUM_THREADS=1 python profiling/ops/bench_preprocess.py [--frames N] [--size HxW] [--repeats N] [--out FILE]
 
 Every path starts from one decoded bfloat16 clip in [-1, 1] in memory and ends with the inputs of all three reward
 models, every frame in every output, on one thread:
