@@ -1,6 +1,6 @@
 """Plain torch that several ops share: rotation of adjacent pairs by positions and camera phases.
 
-Phases are [B or 1, S, H or 1, P] and act on the last P pairs of every head. The Triton counterpart is `triton_angles`.
+Phases are [B or 1, S, H or 1, P] and act on the last P pairs of every head. Triton counterpart: ``triton_angles``.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from geoalign_kernels.rows import working_dtype
 
 
 def check_phase(name: str, phase: Tensor | None, shape: tuple[int, int, int, int]) -> None:
-    """Raises ValueError unless `phase` is None or [B or 1, S, H or 1, P <= hd/2] for `shape` = (B, S, H, hd)."""
+    """Raises ValueError unless ``phase`` is None or [B or 1, S, H or 1, P <= hd/2] for ``shape`` = (B, S, H, hd)."""
     if phase is None:
         return
     batch, tokens, heads, head = shape
@@ -50,7 +50,7 @@ def rotate(x: Tensor, turn: tuple[Tensor, Tensor] | None, *, inverse: bool = Fal
 
 
 def phase_gradient(x: Tensor, grad: Tensor, pairs: int) -> Tensor:
-    """d loss / d angle = Im(conj(x) grad) of the last `pairs` pairs; the same before and after a common rotation."""
+    """d loss / d angle = Im(conj(x) grad) of the last ``pairs`` pairs; the same before and after a common rotation."""
     x_real, x_imaginary = x.unflatten(-1, (-1, 2))[..., -pairs:, :].unbind(-1)
     g_real, g_imaginary = grad.unflatten(-1, (-1, 2))[..., -pairs:, :].unbind(-1)
     return x_real * g_imaginary - x_imaginary * g_real

@@ -1,6 +1,6 @@
 """Plain torch that several ops share: the working dtype, vectors per sample, and LayerNorm of the rows of [B, S, D].
 
-The definitions (`ops/*/reference.py`) and public functions import it; its Triton counterpart is `triton_rows`.
+The definitions (``ops/*/reference.py``) and public functions import it; its Triton counterpart is ``triton_rows``.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ def per_sample(vector: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def vector_gradient(grad: Tensor, vector: Tensor) -> Tensor:
-    """Sums a gradient [B, S, D] over tokens (and samples) to the shape and dtype of `vector`."""
+    """Sums a gradient [B, S, D] over tokens (and samples) to the shape and dtype of ``vector``."""
     summed = grad.sum(1)
     return summed.sum_to_size(vector.shape if vector.dim() == 2 else (1, *vector.shape)).view_as(vector).to(vector)
 
@@ -49,7 +49,7 @@ def modulated(x: Tensor, scale: Tensor, shift: Tensor, eps: float) -> Tensor:
 
 
 def norm_gradient(grad: Tensor, x: Tensor, scale: Tensor, eps: float) -> Tensor:
-    """Gradient to x of `modulated`, in the working dtype; mean and standard deviation are recomputed."""
+    """Gradient to x of ``modulated``, in the working dtype; mean and standard deviation are recomputed."""
     unit, inverse = normalised(x, eps)
     dunit = grad.to(unit) * (1.0 + per_sample(scale, unit.dtype))
     return inverse * (dunit - dunit.mean(-1, keepdim=True) - unit * (dunit * unit).mean(-1, keepdim=True))

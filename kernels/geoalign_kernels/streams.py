@@ -1,4 +1,4 @@
-"""Every purpose that counter-based noise is drawn for, as the `stream` of a `NoiseKey`: numbered once, here.
+"""Every purpose that counter-based noise is drawn for, as the ``stream`` of a ``NoiseKey``: numbered once, here.
 
 Two purposes with one number would draw the same values from equal ids. The numbers are frozen: one that changes makes
 every seed mean another run. A new purpose takes the next one.

@@ -1,7 +1,7 @@
 """Tiles of the row kernels: a program holds a few rows whole, in float32, as a tuple of chunks.
 
-A row of D elements is `chunks` pieces of `chunk` columns, the largest power of two that divides D: 1536 = 3 x 512 keeps
-every lane busy, where one padded tile of 2048 would idle a quarter of them.
+A row of D elements is ``chunks`` pieces of ``chunk`` columns, the largest power of two that divides D: 1536 = 3 x 512
+keeps every lane busy, where one padded tile of 2048 would idle a quarter of them.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ LANE_ELEMENTS = 8  # one 16-byte access of bf16 per lane
 
 
 class RowPlan(NamedTuple):
-    """How a row kernel tiles: `rows` x `chunk` elements a step, `chunks` steps a row."""
+    """How a row kernel tiles: ``rows`` x ``chunk`` elements a step, ``chunks`` steps a row."""
 
     rows: int
     chunk: int
@@ -32,7 +32,7 @@ class RowPlan(NamedTuple):
     warps: int
 
     def grid(self, tokens: int, batch: int) -> tuple[int, int]:
-        """Programs of a launch, each over `rows` tokens of one sample."""
+        """Programs of a launch, each over ``rows`` tokens of one sample."""
         return -(-tokens // self.rows), batch
 
     @property
@@ -45,10 +45,10 @@ class RowPlan(NamedTuple):
 
 
 def plan_rows(width: int, multiple_of: int = 1) -> RowPlan:
-    """Tile for rows of `width` elements whose chunks must hold whole groups of `multiple_of` (a head).
+    """Tile for rows of ``width`` elements whose chunks must hold whole groups of ``multiple_of`` (a head).
 
     Raises:
-        UnsupportedInput: `width` has no power-of-two divisor that fits.
+        UnsupportedInput: ``width`` has no power-of-two divisor that fits.
     """
     chunk = min(width & -width, MAX_CHUNK)
     chunks = width // chunk

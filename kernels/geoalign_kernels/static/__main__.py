@@ -1,4 +1,4 @@
-"""`python -m geoalign_kernels.static`: see `check`."""
+"""``python -m geoalign_kernels.static``: see ``check``."""
 
 import sys
 

@@ -5,7 +5,7 @@
 A row per kernel, configuration and target. Gates: no spills; no stack frame; shared memory and registers within what
 one block may have; the tensor-core instructions the kernel is built on are there, and ptxas does not put them in
 series; no fp64 arithmetic. Under the Triton version the table was made with also: every global access is 16 bytes wide
-but for the listed exceptions, and nothing has drifted from the table (`expectations.json`). `--update` rewrites
+but for the listed exceptions, and nothing has drifted from the table (``expectations.json``). ``--update`` rewrites
 the table; its diff is what a reviewer reads.
 Needs no GPU and no driver: Triton's wheel carries ptxas and nvdisasm.
 """
@@ -39,7 +39,7 @@ EXACT_FIELDS = ("spill_bytes", "stack_bytes", "global_loads_128", "global_loads"
 
 
 def compile_row(config: Any, target: int) -> dict[str, Any]:
-    """Compiles one `KernelConfig` for one target and measures the machine code."""
+    """Compiles one ``KernelConfig`` for one target and measures the machine code."""
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource

@@ -1,4 +1,4 @@
-"""The shipped kernel configurations at production shapes, as `check` compiles them.
+"""The shipped kernel configurations at production shapes, as ``check`` compiles them.
 
 Production: 65,520 tokens, 12 heads of 128, 42 camera phases per head, all of them bfloat16 but the residual stream and
 the modulation, which are float32. Tiles and warps come from the launchers' own constants.

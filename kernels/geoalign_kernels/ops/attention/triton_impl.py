@@ -34,7 +34,7 @@ def _accumulate(
     acc, highest, total, q, K, V, KScale, start, tokens_k, k_stride, v_stride, factor,
     HEAD: tl.constexpr, BN: tl.constexpr, FP8: tl.constexpr,
 ):  # fmt: skip
-    """One key block of the streaming softmax in base 2; `highest` is in units of factor * score."""
+    """One key block of the streaming softmax in base 2; ``highest`` is in units of factor * score."""
     local, d = tl.arange(0, BN), tl.arange(0, HEAD)
     ok = start + local < tokens_k
     # 64-bit offsets only in the scalar base: in the tile they would cost the registers that sm_80 lacks.
@@ -172,7 +172,7 @@ def _launch(q, k, v, lse, q_scale, k_scale, v_scale, v_mean, scale, dtype):
 
 
 def forward(q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tensor]:
-    """(O, LSE); see `reference.forward`."""
+    """(O, LSE); see ``reference.forward``."""
     _check(q, scale, HEADS)
     q, k, v = _rows(q), _rows(k), _rows(v)
     lse = torch.empty(q.shape[0], q.shape[2], q.shape[1], dtype=torch.float32, device=q.device)
@@ -180,7 +180,7 @@ def forward(q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tens
 
 
 def attention_int8(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
-    """See `reference.attention_int8`.
+    """See ``reference.attention_int8``.
 
     Float32 values are rounded to bfloat16, an eighth of the error of the scores: in float32 they would take three times
     the shared memory of a block and the plain cores in place of the tensor cores.
@@ -194,7 +194,7 @@ def attention_int8(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
 
 
 def attention_int8_fp8(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
-    """See `reference.attention_int8_fp8`.
+    """See ``reference.attention_int8_fp8``.
 
     Raises:
         BackendUnavailableError: the device is not of compute capability 9.0.
@@ -210,7 +210,7 @@ def attention_int8_fp8(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
 
 
 def _quantised_scores(q: Tensor, k: Tensor, v: Tensor, lse: Tensor | None) -> tuple[Tensor | None, ...]:
-    """The first arguments of `_launch` for int8 scores."""
+    """The first arguments of ``_launch`` for int8 scores."""
     q, k = _rows(q), _rows(k)
     q8, q_scale = _quantise(q, None)
     k8, k_scale = _quantise(k, k.mean(1, dtype=torch.float32))

@@ -1,7 +1,7 @@
-"""`flow_step`, `flow_log_prob`: public functions, validation, registration.
+"""``flow_step``, ``flow_log_prob``: public functions, validation, registration.
 
-Differentiability: `flow_step` is linear in x, velocity, velocity_uncond, noise and m_prev and differentiable in all of
-them; `flow_log_prob` is differentiable in the velocities only, because a replay holds both states fixed.
+Differentiability: ``flow_step`` is linear in x, velocity, velocity_uncond, noise and m_prev and differentiable in all
+of them; ``flow_log_prob`` is differentiable in the velocities only, because a replay holds both states fixed.
 Determinism: bitwise, per device and batch shape. The log-density of a step is always reduced from the stored x' by the
 very routine that the replay calls, so the ratio of an unchanged policy is exactly 1.
 """
@@ -47,7 +47,7 @@ def flow_step(
 ) -> FlowStep:
     """One step of any sampler of the affine family: x' = a x + b v + c eps + d m_prev.
 
-    v = velocity_uncond + guidance (velocity - velocity_uncond) if `velocity_uncond` is given, else `velocity`.
+    v = velocity_uncond + guidance (velocity - velocity_uncond) if ``velocity_uncond`` is given, else ``velocity``.
 
     Args:
         x: state [B, ...], float32 (float64 for checks).
@@ -99,8 +99,8 @@ def flow_log_prob(
 ) -> Tensor:
     """Mean over elements of ln N(x_next; a x + b v, c^2), constants included: [B] float32.
 
-    Differentiable with respect to `velocity` (and `velocity_uncond`): d/dv = b (x_next - a x - b v) / (c^2 n) for n
-    elements per sample. Arguments as in `flow_step`; `x_next` is the stored state.
+    Differentiable with respect to ``velocity`` (and ``velocity_uncond``): d/dv = b (x_next - a x - b v) / (c^2 n) for n
+    elements per sample. Arguments as in ``flow_step``; ``x_next`` is the stored state.
 
     Raises:
         ValueError: shapes differ, coefficients are not host numbers, or c = 0 (a deterministic step has no density).

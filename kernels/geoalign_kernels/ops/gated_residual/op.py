@@ -1,4 +1,7 @@
-"""`gated_residual`: public function, validation, registration. Differentiable in all tensors; bitwise reproducible."""
+"""``gated_residual``: public function, validation, registration.
+
+Differentiable in all tensors; bitwise reproducible.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`modulated_norm`: public function, validation, registration.
+"""``modulated_norm``: public function, validation, registration.
 
 Differentiable in all tensors. The kernel computes dx; gradients of scale and shift, which are frozen when only
 self-attention is trained, are plain torch reductions that run only if asked for. Bitwise reproducible.
@@ -33,7 +33,7 @@ def modulated_norm(
             bfloat16 here and saves a pass over the norm.
 
     Returns:
-        [B, S, D] in `dtype`.
+        [B, S, D] in ``dtype``.
 
     Raises:
         ValueError: shapes do not fit.

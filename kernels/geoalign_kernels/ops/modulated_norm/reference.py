@@ -9,7 +9,7 @@ from geoalign_kernels.rows import modulated, norm_gradient
 
 
 def modulated_norm(x: Tensor, scale: Tensor, shift: Tensor, eps: float, dtype: torch.dtype | None) -> Tensor:
-    """LayerNorm(x) * (1 + scale) + shift, in `dtype` or that of x."""
+    """LayerNorm(x) * (1 + scale) + shift, in ``dtype`` or that of x."""
     return modulated(x, scale, shift, eps).to(dtype or x.dtype)
 
 

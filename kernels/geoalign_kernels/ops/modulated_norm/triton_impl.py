@@ -1,4 +1,4 @@
-"""Triton kernels of `modulated_norm`: a few tokens per program, the row stays in registers, one read and one write."""
+"""Triton kernels of ``modulated_norm``: a few tokens per program, the row stays in registers, read and written once."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def backward_kernel(
 
 
 def modulated_norm(x: Tensor, scale: Tensor, shift: Tensor, eps: float, dtype: torch.dtype | None) -> Tensor:
-    """See `reference.modulated_norm`."""
+    """See ``reference.modulated_norm``."""
     plan = plan_rows(x.shape[2])
     out = torch.empty_like(x, dtype=dtype, memory_format=torch.contiguous_format)
     if x.numel() > 0:
@@ -65,7 +65,7 @@ def modulated_norm(x: Tensor, scale: Tensor, shift: Tensor, eps: float, dtype: t
 
 
 def modulated_norm_backward(grad: Tensor, x: Tensor, scale: Tensor, eps: float) -> Tensor:
-    """See `reference.modulated_norm_backward`."""
+    """See ``reference.modulated_norm_backward``."""
     plan = plan_rows(x.shape[2])
     dx = torch.empty_like(x, memory_format=torch.contiguous_format)
     if x.numel() > 0:

@@ -1,4 +1,4 @@
-"""`qk_norm_rotary`: everything between the q/k/v projections and the attention core in one pass.
+"""``qk_norm_rotary``: everything between the q/k/v projections and the attention core in one pass.
 
 Differentiable in q, k, v, both weights and both phases; not in the positions. Weight gradients are reduced in two
 stages without atomics: bitwise reproducible per device and shape.
@@ -39,7 +39,7 @@ def qk_norm_rotary(
         q' = rot(RMSNorm(q) * weight_q, position + phase_qk)        k' likewise        v' = rot(v, -phase_vo)
 
     The RMS is over all heads jointly (H * hd channels); rot turns the adjacent pairs (2i, 2i + 1) of a head. A phase
-    acts on the last P pairs of each head, the others turn by the position alone. Without `phase_vo`, v is returned as
+    acts on the last P pairs of each head, the others turn by the position alone. Without ``phase_vo``, v is returned as
     it is.
 
     Args:
@@ -55,7 +55,7 @@ def qk_norm_rotary(
         q', k', v' in the dtypes of q, k, v; rounded once from float32.
 
     Raises:
-        ValueError: shapes do not fit, or `inplace` with gradients.
+        ValueError: shapes do not fit, or ``inplace`` with gradients.
     """
     _check(q, k, v, weight_q, weight_k, position, phase_qk, phase_vo)
     rotated_v = None if phase_vo is None else v

@@ -113,9 +113,9 @@ def qk_norm_rotary_backward(
     eps: float,
     needs: list[bool],
 ) -> tuple[Tensor, ...]:
-    """Gradients of (q, k, v, weight_q, weight_k, phase_qk, phase_vo) as far as `needs` asks for each.
+    """Gradients of (q, k, v, weight_q, weight_k, phase_qk, phase_vo) as far as ``needs`` asks for each.
 
-    `v` serves `phase_vo` alone and may be None without it.
+    ``v`` serves ``phase_vo`` alone and may be None without it.
     """
     out = gradient_buffers(dq, dk, dv, weight_q, weight_k, phase_qk, phase_vo, needs)
     pairs = phase_qk.shape[-1] if needs[5] and phase_qk is not None else 0
@@ -146,7 +146,7 @@ def _norm_rotate_backward(
     need_x: bool,
     need_weight: bool,
 ) -> Tensor:
-    """Fills dx and dweight if they are needed; returns the gradient of the last `pairs` angles."""
+    """Fills dx and dweight if they are needed; returns the gradient of the last ``pairs`` angles."""
     if not (need_x or need_weight or pairs):
         return grad.new_empty(0)
     value, scale, dy = working(x, weight, grad)

@@ -1,4 +1,4 @@
-"""Triton kernels of `qk_norm_rotary`: one program per few tokens over the full width, every operand read once.
+"""Triton kernels of ``qk_norm_rotary``: one program per few tokens over the full width, every operand read once.
 
 The camera phases are the one operand that cannot be read 16 bytes at a time: P = 42 values per head put every other
 head off a 16-byte boundary. They are read and written in aligned pairs.
@@ -134,7 +134,7 @@ def value_backward_kernel(
 
 
 def qk_norm_rotary(q, k, v, weight_q, weight_k, position, phase_qk, phase_vo, eps):
-    """Out of place; see `reference.qk_norm_rotary`."""
+    """Out of place; see ``reference.qk_norm_rotary``."""
     outputs = [None if t is None else torch.empty_like(t, memory_format=torch.contiguous_format) for t in (q, k, v)]
     _forward(q, k, v, outputs, weight_q, weight_k, position, phase_qk, phase_vo, eps)
     return outputs[0], outputs[1], q.new_empty(0) if v is None else outputs[2]
@@ -182,7 +182,7 @@ def _forward(q, k, v, outputs, weight_q, weight_k, position, phase_qk, phase_vo,
 def qk_norm_rotary_backward(
     dq, dk, dv, q, k, v, weight_q, weight_k, position, phase_qk, phase_vo, eps, needs
 ):  # fmt: skip
-    """See `reference.qk_norm_rotary_backward`; partial weight gradients are summed in a fixed order."""
+    """See ``reference.qk_norm_rotary_backward``; partial weight gradients are summed in a fixed order."""
     batch, tokens, heads, head = k.shape
     plan = _plan(k)
     buffers = gradient_buffers(dq, dk, dv, weight_q, weight_k, phase_qk, phase_vo, needs)

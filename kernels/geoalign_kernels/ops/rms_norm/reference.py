@@ -22,7 +22,7 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
 
 
 def rms_norm_backward(grad: Tensor, x: Tensor, weight: Tensor, eps: float, needs: list[bool]) -> tuple[Tensor, Tensor]:
-    """(dx, dweight) as far as `needs` asks for each."""
+    """(dx, dweight) as far as ``needs`` asks for each."""
     dx, dweight = gradient_buffers(grad, weight, needs)
     value = x.to(working_dtype(x))
     inverse = torch.rsqrt(value.square().mean(-1, keepdim=True) + eps)

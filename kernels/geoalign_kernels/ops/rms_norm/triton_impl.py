@@ -1,4 +1,4 @@
-"""Triton kernels of `rms_norm`: one read, one write; the weight gradient in two stages without atomics."""
+"""Triton kernels of ``rms_norm``: one read, one write; the weight gradient in two stages without atomics."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ def backward_kernel(
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    """See `reference.rms_norm`."""
+    """See ``reference.rms_norm``."""
     plan = plan_rows(x.shape[2])
     out = torch.empty_like(x, memory_format=torch.contiguous_format)
     if x.numel() > 0:
@@ -69,7 +69,7 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
 
 
 def rms_norm_backward(grad: Tensor, x: Tensor, weight: Tensor, eps: float, needs: list[bool]) -> tuple[Tensor, Tensor]:
-    """See `reference.rms_norm_backward`; partial weight gradients are summed in a fixed order."""
+    """See ``reference.rms_norm_backward``; partial weight gradients are summed in a fixed order."""
     batch, tokens, width = x.shape
     plan, steps = plan_rows(width), STEPS if needs[1] else 1
     dx, dweight = gradient_buffers(grad, weight, needs)

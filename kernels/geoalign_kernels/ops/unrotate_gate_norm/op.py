@@ -1,4 +1,4 @@
-"""`unrotate_gate_norm`: public function, validation, registration.
+"""``unrotate_gate_norm``: public function, validation, registration.
 
 Differentiable in all tensors. The kernel computes dx, dy and dphase; gradients of gate, scale and shift are plain torch
 reductions that run only if asked for. Bitwise reproducible.
@@ -39,7 +39,7 @@ def unrotate_gate_norm(
         x' = x + gate * rot(y, +phase)        u = LayerNorm(x') * (1 + scale) + shift
 
     rot turns the adjacent pairs of y, seen as [B, S, heads, hd], by the camera phase of the token: in ReDirector it
-    follows the output projection. Without `phase` this is the gated residual fused with the norm that comes after it.
+    follows the output projection. Without ``phase`` this is the gated residual fused with the norm that comes after it.
     For an affine LayerNorm pass scale = weight - 1, shift = bias.
 
     Args:

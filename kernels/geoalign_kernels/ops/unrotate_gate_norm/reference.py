@@ -14,7 +14,7 @@ from geoalign_kernels.rows import modulated, norm_gradient, per_sample, working_
 
 
 def turned(y: Tensor, phase: Tensor | None, heads: int, *, inverse: bool = False) -> Tensor:
-    """y [B, S, H * hd] in the working dtype with the last pairs of every head turned by `phase`."""
+    """y [B, S, H * hd] in the working dtype with the last pairs of every head turned by ``phase``."""
     value = y.to(working_dtype(y)).unflatten(-1, (heads, -1))
     return rotate(value, rotation(None, phase, value), inverse=inverse).flatten(2)
 
@@ -30,7 +30,7 @@ def unrotate_gate_norm(
     eps: float,
     dtype: torch.dtype | None,
 ) -> tuple[Tensor, Tensor]:
-    """(x + gate * rot(y, phase) in the dtype of x, its modulated norm in `dtype`)."""
+    """(x + gate * rot(y, phase) in the dtype of x, its modulated norm in ``dtype``)."""
     working = working_dtype(x)
     branch = turned(y, phase, heads).to(working)
     stream = (x.to(working) + per_sample(gate, working) * branch).to(x.dtype)
@@ -63,7 +63,7 @@ def unrotate_gate_norm_backward(
     eps: float,
     needs: list[bool],
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """(dx, dy, dphase) as far as `needs` asks for each; y may be empty where dphase is not needed."""
+    """(dx, dy, dphase) as far as ``needs`` asks for each; y may be empty where dphase is not needed."""
     dx, dy, dphase = gradient_buffers(y, stream, phase, heads, needs)
     through_norm = norm_gradient(dnormed, stream, scale, eps)
     total = dstream.to(through_norm) + through_norm

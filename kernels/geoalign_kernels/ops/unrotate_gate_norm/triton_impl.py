@@ -1,4 +1,4 @@
-"""Triton kernels of `unrotate_gate_norm`: reads y, x and the phases once, writes the residual stream and its norm."""
+"""Triton kernels of ``unrotate_gate_norm``: reads y, x and the phases once, writes the residual stream and its norm."""
 
 from __future__ import annotations
 
@@ -87,7 +87,7 @@ def backward_kernel(
 
 
 def unrotate_gate_norm(y, x, gate, scale, shift, phase, heads, eps, dtype):
-    """See `reference.unrotate_gate_norm`."""
+    """See ``reference.unrotate_gate_norm``."""
     batch, tokens, width = x.shape
     plan = plan_rows(width, multiple_of=width // heads if phase is not None else 2)
     stream = torch.empty_like(x, memory_format=torch.contiguous_format)
@@ -105,7 +105,7 @@ def unrotate_gate_norm(y, x, gate, scale, shift, phase, heads, eps, dtype):
 
 
 def unrotate_gate_norm_backward(dstream, dnormed, y, stream, gate, scale, phase, heads, eps, needs):
-    """See `reference.unrotate_gate_norm_backward`."""
+    """See ``reference.unrotate_gate_norm_backward``."""
     batch, tokens, width = stream.shape
     plan = plan_rows(width, multiple_of=width // heads if phase is not None else 2)
     dx, dy, dphase = gradient_buffers(y, stream, phase, heads, needs)
