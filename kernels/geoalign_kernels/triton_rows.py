@@ -2,6 +2,8 @@
 
 A row of D elements is ``chunks`` pieces of ``chunk`` columns, the largest power of two that divides D: 1536 = 3 x 512
 keeps every lane busy, where one padded tile of 2048 would idle a quarter of them.
+
+Shapes in the bodies: R rows and C columns of a chunk; a row is a tuple of chunks ``[R, C]``.
 """
 
 from __future__ import annotations
@@ -131,7 +133,7 @@ def norm_gradient(
         grads = grads + (load_chunk(Grad, b, s, ok, grad_strides, c, CHUNK) * (1.0 + scale),)  # noqa: RUF005
     mean, grad_mean = row_mean(x, WIDTH), row_mean(grads, WIDTH)
     inverse = tl.rsqrt(row_covariance(x, mean, x, mean, WIDTH) + eps)
-    slope = row_covariance(x, mean, grads, grad_mean, WIDTH) * inverse * inverse
+    slope = row_covariance(x, mean, grads, grad_mean, WIDTH) * inverse * inverse  # [R, 1]
     result = ()
     for c in tl.static_range(CHUNKS):
         result = result + (inverse * (grads[c] - grad_mean - (x[c] - mean) * slope),)  # noqa: RUF005
@@ -149,10 +151,10 @@ def norm_backward(
     inverse = tl.rsqrt(row_covariance(x, 0.0, x, 0.0, WIDTH) + eps)
     grads, weight_sums, angle_sums = (), (), ()
     for c in tl.static_range(CHUNKS):
-        dz = load_chunk(DY, b, s, ok, dy_strides, c, CHUNK)
+        dz = load_chunk(DY, b, s, ok, dy_strides, c, CHUNK)  # [R, C]
         weight = load_vector(Weight, c, ROWS, CHUNK)
         if len(angles) > 0:
-            sine, cosine = sincos(angles[c])
+            sine, cosine = sincos(angles[c])  # [R, C/2] each
             dz = rotate(dz, cosine, -sine, ROWS, CHUNK)
         if ANGLES:
             angle_sums = angle_sums + (dangles[c] + cross_pairs(x[c] * inverse * weight, dz, ROWS, CHUNK),)  # noqa: RUF005
@@ -160,7 +162,7 @@ def norm_backward(
             weight_sums = weight_sums + (weight_sum[c] + dz * x[c] * inverse,)  # noqa: RUF005
         grads = grads + (dz * weight,)  # noqa: RUF005
     if DX is not None:
-        slope = row_covariance(x, 0.0, grads, 0.0, WIDTH) * inverse * inverse
+        slope = row_covariance(x, 0.0, grads, 0.0, WIDTH) * inverse * inverse  # [R, 1]
         for c in tl.static_range(CHUNKS):
             store_chunk(DX, inverse * (grads[c] - x[c] * slope), b, s, ok, dx_strides, c, CHUNK)
     return weight_sums, angle_sums

@@ -1,4 +1,7 @@
-"""Triton kernels of ``modulated_norm``: a few tokens per program, the row stays in registers, read and written once."""
+"""Triton kernels of ``modulated_norm``: a few tokens per program, the row stays in registers, read and written once.
+
+Shapes in the bodies: R rows and C columns of a chunk; a row is a tuple of chunks ``[R, C]``.
+"""
 
 from __future__ import annotations
 
@@ -28,12 +31,12 @@ def forward_kernel(
     X, Scale, Shift, Out, x_strides, scale_stride, shift_stride, tokens, eps,
     WIDTH: tl.constexpr, ROWS: tl.constexpr, CHUNK: tl.constexpr, CHUNKS: tl.constexpr,
 ):  # fmt: skip
-    b, s, ok = row_tile(tokens, ROWS)
+    b, s, ok = row_tile(tokens, ROWS)  # (), [R], [R]
     x = load_rows(X, b, s, ok, x_strides, CHUNK, CHUNKS)
-    mean = row_mean(x, WIDTH)
+    mean = row_mean(x, WIDTH)  # [R, 1]
     inverse = tl.rsqrt(row_covariance(x, mean, x, mean, WIDTH) + eps)
     for c in tl.static_range(CHUNKS):
-        scale = load_vector(Scale + b * scale_stride, c, ROWS, CHUNK)
+        scale = load_vector(Scale + b * scale_stride, c, ROWS, CHUNK)  # [R, C]
         shift = load_vector(Shift + b * shift_stride, c, ROWS, CHUNK)
         out = (x[c] - mean) * inverse * (1.0 + scale) + shift
         store_chunk(Out, out, b, s, ok, dense(tokens, WIDTH), c, CHUNK)
@@ -44,7 +47,7 @@ def backward_kernel(
     Grad, X, Scale, DX, grad_strides, x_strides, scale_stride, tokens, eps,
     WIDTH: tl.constexpr, ROWS: tl.constexpr, CHUNK: tl.constexpr, CHUNKS: tl.constexpr,
 ):  # fmt: skip
-    b, s, ok = row_tile(tokens, ROWS)
+    b, s, ok = row_tile(tokens, ROWS)  # (), [R], [R]
     x = load_rows(X, b, s, ok, x_strides, CHUNK, CHUNKS)
     dx = norm_gradient(Grad, x, Scale, b, s, ok, grad_strides, scale_stride, eps, WIDTH, ROWS, CHUNK, CHUNKS)
     for c in tl.static_range(CHUNKS):

@@ -1,4 +1,8 @@
-"""Triton kernels of ``unrotate_gate_norm``: reads y, x and the phases once, writes the residual stream and its norm."""
+"""Triton kernels of ``unrotate_gate_norm``: reads y, x and the phases once, writes the residual stream and its norm.
+
+Shapes in the bodies: R rows and C columns of a chunk; a row is a tuple of chunks ``[R, C]``, its angles one of
+``[R, C/2]``.
+"""
 
 from __future__ import annotations
 
@@ -32,12 +36,12 @@ def forward_kernel(
     WIDTH: tl.constexpr, HEAD: tl.constexpr, PAIRS: tl.constexpr,
     ROWS: tl.constexpr, CHUNK: tl.constexpr, CHUNKS: tl.constexpr, VECTOR: tl.constexpr,
 ):  # fmt: skip
-    b, s, ok = row_tile(tokens, ROWS)
+    b, s, ok = row_tile(tokens, ROWS)  # (), [R], [R]
     row = ()
     for c in tl.static_range(CHUNKS):
         if Phase is not None:
             sine, cosine = load_turn(Phase, b, s, ok, c, 1.0, phase_strides, HEAD, PAIRS, CHUNK, VECTOR)
-        y = load_chunk(Y, b, s, ok, y_strides, c, CHUNK)
+        y = load_chunk(Y, b, s, ok, y_strides, c, CHUNK)  # [R, C]
         if Phase is not None:
             y = rotate(y, cosine, sine, ROWS, CHUNK)
         stream = load_chunk(X, b, s, ok, x_strides, c, CHUNK)
@@ -46,7 +50,7 @@ def forward_kernel(
         stream = stream.to(Stream.dtype.element_ty).to(tl.float32)
         store_chunk(Stream, stream, b, s, ok, dense(tokens, WIDTH), c, CHUNK)
         row = row + (stream,)  # noqa: RUF005
-    mean = row_mean(row, WIDTH)
+    mean = row_mean(row, WIDTH)  # [R, 1]
     inverse = tl.rsqrt(row_covariance(row, mean, row, mean, WIDTH) + eps)
     for c in tl.static_range(CHUNKS):
         scale = load_vector(Scale + b * scale_stride, c, ROWS, CHUNK)
@@ -62,7 +66,7 @@ def backward_kernel(
     WIDTH: tl.constexpr, HEAD: tl.constexpr, PAIRS: tl.constexpr,
     ROWS: tl.constexpr, CHUNK: tl.constexpr, CHUNKS: tl.constexpr, VECTOR: tl.constexpr,
 ):  # fmt: skip
-    b, s, ok = row_tile(tokens, ROWS)
+    b, s, ok = row_tile(tokens, ROWS)  # (), [R], [R]
     row = load_rows(Stream, b, s, ok, dense(tokens, WIDTH), CHUNK, CHUNKS)
     through = norm_gradient(
         DNormed, row, Scale, b, s, ok, dnormed_strides, scale_stride, eps, WIDTH, ROWS, CHUNK, CHUNKS
