@@ -19,8 +19,8 @@ from geoalign.geometry import so3
 from geoalign.policy.policy import RetakePolicy
 from geoalign.types import RetakeBatch
 from geoalign.world.pairs import PairedVideos, paired_videos
+from geoalign_kernels import streams
 
-EVALUATION_STREAM = 4
 METRICS = ("translation_error_m", "rotation_error_deg", "scale_ratio", "psnr_db")
 
 
@@ -71,7 +71,7 @@ def retake(policy: RetakePolicy, flow: FlowConfig, batch: RetakeBatch, noise_see
     """Deterministic retakes ``[B, F, 3, H, W]`` from fixed noise, on the CPU."""
     prepared = policy.prepare(policy.condition(batch))
     ids = torch.arange(len(batch), device=policy.device)
-    noise = initial_noise(policy.latent_shape(batch), noise_seed, 0, ids, stream=EVALUATION_STREAM)
+    noise = initial_noise(policy.latent_shape(batch), noise_seed, 0, ids, stream=streams.EVALUATION)
     latents = FlowSampler(build_step_table(flow)).sample(policy.velocity, prepared, noise)
     return policy.decode(latents, batch.source.video).cpu()
 
