@@ -67,8 +67,6 @@ class StepSet:
 class StepWindow(StepSet):
     """The consecutive stochastic steps start, ..., stop - 1; never empty."""
 
-    __slots__ = ()
-
     def __init__(self, start: int, stop: int) -> None:
         if not 0 <= start < stop:
             raise ConfigError(f"window [{start}, {stop}) is empty or negative")
