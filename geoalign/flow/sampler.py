@@ -21,7 +21,7 @@ from geoalign.flow.policy import Condition, PhasedPolicy, Velocity, VelocityFn
 from geoalign.flow.rollout import ForwardCount, Rollout
 from geoalign.flow.table import StepTable
 from geoalign.perf.timer import phase
-from geoalign_kernels import FlowStep, NoiseKey, flow_log_prob, flow_step, philox_normal, streams
+from geoalign_kernels import FlowStep, NoiseKey, exact_only, flow_log_prob, flow_step, philox_normal, streams
 
 
 class ObservedStep(NamedTuple):
@@ -178,7 +178,8 @@ class FlowSampler:
         lanes = slice(rows.start // per_lane, -(-rows.stop // per_lane))
         num_conditions = rollout.num_rows // rollout.group_size
         lane_cond = _condition(cond, lanes, rollout.group_size // per_lane, num_conditions)
-        velocity = self._velocity(PhasedPolicy.of(policy).window, state[lanes], step, lane_cond)
+        with exact_only():
+            velocity = self._velocity(PhasedPolicy.of(policy).window, state[lanes], step, lane_cond)
         offset = rows.start - lanes.start * per_lane
         members = slice(offset, offset + rows.stop - rows.start)
         v = velocity.map(lambda part: _repeat(_working(part), per_lane)[members])
@@ -282,7 +283,7 @@ class FlowSampler:
             return self._ode(run.phases.tail, x, m_prev, steps, cond, run.forwards, "tail")
 
     def _window_velocity(self, run: _Run, x: Tensor, step: int, cond: Condition) -> Velocity:
-        with torch.set_grad_enabled(self.window_grad or run.observer is not None):
+        with exact_only(), torch.set_grad_enabled(self.window_grad or run.observer is not None):
             velocity = self._velocity(run.phases.window, x, step, cond)
         run.forwards["window"] += x.shape[0] * velocity.passes
         # Without an observer nobody needs the graph, which would stay alive through the next forward.

@@ -11,6 +11,7 @@ import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -136,7 +137,9 @@ class StepTable:
         _check_grid(levels, times, window)
         noisy = () if window is None else window.steps
         rows = [
-            _SDE_ROWS[sde](levels, k, eta, noise_cap) if k in noisy else ode_row("euler", levels, k)
+            sde_row(sde, *levels[k : k + 2], second=levels[1], eta=eta, noise_cap=noise_cap)
+            if k in noisy
+            else ode_row("euler", levels, k)
             for k in range(len(times))
         ]
         if silent := [k for k in noisy if not rows[k][2] > 0.0]:
@@ -170,7 +173,9 @@ def build_step_table(config: FlowConfig, window: StepSet | None = None) -> StepT
     rows: list[Row] = []
     for k in range(len(levels) - 1):
         if k in stochastic:
-            rows.append(_sde_row(config, levels, k))
+            eta = config.eta_by_step[k] if k < len(config.eta_by_step) else config.eta
+            noise = {"second": levels[1], "eta": eta, "noise_cap": config.noise_cap}
+            rows.append(sde_row(config.sde, *levels[k : k + 2], **noise))
         else:
             rows.append(ode_row(config.tail_solver if k >= tail_start else "euler", levels, k))
     return _table(sigmas, _timesteps(sigmas[:-1], config.t_dtype), rows, window)
@@ -230,52 +235,67 @@ def _log_snr(sigma: float) -> float:
     return math.log((1.0 - sigma) / sigma)
 
 
-def _sde_row(config: FlowConfig, sigmas: list[float], k: int) -> Row:
-    eta = config.eta_by_step[k] if k < len(config.eta_by_step) else config.eta
-    return _SDE_ROWS[config.sde](sigmas, k, eta, config.noise_cap)
+def sde_row(sde: SdeVariant, sigma: float, after: float, *, second: float, eta: float, noise_cap: float = 0.45) -> Row:
+    """One stochastic step from level ``sigma`` to ``after``.
+
+    Args:
+        sde: its form.
+        sigma, after: the levels, 1 >= sigma > after >= 0.
+        second: level of the grid's second node, which Flow-SDE takes for a first level of 1 and the linear SDE for the
+            largest noise.
+        eta: noise level. noise_cap: read by ``longcat_truncated`` only.
+    """
+    return _SDE_ROWS[sde](_Step(sigma, after, second), eta, noise_cap)
 
 
-def _flow_level(sigmas: list[float], k: int, eta: float) -> float:
+class _Step(NamedTuple):
+    """The levels that a stochastic row depends on."""
+
+    sigma: float
+    after: float
+    second: float
+
+
+def _flow_level(step: _Step, eta: float) -> float:
     # eta sqrt(sigma / (1 - sigma)) diverges at sigma = 1; sigma_1 replaces it in the denominator, and nowhere else.
-    sigma = sigmas[k]
-    headroom = 1.0 - (sigma if sigma < NEARLY_ONE else sigmas[k + 1])
-    return eta * math.sqrt(sigma / headroom)
+    headroom = 1.0 - (step.sigma if step.sigma < NEARLY_ONE else step.second)
+    return eta * math.sqrt(step.sigma / headroom)
 
 
-def _score_row(sigma: float, after: float, level: float) -> Row:
+def _score_row(step: _Step, level: float) -> Row:
     """One Euler-Maruyama step of dx = (v + s^2 / (2 sigma) (x + (1 - sigma) v)) dsigma + s dW with level s."""
-    delta = sigma - after
-    pull = level * level * delta / (2.0 * sigma)
-    return 1.0 - pull, -delta - pull * (1.0 - sigma), level * math.sqrt(delta), 0.0
+    delta = step.sigma - step.after
+    pull = level * level * delta / (2.0 * step.sigma)
+    return 1.0 - pull, -delta - pull * (1.0 - step.sigma), level * math.sqrt(delta), 0.0
 
 
-def _flow_row(sigmas: list[float], k: int, eta: float, noise_cap: float) -> Row:
-    return _score_row(sigmas[k], sigmas[k + 1], _flow_level(sigmas, k, eta))
+def _flow_row(step: _Step, eta: float, noise_cap: float) -> Row:
+    return _score_row(step, _flow_level(step, eta))
 
 
-def _dance_row(sigmas: list[float], k: int, eta: float, noise_cap: float) -> Row:
-    return _score_row(sigmas[k], sigmas[k + 1], eta)
+def _dance_row(step: _Step, eta: float, noise_cap: float) -> Row:
+    return _score_row(step, eta)
 
 
-def _truncated_row(sigmas: list[float], k: int, eta: float, noise_cap: float) -> Row:
-    cap = noise_cap / math.sqrt(sigmas[k] - sigmas[k + 1])
-    return _score_row(sigmas[k], sigmas[k + 1], min(_flow_level(sigmas, k, eta), cap))
+def _truncated_row(step: _Step, eta: float, noise_cap: float) -> Row:
+    cap = noise_cap / math.sqrt(step.sigma - step.after)
+    return _score_row(step, min(_flow_level(step, eta), cap))
 
 
-def _cps_row(sigmas: list[float], k: int, eta: float, noise_cap: float) -> Row:
+def _linear_row(step: _Step, eta: float, noise_cap: float) -> Row:
+    # The level is linear in sigma, from sigma_1 at sigma = 1 to the last level, 0; flow_grpo's Wan path has eta = 1.
+    return _score_row(step, eta * step.second * step.sigma)
+
+
+def _cps_row(step: _Step, eta: float, noise_cap: float) -> Row:
     # x' = (1 - sigma') x0 + r n + c eps with r^2 + c^2 = sigma'^2: the total noise level stays on the schedule.
-    sigma, after = sigmas[k], sigmas[k + 1]
+    sigma, after, _ = step
     angle = eta * math.pi / 2.0
     kept, fresh = after * max(math.cos(angle), 0.0), after * math.sin(angle)
     return (1.0 - after) + kept, (1.0 - sigma) * kept - sigma * (1.0 - after), fresh, 0.0
 
 
-def _linear_row(sigmas: list[float], k: int, eta: float, noise_cap: float) -> Row:
-    # The level is linear in sigma, from sigma_1 at sigma = 1 to the last level, 0; flow_grpo's Wan path has eta = 1.
-    return _score_row(sigmas[k], sigmas[k + 1], eta * sigmas[1] * sigmas[k])
-
-
-_SDE_ROWS: dict[SdeVariant, Callable[[list[float], int, float, float], Row]] = {
+_SDE_ROWS: dict[SdeVariant, Callable[[_Step, float, float], Row]] = {
     "flow": _flow_row,
     "dance": _dance_row,
     "cps": _cps_row,
