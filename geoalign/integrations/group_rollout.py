@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -19,9 +19,6 @@ from geoalign.flow.policy import PhasedPolicy, Velocity, VelocityFn
 from geoalign.flow.rollout import Rollout
 from geoalign.flow.sampler import FlowSampler, ReplayStep, WindowObserver, initial_noise
 from geoalign.flow.table import StepTable
-
-if TYPE_CHECKING:
-    from diffusers import WanImageToVideoPipeline, WanPipeline
 
 Network = Callable[..., Tensor]
 """velocity [B, ...] = f(x [B, ...] float32, timestep [B], **tensors), each tensor [B, ...]; any floating dtype."""
@@ -113,7 +110,7 @@ class GroupRollout:
     @classmethod
     def from_pipeline(
         cls,
-        pipeline: WanPipeline | WanImageToVideoPipeline,
+        pipeline: Any,
         steps: int,
         group_size: int,
         *,
@@ -128,7 +125,8 @@ class GroupRollout:
         ``image_embeds`` [M, 257, D] and ``condition`` [M, C, T, h, w], which follows the latents in the channels.
 
         Args:
-            pipeline: its scheduler is set to ``steps`` steps; the grid is what the scheduler makes of them.
+            pipeline: diffusers' ``WanPipeline`` or ``WanImageToVideoPipeline``. Its scheduler is set to ``steps``
+                steps; the grid is what the scheduler makes of them.
             steps: of the grid.
             group_size: G.
             sde, eta: form and level of the stochastic steps.
@@ -147,7 +145,8 @@ class GroupRollout:
         noisy = range(steps - 1) if stochastic is None else stochastic
         grid = pipeline.scheduler.sigmas, pipeline.scheduler.timesteps
         table = StepTable.from_sigmas(*grid, sde=sde, eta=eta, stochastic=noisy)
-        return cls(_wan_network(pipeline.transformer), table, group_size, **{"decode": _decoder(pipeline), **settings})
+        settings.setdefault("decode", _decoder(pipeline))
+        return cls(_wan_network(pipeline.transformer), table, group_size, **settings)
 
     def sample(
         self,

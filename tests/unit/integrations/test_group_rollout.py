@@ -1,4 +1,4 @@
-"""GroupRollout over tiny diffusers networks and pipelines: against the pipeline's own loop, replay, counts, guidance."""
+"""GroupRollout over tiny diffusers pipelines: against the pipeline's own loop, replay, counts, guidance."""
 
 from __future__ import annotations
 
