@@ -145,7 +145,7 @@ class GroupRollout:
         noisy = range(steps - 1) if stochastic is None else stochastic
         grid = pipeline.scheduler.sigmas, pipeline.scheduler.timesteps
         table = StepTable.from_sigmas(*grid, sde=sde, eta=eta, stochastic=noisy)
-        settings.setdefault("decode", _decoder(pipeline))
+        settings.setdefault("decode", decoder_of(pipeline))
         return cls(_wan_network(pipeline.transformer), table, group_size, **settings)
 
     def sample(
@@ -178,18 +178,31 @@ class GroupRollout:
                 steps.
         """
         inputs = _inputs(tensors, negative or {})
-        first = next(iter(inputs.tensors.values()))
-        if group_ids is None:
-            group_ids = torch.arange(first.shape[0], device=first.device)
-        if group_ids.numel() != first.shape[0]:
-            raise UsageError(f"{group_ids.numel()} group_ids for tensors of {first.shape[0]} conditions")
-        if (shape is None) == (latents is None):
-            raise UsageError("give the shape of one sample's latents, or the initial latents themselves")
-        if latents is None:
-            latents = initial_noise(shape or (), seed, iteration, group_ids)
+        group_ids, latents = _start(inputs, shape, latents, seed, iteration, group_ids)
         named = {"seed": seed, "iteration": iteration, "group_ids": group_ids, "member_ids": member_ids}
         rollout = self._sampler.rollout(self._policy, inputs, latents, **named, observer=observer)
         return GroupSamples(rollout, inputs)
+
+    def sample_deterministic(
+        self,
+        tensors: Mapping[str, Tensor],
+        *,
+        negative: Mapping[str, Tensor] | None = None,
+        shape: Sequence[int] | None = None,
+        latents: Tensor | None = None,
+        seed: int = 0,
+        iteration: int = 0,
+        group_ids: Tensor | None = None,
+    ) -> Tensor:
+        """One trajectory per condition without noise, for evaluation: latents [M, ...] at sigma = 0.
+
+        Euler steps on the same grid with the exact network; arguments and errors as in `sample`.
+        """
+        inputs = _inputs(tensors, negative or {})
+        _, latents = _start(inputs, shape, latents, seed, iteration, group_ids)
+        table = StepTable.from_sigmas(self.table.sigmas, self.table.timesteps)
+        sampler = FlowSampler(table, rows_per_forward=self._sampler.rows_per_forward)
+        return sampler.sample(self._policy.window, inputs, latents)
 
     def replay_batches(self, samples: GroupSamples, position: int) -> list[slice]:
         """Row batches of stochastic step ``position`` whose forwards have the shapes that the rollout had."""
@@ -218,14 +231,18 @@ class GroupRollout:
         return worst
 
     def videos(self, samples: GroupSamples, rows: slice | None = None) -> Tensor:
-        """Decoded samples of ``rows`` (default all); from a pipeline [n, F, 3, H, W] in [-1, 1].
+        """Decoded samples of ``rows`` (default all), see `decoded`; from a pipeline [n, F, 3, H, W] in [-1, 1]."""
+        return self.decoded(samples.latents if rows is None else samples.latents[rows])
+
+    def decoded(self, latents: Tensor) -> Tensor:
+        """Videos of latents [n, ...].
 
         Raises:
             UsageError: no decoder was given.
         """
         if self._decode is None:
-            raise UsageError("this GroupRollout has no decoder: give decode= at construction, or use .latents")
-        return self._decode(samples.latents if rows is None else samples.latents[rows])
+            raise UsageError("this GroupRollout has no decoder: give decode= at construction, or use the latents")
+        return self._decode(latents)
 
 
 def _inputs(tensors: Mapping[str, Tensor], negative: Mapping[str, Tensor]) -> NetworkInputs:
@@ -238,6 +255,25 @@ def _inputs(tensors: Mapping[str, Tensor], negative: Mapping[str, Tensor]) -> Ne
         raise UsageError(f"negative tensors {unfit} must replace some of {sorted(counts)}, with 1 or {count} rows")
     spread = {name: tensor.expand(count, *tensor.shape[1:]) for name, tensor in negative.items()}
     return NetworkInputs(dict(tensors), spread)
+
+
+def _start(
+    inputs: NetworkInputs,
+    shape: Sequence[int] | None,
+    latents: Tensor | None,
+    seed: int,
+    iteration: int,
+    group_ids: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    """(group ids [M], initial latents)."""
+    first = next(iter(inputs.tensors.values()))
+    if group_ids is None:
+        group_ids = torch.arange(first.shape[0], device=first.device)
+    if group_ids.numel() != first.shape[0]:
+        raise UsageError(f"{group_ids.numel()} group_ids for tensors of {first.shape[0]} conditions")
+    if (shape is None) == (latents is None):
+        raise UsageError("give the shape of one sample's latents, or the initial latents themselves")
+    return group_ids, initial_noise(shape or (), seed, iteration, group_ids) if latents is None else latents
 
 
 def _velocity(network: Network, guidance: float) -> VelocityFn:
@@ -271,7 +307,8 @@ def _wan_network(transformer: Any) -> Network:
     return network
 
 
-def _decoder(pipeline: Any) -> Callable[[Tensor], Tensor] | None:
+def decoder_of(pipeline: Any) -> Callable[[Tensor], Tensor] | None:
+    """Latents [n, C, T, h, w] to videos [n, F, 3, H, W] in [-1, 1] by the pipeline's autoencoder; None without one."""
     if getattr(pipeline, "vae", None) is None:
         return None
     from geoalign.models.wan_vae import WanCodec
