@@ -10,7 +10,7 @@ from geoalign.config.data import TrajectoriesConfig
 from geoalign.data.tally import Tally
 from geoalign.data.tracks import CameraTrack, window_starts
 from geoalign.errors import DataError
-from geoalign.geometry.io import load_recammaster, load_trajectory
+from geoalign.geometry.cameras.formats import load_recammaster, load_trajectory
 
 _SUFFIXES = frozenset({".npz", ".json", ".npy"})
 _MULTICAM_NAME = "camera_extrinsics.json"

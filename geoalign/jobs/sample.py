@@ -21,7 +21,7 @@ from geoalign.evaluators.base import PoseEvaluator
 from geoalign.flow.policy import Velocity
 from geoalign.flow.sampler import FlowSampler, initial_noise
 from geoalign.flow.table import build_step_table
-from geoalign.geometry.io import load_trajectory
+from geoalign.geometry.cameras.formats import load_trajectory
 from geoalign.geometry.presets import preset, preset_name
 from geoalign.geometry.trajectory import DEFAULT_INTRINSICS, CameraTrajectory
 from geoalign.models.codec_base import LatentCodec

@@ -12,7 +12,7 @@ from geoalign.data.citywalk import read_clip_camera
 from geoalign.data.frames import cover_crop_intrinsics, to_float
 from geoalign.data.video import PyAVReader, VideoInfo
 from geoalign.errors import DataError, RewardError, UserError
-from geoalign.geometry.io import load_trajectory
+from geoalign.geometry.cameras.formats import load_trajectory
 from geoalign.geometry.trajectory import CameraTrajectory
 from geoalign.rewards.base import Reward, RewardOutput
 from geoalign.rewards.running.guard import check_output

@@ -18,7 +18,7 @@ from geoalign.config.world import WorldConfig
 from geoalign.data.citywalk import write_clip_camera
 from geoalign.data.plots import cameras_figure
 from geoalign.data.video import write_video
-from geoalign.geometry.io import save_trajectory
+from geoalign.geometry.cameras.formats import save_trajectory
 from geoalign.rewards import registry
 from geoalign.rewards.base import RewardOutput
 from geoalign.types import RetakeBatch

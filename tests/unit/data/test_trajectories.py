@@ -18,7 +18,7 @@ from geoalign.data.tally import Tally
 from geoalign.data.tracks import valid_runs
 from geoalign.data.trajectories import PathRescaler, draw_path, load_pool
 from geoalign.errors import DataError
-from geoalign.geometry.io import save_trajectory
+from geoalign.geometry.cameras.formats import save_trajectory
 from geoalign.geometry.trajectory import CameraTrajectory
 
 LENS = (0.8, 0.8 * 16 / 9, 0.5, 0.5)

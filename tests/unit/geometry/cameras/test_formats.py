@@ -14,7 +14,7 @@ from repository import GOLDEN
 
 from geoalign.errors import DataError, UsageError
 from geoalign.geometry import so3
-from geoalign.geometry.io import load_trajectory, save_trajectory
+from geoalign.geometry.cameras.formats import load_trajectory, save_trajectory
 from geoalign.geometry.presets import PRESETS, preset, preset_name, retime
 from geoalign.geometry.trajectory import CameraTrajectory
 
