@@ -13,9 +13,10 @@ from torch import Tensor
 from geoalign.config.data import DataConfig
 from geoalign.data.citywalk import ClipCamera, read_clip_camera
 from geoalign.data.clip_record import ClipRecord
-from geoalign.data.frames import cover_crop_intrinsics, to_float
+from geoalign.data.frames import to_float
 from geoalign.data.video import VideoInfo, VideoReader
 from geoalign.errors import DataError
+from geoalign.geometry.lens import cover_crop_intrinsics
 from geoalign.geometry.trajectory import CameraTrajectory
 
 CameraEstimate = tuple[CameraTrajectory, Tensor | None]

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from geoalign.config.flow import FlowConfig
 from geoalign.config.model import ModelConfig
-from geoalign.data.frames import cover_crop_intrinsics, to_float
+from geoalign.data.frames import to_float
 from geoalign.data.readers import AnyReader
 from geoalign.data.video import PyAVReader
 from geoalign.errors import RewardError, RunError, UsageError
@@ -22,6 +22,7 @@ from geoalign.flow.policy import Velocity
 from geoalign.flow.sampler import FlowSampler, initial_noise
 from geoalign.flow.table import build_step_table
 from geoalign.geometry.cameras.formats import load_trajectory
+from geoalign.geometry.lens import cover_crop_intrinsics
 from geoalign.geometry.presets import preset, preset_name
 from geoalign.geometry.trajectory import DEFAULT_INTRINSICS, CameraTrajectory
 from geoalign.models.codec_base import LatentCodec

@@ -9,10 +9,11 @@ from typing import Any
 from torch import Tensor
 
 from geoalign.data.citywalk import read_clip_camera
-from geoalign.data.frames import cover_crop_intrinsics, to_float
+from geoalign.data.frames import to_float
 from geoalign.data.video import PyAVReader, VideoInfo
 from geoalign.errors import DataError, RewardError, UserError
 from geoalign.geometry.cameras.formats import load_trajectory
+from geoalign.geometry.lens import cover_crop_intrinsics
 from geoalign.geometry.trajectory import CameraTrajectory
 from geoalign.rewards.base import Reward, RewardOutput
 from geoalign.rewards.running.guard import check_output
