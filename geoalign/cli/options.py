@@ -18,6 +18,22 @@ def add_config(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="settings that replace the file's")
 
 
+CAMERA_HELP = (
+    "a preset (pan_right, tilt_up, zoom_in, translate_up, arc_left, ...) or a camera file: npz with extrinsic and "
+    "intrinsic, npy, npz or JSON with c2w, the JSON of `geoalign sample`, ReCamMaster JSON, ViPE npz; FILE#CAMERA "
+    "chooses where a file holds several, as in camera_extrinsics.json#cam05"
+)
+"""What stands for a camera wherever an option takes one (see docs/data.md)."""
+
+
+def add_cameras(parser: argparse.ArgumentParser, *, target: str, source: str, required: bool = False) -> None:
+    """Add ``--trajectory`` and ``--source-camera``; ``target`` and ``source`` say what this verb does with them."""
+    parser.add_argument(
+        "--trajectory", metavar="CAMERA", required=required, help=f"target path: {CAMERA_HELP}. {target}"
+    )
+    parser.add_argument("--source-camera", metavar="CAMERA", help=f"camera of the source, named likewise; {source}")
+
+
 def read_config(args: argparse.Namespace) -> Config:
     """The configuration that the options of :func:`add_config` name; raises ConfigError."""
     from geoalign.config.load import load_config

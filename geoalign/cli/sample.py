@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from geoalign.cli.options import add_cameras
 from geoalign.config.data import DEFAULT_NEGATIVE_PROMPT
 
 if TYPE_CHECKING:
@@ -17,10 +18,6 @@ if TYPE_CHECKING:
 
 # Names of geoalign.rewards.registry.EVALUATORS, repeated because the registry imports torch.
 ESTIMATORS = ("depth_anything_3", "flow_pnp", "mapanything", "planar")
-TRAJECTORY_HELP = (
-    "pan_right, tilt_up, zoom_in, translate_up, arc_left, ... or a camera file (its first poses; one shorter than the "
-    "video is spread over it)"
-)
 WITH_WEIGHTS = ("depth_anything_3", "mapanything")
 
 
@@ -31,13 +28,20 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
     add("--model", type=Path, required=True, help="policy file, exported folder, or folder with published weights")
     add("--checkpoint", type=Path, help="delta or full state dict trained on top of published weights")
     add("--video", type=Path, required=True, help="source video file, or a folder of frames")
-    add("--trajectory", required=True, help=TRAJECTORY_HELP)
+    add_cameras(
+        parser, required=True, target="A file gives its first poses; one shorter than the video is spread over it",
+        source="its intrinsics and ground plane are used (default: the camera does not move)",
+    )  # fmt: skip
     add("--speed", type=float, default=1.0, help="multiplies the camera's motion per frame (default 1)")
-    add("--source-camera", type=Path, help="camera file of the source (default: its camera does not move)")
     add("--source-estimator", choices=ESTIMATORS, help="estimate the source camera instead (metric)")
     add("--estimator-weights", type=Path, help="of mapanything (model.safetensors or its folder) or depth_anything_3")
     add("--intrinsics", type=_numbers, metavar="FX,FY,CX,CY", help="of the source frames, fractions of W,H,W,H")
-    add("--ground-plane", type=_numbers, metavar="NX,NY,NZ,D", help="n.X = d in metres; for geometric models only")
+    add(
+        "--ground-plane",
+        type=_numbers,
+        metavar="NX,NY,NZ,D",
+        help="n.X = d in metres (default: the camera file's); for geometric models",
+    )
     add("--frames", type=int, help="length (Wan: 4k + 1; default: the longest that fits, at most 81)")
     add("--size", type=_size, metavar="HxW", help="frame size after scale and centre crop (Wan default 480x832)")
     add("--prompt", help="what the video shows, or @FILE with the text")
@@ -259,6 +263,7 @@ def _write(
         "tokens": cost.tokens, "forwards": cost.forwards, "files": {k: str(v) for k, v in beside.items()},
         "target_c2w": inputs.target_camera.c2w[0].tolist(), "source_c2w": inputs.source_camera.c2w[0].tolist(),
         "intrinsics": inputs.target_camera.intrinsics[0, 0].tolist(),
+        "ground_plane": None if inputs.ground_plane is None else inputs.ground_plane[0].tolist(),
     }  # fmt: skip
     atomic_write_json(beside["settings"], record)
     print("\n".join(f"{name:13}{path}" for name, path in beside.items()))

@@ -23,8 +23,19 @@ def cover_crop_intrinsics(intrinsics: Tensor, height: int, width: int, size: tup
     Returns:
         ``[..., 4]`` as fractions of the new frame, same dtype.
     """
+    gain, shift = _crop(intrinsics, height, width, size)
+    return intrinsics * gain - shift
+
+
+def intrinsics_before_crop(intrinsics: Tensor, height: int, width: int, size: tuple[int, int]) -> Tensor:
+    """Inverse of :func:`cover_crop_intrinsics`: from fractions of frames of ``size`` to those of ``height x width``."""
+    gain, shift = _crop(intrinsics, height, width, size)
+    return (intrinsics + shift) / gain
+
+
+def _crop(like: Tensor, height: int, width: int, size: tuple[int, int]) -> tuple[Tensor, Tensor]:
+    """Gain and shift ``[4]`` of the intrinsics of ``height x width`` frames that become ``size``."""
     scaled_height, scaled_width = cover_size(height, width, size)
     top, left = (scaled_height - size[0]) // 2, (scaled_width - size[1]) // 2
-    gain = intrinsics.new_tensor([scaled_width / size[1], scaled_height / size[0]]).repeat(2)
-    shift = intrinsics.new_tensor([0.0, 0.0, left / size[1], top / size[0]])
-    return intrinsics * gain - shift
+    gain = like.new_tensor([scaled_width / size[1], scaled_height / size[0]]).repeat(2)
+    return gain, like.new_tensor([0.0, 0.0, left / size[1], top / size[0]])

@@ -11,14 +11,14 @@ from typing import Any
 
 import pytest
 import torch
+from camera_files import write_c2w
 from PIL import Image
 
 from geoalign.cli.main import main
 from geoalign.config.world import WorldConfig
-from geoalign.data.citywalk import write_clip_camera
 from geoalign.data.plots import cameras_figure
 from geoalign.data.video import write_video
-from geoalign.geometry.cameras.formats import save_trajectory
+from geoalign.geometry.cameras.camera_file import write_clip_camera
 from geoalign.rewards import registry
 from geoalign.rewards.base import RewardOutput
 from geoalign.types import RetakeBatch
@@ -40,8 +40,8 @@ def files(tmp_path: Path) -> dict[str, Path]:
     write_clip_camera(paths["source.npz"], camera, size, ground_plane=plane[0])
     write_clip_camera(paths["bare.npz"], camera, size)
     write_clip_camera(paths["short.npz"], camera.frames([0, 1]), size, ground_plane=plane[0])
-    save_trajectory(paths["target.json"], target)
-    save_trajectory(paths["target4.json"], target.frames([0, 1, 2, 3]))
+    write_c2w(paths["target.json"], target)
+    write_c2w(paths["target4.json"], target.frames([0, 1, 2, 3]))
     paths["folder"] = tmp_path / "folder"
     paths["folder"].mkdir()
     for name in ("a.mov", "a.mp4"):
@@ -189,9 +189,9 @@ MAPANYTHING = "--evaluator mapanything --set evaluator_options.checkpoint=no --s
     [
         ("--video {no}.mp4", 1, "no such video"),
         ("--video {broken}", 1, "c.mp4: cannot be decoded"),
-        ("--trajectory {no}.json", 1, "no such trajectory"),
+        ("--trajectory {no}.json", 1, "no such camera file"),
         ("--source {broken}", 1, "c.mp4"),
-        ("--source-camera {short.npz}", 1, "cameras of 2 frames, but the trajectory has 5"),
+        ("--source-camera {short.npz}", 1, "short.npz: 2 poses, 5 are needed; use --frames 2"),
         ("--source-camera {bare.npz}", 1, "no ground_plane"),
         ("--json {retake.mp4}/s.json", 1, "cannot be written"),
         ("--json {folder}", 2, "is a folder"),

@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from camera_files import write_c2w
 from scipy import stats
 from scipy.spatial.transform import Rotation
 
@@ -18,7 +19,6 @@ from geoalign.data.tally import Tally
 from geoalign.data.tracks import valid_runs
 from geoalign.data.trajectories import PathRescaler, draw_path, load_pool
 from geoalign.errors import DataError
-from geoalign.geometry.cameras.formats import save_trajectory
 from geoalign.geometry.trajectory import CameraTrajectory
 
 LENS = (0.8, 0.8 * 16 / 9, 0.5, 0.5)
@@ -187,8 +187,8 @@ def test_runs_never_cross_a_gap_or_a_bad_frame() -> None:
 
 
 def test_single_files_and_multicam(tmp_path: Path) -> None:
-    save_trajectory(tmp_path / "a.npz", walk(12))
-    save_trajectory(tmp_path / "b.json", walk(4))
+    write_c2w(tmp_path / "a.npz", walk(12))
+    write_c2w(tmp_path / "b.json", walk(4))
     (tmp_path / "c.npz").write_bytes(b"PK\x03\x04")
     tally = Tally("camera paths")
     pool = load_pool(tmp_path, 5, CONFIG, tally)

@@ -19,12 +19,12 @@ from geoalign.config.data import DataConfig
 from geoalign.config.load import load_config
 from geoalign.config.model import ModelConfig
 from geoalign.config.schema import Config
-from geoalign.data.citywalk import write_clip_camera
 from geoalign.data.frames import to_float
 from geoalign.data.prepare import PrepareReport
 from geoalign.data.source import RetakeDataset
 from geoalign.errors import DataError, RunError
 from geoalign.evaluators.base import PoseEstimate
+from geoalign.geometry.cameras.camera_file import write_clip_camera
 from geoalign.geometry.trajectory import CameraTrajectory
 from geoalign.jobs import prepare as encoders
 from geoalign.jobs.prepare import encoder_identity, every_frame, render_missing_data, weights_hash
