@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 import io
 import json
 from collections.abc import Sequence
@@ -13,8 +14,6 @@ import numpy as np
 from numpy.typing import NDArray
 
 from geoalign.errors import DataError
-
-_NPZ, _NPY, _JSON = b"PK", b"\x93NUMPY", (b"{", b"[")
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -70,19 +69,25 @@ def read_content(path: Path) -> Content:
     try:
         with path.open("rb") as stream:
             head = stream.read(64)
-        if not head.startswith((_NPZ, _NPY)) and not head.removeprefix(b"\xef\xbb\xbf").lstrip().startswith(_JSON):
+        if (kind := _kind(head)) is None:
             raise DataError(f"{path}: not a camera file, which is an npz, an npy or a JSON object or list")
         raw = path.read_bytes()
     except OSError as error:
         raise DataError(f"{path}: cannot be read ({error.strerror or error})") from error
     try:
-        return Content(path, _parse(raw))
+        return Content(path, _parse(raw, kind))
     except Exception as error:  # numpy, zipfile and zlib raise a dozen unrelated types on damaged input
-        raise DataError(f"{path}: damaged camera file ({type(error).__name__}: {error}); write it again") from error
+        raise DataError(f"{path}: damaged {kind} ({type(error).__name__}: {error}); write it again") from error
 
 
-def _parse(raw: bytes) -> Any:
-    if not raw.startswith((_NPZ, _NPY)):
+def _kind(head: bytes) -> str | None:
+    if head.startswith((b"PK", b"\x93NUMPY")):
+        return "npz" if head.startswith(b"PK") else "npy"
+    return "JSON" if head.removeprefix(codecs.BOM_UTF8).lstrip().startswith((b"{", b"[")) else None
+
+
+def _parse(raw: bytes, kind: str) -> Any:
+    if kind == "JSON":
         return json.loads(raw.decode("utf-8-sig"))
     loaded = np.load(io.BytesIO(raw), allow_pickle=False)
     if isinstance(loaded, np.ndarray):
