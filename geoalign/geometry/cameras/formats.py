@@ -66,7 +66,7 @@ class CameraFormat:
 def _read_own(content: Content, camera: str) -> Poses:
     """The project's npz and the published Sekai npz; the published ones are scale-free and do not say ``metric``."""
     c2w = content.array("extrinsic", (None, 4, 4))
-    matrices = np.broadcast_to(content.array("intrinsic", (3, 3), (len(c2w), 3, 3)), (len(c2w), 3, 3))
+    matrices = np.broadcast_to(content.array("intrinsic", (3, 3), (1, 3, 3), (len(c2w), 3, 3)), (len(c2w), 3, 3))
     lens = np.stack([matrices[:, 0, 0], matrices[:, 1, 1], matrices[:, 0, 2], matrices[:, 1, 2]], axis=-1)
     size = _frame_size(content, content.array("image_size", (2,))) if content.has("image_size") else None
     metric = content.has("metric") and bool(content.array("metric", (), (1,)).all())
@@ -153,24 +153,29 @@ def _plane(content: Content) -> NDArray[np.float64] | None:
     return plane
 
 
+def _is_c2w(content: Content) -> bool:
+    return content.has("c2w") or isinstance(content.data, np.ndarray | list)
+
+
+def _is_recammaster(content: Content) -> bool:
+    return isinstance(content.data, dict) and any(re.fullmatch(r"frame\d+", str(key)) for key in content.data)
+
+
+def _is_vipe(content: Content) -> bool:
+    return content.has("data") and isinstance(content.data["data"], np.ndarray)
+
+
 FORMATS = (
-    CameraFormat(
-        "geoalign npz", "npz with extrinsic and intrinsic", lambda c: c.has("extrinsic") and not c.has("c2w"), _read_own
-    ),
-    CameraFormat("c2w", "npy, npz or JSON with c2w [F, 4, 4]", lambda c: _is_c2w(c), _read_c2w),
+    CameraFormat("c2w", "npy, npz or JSON with c2w [F, 4, 4]", _is_c2w, _read_c2w),
+    CameraFormat("geoalign npz", "npz with extrinsic and intrinsic", lambda c: c.has("extrinsic"), _read_own),
     CameraFormat(
         "geoalign sample JSON", "the JSON that `geoalign sample` writes", lambda c: c.has("target_c2w", "source_c2w"),
         _read_sample, lambda content: ("source", "target"),
     ),
     CameraFormat(
-        "ReCamMaster JSON", "camera_extrinsics.json of ReCamMaster or MultiCamVideo",
-        lambda c: isinstance(c.data, dict) and any(re.fullmatch(r"frame\d+", str(key)) for key in c.data),
+        "ReCamMaster JSON", "camera_extrinsics.json of ReCamMaster or MultiCamVideo", _is_recammaster,
         _read_recammaster, _recammaster_cameras,
     ),
-    CameraFormat("ViPE npz", "pose/NAME.npz of ViPE", lambda c: c.has("data"), _read_vipe),
+    CameraFormat("ViPE npz", "pose/NAME.npz of ViPE", _is_vipe, _read_vipe),
 )  # fmt: skip
 """Every format that the door knows; the first that matches reads the file."""
-
-
-def _is_c2w(content: Content) -> bool:
-    return content.has("c2w") or isinstance(content.data, np.ndarray | list)

@@ -146,7 +146,7 @@ KINDS = {
     "pickled.npy": Kind(refused="damaged npy"),
     "cut.npz": Kind(refused="damaged npz"),
     "vipe/pose/gap.npz": Kind(refused="ViPE lost frames"),
-    "split.json": Kind(refused="not a known camera file .*; known: npz with extrinsic"),
+    "split.json": Kind(refused="not a known camera file .has the keys quats.*; known: npy, npz or JSON with c2w"),
     "in.mp4": Kind(refused="not a camera file, which is an npz"),
     "none.npy": Kind(refused="none.npy: no such"),
 }  # fmt: skip

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
 import torch
 
 from geoalign.config.data import ClipsConfig, DataConfig
+from geoalign.data.cache import window_key
 from geoalign.data.captions import prompt_of, remove_camera_motion
 from geoalign.data.citywalk import write_metadata
 from geoalign.data.clip_record import ClipRecord, youtube_id
@@ -101,6 +103,29 @@ def test_cameras_are_found_however_the_table_calls_them(tmp_path: Path, named: s
     write_metadata(tmp_path / "metadata.csv", [{"videoFile": "v_0_9.mp4", "cameraFile": named}])
     (record,) = list_clips(tmp_path, ClipsConfig(), Tally("clips"))
     assert record.camera == tmp_path / "files" / "v" / "v_0_9.npz"
+
+
+def test_a_table_may_choose_one_camera_of_a_file(tmp_path: Path) -> None:
+    """As in MultiCamVideo: one JSON a scene. The choice is read, and a prepared window depends on it."""
+    write_video(tmp_path / "v.mp4", FRAMES, 30)
+    # Row vectors in Unreal axes: 100 cm along forward is 1 m along z.
+    poses = [{f"cam{n:02d}": f"[1 0 0 0] [0 -1 0 0] [0 0 1 0] [{100 * n * f} 0 0 1]" for n in (1, 5)} for f in range(9)]
+    (tmp_path / "cams.json").write_text(json.dumps({f"frame{f}": row for f, row in enumerate(poses)}))
+    keys, config = set(), DataConfig(num_frames=9, height=48, width=64, clips=ClipsConfig(stride=1, default_focal=0.7))
+    for number in (1, 5):
+        write_metadata(tmp_path / "metadata.csv", [{"videoFile": "v.mp4", "cameraFile": f"cams.json#cam{number:02d}"}])
+        (record,) = list_clips(tmp_path, ClipsConfig(), Tally("clips"))
+        window = ClipLoader(config, open_reader("pyav", None)).load(record, 0)
+        assert window.camera.position[:, 2].tolist() == pytest.approx([number * f for f in range(9)])
+        # The file has no lens: that of the settings stands in.
+        assert window.camera.intrinsics[0].tolist() == pytest.approx([0.7, 0.7 * 64 / 48, 0.5, 0.5])
+        keys.add(window_key(record, "", 0, {}))
+    assert len(keys) == 2
+    write_metadata(tmp_path / "metadata.csv", [{"videoFile": "v.mp4", "cameraFile": "cams.json"}])
+    (record,) = list_clips(tmp_path, ClipsConfig(), Tally("clips"))
+    with pytest.raises(DataError, match=r"choose one, as in cams\.json#cam01") as caught:
+        ClipLoader(config, open_reader("pyav", None)).load(record, 0)
+    assert cause_of(caught.value, record).startswith("holds the cameras")
 
 
 def test_several_tables_are_an_error_and_not_none(tmp_path: Path) -> None:

@@ -202,8 +202,26 @@ def test_single_files_and_multicam(tmp_path: Path) -> None:
     assert [track.name for track in pool.tracks] == ["scene/cam01"]
     # 100 cm along Unreal's forward axis is 1 m along z.
     np.testing.assert_allclose(pool.raw(0).position.numpy(), [[0, 0, i] for i in range(5)], atol=1e-9)
-    with pytest.raises(DataError, match="no such folder"):
-        load_pool(tmp_path / "absent", 5, CONFIG, tally)
+    for row in rows.values():
+        row["cam05"] = row["cam01"].replace("00 0 0 1", "50 0 0 1")
+    (tmp_path / "scene" / "camera_extrinsics.json").write_text(json.dumps(rows))
+    for chosen, layout, names in (
+        ("", "auto", ["scene/cam01", "scene/cam05"]),
+        ("#cam05", "auto", ["scene/cam05"]),
+        ("", "files", ["camera_extrinsics.json#cam01", "camera_extrinsics.json#cam05"]),
+        ("#5", "files", ["camera_extrinsics.json#cam05"]),
+    ):
+        config = CONFIG.model_copy(update={"layout": layout})
+        pool = load_pool(tmp_path / "scene" / f"camera_extrinsics.json{chosen}", 5, config, tally)
+        assert [track.name for track in pool.tracks] == names
+    np.save(tmp_path / "lone.npy", walk(5).c2w.numpy())
+    assert [track.name for track in load_pool(tmp_path / "lone.npy", 5, CONFIG, tally).tracks] == ["lone.npy"]
+    for absent, words in (
+        ("absent", "no such folder"),
+        ("a.npz#cam05", "one camera without a name; drop #cam05"),
+    ):
+        with pytest.raises(DataError, match=words):
+            load_pool(tmp_path / absent, 5, CONFIG, Tally("camera paths"))
 
 
 def test_drawn_speeds_follow_the_truncated_gaussian(tmp_path: Path) -> None:
