@@ -19,7 +19,7 @@ from geoalign.config.world import WorldConfig
 from geoalign.evaluators.base import PoseEvaluator
 from geoalign.evaluators.flow_pnp import FlowPnpEvaluator
 from geoalign.evaluators.planar import PlanarAligner
-from geoalign.geometry import so3
+from geoalign.geometry import metrics
 from geoalign.geometry.trajectory import CameraTrajectory
 from geoalign.jobs.environment import describe_environment
 from geoalign.jobs.evaluate import second_evaluator
@@ -84,17 +84,16 @@ def errors(evaluator: PoseEvaluator, video: Tensor, pairs: PairedVideos, true: C
     """Mean errors over frames 1.., the median end error as a share of the true path, the median of the path that was
     read over the path that was asked for, the mean tracked share, and the share of lost videos."""
     estimate = evaluator(video, pairs.batch.source)
-    translation = (estimate.c2w[..., :3, 3] - true.c2w[..., :3, 3]).norm(dim=-1)
-    rotation = torch.rad2deg(so3.relative_angle(estimate.c2w[:, 1:, :3, :3], true.c2w[:, 1:, :3, :3]))
-    walked = CameraTrajectory.build(estimate.c2w).path_length()
-    asked = pairs.batch.target_camera.path_length()
+    found = CameraTrajectory.build(estimate.c2w)
+    translation = metrics.position_distances_m(found, true)[:, 1:]
+    rotation = metrics.view_angles_deg(found, true)[:, 1:]
     return {
-        "translation_m": float(translation[:, 1:].mean()),
-        "translation_median_m": float(translation[:, 1:].median()),
+        "translation_m": float(translation.mean()),
+        "translation_median_m": float(translation.median()),
         "rotation_deg": float(rotation.mean()),
         "rotation_median_deg": float(rotation.median()),
         "share_of_path": float((translation[:, -1] / true.path_length().clamp_min(0.1)).median()),
-        "read_over_asked": float((walked / asked.clamp_min(0.1)).median()),
+        "read_over_asked": float(metrics.scale_ratio(found, pairs.batch.target_camera).nanmedian()),
         "tracked": float(estimate.tracked.mean()),
     }
 

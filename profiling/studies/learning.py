@@ -21,7 +21,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-METRICS = ("translation_error_m", "rotation_error_deg", "scale_ratio", "psnr_db", "second_translation_error_m")
+from geoalign.jobs.evaluate import mean_of_defined
+from geoalign.report.held_out import present_names
+
 BIAS = 0.34  # mean log factor of the label bias in pretrain.translation_bias
 
 
@@ -103,13 +105,14 @@ def run_study(study: Study, out: Path, work: Path, config: str) -> None:
 def table(results: Path) -> str:
     """Markdown table of all result files: before -> after per kind, mean and range over noise seeds."""
     lines = [
-        "| run | set | position error (m) | change | direction (deg) | PSNR (dB) | 2nd evaluator | travelled / asked |",
-        "| --- | --- | --- | --- | --- | --- | --- | --- |",
+        "| run | set | position error (m) | change | rotation error (deg) | PSNR (dB) | 2nd evaluator "
+        "| scale ratio | translation gain |",
+        "| --- | --- | --- | --- | --- | --- | --- | --- | --- |",
     ]
     for study in STUDIES:
         path = results / f"{slug(study.name)}.json"
         if not path.exists():
-            lines.append(f"| {study.name} | | not run | | | | | |")
+            lines.append(f"| {study.name} | | not run | | | | | | |")
             continue
         summary = json.loads(path.read_text())
         for kind in ("presets", "random"):
@@ -118,7 +121,7 @@ def table(results: Path) -> str:
 
 
 def _cells(stages: dict[str, dict[str, list[float]]]) -> str:
-    mean = {stage: {m: sum(v) / len(v) for m, v in rows.items()} for stage, rows in stages.items()}
+    mean = {stage: {m: mean_of_defined(v) for m, v in present_names(rows).items()} for stage, rows in stages.items()}
     before, after = mean["before"], mean["after"]
     spread = max(stages["after"]["translation_error_m"]) - min(stages["after"]["translation_error_m"])
     relative = after["translation_error_m"] / before["translation_error_m"] - 1
@@ -130,7 +133,10 @@ def _cells(stages: dict[str, dict[str, list[float]]]) -> str:
             f"{before['rotation_error_deg']:.2f} -> {after['rotation_error_deg']:.2f}",
             f"{before['psnr_db']:.1f} -> {after['psnr_db']:.1f}",
             f"{second:+.0%}",
-            f"{before['scale_ratio']:.2f} -> {after['scale_ratio']:.2f}",
+            *(
+                f"{before.get(m, math.nan):.2f} -> {after.get(m, math.nan):.2f}"
+                for m in ("scale_ratio", "translation_gain")
+            ),
         )
     )
 
