@@ -44,11 +44,13 @@ def read_config(args: argparse.Namespace) -> Config:
 
 def print_held_out(numbers: Mapping[str, Mapping[str, list[float]]]) -> None:
     """Print each metric's mean over noise seeds, by kind of path."""
+    from geoalign.jobs.evaluate import mean_of_defined
+
     for kind, rows in numbers.items():
         print(kind)
         for name, values in rows.items():
             spread = f" (noise seeds {', '.join(f'{v:.3f}' for v in values)})" if len(values) > 1 else ""
-            print(f"  {name:<28} {sum(values) / len(values):8.3f}{spread}")
+            print(f"  {name:<28} {mean_of_defined(values):8.3f}{spread}")
 
 
 def bytes_text(count: float) -> str:

@@ -174,14 +174,14 @@ def _videos(path: Path) -> list[Path]:
 
 def _row(path: Path, reward: Reward, condition: Condition, *, plot: bool, alone: bool) -> dict[str, Any]:
     """Score one video of several: what fails is noted in its row. A single video that cannot be scored raises."""
-    from geoalign.jobs.score import judge, score_row
+    from geoalign.jobs.score import camera_row, judge, score_row
     from geoalign.jobs.score_plot import plot_scored
 
     row: dict[str, Any] = {"video": str(path), "valid": False}
     try:
         video, batch, found = condition.read(path)
         row |= {"frames": video.shape[1], "video_frames": found}
-        row |= score_row(judge(reward, video, batch))
+        row |= score_row(judge(reward, video, batch)) | camera_row(reward, video, batch)
     except Exception as error:  # whatever it is, it must not take the other videos with it
         if alone and isinstance(error, UserError):
             raise

@@ -13,6 +13,7 @@ from geoalign.data.video import PyAVReader, VideoInfo
 from geoalign.errors import DataError, RewardError, UsageError, UserError
 from geoalign.geometry.cameras.door import is_preset, open_camera
 from geoalign.geometry.lens import cover_crop_intrinsics
+from geoalign.geometry.metrics import camera_errors
 from geoalign.geometry.trajectory import CameraTrajectory
 from geoalign.rewards.base import Reward, RewardOutput
 from geoalign.rewards.running.guard import check_output
@@ -139,3 +140,16 @@ def score_row(output: RewardOutput) -> dict[str, Any]:
     row: dict[str, Any] = {f"score/{name}": float(value[0]) if valid else None for name, value in output.scores.items()}
     row |= {name: float(value[0]) for name, value in {**output.parts, **output.diagnostics}.items()}
     return {"valid": valid, **row} if valid else {"valid": valid, "error": "no finite score", **row}
+
+
+def camera_row(reward: Reward, video: Tensor, batch: RetakeBatch) -> dict[str, float]:
+    """All camera errors (:data:`geoalign.geometry.metrics.CAMERA_METRICS`) of the one video that was just scored.
+
+    Empty for a reward without a pose evaluator; the estimate of one with is not made anew. NaN where not defined.
+    """
+    evaluator = getattr(reward, "evaluator", None)
+    if evaluator is None:
+        return {}
+    estimate = evaluator(video, batch.source)
+    errors = camera_errors(estimate.c2w, batch.target_camera, estimate.frame_indices)
+    return {name: float(value[0]) for name, value in errors.items()}

@@ -22,7 +22,7 @@ from geoalign.report.samples import samples_section
 from geoalign.report.svg import number
 from geoalign.report.words import SETS
 
-CARD_METRICS = ("translation_error_m", "rotation_error_deg", "scale_ratio", "psnr_db")
+CARD_METRICS = ("translation_error_m", "rotation_error_deg", "translation_gain", "psnr_db")
 
 
 def report_page(run: Run, samples: int = 4) -> str:
@@ -94,7 +94,7 @@ def _lead(run: Run) -> str:
         f"On scenes and paths that training never saw, the mean distance between the camera and its target went from "
         f"{number(main.before.mean)} to {number(main.after.mean)} metres"
     )
-    if ratio := found.get("scale_ratio"):
+    if ratio := found.get("translation_gain"):
         now, then = number(ratio.after.mean), number(ratio.before.mean)
         text += f"; for each metre asked for, the camera travels {now} metres instead of {then}"
     return text + "."

@@ -32,10 +32,9 @@ from geoalign.training.setup import ready
 from geoalign.training.streaming import RowGradients, StreamingBackward
 from geoalign.training.telemetry import WorkMeter
 from geoalign.types import RetakeBatch
-from geoalign_kernels import philox_uniform
+from geoalign_kernels import philox_uniform, streams
 
 logger = logging.getLogger(__name__)
-SHUFFLE_STREAM = 6
 MODES = "ode_modes"
 """Key of the notes: the attention mode of every block outside the window."""
 
@@ -256,7 +255,7 @@ class Trainer:
         """Permute advantages inside each group by counter-based draws (control experiment)."""
         size = self.config.groups.size
         draws = [
-            philox_uniform(size, self.config.run.seed, self.iteration, group, 0, 0, SHUFFLE_STREAM)
+            philox_uniform(size, self.config.run.seed, self.iteration, group, 0, 0, streams.SHUFFLE)
             for group in range(len(values) // size)
         ]
         order = torch.stack([torch.as_tensor(draw) for draw in draws]).argsort(1)
@@ -283,11 +282,15 @@ class Trainer:
 
 def _reward_metrics(scores: Scores, advantage: Advantage) -> dict[str, float]:
     valid = scores.valid
-    count = valid.sum().clamp_min(1)
-    # Parts of an invalid sample may be NaN, which a product with the mask would keep.
     values = {**scores.scores, **scores.parts, **scores.diagnostics}
-    means = {f"reward/{name}": float(torch.where(valid, value, 0).sum() / count) for name, value in values.items()}
+    means = {f"reward/{name}": _mean_of_defined(value, valid) for name, value in values.items()}
     means |= {f"advantage/{name}": value for name, value in advantage.metrics.items()}
     means |= {f"failures/{name}": float(number) for name, number in scores.failures.items()}
     means["reward/invalid_fraction"] = 1 - float(valid.float().mean())
     return means
+
+
+def _mean_of_defined(value: Tensor, valid: Tensor) -> float:
+    """Mean over valid samples where the value is defined: a part may be NaN (the scale of a path that stands still)."""
+    counted = valid & ~torch.isnan(value)
+    return float(torch.where(counted, value, 0).sum() / counted.sum().clamp_min(1))

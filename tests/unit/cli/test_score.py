@@ -19,6 +19,8 @@ from geoalign.config.world import WorldConfig
 from geoalign.data.plots import cameras_figure
 from geoalign.data.video import write_video
 from geoalign.geometry.cameras.camera_file import write_clip_camera
+from geoalign.geometry.cameras.door import open_camera
+from geoalign.geometry.metrics import CAMERA_METRICS
 from geoalign.rewards import registry
 from geoalign.rewards.base import RewardOutput
 from geoalign.types import RetakeBatch
@@ -70,6 +72,25 @@ def test_a_true_retake_scores_within_two_centimetres(score: Callable, files: dic
     assert (row["frames"], row["video_frames"]) == (5, 5) and "error" not in row
     with Image.open(files["retake.mp4"].with_name("retake.mp4.png")) as picture:
         assert picture.info["Software"] == "geoalign"
+
+
+def test_a_row_has_every_camera_error(
+    score: Callable, files: dict[str, Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A true retake judged against a path half as long: twice the motion in metres, of which TransErr sees nothing."""
+    target = open_camera(files["target.json"]).path
+    write_c2w(files["target.json"], target.scale_translation(0.5))
+    code, (row,) = score()
+    assert code == 0 and row.keys() >= set(CAMERA_METRICS)
+    behind = 0.5 * target.position.norm(dim=-1)[1:].mean()
+    assert row["translation_error_m"] == pytest.approx(float(behind), abs=0.02)
+    assert row["scale_ratio"] == pytest.approx(2, abs=0.05) and row["translation_gain"] == pytest.approx(2, abs=0.05)
+    assert row["trans_err"] < 0.02 and row["rotation_error_deg"] < 0.1 and row["rot_err_deg"] < 0.1
+    still = target.scale_translation(0.0)
+    write_c2w(files["target.json"], still)
+    code, (row,) = score()
+    undefined = {name for name in CAMERA_METRICS if row[name] is None}
+    assert code == 0 and undefined == {"scale_ratio", "translation_gain", "trans_err"}
 
 
 def test_the_lens_follows_the_crop(score: Callable) -> None:

@@ -45,7 +45,7 @@ def test_a_perfect_camera_has_no_error_in_any_world_frame() -> None:
     for key in ("trans", "rot"):
         # Positions of size 9 m have a rounding step of 1e-6.
         torch.testing.assert_close(out.scores[key], torch.zeros(2), rtol=0, atol=5e-6)
-    torch.testing.assert_close(out.parts["path_length_ratio"], torch.ones(2), rtol=0, atol=1e-5)
+    torch.testing.assert_close(out.parts["scale_ratio"], torch.ones(2), rtol=0, atol=1e-5)
 
 
 def test_half_the_path_costs_half_its_weighted_length() -> None:
@@ -57,7 +57,7 @@ def test_half_the_path_costs_half_its_weighted_length() -> None:
     expected = -torch.tensor([2 / 6 * 0.5 + 3 / 6 * 1.0, 2 / 6 * 0.25 + 3 / 6 * 0.5])
     torch.testing.assert_close(out.scores["trans"], expected)
     torch.testing.assert_close(out.scores["rot"], torch.zeros(2), rtol=0, atol=1e-6)
-    torch.testing.assert_close(out.parts["path_length_ratio"], torch.full((2,), 0.5))
+    torch.testing.assert_close(out.parts["scale_ratio"], torch.full((2,), 0.5))
     torch.testing.assert_close(out.parts["trans_m"], torch.tensor([0.75, 0.375]))
 
 
