@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Mapping
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -16,6 +17,20 @@ def add_config(parser: argparse.ArgumentParser) -> None:
         "--config", required=True, metavar="NAME|FILE", help="preset or .yaml file (`geoalign config print NAME`)"
     )
     parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="settings that replace the file's")
+
+
+def add_model(parser: argparse.ArgumentParser) -> None:
+    """Add ``--model`` and ``--checkpoint``, which :func:`geoalign.policy.open.describe` opens."""
+    parser.add_argument(
+        "--model", type=Path, required=True, metavar="MODEL",
+        help="policy file, run folder, checkpoint folder, exported folder, published weights, or builtin:tiny_base",
+    )  # fmt: skip
+    parser.add_argument(
+        "--checkpoint",
+        type=Path,
+        metavar="FILE",
+        help="trained on top of it: a delta, or on published weights a full state dict",
+    )
 
 
 def read_config(args: argparse.Namespace) -> Config:
