@@ -63,9 +63,18 @@ def read_policy_file(path: Path) -> PolicyFile:
     """
     if path.suffix != ".safetensors":
         raise CheckpointError(f"{path}: not a geoalign policy file (those end in .safetensors); {_ON_TOP}")
-    file = TensorFile(path)
-    kind = file.metadata.get("kind")
-    if kind != _KIND:
+    return check_policy_file(TensorFile(path))
+
+
+def is_policy_file(file: TensorFile) -> bool:
+    """Whether the header says so."""
+    return file.metadata.get("kind") == _KIND
+
+
+def check_policy_file(file: TensorFile) -> PolicyFile:
+    """The contents of an opened policy file; raises CheckpointError as :func:`read_policy_file` does."""
+    path, kind = file.path, file.metadata.get("kind")
+    if not is_policy_file(file):
         delta = "a delta; " if all(map(is_self_attention, file.shapes)) else ""
         raise CheckpointError(f"{path}: {delta}not a geoalign policy file (header kind {kind!r}); {_ON_TOP}")
     config = _settings(file, "model", ModelConfig)

@@ -17,12 +17,11 @@ from torch import Tensor
 from geoalign.config.model import ModelConfig
 from geoalign.errors import CheckpointError, UsageError
 from geoalign.io_utils import atomic_path
-from geoalign.models.checkpoint import LoadReport
 from geoalign.models.codec import PatchCodec
 from geoalign.models.dit import RetakeDiT
 from geoalign.models.layouts import diffusers_name, is_self_attention, model_shapes
 from geoalign.policy.files import save_codec_file
-from geoalign.policy.open import CODEC_FILE, CONFIG_FILE, describe
+from geoalign.policy.open import CODEC_FILE, CONFIG_FILE
 
 # Whose camera the readers of a format rebuild: ReDirector's phases lie in the self-attention, ReCamMaster's encoders in
 # the full state dict. A diffusers folder names its model, and LoRA adds to a model that has its camera; both hold any.
@@ -81,7 +80,7 @@ def save_pretrained(
 
     A patch codec lies beside them in ``codec.safetensors``, which diffusers does not look at; a VAE is not copied.
     A model without source video and cameras is a stock ``WanTransformer3DModel`` and loads as one. Camera modules have
-    no home in that class: they keep their own names, and :func:`from_pretrained` reads them.
+    no home in that class: they keep their own names, and the door (:func:`geoalign.policy.open.describe`) reads them.
 
     Raises:
         CheckpointError: the folder exists already.
@@ -101,17 +100,6 @@ def save_pretrained(
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
     return tensors
-
-
-def from_pretrained(
-    folder: Path, *, dtype: torch.dtype = torch.float32, device: str = "cpu"
-) -> tuple[RetakeDiT, LoadReport]:
-    """Read a folder of :func:`save_pretrained`; never touches the network.
-
-    Raises:
-        CheckpointError: missing, damaged, or not such a folder.
-    """
-    return describe(folder).network(dtype=dtype, device=device)
 
 
 def diffusers_config(config: ModelConfig) -> dict[str, Any]:

@@ -42,7 +42,9 @@ from geoalign.policy.files import (
     POLICY_FILE,
     RUN_CONFIG,
     STATE_FILE,
+    check_policy_file,
     first_problem,
+    is_policy_file,
     read_checkpoint_state,
     read_codec_file,
     read_policy_file,
@@ -292,7 +294,7 @@ def tensor_shapes(name: Path | str) -> Shapes:
     path = _existing(name)
     if path.is_file():
         file = TensorFile(path)
-        return file.part("model.").shapes if "model" in file.metadata else file.shapes
+        return check_policy_file(file).weights.shapes if is_policy_file(file) else file.shapes
     location = locate(name)
     if location.what in ("exported folder", "published weights"):
         return TensorFile(weights_folder(path)).shapes

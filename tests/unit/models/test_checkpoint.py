@@ -19,7 +19,7 @@ from geoalign.errors import CheckpointError, UsageError
 from geoalign.models.checkpoint import LoadReport, complete_weights, load_dit, redirector_weights
 from geoalign.models.dit import RetakeDiT
 from geoalign.models.layouts import LAYOUTS, diffusers_name, model_shapes
-from geoalign.policy.formats import export_recammaster, export_redirector, from_pretrained, manifest, save_pretrained
+from geoalign.policy.formats import export_recammaster, export_redirector, manifest, save_pretrained
 from geoalign.policy.lora import apply_lora, export_lora
 from geoalign.policy.open import describe
 from geoalign.weights import TensorFile
@@ -162,7 +162,7 @@ def test_torch_files(tmp_path: Path) -> None:
 def test_diffusers_folder_round_trip_and_stock_class(tmp_path: Path) -> None:
     model = model_of(RECAM)
     save_pretrained(model, tmp_path / "ours")
-    loaded, report = from_pretrained(tmp_path / "ours")
+    loaded, report = describe(tmp_path / "ours").network()
     assert same(loaded, model) and loaded.config == RECAM
     assert report.tensors == len(model_shapes(RECAM))
     with pytest.raises(CheckpointError, match="exists already"):
