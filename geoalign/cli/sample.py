@@ -83,6 +83,7 @@ def _run(args: argparse.Namespace) -> int:
         raise UsageError(f"--guidance {guidance} needs a text encoder, and {args.model} has none; use --guidance 1")
     forwards = args.steps * (1 if guidance == 1.0 else 2)
     cost = estimate(files.config, files.parameters, codec, inputs.video.shape, forwards, dtype, args.device)
+    print(f"model    {files.location.what}: {files.title}")
     _print_cost(inputs, cost)
     if args.dry_run:
         return 0
