@@ -138,8 +138,10 @@ class ModelFiles:
 
 
 def open_policy(name: Path | str, delta: Path | None = None, *, device: torch.device | str = "cpu") -> RetakePolicy:
-    """Load the policy that a name stands for, in float32; see :func:`describe` for what may be named and errors."""
-    return describe(name, delta).policy(device=device)
+    """Load the policy that a name stands for, frozen, in float32; :func:`describe` says what may be named."""
+    policy = describe(name, delta).policy(device=device)
+    policy.model.requires_grad_(False)
+    return policy
 
 
 def open_base(config: Config, device: torch.device, dtype: torch.dtype) -> RetakePolicy:

@@ -315,6 +315,12 @@ def test_the_weights_are_those_of_the_files(kind: str) -> None:
     assert files.codec().latent_channels == (43 if case.settings == "embedded.yaml" else 16)
 
 
+def test_an_opened_policy_is_frozen() -> None:
+    """Else a model that reads text would seem to train its cross-attention, which evaluation without text refuses."""
+    policy = door.open_policy("base", Path("delta.safetensors"))
+    assert not policy.model.trains_text and not any(p.requires_grad for p in policy.model.parameters())
+
+
 def test_weights_keep_their_types_or_take_the_one_asked_for() -> None:
     files = door.describe("base", Path("delta.safetensors"))
     assert files.policy(dtype=torch.bfloat16).dtype == torch.bfloat16
