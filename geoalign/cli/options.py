@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Mapping
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -32,6 +33,20 @@ def add_cameras(parser: argparse.ArgumentParser, *, target: str, source: str, re
         "--trajectory", metavar="CAMERA", required=required, help=f"target path: {CAMERA_HELP}. {target}"
     )
     parser.add_argument("--source-camera", metavar="CAMERA", help=f"camera of the source, named likewise; {source}")
+
+
+def add_model(parser: argparse.ArgumentParser) -> None:
+    """Add ``--model`` and ``--checkpoint``, which :func:`geoalign.policy.open.describe` opens."""
+    parser.add_argument(
+        "--model", type=Path, required=True, metavar="MODEL",
+        help="policy file, run folder, checkpoint folder, exported folder, published weights, or builtin:tiny_base",
+    )  # fmt: skip
+    parser.add_argument(
+        "--checkpoint",
+        type=Path,
+        metavar="FILE",
+        help="trained on top of it: a delta, or on published weights a full state dict",
+    )
 
 
 def read_config(args: argparse.Namespace) -> Config:

@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from geoalign.cli.options import add_cameras
+from geoalign.cli.options import add_cameras, add_model
 from geoalign.config.data import DEFAULT_NEGATIVE_PROMPT
 
 if TYPE_CHECKING:
@@ -15,6 +15,7 @@ if TYPE_CHECKING:
 
     from geoalign.config.flow import FlowConfig
     from geoalign.jobs.sample import CostEstimate, RetakeInputs
+    from geoalign.policy.open import ModelFiles
 
 # Names of geoalign.rewards.registry.EVALUATORS, repeated because the registry imports torch.
 ESTIMATORS = ("depth_anything_3", "flow_pnp", "mapanything", "planar")
@@ -25,8 +26,7 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
     """Register ``sample``."""
     parser = subparsers.add_parser("sample", help="retake a video along a camera path")
     add = parser.add_argument
-    add("--model", type=Path, required=True, help="policy file, exported folder, or folder with published weights")
-    add("--checkpoint", type=Path, help="delta or full state dict trained on top of published weights")
+    add_model(parser)
     add("--video", type=Path, required=True, help="source video file, or a folder of frames")
     add_cameras(
         parser, required=True, target="A file gives its first poses; one shorter than the video is spread over it",
@@ -66,8 +66,7 @@ def _run(args: argparse.Namespace) -> int:
     from geoalign.frozen.device import named_device
     from geoalign.io_utils import check_writable
     from geoalign.jobs.sample import build_condition, estimate, read_inputs, retake
-    from geoalign.models.layouts import count, model_shapes
-    from geoalign.policy.open import config_of, open_codec, open_model
+    from geoalign.policy.open import describe
     from geoalign.policy.policy import RetakePolicy
 
     _check_arguments(args)
@@ -75,19 +74,19 @@ def _run(args: argparse.Namespace) -> int:
     args.device = str(device)
     dtype = getattr(torch, args.dtype or ("bfloat16" if device.type == "cuda" else "float32"))
     flow = _flow(args)
-    config = config_of(args.model, args.checkpoint)
-    codec = open_codec(args.model, dtype=dtype, device=args.device, tiled=args.tiled)
+    files = describe(args.model, args.checkpoint)
+    codec = files.codec(dtype=dtype, device=args.device, tiled=args.tiled)
     inputs = read_inputs(
         args.video, args.trajectory, codec=codec, speed=args.speed, frames=args.frames, size=args.size,
         source_camera=args.source_camera, intrinsics=args.intrinsics, ground_plane=args.ground_plane,
     )  # fmt: skip
-    encoder = _find_text_encoder(args)
+    encoder = _find_text_encoder(args, files.location.home)
     guidance = args.guidance if args.guidance is not None else (5.0 if encoder else 1.0)
     if guidance != 1.0 and not encoder:
         raise UsageError(f"--guidance {guidance} needs a text encoder, and {args.model} has none; use --guidance 1")
     forwards = args.steps * (1 if guidance == 1.0 else 2)
-    parameters = count(model_shapes(config))["parameters"]
-    cost = estimate(config, parameters, codec, inputs.video.shape, forwards, dtype, args.device)
+    cost = estimate(files.config, files.parameters, codec, inputs.video.shape, forwards, dtype, args.device)
+    print(f"model    {files.location.what}: {files.title}")
     _print_cost(inputs, cost)
     if args.dry_run:
         return 0
@@ -95,10 +94,10 @@ def _run(args: argparse.Namespace) -> int:
         check_writable(path)
     inputs, prompt = _estimate_camera(args, inputs), _prompt(args, inputs, dtype)
     text = None if encoder is None or prompt is None else _texts(args, encoder, prompt, dtype)
-    model, _ = open_model(args.model, args.checkpoint, dtype=dtype, device=args.device)
+    model, _ = files.network(dtype=dtype, device=args.device)
     moved = _to_device(inputs, args.device)
     policy = RetakePolicy(model, codec, guidance)
-    cond = build_condition(policy, moved, text, _image_tokens(args, config, moved, dtype))
+    cond = build_condition(policy, moved, text, _image_tokens(args, files, moved, dtype))
     with _progress(forwards) as bar:
         video = retake(policy, moved, cond, flow, seed=args.seed, on_pass=bar.update)
     _write(args, inputs, video.cpu(), cost, {"guidance": guidance, "prompt": prompt})
@@ -155,13 +154,13 @@ def _estimate_camera(args: argparse.Namespace, inputs: RetakeInputs) -> RetakeIn
     return inputs
 
 
-def _find_text_encoder(args: argparse.Namespace) -> tuple[Path, Path] | None:
+def _find_text_encoder(args: argparse.Namespace, home: Path) -> tuple[Path, Path] | None:
     """Weights and tokenizer of the model's text encoder, or None for a model that reads no text."""
     from geoalign.errors import UsageError
 
     pairs = (
-        (args.model / "text_encoder", args.model / "tokenizer"),
-        (args.model / "models_t5_umt5-xxl-enc-bf16.pth", args.model / "google" / "umt5-xxl"),
+        (home / "text_encoder", home / "tokenizer"),
+        (home / "models_t5_umt5-xxl-enc-bf16.pth", home / "google" / "umt5-xxl"),
     )
     found = [pair for pair in pairs if pair[0].exists()]
     if not found and (args.prompt or args.captioner):
@@ -205,13 +204,13 @@ def _text(value: str) -> str:
         raise DataError(f"{value[1:]}: prompt file cannot be read ({error})") from error
 
 
-def _image_tokens(args: argparse.Namespace, config: Any, inputs: RetakeInputs, dtype: Any) -> Tensor | None:
-    if config.image_dim is None:
+def _image_tokens(args: argparse.Namespace, files: ModelFiles, inputs: RetakeInputs, dtype: Any) -> Tensor | None:
+    if files.config.image_dim is None:
         return None
     from geoalign.models.encoders import load_image_encoder
 
     names = ("image_encoder", "models_clip_open-clip-xlm-roberta-large-vit-huge-14.pth")
-    for path in (args.model / name for name in names):
+    for path in (files.location.home / name for name in names):
         if path.exists():
             return load_image_encoder(path, dtype=dtype, device=args.device)(inputs.video[:, 0])
     return None
