@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from geoalign.config.load import load_config
 from geoalign.errors import UsageError
 from geoalign.io_utils import atomic_write_json, check_writable
-from geoalign.perf.budget import Ladder, Plan, Run, Walk, climb
+from geoalign.perf.budget import Ladder, Plan, RunCost, Walk, climb
 from geoalign.perf.cost import DEVICES, TransformerCost, VideoCost, video_cost
 from geoalign.perf.memory import reward_models
 
@@ -74,13 +74,13 @@ def run_budget(args: argparse.Namespace) -> int:
     return 0
 
 
-def describe(config: Config) -> tuple[Run, Run, list[str]]:
+def describe(config: Config) -> tuple[RunCost, RunCost, list[str]]:
     """The run of a configuration on the full grid, the same with the coarser tail, and the rewards without a model."""
     transformer = TransformerCost.of(config.model, *config.data.video)
     video, left_out = _video(config)
     ratio = config.flow.tail_ratio if config.flow.tail_ratio < 1 else COARSE_TAIL
     full, coarse = (
-        Run(
+        RunCost(
             transformer=transformer,
             video=video,
             walks=_walks(config, tail_ratio),
@@ -115,7 +115,7 @@ def _video(config: Config) -> tuple[VideoCost, list[str]]:
     return video_cost(*config.data.video, scorers), left_out
 
 
-def _numbers(run: Run, coarse: Run, ladder: Ladder, device: str, devices: int, guidance: int) -> dict[str, Any]:
+def _numbers(run: RunCost, coarse: RunCost, ladder: Ladder, device: str, devices: int, guidance: int) -> dict[str, Any]:
     profile, start = DEVICES[device], Plan(guidance=guidance)
     phases = run.seconds(profile, start)
     passes = [(count, run.walks[walk]) for walk, count in run.passes(start).items()]
@@ -125,8 +125,8 @@ def _numbers(run: Run, coarse: Run, ladder: Ladder, device: str, devices: int, g
         "devices": devices,
         "tokens": run.transformer.tokens,
         "forward_tflop": run.transformer.forward_flops() / 1e12,
-        "forward_s": run.transformer.forward(profile, start.execution).total,
-        "backward_s": run.transformer.backward(profile, start.execution).total,
+        "forward_s": run.transformer.forward(profile, start.speedups).total,
+        "backward_s": run.transformer.backward(profile, start.speedups).total,
         "iterations": run.iterations,
         "conditions": run.conditions,
         "group_size": run.group_size,

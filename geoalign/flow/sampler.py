@@ -67,7 +67,7 @@ def initial_noise(
 
 
 @dataclass(slots=True)
-class _Run:
+class _RolloutCall:
     """One call of `rollout`: who acts, what names the noise, and the buffers that are filled."""
 
     phases: PhasedPolicy
@@ -220,7 +220,7 @@ class FlowSampler:
         iteration: int,
         group_ids: Tensor,
         member_ids: Tensor | None,
-    ) -> _Run:
+    ) -> _RolloutCall:
         conditions, size = group_ids.numel(), self.group_size
         if member_ids is None:
             member_ids = torch.arange(size, device=group_ids.device)
@@ -232,7 +232,7 @@ class FlowSampler:
             )
         num_rows, shape, num_window_steps = conditions * size, x_init.shape[1:], len(self._window_steps)
         like = _working(x_init[:0])
-        return _Run(
+        return _RolloutCall(
             phases=phases,
             observer=observer,
             seed=seed,
@@ -246,7 +246,7 @@ class FlowSampler:
         )
 
     def _prefix_and_branch(
-        self, run: _Run, cond: Condition, x: Tensor, lanes: slice
+        self, run: _RolloutCall, cond: Condition, x: Tensor, lanes: slice
     ) -> tuple[slice, Tensor, Tensor | None]:
         """Steps up to and including the first stochastic one; returns its rows, their states and history."""
         first, per_lane = self._window_steps[0], run.rows_per_lane
@@ -258,7 +258,7 @@ class FlowSampler:
             rows, passes = slice(lanes.start * per_lane, lanes.stop * per_lane), velocity.passes * x.shape[0]
             return rows, *self._stochastic(run, 0, _repeat(x, per_lane), velocity, rows, passes)
 
-    def _finish(self, run: _Run, cond: Condition, x: Tensor, m_prev: Tensor | None, rows: slice) -> None:
+    def _finish(self, run: _RolloutCall, cond: Condition, x: Tensor, m_prev: Tensor | None, rows: slice) -> None:
         """The other window steps and the deterministic tail of some rows."""
         with phase("rollout/window"):
             for position, step in enumerate(self._window_steps[1:], start=1):
@@ -268,7 +268,7 @@ class FlowSampler:
         with phase("rollout/tail"):
             run.final[rows] = self._ode(run.phases.tail, x, m_prev, tail, cond, run.forwards, "tail")
 
-    def _window_velocity(self, run: _Run, x: Tensor, step: int, cond: Condition) -> Velocity:
+    def _window_velocity(self, run: _RolloutCall, x: Tensor, step: int, cond: Condition) -> Velocity:
         with torch.set_grad_enabled(self.window_grad or run.observer is not None):
             velocity = self._velocity(run.phases.window, x, step, cond)
         run.forwards["window"] += x.shape[0] * velocity.passes
@@ -276,7 +276,7 @@ class FlowSampler:
         return velocity if run.observer is not None else velocity.map(Tensor.detach)
 
     def _stochastic(
-        self, run: _Run, position: int, x: Tensor, velocity: Velocity, rows: slice, passes: int
+        self, run: _RolloutCall, position: int, x: Tensor, velocity: Velocity, rows: slice, passes: int
     ) -> tuple[Tensor, Tensor | None]:
         """One stochastic step: stores state and log-probability, returns state and history.
 

@@ -99,8 +99,8 @@ def peak_flops(name: str) -> float | None:
 
 
 @dataclass(frozen=True, slots=True)
-class Execution:
-    """How forwards and backwards are executed.
+class Speedups:
+    """What makes forwards and backwards cheaper than the published eager ones.
 
     Attributes:
         kernels: memory-bound passes as published (`eager`), compiled with real-valued rotary, or hand-fused.
@@ -250,37 +250,37 @@ class TransformerCost:
         }
         return self.layers * units[kernels] * self.stream_bytes
 
-    def forward(self, device: DeviceProfile, execution: Execution, *, int8_attention: bool = False) -> Seconds:
+    def forward(self, device: DeviceProfile, speedups: Speedups, *, int8_attention: bool = False) -> Seconds:
         """Predicted seconds of one forward of one sample."""
         part = self.block_flops()
         frozen = part["cross_linear"] + part["ffn"]
-        trained = part["qkvo"] + (0.0 if execution.cached else part["camera_phases"])
+        trained = part["qkvo"] + (0.0 if speedups.cached else part["camera_phases"])
         attention_rate = device.attention_int8 if int8_attention else device.attention
         attention = self.layers * part["self_attention"] / attention_rate
         cross = self.layers * part["cross_attention"] / device.attention
         linear = self.layers * (
-            trained / device.matmul + frozen / (device.matmul_int8 if execution.int8_linear else device.matmul)
+            trained / device.matmul + frozen / (device.matmul_int8 if speedups.int8_linear else device.matmul)
         )
-        elementwise = self.traffic_bytes(execution.kernels) / device.bandwidth
+        elementwise = self.traffic_bytes(speedups.kernels) / device.bandwidth
         # Source keys and values of the last block are still needed: about four fifths of its source work falls away.
-        kept = 1.0 - self._unused_share if execution.pruned else 1.0
-        linear_kept = 1.0 - 0.8 * self._unused_share if execution.pruned else 1.0
+        kept = 1.0 - self._unused_share if speedups.pruned else 1.0
+        linear_kept = 1.0 - 0.8 * self._unused_share if speedups.pruned else 1.0
         return Seconds(
             attention=attention * kept,
             matmul=linear * linear_kept + cross * kept,
             elementwise=elementwise * linear_kept,
-            adapter=0.0 if execution.cached else self.adapter_flops() / device.convolution,
+            adapter=0.0 if speedups.cached else self.adapter_flops() / device.convolution,
         )
 
-    def backward(self, device: DeviceProfile, execution: Execution) -> Seconds:
+    def backward(self, device: DeviceProfile, speedups: Speedups) -> Seconds:
         """Predicted seconds of one backward of one sample, recomputation not included."""
         part = self.block_flops()
         to_inputs = part["qkvo"] + part["cross_linear"] + part["ffn"]
         to_weights = part["qkvo"] + part["camera_phases"]
         attention = _BACKWARD_OF_ATTENTION * part["self_attention"] / device.attention_backward
         cross = _BACKWARD_OF_ATTENTION * part["cross_attention"] / device.attention_backward
-        traffic = _BACKWARD_OF_ELEMENTWISE * self.traffic_bytes(execution.kernels) / device.bandwidth
-        kept = 1.0 - self._unused_share if execution.pruned else 1.0
+        traffic = _BACKWARD_OF_ELEMENTWISE * self.traffic_bytes(speedups.kernels) / device.bandwidth
+        kept = 1.0 - self._unused_share if speedups.pruned else 1.0
         return Seconds(
             attention=kept * self.layers * attention,
             matmul=kept * self.layers * (cross + (to_inputs + to_weights) / device.matmul),
