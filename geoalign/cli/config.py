@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from geoalign.config.layout import place_groups
+from geoalign.config.layout import deal_groups
 from geoalign.config.load import flatten, load_config, to_yaml
 from geoalign.config.source import load_raw, preset_names
 from geoalign.errors import UsageError
@@ -82,7 +82,7 @@ def run_check(args: argparse.Namespace) -> int:
     if args.world_size is not None:
         if args.world_size < 1:
             raise UsageError(f"--world-size must be at least 1, got {args.world_size}.")
-        place_groups(config.groups.conditions, config.groups.size, args.world_size, config.parallel.sequence)
+        deal_groups(config.groups.conditions, config.groups.size, args.world_size, config.parallel.sequence)
     suffix = f" on {args.world_size} process(es)" if args.world_size is not None else ""
     print(f"{args.config}: valid{suffix}")
     return 0

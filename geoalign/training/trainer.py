@@ -27,7 +27,7 @@ from geoalign.rl.window import WindowSchedule
 from geoalign.training.checkpoint import TrainState
 from geoalign.training.engines.optim import set_learning_rate
 from geoalign.training.learner import Learner
-from geoalign.training.processes.ranks import LocalRanks, Placement, Ranks, gather_scores
+from geoalign.training.processes.ranks import LocalRanks, RankRows, Ranks, gather_scores
 from geoalign.training.setup import ready
 from geoalign.training.streaming import RowGradients, StreamingBackward
 from geoalign.training.telemetry import WorkMeter
@@ -75,8 +75,8 @@ class Trainer:
         self.config, self.source, self.rewards = config, source, rewards
         self.ranks = LocalRanks() if ranks is None else ranks
         self.schedule = WindowSchedule(config.window, config.flow.steps, config.run.seed)
-        self.place = Placement.of(config.groups.conditions, config.groups.size, self.ranks)
-        if not self.place.whole and config.optim.updates_per_rollout > 1:
+        self.rank_rows = RankRows.of(config.groups.conditions, config.groups.size, self.ranks)
+        if not self.rank_rows.whole and config.optim.updates_per_rollout > 1:
             raise ConfigError(
                 "optim.updates_per_rollout > 1 needs whole groups on every rank: use a number of ranks that divides "
                 f"groups.conditions {config.groups.conditions}"
@@ -94,9 +94,9 @@ class Trainer:
         )
         mode = config.levers.streaming
         self._row_gradients = (
-            RowGradients(self.engine.trained, self.place.rows.numel(), mode) if mode in ("device", "host") else None
+            RowGradients(self.engine.trained, self.rank_rows.rows.numel(), mode) if mode in ("device", "host") else None
         )
-        self.meter = WorkMeter(config, self.place, self.device)
+        self.meter = WorkMeter(config, self.rank_rows, self.device)
         self.clock = PhaseTimer(self.device)
         self.iteration = 0
         self.notes: dict[str, Any] = {}
@@ -107,12 +107,12 @@ class Trainer:
         Raises:
             RunError: too many invalid samples, or log-probabilities of rollout and replay differ beyond the bound.
         """
-        config, place = self.config, self.place
+        config, rank_rows = self.config, self.rank_rows
         window = self.schedule(self.iteration)
         sampler = self._sampler(window)
         with self.clock.active():
             with phase("data"):
-                batch = self._draw(place.group_ids.tolist()).to(self.device)
+                batch = self._draw(rank_rows.group_ids.tolist()).to(self.device)
             with phase("rollout/encode"):
                 prepared = self.policy.prepare(self.policy.condition(batch))
             stream = self._stream(sampler)
@@ -123,7 +123,7 @@ class Trainer:
                 advantage = self._advantage(scores)
             self.ranks.check_alive()
             factor = set_learning_rate(self.engine.optimizer, config.optim, self.iteration, config.train.iterations)
-            rows = place.rows
+            rows = rank_rows.rows
             values, valid = advantage.values[rows].to(self.device), scores.valid[rows].to(self.device)
             update = self.learner.update(sampler, rollout, prepared, values, valid, self._held(stream))
         self._refuse_drift(update["parity/log_prob_diff_max"])
@@ -156,7 +156,7 @@ class Trainer:
             rows = rows or max(config.groups.size // updates, 1)
         return FlowSampler(
             build_step_table(config.flow, window),
-            self.place.member_ids.numel(),
+            self.rank_rows.member_ids.numel(),
             share_prefix=config.levers.share_prefix,
             rows_per_forward=rows,
             window_grad=True,
@@ -181,7 +181,7 @@ class Trainer:
         self, sampler: FlowSampler, batch: RetakeBatch, prepared: Prepared, stream: StreamingBackward | None
     ) -> tuple[Rollout, Tensor]:
         """The rollouts of this rank, zeros where a sample is not finite, and which are (``[R]`` bool)."""
-        groups, members = (ids.to(self.device) for ids in (self.place.group_ids, self.place.member_ids))
+        groups, members = (ids.to(self.device) for ids in (self.rank_rows.group_ids, self.rank_rows.member_ids))
         noise = initial_noise(self.policy.latent_shape(batch), self.config.run.seed, self.iteration, groups)
         return sampler.rollout(
             self.policy.phased(),
@@ -196,7 +196,7 @@ class Trainer:
 
     def _score(self, rollout: Rollout, batch: RetakeBatch, usable: Tensor) -> Scores:
         """Decode and score this rank's videos; scores of all ranks."""
-        mine, layout = self.place.scored.to(self.device), self.config.scoring
+        mine, layout = self.rank_rows.scored.to(self.device), self.config.scoring
 
         def decode(rows: Tensor, conditions: RetakeBatch) -> Tensor:
             with phase("rollout/decode"):
@@ -204,10 +204,10 @@ class Trainer:
 
         with phase("scoring"):  # decoding, and the scorers beside or after it
             scored = decode_and_score(
-                self.rewards, decode, batch, mine // self.place.member_ids.numel(),
+                self.rewards, decode, batch, mine // self.rank_rows.member_ids.numel(),
                 chunk=layout.chunk, beside=layout.beside_decode,
             )  # fmt: skip
-        scores = gather_scores(self.ranks, self.place, merged(scored, usable[mine]))
+        scores = gather_scores(self.ranks, self.rank_rows, merged(scored, usable[mine]))
         self._refuse_too_many_failures(scores)
         return scores
 

@@ -13,7 +13,7 @@ from repository import ROOT
 
 from geoalign.cli import main as cli
 from geoalign.config.docs import reference_page
-from geoalign.config.layout import GroupPlacement, place_groups
+from geoalign.config.layout import GroupShare, deal_groups
 from geoalign.config.load import load_config
 from geoalign.config.schema import Config
 from geoalign.config.source import preset_names
@@ -134,17 +134,17 @@ def test_the_reference_page_is_up_to_date() -> None:
 @pytest.mark.parametrize(
     ("conditions", "size", "world", "placed"),
     [
-        (8, 12, 1, GroupPlacement(8, 12)),
-        (8, 12, 4, GroupPlacement(2, 12)),
-        (8, 12, 8, GroupPlacement(1, 12)),
-        (8, 12, 32, GroupPlacement(1, 3)),
+        (8, 12, 1, GroupShare(8, 12)),
+        (8, 12, 4, GroupShare(2, 12)),
+        (8, 12, 8, GroupShare(1, 12)),
+        (8, 12, 32, GroupShare(1, 3)),
     ],
 )
-def test_groups_are_dealt_whole_or_split_evenly(conditions: int, size: int, world: int, placed: GroupPlacement) -> None:
-    assert place_groups(conditions, size, world) == placed
+def test_groups_are_dealt_whole_or_split_evenly(conditions: int, size: int, world: int, placed: GroupShare) -> None:
+    assert deal_groups(conditions, size, world) == placed
     assert placed.groups * placed.members * world == conditions * size
 
 
 def test_layouts_that_do_not_divide_are_refused() -> None:
     with pytest.raises(ConfigError, match=r"groups\.conditions=10, or use 4 processes"):
-        place_groups(8, 12, 5)
+        deal_groups(8, 12, 5)
