@@ -229,16 +229,16 @@ def whole_pass(bench: Bench, scene: Scene) -> dict[str, float]:
     with kernels_of("off"):
         trainer = scene.trainer(layers, "off")
         policy, batch = trainer.policy, scene.batch(0, [0])
-        prepared = policy.prepare(policy.condition(batch))
+        precomputed = policy.precompute(policy.condition(batch))
         x = torch.randn(1, *policy.latent_shape(batch), device=scene.device)
         at = torch.full((1,), 500.0, device=scene.device)
 
         def forward() -> None:
             with torch.no_grad():
-                policy.velocity(x, at, prepared)
+                policy.velocity(x, at, precomputed)
 
         def both() -> None:
-            policy.velocity(x, at, prepared).value.sum().backward()
+            policy.velocity(x, at, precomputed).value.sum().backward()
 
         found = {}
         for name, call in (("forward", forward), ("forward+backward", both)):

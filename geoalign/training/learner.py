@@ -15,7 +15,7 @@ from geoalign.flow.policy import Velocity
 from geoalign.flow.rollout import Rollout
 from geoalign.flow.sampler import FlowSampler
 from geoalign.perf.timer import phase
-from geoalign.policy.policy import Prepared, RetakePolicy
+from geoalign.policy.policy import Precomputed, RetakePolicy
 from geoalign.rl.objective import LossOutput, RatioStats, clipped_surrogate, kl_loss, loss_weights, reference_kl
 from geoalign.training.engines.base import Engine
 from geoalign.training.processes.ranks import Ranks
@@ -51,7 +51,7 @@ class Learner:
         self,
         sampler: FlowSampler,
         rollout: Rollout,
-        prepared: Prepared,
+        precomputed: Precomputed,
         advantage: Tensor,
         valid: Tensor,
         stream: StreamingBackward | None = None,
@@ -61,7 +61,7 @@ class Learner:
         Args:
             sampler: made the rollout.
             rollout: R = M * G trajectories, finite (``Rollout.neutralised``).
-            prepared: its M conditions.
+            precomputed: its M conditions.
             advantage: ``[R]``.
             valid: ``[R]`` bool.
             stream: the rollout's own backward; only what it left is replayed.
@@ -80,9 +80,9 @@ class Learner:
             share = _Share(advantage, keep, valid, mine, max(count, 1.0), self.objective)
             self.engine.begin()
             if stream is None:
-                result = self._replay(sampler, rollout, prepared, share, range(rollout.num_window_steps))
+                result = self._replay(sampler, rollout, precomputed, share, range(rollout.num_window_steps))
             else:
-                result = self._replay(sampler, rollout, prepared, share, sorted(stream.left))
+                result = self._replay(sampler, rollout, precomputed, share, sorted(stream.left))
                 self._stream(sampler, stream, rollout, share, result)
             with phase("update/optimizer"):
                 norm = self.engine.step()
@@ -96,7 +96,7 @@ class Learner:
         return numbers | {f"policy/{name}": value for name, value in stats.summary().items()}
 
     def _replay(
-        self, sampler: FlowSampler, rollout: Rollout, prepared: Prepared, share: _Share, positions: Sequence[int]
+        self, sampler: FlowSampler, rollout: Rollout, precomputed: Precomputed, share: _Share, positions: Sequence[int]
     ) -> _Result:
         """Sum gradients over some window steps.
 
@@ -107,10 +107,10 @@ class Learner:
         if not self.merge_first and rollout.shared:
             rollout = replace(rollout, x_start=rollout.x_start.repeat_interleave(rollout.group_size, 0))
         result = _Result.zero(share.advantage.device)
-        targets = self._reference_velocities(sampler, rollout, prepared, share, positions)
+        targets = self._reference_velocities(sampler, rollout, precomputed, share, positions)
         for position, rows, forwards in self._batches(sampler, rollout, share, positions):
             with phase("update/forward"):
-                replayed = sampler.replay(self.policy.velocity, rollout, position, prepared, rows)
+                replayed = sampler.replay(self.policy.velocity, rollout, position, precomputed, rows)
                 old = rollout.log_prob[rows, position]
                 output = share.surrogate(replayed.log_prob, old, rows, weights[position])
                 loss = output.loss
@@ -134,7 +134,7 @@ class Learner:
                     yield position, rows, (rows.stop - rows.start) // per_lane
 
     def _reference_velocities(
-        self, sampler: FlowSampler, rollout: Rollout, prepared: Prepared, share: _Share, positions: Sequence[int]
+        self, sampler: FlowSampler, rollout: Rollout, precomputed: Precomputed, share: _Share, positions: Sequence[int]
     ) -> Iterator[Velocity] | None:
         """The reference's velocities of every batch, in order; None without a KL term.
 
@@ -144,7 +144,7 @@ class Learner:
             return None
         velocities = []
         with phase("update/reference"), torch.no_grad(), self.reference.in_place():
-            fixed = self.policy.prepare(prepared.conditioning)
+            fixed = self.policy.precompute(precomputed.conditioning)
             for position, rows, forwards in self._batches(sampler, rollout, share, positions):
                 velocity = sampler.replay(self.policy.velocity, rollout, position, fixed, rows).velocity
                 self.passes.update(reference=forwards * velocity.passes)

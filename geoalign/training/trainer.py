@@ -16,7 +16,7 @@ from geoalign.flow.sampler import FlowSampler, initial_noise
 from geoalign.flow.table import StepWindow, build_step_table
 from geoalign.models.fast import attention_modes, set_attention_modes
 from geoalign.perf.timer import PhaseTimer, phase
-from geoalign.policy.policy import Prepared, RetakePolicy
+from geoalign.policy.policy import Precomputed, RetakePolicy
 from geoalign.rewards.base import Reward
 from geoalign.rewards.running.guard import GuardedReward
 from geoalign.rewards.running.turns import decode_and_score
@@ -114,10 +114,10 @@ class Trainer:
             with phase("data"):
                 batch = self._draw(rank_rows.group_ids.tolist()).to(self.device)
             with phase("rollout/encode"):
-                prepared = self.policy.prepare(self.policy.condition(batch))
+                precomputed = self.policy.precompute(self.policy.condition(batch))
             stream = self._stream(sampler)
             self.ranks.check_alive()
-            rollout, usable = self._rollout(sampler, batch, prepared, stream)
+            rollout, usable = self._rollout(sampler, batch, precomputed, stream)
             scores = self._score(rollout, batch, usable)
             with phase("advantage"):
                 advantage = self._advantage(scores)
@@ -125,7 +125,7 @@ class Trainer:
             factor = set_learning_rate(self.engine.optimizer, config.optim, self.iteration, config.train.iterations)
             rows = rank_rows.rows
             values, valid = advantage.values[rows].to(self.device), scores.valid[rows].to(self.device)
-            update = self.learner.update(sampler, rollout, prepared, values, valid, self._held(stream))
+            update = self.learner.update(sampler, rollout, precomputed, values, valid, self._held(stream))
         self._refuse_drift(update["parity/log_prob_diff_max"])
         self._agree_on_modes()
         self.iteration += 1
@@ -178,14 +178,14 @@ class Trainer:
         return stream
 
     def _rollout(
-        self, sampler: FlowSampler, batch: RetakeBatch, prepared: Prepared, stream: StreamingBackward | None
+        self, sampler: FlowSampler, batch: RetakeBatch, precomputed: Precomputed, stream: StreamingBackward | None
     ) -> tuple[Rollout, Tensor]:
         """The rollouts of this rank, zeros where a sample is not finite, and which are (``[R]`` bool)."""
         groups, members = (ids.to(self.device) for ids in (self.rank_rows.group_ids, self.rank_rows.member_ids))
         noise = initial_noise(self.policy.latent_shape(batch), self.config.run.seed, self.iteration, groups)
         return sampler.rollout(
             self.policy.phased(),
-            prepared,
+            precomputed,
             noise.to(torch.promote_types(noise.dtype, self.policy.dtype)),
             seed=self.config.run.seed,
             iteration=self.iteration,

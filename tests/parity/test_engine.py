@@ -56,11 +56,11 @@ class Toy(nn.Module):
         self.inner = nn.Parameter(torch.randn(8, 8, generator=generator, dtype=torch.float64) / 3)
         self.gain = nn.Parameter(torch.randn(8, generator=generator, dtype=torch.float64))
 
-    def prepare(self, conditioning: Shift) -> Shift:
+    def precompute(self, conditioning: Shift) -> Shift:
         return conditioning
 
-    def velocity(self, x: Tensor, timestep: Tensor, prepared: Shift) -> Tensor:
-        shift = torch.tanh(prepared.value * self.gain)
+    def velocity(self, x: Tensor, timestep: Tensor, precomputed: Shift) -> Tensor:
+        shift = torch.tanh(precomputed.value * self.gain)
         return torch.tanh(x @ self.inner + shift + timestep[:, None] / 1000) - 0.3 * x
 
 

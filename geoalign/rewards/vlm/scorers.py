@@ -98,11 +98,11 @@ class _Runner:
         ids = torch.tensor([plan.ids for plan in plans], device=self.device)
         pool = torch.tensor([plan.pool_index for plan in plans], device=self.device)
         self._before()
-        run = self._prepared(size, plans[0])
+        run = self._runner(size, plans[0])
         parts = zip(patches.split(self.chunk), ids.split(self.chunk), pool.split(self.chunk), strict=True)
         return torch.cat([run(part.to(self.device), *rest)["raw"] for part, *rest in parts])
 
-    def _prepared(self, size: tuple[int, int], plan: TokenPlan) -> Callable[..., dict[str, Tensor]]:
+    def _runner(self, size: tuple[int, int], plan: TokenPlan) -> Callable[..., dict[str, Tensor]]:
         grid = (size[0] // self.network.layout.patch, size[1] // self.network.layout.patch)
         key = (grid, len(plan.ids), plan.visual_index)
         if key not in self._bodies:

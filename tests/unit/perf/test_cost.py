@@ -65,7 +65,7 @@ def test_block_flops_equal_a_counter_on_the_real_network() -> None:
         model = RetakeDiT(config).requires_grad_(False)
         latents = torch.empty(1, 16, 21, 60, 104)
         cond = Conditioning(source_latents=latents, context=torch.empty(1, 512, 4096))
-        cache = model.prepare(cond)
+        cache = model.precompute(cond)
         model.execution.prune_source = False
         with FlopCounterMode(display=False) as counter:
             model(latents, torch.empty(1), cond, cache)
