@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import argparse
 from collections import Counter
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from geoalign.config.load import load_config
+from geoalign.cli.options import add_config, add_json, check_json, read_config, write_json
 from geoalign.errors import UsageError
-from geoalign.io_utils import atomic_write_json, check_writable
 from geoalign.perf.budget import Ladder, Plan, RunCost, Walk, climb
 from geoalign.perf.cost import DEVICES, TransformerCost, VideoCost, video_cost
 from geoalign.perf.memory import reward_models
@@ -25,10 +23,10 @@ LAUNCH_BOUND_S = 0.05
 
 EXAMPLES = """\
 examples:
-  geoalign budget paper_64xa800                         hours on 64 A800, lever by lever
-  geoalign budget paper_64xa800 --device h200 --devices 32
-  geoalign budget paper_64xa800 optim.updates_per_rollout=4 levers.streaming=off
-  geoalign budget node_8gpu --json budget.json
+  geoalign budget --config paper_64xa800                hours on 64 A800, lever by lever
+  geoalign budget --config paper_64xa800 --device h200 --devices 32
+  geoalign budget --config paper_64xa800 optim.updates_per_rollout=4 levers.streaming=off
+  geoalign budget --config node_8gpu --json budget.json
 
 All numbers are predictions from published rates of the device, none is a measurement.
 EXACT levers keep algorithm and distribution; CHANGES levers do not, and are off by default."""
@@ -43,34 +41,29 @@ def add_parser(subparsers: Any) -> None:
         epilog=EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("config", help="preset or .yaml path")
-    parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="settings by dotted name")
+    add_config(parser)
     parser.add_argument("--device", choices=sorted(DEVICES), default="a800", help="device profile (default: a800)")
     parser.add_argument("--devices", type=int, metavar="N", help="number of devices (default: one per condition)")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="also write the numbers to FILE")
+    add_json(parser, "the numbers")
     parser.set_defaults(run=run_budget)
 
 
 def run_budget(args: argparse.Namespace) -> int:
     """Print the prediction; returns the exit code."""
-    from geoalign.config.schema import Config
-
-    config = load_config(Config, args.config, args.overrides)
+    config = read_config(args)
     devices = config.groups.conditions if args.devices is None else args.devices
     if not 1 <= devices <= config.groups.conditions:
         raise UsageError(
             f"--devices {devices}: the prediction places whole groups, so 1 to {config.groups.conditions} devices "
             "(groups.conditions) can be used"
         )
-    if args.json is not None:
-        check_writable(args.json)
+    check_json(args)
     run, coarse, left_out = describe(config)
     guidance = 2 if config.flow.guidance > 1 else 1
     ladder = climb(run, coarse, DEVICES[args.device], devices, guidance)
     numbers = _numbers(run, coarse, ladder, args.device, devices, guidance)
-    print(_text(numbers, ladder, args.config, left_out))
-    if args.json is not None:
-        atomic_write_json(args.json, numbers)
+    if write_json(args, numbers):
+        print(_text(numbers, ladder, args.config, left_out))
     return 0
 
 

@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from geoalign.cli.options import add_config, print_held_out, read_config
+from geoalign.cli.options import add_config, add_json, check_json, print_held_out, read_config, write_json
 
 
 def add_parser(subparsers: Any) -> None:
@@ -18,7 +18,7 @@ def add_parser(subparsers: Any) -> None:
     parser.add_argument(
         "--condition-scale", type=float, default=1.0, metavar="S", help="oracle: ask for S times the motion"
     )
-    parser.add_argument("--json", type=Path, metavar="FILE", help="also write the numbers there")
+    add_json(parser, "the numbers")
     parser.set_defaults(run=run_evaluate)
 
 
@@ -26,21 +26,17 @@ def run_evaluate(args: argparse.Namespace) -> int:
     """Evaluate a policy on the held-out sets of the configuration."""
     config = read_config(args)
     from geoalign.errors import ConfigError
-    from geoalign.io_utils import atomic_write_json, check_writable, nan_to_none
     from geoalign.jobs.environment import describe_environment
     from geoalign.jobs.evaluate import HeldOut, evaluate
     from geoalign.policy.files import load_policy
 
     if config.world is None:
         raise ConfigError("evaluate needs held-out pairs with a true render: set the world section (tiny_cpu has it)")
-    if args.json:
-        check_writable(args.json)
+    check_json(args)
     policy, _ = load_policy(args.policy)
     result = evaluate(
         policy, config.flow, HeldOut.build(config.world, config.eval), config.eval, condition_scale=args.condition_scale
     )
-    print_held_out(result.numbers)
-    if args.json:
-        found = {"policy": str(args.policy), "held_out": result.numbers, **describe_environment()}
-        atomic_write_json(args.json, nan_to_none(found))
+    if write_json(args, {"policy": str(args.policy), "held_out": result.numbers, **describe_environment()}):
+        print_held_out(result.numbers)
     return 0

@@ -64,7 +64,7 @@ examples:
   geoalign train --config tiny_cpu                       the demo: no GPU, no weights, no downloads
   geoalign train --config tiny_cpu run.seed=1            any setting by its dotted name
   torchrun --nproc-per-node 2 -m geoalign train --config tiny_cpu run.name=two
-  geoalign config print node_8gpu optim.lr=5e-6          the resolved settings of a run, before running it
+  geoalign config print --config node_8gpu optim.lr=5e-6 the resolved settings of a run, before running it
   geoalign report runs/two                               one HTML file that opens offline
 
 `geoalign VERB --help` explains a verb. Exit codes: 0 done, 1 failed while running, 2 wrong usage or configuration.

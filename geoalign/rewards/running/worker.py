@@ -97,7 +97,7 @@ class WorkerReward:
 
     def _launch(self) -> None:
         self._kill()
-        root = str(Path(__file__).parents[2])
+        root = str(Path(__file__).parents[3])
         path = os.pathsep.join(filter(None, (root, str(Path(root) / "kernels"), os.environ.get("PYTHONPATH"))))
         try:
             self._process = subprocess.Popen(

@@ -254,6 +254,6 @@ def test_export_verb(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
     assert main([*lora, "--rank", "4", "--checkpoint", str(tmp_path / "trained.safetensors")]) == 0
     text = capsys.readouterr().out
     assert "lossy" in text and "factors in float32" in text and "every bit kept" not in text
-    assert main(["model", "fingerprint", str(tmp_path / "model"), "--json"]) == 0
+    assert main(["model", "fingerprint", str(tmp_path / "model"), "--json", "-"]) == 0
     assert main(["model", "fingerprint", str(tmp_path / "nothing.pth")]) == 1
     assert manifest({"a": torch.ones(2)})["entries"] == {"a": "float32 [2]"}

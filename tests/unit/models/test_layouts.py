@@ -84,7 +84,7 @@ def test_names_map_one_to_one_onto_diffusers() -> None:
 
 
 def test_manifest_verb_prints_totals(capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["model", "manifest", "--json"]) == 0
+    assert main(["model", "manifest", "--json", "-"]) == 0
     table = json.loads(capsys.readouterr().out)
     assert table["redirector"]["tensors"] == 360
     assert table["recammaster"]["parameters"] == 1_490_420_800
