@@ -26,7 +26,7 @@ from geoalign.jobs.train_held_out import RunEvaluator, held_out_summary
 from geoalign.jobs.train_resume import find_checkpoint, refuse_disagreement, refuse_other_data, refuse_overwrite
 from geoalign.models.codec import PatchCodec
 from geoalign.policy.files import open_base, save_policy
-from geoalign.policy.formats import save_safetensors
+from geoalign.policy.safetensors_file import save_safetensors
 from geoalign.rewards.registry import build_rewards, close_rewards
 from geoalign.training.checkpoint import CheckpointWriter, TrainState, config_hash, load_checkpoint
 from geoalign.training.engines.snapshot import whole_on_cpu

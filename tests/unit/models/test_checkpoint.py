@@ -20,7 +20,7 @@ from geoalign.models.checkpoint import TensorFile, load_dit, load_redirector
 from geoalign.models.dit import RetakeDiT
 from geoalign.models.layouts import LAYOUTS, diffusers_name, model_shapes
 from geoalign.policy.formats import export_recammaster, export_redirector, from_pretrained, manifest, save_pretrained
-from geoalign.policy.lora import apply_lora, export_lora
+from geoalign.policy.lora import PREFIX, export_lora
 from geoalign.policy.open import open_model
 
 BASE = ModelConfig(
@@ -173,6 +173,15 @@ def test_shards_are_one_file(tmp_path: Path) -> None:
         state = {name: model.state_dict()[name] for name in part}
         save_file(state, tmp_path / f"diffusion_pytorch_model-0000{index + 1}-of-00002.safetensors")
     assert same(load_dit(RECAM, tmp_path)[0], model)
+
+
+@torch.no_grad()
+def apply_lora(model: RetakeDiT, factors: dict[str, torch.Tensor]) -> None:
+    """Add ``B A`` of every pair to the matrices of ``model`` in place."""
+    parameters = dict(model.named_parameters())
+    for stem in {name.rsplit(".lora_", 1)[0] for name in factors}:
+        down, up = factors[f"{stem}.lora_A.weight"], factors[f"{stem}.lora_B.weight"]
+        parameters[stem.removeprefix(PREFIX) + ".weight"] += up @ down
 
 
 def test_lora_at_full_rank_is_exact_and_residual_is_the_tail_of_the_spectrum(tmp_path: Path) -> None:
