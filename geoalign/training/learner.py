@@ -23,7 +23,7 @@ from geoalign.training.reference import ReferencePolicy
 from geoalign.training.streaming import StreamingBackward
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, kw_only=True)
 class Learner:
     """Turns rollouts and advantages into updates of an engine.
 

@@ -84,13 +84,13 @@ class Trainer:
         parts = ready(config, policy, self.ranks)
         self.policy, self.engine, self.device = parts.policy, parts.engine, parts.device
         self.learner = Learner(
-            self.policy,
-            self.engine,
-            self.ranks,
-            config.objective,
-            config.optim.updates_per_rollout,
-            config.levers.merge_first_step,
-            parts.reference,
+            policy=self.policy,
+            engine=self.engine,
+            ranks=self.ranks,
+            objective=config.objective,
+            updates=config.optim.updates_per_rollout,
+            merge_first=config.levers.merge_first_step,
+            reference=parts.reference,
         )
         mode = config.levers.streaming
         self._row_gradients = (

@@ -67,7 +67,8 @@ class Toy(nn.Module):
 def learner_of(policy: Toy, objective: ObjectiveConfig | None = None, **changes: Any) -> Learner:
     trained = dict(policy.named_parameters())
     engine = ReplicatedEngine(trained, OptimConfig(grad_clip=1e9, lr=1e-30), LocalRanks(), torch.float64)
-    return Learner(policy, engine, LocalRanks(), objective or ObjectiveConfig(clip=1e-4), **changes)  # type: ignore[arg-type]
+    objective = objective or ObjectiveConfig(clip=1e-4)
+    return Learner(policy=policy, engine=engine, ranks=LocalRanks(), objective=objective, **changes)  # type: ignore[arg-type]
 
 
 def setting_of(buffers: str | None, rows_per_forward: int | None = None, share_prefix: bool = True) -> SimpleNamespace:

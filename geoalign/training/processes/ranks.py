@@ -49,11 +49,6 @@ class Ranks:
         return self.rank // self.sequence
 
     @property
-    def data_size(self) -> int:
-        """Number of different shares."""
-        return self.size // self.sequence
-
-    @property
     def sequence_rank(self) -> int:
         """Which part of the tokens this rank holds."""
         return self.rank % self.sequence
