@@ -2,6 +2,10 @@
 
 All G members of a group share condition and initial noise, so the steps before the window and the first window forward
 have one result per group. They are computed once; the members part at the noise of the first stochastic step.
+
+Shapes in comments: M conditions (groups), G members of each, R = M * G rows, row i being member i % G of condition
+i // G; K window steps; L lanes, the states that the prefix computes: M of them if it is shared, else R. A slice stands
+for its length: x[lanes] is [lanes, ...]; ... are the axes of one latent.
 """
 
 from __future__ import annotations
@@ -74,12 +78,12 @@ class _RolloutCall:
     observer: WindowObserver | None
     seed: int
     iteration: int
-    groups: Tensor
-    members: Tensor
-    x_start: Tensor
-    x_next: Tensor
-    log_prob: Tensor
-    final: Tensor
+    groups: Tensor  # [R] ids
+    members: Tensor  # [R] ids
+    x_start: Tensor  # [L, ...]
+    x_next: Tensor  # [K, R, ...]
+    log_prob: Tensor  # [R, K]
+    final: Tensor  # [R, ...]
     forwards: Counter[str] = field(default_factory=Counter)
 
     @property
@@ -138,10 +142,10 @@ class FlowSampler:
         """
         run = self._begin(PhasedPolicy.of(policy), observer, x_init, seed, iteration, group_ids, member_ids)
         conditions, size = group_ids.numel(), self.group_size
-        x_init = _repeat(_working(x_init), run.x_start.shape[0] // x_init.shape[0])
+        x_init = _repeat(_working(x_init), run.x_start.shape[0] // x_init.shape[0])  # [L, ...]
         for lanes in _split(0, run.x_start.shape[0], self.rows_per_forward):
             lane_cond = _condition(cond, lanes, size // run.rows_per_lane, conditions)
-            rows, x, m_prev = self._prefix_and_branch(run, lane_cond, x_init[lanes], lanes)
+            rows, x, m_prev = self._prefix_and_branch(run, lane_cond, x_init[lanes], lanes)  # x: [rows, ...]
             for part in _split(rows.start, rows.stop, self.rows_per_forward):
                 local = slice(part.start - rows.start, part.stop - rows.start)
                 history = None if m_prev is None else m_prev[local]
@@ -172,16 +176,16 @@ class FlowSampler:
         """
         rows = slice(0, rollout.num_rows) if rows is None else rows
         step = self._window_steps[position]
-        state = rollout.state(position)
+        state = rollout.state(position)  # [L, ...] with L = M at a shared start, else R
         per_lane = rollout.num_rows // state.shape[0]
         lanes = slice(rows.start // per_lane, -(-rows.stop // per_lane))
         num_conditions = rollout.num_rows // rollout.group_size
         lane_cond = _condition(cond, lanes, rollout.group_size // per_lane, num_conditions)
-        velocity = self._velocity(PhasedPolicy.of(policy).window, state[lanes], step, lane_cond)
+        velocity = self._velocity(PhasedPolicy.of(policy).window, state[lanes], step, lane_cond)  # [lanes, ...]
         offset = rows.start - lanes.start * per_lane
         members = slice(offset, offset + rows.stop - rows.start)
-        v = velocity.map(lambda part: _repeat(_working(part), per_lane)[members])
-        x = _repeat(_working(state[lanes]), per_lane)[members]
+        v = velocity.map(lambda part: _repeat(_working(part), per_lane)[members])  # [rows, ...]
+        x = _repeat(_working(state[lanes]), per_lane)[members]  # [rows, ...]
         return ReplayStep(self._log_prob(x, v, rollout.x_next[position][rows], step), v)
 
     def replay_batches(self, rollout: Rollout, position: int) -> list[slice]:
@@ -252,11 +256,11 @@ class FlowSampler:
         first, per_lane = self._window_steps[0], run.rows_per_lane
         with phase("rollout/prefix"):
             x = self._ode(run.phases.prefix, x, None, range(first), cond, run.forwards, "prefix")
-        run.x_start[lanes] = x
+        run.x_start[lanes] = x  # [lanes, ...]
         with phase("rollout/window"):
             velocity = self._window_velocity(run, x, first, cond).map(lambda v: _repeat(_working(v), per_lane))
             rows, passes = slice(lanes.start * per_lane, lanes.stop * per_lane), velocity.passes * x.shape[0]
-            return rows, *self._stochastic(run, 0, _repeat(x, per_lane), velocity, rows, passes)
+            return rows, *self._stochastic(run, 0, _repeat(x, per_lane), velocity, rows, passes)  # [rows, ...]
 
     def _finish(self, run: _RolloutCall, cond: Condition, x: Tensor, m_prev: Tensor | None, rows: slice) -> None:
         """The other window steps and the deterministic tail of some rows."""
@@ -349,7 +353,7 @@ def _condition(cond: Condition, rows: slice, per_condition: int, num_conditions:
     if first == last:  # of one condition: a view, however large its cache is
         one, count = cond.select(slice(first, first + 1)), rows.stop - rows.start
         return one if count == 1 else one.repeat_interleave(count)
-    return cond.select(torch.arange(rows.start, rows.stop) // per_condition)
+    return cond.select(torch.arange(rows.start, rows.stop) // per_condition)  # [rows] condition of each
 
 
 def _working(x: Tensor) -> Tensor:

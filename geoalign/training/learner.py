@@ -1,4 +1,8 @@
-"""The update: replay the window, weigh by advantages, step the optimizer."""
+"""The update: replay the window, weigh by advantages, step the optimizer.
+
+Shapes in comments, as in ``flow/sampler.py``: M conditions, G members of each, R = M * G rows, K window steps; a slice
+of rows stands for its length.
+"""
 
 from __future__ import annotations
 
@@ -72,10 +76,10 @@ class Learner:
         self.passes.clear()
         stats = RatioStats.empty(advantage.device)
         numbers: dict[str, float] = {"policy/skipped_updates": 0.0}
-        part_of_row = torch.arange(rollout.num_rows) % rollout.group_size * self.updates // rollout.group_size
+        part_of_row = torch.arange(rollout.num_rows) % rollout.group_size * self.updates // rollout.group_size  # [R]
         for part in range(self.updates):
-            mine = part_of_row == part
-            keep = valid & mine.to(valid.device)
+            mine = part_of_row == part  # [R]
+            keep = valid & mine.to(valid.device)  # [R]
             count = self.ranks.sum(float(keep.sum())) * rollout.num_window_steps
             share = _Share(advantage, keep, valid, mine, max(count, 1.0), self.objective)
             self.engine.begin()
@@ -103,7 +107,7 @@ class Learner:
         The first window step runs once per condition and serves all members (merged first learner step); the others
         run the rows of this update only.
         """
-        weights = loss_weights(sampler.table, self.objective).tolist()
+        weights = loss_weights(sampler.table, self.objective).tolist()  # [K]
         if not self.merge_first and rollout.shared:
             rollout = replace(rollout, x_start=rollout.x_start.repeat_interleave(rollout.group_size, 0))
         result = _Result.zero(share.advantage.device)
@@ -111,7 +115,7 @@ class Learner:
         for position, rows, forwards in self._batches(sampler, rollout, share, positions):
             with phase("update/forward"):
                 replayed = sampler.replay(self.policy.velocity, rollout, position, precomputed, rows)
-                old = rollout.log_prob[rows, position]
+                old = rollout.log_prob[rows, position]  # [rows]
                 output = share.surrogate(replayed.log_prob, old, rows, weights[position])
                 loss = output.loss
                 if targets is not None:
@@ -128,7 +132,7 @@ class Learner:
     ) -> Iterator[tuple[int, slice, int]]:
         """(window position, rows, forwards) of the batches that hold rows of this update."""
         for position in positions:
-            per_lane = rollout.num_rows // rollout.state(position).shape[0]
+            per_lane = rollout.num_rows // rollout.state(position).shape[0]  # G at a shared start, else 1
             for rows in sampler.replay_batches(rollout, position):
                 if bool(share.mine[rows].any()):
                     yield position, rows, (rows.stop - rows.start) // per_lane
@@ -155,10 +159,10 @@ class Learner:
         self, sampler: FlowSampler, stream: StreamingBackward, rollout: Rollout, share: _Share, result: _Result
     ) -> None:
         """Add the backward that the rollout left behind; its log-probabilities are old and new at once."""
-        weights = loss_weights(sampler.table, self.objective).tolist()
+        weights = loss_weights(sampler.table, self.objective).tolist()  # [K]
         total = torch.zeros((), device=share.advantage.device)
         with phase("update/backward"):
-            for position, rows, log_prob, passes in (*stream.graphs, *stream.done):
+            for position, rows, log_prob, passes in (*stream.graphs, *stream.done):  # log_prob: [rows]
                 output = share.surrogate(log_prob, log_prob.detach(), rows, weights[position])
                 if log_prob.requires_grad:
                     total = total + output.loss
@@ -175,10 +179,10 @@ class Learner:
 class _Share:
     """What one optimizer update takes of a rollout, per row: ``keep`` = ``valid`` and ``mine``; that is on the host."""
 
-    advantage: Tensor
-    keep: Tensor
-    valid: Tensor
-    mine: Tensor
+    advantage: Tensor  # [R]
+    keep: Tensor  # [R]
+    valid: Tensor  # [R]
+    mine: Tensor  # [R]
     denominator: float
     objective: ObjectiveConfig
 
@@ -209,7 +213,7 @@ class _Share:
         """The KL term of some rows of a window step, and the unweighted sum of their divergences."""
         assert sampler.table.window is not None
         coefficients = sampler.table.row(sampler.table.window.steps[position])
-        kl = reference_kl(velocity.combined(), reference.combined(), coefficients)
+        kl = reference_kl(velocity.combined(), reference.combined(), coefficients)  # [rows]
         settings = {"kl_weight": self.objective.kl_weight, "weight": weight, "denominator": self.denominator}
         keep = self.keep[rows]
         return kl_loss(kl, **settings, valid=keep), torch.where(keep, kl.detach(), 0.0).sum()

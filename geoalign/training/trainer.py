@@ -1,4 +1,8 @@
-"""The RL loop. One iteration: conditions, window, rollouts, scores, advantages, update, log, checkpoint."""
+"""The RL loop. One iteration: conditions, window, rollouts, scores, advantages, update, log, checkpoint.
+
+Shapes in comments: M groups and G' members of each on this rank, R = M * G' its rows, R' those of them that it scores;
+N rows of all ranks.
+"""
 
 from __future__ import annotations
 
@@ -123,8 +127,8 @@ class Trainer:
                 advantage = self._advantage(scores)
             self.ranks.check_alive()
             factor = set_learning_rate(self.engine.optimizer, config.optim, self.iteration, config.train.iterations)
-            rows = rank_rows.rows
-            values, valid = advantage.values[rows].to(self.device), scores.valid[rows].to(self.device)
+            rows = rank_rows.rows  # [R] among N
+            values, valid = advantage.values[rows].to(self.device), scores.valid[rows].to(self.device)  # [R]
             update = self.learner.update(sampler, rollout, precomputed, values, valid, self._held(stream))
         self._refuse_drift(update["parity/log_prob_diff_max"])
         self._agree_on_modes()
@@ -196,7 +200,7 @@ class Trainer:
 
     def _score(self, rollout: Rollout, batch: RetakeBatch, usable: Tensor) -> Scores:
         """Decode and score this rank's videos; scores of all ranks."""
-        mine, layout = self.rank_rows.scored.to(self.device), self.config.scoring
+        mine, layout = self.rank_rows.scored.to(self.device), self.config.scoring  # mine: [R'] among R
 
         def decode(rows: Tensor, conditions: RetakeBatch) -> Tensor:
             with phase("rollout/decode"):
@@ -223,7 +227,7 @@ class Trainer:
     def _advantage(self, scores: Scores) -> Advantage:
         """Advantages of all ranks' samples in global order."""
         groups = self.config.groups
-        group_ids = torch.arange(groups.conditions).repeat_interleave(groups.size)
+        group_ids = torch.arange(groups.conditions).repeat_interleave(groups.size)  # [N]
         advantage = group_advantage(scores.scores, scores.valid, group_ids, self.config.advantage)
         if not self.config.train.shuffle_advantages:
             return advantage
