@@ -3,7 +3,7 @@
 On the first update after a rollout the ratio is 1 and the clip inactive, so the gradient of the surrogate is
 ``-sum_j A_j sum_t w_t grad log p_jt / n``: linear in advantages that are not known until all samples are scored.
 
-Shapes in comments: R rows (rollouts of this rank), K window steps, P numbers of all trained parameters together.
+Shapes in comments: R rows (rollouts of this rank), P numbers of all trained parameters together.
 """
 
 from __future__ import annotations
