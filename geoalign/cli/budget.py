@@ -1,4 +1,4 @@
-"""`geoalign budget`: how long a configuration would take on data-centre GPUs, and what every speed-up is worth."""
+"""``geoalign budget``: how long a configuration would take on data-centre GPUs, and what every speed-up is worth."""
 
 from __future__ import annotations
 
@@ -33,11 +33,11 @@ EXACT levers keep algorithm and distribution; CHANGES levers do not, and are off
 
 
 def add_parser(subparsers: Any) -> None:
-    """Add the verb `budget`."""
+    """Add the verb ``budget``."""
     parser = subparsers.add_parser(
         "budget",
         help="predicted hours of a configuration and the lever ladder",
-        description=__doc__,
+        description="How long a configuration would take on data-centre GPUs, and what every speed-up is worth.",
         epilog=EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )

@@ -17,7 +17,7 @@ from typing import Any
 from geoalign import __version__
 from geoalign.cli.options import add_json, check_json, write_json
 
-# Versions on which the whole test suite has been run; other versions from `requires-python` on are expected to work.
+# Versions on which the whole test suite has been run; other versions from ``requires-python`` on are expected to work.
 PYTHON_TRIED = ("3.11",)
 SHOWN_PACKAGES = (
     "torch",

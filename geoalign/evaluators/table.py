@@ -12,6 +12,6 @@ EVALUATORS = {
 NEEDS_PLANE = ("planar", "flow_pnp")
 """They measure in metres by the ground plane of the source."""
 WITH_WEIGHTS = ("depth_anything_3", "mapanything")
-"""They need published weights (option `checkpoint`) and read any video."""
+"""They need published weights (option ``checkpoint``) and read any video."""
 WITHOUT_RESIDUAL = WITH_WEIGHTS
 """Their pose estimates say nothing about how well the pictures agree."""

@@ -1,4 +1,4 @@
-"""`FlowSampler`: group rollouts with a shared deterministic prefix, their replay in the learner, and plain sampling.
+"""``FlowSampler``: group rollouts with a shared deterministic prefix, their replay in the learner, and plain sampling.
 
 All G members of a group share condition and initial noise, so the steps before the window and the first window forward
 have one result per group. They are computed once; the members part at the noise of the first stochastic step.
@@ -65,14 +65,14 @@ def initial_noise(
 ) -> Tensor:
     """Standard normal latents [len(group_ids), *shape] float32, a function of the counters only.
 
-    `sample` 0 is the noise that a group shares; other streams serve evaluation.
+    ``sample`` 0 is the noise that a group shares; other streams serve evaluation.
     """
     return philox_normal(shape, NoiseKey(seed, iteration, group_ids, sample, 0, stream), device=group_ids.device)
 
 
 @dataclass(slots=True)
 class _RolloutCall:
-    """One call of `rollout`: who acts, what names the noise, and the buffers that are filled."""
+    """One call of ``rollout``: who acts, what names the noise, and the buffers that are filled."""
 
     phases: PhasedPolicy
     observer: WindowObserver | None
@@ -130,7 +130,7 @@ class FlowSampler:
         Args:
             policy: velocity function, or one per phase.
             cond: M conditions.
-            x_init: [M, ...] initial noise shared in each group; without `share_prefix` also [M * G, ...].
+            x_init: [M, ...] initial noise shared in each group; without ``share_prefix`` also [M * G, ...].
             seed, iteration: name the noise together with the ids.
             group_ids: [M] int64, unique in the iteration over all ranks.
             member_ids: [G] int64, unique in the group; default 0..G-1. Lets several ranks share a group.
@@ -161,14 +161,14 @@ class FlowSampler:
         cond: Condition,
         rows: slice | None = None,
     ) -> ReplayStep:
-        """Log-probabilities of window step `position` (0..K-1) under the current policy, from the stored states.
+        """Log-probabilities of window step ``position`` (0..K-1) under the current policy, from the stored states.
 
         The same functions in the same order as in the rollout, hence equal bit for bit while the policy is unchanged
-        and the batches are those of `replay_batches`. Where the state is shared, the policy runs once per condition
+        and the batches are those of ``replay_batches``. Where the state is shared, the policy runs once per condition
         and its velocity serves all replayed members (merged first learner step).
 
         Args:
-            policy: its `window` function is used; the caller chooses the gradient mode.
+            policy: its ``window`` function is used; the caller chooses the gradient mode.
             rollout: made by a sampler of the same table.
             position: window position.
             cond: the M conditions of the rollout.
@@ -199,7 +199,7 @@ class FlowSampler:
     def sample(self, policy: VelocityFn | PhasedPolicy, cond: Condition, x_init: Tensor) -> Tensor:
         """Deterministic sampling of a table without window, one trajectory per condition: latents [M, ...] at sigma 0.
 
-        Uses the policy's `tail` function.
+        Uses the policy's ``tail`` function.
 
         Raises:
             UsageError: the table has a stochastic window.
@@ -346,7 +346,7 @@ class FlowSampler:
 
 
 def _condition(cond: Condition, rows: slice, per_condition: int, num_conditions: int) -> Condition:
-    """The conditions of `rows`, each condition having `per_condition` of them in a row."""
+    """The conditions of ``rows``, each condition having ``per_condition`` of them in a row."""
     if rows.start == 0 and rows.stop == num_conditions * per_condition:
         return cond if per_condition == 1 else cond.repeat_interleave(per_condition)
     first, last = rows.start // per_condition, (rows.stop - 1) // per_condition

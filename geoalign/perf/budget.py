@@ -21,7 +21,7 @@ _OVERHEAD = 0.02
 
 @dataclass(frozen=True, slots=True)
 class Walk:
-    """The steps of one trajectory: `prefix` deterministic, `window` stochastic, `tail` deterministic ones."""
+    """The steps of one trajectory: ``prefix`` deterministic, ``window`` stochastic, ``tail`` deterministic ones."""
 
     prefix: int
     window: int
@@ -91,14 +91,14 @@ class PassCount:
 
     @property
     def forward_equivalents(self) -> int:
-        """Forwards plus `BACKWARD_EQUIVALENT` times backwards."""
+        """Forwards plus ``BACKWARD_EQUIVALENT`` times backwards."""
         return self.forwards + BACKWARD_EQUIVALENT * self.backward
 
 
 def count_passes(walk: Walk, conditions: int, group_size: int, updates: int, plan: Plan) -> PassCount:
-    """Passes of one iteration of `conditions` groups.
+    """Passes of one iteration of ``conditions`` groups.
 
-    `updates` optimizer updates split the members of every group into equal parts; the first window step can be merged
+    ``updates`` optimizer updates split the members of every group into equal parts; the first window step can be merged
     inside a part only, because the weights change between parts.
     """
     rows, guidance = conditions * group_size, plan.guidance
@@ -182,7 +182,7 @@ class RunCost:
         return PhaseSeconds(rollout, learner, reward)
 
     def hours(self, device: DeviceProfile, plan: Plan, devices: int) -> float:
-        """Predicted wall hours on `devices` equal devices, each with whole groups: the fullest one sets the pace."""
+        """Predicted wall hours on ``devices`` equal devices, each with whole groups: the fullest one sets the pace."""
         share = -(-self.conditions // devices) / self.conditions
         return self.seconds(device, plan).total * share / 3600.0
 
@@ -194,8 +194,8 @@ class Lever:
     Attributes:
         name: what it does.
         kind: EXACT or CHANGES.
-        plan: fields of `Plan` that it sets.
-        speedups: fields of `Speedups` that it sets.
+        plan: fields of ``Plan`` that it sets.
+        speedups: fields of ``Speedups`` that it sets.
         coarse_tail: whether it shortens the walk after the window.
         one_update: whether it needs a single optimizer update per rollout.
     """
@@ -208,7 +208,7 @@ class Lever:
     one_update: bool = False
 
     def apply(self, plan: Plan) -> Plan:
-        """`plan` with this lever pulled."""
+        """``plan`` with this lever pulled."""
         return replace(plan, speedups=replace(plan.speedups, **self.speedups), **self.plan)
 
 
@@ -255,7 +255,7 @@ class Ladder:
 
 
 def climb(run: RunCost, coarse: RunCost, device: DeviceProfile, devices: int, guidance: int = 1) -> Ladder:
-    """The ladder of a run; `coarse` is the same run with the coarser tail, read by the lever that asks for it."""
+    """The ladder of a run; ``coarse`` is the same run with the coarser tail, read by the lever that asks for it."""
     start = Plan(guidance=guidance)
     plan, current = start, run
     rungs = []

@@ -57,7 +57,7 @@ class DeviceProfile:
 
 
 # A800: SageAttention's chart for that card (FlashAttention-2 and int8); backward by the FlashAttention-2 paper's ratio
-# on A100; 80 % of the data sheet's bandwidth. H200: attention of FlashAttention-3 or cuDNN class; `h200_fa2` has the
+# on A100; 80 % of the data sheet's bandwidth. H200: attention of FlashAttention-3 or cuDNN class; ``h200_fa2`` has the
 # rates of FlashAttention-2 there. H100 (SXM): peak by the data sheet and 80 % of its bandwidth; the other rates are
 # assumed to be the H200's, whose chip it is. Convolution and reward rates are assumed shares of the peak.
 DEVICES: dict[str, DeviceProfile] = {
@@ -103,7 +103,7 @@ class Speedups:
     """What makes forwards and backwards cheaper than the published eager ones.
 
     Attributes:
-        kernels: memory-bound passes as published (`eager`), compiled with real-valued rotary, or hand-fused.
+        kernels: memory-bound passes as published (``eager``), compiled with real-valued rotary, or hand-fused.
         cached: adapter output and camera phases are kept per condition.
         pruned: source tokens skip query, output and feed-forward work of the last block, whose result is unused.
         int8_linear: W8A8 products in the frozen linears.
@@ -163,7 +163,7 @@ class TransformerCost:
 
     @classmethod
     def of(cls, model: ModelConfig, frames: int, height: int, width: int) -> Self:
-        """The work of `model` on videos of that many frames and pixels."""
+        """The work of ``model`` on videos of that many frames and pixels."""
         target, source = model.tokens(frames, height, width)
         return cls(
             dim=model.dim,
@@ -290,8 +290,8 @@ class TransformerCost:
     def activation_bytes(self, saved: Saved) -> float:
         """Bytes that the graph of one sample's forward keeps, with bf16 matrices and a pruned last block.
 
-        `inputs`: what enters the blocks and the head, in float32; `attention`: also attention outputs and their
-        log-sum-exp; `all`: no recomputation, eager blocks (counted, see `tests/unit/perf/test_memory.py`).
+        ``inputs``: what enters the blocks and the head, in float32; ``attention``: also attention outputs and their
+        log-sum-exp; ``all``: no recomputation, eager blocks (counted, see ``tests/unit/perf/test_memory.py``).
         """
         stream, targets = self.stream_bytes, self.target_tokens / self.tokens
         if saved == "all":
@@ -381,7 +381,7 @@ _ENCODER_OVER_DECODER = 0.595
 
 
 def video_cost(frames: int, height: int, width: int, scorers: tuple[str, ...], host_seconds: float = 3.0) -> VideoCost:
-    """Work beside the transformer; `scorers` from mapanything, hpsv3, videoalign."""
+    """Work beside the transformer; ``scorers`` from mapanything, hpsv3, videoalign."""
     decode = wan_decode_flops((frames - 1) // 4 + 1, height // 8, width // 8)
     known = {
         "mapanything": mapanything_flops(frames),

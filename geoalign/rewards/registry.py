@@ -34,7 +34,7 @@ REWARDS = {
     "videoalign": "geoalign.rewards.vlm.scorers:build_videoalign",
     "hpsv3": "geoalign.rewards.vlm.scorers:build_hpsv3",
 }
-# A reward's parameter of this name is given as the name of an evaluator, beside `evaluator_options` to build it with.
+# A reward's parameter of this name is given as the name of an evaluator, beside ``evaluator_options`` to build it with.
 EVALUATOR = "evaluator"
 # A factory's parameters of these names get what the scorers of a run share; they are no options.
 SHARED = ("frames", "memory")
