@@ -72,10 +72,10 @@ def second_evaluator() -> PlanarAligner:
 @torch.no_grad()
 def retake(policy: RetakePolicy, flow: FlowConfig, batch: RetakeBatch, noise_seed: int) -> Tensor:
     """Deterministic retakes ``[B, F, 3, H, W]`` from fixed noise, on the CPU."""
-    prepared = policy.prepare(policy.condition(batch))
+    precomputed = policy.precompute(policy.condition(batch))
     ids = torch.arange(len(batch), device=policy.device)
     noise = initial_noise(policy.latent_shape(batch), noise_seed, 0, ids, stream=streams.EVALUATION)
-    latents = FlowSampler(build_step_table(flow)).sample(policy.velocity, prepared, noise)
+    latents = FlowSampler(build_step_table(flow)).sample(policy.velocity, precomputed, noise)
     return policy.decode(latents, batch.source.video).cpu()
 
 

@@ -27,7 +27,7 @@ from geoalign.geometry.trajectory import DEFAULT_INTRINSICS, CameraTrajectory
 from geoalign.models.codec_base import LatentCodec
 from geoalign.models.conditioning import Conditioning
 from geoalign.perf.cost import TransformerCost
-from geoalign.policy.policy import Prepared, RetakePolicy
+from geoalign.policy.policy import Precomputed, RetakePolicy
 from geoalign.types import SourceClip
 
 WAN_SIZE, MAX_FRAMES = (480, 832), 81
@@ -183,7 +183,7 @@ def retake(
         RunError: the model or its codec gave NaN or infinity.
     """
 
-    def velocity(x: Tensor, timestep: Tensor, rows: Prepared) -> Velocity:
+    def velocity(x: Tensor, timestep: Tensor, rows: Precomputed) -> Velocity:
         answer = policy.velocity(x, timestep, rows)
         on_pass(answer.passes)
         return answer
@@ -192,7 +192,7 @@ def retake(
     frames = cond.source_latents.shape[2] - int(policy.model.config.first_frame_given)
     shape = (cond.source_latents.shape[1], frames, *cond.source_latents.shape[3:])
     noise = initial_noise(shape, seed, 0, torch.zeros(1, dtype=torch.int64, device=policy.device))
-    latents = FlowSampler(build_step_table(flow)).sample(velocity, policy.prepare(cond), noise)
+    latents = FlowSampler(build_step_table(flow)).sample(velocity, policy.precompute(cond), noise)
     _refuse_non_finite(latents, "the model")
     video = policy.decode(latents, inputs.video)
     _refuse_non_finite(video, "the autoencoder")
