@@ -25,20 +25,16 @@ def add_parser(subparsers: Any) -> None:
 def run_evaluate(args: argparse.Namespace) -> int:
     """Evaluate a policy on the held-out sets of the configuration."""
     config = read_config(args)
-    from geoalign.errors import ConfigError
     from geoalign.io_utils import atomic_write_json, check_writable, nan_to_none
     from geoalign.jobs.environment import describe_environment
     from geoalign.jobs.evaluate import HeldOut, evaluate
     from geoalign.policy.files import load_policy
 
-    if config.world is None:
-        raise ConfigError("evaluate needs held-out pairs with a true render: set the world section (tiny_cpu has it)")
     if args.json:
         check_writable(args.json)
+    held_out = HeldOut.build(config)
     policy, _ = load_policy(args.policy)
-    result = evaluate(
-        policy, config.flow, HeldOut.build(config.world, config.eval), config.eval, condition_scale=args.condition_scale
-    )
+    result = evaluate(policy, config, held_out, condition_scale=args.condition_scale)
     print_held_out(result.numbers)
     if args.json:
         found = {"policy": str(args.policy), "held_out": result.numbers, **describe_environment()}

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from geoalign.errors import DataError, RewardError, RunError, UsageError, UserError
 
 if TYPE_CHECKING:
-    from geoalign.jobs.score import Condition
+    from geoalign.jobs.score import ScoringTask
     from geoalign.rewards.base import Reward
 
 EPILOG = """\
@@ -141,12 +141,12 @@ def _score(args: argparse.Namespace, options: dict[str, Any], size: tuple[int, i
     evaluator = options.get("evaluator")
     videos = _videos(args.video)
     _check_source(evaluator, args)
-    condition = read_condition(args.trajectory, args.source, args.source_camera, size, evaluator in NEEDS_PLANE)
+    task = read_condition(args.trajectory, args.source, args.source_camera, size, evaluator in NEEDS_PLANE)
     if args.plot:
         for path in videos:
             check_plot(path)
     reward = _build(args.reward, options)
-    rows = [_row(path, reward, condition, plot=args.plot, alone=path == args.video) for path in videos]
+    rows = [_row(path, reward, task, plot=args.plot, alone=path == args.video) for path in videos]
     _print_table(rows)
     _write(args.json, rows)
     return 1 if any("error" in row for row in rows) else 0
@@ -166,15 +166,15 @@ def _videos(path: Path) -> list[Path]:
     return [path]
 
 
-def _row(path: Path, reward: Reward, condition: Condition, *, plot: bool, alone: bool) -> dict[str, Any]:
+def _row(path: Path, reward: Reward, task: ScoringTask, *, plot: bool, alone: bool) -> dict[str, Any]:
     """Score one video of several: what fails is noted in its row. A single video that cannot be scored raises."""
     from geoalign.jobs.score import camera_row, judge, score_row
     from geoalign.jobs.score_plot import plot_scored
 
     row: dict[str, Any] = {"video": str(path), "valid": False}
     try:
-        video, batch, found = condition.read(path)
-        row |= {"frames": condition.frames, "video_frames": found}
+        video, batch, found = task.read(path)
+        row |= {"frames": task.frames, "video_frames": found}
         row |= score_row(judge(reward, video, batch)) | camera_row(reward, video, batch)
     except Exception as error:  # whatever it is, it must not take the other videos with it
         if alone and isinstance(error, UserError):

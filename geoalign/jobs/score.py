@@ -21,7 +21,7 @@ from geoalign.types import RetakeBatch, SourceClip
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class Condition:
+class ScoringTask:
     """What every video is compared with.
 
     Attributes:
@@ -65,7 +65,7 @@ class Condition:
 
 def read_condition(
     trajectory: Path, source: Path | None, source_camera: Path | None, size: tuple[int, int] | None, needs_plane: bool
-) -> Condition:
+) -> ScoringTask:
     """Read and check what all videos are compared with.
 
     Raises DataError naming the file that is missing, damaged, too short, or without the plane that is needed.
@@ -82,7 +82,7 @@ def read_condition(
                 f"{source_camera}: no ground_plane [4] (n, d with n . X = d, metres; docs/data.md), which this "
                 "evaluator stands on; add it, or use --evaluator mapanything --set evaluator_options.checkpoint=FOLDER"
             )
-    return Condition(target, source, source_camera, size)
+    return ScoringTask(target, source, source_camera, size)
 
 
 def probe(path: Path, frames: int) -> VideoInfo:
