@@ -54,7 +54,7 @@ test: lint types contracts interpreted
 	@$(BIN)/python -m pytest -n $(WORKERS) -q
 
 check: lint types contracts
-	@$(BIN)/python -m pytest -n $(WORKERS) -q -m "not dist and not aot" tests/unit tests/parity
+	@$(BIN)/python -m pytest -n $(WORKERS) -q -m "not dist and not aot" tests/unit tests/parity tests/docs
 
 gpu: setup
 	@$(BIN)/python -m pytest -q -m "gpu or multigpu"

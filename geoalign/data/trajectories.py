@@ -19,9 +19,8 @@ from geoalign.data.tracks import CameraTrack
 from geoalign.errors import DataError
 from geoalign.geometry.rescale import RescaleResult, RescaleSettings, SpeedLaw, rescale
 from geoalign.geometry.trajectory import CameraTrajectory
-from geoalign_kernels import philox_uniform
+from geoalign_kernels import philox_uniform, streams
 
-STREAM_PATH = 3
 _ATTEMPTS = 256
 
 
@@ -166,7 +165,7 @@ def draw_path(
         DataError: no window passed the guards.
     """
     for attempt in range(_ATTEMPTS):
-        uniforms = philox_uniform(3, seed, iteration, group, 0, attempt, STREAM_PATH).tolist()
+        uniforms = philox_uniform(3, seed, iteration, group, 0, attempt, streams.PATH).tolist()
         index = int(uniforms[0] * len(pool))
         result = rescaler(pool.raw(index), pool.locate(index)[0].metric_scale, uniforms[1:])
         if result.accepted:

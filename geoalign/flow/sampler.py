@@ -19,10 +19,7 @@ from geoalign.flow.policy import Condition, PhasedPolicy, Velocity, VelocityFn
 from geoalign.flow.rollout import ForwardCount, Rollout
 from geoalign.flow.table import StepTable
 from geoalign.perf.timer import phase
-from geoalign_kernels import FlowStep, NoiseKey, flow_log_prob, flow_step, philox_normal
-
-SDE_STREAM = 0
-INITIAL_NOISE_STREAM = 1
+from geoalign_kernels import FlowStep, NoiseKey, flow_log_prob, flow_step, philox_normal, streams
 
 
 class ObservedStep(NamedTuple):
@@ -57,7 +54,7 @@ def initial_noise(
     group_ids: Tensor,
     *,
     sample: Tensor | int = 0,
-    stream: int = INITIAL_NOISE_STREAM,
+    stream: int = streams.INITIAL_NOISE,
 ) -> Tensor:
     """Standard normal latents [len(group_ids), *shape] float32, a function of the counters only.
 
@@ -283,7 +280,7 @@ class FlowSampler:
         ``passes`` were spent on ``velocity``, which may be one forward repeated for several rows.
         """
         step = self._window_steps[position]
-        key = NoiseKey(run.seed, run.iteration, run.groups[rows], run.members[rows], step, SDE_STREAM)
+        key = NoiseKey(run.seed, run.iteration, run.groups[rows], run.members[rows], step, streams.SDE)
         fixed = velocity.map(Tensor.detach)
         taken = self._step(x, fixed, step, key=key)
         assert taken.log_prob is not None  # the table gives window steps c > 0

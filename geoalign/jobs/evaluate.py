@@ -18,8 +18,8 @@ from geoalign.geometry.trajectory import CameraTrajectory
 from geoalign.policy.policy import RetakePolicy
 from geoalign.policy.retake import retake
 from geoalign.world.pairs import PairedVideos, paired_videos
+from geoalign_kernels import streams
 
-EVALUATION_STREAM = 4
 METRICS = (*CAMERA_METRICS, "psnr_db")
 SECOND_METRICS = CAMERA_METRICS[:4]
 """What is reported of the second evaluator too, under ``second_`` and the metric's name."""
@@ -97,7 +97,7 @@ def evaluate(
         rows: dict[str, list[float]] = {}
         asked = replace(pairs.batch, target_camera=pairs.batch.target_camera.scale_translation(condition_scale))
         for number, noise_seed in enumerate(config.eval.noise_seeds):
-            video = retake(policy, asked, config.flow, seed=noise_seed, stream=EVALUATION_STREAM).cpu()
+            video = retake(policy, asked, config.flow, seed=noise_seed, stream=streams.EVALUATION).cpu()
             pose = primary(video, pairs.batch.source)
             row = _mean_errors(pose, pairs.batch.target_camera)
             other = _mean_errors(second(video, pairs.batch.source), pairs.batch.target_camera)

@@ -10,10 +10,11 @@ from torch import Tensor
 from geoalign.config.flow import FlowConfig
 from geoalign.errors import RunError
 from geoalign.flow.policy import Velocity
-from geoalign.flow.sampler import INITIAL_NOISE_STREAM, FlowSampler, initial_noise
+from geoalign.flow.sampler import FlowSampler, initial_noise
 from geoalign.flow.table import build_step_table
 from geoalign.policy.policy import Prepared, RetakePolicy
 from geoalign.types import RetakeBatch
+from geoalign_kernels import streams
 
 
 @torch.no_grad()
@@ -23,7 +24,7 @@ def retake(
     flow: FlowConfig,
     *,
     seed: int,
-    stream: int = INITIAL_NOISE_STREAM,
+    stream: int = streams.INITIAL_NOISE,
     on_pass: Callable[[int], object] = lambda passes: None,
     strict: bool = False,
 ) -> Tensor:

@@ -32,10 +32,9 @@ from geoalign.training.setup import ready
 from geoalign.training.streaming import RowGradients, StreamingBackward
 from geoalign.training.telemetry import WorkMeter
 from geoalign.types import RetakeBatch
-from geoalign_kernels import philox_uniform
+from geoalign_kernels import philox_uniform, streams
 
 logger = logging.getLogger(__name__)
-SHUFFLE_STREAM = 6
 MODES = "ode_modes"
 """Key of the notes: the attention mode of every block outside the window."""
 
@@ -256,7 +255,7 @@ class Trainer:
         """Permute advantages inside each group by counter-based draws (control experiment)."""
         size = self.config.groups.size
         draws = [
-            philox_uniform(size, self.config.run.seed, self.iteration, group, 0, 0, SHUFFLE_STREAM)
+            philox_uniform(size, self.config.run.seed, self.iteration, group, 0, 0, streams.SHUFFLE)
             for group in range(len(values) // size)
         ]
         order = torch.stack([torch.as_tensor(draw) for draw in draws]).argsort(1)

@@ -1,4 +1,4 @@
-"""The shipped kernel configurations at production shapes, as `static_check` compiles them.
+"""The shipped kernel configurations at production shapes, as ``check`` compiles them.
 
 Production: 65,520 tokens, 12 heads of 128, 42 camera phases per head, all of them bfloat16 but the residual stream and
 the modulation, which are float32. Tiles and warps come from the launchers' own constants.
@@ -12,7 +12,7 @@ from geoalign_kernels.ops.attention import triton_impl as attention
 from geoalign_kernels.ops.flow_step import triton_impl as flow
 from geoalign_kernels.ops.qk_norm_rotary import triton_impl as prologue
 from geoalign_kernels.ops.rms_norm import triton_impl as rms
-from geoalign_kernels.static_types import DENSE, PHASE, KernelConfig, Narrow, Type, each
+from geoalign_kernels.static.types import DENSE, PHASE, KernelConfig, Narrow, Type, each
 from geoalign_kernels.triton_rows import plan_rows
 
 WIDTH, HEAD, PAIRS = 1536, 128, 42

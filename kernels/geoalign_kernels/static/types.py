@@ -1,7 +1,7 @@
-"""What `static_check` needs to know of a kernel to compile it as a launch on a GPU would.
+"""What ``check`` needs to know of a kernel to compile it as a launch on a GPU would.
 
-Types: `*bf16` is a 16-byte aligned pointer, `i32/16` an integer divisible by 16 (Triton finds both out by itself at a
-launch), `None` an absent operand.
+Types: ``*bf16`` is a 16-byte aligned pointer, ``i32/16`` an integer divisible by 16 (Triton finds both out by itself at
+a launch), ``None`` an absent operand.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ class KernelConfig:
     """One kernel with the argument types, constants and launch options of a production launch."""
 
     path: str
-    """`module:kernel` below geoalign_kernels.ops"""
+    """``module:kernel`` below geoalign_kernels.ops"""
     label: str
     arguments: Mapping[str, Type]
     constants: Mapping[str, Any]
@@ -50,7 +50,7 @@ class KernelConfig:
 
     @property
     def kernel_name(self) -> str:
-        """`op.kernel`, e.g. `qk_norm_rotary.forward`."""
+        """``op.kernel``, e.g. ``qk_norm_rotary.forward``."""
         module, _, kernel = self.path.partition(":")
         return f"{module.partition('.')[0]}.{kernel.removesuffix('_kernel')}"
 
@@ -60,7 +60,7 @@ class KernelConfig:
         return getattr(importlib.import_module(f"geoalign_kernels.ops.{module}"), kernel)
 
     def source_arguments(self, target: int) -> tuple[dict[str, Any], dict[Any, Any], dict[Any, Any]]:
-        """(signature, constants, attributes) as `triton.compiler.ASTSource` wants them, in the kernel's order."""
+        """(signature, constants, attributes) as ``triton.compiler.ASTSource`` wants them, in the kernel's order."""
         given = {**self.constants, **self.by_target.get(target, {})}
         signature: dict[str, Any] = {}
         constants: dict[Any, Any] = {}

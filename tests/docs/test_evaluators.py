@@ -2,21 +2,21 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 from pathlib import Path
+
+import pytest
 
 ROOT = Path(__file__).parents[2]
 
 
+@pytest.mark.usefixtures("studies")
 def test_the_page_is_generated_from_the_result_file() -> None:
-    spec = importlib.util.spec_from_file_location("evaluator_study", ROOT / "profiling" / "evaluator_study.py")
-    assert spec is not None and spec.loader is not None
-    study = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(study)
+    import evaluators
+
     result = json.loads((ROOT / "docs" / "results" / "evaluators.json").read_text())
     text = (ROOT / "docs" / "evaluators.md").read_text()
-    assert text[text.index(study.MARK) :] == study.page(result) + "\n"
+    assert text[text.index(evaluators.MARK) :] == evaluators.page(result) + "\n"
 
     # What must be shown of both evaluators: metres, scale, rest, moving things, noise that is never read as a camera.
     for rows in result["behaviour"].values():

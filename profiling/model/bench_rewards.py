@@ -1,8 +1,8 @@
 """The reward models at their true shapes with random weights: latency, memory, and replay equal to eager bit for bit.
 
-    python profiling/bench_rewards.py [--quick] [--only NAME] [--out FILE.jsonl]   on a CUDA device
-    python profiling/bench_rewards.py --plan [--only NAME]                         sizes and predictions, any machine
-    python profiling/bench_rewards.py --self-check [--out FILE.jsonl]              any machine, tiny sizes
+    python profiling/model/bench_rewards.py [--quick] [--only NAME] [--out FILE.jsonl]  on a CUDA device
+    python profiling/model/bench_rewards.py --plan [--only NAME]                        sizes and predictions, anywhere
+    python profiling/model/bench_rewards.py --self-check [--out FILE.jsonl]             tiny sizes, anywhere
 
 Rows go where `bench_ops.py` puts its own, in the same schema, between the same ceilings. What is timed is the captured
 body of a scorer (prepared pixels in, poses or raw scores out), eagerly and as a replayed graph, which includes copying
@@ -17,11 +17,10 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
-from bench_ops import Bench, bench_of, options_parser
-from bench_timing import count_launches, measure
 from torch import Tensor, nn
 
 from geoalign.evaluators.mapanything.evaluator import PoseBody
@@ -37,6 +36,11 @@ from geoalign.perf.reward_cost import pose_path_flops, qwen_flops
 from geoalign.rewards.vlm.body import RewardQwen, hpsv3_head, videoalign_head
 from geoalign.rewards.vlm.layout import HPSV3_BODY, VIDEOALIGN_BODY, QwenLayout
 from geoalign.rewards.vlm.scorers import StaticBody
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "ops"))  # scripts of one checkout, not a package
+
+from bench_ops import Bench, bench_of, options_parser
+from bench_timing import count_launches, measure
 
 FRAME = (480, 832)
 # Tokens of the published prompts: VideoAlign's up to the motion token, HPSv3's with a caption of some words.

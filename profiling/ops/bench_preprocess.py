@@ -1,6 +1,6 @@
 """Frame pre-processing: the native op against the path through an mp4 file and Pillow.
 
-    OMP_NUM_THREADS=1 python profiling/bench_preprocess.py [--frames N] [--size HxW] [--repeats N] [--out FILE.jsonl]
+    OMP_NUM_THREADS=1 python profiling/ops/bench_preprocess.py [--frames N] [--size HxW] [--repeats N] [--out FILE]
 
 Every path starts from one decoded bfloat16 clip in [-1, 1] in memory and ends with the inputs of all three reward
 models, every frame in every output, on one thread:
@@ -156,7 +156,7 @@ def main() -> None:
     parser.add_argument("--frames", type=int, default=16)
     parser.add_argument("--size", default="480x832")
     parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--out", type=Path, default=Path(__file__).with_name("results") / "preprocess-cpu.jsonl")
+    parser.add_argument("--out", type=Path, default=Path(__file__).parents[1] / "results" / "preprocess-cpu.jsonl")
     options = parser.parse_args()
     torch.set_num_threads(1)
     height, width = map(int, options.size.split("x"))

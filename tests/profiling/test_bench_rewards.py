@@ -3,24 +3,12 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+from profiling_runs import script
 
 from geoalign.perf.cost import DEVICES
-
-ROOT = Path(__file__).parents[2]
-
-
-def script(*arguments: str) -> subprocess.CompletedProcess[str]:
-    path = os.pathsep.join([str(ROOT), str(ROOT / "kernels")])
-    return subprocess.run(
-        [sys.executable, *arguments], cwd=ROOT, env={**os.environ, "PYTHONPATH": path}, capture_output=True, text=True,
-        timeout=300,
-    )  # fmt: skip
 
 
 def linear(inputs: int, outputs: int) -> int:
@@ -37,7 +25,7 @@ def qwen2_vl(width: int, keys: int, hidden: int, *, rows: int) -> int:
 
 
 def test_plan_prints_exact_sizes_and_predictions() -> None:
-    done = script("profiling/bench_rewards.py", "--plan")
+    done = script("profiling/model/bench_rewards.py", "--plan")
     assert done.returncode == 0, done.stderr
     rows = [line.split() for line in done.stdout.splitlines()[1:]]
     sizes = {row[0]: int(next(cell for cell in row[9:] if "," in cell).replace(",", "")) for row in rows}
@@ -54,7 +42,7 @@ def test_plan_prints_exact_sizes_and_predictions() -> None:
 
 def test_self_check_times_every_body_and_compares_it_bit_for_bit(tmp_path: Path) -> None:
     path = tmp_path / "rewards.jsonl"
-    done = script("profiling/bench_rewards.py", "--self-check", "--out", str(path))
+    done = script("profiling/model/bench_rewards.py", "--self-check", "--out", str(path))
     assert done.returncode == 0, done.stdout + done.stderr
     rows = [json.loads(line) for line in path.read_text().splitlines()]
     assert rows[0]["kind"] == "environment" and rows[1]["kind"] == "ceiling" and rows[-1]["impl"] == "last"

@@ -1,11 +1,11 @@
 """Compiles every shipped kernel for sm_80 and sm_90 without a GPU and compares what ptxas made of it with a table.
 
-    python -m geoalign_kernels.static_check [--json FILE] [--update] [--only PART_OF_A_NAME]
+    python -m geoalign_kernels.static [--json FILE] [--update] [--only PART_OF_A_NAME]
 
 A row per kernel, configuration and target. Gates: no spills; no stack frame; shared memory and registers within what
 one block may have; the tensor-core instructions the kernel is built on are there, and ptxas does not put them in
 series; no fp64 arithmetic. Under the Triton version the table was made with also: every global access is 16 bytes wide
-but for the listed exceptions, and nothing has drifted from the table (`static_expectations.json`). `--update` rewrites
+but for the listed exceptions, and nothing has drifted from the table (``expectations.json``). ``--update`` rewrites
 the table; its diff is what a reviewer reads.
 Needs no GPU and no driver: Triton's wheel carries ptxas and nvdisasm.
 """
@@ -24,7 +24,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-EXPECTATIONS = Path(__file__).with_name("static_expectations.json")
+EXPECTATIONS = Path(__file__).with_name("expectations.json")
 TARGETS = (80, 90)
 SHARED_LIMIT = {80: 166_912, 90: 232_448}
 REGISTER_FILE = 65_536
@@ -39,7 +39,7 @@ EXACT_FIELDS = ("spill_bytes", "stack_bytes", "global_loads_128", "global_loads"
 
 
 def compile_row(config: Any, target: int) -> dict[str, Any]:
-    """Compiles one `KernelConfig` for one target and measures the machine code."""
+    """Compiles one ``KernelConfig`` for one target and measures the machine code."""
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
@@ -138,7 +138,7 @@ def drift(row: dict[str, Any], table: dict[str, Any]) -> list[str]:
     """How the row differs from the checked-in table of the same Triton version."""
     expected = table["rows"].get(_key(row))
     if expected is None:
-        return ["no such row in static_expectations.json; run with --update and review the diff"]
+        return ["no such row in expectations.json; run with --update and review the diff"]
     found = [f"{f}: {expected[f]} -> {row[f]}" for f in EXACT_FIELDS if expected[f] != row[f]]
     if abs(row["registers"] - expected["registers"]) > 8:
         found.append(f"registers: {expected['registers']} -> {row['registers']} (more than 8 apart)")
@@ -153,7 +153,7 @@ def check(only: str = "") -> tuple[list[dict[str, Any]], list[str]]:
     """All rows, and one line per problem."""
     import triton
 
-    from geoalign_kernels.static_configs import CONFIGS
+    from geoalign_kernels.static.configs import CONFIGS
 
     table = json.loads(EXPECTATIONS.read_text()) if EXPECTATIONS.exists() else {"triton": "", "rows": {}}
     pinned = table["triton"] == triton.__version__
@@ -170,7 +170,7 @@ def check(only: str = "") -> tuple[list[dict[str, Any]], list[str]]:
             problems += [f"{_key(row)}: {problem}" for problem in found]
     if pinned and not only:
         gone = sorted(set(table["rows"]) - {_key(row) for row in rows})
-        problems += [f"{key}: in static_expectations.json, but no configuration makes it" for key in gone]
+        problems += [f"{key}: in expectations.json, but no configuration makes it" for key in gone]
     return rows, problems
 
 
@@ -193,13 +193,13 @@ def _remarks(row: dict[str, Any]) -> list[str]:
 
 def main(argv: list[str] | None = None) -> int:
     """Entry point; returns 0 if every gate holds, 1 otherwise, 2 in an interpreting process."""
-    parser = argparse.ArgumentParser(prog="geoalign_kernels.static_check", description=__doc__.partition("\n")[0])
+    parser = argparse.ArgumentParser(prog="python -m geoalign_kernels.static", description=__doc__.partition("\n")[0])
     parser.add_argument("--json", type=Path, help="write the rows to this file")
     parser.add_argument("--update", action="store_true", help="rewrite the expectation table")
     parser.add_argument("--only", default="", help="rows whose 'kernel / config / target' contains this")
     options = parser.parse_args(argv)
     if os.environ.get("TRITON_INTERPRET", "0") not in ("", "0"):
-        print("static_check compiles kernels: run it without TRITON_INTERPRET", file=sys.stderr)
+        print("the static check compiles kernels: run it without TRITON_INTERPRET", file=sys.stderr)
         return 2
     rows, problems = check(options.only)
     if options.update and not options.only:
@@ -214,7 +214,3 @@ def main(argv: list[str] | None = None) -> int:
         print(f"FAILED {problem}", file=sys.stderr)
     print(f"{len(rows)} rows, {len(problems)} problems")
     return 1 if problems else 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -1,6 +1,6 @@
 """Windows per second of each video reader and of the cache, and peak memory; one JSON line per measurement.
 
-python profiling/bench_data.py --height 720 --width 1280 --frames 81 --stride 2 --out profiling/results/data.jsonl
+python profiling/model/bench_data.py --height 720 --width 1280 --frames 81 --stride 2 --out profiling/results/data.jsonl
 """
 
 from __future__ import annotations

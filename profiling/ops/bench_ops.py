@@ -1,7 +1,7 @@
 """Microbenchmarks of the kernels against their rivals, as fractions of ceilings measured in the same process.
 
-    python profiling/bench_ops.py [--quick] [--only NAME] [--out FILE.jsonl]     on a CUDA device
-    python profiling/bench_ops.py --self-check [--out FILE.jsonl]                on any machine, tiny sizes
+    python profiling/ops/bench_ops.py [--quick] [--only NAME] [--out FILE.jsonl]     on a CUDA device
+    python profiling/ops/bench_ops.py --self-check [--out FILE.jsonl]                on any machine, tiny sizes
 
 Ceilings (device copy, matrix products) come first and last: if one moved by more than 3 % the run is unsteady and not
 to be quoted. Inputs are random; sets of them are used in turn so that nothing stays in the L2 cache. Every row carries
@@ -43,13 +43,13 @@ from bench_timing import (
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from geoalign.perf.cost import DEVICES, TransformerCost, profile_of
-from geoalign_kernels.static_check import EXPECTATIONS
+from geoalign_kernels.static.check import EXPECTATIONS
 
 GATE = 1e-2
 """Largest relative L2 error of an exact bf16 row; quantised rows are reported, not gated."""
 STEADY = 0.03
 GEMMS = ((65_520, 1536, 1536), (65_520, 1536, 4608), (65_520, 1536, 8960), (65_520, 8960, 1536))  # rows, in, out
-RESULTS = Path(__file__).with_name("results")
+RESULTS = Path(__file__).parents[1] / "results"
 QUICK_S = 540.0
 """Seconds after which a quick run measures nothing more but its last ceilings."""
 COMPILE_S, CASE_S = 15.0, 2.0

@@ -1,6 +1,6 @@
 """Time one RL iteration with the exact levers off and on, and compare its network passes with the cost model.
 
-python profiling/bench_iteration.py --config bench_levers --levers off,exact --json FILE
+python profiling/model/bench_iteration.py --config bench_levers --levers off,exact --json FILE
 """
 
 from __future__ import annotations

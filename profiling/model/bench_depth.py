@@ -1,8 +1,8 @@
 """One RL iteration of the 1.3B model on fewer blocks, extrapolated to all of them and checked against a whole pass.
 
-    python profiling/bench_depth.py [--quick] [--out FILE.jsonl]       on a CUDA device; --quick: depths 1, 2, 4
-    python profiling/bench_depth.py --plan                             predicted seconds, any machine
-    python profiling/bench_depth.py --self-check [--out FILE.jsonl]    any machine, a tiny model
+    python profiling/model/bench_depth.py [--quick] [--out FILE.jsonl]       on a CUDA device; --quick: depths 1, 2, 4
+    python profiling/model/bench_depth.py --plan                             predicted seconds, any machine
+    python profiling/model/bench_depth.py --self-check [--out FILE.jsonl]    any machine, a tiny model
 
 All tokens of 81 x 480 x 832, random weights of the true shapes, one group of 4, T = 25, window of 4 from step 2, the
 real video decoder with random weights, no scorers (`bench_rewards.py` times those). The time of every phase is a line
@@ -19,10 +19,10 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import torch
-from bench_ops import Bench, bench_of, options_parser
 from torch import Tensor
 
 from geoalign.config.load import load_config
@@ -38,6 +38,10 @@ from geoalign.training.telemetry import plan_of
 from geoalign.training.trainer import Trainer
 from geoalign.types import Encodings, RetakeBatch, SourceClip
 from geoalign_kernels import report, use_backend
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "ops"))  # scripts of one checkout, not a package
+
+from bench_ops import Bench, bench_of, options_parser
 
 TOLERANCE = 0.03
 """How far an extrapolated time may be from the measured one."""
