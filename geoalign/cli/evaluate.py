@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from geoalign.cli.options import add_config, print_held_out, read_config
+from geoalign.cli.options import add_config, add_model, print_held_out, read_config
 
 
 def add_parser(subparsers: Any) -> None:
@@ -14,7 +14,7 @@ def add_parser(subparsers: Any) -> None:
     summary = "held-out camera errors of a policy"
     parser = subparsers.add_parser("evaluate", help=summary, description=summary)
     add_config(parser)
-    parser.add_argument("--policy", type=Path, required=True, help="policy file, or builtin:tiny_base")
+    add_model(parser)
     parser.add_argument(
         "--condition-scale", type=float, default=1.0, metavar="S", help="oracle: ask for S times the motion"
     )
@@ -28,15 +28,16 @@ def run_evaluate(args: argparse.Namespace) -> int:
     from geoalign.io_utils import atomic_write_json, check_writable, nan_to_none
     from geoalign.jobs.environment import describe_environment
     from geoalign.jobs.evaluate import HeldOut, evaluate
-    from geoalign.policy.files import load_policy
+    from geoalign.policy.open import open_policy
 
     if args.json:
         check_writable(args.json)
     held_out = HeldOut.build(config)
-    policy, _ = load_policy(args.policy)
+    policy = open_policy(args.model, args.checkpoint)
     result = evaluate(policy, config, held_out, condition_scale=args.condition_scale)
     print_held_out(result.numbers)
     if args.json:
-        found = {"policy": str(args.policy), "held_out": result.numbers, **describe_environment()}
+        named = {"model": str(args.model), "checkpoint": args.checkpoint and str(args.checkpoint)}
+        found = named | {"held_out": result.numbers, **describe_environment()}
         atomic_write_json(args.json, nan_to_none(found))
     return 0

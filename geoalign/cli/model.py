@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import json
-from pathlib import Path
 
 
 def add_parser(subparsers: argparse._SubParsersAction) -> None:
@@ -15,8 +14,10 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
     manifest.add_argument("--json", action="store_true", help="print JSON")
     manifest.add_argument("--layout", help="list every tensor of one layout with its shape")
     manifest.set_defaults(run=_manifest)
-    finger = verbs.add_parser("fingerprint", help="say which published model a checkpoint file belongs to")
-    finger.add_argument("path", type=Path, help="a .safetensors, .pth or .ckpt file, or a folder of shards")
+    finger = verbs.add_parser("fingerprint", help="say which published model a file or folder belongs to")
+    finger.add_argument(
+        "path", metavar="MODEL", help="a weight file, a folder of shards, or anything that --model takes"
+    )
     finger.add_argument("--json", action="store_true", help="print JSON")
     finger.set_defaults(run=_fingerprint)
 
@@ -46,13 +47,15 @@ def _manifest(args: argparse.Namespace) -> int:
 def _fingerprint(args: argparse.Namespace) -> int:
     from geoalign.models.checkpoint import layout_of
     from geoalign.models.layouts import LAYOUTS, count, fingerprint, identify
+    from geoalign.policy.open import tensor_shapes
 
-    layout, source = layout_of(args.path)
-    nearest, share = identify(source.shapes)
+    shapes = tensor_shapes(args.path)
+    layout = layout_of(shapes)
+    nearest, share = identify(shapes)
     row = {
-        "path": str(args.path),
-        **count(source.shapes),
-        "fingerprint": fingerprint(source.shapes),
+        "path": args.path,
+        **count(shapes),
+        "fingerprint": fingerprint(shapes),
         "layout": None if layout is None else layout.name,
         "nearest": nearest or None,
         "agreement": round(share, 4),

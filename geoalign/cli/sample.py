@@ -8,22 +8,19 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from geoalign.cli.options import add_cameras, add_model
 from geoalign.config.data import DEFAULT_NEGATIVE_PROMPT
 
 if TYPE_CHECKING:
     from torch import Tensor
 
     from geoalign.config.flow import FlowConfig
-    from geoalign.config.model import ModelConfig
     from geoalign.jobs.sample import CostEstimate
+    from geoalign.policy.open import ModelFiles
     from geoalign.types import Encodings, RetakeBatch
 
 # Names of geoalign.rewards.registry.EVALUATORS, repeated because the registry imports torch.
 ESTIMATORS = ("depth_anything_3", "flow_pnp", "mapanything", "planar")
-TRAJECTORY_HELP = (
-    "pan_right, tilt_up, zoom_in, translate_up, arc_left, ... or a camera file (its first poses; one shorter than the "
-    "video is spread over it)"
-)
 WITH_WEIGHTS = ("depth_anything_3", "mapanything")
 
 
@@ -31,16 +28,22 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
     """Register ``sample``."""
     parser = subparsers.add_parser("sample", help="retake a video along a camera path")
     add = parser.add_argument
-    add("--model", type=Path, required=True, help="policy file, exported folder, or folder with published weights")
-    add("--checkpoint", type=Path, help="delta or full state dict trained on top of published weights")
+    add_model(parser)
     add("--video", type=Path, required=True, help="source video file, or a folder of frames")
-    add("--trajectory", required=True, help=TRAJECTORY_HELP)
+    add_cameras(
+        parser, required=True, target="A file gives its first poses; one shorter than the video is spread over it",
+        source="its intrinsics and ground plane are used (default: the camera does not move)",
+    )  # fmt: skip
     add("--speed", type=float, default=1.0, help="multiplies the camera's motion per frame (default 1)")
-    add("--source-camera", type=Path, help="camera file of the source (default: its camera does not move)")
     add("--source-estimator", choices=ESTIMATORS, help="estimate the source camera instead (metric)")
     add("--estimator-weights", type=Path, help="of mapanything (model.safetensors or its folder) or depth_anything_3")
     add("--intrinsics", type=_numbers, metavar="FX,FY,CX,CY", help="of the source frames, fractions of W,H,W,H")
-    add("--ground-plane", type=_numbers, metavar="NX,NY,NZ,D", help="n.X = d in metres; for geometric models only")
+    add(
+        "--ground-plane",
+        type=_numbers,
+        metavar="NX,NY,NZ,D",
+        help="n.X = d in metres (default: the camera file's); for geometric models",
+    )
     add("--frames", type=int, help="length (Wan: 4k + 1; default: the longest that fits, at most 81)")
     add("--size", type=_size, metavar="HxW", help="frame size after scale and centre crop (Wan default 480x832)")
     add("--prompt", help="what the video shows, or @FILE with the text")
@@ -65,8 +68,7 @@ def _run(args: argparse.Namespace) -> int:
     from geoalign.frozen.device import named_device
     from geoalign.io_utils import check_writable
     from geoalign.jobs.sample import estimate, read_inputs
-    from geoalign.models.layouts import count, model_shapes
-    from geoalign.policy.open import config_of, open_codec, open_model
+    from geoalign.policy.open import describe
     from geoalign.policy.policy import RetakePolicy
     from geoalign.policy.retake import retake
 
@@ -75,27 +77,28 @@ def _run(args: argparse.Namespace) -> int:
     args.device = str(device)
     dtype = getattr(torch, args.dtype or ("bfloat16" if device.type == "cuda" else "float32"))
     flow = _flow(args)
-    config = config_of(args.model, args.checkpoint)
-    codec = open_codec(args.model, dtype=dtype, device=args.device, tiled=args.tiled)
+    files = describe(args.model, args.checkpoint)
+    codec = files.codec(dtype=dtype, device=args.device, tiled=args.tiled)
     batch, fps = read_inputs(
         args.video, args.trajectory, codec=codec, speed=args.speed, frames=args.frames, size=args.size,
         source_camera=args.source_camera, intrinsics=args.intrinsics, ground_plane=args.ground_plane,
     )  # fmt: skip
-    encoder = _find_text_encoder(args)
+    encoder = _find_text_encoder(args, files.location.home)
     guidance = args.guidance if args.guidance is not None else (5.0 if encoder else 1.0)
     if guidance != 1.0 and not encoder:
         raise UsageError(f"--guidance {guidance} needs a text encoder, and {args.model} has none; use --guidance 1")
     forwards = args.steps * (1 if guidance == 1.0 else 2)
-    parameters = count(model_shapes(config))["parameters"]
-    cost = estimate(config, parameters, codec, batch.source.video.shape, forwards, dtype, args.device)
+    shape = batch.source.video.shape
+    cost = estimate(files.config, files.parameters, codec, shape, forwards, dtype, args.device)
+    print(f"model    {files.location.what}: {files.title}")
     _print_cost(batch, fps, cost)
     if args.dry_run:
         return 0
     for path in _outputs(args.out).values():
         check_writable(path)
     batch, prompt = _estimate_camera(args, batch), _prompt(args, batch, dtype)
-    batch = replace(batch, encodings=_encodings(args, config, batch, encoder, prompt, dtype))
-    model, _ = open_model(args.model, args.checkpoint, dtype=dtype, device=args.device)
+    batch = replace(batch, encodings=_encodings(args, files, batch, encoder, prompt, dtype))
+    model, _ = files.network(dtype=dtype, device=args.device)
     policy = RetakePolicy(model.requires_grad_(False), codec, guidance)  # nothing is trained, so text may be missing
     with _progress(forwards) as bar:
         video = retake(policy, batch, flow, seed=args.seed, on_pass=bar.update, strict=True)
@@ -153,13 +156,13 @@ def _estimate_camera(args: argparse.Namespace, batch: RetakeBatch) -> RetakeBatc
     return batch
 
 
-def _find_text_encoder(args: argparse.Namespace) -> tuple[Path, Path] | None:
+def _find_text_encoder(args: argparse.Namespace, home: Path) -> tuple[Path, Path] | None:
     """Weights and tokenizer of the model's text encoder, or None for a model that reads no text."""
     from geoalign.errors import UsageError
 
     pairs = (
-        (args.model / "text_encoder", args.model / "tokenizer"),
-        (args.model / "models_t5_umt5-xxl-enc-bf16.pth", args.model / "google" / "umt5-xxl"),
+        (home / "text_encoder", home / "tokenizer"),
+        (home / "models_t5_umt5-xxl-enc-bf16.pth", home / "google" / "umt5-xxl"),
     )
     found = [pair for pair in pairs if pair[0].exists()]
     if not found and (args.prompt or args.captioner):
@@ -186,7 +189,7 @@ def _prompt(args: argparse.Namespace, batch: RetakeBatch, dtype: Any) -> str | N
 
 def _encodings(
     args: argparse.Namespace,
-    config: ModelConfig,
+    files: ModelFiles,
     batch: RetakeBatch,
     encoder: tuple[Path, Path] | None,
     prompt: str | None,
@@ -199,9 +202,9 @@ def _encodings(
     context = negative = None
     if encoder is not None and prompt is not None:
         text = load_text_encoder(*encoder, dtype=dtype, device=args.device)
-        text.length = config.text_length
+        text.length = files.config.text_length
         context, negative = text([prompt, _text(args.negative_prompt)]).split(1)
-    found = Encodings(context=context, negative=negative, image_tokens=_image_tokens(args, config, batch, dtype))
+    found = Encodings(context=context, negative=negative, image_tokens=_image_tokens(args, files, batch, dtype))
     return found if len(found) else None
 
 
@@ -216,13 +219,13 @@ def _text(value: str) -> str:
         raise DataError(f"{value[1:]}: prompt file cannot be read ({error})") from error
 
 
-def _image_tokens(args: argparse.Namespace, config: ModelConfig, batch: RetakeBatch, dtype: Any) -> Tensor | None:
-    if config.image_dim is None:
+def _image_tokens(args: argparse.Namespace, files: ModelFiles, batch: RetakeBatch, dtype: Any) -> Tensor | None:
+    if files.config.image_dim is None:
         return None
     from geoalign.models.encoders import load_image_encoder
 
     names = ("image_encoder", "models_clip_open-clip-xlm-roberta-large-vit-huge-14.pth")
-    for path in (args.model / name for name in names):
+    for path in (files.location.home / name for name in names):
         if path.exists():
             first = batch.source.video[:, 0].to(args.device)
             return load_image_encoder(path, dtype=dtype, device=args.device)(first)
@@ -261,12 +264,14 @@ def _write(
     cameras = {"source": batch.source.camera.c2w[0], "target": batch.target_camera.c2w[0]}
     plot_cameras(beside["cameras"], cameras)
     settings = {name: str(v) if isinstance(v, Path) else v for name, v in vars(args).items() if _plain(v)}
+    plane = batch.source.ground_plane
     used |= {"frames": video.shape[1], "size": list(video.shape[-2:])}
     record = {
         "geoalign": __version__, "torch": torch.__version__, "arguments": settings, "used": used,
         "tokens": cost.tokens, "forwards": cost.forwards, "files": {k: str(v) for k, v in beside.items()},
         "target_c2w": batch.target_camera.c2w[0].tolist(), "source_c2w": batch.source.camera.c2w[0].tolist(),
         "intrinsics": batch.target_camera.intrinsics[0, 0].tolist(),
+        "ground_plane": None if plane is None else plane[0].tolist(),
     }  # fmt: skip
     atomic_write_json(beside["settings"], record)
     print("\n".join(f"{name:13}{path}" for name, path in beside.items()))

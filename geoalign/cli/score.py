@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from geoalign.cli.options import add_cameras
 from geoalign.errors import DataError, RewardError, RunError, UsageError, UserError
 
 if TYPE_CHECKING:
@@ -15,8 +16,9 @@ if TYPE_CHECKING:
     from geoalign.rewards.base import Reward
 
 EPILOG = """\
-Frames 0..F-1 of a video are compared with the F poses of the path; `frames` and `video_frames` in the output say how
-many of how many that were. A video that fails becomes a row with an error, and the others are scored all the same.
+Frames 0..F-1 of a video are compared with the F poses of the path (a preset has as many as the video); `frames` and
+`video_frames` in the output say how many of how many that were. A video that fails becomes a row with an error, and the
+others are scored all the same.
 Exit codes: 0 all scored (probes: no cheat came out ahead), 1 a video failed or is invalid, 2 wrong usage.
 
 What an evaluator needs:
@@ -53,9 +55,12 @@ def add_parser(subparsers: Any) -> None:
         help="option of the reward, named as under rewards.NAME.options in a configuration (repeatable)",
     )  # fmt: skip
     add("--video", type=Path, help="video file, or a folder of them")
-    add("--trajectory", type=Path, help="target camera path (json, npz, npy; see docs/conventions.md)")
+    add_cameras(
+        parser, target="A file of F poses scores frames 0..F-1, a preset has the length of the video",
+        source="with its ground plane for planar and flow_pnp",
+    )  # fmt: skip
+    add("--frames", type=int, metavar="F", help="score frames 0..F-1 (default: as many as the path has)")
     add("--source", type=Path, help="source video, for evaluators that compare with it (planar does)")
-    add("--source-camera", type=Path, help="camera npz of the source, with ground_plane for planar and flow_pnp")
     add("--size", metavar="HxW", help="frame size to score at (default: that of the video; probes: the evaluator's)")
     add("--json", type=Path, metavar="FILE", help="write the scores there; a number that is not finite is null")
     add(
@@ -86,7 +91,7 @@ def run(args: argparse.Namespace) -> int:
 
 def _check_usage(args: argparse.Namespace, estimates: bool) -> None:
     if args.probes:
-        files = ("video", "trajectory", "source", "source_camera", "plot")
+        files = ("video", "trajectory", "source", "source_camera", "frames", "plot")
         given = ", ".join(f"--{name.replace('_', '-')}" for name in files if getattr(args, name))
         if given:
             raise UsageError(f"--probes scores videos of the embedded world and reads no files; drop {given}")
@@ -101,7 +106,7 @@ def _check_source(evaluator: Any, args: argparse.Namespace) -> None:
     if evaluator in NEEDS_PLANE and args.source_camera is None:
         source = "--source FILE and --source-camera FILE" if evaluator == "planar" else "--source-camera FILE"
         raise UsageError(
-            f"the {evaluator} evaluator needs the source's ground plane: give {source} (npz with ground_plane), "
+            f"the {evaluator} evaluator needs the source's ground plane: give {source} (with its ground plane), "
             "or use --evaluator mapanything --set evaluator_options.checkpoint=FOLDER, which reads any video"
         )
     if evaluator == "planar" and args.source is None:
@@ -141,7 +146,8 @@ def _score(args: argparse.Namespace, options: dict[str, Any], size: tuple[int, i
     evaluator = options.get("evaluator")
     videos = _videos(args.video)
     _check_source(evaluator, args)
-    task = read_condition(args.trajectory, args.source, args.source_camera, size, evaluator in NEEDS_PLANE)
+    planes = evaluator in NEEDS_PLANE
+    task = read_condition(args.trajectory, args.source, args.source_camera, size, planes, args.frames)
     if args.plot:
         for path in videos:
             check_plot(path)
@@ -174,7 +180,7 @@ def _row(path: Path, reward: Reward, task: ScoringTask, *, plot: bool, alone: bo
     row: dict[str, Any] = {"video": str(path), "valid": False}
     try:
         video, batch, found = task.read(path)
-        row |= {"frames": task.frames, "video_frames": found}
+        row |= {"frames": video.shape[1], "video_frames": found}
         row |= score_row(judge(reward, video, batch)) | camera_row(reward, video, batch)
     except Exception as error:  # whatever it is, it must not take the other videos with it
         if alone and isinstance(error, UserError):

@@ -12,13 +12,13 @@ import torch
 from torch import Tensor
 
 from geoalign.config.model import ModelConfig
-from geoalign.data.frames import cover_crop_intrinsics, to_float
+from geoalign.data.frames import to_float
 from geoalign.data.readers import AnyReader
 from geoalign.data.video import PyAVReader
 from geoalign.errors import RewardError, UsageError
 from geoalign.evaluators.base import PoseEvaluator
-from geoalign.geometry.io import load_trajectory
-from geoalign.geometry.presets import preset, preset_name
+from geoalign.geometry.cameras.door import open_camera, open_target
+from geoalign.geometry.lens import cover_crop_intrinsics
 from geoalign.geometry.trajectory import DEFAULT_INTRINSICS, CameraTrajectory
 from geoalign.models.codec_base import LatentCodec
 from geoalign.perf.cost import TransformerCost
@@ -35,7 +35,7 @@ def read_inputs(
     speed: float = 1.0,
     frames: int | None = None,
     size: tuple[int, int] | None = None,
-    source_camera: Path | None = None,
+    source_camera: str | None = None,
     intrinsics: tuple[float, float, float, float] | None = None,
     ground_plane: tuple[float, float, float, float] | None = None,
 ) -> tuple[RetakeBatch, float]:
@@ -43,14 +43,14 @@ def read_inputs(
 
     Args:
         video: a video file or a folder of frames.
-        trajectory: a preset name, or a camera file: its first poses, or all of them spread over a longer video.
+        trajectory: a preset or a camera file: its first poses, or all of them spread over a longer video.
         codec: decides which lengths and sizes are possible.
         speed: multiplies the camera's motion per frame.
         frames: length; default: the longest that fits the codec, at most 81.
         size: (H, W) to scale to cover and centre-crop to; default 480 x 832 for the Wan VAE, else the video's own.
-        source_camera: camera file of the source; None: its camera does not move.
+        source_camera: camera of the source, a file or a preset; None: its camera does not move.
         intrinsics: of the original frames, as fractions of (W, H, W, H); default: the camera file's, else 60 degrees.
-        ground_plane: for models with geometric camera phases.
+        ground_plane: for models with geometric camera phases; default: the camera file's.
 
     Returns:
         a batch of one without a prompt, on the CPU, and the frames per second of the source.
@@ -59,7 +59,7 @@ def read_inputs(
         UserError: anything that cannot be read or does not fit; nothing has been written.
     """
     _check_numbers(speed, intrinsics)
-    plane = None if ground_plane is None else _unit_plane(ground_plane)
+    typed = None if ground_plane is None else _unit_plane("--ground-plane", ground_plane)
     reader = AnyReader(PyAVReader())
     info = reader.probe(video)
     count = choose_frames(codec, info.frames) if frames is None else frames
@@ -67,13 +67,13 @@ def read_inputs(
         raise UsageError(f"{video} has {info.frames} frames, --frames {count} asks for more")
     size = size or (WAN_SIZE if codec.name == "wan_vae" else (info.height, info.width))
     codec.latent_shape(count, *size)
-    source = _source_camera(source_camera, count, (info.height, info.width), intrinsics)
+    source, plane = _source_camera(source_camera, count, (info.height, info.width), intrinsics)
     lens = cover_crop_intrinsics(source.intrinsics, info.height, info.width, size)
     source = source.with_intrinsics(lens)
-    target = _target_camera(trajectory, count, speed, lens[0])
+    target = open_target(trajectory, count, speed=speed, intrinsics=lens[0])
     pixels = to_float(reader.read(video, range(count), size))
     fps = info.fps if info.fps > 0 else 24.0
-    clip = SourceClip(pixels[None], _batch(source), plane, ("source",))
+    clip = SourceClip(pixels[None], _batch(source), plane if typed is None else typed, ("source",))
     return RetakeBatch(clip, _batch(target), ("",)), fps
 
 
@@ -154,28 +154,14 @@ def _throughput(dtype: torch.dtype, device: str) -> float:
 
 
 def _source_camera(
-    path: Path | None, count: int, image_size: tuple[int, int], intrinsics: tuple[float, ...] | None
-) -> CameraTrajectory:
-    if path is None:
-        return CameraTrajectory.identity(count, intrinsics or DEFAULT_INTRINSICS)
-    camera = load_trajectory(path, intrinsics=intrinsics, image_size=image_size)
-    if camera.num_frames < count:
-        raise UsageError(
-            f"{path} has {camera.num_frames} poses, the video needs {count}; use --frames {camera.num_frames}"
-        )
-    return camera.frames(slice(0, count)).relative_to_first()
-
-
-def _target_camera(trajectory: str, count: int, speed: float, lens: Tensor) -> CameraTrajectory:
-    path = Path(trajectory)
-    if not path.suffix and not path.exists():
-        return preset(preset_name(trajectory), count, speed=speed, intrinsics=lens)
-    camera = load_trajectory(path, intrinsics=lens)
-    camera = camera.frames(slice(0, count)) if camera.num_frames >= count else camera.resample(count)
-    if speed == 1.0:
-        return camera
-    rotvec, step = camera.increments()
-    return CameraTrajectory.from_increments(speed * rotvec, speed * step, camera.intrinsics)
+    name: str | None, count: int, image_size: tuple[int, int], intrinsics: tuple[float, ...] | None
+) -> tuple[CameraTrajectory, Tensor | None]:
+    """Camera ``[F]`` and ground plane ``[1, 4]`` (None if the file has none) of the source, float32."""
+    if name is None:
+        return CameraTrajectory.identity(count, intrinsics or DEFAULT_INTRINSICS), None
+    opened = open_camera(name, frames=count, image_size=image_size, intrinsics=intrinsics)
+    camera, plane = opened.window(range(count))
+    return camera.to(dtype=torch.float32), None if plane is None else _unit_plane(opened.name, plane.tolist())
 
 
 def _check_numbers(speed: float, intrinsics: Sequence[float] | None) -> None:
@@ -186,11 +172,11 @@ def _check_numbers(speed: float, intrinsics: Sequence[float] | None) -> None:
         raise UsageError(f"--intrinsics {given}: needs four finite numbers, the focal lengths fx and fy above 0")
 
 
-def _unit_plane(plane: tuple[float, float, float, float]) -> Tensor:
+def _unit_plane(name: str, plane: Sequence[float]) -> Tensor:
     value = torch.tensor([plane])
     length = value[:, :3].norm()
     if not (torch.isfinite(value).all() and length > 0 and plane[3] > 0):
-        raise UsageError(f"--ground-plane {plane}: needs a direction and a positive distance in metres")
+        raise UsageError(f"{name}: ground plane {tuple(plane)} needs a direction and a positive distance in metres")
     return torch.cat([value[:, :3] / length, value[:, 3:] / length], 1)
 
 

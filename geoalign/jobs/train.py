@@ -25,8 +25,9 @@ from geoalign.jobs.progress import bar
 from geoalign.jobs.train_held_out import RunEvaluator, held_out_summary
 from geoalign.jobs.train_resume import find_checkpoint, refuse_disagreement, refuse_other_data, refuse_overwrite
 from geoalign.models.codec import PatchCodec
-from geoalign.policy.files import open_base, save_policy
+from geoalign.policy.files import DELTA_FILE, POLICY_FILE, RUN_CONFIG, save_policy
 from geoalign.policy.formats import save_safetensors
+from geoalign.policy.open import open_base
 from geoalign.rewards.registry import build_rewards, close_rewards
 from geoalign.training.checkpoint import CheckpointWriter, TrainState, config_hash, load_checkpoint
 from geoalign.training.engines.snapshot import whole_on_cpu
@@ -113,7 +114,7 @@ def _train(config: Config, trainer: Trainer, state: TrainState | None, fingerpri
     folder, main, environment = config.run.folder, trainer.ranks.rank == 0, describe_environment()
     if main:
         folder.mkdir(parents=True, exist_ok=True)
-        atomic_write_text(folder / "config.yaml", to_yaml(config))
+        atomic_write_text(folder / RUN_CONFIG, to_yaml(config))
         atomic_write_json(folder / "env.json", environment)
     evaluation, clock = RunEvaluator.of(config, trainer, folder), _Clock()
     if state is not None:
@@ -150,14 +151,12 @@ def _save_result(config: Config, trainer: Trainer, folder: Path) -> None:
     trained = trainer.engine.snapshot(main).average
     if not isinstance(policy.codec, PatchCodec):
         if main:
-            save_safetensors(
-                {name: value.contiguous() for name, value in trained.items()}, folder / "delta.safetensors"
-            )
+            save_safetensors({name: value.contiguous() for name, value in trained.items()}, folder / DELTA_FILE)
         return
     state = whole_on_cpu(policy.model.state_dict(), main)
     if main:
         notes = {"run": config.run.name, "seed": config.run.seed}
-        save_policy(folder / "policy.safetensors", policy, config.codec, notes, {**state, **trained})
+        save_policy(folder / POLICY_FILE, policy, config.codec, notes, {**state, **trained})
 
 
 class _Clock:

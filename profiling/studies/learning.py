@@ -104,9 +104,9 @@ def run_study(study: Study, result: Path, work: Path, config: str) -> None:
     base, made_with = base_policy(study.base, work, config), settings(study, config)
     if study.oracle:
         before, after = work / "oracle_before.json", work / "oracle_after.json"
-        geoalign("evaluate", "--config", config, "--policy", base, "--json", str(before))
+        geoalign("evaluate", "--config", config, "--model", base, "--json", str(before))
         scale = f"{math.exp(-BIAS):.6f}"
-        geoalign("evaluate", "--config", config, "--policy", base, "--json", str(after), "--condition-scale", scale)
+        geoalign("evaluate", "--config", config, "--model", base, "--json", str(after), "--condition-scale", scale)
         summary = json.loads(after.read_text())
         stages = {"before": json.loads(before.read_text())["held_out"], "after": summary.pop("held_out")}
         summary["held_out_per_noise_seed"] = {k: {s: stages[s][k] for s in stages} for k in stages["before"]}

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from geoalign.io_utils import read_jsonl
-from geoalign.policy.files import load_policy
+from geoalign.policy.open import open_policy
 from geoalign.training.checkpoint import list_checkpoints
 
 Launch = Callable[..., subprocess.Popen[str]]
@@ -67,7 +67,7 @@ def test_a_run_of_two_processes_equals_that_of_one(train: Launch, tmp_path: Path
         assert output.count("held-out, mean over noise seeds") == output.count("report: ") == 1
         rows[name] = read_jsonl(tmp_path / name / "metrics.jsonl")
         held_out[name] = json.loads((tmp_path / name / "summary.json").read_text())["held_out"]["mean"]["after"]
-        policy, _ = load_policy(tmp_path / name / "policy.safetensors")
+        policy = open_policy(tmp_path / name / "policy.safetensors")
         assert not any(parameter.isnan().any() for parameter in policy.model.parameters())
     for name in ("2", "fsdp"):
         assert len(rows[name]) == len(rows["1"]) == 2

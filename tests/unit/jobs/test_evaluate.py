@@ -14,7 +14,7 @@ from geoalign.evaluators.base import PoseEstimate
 from geoalign.geometry import metrics
 from geoalign.jobs import evaluate as job
 from geoalign.jobs.train_held_out import held_out_summary
-from geoalign.policy.files import load_policy
+from geoalign.policy.open import open_policy
 from geoalign.types import SourceClip
 
 
@@ -39,7 +39,7 @@ def test_errors_of_a_subset_of_frames_are_means_over_the_defined_videos() -> Non
     target = pairs.batch.target_camera
     estimate = target.scale_translation(torch.tensor([2.0, 5.0, 1.0])).c2w.clone()
     estimate[2] = math.nan
-    policy, _ = load_policy("builtin:tiny_base")
+    policy = open_policy("builtin:tiny_base")
     evaluator = Told(estimate)
     result = job.evaluate(policy, config, job.HeldOut({"presets": pairs}), evaluator)
     numbers = {name: values[0] for name, values in result.numbers["presets"].items()}

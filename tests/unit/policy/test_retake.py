@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 import torch
@@ -21,7 +20,7 @@ from geoalign.geometry.trajectory import CameraTrajectory
 from geoalign.jobs.evaluate import HeldOut, evaluate
 from geoalign.models.conditioning import Conditioning
 from geoalign.models.dit import RetakeDiT
-from geoalign.policy.files import load_policy
+from geoalign.policy.open import open_policy
 from geoalign.policy.policy import RetakePolicy
 from geoalign.policy.retake import retake
 from geoalign.types import Encodings, RetakeBatch, SourceClip
@@ -34,7 +33,7 @@ FLOW = FlowConfig(steps=3, shift=5.0)
 
 
 def embedded(count: int) -> tuple[RetakePolicy, RetakeBatch]:
-    policy, _ = load_policy(Path("builtin:tiny_base"))
+    policy = open_policy("builtin:tiny_base")
     return policy, paired_videos(WorldConfig(), count, torch.Generator().manual_seed(2), style="real").batch
 
 

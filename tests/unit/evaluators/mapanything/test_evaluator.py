@@ -74,7 +74,7 @@ def test_strict_loading_names_what_is_wrong(tmp_path: Path) -> None:
     key = "pose_head.fc_t.bias"
     less = {name: tensor for name, tensor in state.items() if name != key}
     assert f"1 missing: {key}" in message(less)
-    assert "1 unknown: pose_head.extra" in message({**state, "pose_head.extra": torch.ones(1)})
+    assert "1 unexpected: pose_head.extra" in message({**state, "pose_head.extra": torch.ones(1)})
     renamed = message({**less, "pose_head.fc_trans.bias": state[key]})
     assert f"{key} may have been renamed to pose_head.fc_trans.bias" in renamed
     assert f"1 of another shape: {key} [4] (expected [3])" in message({**state, key: torch.zeros(4)})
