@@ -32,18 +32,14 @@ def add_parser(subparsers: Any) -> None:
 def run_evaluate(args: argparse.Namespace) -> int:
     """Evaluate a policy on the held-out sets of the configuration."""
     config = read_config(args)
-    from geoalign.errors import ConfigError
     from geoalign.jobs.environment import describe_environment
     from geoalign.jobs.evaluate import HeldOut, evaluate
     from geoalign.policy.open import open_policy
 
-    if config.world is None:
-        raise ConfigError("evaluate needs held-out pairs with a true render: set the world section (tiny_cpu has it)")
     check_json(args)
+    held_out = HeldOut.build(config)
     policy = open_policy(args.model, args.checkpoint)
-    result = evaluate(
-        policy, config.flow, HeldOut.build(config.world, config.eval), config.eval, condition_scale=args.condition_scale
-    )
+    result = evaluate(policy, config, held_out, condition_scale=args.condition_scale)
     named = {"model": str(args.model), "checkpoint": args.checkpoint and str(args.checkpoint)}
     if write_json(args, named | {"held_out": result.numbers, **describe_environment()}):
         print_held_out(result.numbers)

@@ -48,8 +48,7 @@ def run_pretrain(args: argparse.Namespace) -> int:
             steps.set_postfix_str(f"loss {loss:.3f}", refresh=False)
 
         policy = pretrain(config, on_step, rendered.update)
-    assert config.world is not None
-    result = evaluate(policy, config.flow, HeldOut.build(config.world, config.eval), config.eval)
+    result = evaluate(policy, config, HeldOut.build(config))
     notes = {
         "held_out": nan_to_none(result.numbers),
         "seed": config.run.seed,

@@ -13,7 +13,7 @@ from geoalign.errors import DataError, RewardError, RunError, UsageError, UserEr
 from geoalign.evaluators.table import NEEDS_PLANE
 
 if TYPE_CHECKING:
-    from geoalign.jobs.score import Condition
+    from geoalign.jobs.score import ScoringTask
     from geoalign.rewards.base import Reward
 
 EPILOG = """\
@@ -136,12 +136,12 @@ def _score(args: argparse.Namespace, options: dict[str, Any]) -> int:
     videos = _videos(args.video)
     _check_source(evaluator, args)
     planes = evaluator in NEEDS_PLANE
-    condition = read_condition(args.trajectory, args.source, args.source_camera, args.size, planes, args.frames)
+    task = read_condition(args.trajectory, args.source, args.source_camera, args.size, planes, args.frames)
     if args.plot:
         for path in videos:
             check_plot(path)
     reward = _build(args.reward, options)
-    rows = [_row(path, reward, condition, plot=args.plot, alone=path == args.video) for path in videos]
+    rows = [_row(path, reward, task, plot=args.plot, alone=path == args.video) for path in videos]
     if write_json(args, rows):
         _print_table(rows)
     _print_notes(rows)
@@ -162,14 +162,14 @@ def _videos(path: Path) -> list[Path]:
     return [path]
 
 
-def _row(path: Path, reward: Reward, condition: Condition, *, plot: bool, alone: bool) -> dict[str, Any]:
+def _row(path: Path, reward: Reward, task: ScoringTask, *, plot: bool, alone: bool) -> dict[str, Any]:
     """Score one video of several: what fails is noted in its row. A single video that cannot be scored raises."""
     from geoalign.jobs.score import camera_row, judge, score_row
     from geoalign.jobs.score_plot import plot_scored
 
     row: dict[str, Any] = {"video": str(path), "valid": False}
     try:
-        video, batch, found = condition.read(path)
+        video, batch, found = task.read(path)
         row |= {"frames": video.shape[1], "video_frames": found}
         row |= score_row(judge(reward, video, batch)) | camera_row(reward, video, batch)
     except Exception as error:  # whatever it is, it must not take the other videos with it

@@ -9,17 +9,14 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from geoalign.config.flow import FlowConfig
-from geoalign.config.training import EvalConfig
-from geoalign.config.world import WorldConfig
+from geoalign.config.schema import Config
+from geoalign.errors import ConfigError
 from geoalign.evaluators.base import PoseEstimate, PoseEvaluator
 from geoalign.evaluators.planar import PlanarAligner
-from geoalign.flow.sampler import FlowSampler, initial_noise
-from geoalign.flow.table import build_step_table
 from geoalign.geometry.metrics import CAMERA_METRICS, camera_errors
 from geoalign.geometry.trajectory import CameraTrajectory
 from geoalign.policy.policy import RetakePolicy
-from geoalign.types import RetakeBatch
+from geoalign.policy.retake import retake
 from geoalign.world.pairs import PairedVideos, paired_videos
 from geoalign_kernels import streams
 
@@ -35,12 +32,17 @@ class HeldOut:
     sets: Mapping[str, PairedVideos]
 
     @staticmethod
-    def build(world: WorldConfig, config: EvalConfig) -> HeldOut:
-        """Render the fixed sets: scenes of the RL style that no clip shows, correct labels."""
+    def build(config: Config) -> HeldOut:
+        """Render the fixed sets: scenes of the RL style that no clip shows, correct labels.
+
+        Raises ConfigError for a configuration without the embedded world, of which alone a true target is known.
+        """
+        if config.world is None:
+            raise ConfigError("held-out pairs with a true render need the embedded world: set the world section")
         sets = {}
-        for offset, (kind, paths) in enumerate((("presets", "presets"), ("random", "random"))):
-            generator = torch.Generator().manual_seed(config.seed + offset)
-            sets[kind] = paired_videos(world, config.samples, generator, paths=paths, style="real")
+        for offset, kind in enumerate(("presets", "random")):
+            generator = torch.Generator().manual_seed(config.eval.seed + offset)
+            sets[kind] = paired_videos(config.world, config.eval.samples, generator, paths=kind, style="real")
         return HeldOut(sets)
 
 
@@ -70,21 +72,10 @@ def second_evaluator() -> PlanarAligner:
 
 
 @torch.no_grad()
-def retake(policy: RetakePolicy, flow: FlowConfig, batch: RetakeBatch, noise_seed: int) -> Tensor:
-    """Deterministic retakes ``[B, F, 3, H, W]`` from fixed noise, on the CPU."""
-    precomputed = policy.precompute(policy.condition(batch))
-    ids = torch.arange(len(batch), device=policy.device)
-    noise = initial_noise(policy.latent_shape(batch), noise_seed, 0, ids, stream=streams.EVALUATION)
-    latents = FlowSampler(build_step_table(flow)).sample(policy.velocity, precomputed, noise)
-    return policy.decode(latents, batch.source.video).cpu()
-
-
-@torch.no_grad()
 def evaluate(
     policy: RetakePolicy,
-    flow: FlowConfig,
+    config: Config,
     held_out: HeldOut,
-    config: EvalConfig,
     evaluator: PoseEvaluator | None = None,
     condition_scale: float = 1.0,
 ) -> Evaluation:
@@ -92,9 +83,8 @@ def evaluate(
 
     Args:
         policy: model and codec.
-        flow: sampler settings; sampling is deterministic.
+        config: its sampler settings and noise seeds; sampling is deterministic.
         held_out: conditions and truth.
-        config: noise seeds.
         condition_scale: multiplies the translation that the policy is asked for (an oracle that knows the scale error
             of a base); errors are always against the true target.
         evaluator: reads the cameras; default: the reward's planar aligner. The second evaluator always runs beside it.
@@ -106,8 +96,8 @@ def evaluate(
     for kind, pairs in held_out.sets.items():
         rows: dict[str, list[float]] = {}
         asked = replace(pairs.batch, target_camera=pairs.batch.target_camera.scale_translation(condition_scale))
-        for number, noise_seed in enumerate(config.noise_seeds):
-            video = retake(policy, flow, asked, noise_seed)
+        for number, noise_seed in enumerate(config.eval.noise_seeds):
+            video = retake(policy, asked, config.flow, seed=noise_seed, stream=streams.EVALUATION).cpu()
             pose = primary(video, pairs.batch.source)
             row = _mean_errors(pose, pairs.batch.target_camera)
             other = _mean_errors(second(video, pairs.batch.source), pairs.batch.target_camera)

@@ -19,6 +19,7 @@ from geoalign.errors import ConfigError, DataError, RunError
 from geoalign.evaluators.base import PoseEstimate, PoseEvaluator
 from geoalign.geometry import so3
 from geoalign.geometry.trajectory import CameraTrajectory
+from geoalign.jobs.progress import bar
 from geoalign.models.codec import PatchCodec
 from geoalign.models.codec_base import LatentCodec
 from geoalign.models.encoders import ImageEncoder, TextEncoder, load_image_encoder, load_text_encoder
@@ -200,17 +201,19 @@ def weights_hash(path: Path) -> str:
     return digest.hexdigest()[:32]
 
 
-def render_missing_data(config: Config, rank: int, *, timeout_s: float = 3600.0) -> None:
+def render_missing_data(config: Config, rank: int) -> None:
     """Render the embedded world into ``data.root`` if it is configured and missing: rank 0 renders, others wait.
 
     Raises:
-        RunError: rank 0 has not finished after ``timeout_s`` seconds.
+        RunError: rank 0 has not finished after ``train.rank_timeout_s`` seconds.
     """
     if config.world is None or is_complete(config.data, config.world):
         return
     if rank == 0:
-        write_world(config.data, config.world)
+        with bar(config.world.clips, "rendering the world", "clip") as progress:
+            write_world(config.data, config.world, progress.update)
         return
+    timeout_s = config.train.rank_timeout_s
     deadline = time.monotonic() + timeout_s
     while not is_complete(config.data, config.world):  # its stamp is written last and atomically
         if time.monotonic() > deadline:

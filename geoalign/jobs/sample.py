@@ -1,55 +1,30 @@
-"""Retake one video with a trained model: from files to files, on one device."""
+"""What a retake of one video starts from: the decoded source with both cameras, and what the work will cost."""
 
 from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from geoalign.config.flow import FlowConfig
 from geoalign.config.model import ModelConfig
 from geoalign.data.frames import to_float
 from geoalign.data.readers import AnyReader
 from geoalign.data.video import PyAVReader
-from geoalign.errors import RewardError, RunError, UsageError
+from geoalign.errors import RewardError, UsageError
 from geoalign.evaluators.base import PoseEvaluator
-from geoalign.flow.policy import Velocity
-from geoalign.flow.sampler import FlowSampler, initial_noise
-from geoalign.flow.table import build_step_table
 from geoalign.geometry.cameras.door import open_camera, open_target
 from geoalign.geometry.lens import cover_crop_intrinsics
 from geoalign.geometry.trajectory import DEFAULT_INTRINSICS, CameraTrajectory
 from geoalign.models.codec_base import LatentCodec
-from geoalign.models.conditioning import Conditioning
 from geoalign.perf.cost import TransformerCost
-from geoalign.policy.policy import Precomputed, RetakePolicy
-from geoalign.types import SourceClip
+from geoalign.types import RetakeBatch, SourceClip
 
 WAN_SIZE, MAX_FRAMES = (480, 832), 81
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class RetakeInputs:
-    """A decoded source video with both camera paths, batch of one.
-
-    Attributes:
-        video: ``[1, F, 3, H, W]`` float32 in [-1, 1].
-        source_camera: ``[1, F]``.
-        target_camera: ``[1, F]``, frame 0 is the identity.
-        ground_plane: ``[1, 4]`` or None.
-        fps: frames per second of the source.
-    """
-
-    video: Tensor
-    source_camera: CameraTrajectory
-    target_camera: CameraTrajectory
-    ground_plane: Tensor | None
-    fps: float
 
 
 def read_inputs(
@@ -63,7 +38,7 @@ def read_inputs(
     source_camera: str | None = None,
     intrinsics: tuple[float, float, float, float] | None = None,
     ground_plane: tuple[float, float, float, float] | None = None,
-) -> RetakeInputs:
+) -> tuple[RetakeBatch, float]:
     """Decode and crop the source and lay out both camera paths.
 
     Args:
@@ -76,6 +51,9 @@ def read_inputs(
         source_camera: camera of the source, a file or a preset; None: its camera does not move.
         intrinsics: of the original frames, as fractions of (W, H, W, H); default: the camera file's, else 60 degrees.
         ground_plane: for models with geometric camera phases; default: the camera file's.
+
+    Returns:
+        a batch of one without a prompt, on the CPU, and the frames per second of the source.
 
     Raises:
         UserError: anything that cannot be read or does not fit; nothing has been written.
@@ -95,7 +73,8 @@ def read_inputs(
     target = open_target(trajectory, count, speed=speed, intrinsics=lens[0])
     pixels = to_float(reader.read(video, range(count), size))
     fps = info.fps if info.fps > 0 else 24.0
-    return RetakeInputs(pixels[None], _batch(source), _batch(target), plane if typed is None else typed, fps)
+    clip = SourceClip(pixels[None], _batch(source), plane if typed is None else typed, ("source",))
+    return RetakeBatch(clip, _batch(target), ("",)), fps
 
 
 def choose_frames(codec: LatentCodec, available: int) -> int:
@@ -109,103 +88,25 @@ def choose_frames(codec: LatentCodec, available: int) -> int:
     raise UsageError(f"no length up to {available} fits the frame rule {codec.frame_rule}")
 
 
-def with_estimated_camera(inputs: RetakeInputs, evaluator: PoseEvaluator) -> tuple[RetakeInputs, float]:
+def with_estimated_camera(batch: RetakeBatch, evaluator: PoseEvaluator) -> tuple[RetakeBatch, float]:
     """Replace the source camera by the poses that ``evaluator`` reads from the source video, keeping the lens.
 
     Returns:
-        the inputs, and the share of the picture that the estimate explains.
+        the batch, and the share of the picture that the estimate explains.
 
     Raises:
         RewardError: poses that are not finite, or not one per frame.
         UserError: whatever the evaluator itself misses.
     """
-    source = SourceClip(inputs.video, inputs.source_camera, inputs.ground_plane, ("source",))
-    found = evaluator(inputs.video, source)
-    frames = inputs.video.shape[1]
+    source = batch.source
+    found = evaluator(source.video, source)
+    frames = source.video.shape[1]
     if len(found.frame_indices) != frames or not torch.isfinite(found.c2w).all():
         raise RewardError(
             f"{evaluator.name} found no pose for some of the {frames} source frames; give --source-camera instead"
         )
-    camera = CameraTrajectory.build(found.c2w.to(inputs.source_camera.c2w), inputs.source_camera.intrinsics)
-    return replace(inputs, source_camera=camera.relative_to_first()), float(found.tracked[0])
-
-
-def build_condition(
-    policy: RetakePolicy,
-    inputs: RetakeInputs,
-    text: tuple[Tensor, Tensor] | None = None,
-    image_tokens: Tensor | None = None,
-) -> Conditioning:
-    """Encode the source and gather everything the network is conditioned on.
-
-    Args:
-        policy: model, codec and guidance.
-        inputs: video and cameras on the policy's device.
-        text: embeddings ``[1, L, D]`` of the prompt and of the negative prompt (read with guidance only).
-        image_tokens: ``[1, N, D]``.
-
-    Raises:
-        UsageError: the model needs a ground plane or image tokens that are not given.
-    """
-    config = policy.model.config
-    if config.camera == "geometric" and inputs.ground_plane is None:
-        raise UsageError("this model needs the ground plane of the scene: give --ground-plane nx,ny,nz,d (metres)")
-    if config.image_dim is not None and image_tokens is None:
-        raise UsageError(
-            "this model needs an image encoder; put image_encoder/ or the open-clip .pth beside its weights"
-        )
-    return Conditioning(
-        source_latents=policy.codec.encode(inputs.video),
-        source_camera=inputs.source_camera,
-        target_camera=inputs.target_camera,
-        ground_plane=inputs.ground_plane,
-        context=None if text is None else text[0],
-        image_tokens=image_tokens,
-        negative=None if text is None or policy.guidance == 1.0 else text[1],
-    )
-
-
-@torch.no_grad()
-def retake(
-    policy: RetakePolicy,
-    inputs: RetakeInputs,
-    cond: Conditioning,
-    flow: FlowConfig,
-    *,
-    seed: int = 0,
-    on_pass: Callable[[int], object] = lambda passes: None,
-) -> Tensor:
-    """Sample deterministically and decode: ``[1, F, 3, H, W]`` in [-1, 1].
-
-    ``on_pass`` is told how many passes of the network each step took (two under guidance).
-
-    Raises:
-        RunError: the model or its codec gave NaN or infinity.
-    """
-
-    def velocity(x: Tensor, timestep: Tensor, rows: Precomputed) -> Velocity:
-        answer = policy.velocity(x, timestep, rows)
-        on_pass(answer.passes)
-        return answer
-
-    assert cond.source_latents is not None
-    frames = cond.source_latents.shape[2] - int(policy.model.config.first_frame_given)
-    shape = (cond.source_latents.shape[1], frames, *cond.source_latents.shape[3:])
-    noise = initial_noise(shape, seed, 0, torch.zeros(1, dtype=torch.int64, device=policy.device))
-    latents = FlowSampler(build_step_table(flow)).sample(velocity, policy.precompute(cond), noise)
-    _refuse_non_finite(latents, "the model")
-    video = policy.decode(latents, inputs.video)
-    _refuse_non_finite(video, "the autoencoder")
-    return video
-
-
-def _refuse_non_finite(values: Tensor, maker: str) -> None:
-    if not torch.isfinite(values).all():
-        share = float((~torch.isfinite(values)).float().mean())
-        raise RunError(
-            f"{maker} gave NaN or infinity in {share:.0%} of its values, nothing is written; are its weights intact, "
-            "and the cameras, --guidance and --shift of a usual size?"
-        )
+    camera = CameraTrajectory.build(found.c2w.to(source.camera.c2w), source.camera.intrinsics)
+    return replace(batch, source=replace(source, camera=camera.relative_to_first())), float(found.tracked[0])
 
 
 @dataclass(frozen=True, slots=True)

@@ -23,7 +23,7 @@ _ANY_SIZE = (1, 1)  # while a camera is only checked: that it has a lens, not wh
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class Condition:
+class ScoringTask:
     """What every video is compared with.
 
     Attributes:
@@ -71,7 +71,7 @@ def read_condition(
     size: tuple[int, int] | None,
     needs_plane: bool,
     frames: int | None = None,
-) -> Condition:
+) -> ScoringTask:
     """Read and check what all videos are compared with; ``frames``: how many of each (default: all poses of a file).
 
     Raises UserError naming the file that is missing, damaged, too short, or without the plane that is needed.
@@ -86,7 +86,7 @@ def read_condition(
                 f"{source_camera}: no ground_plane [4] (n, d with n . X = d, metres; docs/data.md), which this "
                 "evaluator stands on; add it, or use --evaluator mapanything --set evaluator_options.checkpoint=FOLDER"
             )
-    return Condition(trajectory, frames, source, source_camera, size)
+    return ScoringTask(trajectory, frames, source, source_camera, size)
 
 
 def _check_target(trajectory: str, frames: int | None) -> int | None:

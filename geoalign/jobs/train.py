@@ -20,12 +20,12 @@ from geoalign.data.source import RetakeDataset
 from geoalign.io_utils import atomic_write_json, atomic_write_text, nan_to_none
 from geoalign.jobs.environment import describe_environment
 from geoalign.jobs.metrics_file import MetricsWriter
-from geoalign.jobs.prepare import encoder_identity
+from geoalign.jobs.prepare import encoder_identity, render_missing_data
 from geoalign.jobs.progress import bar
 from geoalign.jobs.train_held_out import RunEvaluator, held_out_summary
 from geoalign.jobs.train_resume import refuse_disagreement, refuse_other_data, state_to_resume
 from geoalign.models.codec import PatchCodec
-from geoalign.policy.files import DELTA_FILE, POLICY_FILE, save_policy
+from geoalign.policy.files import DELTA_FILE, POLICY_FILE, RUN_CONFIG, save_policy
 from geoalign.policy.open import open_base
 from geoalign.policy.safetensors_file import save_safetensors
 from geoalign.rewards.registry import build_rewards, close_rewards
@@ -35,7 +35,6 @@ from geoalign.training.processes.device import device_of, dtype_of
 from geoalign.training.processes.ranks import Ranks
 from geoalign.training.processes.torchrun import ranks_of_environment
 from geoalign.training.trainer import Trainer
-from geoalign.world.dataset import is_complete, write_world
 
 logger = logging.getLogger(__name__)
 
@@ -62,15 +61,6 @@ class StopRequest:
         finally:
             for number, old in before.items():
                 signal.signal(number, old)
-
-
-def prepare_run(config: Config) -> None:
-    """Set threads and render the embedded world if its files are missing."""
-    if config.run.threads:
-        torch.set_num_threads(config.run.threads)
-    if config.world is not None and not is_complete(config.data, config.world):
-        with bar(config.world.clips, "rendering the world", "clip") as progress:
-            write_world(config.data, config.world, progress.update)
 
 
 def run_training(config: Config, *, resume: str | None = None, allow_config_change: bool = False) -> Path:
@@ -128,11 +118,10 @@ def _trainer(
     """Policy, data and rewards of the run in a trainer that stands where ``state`` does; closes the rewards."""
     device = device_of(config.run)
     policy = open_base(config, device, dtype_of(config.run, device))
-    if ranks.rank == 0:
-        prepare_run(config)
-    ranks.barrier()  # rank 0 has rendered the world, and every rank has looked for checkpoints
-    if ranks.rank > 0:
-        prepare_run(config)
+    if config.run.threads:
+        torch.set_num_threads(config.run.threads)
+    render_missing_data(config, ranks.rank)
+    ranks.barrier()  # every rank has looked for checkpoints before rank 0 writes one
     rewards = build_rewards(config.rewards, config.failures, take_turns=config.scoring.take_turns)
     try:
         encoder = encoder_identity(config) if config.data.use_cache else None

@@ -34,7 +34,7 @@ class RunEvaluator:
         """The evaluation that ``config`` asks of this rank; renders its videos."""
         together = config.parallel.engine == "fsdp" or config.parallel.sequence > 1
         taking_part = config.world is not None and (together or trainer.ranks.rank == 0)
-        held_out = HeldOut.build(config.world, config.eval) if taking_part and config.world is not None else None
+        held_out = HeldOut.build(config) if taking_part else None
         return RunEvaluator(config, trainer, folder, held_out)
 
     def on_the_way(self) -> dict[str, float]:
@@ -42,7 +42,7 @@ class RunEvaluator:
         self.trainer.engine.swap_average()
         numbers = {}
         if self.held_out is not None:
-            result = evaluate(self.trainer.policy, self.config.flow, self.held_out, self.config.eval)
+            result = evaluate(self.trainer.policy, self.config, self.held_out)
             numbers = {f"eval/{kind}_{m}": result.mean(kind, m) for kind in result.numbers for m in METRICS}
         self.trainer.engine.swap_average()
         return numbers
@@ -54,7 +54,7 @@ class RunEvaluator:
         """
         if self.held_out is None:
             return {}
-        result = evaluate(self.trainer.policy, self.config.flow, self.held_out, self.config.eval)
+        result = evaluate(self.trainer.policy, self.config, self.held_out)
         if self.trainer.ranks.rank == 0:
             _write_clips(self.folder / "eval" / f"{stage}.npz", self.held_out, result)
         return {kind: nan_to_none(rows) for kind, rows in result.numbers.items()}

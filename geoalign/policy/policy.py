@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from geoalign.errors import ConfigError, DataError
+from geoalign.errors import ConfigError, DataError, UsageError
 from geoalign.flow.policy import PhasedPolicy, Velocity
 from geoalign.models.codec_base import LatentCodec
 from geoalign.models.conditioning import ConditionCache, Conditioning
@@ -64,11 +64,22 @@ class RetakePolicy:
         Without a prepared text embedding the text is one zero token.
 
         Raises:
+            UsageError: the model needs a ground plane or image tokens that are not given.
             DataError: prepared embeddings of another size than the model reads.
             ConfigError: guidance without a prepared embedding of the negative prompt.
         """
         batch = batch.to(self.device)
         config, ready = self.model.config, batch.encodings or Encodings()
+        if config.camera == "geometric" and batch.source.ground_plane is None:
+            raise UsageError(
+                "this model needs the ground plane of the scene, n . X = d in metres: ground_plane in the camera file "
+                "of every clip, or --ground-plane nx,ny,nz,d of `geoalign sample`"
+            )
+        if config.image_dim is not None and ready.image_tokens is None:
+            raise UsageError(
+                "this model needs an image encoder: set data.prepare.image and run `geoalign prepare`; "
+                "`geoalign sample` looks for image_encoder/ or the open-clip .pth beside the weights"
+            )
         latents = self.codec.encode(batch.source.video) if ready.latents is None else ready.latents.float()
         if ready.context is None:
             if self.model.trains_text:

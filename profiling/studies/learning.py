@@ -1,29 +1,29 @@
-"""Does the embedded default really learn? Runs the study behind docs/learning.md, one JSON file per run.
-
-    python profiling/studies/learning.py run --out docs/results/learning          all runs; finished ones are skipped
-    python profiling/studies/learning.py table --results docs/results/learning --write docs/learning.md
+"""Does the embedded default really learn? The runs behind docs/learning.md, one JSON file each.
 
 Main runs: three RL seeds from the shipped base and one from each of two fresh bases. Controls: advantages shuffled
 inside groups, camera gains frozen, a base trained on unbiased labels, and an oracle that divides the requested
-translation by the known label bias. About 40 CPU-minutes.
+translation by the known label bias. About 40 CPU-minutes; `make results` (``results.py``) runs them.
 """
 
 from __future__ import annotations
 
-import argparse
 import json
 import math
 import subprocess
 import sys
-import tempfile
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from geoalign.jobs.evaluate import mean_of_defined
+from record import config_settings, fingerprint, shipped_base, write_result
+
+from geoalign.config.load import load_config
+from geoalign.config.schema import Config
+from geoalign.jobs.evaluate import METRICS, mean_of_defined
+from geoalign.jobs.prepare import render_missing_data
 from geoalign.report.held_out import present_names
 
+RESULTS, PAGE = Path("docs/results/learning"), Path("docs/learning.md")
 BIAS = 0.34  # mean log factor of the label bias in pretrain.translation_bias
 
 
@@ -54,9 +54,24 @@ STUDIES = (
 )
 
 
+# How a base that does not ship is pre-trained.
+BASES = {
+    "12": ("run.seed=12",),
+    "13": ("run.seed=13",),
+    "unbiased": ("pretrain.translation_bias=[0.0,0.35]", "run.seed=14"),
+}
+
+
 def slug(name: str) -> str:
-    """File name of a study."""
+    """File name of a study, without a suffix."""
     return name.replace(":", "").replace(",", "").replace(" ", "_")
+
+
+def settings(study: Study, config: str) -> dict[str, Any]:
+    """What the result of a study depends on."""
+    base = shipped_base() if study.base == "shipped" else config_settings(config, BASES[study.base])
+    scale = {"condition_scale": math.exp(-BIAS)} if study.oracle else {}
+    return {**config_settings(config, study.overrides), "base": base, "metrics": METRICS, **scale}
 
 
 def geoalign(*arguments: str) -> None:
@@ -70,19 +85,23 @@ def base_policy(name: str, work: Path, config: str) -> str:
     """Path of a base policy; trained here when it is not the shipped one and not there yet."""
     if name == "shipped":
         return "builtin:tiny_base"
-    path = work / f"base_{name}.safetensors"
+    path = work / f"base_{name}_{fingerprint(config_settings(config, BASES[name]))}.safetensors"
     if not path.exists():
-        bias = ["pretrain.translation_bias=[0.0,0.35]", "run.seed=14"] if name == "unbiased" else [f"run.seed={name}"]
-        geoalign("pretrain", "--config", config, *bias, "--out", str(path))
+        geoalign("pretrain", "--config", config, *BASES[name], "--out", str(path))
     return str(path)
 
 
-def run_study(study: Study, out: Path, work: Path, config: str) -> None:
-    """Run one study unless its result file is there."""
-    result = out / f"{slug(study.name)}.json"
-    if result.exists():
-        return
-    base = base_policy(study.base, work, config)
+def render_world(work: Path, config: str) -> Path:
+    """The world that all runs read, rendered before the first of them: two that start at once would both write it."""
+    loaded = load_config(Config, config)
+    root = work / f"world_{fingerprint({'world': loaded.world, 'data': loaded.data})}"
+    render_missing_data(load_config(Config, config, [f"data.root={root}"]), 0)
+    return root
+
+
+def run_study(study: Study, result: Path, work: Path, config: str) -> None:
+    """Run one study and write its result file; an interrupted run is continued."""
+    base, made_with = base_policy(study.base, work, config), settings(study, config)
     if study.oracle:
         before, after = work / "oracle_before.json", work / "oracle_after.json"
         geoalign("evaluate", "--config", config, "--model", base, "--json", str(before))
@@ -92,14 +111,12 @@ def run_study(study: Study, out: Path, work: Path, config: str) -> None:
         stages = {"before": json.loads(before.read_text())["held_out"], "after": summary.pop("held_out")}
         summary["held_out_per_noise_seed"] = {k: {s: stages[s][k] for s in stages} for k in stages["before"]}
     else:
-        folder = work / slug(study.name)
-        overrides = [f"train.base={base}", f"run.dir={folder}", f"data.root={work / 'world'}", *study.overrides]
+        folder, world = work / f"{slug(study.name)}_{fingerprint(made_with)}", render_world(work, config)
+        overrides = [f"train.base={base}", f"run.dir={folder}", f"data.root={world}", *study.overrides]
         geoalign("train", "--config", config, "--resume", "auto", *overrides)
         summary = json.loads((folder / "summary.json").read_text())
     summary |= {"study": study.name, "base": study.base, "overrides": list(study.overrides)}
-    temporary = result.with_suffix(".tmp")
-    temporary.write_text(json.dumps(summary, indent=1) + "\n")
-    temporary.rename(result)
+    write_result(result, summary, made_with)
 
 
 def table(results: Path) -> str:
@@ -141,6 +158,11 @@ def _cells(stages: dict[str, dict[str, list[float]]]) -> str:
     )
 
 
+def page(root: Path) -> str:
+    """The generated part of the page, from the result files alone."""
+    return f"{table(root / RESULTS)}\n\n{provenance(root / RESULTS)}"
+
+
 def provenance(results: Path) -> str:
     """Hardware, versions and commits of the result files."""
     rows: list[dict[str, Any]] = [json.loads(path.read_text()) for path in sorted(results.glob("*.json"))]
@@ -150,39 +172,3 @@ def provenance(results: Path) -> str:
     seconds = [row["cpu_s"] for row in rows if "cpu_s" in row]
     cost = f"; an RL run took {min(seconds):.0f} to {max(seconds):.0f} CPU-seconds" if seconds else ""
     return f"Measured on {'; '.join(devices)}; {'; '.join(versions)}; commit {', '.join(commits)}{cost}."
-
-
-MARK = "<!-- generated by profiling/studies/learning.py: do not edit below -->"
-
-
-def write_table(results: Path, page: Path) -> None:
-    """Replace everything below the mark in ``page`` by the generated table."""
-    head = page.read_text().split(MARK)[0]
-    page.write_text(f"{head}{MARK}\n\n{table(results)}\n\n{provenance(results)}\n")
-
-
-def main() -> None:
-    """Parse the command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    verbs = parser.add_subparsers(dest="verb", required=True)
-    run = verbs.add_parser("run")
-    run.add_argument("--out", type=Path, required=True)
-    run.add_argument("--work", type=Path, default=Path(tempfile.gettempdir()) / "geoalign_learning_study")
-    run.add_argument("--config", default="tiny_cpu")
-    run.add_argument("--workers", type=int, default=2)
-    show = verbs.add_parser("table")
-    show.add_argument("--results", type=Path, required=True)
-    show.add_argument("--write", type=Path, required=True)
-    args = parser.parse_args()
-    if args.verb == "table":
-        write_table(args.results, args.write)
-        return
-    args.out.mkdir(parents=True, exist_ok=True)
-    args.work.mkdir(parents=True, exist_ok=True)
-    with ThreadPoolExecutor(args.workers) as pool:
-        for future in [pool.submit(run_study, study, args.out, args.work, args.config) for study in STUDIES]:
-            future.result()
-
-
-if __name__ == "__main__":
-    main()

@@ -167,7 +167,7 @@ Answer = tuple[Any, Any, Any]
 
 def by_sample(option: str) -> Callable[[Path, str, pytest.MonkeyPatch], Answer]:
     def run(folder: Path, name: str, monkeypatch: pytest.MonkeyPatch) -> Answer:
-        seen: list[sample.RetakeInputs] = []
+        seen: list[tuple[RetakeBatch, float]] = []
         real = sample.read_inputs
         monkeypatch.setattr(sample, "read_inputs", lambda *a, **k: seen.append(real(*a, **k)) or seen[0])
         given = {"--trajectory": "1"} | {option: name}
@@ -176,9 +176,10 @@ def by_sample(option: str) -> Callable[[Path, str, pytest.MonkeyPatch], Answer]:
             main(["sample", *words, "--frames", str(F), "--dry-run", *(w for pair in given.items() for w in pair)])
         )
         if option == "--trajectory":
-            return seen[0].target_camera.c2w[0], None, None
-        plane = seen[0].ground_plane
-        return seen[0].source_camera.c2w[0], seen[0].source_camera.intrinsics[0, 0], None if plane is None else plane[0]
+            return seen[0][0].target_camera.c2w[0], None, None
+        source = seen[0][0].source
+        plane = source.ground_plane
+        return source.camera.c2w[0], source.camera.intrinsics[0, 0], None if plane is None else plane[0]
 
     return run
 

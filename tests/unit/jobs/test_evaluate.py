@@ -34,15 +34,14 @@ class Told:
 def test_errors_of_a_subset_of_frames_are_means_over_the_defined_videos() -> None:
     overrides = ["eval.samples=3", "eval.noise_seeds=[5]", "flow.steps=4"]
     config = load_config(Config, "smoke", overrides)
-    assert config.world is not None
-    held_out = job.HeldOut.build(config.world, config.eval)
+    held_out = job.HeldOut.build(config)
     pairs = held_out.sets["presets"]
     target = pairs.batch.target_camera
     estimate = target.scale_translation(torch.tensor([2.0, 5.0, 1.0])).c2w.clone()
     estimate[2] = math.nan
     policy = open_policy("builtin:tiny_base")
     evaluator = Told(estimate)
-    result = job.evaluate(policy, config.flow, job.HeldOut({"presets": pairs}), config.eval, evaluator)
+    result = job.evaluate(policy, config, job.HeldOut({"presets": pairs}), evaluator)
     numbers = {name: values[0] for name, values in result.numbers["presets"].items()}
     length = target.position[:2, [2, 4]].norm(dim=-1).mean(-1)
     # Twice and five times the motion lie one and four lengths behind the target; 5 x some 3 m is beyond 3 m.

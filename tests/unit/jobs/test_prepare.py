@@ -214,8 +214,9 @@ def test_verbs_prepare_the_embedded_world_on_two_ranks_and_training_reads_it_bit
 
 def test_other_ranks_wait_for_the_world(tmp_path: Path) -> None:
     config = load_config(Config, "smoke", overrides(tmp_path))
+    impatient = load_config(Config, "smoke", [*overrides(tmp_path), "train.rank_timeout_s=0.001"])
     with pytest.raises(RunError, match="rank 0 has not rendered"):
-        render_missing_data(config, 1, timeout_s=0.0)
+        render_missing_data(impatient, 1)
     waiting = threading.Thread(target=render_missing_data, args=(config, 1), daemon=True)
     waiting.start()
     waiting.join(0.3)
@@ -223,7 +224,7 @@ def test_other_ranks_wait_for_the_world(tmp_path: Path) -> None:
     render_missing_data(config, 0)
     waiting.join(30)
     assert not waiting.is_alive()
-    render_missing_data(config, 1, timeout_s=0.0)  # complete: nobody waits
+    render_missing_data(impatient, 1)  # complete: nobody waits
 
 
 class Placed(LineEvaluator):
