@@ -69,7 +69,7 @@ class Rollout:
         return self.x_start.shape[0] != self.num_rows or self.group_size == 1
 
     def state(self, position: int) -> Tensor:
-        """State before window step `position`: [M, ...] for the first one of a shared prefix, else [R, ...]."""
+        """State before window step ``position``: [M, ...] for the first one of a shared prefix, else [R, ...]."""
         if position == 0:
             return self.x_start
         return self.entered[position] if position in self.entered else self.x_next[position - 1]

@@ -42,7 +42,7 @@ class StepSet:
 
     @staticmethod
     def of(steps: Iterable[int]) -> StepSet | None:
-        """The set of ``steps`` in any order; consecutive ones are a `StepWindow`, none are None."""
+        """The set of ``steps`` in any order; consecutive ones are a ``StepWindow``, none are None."""
         ordered = sorted(set(steps))
         if not ordered:
             return None
@@ -83,7 +83,7 @@ class StepTable:
         timesteps: [S] float64, 1000 sigma as the network sees it (rounded if the config says so).
         kind: "ode" or "sde" per step.
         coefficients: [S, 4] float64, columns a, b, c, d.
-        window: the stochastic steps, consecutive (`StepWindow`) or not; None if there are none.
+        window: the stochastic steps, consecutive (``StepWindow``) or not; None if there are none.
     """
 
     sigmas: Tensor
@@ -117,15 +117,15 @@ class StepTable:
     ) -> StepTable:
         """The table of another scheduler's grid: Euler steps, stochastic at the steps named.
 
-        Unlike `build_step_table` it takes any set of stochastic steps, the last one included, because peers train that
-        one too; its noise then stays in the result.
+        Unlike ``build_step_table`` it takes any set of stochastic steps, the last one included, because peers train
+        that one too; its noise then stays in the result.
 
         Args:
             sigmas: [S + 1] noise levels, falling from at most 1 to exactly 0 (a diffusers scheduler's ``sigmas``).
             timesteps: [S] what the network is given, as it is (integers under UniPC).
             sde: form of the stochastic steps.
-            eta: their noise level, as in `FlowConfig`; 1 for the ``linear`` SDE of flow_grpo.
-            stochastic: their indices in 0..S-1; none: a table for `FlowSampler.sample`.
+            eta: their noise level, as in ``FlowConfig``; 1 for the ``linear`` SDE of flow_grpo.
+            stochastic: their indices in 0..S-1; none: a table for ``FlowSampler.sample``.
             noise_cap: read by ``longcat_truncated`` only.
 
         Raises:
@@ -150,11 +150,11 @@ class StepTable:
 
 
 def build_step_table(config: FlowConfig, window: StepSet | None = None) -> StepTable:
-    """The table of a trajectory that is stochastic inside `window` and deterministic elsewhere.
+    """The table of a trajectory that is stochastic inside ``window`` and deterministic elsewhere.
 
     Deterministic steps before the window's end are Euler steps, steps after it (all of them without a window) use
-    `config.tail_solver`; a multistep solver takes its first history from the last window step. The coarser tail
-    (`config.tail_ratio`) exists only after a window.
+    ``config.tail_solver``; a multistep solver takes its first history from the last window step. The coarser tail
+    (``config.tail_ratio``) exists only after a window.
 
     Raises:
         ConfigError: the window reaches the last step, which must be deterministic: its noise would stay in the video.

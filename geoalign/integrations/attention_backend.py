@@ -1,7 +1,7 @@
 """The kernels' exact attention as a diffusers attention backend named ``geoalign``, for any diffusers transformer.
 
 diffusers keeps its backends in an enumeration; a name from outside is added to it as a member, as cache-dit does. For
-Wan networks `geoalign_kernels.accelerate` does more and needs no backend.
+Wan networks ``geoalign_kernels.accelerate`` does more and needs no backend.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ NAME = "geoalign"
 def register_attention_backend() -> str:
     """Make ``model.set_attention_backend("geoalign")`` and ``attention_backend("geoalign")`` known to diffusers.
 
-    Calling it again changes nothing. The core is that of `geoalign_kernels.resolve_attention`.
+    Calling it again changes nothing. The core is that of ``geoalign_kernels.resolve_attention``.
 
     Returns:
         The name of the backend.

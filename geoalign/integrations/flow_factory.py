@@ -28,7 +28,7 @@ class FusedKernels:
     """``acceleration.shared``: the fused blocks on the transformers of an adapter, for rollout and training alike.
 
     Args:
-        **params: of the configuration: ``level``, ``attention`` and ``compile`` of `geoalign_kernels.accelerate`.
+        **params: of the configuration: ``level``, ``attention`` and ``compile`` of ``geoalign_kernels.accelerate``.
     """
 
     stage: ClassVar[str] = "both"
@@ -65,7 +65,7 @@ class StepOutput:
 
 
 def use_fused_step(scheduler: Any) -> None:
-    """Put `step` into an SDE scheduler of Flow-Factory: outputs keep their names, its settings are read as before."""
+    """Put ``step`` into an SDE scheduler of Flow-Factory: outputs keep their names, its settings are read as before."""
     scheduler.step = MethodType(step, scheduler)
 
 

@@ -1,4 +1,4 @@
-"""flow_grpo's Wan path (and World-R1's): `sde_step_with_logprob`, `wan_pipeline_with_logprob`, with their signatures.
+"""flow_grpo's Wan path (and World-R1's): its step and its pipeline with log-probabilities, with their signatures.
 
     from geoalign.integrations.flow_grpo import sde_step_with_logprob, wan_pipeline_with_logprob
 
@@ -102,8 +102,8 @@ def wan_pipeline_with_logprob(
         generator: draws ``seed`` if that is None. attention_kwargs: handed to the transformer.
         stochastic: consecutive step indices; default all, the last included, as in flow_grpo. The steps before the
             first are computed once per group.
-        seed, iteration, group_ids, rows_per_forward: see `GroupRollout`. A trainer that replays by its own forward gets
-            equal bits where its batches have the rollout's shape.
+        seed, iteration, group_ids, rows_per_forward: see ``GroupRollout``. A trainer that replays by its own forward
+            gets equal bits where its batches have the rollout's shape.
 
     Returns:
         (videos or ``WanPipelineOutput``, states, log-probabilities, zeros in place of the KL reward): K + 1, K and K

@@ -1,7 +1,7 @@
-"""`GroupRollout`: group sampling and replay for any velocity network, from plain tensors.
+"""``GroupRollout``: group sampling and replay for any velocity network, from plain tensors.
 
-What `FlowSampler` does, without a condition class: prefix shared by a group, noise by counter, any grid and any set of
-stochastic steps, log-probabilities whose replay is equal bit for bit while the policy is unchanged.
+What ``FlowSampler`` does, without a condition class: prefix shared by a group, noise by counter, any grid and any set
+of stochastic steps, log-probabilities whose replay is equal bit for bit while the policy is unchanged.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ class NetworkInputs:
     negative: Mapping[str, Tensor]
 
     def repeat_interleave(self, count: int) -> NetworkInputs:
-        """Each condition `count` times in a row."""
+        """Each condition ``count`` times in a row."""
         return self._map(lambda tensor: tensor.repeat_interleave(count, 0))
 
     def select(self, index: Tensor | slice) -> NetworkInputs:
@@ -78,7 +78,7 @@ class GroupRollout:
     Args:
         network: the velocity; called the same way in rollout and replay, so that both run the same kernels. Dropout
             must be off, and an autocast context that is on during the rollout must be on during the replay.
-        table: steps (`StepTable.from_sigmas`).
+        table: steps (``StepTable.from_sigmas``).
         group_size: G.
         guidance: scale of classifier-free guidance; read where negative tensors are given. Each velocity then takes two
             passes, one after the other.
@@ -131,7 +131,7 @@ class GroupRollout:
             group_size: G.
             sde, eta: form and level of the stochastic steps.
             stochastic: their indices; default all but the last.
-            **settings: the other arguments of `GroupRollout`.
+            **settings: the other arguments of ``GroupRollout``.
 
         Raises:
             UsageError: a pipeline with two transformers or timesteps per token.
@@ -171,7 +171,7 @@ class GroupRollout:
             seed, iteration: name all noise together with the ids: equal numbers on any layout of ranks.
             group_ids: [M] int64, unique over all ranks of an iteration; default 0..M-1.
             member_ids: [G] int64, for groups that several ranks share; default 0..G-1.
-            observer: see `FlowSampler.rollout`.
+            observer: see ``FlowSampler.rollout``.
 
         Raises:
             UsageError: sizes do not fit, neither or both of ``shape`` and ``latents``, or a table without stochastic
@@ -196,7 +196,7 @@ class GroupRollout:
     ) -> Tensor:
         """One trajectory per condition without noise, for evaluation: latents [M, ...] at sigma = 0.
 
-        Euler steps on the same grid with the exact network; arguments and errors as in `sample`.
+        Euler steps on the same grid with the exact network; arguments and errors as in ``sample``.
         """
         inputs = _inputs(tensors, negative or {})
         _, latents = _start(inputs, shape, latents, seed, iteration, group_ids)
@@ -212,7 +212,7 @@ class GroupRollout:
         """Log-probabilities of stochastic step ``position`` (0..K-1) under the network as it is now, with graph.
 
         Equal to ``samples.log_prob[rows, position]`` bit for bit while the network is unchanged and ``rows`` is one of
-        `replay_batches`. At the first position one forward serves all members of a group.
+        ``replay_batches``. At the first position one forward serves all members of a group.
         """
         return self._sampler.replay(self._policy, samples.rollout, position, samples.inputs, rows)
 
@@ -231,7 +231,7 @@ class GroupRollout:
         return worst
 
     def videos(self, samples: GroupSamples, rows: slice | None = None) -> Tensor:
-        """Decoded samples of ``rows`` (default all), see `decoded`; from a pipeline [n, F, 3, H, W] in [-1, 1]."""
+        """Decoded samples of ``rows`` (default all), see ``decoded``; from a pipeline [n, F, 3, H, W] in [-1, 1]."""
         return self.decoded(samples.latents if rows is None else samples.latents[rows])
 
     def decoded(self, latents: Tensor) -> Tensor:

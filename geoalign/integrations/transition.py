@@ -69,7 +69,7 @@ def take(
     """A stochastic step from ``sample`` [B, ...] by ``velocity`` [B, ...], or the replay of the step to ``next``.
 
     Args:
-        sde, eta: form and level of the noise, see `StepTable.from_sigmas`.
+        sde, eta: form and level of the noise, see ``StepTable.from_sigmas``.
         levels: of the batch.
         next: stored next state [B, ...]; None draws one, in the dtype of ``sample`` (a state that is stored in low
             precision is rounded before its density is taken).

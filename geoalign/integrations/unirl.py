@@ -1,6 +1,6 @@
 """UniRL's sampling step: a strategy with the signature of its ``StepStrategy.denoise``.
 
-`Strategy("flow" | "dance" | "cps" | "flash")` stands where UniRL takes a strategy object. One difference: the
+``Strategy("flow" | "dance" | "cps" | "flash")`` stands where UniRL takes a strategy object. One difference: the
 log-probability of "cps" is the Gaussian density; UniRL's own drops its scale and constant.
 """
 

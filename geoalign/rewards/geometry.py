@@ -9,6 +9,7 @@ from torch import Tensor
 
 from geoalign.errors import UsageError
 from geoalign.evaluators.base import PoseEvaluator
+from geoalign.geometry.metrics import scale_ratio
 from geoalign.geometry.reward_terms import WeightKind, rotation_distance, temporal_weights, translation_distance
 from geoalign.geometry.trajectory import CameraTrajectory
 from geoalign.rewards.base import RewardOutput
@@ -59,16 +60,12 @@ class GeometryReward:
         weight = temporal_weights(videos.shape[1], self.temporal_weights, frame_indices=estimate.frame_indices)
         translation, rotation = self._distances(estimate.c2w, target, weight * later, lost)
         mean_m, mean_rad = self._distances(estimate.c2w, target, later / later.sum(), lost)
-        walked, asked = (CameraTrajectory.build(c2w).path_length() for c2w in (estimate.c2w, target))
+        ratio = scale_ratio(CameraTrajectory.build(estimate.c2w), CameraTrajectory.build(target))
         return RewardOutput(
             scores={"trans": -translation, "rot": -rotation},
             # A pose that is not a number is the scorer's failure, or a broken video's; a lost camera has a pose.
             valid=torch.isfinite(estimate.c2w).flatten(1).all(1),
-            parts={
-                "trans_m": mean_m,
-                "rot_deg": torch.rad2deg(mean_rad),
-                "path_length_ratio": walked / asked.clamp_min(1e-6),
-            },
+            parts={"trans_m": mean_m, "rot_deg": torch.rad2deg(mean_rad), "scale_ratio": ratio},
             diagnostics={"lost": lost.float(), "tracked": estimate.tracked, **estimate.diagnostics},
         )
 

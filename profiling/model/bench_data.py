@@ -22,10 +22,10 @@ from torch import Tensor
 
 from geoalign.config.data import ClipsConfig, DataConfig
 from geoalign.data.cache import open_cache
-from geoalign.data.citywalk import write_clip_camera
 from geoalign.data.dali import DaliReader
 from geoalign.data.prepare import data_settings, prepare
 from geoalign.data.video import PyAVReader, write_video
+from geoalign.geometry.cameras.camera_file import write_clip_camera
 from geoalign.geometry.trajectory import CameraTrajectory
 from geoalign.jobs.environment import describe_environment
 

@@ -17,7 +17,7 @@ from geoalign.config.load import load_config
 from geoalign.config.schema import Config
 from geoalign.io_utils import atomic_write_json
 from geoalign.jobs.environment import describe_environment
-from geoalign.policy.files import load_policy
+from geoalign.policy.open import open_policy
 from geoalign.rewards.registry import build_rewards
 from geoalign.training.trainer import Trainer
 from geoalign.types import RetakeBatch
@@ -47,7 +47,7 @@ def trainer_of(config: Config, setting: str) -> Trainer:
     levers = config.levers.model_copy(update=SETTINGS[setting])
     config = Config.model_validate(config.model_copy(update={"levers": levers}).model_dump())
     assert config.train.base is not None, "train.base is not set"
-    policy, _ = load_policy(config.train.base)
+    policy = open_policy(config.train.base)
     return Trainer(config, policy, _Conditions(config), build_rewards(config.rewards))
 
 

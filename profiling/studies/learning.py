@@ -1,27 +1,29 @@
-"""Does the embedded default really learn? Runs the study behind docs/learning.md, one JSON file per run.
-
-    python profiling/studies/learning.py run --out docs/results/learning          all runs; finished ones are skipped
-    python profiling/studies/learning.py table --results docs/results/learning --write docs/learning.md
+"""Does the embedded default really learn? The runs behind docs/learning.md, one JSON file each.
 
 Main runs: three RL seeds from the shipped base and one from each of two fresh bases. Controls: advantages shuffled
 inside groups, camera gains frozen, a base trained on unbiased labels, and an oracle that divides the requested
-translation by the known label bias. About 40 CPU-minutes.
+translation by the known label bias. About 40 CPU-minutes; `make results` (``results.py``) runs them.
 """
 
 from __future__ import annotations
 
-import argparse
 import json
 import math
 import subprocess
 import sys
-import tempfile
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-METRICS = ("translation_error_m", "rotation_error_deg", "scale_ratio", "psnr_db", "second_translation_error_m")
+from record import config_settings, fingerprint, shipped_base, write_result
+
+from geoalign.config.load import load_config
+from geoalign.config.schema import Config
+from geoalign.jobs.evaluate import METRICS, mean_of_defined
+from geoalign.jobs.prepare import render_missing_data
+from geoalign.report.held_out import present_names
+
+RESULTS, PAGE = Path("docs/results/learning"), Path("docs/learning.md")
 BIAS = 0.34  # mean log factor of the label bias in pretrain.translation_bias
 
 
@@ -52,9 +54,24 @@ STUDIES = (
 )
 
 
+# How a base that does not ship is pre-trained.
+BASES = {
+    "12": ("run.seed=12",),
+    "13": ("run.seed=13",),
+    "unbiased": ("pretrain.translation_bias=[0.0,0.35]", "run.seed=14"),
+}
+
+
 def slug(name: str) -> str:
-    """File name of a study."""
+    """File name of a study, without a suffix."""
     return name.replace(":", "").replace(",", "").replace(" ", "_")
+
+
+def settings(study: Study, config: str) -> dict[str, Any]:
+    """What the result of a study depends on."""
+    base = shipped_base() if study.base == "shipped" else config_settings(config, BASES[study.base])
+    scale = {"condition_scale": math.exp(-BIAS)} if study.oracle else {}
+    return {**config_settings(config, study.overrides), "base": base, "metrics": METRICS, **scale}
 
 
 def geoalign(*arguments: str) -> None:
@@ -68,48 +85,51 @@ def base_policy(name: str, work: Path, config: str) -> str:
     """Path of a base policy; trained here when it is not the shipped one and not there yet."""
     if name == "shipped":
         return "builtin:tiny_base"
-    path = work / f"base_{name}.safetensors"
+    path = work / f"base_{name}_{fingerprint(config_settings(config, BASES[name]))}.safetensors"
     if not path.exists():
-        bias = ["pretrain.translation_bias=[0.0,0.35]", "run.seed=14"] if name == "unbiased" else [f"run.seed={name}"]
-        geoalign("pretrain", "--config", config, *bias, "--out", str(path))
+        geoalign("pretrain", "--config", config, *BASES[name], "--out", str(path))
     return str(path)
 
 
-def run_study(study: Study, out: Path, work: Path, config: str) -> None:
-    """Run one study unless its result file is there."""
-    result = out / f"{slug(study.name)}.json"
-    if result.exists():
-        return
-    base = base_policy(study.base, work, config)
+def render_world(work: Path, config: str) -> Path:
+    """The world that all runs read, rendered before the first of them: two that start at once would both write it."""
+    loaded = load_config(Config, config)
+    root = work / f"world_{fingerprint({'world': loaded.world, 'data': loaded.data})}"
+    render_missing_data(load_config(Config, config, [f"data.root={root}"]), 0)
+    return root
+
+
+def run_study(study: Study, result: Path, work: Path, config: str) -> None:
+    """Run one study and write its result file; an interrupted run is continued."""
+    base, made_with = base_policy(study.base, work, config), settings(study, config)
     if study.oracle:
         before, after = work / "oracle_before.json", work / "oracle_after.json"
-        geoalign("evaluate", "--config", config, "--policy", base, "--json", str(before))
+        geoalign("evaluate", "--config", config, "--model", base, "--json", str(before))
         scale = f"{math.exp(-BIAS):.6f}"
-        geoalign("evaluate", "--config", config, "--policy", base, "--json", str(after), "--condition-scale", scale)
+        geoalign("evaluate", "--config", config, "--model", base, "--json", str(after), "--condition-scale", scale)
         summary = json.loads(after.read_text())
         stages = {"before": json.loads(before.read_text())["held_out"], "after": summary.pop("held_out")}
         summary["held_out_per_noise_seed"] = {k: {s: stages[s][k] for s in stages} for k in stages["before"]}
     else:
-        folder = work / slug(study.name)
-        overrides = [f"train.base={base}", f"run.dir={folder}", f"data.root={work / 'world'}", *study.overrides]
+        folder, world = work / f"{slug(study.name)}_{fingerprint(made_with)}", render_world(work, config)
+        overrides = [f"train.base={base}", f"run.dir={folder}", f"data.root={world}", *study.overrides]
         geoalign("train", "--config", config, "--resume", "auto", *overrides)
         summary = json.loads((folder / "summary.json").read_text())
     summary |= {"study": study.name, "base": study.base, "overrides": list(study.overrides)}
-    temporary = result.with_suffix(".tmp")
-    temporary.write_text(json.dumps(summary, indent=1) + "\n")
-    temporary.rename(result)
+    write_result(result, summary, made_with)
 
 
 def table(results: Path) -> str:
     """Markdown table of all result files: before -> after per kind, mean and range over noise seeds."""
     lines = [
-        "| run | set | position error (m) | change | direction (deg) | PSNR (dB) | 2nd evaluator | travelled / asked |",
-        "| --- | --- | --- | --- | --- | --- | --- | --- |",
+        "| run | set | position error (m) | change | rotation error (deg) | PSNR (dB) | 2nd evaluator "
+        "| scale ratio | translation gain |",
+        "| --- | --- | --- | --- | --- | --- | --- | --- | --- |",
     ]
     for study in STUDIES:
         path = results / f"{slug(study.name)}.json"
         if not path.exists():
-            lines.append(f"| {study.name} | | not run | | | | | |")
+            lines.append(f"| {study.name} | | not run | | | | | | |")
             continue
         summary = json.loads(path.read_text())
         for kind in ("presets", "random"):
@@ -118,7 +138,7 @@ def table(results: Path) -> str:
 
 
 def _cells(stages: dict[str, dict[str, list[float]]]) -> str:
-    mean = {stage: {m: sum(v) / len(v) for m, v in rows.items()} for stage, rows in stages.items()}
+    mean = {stage: {m: mean_of_defined(v) for m, v in present_names(rows).items()} for stage, rows in stages.items()}
     before, after = mean["before"], mean["after"]
     spread = max(stages["after"]["translation_error_m"]) - min(stages["after"]["translation_error_m"])
     relative = after["translation_error_m"] / before["translation_error_m"] - 1
@@ -130,9 +150,17 @@ def _cells(stages: dict[str, dict[str, list[float]]]) -> str:
             f"{before['rotation_error_deg']:.2f} -> {after['rotation_error_deg']:.2f}",
             f"{before['psnr_db']:.1f} -> {after['psnr_db']:.1f}",
             f"{second:+.0%}",
-            f"{before['scale_ratio']:.2f} -> {after['scale_ratio']:.2f}",
+            *(
+                f"{before.get(m, math.nan):.2f} -> {after.get(m, math.nan):.2f}"
+                for m in ("scale_ratio", "translation_gain")
+            ),
         )
     )
+
+
+def page(root: Path) -> str:
+    """The generated part of the page, from the result files alone."""
+    return f"{table(root / RESULTS)}\n\n{provenance(root / RESULTS)}"
 
 
 def provenance(results: Path) -> str:
@@ -144,39 +172,3 @@ def provenance(results: Path) -> str:
     seconds = [row["cpu_s"] for row in rows if "cpu_s" in row]
     cost = f"; an RL run took {min(seconds):.0f} to {max(seconds):.0f} CPU-seconds" if seconds else ""
     return f"Measured on {'; '.join(devices)}; {'; '.join(versions)}; commit {', '.join(commits)}{cost}."
-
-
-MARK = "<!-- generated by profiling/studies/learning.py: do not edit below -->"
-
-
-def write_table(results: Path, page: Path) -> None:
-    """Replace everything below the mark in ``page`` by the generated table."""
-    head = page.read_text().split(MARK)[0]
-    page.write_text(f"{head}{MARK}\n\n{table(results)}\n\n{provenance(results)}\n")
-
-
-def main() -> None:
-    """Parse the command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    verbs = parser.add_subparsers(dest="verb", required=True)
-    run = verbs.add_parser("run")
-    run.add_argument("--out", type=Path, required=True)
-    run.add_argument("--work", type=Path, default=Path(tempfile.gettempdir()) / "geoalign_learning_study")
-    run.add_argument("--config", default="tiny_cpu")
-    run.add_argument("--workers", type=int, default=2)
-    show = verbs.add_parser("table")
-    show.add_argument("--results", type=Path, required=True)
-    show.add_argument("--write", type=Path, required=True)
-    args = parser.parse_args()
-    if args.verb == "table":
-        write_table(args.results, args.write)
-        return
-    args.out.mkdir(parents=True, exist_ok=True)
-    args.work.mkdir(parents=True, exist_ok=True)
-    with ThreadPoolExecutor(args.workers) as pool:
-        for future in [pool.submit(run_study, study, args.out, args.work, args.config) for study in STUDIES]:
-            future.result()
-
-
-if __name__ == "__main__":
-    main()

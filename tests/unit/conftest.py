@@ -9,9 +9,10 @@ import pytest
 import torch
 
 from geoalign.config.data import ClipsConfig, DataConfig
-from geoalign.data.citywalk import write_clip_camera, write_metadata
+from geoalign.data.citywalk import write_metadata
 from geoalign.data.omniworld import split_record, write_archive
 from geoalign.data.video import write_video
+from geoalign.geometry.cameras.camera_file import write_clip_camera
 from geoalign.geometry.trajectory import CameraTrajectory
 
 LENS = (52 / 64, 52 / 48, 0.5, 0.5)
