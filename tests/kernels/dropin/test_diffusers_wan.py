@@ -3,10 +3,6 @@
 from __future__ import annotations
 
 import copy
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -17,7 +13,6 @@ from torch import Tensor, nn
 from geoalign_kernels import UnknownNetwork, accelerate, attention
 from geoalign_kernels.dispatch import BackendUnavailableError
 
-ROOT = Path(__file__).parents[3]
 Gradients = tuple[Tensor, dict[str, Tensor]]
 LORA = LoraConfig(
     r=4, lora_alpha=8, init_lora_weights=False,
@@ -170,18 +165,6 @@ def test_blocks_compile_whole_to_the_same_bits(monkeypatch: pytest.MonkeyPatch) 
     accelerate(twin, compile=True)
     assert_same_bits(gradients(twin, given), eager)
     assert len(graphs) == 1
-
-
-def test_two_ranks_under_ddp_and_fsdp2(tmp_path: Path) -> None:
-    script = Path(__file__).with_name("rank_checks.py")
-    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", str(script)]
-    paths = os.pathsep.join(str(ROOT / part) for part in ("kernels", "tests/support"))
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": paths}
-    done = subprocess.run(
-        [sys.executable, *launcher], cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=300
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert done.stdout.split() == ["ddp", "fsdp2"]
 
 
 def test_the_window_refuses_quantised_attention() -> None:

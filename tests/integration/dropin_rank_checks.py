@@ -39,7 +39,7 @@ def main() -> None:
     sharded = gradients(model, half)
     assert error(sharded, whole) < 1e-6, error(sharded, whole)
     if rank == 0:
-        print("ddp", "fsdp2")
+        print("ok ddp", "ok fsdp2", sep="\n")
     dist.destroy_process_group()
 
 
