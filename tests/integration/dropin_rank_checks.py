@@ -1,4 +1,4 @@
-"""Run by torchrun: two gloo ranks with half a batch each, under DDP and FSDP2, against one process with all of it."""
+"""Run by torchrun from ``test_dropin.py``: two ranks with half a batch each, DDP and FSDP2, against one with all of it."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
+from geoalign.training.processes.torchrun import ranks_of_environment
 from geoalign_kernels import accelerate
 
 
@@ -21,9 +22,8 @@ def gradients(model: nn.Module, given: dict[str, Tensor]) -> Tensor:
     return torch.cat([(g.full_tensor() if isinstance(g, DTensor) else g).flatten() for g in grads])
 
 
-def main() -> None:
-    dist.init_process_group("gloo")
-    rank, given = dist.get_rank(), inputs()
+def check(rank: int) -> None:
+    given = inputs()
     half = {name: value[rank : rank + 1] for name, value in given.items()}
     whole = gradients(wan(), given)  # untouched, in one process
     model = wan()
@@ -40,8 +40,8 @@ def main() -> None:
     assert error(sharded, whole) < 1e-6, error(sharded, whole)
     if rank == 0:
         print("ok ddp", "ok fsdp2", sep="\n")
-    dist.destroy_process_group()
 
 
 if __name__ == "__main__":
-    main()
+    with ranks_of_environment(1, 120.0, cuda=False):
+        check(dist.get_rank())
