@@ -1,4 +1,4 @@
-"""Run by torchrun from ``test_dropin.py``: two ranks with half a batch each, DDP and FSDP2, against one with all of it."""
+"""Run by torchrun from ``test_dropin.py``: two ranks with half a batch each, DDP and FSDP2, against one process."""
 
 from __future__ import annotations
 

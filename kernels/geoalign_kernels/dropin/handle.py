@@ -14,6 +14,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from geoalign_kernels.dispatch import BackendUnavailableError
 from geoalign_kernels.dropin import diffsynth_wan, diffusers_wan
 from geoalign_kernels.dropin.parts import Core, Patch
 from geoalign_kernels.ops.attention import cores, exact_only, resolve_attention
@@ -152,22 +153,26 @@ def _find(module: nn.Module) -> tuple[nn.Module, ModuleType]:
 def _core(network: nn.Module, attention: str) -> Core:
     if attention == "auto":
         return Core(None)
-    parameter = next(network.parameters())
     if attention not in cores.CORES:
         raise ValueError(f"attention='{attention}': choose auto or one of {', '.join(cores.CORES)}")
-    reason = cores.why_not(attention, parameter.device, parameter.dtype)
-    if reason:
-        raise cores.dispatch.BackendUnavailableError(f"attention core '{attention}' was asked for: {reason}")
+    matrix = _matrix(network)
+    # Under autocast float32 weights meet attention in bfloat16.
+    reasons = [cores.why_not(attention, matrix.device, dtype) for dtype in (matrix.dtype, torch.bfloat16)]
+    if all(reasons):
+        raise BackendUnavailableError(f"attention core '{attention}' was asked for: {reasons[0]}")
     return Core(attention)
+
+
+def _matrix(network: Any) -> Tensor:
+    """A weight whose device and dtype are those of the products: tables and norms may be kept in float32."""
+    return next(parameter for parameter in network.blocks[0].parameters() if parameter.dim() == 2)
 
 
 def _name_of(core: Core, network: nn.Module) -> str:
     if core.name:
         return core.name
-    parameter = next(p for p in network.parameters() if p.dim() == 2)
-    return (
-        f"auto: {resolve_attention(parameter.device, parameter.dtype)} for {parameter.dtype} on {parameter.device.type}"
-    )
+    matrix = _matrix(network)
+    return f"auto: {resolve_attention(matrix.device, matrix.dtype)} for {matrix.dtype} on {matrix.device.type}"
 
 
 @torch.no_grad()
@@ -178,7 +183,7 @@ def _verify(network: Any, adapter: ModuleType, core: Core) -> tuple[str, str]:
         UnknownNetwork: the results differ by more than rounding.
     """
     block = network.blocks[0]
-    parameter = next(p for p in block.parameters() if p.dim() == 2)
+    parameter = _matrix(network)
     whole = all(type(p) is nn.Parameter and p.numel() and not p.is_meta for p in block.parameters())
     if not whole or parameter.dtype not in _ROUNDING:
         return "not done", "its parameters are sharded, quantised or not there yet"

@@ -167,6 +167,15 @@ def test_blocks_compile_whole_to_the_same_bits(monkeypatch: pytest.MonkeyPatch) 
     assert len(graphs) == 1
 
 
+@pytest.mark.parametrize("level", ["lossless", "rounding"])
+def test_the_whole_network_compiles_to_the_same_bits(level: str) -> None:
+    given, model = inputs(), wan()
+    accelerate(model, level=level)  # type: ignore[arg-type]
+    eager = output(model, given)
+    torch._dynamo.reset()
+    assert torch.equal(output(torch.compile(model, backend="aot_eager", fullgraph=True), given), eager)
+
+
 def test_the_window_refuses_quantised_attention() -> None:
     handle = accelerate(wan())
     q = torch.randn(1, 4, 1, 32)
