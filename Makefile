@@ -67,7 +67,7 @@ gpu: setup
 	@$(BIN)/python -m pytest -q -m "gpu or multigpu"
 
 docs: setup
-	@$(BIN)/geoalign config docs --write docs/configuration.md
+	@$(BIN)/geoalign config docs --out docs/configuration.md
 
 clean:
 	rm -rf build dist *.egg-info .pytest_cache .ruff_cache

@@ -8,8 +8,9 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from geoalign.cli.options import add_cameras, add_model
+from geoalign.cli.options import add_cameras, add_model, four_numbers, frame_size
 from geoalign.config.data import DEFAULT_NEGATIVE_PROMPT
+from geoalign.evaluators.table import EVALUATORS, WITH_WEIGHTS
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -18,10 +19,6 @@ if TYPE_CHECKING:
     from geoalign.jobs.sample import CostEstimate
     from geoalign.policy.open import ModelFiles
     from geoalign.types import Encodings, RetakeBatch
-
-# Names of geoalign.rewards.registry.EVALUATORS, repeated because the registry imports torch.
-ESTIMATORS = ("depth_anything_3", "flow_pnp", "mapanything", "planar")
-WITH_WEIGHTS = ("depth_anything_3", "mapanything")
 
 
 def add_parser(subparsers: argparse._SubParsersAction) -> None:
@@ -35,17 +32,17 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
         source="its intrinsics and ground plane are used (default: the camera does not move)",
     )  # fmt: skip
     add("--speed", type=float, default=1.0, help="multiplies the camera's motion per frame (default 1)")
-    add("--source-estimator", choices=ESTIMATORS, help="estimate the source camera instead (metric)")
+    add("--source-estimator", choices=sorted(EVALUATORS), help="estimate the source camera instead (metric)")
     add("--estimator-weights", type=Path, help="of mapanything (model.safetensors or its folder) or depth_anything_3")
-    add("--intrinsics", type=_numbers, metavar="FX,FY,CX,CY", help="of the source frames, fractions of W,H,W,H")
+    add("--intrinsics", type=four_numbers, metavar="FX,FY,CX,CY", help="of the source frames, fractions of W,H,W,H")
     add(
         "--ground-plane",
-        type=_numbers,
+        type=four_numbers,
         metavar="NX,NY,NZ,D",
         help="n.X = d in metres (default: the camera file's); for geometric models",
     )
     add("--frames", type=int, help="length (Wan: 4k + 1; default: the longest that fits, at most 81)")
-    add("--size", type=_size, metavar="HxW", help="frame size after scale and centre crop (Wan default 480x832)")
+    add("--size", type=frame_size, metavar="HxW", help="frame size after scale and centre crop (Wan default 480x832)")
     add("--prompt", help="what the video shows, or @FILE with the text")
     add("--captioner", type=Path, metavar="FOLDER", help="BLIP-2 that writes the prompt when --prompt is not given")
     add("--negative-prompt", default=DEFAULT_NEGATIVE_PROMPT, help="text of the second guidance pass, or @FILE")
@@ -279,20 +276,3 @@ def _write(
 
 def _plain(value: object) -> bool:
     return value is None or isinstance(value, str | int | float | bool | Path | tuple)
-
-
-def _numbers(text: str) -> tuple[float, float, float, float]:
-    parts = [float(part) for part in text.split(",")]
-    if len(parts) != 4:
-        raise argparse.ArgumentTypeError(f"four numbers separated by commas, got {text!r}")
-    return parts[0], parts[1], parts[2], parts[3]
-
-
-def _size(text: str) -> tuple[int, int]:
-    height, cross, width = text.partition("x")
-    if not cross:
-        raise argparse.ArgumentTypeError(f"HEIGHTxWIDTH such as 480x832, got {text!r}")
-    size = int(height), int(width)
-    if min(size) < 1:
-        raise argparse.ArgumentTypeError(f"height and width must be positive, got {text!r}")
-    return size

@@ -8,8 +8,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from geoalign.cli.options import add_cameras
+from geoalign.cli.options import add_cameras, add_json, check_json, frame_size, write_json
 from geoalign.errors import DataError, RewardError, RunError, UsageError, UserError
+from geoalign.evaluators.table import NEEDS_PLANE
 
 if TYPE_CHECKING:
     from geoalign.jobs.score import ScoringTask
@@ -34,8 +35,6 @@ examples:
   geoalign score --probes --json probes.json           does the embedded reward resist frozen, black, noise, ... videos?
   geoalign score --probes --evaluator flow_pnp         the same of another evaluator
 """
-NEEDS_PLANE = ("planar", "flow_pnp")
-LEAST_SIDE = 16
 
 
 def add_parser(subparsers: Any) -> None:
@@ -61,8 +60,13 @@ def add_parser(subparsers: Any) -> None:
     )  # fmt: skip
     add("--frames", type=int, metavar="F", help="score frames 0..F-1 (default: as many as the path has)")
     add("--source", type=Path, help="source video, for evaluators that compare with it (planar does)")
-    add("--size", metavar="HxW", help="frame size to score at (default: that of the video; probes: the evaluator's)")
-    add("--json", type=Path, metavar="FILE", help="write the scores there; a number that is not finite is null")
+    add(
+        "--size",
+        type=frame_size,
+        metavar="HxW",
+        help="frame size to score at (default: that of the video; probes: the evaluator's)",
+    )
+    add_json(parser, "the scores")
     add(
         "--plot", action="store_true",
         help="write VIDEO.png beside each video (clip.mp4 gives clip.mp4.png) with the estimated and the target path; "
@@ -75,18 +79,13 @@ def add_parser(subparsers: Any) -> None:
 def run(args: argparse.Namespace) -> int:
     """Score videos or run the probes; everything that can be refused is refused before a reward is built."""
     from geoalign.config.source import parse_settings
-    from geoalign.io_utils import check_writable
     from geoalign.rewards.registry import takes_evaluator
 
     estimates = takes_evaluator(args.reward)
     options = ({"evaluator": args.evaluator} if estimates else {}) | parse_settings(args.set)
     _check_usage(args, estimates)
-    size = None if args.size is None else _shape(args.size)
-    if args.json:
-        check_writable(args.json)
-    if args.probes:
-        return _probe(args, options, size)
-    return _score(args, options, size)
+    check_json(args)
+    return _probe(args, options) if args.probes else _score(args, options)
 
 
 def _check_usage(args: argparse.Namespace, estimates: bool) -> None:
@@ -113,16 +112,6 @@ def _check_source(evaluator: Any, args: argparse.Namespace) -> None:
         raise UsageError("the planar evaluator compares with the source frame by frame: give --source FILE as well")
 
 
-def _shape(size: str) -> tuple[int, int]:
-    try:
-        height, width = (int(part) for part in size.lower().split("x"))
-    except ValueError as error:
-        raise UsageError(f"--size {size}: expected HEIGHTxWIDTH, for instance 480x832") from error
-    if min(height, width) < LEAST_SIDE:
-        raise UsageError(f"--size {size}: each side must have at least {LEAST_SIDE} pixels")
-    return height, width
-
-
 def _build(name: str, options: dict[str, Any]) -> Reward:
     from geoalign.config.rewards import RewardConfig
     from geoalign.rewards import registry
@@ -130,16 +119,16 @@ def _build(name: str, options: dict[str, Any]) -> Reward:
     return registry.build_rewards({name: RewardConfig(kind=name, options=options)})[name]
 
 
-def _probe(args: argparse.Namespace, options: dict[str, Any], size: tuple[int, int] | None) -> int:
+def _probe(args: argparse.Namespace, options: dict[str, Any]) -> int:
     from geoalign.jobs.score_probes import PROBE_SIZES, print_probes, probe_table, resists
 
-    rows = probe_table(_build(args.reward, options), size=size or PROBE_SIZES.get(options.get("evaluator", "")))
-    print_probes(rows)
-    _write(args.json, rows)
+    rows = probe_table(_build(args.reward, options), size=args.size or PROBE_SIZES.get(options.get("evaluator", "")))
+    if write_json(args, rows):
+        print_probes(rows)
     return 0 if resists(rows) else 1
 
 
-def _score(args: argparse.Namespace, options: dict[str, Any], size: tuple[int, int] | None) -> int:
+def _score(args: argparse.Namespace, options: dict[str, Any]) -> int:
     from geoalign.jobs.score import read_condition
     from geoalign.jobs.score_plot import check_plot
 
@@ -147,14 +136,15 @@ def _score(args: argparse.Namespace, options: dict[str, Any], size: tuple[int, i
     videos = _videos(args.video)
     _check_source(evaluator, args)
     planes = evaluator in NEEDS_PLANE
-    task = read_condition(args.trajectory, args.source, args.source_camera, size, planes, args.frames)
+    task = read_condition(args.trajectory, args.source, args.source_camera, args.size, planes, args.frames)
     if args.plot:
         for path in videos:
             check_plot(path)
     reward = _build(args.reward, options)
     rows = [_row(path, reward, task, plot=args.plot, alone=path == args.video) for path in videos]
-    _print_table(rows)
-    _write(args.json, rows)
+    if write_json(args, rows):
+        _print_table(rows)
+    _print_notes(rows)
     return 1 if any("error" in row for row in rows) else 0
 
 
@@ -201,12 +191,16 @@ def _told(error: Exception) -> str:
 
 
 def _print_table(rows: Sequence[dict[str, Any]]) -> None:
-    """The numbers to stdout, and to stderr what failed and which videos are longer than the path."""
+    """The numbers to stdout."""
     columns = list(dict.fromkeys(name for row in rows for name in row if name not in ("video", "error")))
     width = max(len(Path(row["video"]).name) for row in rows)
     print(f"{'video':<{width}}  " + "  ".join(f"{name:>18}" for name in columns))
     for row in rows:
         print(f"{Path(row['video']).name:<{width}}  " + "  ".join(f"{_cell(row.get(name)):>18}" for name in columns))
+
+
+def _print_notes(rows: Sequence[dict[str, Any]]) -> None:
+    """To stderr what failed and which videos are longer than the path."""
     for row in rows:
         if row.get("video_frames", 0) > row.get("frames", 0):
             what = f"frames 0-{row['frames'] - 1} of {row['video_frames']} were scored: the path has {row['frames']}"
@@ -217,10 +211,3 @@ def _print_table(rows: Sequence[dict[str, Any]]) -> None:
 
 def _cell(value: Any) -> str:
     return "-" if value is None else f"{value:.4f}" if isinstance(value, float) else str(value)
-
-
-def _write(path: Path | None, rows: Sequence[dict[str, Any]]) -> None:
-    from geoalign.io_utils import atomic_write_json, nan_to_none
-
-    if path is not None:
-        atomic_write_json(path, [nan_to_none(row) for row in rows])

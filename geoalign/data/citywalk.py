@@ -31,7 +31,7 @@ ALIASES: Mapping[str, tuple[str, ...]] = {
 }
 """Canonical column -> accepted names, first match wins."""
 
-_Row = tuple[dict[str, str], dict[str, str]]  # by `ALIASES`, and as it is
+_Row = tuple[dict[str, str], dict[str, str]]  # by ``ALIASES``, and as it is
 
 
 def find_tables(root: Path, metadata: Path | None) -> list[Path]:
@@ -77,7 +77,7 @@ def list_video_clips(root: Path, tables: list[Path], tally: Tally) -> list[ClipR
 
 
 def _listed_files(rows: list[dict[str, str]], index: _FileIndex, tally: Tally) -> dict[Path, _Row]:
-    """The file of each row that has one, with the row by `ALIASES` and as it is; a file counts once."""
+    """The file of each row that has one, with the row by ``ALIASES`` and as it is; a file counts once."""
     named = [
         ({key: next((row[name] for name in names if name in row), "") for key, names in ALIASES.items()}, row)
         for row in rows
@@ -174,7 +174,7 @@ class _FileIndex:
 
 
 def write_metadata(path: Path, rows: Iterable[Mapping[str, object]]) -> None:
-    """Write the published csv (`COLUMNS`, plus any further keys of the rows as columns at the end)."""
+    """Write the published csv (``COLUMNS``, plus any further keys of the rows as columns at the end)."""
     rows = list(rows)
     further = dict.fromkeys(key for row in rows for key in row if key not in COLUMNS)
     write_csv(path, [*COLUMNS, *further], rows)

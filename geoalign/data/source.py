@@ -170,7 +170,7 @@ class RetakeDataset:
         return found
 
     def _is_chosen(self, record: ClipRecord, entry: Entry) -> bool:
-        """Whether `prepare` would store this window today: inside the clip's bounds, and one of those of its clip."""
+        """Whether ``prepare`` would store this window today: inside the clip's bounds, and one of those of its clip."""
         try:
             starts = self.loader.starts(record, entry.frames)
         except DataError:

@@ -121,17 +121,6 @@ def load_text_encoder(
     return TextEncoder(model, words)
 
 
-def original_image_name(name: str) -> str:
-    """Name in the open-clip file's ``visual.`` part of a parameter of transformers' ``CLIPVisionModel``."""
-    layer = re.match(r"encoder\.layers\.(\d+)\.(.+)\.(weight|bias)$", name)
-    if layer:
-        return f"visual.transformer.{layer[1]}.{_IMAGE_LAYER.get(layer[2], layer[2])}.{layer[3]}"
-    for theirs, ours in _IMAGE_ENDS.items():
-        if name.startswith(theirs):
-            return f"visual.{ours}{name.removeprefix(theirs)}"
-    return name
-
-
 def convert_image_state(state: dict[str, Tensor], layers: int) -> dict[str, Tensor]:
     """Original ``visual.`` tensors to transformers' names: q, k, v are cut apart, singleton axes dropped.
 

@@ -19,9 +19,10 @@ from geoalign.errors import CheckpointError, UsageError
 from geoalign.io_utils import atomic_path
 from geoalign.models.codec import PatchCodec
 from geoalign.models.dit import RetakeDiT
-from geoalign.models.layouts import diffusers_name, is_self_attention, model_shapes
+from geoalign.models.layouts import diffusers_name, is_self_attention
 from geoalign.policy.files import save_codec_file
 from geoalign.policy.open import CODEC_FILE, CONFIG_FILE
+from geoalign.policy.safetensors_file import save_safetensors
 
 # Whose camera the readers of a format rebuild: ReDirector's phases lie in the self-attention, ReCamMaster's encoders in
 # the full state dict. A diffusers folder names its model, and LoRA adds to a model that has its camera; both hold any.
@@ -142,30 +143,7 @@ def manifest(tensors: Mapping[str, Tensor]) -> dict[str, Any]:
     return {"tensors": len(rows), "parameters": sum(t.numel() for t in tensors.values()), "entries": entries}
 
 
-def published_manifest(config: ModelConfig, kind: str, rank: int = 16) -> dict[str, Any]:
-    """Manifest of an export of a full-size model in bfloat16, from its configuration alone (nothing is allocated)."""
-    from geoalign.policy.lora import PREFIX, is_factored
-
-    shapes = model_shapes(config)
-    if kind == "redirector":
-        shapes = {name: shape for name, shape in shapes.items() if is_self_attention(name)}
-    elif kind == "diffusers":
-        shapes = {diffusers_name(name): shape for name, shape in shapes.items()}
-    elif kind == "lora":
-        pairs = {n.removesuffix(".weight"): s for n, s in shapes.items() if is_factored(n)}
-        down = {f"{PREFIX}{name}.lora_A.weight": (rank, shape[1]) for name, shape in pairs.items()}
-        shapes = down | {f"{PREFIX}{name}.lora_B.weight": (shape[0], rank) for name, shape in pairs.items()}
-    return manifest({n: torch.empty(s, dtype=torch.bfloat16, device="meta") for n, s in shapes.items()})
-
-
 def _state(model: RetakeDiT, dtype: torch.dtype | None) -> dict[str, Tensor]:
     return {
         name: value.detach().cpu().to(dtype or value.dtype).contiguous() for name, value in model.state_dict().items()
     }
-
-
-def save_safetensors(tensors: dict[str, Tensor], path: Path) -> None:
-    if path.suffix != ".safetensors":
-        raise UsageError(f"{path}: this format is written as .safetensors")
-    with atomic_path(path) as temporary:
-        save_file(tensors, temporary, metadata={"format": "pt"})

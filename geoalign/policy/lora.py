@@ -11,7 +11,7 @@ from torch import Tensor
 
 from geoalign.errors import CheckpointError, UsageError
 from geoalign.models.dit import RetakeDiT
-from geoalign.policy.formats import save_safetensors
+from geoalign.policy.safetensors_file import save_safetensors
 from geoalign.weights import require, shapes_of
 
 PREFIX = "diffusion_model."
@@ -81,20 +81,3 @@ def export_lora(
         )
     save_safetensors(tensors, path)
     return LoraReport(tensors, (lost / changed) ** 0.5, (omitted / (changed + omitted)) ** 0.5, names)
-
-
-@torch.no_grad()
-def apply_lora(model: RetakeDiT, factors: dict[str, Tensor]) -> None:
-    """Add ``B A`` of every pair to the matrices of ``model`` in place.
-
-    Raises:
-        CheckpointError: a factor without its partner or without a matrix in the model.
-    """
-    parameters = dict(model.named_parameters())
-    stems = {name.rsplit(".lora_", 1)[0] for name in factors}
-    for stem in stems:
-        down, up = factors.get(f"{stem}.lora_A.weight"), factors.get(f"{stem}.lora_B.weight")
-        target = parameters.get(stem.removeprefix(PREFIX) + ".weight")
-        if down is None or up is None or target is None:
-            raise CheckpointError(f"LoRA factor {stem} is incomplete or has no matrix in this model")
-        target += (up.float() @ down.float()).to(target.dtype)

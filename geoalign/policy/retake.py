@@ -12,7 +12,7 @@ from geoalign.errors import RunError
 from geoalign.flow.policy import Velocity
 from geoalign.flow.sampler import FlowSampler, initial_noise
 from geoalign.flow.table import build_step_table
-from geoalign.policy.policy import Prepared, RetakePolicy
+from geoalign.policy.policy import Precomputed, RetakePolicy
 from geoalign.types import RetakeBatch
 from geoalign_kernels import streams
 
@@ -43,15 +43,15 @@ def retake(
         RunError: with ``strict``, the model or its codec gave NaN or infinity.
     """
 
-    def velocity(x: Tensor, timestep: Tensor, rows: Prepared) -> Velocity:
+    def velocity(x: Tensor, timestep: Tensor, rows: Precomputed) -> Velocity:
         answer = policy.velocity(x, timestep, rows)
         on_pass(answer.passes)
         return answer
 
-    prepared = policy.prepare(policy.condition(batch))
+    precomputed = policy.precompute(policy.condition(batch))
     rows = torch.arange(len(batch), device=policy.device)
     noise = initial_noise(policy.latent_shape(batch), seed, 0, rows, stream=stream)
-    latents = FlowSampler(build_step_table(flow)).sample(velocity, prepared, noise)
+    latents = FlowSampler(build_step_table(flow)).sample(velocity, precomputed, noise)
     if strict:
         _refuse_non_finite(latents, "the model")
     video = policy.decode(latents, batch.source.video)

@@ -22,9 +22,9 @@ class Advantage:
     Attributes:
         values: [B] float32, clipped weighted sum; 0 for invalid samples.
         per_key: [B] float32 per reward key, normalised, before weight and clip; 0 for invalid samples.
-        metrics: `<key>/mean`, `<key>/sigma_max`, `<key>/sigma_median`, `<key>/sigma_max_over_median`,
-            `<key>/zero_variance` (number of groups), `<key>/denominator` (mean over groups),
-            `clip_fraction`, `valid_fraction`.
+        metrics: ``<key>/mean``, ``<key>/sigma_max``, ``<key>/sigma_median``, ``<key>/sigma_max_over_median``,
+            ``<key>/zero_variance`` (number of groups), ``<key>/denominator`` (mean over groups),
+            ``clip_fraction``, ``valid_fraction``.
     """
 
     values: Tensor
@@ -34,7 +34,7 @@ class Advantage:
 
 @dataclass(frozen=True, slots=True)
 class _Groups:
-    """Valid members by group: `index` [B] in 0..N-1, `valid` [B] float64 mask, `count` [N]."""
+    """Valid members by group: ``index`` [B] in 0..N-1, ``valid`` [B] float64 mask, ``count`` [N]."""
 
     index: Tensor
     valid: Tensor

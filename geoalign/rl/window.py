@@ -38,7 +38,7 @@ class WindowSchedule:
         return limit if self.config.max_start is None else self.config.max_start
 
     def __call__(self, iteration: int) -> StepWindow:
-        """The window of `iteration` (0, 1, ...)."""
+        """The window of ``iteration`` (0, 1, ...)."""
         start = self._start(iteration)
         return StepWindow(start, start + self.config.size)
 

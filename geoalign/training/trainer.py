@@ -1,4 +1,8 @@
-"""The RL loop. One iteration: conditions, window, rollouts, scores, advantages, update, log, checkpoint."""
+"""The RL loop. One iteration: conditions, window, rollouts, scores, advantages, update, log, checkpoint.
+
+Shapes in comments: M groups and G' members of each on this rank, R = M * G' its rows, R' those of them that it scores;
+N rows of all ranks.
+"""
 
 from __future__ import annotations
 
@@ -16,7 +20,7 @@ from geoalign.flow.sampler import FlowSampler, initial_noise
 from geoalign.flow.table import StepWindow, build_step_table
 from geoalign.models.fast import attention_modes, set_attention_modes
 from geoalign.perf.timer import PhaseTimer, phase
-from geoalign.policy.policy import Prepared, RetakePolicy
+from geoalign.policy.policy import Precomputed, RetakePolicy
 from geoalign.rewards.base import Reward
 from geoalign.rewards.running.guard import GuardedReward
 from geoalign.rewards.running.turns import decode_and_score
@@ -27,7 +31,7 @@ from geoalign.rl.window import WindowSchedule
 from geoalign.training.checkpoint import TrainState
 from geoalign.training.engines.optim import set_learning_rate
 from geoalign.training.learner import Learner
-from geoalign.training.processes.ranks import LocalRanks, Placement, Ranks, gather_scores
+from geoalign.training.processes.ranks import LocalRanks, RankRows, Ranks, gather_scores
 from geoalign.training.setup import ready
 from geoalign.training.streaming import RowGradients, StreamingBackward
 from geoalign.training.telemetry import WorkMeter
@@ -74,8 +78,8 @@ class Trainer:
         self.config, self.source, self.rewards = config, source, rewards
         self.ranks = LocalRanks() if ranks is None else ranks
         self.schedule = WindowSchedule(config.window, config.flow.steps, config.run.seed)
-        self.place = Placement.of(config.groups.conditions, config.groups.size, self.ranks)
-        if not self.place.whole and config.optim.updates_per_rollout > 1:
+        self.rank_rows = RankRows.of(config.groups.conditions, config.groups.size, self.ranks)
+        if not self.rank_rows.whole and config.optim.updates_per_rollout > 1:
             raise ConfigError(
                 "optim.updates_per_rollout > 1 needs whole groups on every rank: use a number of ranks that divides "
                 f"groups.conditions {config.groups.conditions}"
@@ -83,19 +87,19 @@ class Trainer:
         parts = ready(config, policy, self.ranks)
         self.policy, self.engine, self.device = parts.policy, parts.engine, parts.device
         self.learner = Learner(
-            self.policy,
-            self.engine,
-            self.ranks,
-            config.objective,
-            config.optim.updates_per_rollout,
-            config.levers.merge_first_step,
-            parts.reference,
+            policy=self.policy,
+            engine=self.engine,
+            ranks=self.ranks,
+            objective=config.objective,
+            updates=config.optim.updates_per_rollout,
+            merge_first=config.levers.merge_first_step,
+            reference=parts.reference,
         )
         mode = config.levers.streaming
         self._row_gradients = (
-            RowGradients(self.engine.trained, self.place.rows.numel(), mode) if mode in ("device", "host") else None
+            RowGradients(self.engine.trained, self.rank_rows.rows.numel(), mode) if mode in ("device", "host") else None
         )
-        self.meter = WorkMeter(config, self.place, self.device)
+        self.meter = WorkMeter(config, self.rank_rows, self.device)
         self.clock = PhaseTimer(self.device)
         self.iteration = 0
         self.notes: dict[str, Any] = {}
@@ -106,25 +110,25 @@ class Trainer:
         Raises:
             RunError: too many invalid samples, or log-probabilities of rollout and replay differ beyond the bound.
         """
-        config, place = self.config, self.place
+        config, rank_rows = self.config, self.rank_rows
         window = self.schedule(self.iteration)
         sampler = self._sampler(window)
         with self.clock.active():
             with phase("data"):
-                batch = self._draw(place.group_ids.tolist()).to(self.device)
+                batch = self._draw(rank_rows.group_ids.tolist()).to(self.device)
             with phase("rollout/encode"):
-                prepared = self.policy.prepare(self.policy.condition(batch))
+                precomputed = self.policy.precompute(self.policy.condition(batch))
             stream = self._stream(sampler)
             self.ranks.check_alive()
-            rollout, usable = self._rollout(sampler, batch, prepared, stream)
+            rollout, usable = self._rollout(sampler, batch, precomputed, stream)
             scores = self._score(rollout, batch, usable)
             with phase("advantage"):
                 advantage = self._advantage(scores)
             self.ranks.check_alive()
             factor = set_learning_rate(self.engine.optimizer, config.optim, self.iteration, config.train.iterations)
-            rows = place.rows
-            values, valid = advantage.values[rows].to(self.device), scores.valid[rows].to(self.device)
-            update = self.learner.update(sampler, rollout, prepared, values, valid, self._held(stream))
+            rows = rank_rows.rows  # [R] among N
+            values, valid = advantage.values[rows].to(self.device), scores.valid[rows].to(self.device)  # [R]
+            update = self.learner.update(sampler, rollout, precomputed, values, valid, self._held(stream))
         self._refuse_drift(update["parity/log_prob_diff_max"])
         self._agree_on_modes()
         self.iteration += 1
@@ -155,7 +159,7 @@ class Trainer:
             rows = rows or max(config.groups.size // updates, 1)
         return FlowSampler(
             build_step_table(config.flow, window),
-            self.place.member_ids.numel(),
+            self.rank_rows.member_ids.numel(),
             share_prefix=config.levers.share_prefix,
             rows_per_forward=rows,
             window_grad=True,
@@ -177,14 +181,14 @@ class Trainer:
         return stream
 
     def _rollout(
-        self, sampler: FlowSampler, batch: RetakeBatch, prepared: Prepared, stream: StreamingBackward | None
+        self, sampler: FlowSampler, batch: RetakeBatch, precomputed: Precomputed, stream: StreamingBackward | None
     ) -> tuple[Rollout, Tensor]:
         """The rollouts of this rank, zeros where a sample is not finite, and which are (``[R]`` bool)."""
-        groups, members = (ids.to(self.device) for ids in (self.place.group_ids, self.place.member_ids))
+        groups, members = (ids.to(self.device) for ids in (self.rank_rows.group_ids, self.rank_rows.member_ids))
         noise = initial_noise(self.policy.latent_shape(batch), self.config.run.seed, self.iteration, groups)
         return sampler.rollout(
             self.policy.phased(),
-            prepared,
+            precomputed,
             noise.to(torch.promote_types(noise.dtype, self.policy.dtype)),
             seed=self.config.run.seed,
             iteration=self.iteration,
@@ -195,7 +199,7 @@ class Trainer:
 
     def _score(self, rollout: Rollout, batch: RetakeBatch, usable: Tensor) -> Scores:
         """Decode and score this rank's videos; scores of all ranks."""
-        mine, layout = self.place.scored.to(self.device), self.config.scoring
+        mine, layout = self.rank_rows.scored.to(self.device), self.config.scoring  # mine: [R'] among R
 
         def decode(rows: Tensor, conditions: RetakeBatch) -> Tensor:
             with phase("rollout/decode"):
@@ -203,10 +207,10 @@ class Trainer:
 
         with phase("scoring"):  # decoding, and the scorers beside or after it
             scored = decode_and_score(
-                self.rewards, decode, batch, mine // self.place.member_ids.numel(),
+                self.rewards, decode, batch, mine // self.rank_rows.member_ids.numel(),
                 chunk=layout.chunk, beside=layout.beside_decode,
             )  # fmt: skip
-        scores = gather_scores(self.ranks, self.place, merged(scored, usable[mine]))
+        scores = gather_scores(self.ranks, self.rank_rows, merged(scored, usable[mine]))
         self._refuse_too_many_failures(scores)
         return scores
 
@@ -222,7 +226,7 @@ class Trainer:
     def _advantage(self, scores: Scores) -> Advantage:
         """Advantages of all ranks' samples in global order."""
         groups = self.config.groups
-        group_ids = torch.arange(groups.conditions).repeat_interleave(groups.size)
+        group_ids = torch.arange(groups.conditions).repeat_interleave(groups.size)  # [N]
         advantage = group_advantage(scores.scores, scores.valid, group_ids, self.config.advantage)
         if not self.config.train.shuffle_advantages:
             return advantage

@@ -31,7 +31,7 @@ from geoalign.geometry.trajectory import CameraTrajectory
 from geoalign.models.dit import RetakeDiT
 from geoalign.models.wan_vae import WanCodec
 from geoalign.perf.budget import Plan, Walk, count_passes
-from geoalign.perf.cost import DEVICES, DeviceProfile, Execution, TransformerCost
+from geoalign.perf.cost import DEVICES, DeviceProfile, Speedups, TransformerCost
 from geoalign.policy.policy import RetakePolicy
 from geoalign.rewards.base import RewardOutput
 from geoalign.training.telemetry import plan_of
@@ -185,11 +185,11 @@ def predicted_ms(config: Config, layers: int, setting: str, profile: DeviceProfi
     work = replace(TransformerCost.of(config.model, *config.data.video), layers=layers)
     config = _changed(config, **SETTINGS[setting])
     plan, window = plan_of(config), config.window
-    execution = Execution() if setting == "off" else Execution(kernels="fused", cached=True, pruned=True)
+    speedups = Speedups() if setting == "off" else Speedups(kernels="fused", cached=True, pruned=True)
     walk = Walk(window.start, window.size, config.flow.steps - window.start - window.size)
     count = count_passes(walk, 1, config.groups.size, 1, plan)
-    forward, backward = work.forward(profile, execution), work.backward(profile, execution).total
-    outside = work.forward(profile, execution, int8_attention=setting == "int8").total
+    forward, backward = work.forward(profile, speedups), work.backward(profile, speedups).total
+    outside = work.forward(profile, speedups, int8_attention=setting == "int8").total
     again = forward.total - (forward.attention if plan.keep_attention else 0.0)
     learner = count.recompute * again + count.backward * backward
     # Streamed backwards run inside the window; only the merged first step is left to the update.
@@ -233,16 +233,16 @@ def whole_pass(bench: Bench, scene: Scene) -> dict[str, float]:
     with kernels_of("off"):
         trainer = scene.trainer(layers, "off")
         policy, batch = trainer.policy, scene.batch(0, [0])
-        prepared = policy.prepare(policy.condition(batch))
+        precomputed = policy.precompute(policy.condition(batch))
         x = torch.randn(1, *policy.latent_shape(batch), device=scene.device)
         at = torch.full((1,), 500.0, device=scene.device)
 
         def forward() -> None:
             with torch.no_grad():
-                policy.velocity(x, at, prepared)
+                policy.velocity(x, at, precomputed)
 
         def both() -> None:
-            policy.velocity(x, at, prepared).value.sum().backward()
+            policy.velocity(x, at, precomputed).value.sum().backward()
 
         found = {}
         for name, call in (("forward", forward), ("forward+backward", both)):

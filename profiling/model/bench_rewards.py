@@ -90,7 +90,7 @@ def pose_case(
         assert isinstance(network, PoseNetwork)
         # The marker of the reference view is a constant of the model, not a weight.
         network.info_sharing.view_pos_table.copy_(torch.arange(layout.trunk_width).remainder(2).view(1, -1))
-        return PoseBody(network.prepare(*plan.output))
+        return PoseBody(network.set_size(*plan.output))
 
     return RewardCase(
         name, shape, flops, lambda: PoseNetwork(layout).use_matrix_dtype(dtype), body,

@@ -11,9 +11,9 @@ import time
 from pathlib import Path
 
 import pytest
+from seams import seam_ratio
 
 from geoalign.io_utils import read_jsonl
-from geoalign.models.codec import seam_ratio
 from geoalign.policy.open import describe, open_policy
 
 ROOT = Path(__file__).parents[2]

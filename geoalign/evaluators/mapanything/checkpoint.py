@@ -57,7 +57,7 @@ def load_pose_network(
     device: torch.device | str = "cpu",
     matrix_dtype: torch.dtype = torch.float32,
 ) -> PoseNetwork:
-    """Read published weights; the result is in eval mode, frozen, on ``device``, and needs ``prepare(height, width)``.
+    """Read published weights; the result is in eval mode, frozen, on ``device``, and needs ``set_size(height, width)``.
 
     Nothing is downloaded and no random weight is ever drawn: the network is built on the meta device.
 

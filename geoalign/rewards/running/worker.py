@@ -43,7 +43,7 @@ class WorkerReward:
         timeout_s: longest time per batch in seconds, start-up (imports, weights) excluded: that may take 600 s.
 
     Attributes:
-        elsewhere: it waits for another process, so its caller may do other work meanwhile (see ``placement``).
+        elsewhere: it waits for another process, so its caller may do other work meanwhile (see ``turns``).
     """
 
     elsewhere = True

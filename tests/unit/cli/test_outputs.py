@@ -18,9 +18,9 @@ from geoalign.jobs.evaluate import Evaluation
     [
         ("pretrain --config smoke", "--out", "geoalign.jobs.pretrain.pretrain"),
         ("evaluate --config smoke --model builtin:tiny_base", "--json", "geoalign.jobs.evaluate.evaluate"),
-        ("budget smoke", "--json", "geoalign.cli.budget.climb"),
-        ("config docs", "--write", "geoalign.config.docs.reference_page"),
-        ("report {run}", "--output", "geoalign.report.page.report_page"),
+        ("budget --config smoke", "--json", "geoalign.cli.budget.climb"),
+        ("config docs", "--out", "geoalign.config.docs.reference_page"),
+        ("report {run}", "--out", "geoalign.report.page.report_page"),
         ("export --format redirector --model {run}", "--out", "geoalign.policy.open.describe"),
     ],
     ids=lambda value: value.split()[0],

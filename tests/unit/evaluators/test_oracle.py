@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import pytest
 import torch
+from oracle import OracleEvaluator
 from torch import Tensor
 
 from geoalign.errors import UsageError
 from geoalign.evaluators.base import PoseEvaluator
-from geoalign.evaluators.oracle import OracleEvaluator
 from geoalign.geometry import so3
 from geoalign.geometry.trajectory import CameraTrajectory
 from geoalign.rewards.geometry import GeometryReward

@@ -148,7 +148,7 @@ def test_everything_that_is_prepared_is_what_the_models_say(
             torch.testing.assert_close(length, STEP_M * torch.arange(5.0), atol=1e-6, rtol=0)
             angles = batch.source.camera[row].increments()[0].norm(dim=-1)
             torch.testing.assert_close(angles, torch.full((4,), math.radians(2.0)), atol=1e-5, rtol=0)
-    policy.prepare(cond)  # the network takes the shapes
+    policy.precompute(cond)  # the network takes the shapes
     other = load_config(Config, str(file), ["data.use_cache=true", "data.prepare.text_length=7"])
     with pytest.raises(DataError, match="differs in the encoder"):
         RetakeDataset(other.data, seed=0, encoder=encoder_identity(other))

@@ -17,7 +17,6 @@ from safetensors.torch import save_file
 from scipy.spatial.transform import Rotation, Slerp
 
 from geoalign.cli.main import main
-from geoalign.cli.sample import ESTIMATORS
 from geoalign.config.model import ModelConfig
 from geoalign.data.video import PyAVReader, write_video
 from geoalign.evaluators.base import PoseEstimate
@@ -27,7 +26,7 @@ from geoalign.jobs.sample import with_estimated_camera
 from geoalign.models.dit import RetakeDiT
 from geoalign.policy.formats import save_pretrained
 from geoalign.policy.retake import retake
-from geoalign.rewards.registry import EVALUATORS, build_evaluator
+from geoalign.rewards.registry import build_evaluator
 from geoalign.types import RetakeBatch, SourceClip
 
 RECAM = ModelConfig(
@@ -238,7 +237,6 @@ def test_camera_of_the_source_by_an_evaluator(
     assert run(model, clip, tmp_path / "nan.mp4", *both) == 2
     assert run(model, clip, tmp_path / "nan.mp4", "--source-estimator", "mapanything") == 2
     assert not (tmp_path / "nan.mp4").exists()
-    assert sorted(EVALUATORS) == list(ESTIMATORS)
 
 
 def test_planar_estimator_reads_a_known_motion() -> None:
@@ -359,6 +357,7 @@ def test_refusals_are_one_line_and_write_nothing(
         (2, clip, ("--frames", "6")),
         (2, clip, ("--frames", "13")),
         (2, clip, ("--size", "33x48")),
+        (2, clip, ("--size", "0x0")),
         (2, clip, ("--speed", "0")),
         (2, clip, ("--speed", "inf")),
         (2, clip, ("--speed", "nan")),
@@ -377,7 +376,4 @@ def test_refusals_are_one_line_and_write_nothing(
         assert run(model, video, out, *more) == code, more
         message = capsys.readouterr().err
         assert message.count("error:") == 1 and "Traceback" not in message and "pydantic" not in message, message
-    with pytest.raises(SystemExit, match="2"):
-        run(model, clip, out, "--size", "0x0")
-    assert "height and width must be positive" in capsys.readouterr().err
     assert not out.parent.exists()

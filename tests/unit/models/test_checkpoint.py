@@ -20,7 +20,7 @@ from geoalign.models.checkpoint import LoadReport, complete_weights, load_dit, r
 from geoalign.models.dit import RetakeDiT
 from geoalign.models.layouts import LAYOUTS, diffusers_name, model_shapes
 from geoalign.policy.formats import export_recammaster, export_redirector, manifest, save_pretrained
-from geoalign.policy.lora import apply_lora, export_lora
+from geoalign.policy.lora import PREFIX, export_lora
 from geoalign.policy.open import describe
 from geoalign.weights import TensorFile
 
@@ -185,6 +185,15 @@ def test_shards_are_one_file(tmp_path: Path) -> None:
     assert same(load(RECAM, tmp_path)[0], model)
 
 
+@torch.no_grad()
+def apply_lora(model: RetakeDiT, factors: dict[str, torch.Tensor]) -> None:
+    """Add ``B A`` of every pair to the matrices of ``model`` in place."""
+    parameters = dict(model.named_parameters())
+    for stem in {name.rsplit(".lora_", 1)[0] for name in factors}:
+        down, up = factors[f"{stem}.lora_A.weight"], factors[f"{stem}.lora_B.weight"]
+        parameters[stem.removeprefix(PREFIX) + ".weight"] += up @ down
+
+
 def test_lora_at_full_rank_is_exact_and_residual_is_the_tail_of_the_spectrum(tmp_path: Path) -> None:
     base, tuned = model_of(DELTA, 0), model_of(DELTA, 0)
     torch.manual_seed(4)
@@ -265,6 +274,6 @@ def test_export_verb(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
     assert main([*lora, "--rank", "4", "--checkpoint", str(tmp_path / "trained.safetensors")]) == 0
     text = capsys.readouterr().out
     assert "lossy" in text and "factors in float32" in text and "every bit kept" not in text
-    assert main(["model", "fingerprint", str(tmp_path / "model"), "--json"]) == 0
+    assert main(["model", "fingerprint", str(tmp_path / "model"), "--json", "-"]) == 0
     assert main(["model", "fingerprint", str(tmp_path / "nothing.pth")]) == 1
     assert manifest({"a": torch.ones(2)})["entries"] == {"a": "float32 [2]"}

@@ -360,7 +360,7 @@ def test_an_export_never_loses_the_camera(
 def test_fingerprint_says_what_a_run_holds(capsys: pytest.CaptureFixture[str]) -> None:
     found = []
     for name in ("builtin:tiny_base", "policy.safetensors", "runs/embedded", "runs/begun/checkpoints/step_000002"):
-        assert main(["model", "fingerprint", name, "--json"]) == 0
+        assert main(["model", "fingerprint", name, "--json", "-"]) == 0
         found.append(json.loads(capsys.readouterr().out))
     assert {row["path"] for row in found} >= {"builtin:tiny_base", "runs/embedded"}
     assert len({(row["tensors"], row["parameters"], row["fingerprint"]) for row in found}) == 1

@@ -39,10 +39,10 @@ def embedded(count: int) -> tuple[RetakePolicy, RetakeBatch]:
 
 def walked(policy: RetakePolicy, batch: RetakeBatch, seed: int, stream: int) -> torch.Tensor:
     """A deterministic sample of every row from noise (seed, iteration 0, row, sample 0, step 0, stream)."""
-    prepared = policy.prepare(policy.condition(batch))
+    precomputed = policy.precompute(policy.condition(batch))
     key = NoiseKey(seed, 0, torch.arange(len(batch)), 0, 0, stream)
     latents = FlowSampler(build_step_table(FLOW)).sample(
-        policy.velocity, prepared, philox_normal(policy.latent_shape(batch), key)
+        policy.velocity, precomputed, philox_normal(policy.latent_shape(batch), key)
     )
     return policy.decode(latents, batch.source.video)
 

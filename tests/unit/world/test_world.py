@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from seams import seam_ratio
 
 from geoalign.config.data import DataConfig
 from geoalign.config.world import WorldConfig
@@ -16,7 +17,7 @@ from geoalign.data.source import RetakeDataset
 from geoalign.errors import DataError, UsageError
 from geoalign.geometry import so3
 from geoalign.geometry.plane import ground_axes, intersect_plane, pixel_grid, pixel_rays
-from geoalign.models.codec import PatchCodec, lapped_transform, seam_ratio
+from geoalign.models.codec import PatchCodec, lapped_transform
 from geoalign.world.dataset import is_complete, write_world
 from geoalign.world.motion import PRESETS, ground_normal, ground_plane, preset_motions, random_curves, to_c2w
 from geoalign.world.pairs import LabelBias, paired_videos

@@ -197,7 +197,7 @@ def test_native_network_runs_through_the_evaluator() -> None:
     assert estimate.c2w.shape == (2, 3, 4, 4) and torch.isfinite(estimate.c2w).all()
     rotation = estimate.c2w[..., :3, :3]
     torch.testing.assert_close(rotation @ rotation.mT, torch.eye(3).expand_as(rotation), rtol=0, atol=1e-6)
-    # Another frame size prepares the network anew.
+    # Another frame size sets the network anew.
     small = moving_video(1, 3, 40, 40)
     assert MapAnythingEvaluator(network)(small, clip(small)).c2w.shape == (1, 3, 4, 4)
 
