@@ -295,6 +295,6 @@ def _reward_metrics(scores: Scores, advantage: Advantage) -> dict[str, float]:
 
 
 def _mean_of_defined(value: Tensor, valid: Tensor) -> float:
-    """Mean over valid samples where the value is defined: a part may be NaN (the scale of a path that stands still)."""
+    """Mean over valid samples where the value is defined (a path that stands still has no scale); NaN without any."""
     counted = valid & ~torch.isnan(value)
-    return float(torch.where(counted, value, 0).sum() / counted.sum().clamp_min(1))
+    return float(torch.where(counted, value, 0).sum() / counted.sum())

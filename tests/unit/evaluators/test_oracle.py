@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 from oracle import OracleEvaluator
@@ -12,6 +14,7 @@ from geoalign.evaluators.base import PoseEvaluator
 from geoalign.geometry import so3
 from geoalign.geometry.trajectory import CameraTrajectory
 from geoalign.rewards.geometry import GeometryReward
+from geoalign.training.trainer import _mean_of_defined
 from geoalign.types import RetakeBatch, SourceClip
 
 FRAMES = 3
@@ -46,6 +49,17 @@ def test_a_perfect_camera_has_no_error_in_any_world_frame() -> None:
         # Positions of size 9 m have a rounding step of 1e-6.
         torch.testing.assert_close(out.scores[key], torch.zeros(2), rtol=0, atol=5e-6)
     torch.testing.assert_close(out.parts["scale_ratio"], torch.ones(2), rtol=0, atol=1e-5)
+
+
+def test_a_target_that_stands_still_has_errors_and_no_scale() -> None:
+    """The camera slides 1 and 2 m where it should only turn: errors as usual, a ratio of nothing is not a number."""
+    targets = torch.stack([path((0, 0, 0), (0, 10, 20)), TARGETS[0]])
+    oracle = OracleEvaluator(dict(zip("ab", torch.stack([TARGETS[0], TARGETS[0]]), strict=True)))
+    out = GeometryReward(oracle)(torch.zeros(2, FRAMES, 3, 2, 2), batch_of(targets))
+    assert out.valid.all() and torch.isnan(out.parts["scale_ratio"]).tolist() == [True, False]
+    torch.testing.assert_close(out.parts["trans_m"], torch.tensor([1.5, 0.0]), rtol=0, atol=1e-6)
+    values, valid = torch.tensor([math.nan, 2.0, 4.0, 9.0]), torch.tensor([True, True, True, False])
+    assert _mean_of_defined(values, valid) == 3.0 and math.isnan(_mean_of_defined(values[:1], valid[:1]))
 
 
 def test_half_the_path_costs_half_its_weighted_length() -> None:
