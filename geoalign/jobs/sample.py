@@ -15,7 +15,7 @@ from geoalign.config.flow import FlowConfig
 from geoalign.config.model import ModelConfig
 from geoalign.data.frames import cover_crop_intrinsics, to_float
 from geoalign.data.readers import AnyReader
-from geoalign.data.video import PyAVReader
+from geoalign.data.video import PyAVReader, probe_clip, warn_once
 from geoalign.errors import RewardError, RunError, UsageError
 from geoalign.evaluators.base import PoseEvaluator
 from geoalign.flow.policy import Velocity
@@ -83,7 +83,8 @@ def read_inputs(
     _check_numbers(speed, intrinsics)
     plane = None if ground_plane is None else _unit_plane(ground_plane)
     reader = AnyReader(PyAVReader())
-    info = reader.probe(video)
+    info = probe_clip(reader, video)
+    warn_once(video, info.remarks)
     count = choose_frames(codec, info.frames) if frames is None else frames
     if count > info.frames:
         raise UsageError(f"{video} has {info.frames} frames, --frames {count} asks for more")

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from geoalign.data.citywalk import read_clip_camera
 from geoalign.data.frames import cover_crop_intrinsics, to_float
-from geoalign.data.video import PyAVReader, VideoInfo
+from geoalign.data.video import PyAVReader, VideoInfo, probe_clip, warn_once
 from geoalign.errors import DataError, RewardError, UserError
 from geoalign.geometry.io import load_trajectory
 from geoalign.geometry.trajectory import CameraTrajectory
@@ -85,8 +85,12 @@ def read_condition(
 
 
 def probe(path: Path, frames: int) -> VideoInfo:
-    """What a video's container says; raises DataError if it cannot be read or has fewer frames than the path."""
-    info = PyAVReader().probe(path)
+    """What a video's container says.
+
+    Raises DataError if it cannot be read, has a variable frame rate, or fewer frames than the path.
+    """
+    info = probe_clip(PyAVReader(), path)
+    warn_once(path, info.remarks)
     if info.frames < frames:
         raise DataError(f"{path}: {info.frames} frames, but the trajectory has {frames}; give a path of {info.frames}")
     return info
