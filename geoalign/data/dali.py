@@ -9,6 +9,7 @@ display matrices nor pixel shapes, edit lists nor colour matrices: what is not m
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,7 @@ from geoalign.data.timeline import Timeline
 from geoalign.data.video import PyAVReader, VideoInfo, check_indices
 from geoalign.errors import DataError, UsageError
 
+CLIPPED = "BT.709 through DALI, saturated colours differ from PyAV's by up to 38 of 255 levels"
 _ELSEWHERE = "use data.clips.reader=pyav"
 _CPU_CODECS = frozenset({"vp8", "vp9", "mjpeg"})
 _PIPELINES_KEPT = 4
@@ -52,8 +54,12 @@ class DaliReader:
         self._pipeline = lru_cache(maxsize=_PIPELINES_KEPT)(self._build)
 
     def probe(self, path: Path) -> VideoInfo:
-        """Container facts come from FFmpeg, so that both readers agree on the number of frames."""
-        return self._prober.probe(path)
+        """Container facts come from FFmpeg, so that both readers agree on the number of frames; what DALI cannot show
+        is refused here already."""
+        timeline = self._prober.timeline(path)
+        self._check(path, timeline)
+        info = self._prober.probe(path)
+        return replace(info, remarks=(*info.remarks, CLIPPED)) if timeline.look.is_bt709 else info
 
     def read(self, path: Path, indices: Sequence[int], size: tuple[int, int] | None = None) -> Tensor:
         """See :class:`geoalign.data.video.VideoReader`; the result is on the CPU."""
@@ -116,7 +122,7 @@ class DaliReader:
 def _shown(frames: Tensor, look: Look) -> Tensor:
     """DALI's frames ``[F, 3, H, W]``, which it always takes for BT.601, in their own matrix and on the CPU.
 
-    What left [0, 255] in DALI's RGB is lost: saturated BT.709 colours are off by up to 36 levels.
+    What left [0, 255] in DALI's RGB is lost: up to 38 levels (magenta), none between 32 and 223 in all channels.
     """
     if not look.is_bt709:
         return frames.cpu().clone()

@@ -97,7 +97,7 @@ def scan(path: Path) -> Timeline:
 
 
 def facts(path: Path) -> Facts:
-    """Count the frames and measure their rate; the index of an mp4 spares reading its packets.
+    """Count the frames and measure their rate; the index of an mp4 without hidden frames spares its packets.
 
     Raises:
         DataError: as :func:`scan`.
@@ -105,15 +105,13 @@ def facts(path: Path) -> Facts:
     with opened(path) as film:
         stream, base = film.stream, film.stream.time_base
         rate = stream.average_rate or stream.guessed_rate or Fraction(0)
-        entries = [(entry.timestamp, entry.is_discard) for entry in stream.index_entries]
-        indexed = 0 < len(entries) == stream.frames
+        times = [entry.timestamp for entry in stream.index_entries if not entry.is_discard]
+        indexed = 0 < len(times) == stream.frames
         head = _head(path, film)
         codec = stream.codec_context.name
     if indexed and _plain(head):
-        # Decoding times, but as evenly spaced as those of presentation; hidden frames would leave gaps.
-        stamps = np.sort(np.asarray([stamp for stamp, _ in entries], dtype=np.int64))
-        shown = sum(not hidden for _, hidden in entries)
-        return Facts(shown, *_rate(stamps, base, rate), codec, head.look)
+        stamps = np.sort(np.asarray(times, dtype=np.int64))  # of decoding, but spaced like those of presentation
+        return Facts(len(stamps), *_rate(stamps, base, rate), codec, head.look)
     timeline = scan(path)
     stamps = np.zeros(0, dtype=np.int64) if timeline.stamps is None else timeline.stamps
     return Facts(timeline.frames, *_rate(stamps, base, rate), codec, timeline.look)
@@ -169,9 +167,8 @@ def _check_duration(path: Path, film: Film, end: float, frames: int) -> None:
     """Raise DataError if the tracks end before the stated length: by a second, in short films by a tenth."""
     stated = film.container.duration / 1_000_000
     if stated - end > max(min(1.0, 0.1 * stated), 3 * end / frames):
-        raise DataError(
-            f"{path}: cannot be decoded (cut off: {end:.2f} of {stated:.2f} seconds are there); re-download or remove it"
-        )
+        there = f"{end:.2f} of {stated:.2f} seconds are there"
+        raise DataError(f"{path}: cannot be decoded (cut off: {there}); re-download or remove it")
 
 
 def _believed(shown: Sequence[int | None], head: _Head, reorders: bool) -> Stamps | None:
