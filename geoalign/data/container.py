@@ -19,6 +19,7 @@ _THREADED_PIXELS = 640 * 360  # starting decoder threads costs more than decodin
 _NO_FILM = Disposition.attached_pic | Disposition.timed_thumbnails | Disposition.still_image
 _EBML, _SEGMENT = 0x1A45DFA3, 0x18538067  # Matroska and WebM
 _MP4_BOXES = frozenset({b"moov", b"mdat", b"moof"})  # those that carry the film; others may be followed by anything
+_MOST_BOXES = 100_000  # a fragment each second of a day; more are not looked at
 _MP4_STARTS = frozenset({b"ftyp", b"moov", b"mdat", b"wide", b"free", b"skip"})
 
 
@@ -106,6 +107,8 @@ def _check_length(path: Path) -> None:
     """Raise DataError if an mp4, mov, mkv or webm states more bytes than the file has: FFmpeg reads such a file as a
     shorter film."""
     size = path.stat().st_size
+    if not path.is_file():
+        raise DataError(f"{path}: not a file")
     with path.open("rb") as file:
         head = file.read(12)
         if head[4:8] in _MP4_STARTS:
@@ -123,7 +126,9 @@ def _check_length(path: Path) -> None:
 def _mp4_end(file: BinaryIO, size: int) -> int:
     """Where the last box that the film needs ends."""
     position = end = 0
-    while position < size:
+    for _ in range(_MOST_BOXES):
+        if position >= size:
+            break
         file.seek(position)
         head = file.read(16)
         length, kind = int.from_bytes(head[:4]), head[4:8]

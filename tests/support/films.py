@@ -53,9 +53,8 @@ def bars(height: int, width: int, colours: Sequence[Sequence[int]], count: int =
 def middles(picture: Tensor, count: int) -> np.ndarray[Any, Any]:
     """int ``[count, 3]``: the colour in the middle of each of ``count`` bars of ``[3, H, W]``."""
     _, height, width = picture.shape
-    return np.stack([picture[:, height // 2, width * (2 * k + 1) // (2 * count)].numpy() for k in range(count)]).astype(
-        int
-    )
+    columns = [width * (2 * k + 1) // (2 * count) for k in range(count)]
+    return picture[:, height // 2, columns].T.numpy().astype(int)
 
 
 def film(
@@ -70,7 +69,7 @@ def film(
     setup: Callable[[Any], object] = lambda stream: None,
     **conversion: Any,
 ) -> Path:
-    """Encode ``frames`` ``[F, H, W, C]``; ``stamps`` in frames, ``setup`` sees the stream, ``conversion`` the scaler."""
+    """Encode ``frames`` ``[F, H, W, C]`` at ``stamps`` (in frames); ``conversion`` goes to FFmpeg's scaler."""
     with av.open(str(path), "w") as container:
         stream = container.add_stream(codec, rate=fps, options=dict(options or {}))
         stream.height, stream.width = frames.shape[1:3]
