@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -148,6 +149,14 @@ def test_odd_names_are_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, na
     source.rename(tmp_path / name)
     monkeypatch.chdir(tmp_path)
     assert numbers(read_video(Path(name))) == [0, 1, 2, 3]
+
+
+def test_a_pipe_is_no_file(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "c.mp4")  # opening it would wait for a writer
+    for path in (tmp_path / "c.mp4", tmp_path):
+        for use in (PyAVReader().probe, lambda file: read_video(file, [0])):
+            with pytest.raises(DataError, match="not a file"):
+                use(path)
 
 
 def test_pictures_and_second_tracks_are_not_the_film(tmp_path: Path) -> None:
