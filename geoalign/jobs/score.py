@@ -119,8 +119,11 @@ def judge(reward: Reward, videos: Tensor, batch: RetakeBatch) -> RewardOutput:
 
 
 def score_row(output: RewardOutput) -> dict[str, Any]:
-    """A reward's answer for one video as plain numbers; an invalid video has no scores, whatever stands in them."""
-    valid = bool(output.valid[0])
-    row: dict[str, Any] = {f"score/{name}": float(value[0]) if valid else None for name, value in output.scores.items()}
-    row |= {name: float(value[0]) for name, value in {**output.parts, **output.diagnostics}.items()}
-    return {"valid": valid, **row} if valid else {"valid": valid, "error": "no finite score", **row}
+    """A reward's answer for one video as plain numbers; None for what an invalid or lost video has not."""
+    valid, lost = bool(output.valid[0]), bool(output.lost[0])
+    read = valid and not lost
+    row: dict[str, Any] = {f"score/{name}": float(value[0]) if read else None for name, value in output.scores.items()}
+    row |= {name: None if lost else float(value[0]) for name, value in output.parts.items()}
+    row |= {name: float(value[0]) for name, value in output.diagnostics.items()}
+    row = {"valid": valid, "lost": lost, **row}
+    return row if valid else row | {"error": "no finite score"}

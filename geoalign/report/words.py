@@ -93,9 +93,9 @@ CURVES = (
     CurveGroup(
         "What is not trained on",
         "What the evaluators report beside the scores. The path length ratio is travelled over asked, tracked is "
-        "the share of the picture that an estimate explains.",
+        "the share of the picture that an estimate explains, lost the share of clips in which no camera could be read.",
         "reward/",
-        suffixes=("_ratio", "residual", "/lost", "/tracked", "_fraction"),
+        suffixes=("_ratio", "residual", "/tracked", "_fraction"),
     ),
     CurveGroup(
         "Rewards",

@@ -18,15 +18,14 @@ from geoalign.types import RetakeBatch
 class GeometryReward:
     """Paper eq. 3 (translation) and eq. 4 (rotation), negated so that higher is better.
 
-    Errors per frame are clamped (a lost track is the worst error, not infinity), then summed with temporal
-    weights that grow with time. Emits the keys ``trans`` (metres) and ``rot`` (radians); ``parts`` are unweighted.
+    Errors per frame are clamped, then summed with temporal weights that grow with time. Emits the keys ``trans``
+    (metres) and ``rot`` (radians); ``parts`` are unweighted.
 
     Args:
         evaluator: reads the camera from the video; never sees the target.
         temporal_weights: growth of w_i: linear, power, exponential, or constant (a deviation from the paper).
         max_translation_m, max_rotation_deg: the clamped worst errors per frame.
-        min_tracked: below this tracked share the video has no readable camera and gets the worst error (content
-            failure: valid, counted in ``diagnostics["lost"]``).
+        min_tracked: below this tracked share the video has no readable camera: it is lost (content failure, R4).
     """
 
     name = "geometry"
@@ -55,30 +54,30 @@ class GeometryReward:
         estimate = self.evaluator(videos, batch.source)
         target = batch.target_camera.relative_to_first().c2w[:, estimate.frame_indices].float()
         lost = estimate.tracked < self.min_tracked
+        # A pose that is not a number is the scorer's failure, or a broken video's; a lost camera has a pose.
+        valid = torch.isfinite(estimate.c2w).flatten(1).all(1)
         later = (estimate.frame_indices > 0).float()  # frame 0 is given
         weight = temporal_weights(videos.shape[1], self.temporal_weights, frame_indices=estimate.frame_indices)
-        translation, rotation = self._distances(estimate.c2w, target, weight * later, lost)
-        mean_m, mean_rad = self._distances(estimate.c2w, target, later / later.sum(), lost)
+        translation, rotation = self._distances(estimate.c2w, target, weight * later)
+        mean_m, mean_rad = self._distances(estimate.c2w, target, later / later.sum())
         walked, asked = (CameraTrajectory.build(c2w).path_length() for c2w in (estimate.c2w, target))
-        return RewardOutput(
-            scores={"trans": -translation, "rot": -rotation},
-            # A pose that is not a number is the scorer's failure, or a broken video's; a lost camera has a pose.
-            valid=torch.isfinite(estimate.c2w).flatten(1).all(1),
-            parts={
-                "trans_m": mean_m,
-                "rot_deg": torch.rad2deg(mean_rad),
-                "path_length_ratio": walked / asked.clamp_min(1e-6),
-            },
-            diagnostics={"lost": lost.float(), "tracked": estimate.tracked, **estimate.diagnostics},
+        scores = {"trans": -translation, "rot": -rotation}
+        parts = {
+            "trans_m": mean_m,
+            "rot_deg": torch.rad2deg(mean_rad),
+            "path_length_ratio": walked / asked.clamp_min(1e-6),
+        }
+        scores, parts = (
+            {key: value.masked_fill(lost, torch.nan) for key, value in values.items()} for values in (scores, parts)
         )
+        return RewardOutput(scores, valid, parts, {"tracked": estimate.tracked, **estimate.diagnostics}, lost & valid)
 
-    def _distances(self, estimate: Tensor, target: Tensor, weight: Tensor, lost: Tensor) -> tuple[Tensor, Tensor]:
-        """Weighted metres and radians ``[B]``; a video whose camera was lost has the worst error in every frame."""
+    def _distances(self, estimate: Tensor, target: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+        """Weighted metres and radians ``[B]``."""
         worst_m, worst_rad = self.max_translation_m, math.radians(self.max_rotation_deg)
         translation = translation_distance(estimate, target, weight, worst_m=worst_m)
         rotation = rotation_distance(estimate, target, weight, worst_rad=worst_rad)
-        total = weight.sum()
-        return torch.where(lost, worst_m * total, translation), torch.where(lost, worst_rad * total, rotation)
+        return translation, rotation
 
 
 class SourceConsistencyReward:

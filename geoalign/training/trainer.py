@@ -224,7 +224,7 @@ class Trainer:
         """Advantages of all ranks' samples in global order."""
         groups = self.config.groups
         group_ids = torch.arange(groups.conditions).repeat_interleave(groups.size)
-        advantage = group_advantage(scores.scores, scores.valid, group_ids, self.config.advantage)
+        advantage = group_advantage(scores.scores, scores.valid, group_ids, self.config.advantage, scores.lost)
         if not self.config.train.shuffle_advantages:
             return advantage
         return Advantage(self._shuffled(advantage.values), advantage.per_key, advantage.metrics)
@@ -282,12 +282,16 @@ class Trainer:
 
 
 def _reward_metrics(scores: Scores, advantage: Advantage) -> dict[str, float]:
-    valid = scores.valid
-    count = valid.sum().clamp_min(1)
-    # Parts of an invalid sample may be NaN, which a product with the mask would keep.
-    values = {**scores.scores, **scores.parts, **scores.diagnostics}
-    means = {f"reward/{name}": float(torch.where(valid, value, 0).sum() / count) for name, value in values.items()}
+    valid, read = scores.valid, scores.valid & ~scores.lost
+
+    def mean(value: Tensor, mask: Tensor) -> float:
+        # Parts of an invalid sample may be NaN, which a product with the mask would keep.
+        return float(torch.where(mask, value, 0).sum() / mask.sum().clamp_min(1))
+
+    means = {f"reward/{name}": mean(value, read) for name, value in {**scores.scores, **scores.parts}.items()}
+    means |= {f"reward/{name}": mean(value, valid) for name, value in scores.diagnostics.items()}
     means |= {f"advantage/{name}": value for name, value in advantage.metrics.items()}
     means |= {f"failures/{name}": float(number) for name, number in scores.failures.items()}
     means["reward/invalid_fraction"] = 1 - float(valid.float().mean())
+    means["reward/lost_fraction"] = mean(scores.lost.double(), valid)
     return means

@@ -172,22 +172,23 @@ def gather_scores(ranks: Ranks, place: Placement, scores: Scores) -> Scores:
     tables = ("scores", "parts", "diagnostics")
     columns = {f"{table}/{name}": value for table in tables for name, value in getattr(scores, table).items()}
     names = ranks.union(columns)
-    buffer = torch.zeros(1 + len(names), place.conditions * place.group_size, dtype=torch.float64)
+    buffer = torch.zeros(2 + len(names), place.conditions * place.group_size, dtype=torch.float64)
     rows = place.rows[place.scored]
-    buffer[0, rows] = scores.valid.double().cpu()
-    for number, name in enumerate(names, start=1):
+    buffer[0, rows], buffer[1, rows] = scores.valid.double().cpu(), scores.lost.double().cpu()
+    for number, name in enumerate(names, start=2):
         if name in columns:
-            # Values of failed rows may be NaN, which a sum would spread; they are excluded by ``valid`` everywhere.
+            # Values of failed or lost rows may be NaN, which a sum would spread; the masks exclude them everywhere.
             buffer[number, rows] = torch.nan_to_num(columns[name].double().cpu())
     gathered = ranks.all_reduce(buffer, "sum", "scores")
     joined: dict[str, dict[str, Tensor]] = {table: {} for table in tables}
-    for number, name in enumerate(names, start=1):
+    for number, name in enumerate(names, start=2):
         table, _, key = name.partition("/")
         joined[table][key] = gathered[number]
     counts = ranks.all_reduce(torch.tensor([*scores.failures.values()], dtype=torch.float64), "sum", "scores")
     return replace(
         scores,
         valid=gathered[0] > 0,
+        lost=gathered[1] > 0,
         **joined,
         failures=dict(zip(scores.failures, map(int, counts.tolist()), strict=True)),
         seconds={name: ranks.maximum(value) for name, value in scores.seconds.items()},

@@ -147,6 +147,16 @@ def test_a_single_video_without_a_score_ends_with_1(
     assert text in capsys.readouterr().err
 
 
+def test_a_video_without_a_camera_is_lost_and_has_no_numbers(
+    score: Callable, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A bound that no video reaches: what the tracker reads is not enough."""
+    code, (row,) = score("--set", "min_tracked=1.0")
+    assert code == 0 and row["valid"] is True and row["lost"] is True
+    assert all(row[name] is None for name in ("score/trans", "score/rot", "trans_m", "rot_deg", "path_length_ratio"))
+    assert 0 < row["tracked"] < 1 and "nan" not in capsys.readouterr().out
+
+
 def test_options_reach_the_reward_and_its_evaluator(score: Callable) -> None:
     rows = []
     for settings in ([], ["max_translation_m=0.001"], ["evaluator_options.levels=[[4.0, 1]]"]):

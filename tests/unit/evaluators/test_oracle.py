@@ -12,6 +12,7 @@ from geoalign.evaluators.oracle import OracleEvaluator
 from geoalign.geometry import so3
 from geoalign.geometry.trajectory import CameraTrajectory
 from geoalign.rewards.geometry import GeometryReward
+from geoalign.rewards.running.guard import check_output
 from geoalign.types import RetakeBatch, SourceClip
 
 FRAMES = 3
@@ -41,7 +42,7 @@ def test_a_perfect_camera_has_no_error_in_any_world_frame() -> None:
     oracle = OracleEvaluator({name: so3.compose(world, poses) for name, poses in zip("ab", TARGETS, strict=True)})
     assert isinstance(oracle, PoseEvaluator)
     out = GeometryReward(oracle)(torch.zeros(2, FRAMES, 3, 2, 2), batch_of(TARGETS))
-    assert out.valid.all() and not out.diagnostics["lost"].any()
+    assert out.valid.all() and not out.lost.any()
     for key in ("trans", "rot"):
         # Positions of size 9 m have a rounding step of 1e-6.
         torch.testing.assert_close(out.scores[key], torch.zeros(2), rtol=0, atol=5e-6)
@@ -69,13 +70,15 @@ def test_a_frame_subset_renormalises_the_weights() -> None:
     torch.testing.assert_close(out.scores["rot"], torch.deg2rad(torch.tensor([-0.75 * 20.0])))
 
 
-def test_a_camera_that_cannot_be_read_gets_the_worst_error_and_stays_valid() -> None:
+def test_a_camera_that_cannot_be_read_is_lost_has_no_number_and_stays_valid() -> None:
     oracle = OracleEvaluator(dict(zip("ab", TARGETS, strict=True)), tracked=0.1)
-    reward = GeometryReward(oracle, max_translation_m=3.0, max_rotation_deg=45.0, min_tracked=0.15)
-    out = reward(torch.zeros(2, FRAMES, 3, 2, 2), batch_of(TARGETS))
-    assert out.valid.all() and out.diagnostics["lost"].all()
-    torch.testing.assert_close(out.scores["trans"], torch.full((2,), -3.0 * 5 / 6))
-    torch.testing.assert_close(out.scores["rot"], torch.deg2rad(torch.full((2,), -45.0 * 5 / 6)))
+    out = check_output(
+        GeometryReward(oracle, min_tracked=0.15)(torch.zeros(2, FRAMES, 3, 2, 2), batch_of(TARGETS)),
+        GeometryReward.keys,
+        2,
+    )
+    assert out.valid.all() and out.lost.all()
+    assert all(value.isnan().all() for value in (*out.scores.values(), *out.parts.values()))
 
 
 def test_answers_follow_the_clip_names_and_strangers_are_named() -> None:
