@@ -93,7 +93,8 @@ CURVES = (
     CurveGroup(
         "What is not trained on",
         "What the evaluators report beside the scores. The path length ratio is travelled over asked, tracked is "
-        "the share of the picture that an estimate explains, lost the share of clips in which no camera could be read.",
+        "the share of the picture that an estimate explains, saturated the share of frames whose position error "
+        "reaches the reward's bound, and lost the share of clips in which no camera could be read.",
         "reward/",
         suffixes=("_ratio", "residual", "/tracked", "_fraction"),
     ),
