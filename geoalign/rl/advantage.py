@@ -11,8 +11,10 @@ from torch import Tensor
 from geoalign.config.flow import AdvantageConfig
 from geoalign.errors import ConfigError, UsageError
 
-ZERO_STD = 1e-8
-"""A group whose deviation is below this is counted as one without signal."""
+ROUNDING = 16 * torch.finfo(torch.float32).eps
+"""Deviation over largest magnitude up to which a group's rewards are equal: they are sums in float32."""
+LEAST_MEDIAN = 1e-8
+"""What the largest deviation is compared with where most groups have none."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,8 +67,8 @@ def group_advantage(
 
     Invalid samples leave mean, deviation and loss. Lost samples (content that no reward can read) leave mean and
     deviation, so that they change no other advantage, and get the lowest one of their group (rule R4). Deviations are
-    population deviations (ddof 0). All arithmetic is float64. Every rank is given all scores and finds the same
-    advantages, whatever the layout.
+    population deviations (ddof 0). A group whose rewards are equal up to rounding has advantage 0. All arithmetic is
+    float64. Every rank is given all scores and finds the same advantages, whatever the layout.
 
     Args:
         scores: reward key -> [B], higher is better; entries of invalid or lost samples are ignored, NaN included.
@@ -109,6 +111,9 @@ def _lowest(total: Tensor, groups: _Groups) -> Tensor:
 def _normalise(values: Tensor, groups: _Groups, config: AdvantageConfig, key: str) -> tuple[Tensor, dict[str, float]]:
     centred = (values - groups.mean(values)[groups.index]) * groups.read
     std = groups.mean(centred.square()).sqrt()
+    largest_value = torch.zeros_like(std).scatter_reduce(0, groups.index, values.abs(), "amax")
+    std = torch.where(std > ROUNDING * largest_value, std, 0.0)
+    centred = torch.where(std[groups.index] > 0, centred, 0.0)  # or a small denominator would blow rounding up
     comparable = std[groups.count >= 2]  # a single member has no deviation and must not enter median or quantile
     denominator = _denominator(values, std, comparable, groups, config, key)
     largest, median = (float(torch.quantile(comparable, q)) if comparable.numel() else 0.0 for q in (1.0, 0.5))
@@ -116,9 +121,9 @@ def _normalise(values: Tensor, groups: _Groups, config: AdvantageConfig, key: st
         "mean": float(values.sum() / groups.read.sum().clamp_min(1.0)),
         "sigma_max": largest,
         "sigma_median": median,
-        "sigma_max_over_median": largest / max(median, ZERO_STD),
+        "sigma_max_over_median": largest / max(median, LEAST_MEDIAN),
         "denominator": float(denominator.mean()),
-        "zero_variance": float((comparable < ZERO_STD).sum()),
+        "zero_variance": float((comparable == 0).sum()),
     }
     return centred / denominator[groups.index], metrics
 
@@ -134,9 +139,7 @@ def _denominator(
     """[N] denominators, one per group."""
     floor = config.floor_of(key)
     match config.std:
-        case "group":
-            return std + ZERO_STD
-        case "group_floor":
+        case "group" | "group_floor":
             return std.clamp_min(floor)
         case "batch_max":
             shared = torch.quantile(comparable, config.quantile) if comparable.numel() else std.new_zeros(())

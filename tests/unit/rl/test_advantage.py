@@ -36,7 +36,9 @@ def values(config: AdvantageConfig, scores: Tensor = SCORES, valid: Tensor = ALL
     ("config", "denominators"),
     [
         (AdvantageConfig(), [math.sqrt(3.5)] * 2),
-        (AdvantageConfig(std="group"), [math.sqrt(3.5) + 1e-8, 1.0 + 1e-8]),
+        (AdvantageConfig(std="group"), [math.sqrt(3.5), 1.0]),
+        (AdvantageConfig(std="group", floor=1.5), [math.sqrt(3.5), 1.5]),
+        (AdvantageConfig(std="group", floors={"r": 4.0}), [4.0] * 2),
         (AdvantageConfig(std="group_floor", floor=1.5), [math.sqrt(3.5), 1.5]),
         (AdvantageConfig(std="group_floor", floor=0.5), [math.sqrt(3.5), 1.0]),
         (AdvantageConfig(std="batch_rms"), [1.5] * 2),
@@ -130,6 +132,20 @@ def test_invalid_samples_are_not_lost_and_decide_nothing() -> None:
     assert result.metrics["lost_groups"] == 0
     nobody = group_advantage({"r": SCORES[:4]}, valid, groups, AdvantageConfig(), valid)
     assert nobody.values.tolist() == [0.0] * 4 and nobody.metrics["lost_groups"] == 1
+
+
+@pytest.mark.parametrize("std", ["batch_max", "batch_rms", "group", "group_floor", "global"])
+@pytest.mark.parametrize("base", [-3.0, -300.0, -0.3, 7e-5, 1e6])
+def test_rewards_that_differ_by_rounding_teach_nothing(std: str, base: float) -> None:
+    """A few units in the last place of float32 around ``base``; the second group differs by a thousandth."""
+    steps = torch.tensor([0, 1, -1, 2, 0, -2, 3, 1, 0, -1, 0, 2])
+    first = torch.tensor(base) * (1 + steps * torch.finfo(torch.float32).eps)
+    assert first.unique().numel() > 3
+    scores = torch.cat([first, base * (1 + 1e-3 * steps)])
+    groups, config = torch.arange(2).repeat_interleave(12), AdvantageConfig(std=std, floor=1e-9)
+    result = group_advantage({"r": scores}, torch.ones(24, dtype=torch.bool), groups, config)
+    assert result.values[:12].tolist() == [0.0] * 12 and result.metrics["r/zero_variance"] == 1
+    assert float(result.values[12:].abs().max()) > 0.5
 
 
 def test_single_members_do_not_enter_the_median() -> None:
