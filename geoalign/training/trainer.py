@@ -38,6 +38,8 @@ logger = logging.getLogger(__name__)
 SHUFFLE_STREAM = 6
 MODES = "ode_modes"
 """Key of the notes: the attention mode of every block outside the window."""
+SKIPPED = "skipped_iterations"
+"""Key of the notes: iterations in a row, up to now, in which every update was skipped."""
 
 
 class ConditionSource(Protocol):
@@ -105,7 +107,8 @@ class Trainer:
         """One iteration; returns its metrics.
 
         Raises:
-            RunError: too many invalid samples, or log-probabilities of rollout and replay differ beyond the bound.
+            RunError: too many invalid samples, too many iterations without an update, or log-probabilities of rollout
+                and replay that differ beyond the bound.
         """
         config, place = self.config, self.place
         window = self.schedule(self.iteration)
@@ -127,6 +130,7 @@ class Trainer:
             values, valid = advantage.values[rows].to(self.device), scores.valid[rows].to(self.device)
             update = self.learner.update(sampler, rollout, prepared, values, valid, self._held(stream))
         self._refuse_drift(update["parity/log_prob_diff_max"])
+        self._refuse_standstill(update)
         self._agree_on_modes()
         self.iteration += 1
         seconds = self.clock.collect() | {f"time/reward/{name}_s": value for name, value in scores.seconds.items()}
@@ -279,6 +283,26 @@ class Trainer:
                 "learner do not run the same artefact (kernels, dtype, batch shape, compiled graph); the "
                 "ratio would be wrong"
             )
+
+    def _refuse_standstill(self, update: Mapping[str, float]) -> None:
+        earlier = self.notes.pop(SKIPPED, 0)
+        if update["policy/skipped_updates"] < self.config.optim.updates_per_rollout:
+            return
+        count = self.notes[SKIPPED] = earlier + 1
+        if count >= self.config.failures.max_skipped_updates:
+            raise RunError(
+                f"iteration {self.iteration}: every update of the last {count} iterations was skipped "
+                f"(failures.max_skipped_updates={count}), because the gradient is not finite (norm "
+                f"{update['policy/grad_norm']:g}); {_broken_weights(self.engine.trained)}"
+            )
+
+
+def _broken_weights(trained: Mapping[str, torch.nn.Parameter]) -> str:
+    local = {name: getattr(value.detach(), "to_local", value.detach)() for name, value in trained.items()}
+    broken = [name for name, value in local.items() if not bool(torch.isfinite(value).all())]
+    if not broken:
+        return "the trained weights are finite: the backward overflows, try run.dtype=float32"
+    return f"{len(broken)} of {len(local)} trained weights are not finite, the first is {broken[0]}: start from others"
 
 
 def _reward_metrics(scores: Scores, advantage: Advantage) -> dict[str, float]:
