@@ -59,7 +59,7 @@ class Condition:
             clip_ids=("video",),
         )
         target = CameraTrajectory.stack([self.target.to(dtype=video.dtype)])
-        return video, RetakeBatch(clip, target, ("",)), info.frames
+        return video, RetakeBatch(clip, target, ("",), fps=info.fps), info.frames
 
 
 def read_condition(

@@ -170,7 +170,9 @@ def save_request(stem: Path, videos: Tensor, batch: RetakeBatch) -> None:
         tensors["ground_plane"] = source.ground_plane
     # Cloned: safetensors refuses tensors that share memory, and views of one clip do.
     save_file({key: value.detach().cpu().clone().contiguous() for key, value in tensors.items()}, f"{stem}.safetensors")
-    Path(f"{stem}.json").write_text(json.dumps({"prompts": batch.prompts, "clip_ids": source.clip_ids}))
+    Path(f"{stem}.json").write_text(
+        json.dumps({"prompts": batch.prompts, "clip_ids": source.clip_ids, "fps": batch.fps})
+    )
 
 
 def load_request(stem: Path) -> tuple[Tensor, RetakeBatch]:
@@ -185,7 +187,7 @@ def load_request(stem: Path) -> tuple[Tensor, RetakeBatch]:
         tuple(names["clip_ids"]),
     )
     target = CameraTrajectory(tensors["target_c2w"], tensors["target_intrinsics"])
-    return tensors["videos"], RetakeBatch(source, target, tuple(names["prompts"]))
+    return tensors["videos"], RetakeBatch(source, target, tuple(names["prompts"]), fps=names["fps"])
 
 
 def save_output(path: Path, output: RewardOutput) -> None:

@@ -147,6 +147,22 @@ def test_a_single_video_without_a_score_ends_with_1(
     assert text in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("fps", [8, 24, 60])
+def test_the_reward_is_told_the_files_own_frame_rate(
+    fps: int, score: Callable, files: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    told: list[float | None] = []
+
+    class Listening(Faulty):
+        def __call__(self, videos: torch.Tensor, batch: RetakeBatch) -> RewardOutput:
+            told.append(batch.fps)
+            return super().__call__(videos, batch)
+
+    write_video(files["retake.mp4"], torch.zeros(5, 3, 48, 64), fps)
+    monkeypatch.setattr(registry, "build_rewards", lambda configs: {"geometry": Listening(0.0)})
+    assert score()[0] == 0 and told == [fps]
+
+
 def test_a_video_without_a_camera_is_lost_and_has_no_numbers(
     score: Callable, capsys: pytest.CaptureFixture[str]
 ) -> None:
