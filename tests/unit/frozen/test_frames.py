@@ -99,7 +99,7 @@ def test_a_batch_scored_by_three_rewards_is_preprocessed_once(passes, failures: 
 
 
 def test_videoalign_is_told_the_videos_own_frame_rate(passes) -> None:
-    """Two frames a second, at least 4: 6 frames are 3 s at 2 a second and less than half a second at 16, the default."""
+    """Two frames a second, at least 4: 6 frames are 3 s at 2 a second and under half a second at 16, the default."""
     rewards, videos, batch = (
         build_rewards({name: ALL[name] for name in ("videoalign", "hpsv3")}),
         videos_of(),
