@@ -10,12 +10,13 @@ WORKERS ?= 2
 export OMP_NUM_THREADS ?= 1
 
 .NOTPARALLEL:
-.PHONY: help setup demo test check lint format types contracts interpreted unit gpu docs clean
+.PHONY: help setup demo test check lint format types contracts interpreted slow results gpu docs clean
 
 help:
 	@sed -n '2,4s/^# \{0,1\}//p' Makefile
 	@echo "  make check   lint and the fast tests            make lint    ruff and codespell"
 	@echo "  make gpu     the tests that need a GPU          make docs    regenerate docs/configuration.md"
+	@echo "  make slow    what is too long for make test     make results regenerate every table of the embedded default"
 
 # One stamp per set of extras: a finished set-up costs nothing the next time.
 $(VENV)/.geoalign-base: $(INPUTS)
@@ -51,16 +52,22 @@ interpreted: setup
 
 # Recipes of one line each, in this order, so that the first failing stage ends the run and pytest speaks last.
 test: lint types contracts interpreted
-	@$(BIN)/python -m pytest -n $(WORKERS) -q
+	@$(BIN)/python -m pytest -n $(WORKERS) -q -m "not slow"
 
 check: lint types contracts
-	@$(BIN)/python -m pytest -n $(WORKERS) -q -m "not dist and not aot" tests/unit tests/parity
+	@$(BIN)/python -m pytest -n $(WORKERS) -q -m "not dist and not aot and not slow" tests/unit tests/parity tests/docs
+
+slow: setup
+	@$(BIN)/python -m pytest -q -m slow
+
+results: setup
+	@$(BIN)/python profiling/studies/results.py $(ARGS)
 
 gpu: setup
 	@$(BIN)/python -m pytest -q -m "gpu or multigpu"
 
 docs: setup
-	@$(BIN)/geoalign config docs --write docs/configuration.md
+	@$(BIN)/geoalign config docs --out docs/configuration.md
 
 clean:
 	rm -rf build dist *.egg-info .pytest_cache .ruff_cache

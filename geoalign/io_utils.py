@@ -70,16 +70,12 @@ def atomic_write_json(path: str | os.PathLike[str], value: Any) -> None:
     atomic_write_text(path, json.dumps(value, indent=2, allow_nan=False) + "\n")
 
 
-def nan_to_none(row: Mapping[str, Any]) -> dict[str, Any]:
-    """``row`` with NaN and infinite values, also of mappings and lists inside, replaced by None, which JSON can say."""
-    return {key: _sayable(value) for key, value in row.items()}
-
-
-def _sayable(value: Any) -> Any:
+def nan_to_none(value: Any) -> Any:
+    """``value`` with NaN and infinity, also inside mappings and lists, replaced by None, which JSON can say."""
     if isinstance(value, Mapping):
-        return nan_to_none(value)
+        return {key: nan_to_none(item) for key, item in value.items()}
     if isinstance(value, list):
-        return [_sayable(item) for item in value]
+        return [nan_to_none(item) for item in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 

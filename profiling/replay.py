@@ -13,10 +13,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from bench_timing import errors, measure, side_stream
 
 import geoalign_kernels as gk
 from geoalign_kernels.capture import load
+
+sys.path.insert(0, str(Path(__file__).parent / "ops"))  # scripts of one checkout, not a package
+
+from bench_timing import errors, measure, side_stream
 
 
 def copied(args: tuple[Any, ...]) -> tuple[Any, ...]:

@@ -1,4 +1,10 @@
-"""Settings of the whole suite: one thread per process, reproducible property tests, skips that name their reason."""
+"""Settings of the whole suite: one thread per process, reproducible property tests, skips that name their reason.
+
+Marker ``slow`` is for what is too long for `make test`, which leaves it out; `make slow` runs it. Marker
+``dist(groups=N)`` says how many groups of processes (torchrun, or a process that one is compared with) a test starts
+by the fixture ``launch``; all tests that `make test` runs may start MOST_GROUPS together: a new one takes the place of
+another or is slow.
+"""
 
 from __future__ import annotations
 
@@ -15,6 +21,7 @@ os.environ.setdefault("MPLBACKEND", "Agg")
 
 import pytest
 
+MOST_GROUPS = 12
 INTERPRETED_FOLDER = Path(__file__).parent / "kernels" / "interpreted"
 
 # The kernel tests also run on a GPU machine that has little beside torch: `pytest tests/kernels -m gpu`.
@@ -60,3 +67,13 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         if reason:
             for item in marked:
                 item.add_marker(pytest.mark.skip(reason=reason))
+
+
+def pytest_collection_finish(session: pytest.Session) -> None:
+    """Refuse a suite that starts more groups of processes than `make test` may."""
+    fast = [item for item in session.items if not item.get_closest_marker("slow")]
+    groups = sum(mark.kwargs["groups"] for item in fast if (mark := item.get_closest_marker("dist")))
+    if groups > MOST_GROUPS:
+        raise pytest.UsageError(
+            f"the tests start {groups} groups of processes, {MOST_GROUPS} are the most: mark some of them slow"
+        )

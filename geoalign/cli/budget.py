@@ -1,16 +1,14 @@
-"""`geoalign budget`: how long a configuration would take on data-centre GPUs, and what every speed-up is worth."""
+"""``geoalign budget``: how long a configuration would take on data-centre GPUs, and what every speed-up is worth."""
 
 from __future__ import annotations
 
 import argparse
 from collections import Counter
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from geoalign.config.load import load_config
+from geoalign.cli.options import add_config, add_json, check_json, read_config, write_json
 from geoalign.errors import UsageError
-from geoalign.io_utils import atomic_write_json, check_writable
-from geoalign.perf.budget import Ladder, Plan, Run, Walk, climb
+from geoalign.perf.budget import Ladder, Plan, RunCost, Walk, climb
 from geoalign.perf.cost import DEVICES, TransformerCost, VideoCost, video_cost
 from geoalign.perf.memory import reward_models
 
@@ -25,62 +23,57 @@ LAUNCH_BOUND_S = 0.05
 
 EXAMPLES = """\
 examples:
-  geoalign budget paper_64xa800                         hours on 64 A800, lever by lever
-  geoalign budget paper_64xa800 --device h200 --devices 32
-  geoalign budget paper_64xa800 optim.updates_per_rollout=4 levers.streaming=off
-  geoalign budget node_8gpu --json budget.json
+  geoalign budget --config paper_64xa800                hours on 64 A800, lever by lever
+  geoalign budget --config paper_64xa800 --device h200 --devices 32
+  geoalign budget --config paper_64xa800 optim.updates_per_rollout=4 levers.streaming=off
+  geoalign budget --config node_8gpu --json budget.json
 
 All numbers are predictions from published rates of the device, none is a measurement.
 EXACT levers keep algorithm and distribution; CHANGES levers do not, and are off by default."""
 
 
 def add_parser(subparsers: Any) -> None:
-    """Add the verb `budget`."""
+    """Add the verb ``budget``."""
     parser = subparsers.add_parser(
         "budget",
         help="predicted hours of a configuration and the lever ladder",
-        description=__doc__,
+        description="How long a configuration would take on data-centre GPUs, and what every speed-up is worth.",
         epilog=EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("config", help="preset or .yaml path")
-    parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="settings by dotted name")
+    add_config(parser)
     parser.add_argument("--device", choices=sorted(DEVICES), default="a800", help="device profile (default: a800)")
     parser.add_argument("--devices", type=int, metavar="N", help="number of devices (default: one per condition)")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="also write the numbers to FILE")
+    add_json(parser, "the numbers")
     parser.set_defaults(run=run_budget)
 
 
 def run_budget(args: argparse.Namespace) -> int:
     """Print the prediction; returns the exit code."""
-    from geoalign.config.schema import Config
-
-    config = load_config(Config, args.config, args.overrides)
+    config = read_config(args)
     devices = config.groups.conditions if args.devices is None else args.devices
     if not 1 <= devices <= config.groups.conditions:
         raise UsageError(
             f"--devices {devices}: the prediction places whole groups, so 1 to {config.groups.conditions} devices "
             "(groups.conditions) can be used"
         )
-    if args.json is not None:
-        check_writable(args.json)
+    check_json(args)
     run, coarse, left_out = describe(config)
     guidance = 2 if config.flow.guidance > 1 else 1
     ladder = climb(run, coarse, DEVICES[args.device], devices, guidance)
     numbers = _numbers(run, coarse, ladder, args.device, devices, guidance)
-    print(_text(numbers, ladder, args.config, left_out))
-    if args.json is not None:
-        atomic_write_json(args.json, numbers)
+    if write_json(args, numbers):
+        print(_text(numbers, ladder, args.config, left_out))
     return 0
 
 
-def describe(config: Config) -> tuple[Run, Run, list[str]]:
+def describe(config: Config) -> tuple[RunCost, RunCost, list[str]]:
     """The run of a configuration on the full grid, the same with the coarser tail, and the rewards without a model."""
     transformer = TransformerCost.of(config.model, *config.data.video)
     video, left_out = _video(config)
     ratio = config.flow.tail_ratio if config.flow.tail_ratio < 1 else COARSE_TAIL
     full, coarse = (
-        Run(
+        RunCost(
             transformer=transformer,
             video=video,
             walks=_walks(config, tail_ratio),
@@ -115,7 +108,7 @@ def _video(config: Config) -> tuple[VideoCost, list[str]]:
     return video_cost(*config.data.video, scorers), left_out
 
 
-def _numbers(run: Run, coarse: Run, ladder: Ladder, device: str, devices: int, guidance: int) -> dict[str, Any]:
+def _numbers(run: RunCost, coarse: RunCost, ladder: Ladder, device: str, devices: int, guidance: int) -> dict[str, Any]:
     profile, start = DEVICES[device], Plan(guidance=guidance)
     phases = run.seconds(profile, start)
     passes = [(count, run.walks[walk]) for walk, count in run.passes(start).items()]
@@ -125,8 +118,8 @@ def _numbers(run: Run, coarse: Run, ladder: Ladder, device: str, devices: int, g
         "devices": devices,
         "tokens": run.transformer.tokens,
         "forward_tflop": run.transformer.forward_flops() / 1e12,
-        "forward_s": run.transformer.forward(profile, start.execution).total,
-        "backward_s": run.transformer.backward(profile, start.execution).total,
+        "forward_s": run.transformer.forward(profile, start.speedups).total,
+        "backward_s": run.transformer.backward(profile, start.speedups).total,
         "iterations": run.iterations,
         "conditions": run.conditions,
         "group_size": run.group_size,

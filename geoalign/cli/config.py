@@ -8,7 +8,8 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from geoalign.config.layout import place_groups
+from geoalign.cli.options import add_config, read_config
+from geoalign.config.layout import deal_groups
 from geoalign.config.load import flatten, load_config, to_yaml
 from geoalign.config.source import load_raw, preset_names
 from geoalign.errors import UsageError
@@ -16,12 +17,14 @@ from geoalign.errors import UsageError
 if TYPE_CHECKING:
     from geoalign.config.schema import Config
 
+DEFAULTS = "defaults"
+_ABSENT = object()
 EXAMPLES = """\
 examples:
-  geoalign config print tiny_cpu
-  geoalign config print node_8gpu optim.lr=5e-6
-  geoalign config check paper_64xa800 --world-size 64
-  geoalign config diff single_gpu node_8gpu
+  geoalign config print --config tiny_cpu
+  geoalign config print --config node_8gpu optim.lr=5e-6
+  geoalign config check --config paper_64xa800 --world-size 64
+  geoalign config diff --config node_8gpu --against single_gpu
   geoalign config schema > geoalign.schema.json      (for the YAML plugin of an editor)
 """
 
@@ -31,38 +34,40 @@ def add_parser(subparsers: Any) -> None:
     parser = subparsers.add_parser(
         "config",
         help="print, check and compare configurations",
-        description="Look at the settings of a run before running it. CONFIG is a preset or a .yaml path.",
+        description="Look at the settings of a run before running it.",
         epilog=EXAMPLES + f"\npresets: {', '.join(preset_names())}",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     verbs = parser.add_subparsers(dest="config_verb", required=True, metavar="print|check|diff|schema|docs")
 
     show = verbs.add_parser("print", help="the resolved configuration as YAML")
-    _add_config_arguments(show)
+    add_config(show)
     show.add_argument("--sources", action="store_true", help="say beside each written value where it comes from")
     show.set_defaults(run=run_print)
 
     check = verbs.add_parser("check", help="validate, also against a number of processes")
-    _add_config_arguments(check)
+    add_config(check)
     check.add_argument("--world-size", type=int, metavar="N", help="number of processes the run will have")
     check.set_defaults(run=run_check)
 
     diff = verbs.add_parser("diff", help="keys whose resolved values differ between two configurations")
-    diff.add_argument("left", help="preset name, .yaml path, or `defaults` for the schema's own values")
-    diff.add_argument("right", help="preset name or .yaml path")
+    add_config(diff)
+    diff.add_argument(
+        "--against", default=DEFAULTS, metavar="NAME|FILE", help="the other one (default: the schema's own values)"
+    )
     diff.set_defaults(run=run_diff)
 
     schema = verbs.add_parser("schema", help="JSON schema of all settings")
     schema.set_defaults(run=run_schema)
 
     docs = verbs.add_parser("docs", help="the reference page of all settings (docs/configuration.md)")
-    docs.add_argument("--write", type=Path, metavar="FILE", help="write it there instead of printing it")
+    docs.add_argument("--out", type=Path, metavar="FILE", help="write it there instead of printing it")
     docs.set_defaults(run=run_docs)
 
 
 def run_print(args: argparse.Namespace) -> int:
     """Print the resolved configuration, or with ``--sources`` only what was written and where."""
-    config = load_config(_schema(), args.config, args.overrides)
+    config = read_config(args)
     if not args.sources:
         print(to_yaml(config), end="")
         return 0
@@ -78,22 +83,24 @@ def run_print(args: argparse.Namespace) -> int:
 
 def run_check(args: argparse.Namespace) -> int:
     """Validate; with ``--world-size`` also the parallel layout."""
-    config = load_config(_schema(), args.config, args.overrides)
+    config = read_config(args)
     if args.world_size is not None:
         if args.world_size < 1:
             raise UsageError(f"--world-size must be at least 1, got {args.world_size}.")
-        place_groups(config.groups.conditions, config.groups.size, args.world_size, config.parallel.sequence)
+        deal_groups(config.groups.conditions, config.groups.size, args.world_size, config.parallel.sequence)
     suffix = f" on {args.world_size} process(es)" if args.world_size is not None else ""
     print(f"{args.config}: valid{suffix}")
     return 0
 
 
 def run_diff(args: argparse.Namespace) -> int:
-    """Print one line per differing key: left value, right value."""
-    left, right = (flatten(_resolved(name)) for name in (args.left, args.right))
+    """Print one line per differing key: value of ``--against``, value of ``--config``."""
+    schema = _schema()
+    other = schema() if args.against == DEFAULTS else load_config(schema, args.against)
+    left, right = (flatten(config.model_dump(mode="json")) for config in (other, read_config(args)))
     keys = [key for key in dict.fromkeys([*left, *right]) if left.get(key, _ABSENT) != right.get(key, _ABSENT)]
     if not keys:
-        print(f"{args.left} and {args.right} resolve to the same settings")
+        print(f"{args.against} and {args.config} resolve to the same settings")
         return 0
     width = max(len(key) for key in keys)
     for key in keys:
@@ -113,34 +120,20 @@ def run_docs(args: argparse.Namespace) -> int:
     from geoalign.config.docs import reference_page
     from geoalign.io_utils import atomic_write_text, check_writable
 
-    if args.write:
-        check_writable(args.write)
+    if args.out:
+        check_writable(args.out)
     page = reference_page(_schema())
-    if args.write:
-        atomic_write_text(args.write, page)
+    if args.out:
+        atomic_write_text(args.out, page)
     else:
         print(page, end="")
     return 0
-
-
-_ABSENT = object()
-
-
-def _add_config_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("config", help="preset name or path of a .yaml file")
-    parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="settings that replace the file's")
 
 
 def _schema() -> type[Config]:
     from geoalign.config.schema import Config
 
     return Config
-
-
-def _resolved(name: str) -> dict[str, Any]:
-    schema = _schema()
-    config = schema() if name == "defaults" else load_config(schema, name)
-    return config.model_dump(mode="json")
 
 
 def _side(flat: dict[str, Any], key: str) -> str:

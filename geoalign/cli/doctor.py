@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import importlib.metadata
 import importlib.util
-import json
 import os
 import platform
 import shutil
@@ -16,8 +15,9 @@ from pathlib import Path
 from typing import Any
 
 from geoalign import __version__
+from geoalign.cli.options import add_json, check_json, write_json
 
-# Versions on which the whole test suite has been run; other versions from `requires-python` on are expected to work.
+# Versions on which the whole test suite has been run; other versions from ``requires-python`` on are expected to work.
 PYTHON_TRIED = ("3.11",)
 SHOWN_PACKAGES = (
     "torch",
@@ -65,7 +65,7 @@ def add_parser(subparsers: Any) -> None:
         help="versions, devices and kernel backends",
         description="Print what this machine has and what is missing. Put the output into bug reports.",
     )
-    parser.add_argument("--json", action="store_true", help="print one JSON object instead of text")
+    add_json(parser, "one object")
     parser.add_argument(
         "--fetch-rewards",
         action="store_true",
@@ -79,21 +79,17 @@ def run(args: argparse.Namespace) -> int:
 
     With ``--fetch-rewards`` fetch prompt templates instead; raises RewardError when one cannot be had.
     """
+    check_json(args)
     if args.fetch_rewards:
-        return _fetch_rewards(args.json)
+        from geoalign.rewards.vlm.templates import fetch
+
+        paths = {name: str(path) for name, path in fetch().items()}
+        if write_json(args, paths):
+            print("\n".join(f"{name:<20}{path}" for name, path in paths.items()))
+        return 0
     report = collect()
-    if args.json:
-        print(json.dumps(report, indent=2))
-    else:
+    if write_json(args, report):
         print(render(report))
-    return 0
-
-
-def _fetch_rewards(as_json: bool) -> int:
-    from geoalign.rewards.vlm.templates import fetch
-
-    paths = {name: str(path) for name, path in fetch().items()}
-    print(json.dumps(paths, indent=2) if as_json else "\n".join(f"{name:<20}{path}" for name, path in paths.items()))
     return 0
 
 

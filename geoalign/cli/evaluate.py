@@ -3,10 +3,17 @@
 from __future__ import annotations
 
 import argparse
-from pathlib import Path
 from typing import Any
 
-from geoalign.cli.options import add_config, print_held_out, read_config
+from geoalign.cli.options import (
+    add_config,
+    add_json,
+    add_model,
+    check_json,
+    print_held_out,
+    read_config,
+    write_json,
+)
 
 
 def add_parser(subparsers: Any) -> None:
@@ -14,33 +21,26 @@ def add_parser(subparsers: Any) -> None:
     summary = "held-out camera errors of a policy"
     parser = subparsers.add_parser("evaluate", help=summary, description=summary)
     add_config(parser)
-    parser.add_argument("--policy", type=Path, required=True, help="policy file, or builtin:tiny_base")
+    add_model(parser)
     parser.add_argument(
         "--condition-scale", type=float, default=1.0, metavar="S", help="oracle: ask for S times the motion"
     )
-    parser.add_argument("--json", type=Path, metavar="FILE", help="also write the numbers there")
+    add_json(parser, "the numbers")
     parser.set_defaults(run=run_evaluate)
 
 
 def run_evaluate(args: argparse.Namespace) -> int:
     """Evaluate a policy on the held-out sets of the configuration."""
     config = read_config(args)
-    from geoalign.errors import ConfigError
-    from geoalign.io_utils import atomic_write_json, check_writable, nan_to_none
     from geoalign.jobs.environment import describe_environment
     from geoalign.jobs.evaluate import HeldOut, evaluate
-    from geoalign.policy.files import load_policy
+    from geoalign.policy.open import open_policy
 
-    if config.world is None:
-        raise ConfigError("evaluate needs held-out pairs with a true render: set the world section (tiny_cpu has it)")
-    if args.json:
-        check_writable(args.json)
-    policy, _ = load_policy(args.policy)
-    result = evaluate(
-        policy, config.flow, HeldOut.build(config.world, config.eval), config.eval, condition_scale=args.condition_scale
-    )
-    print_held_out(result.numbers)
-    if args.json:
-        found = {"policy": str(args.policy), "held_out": result.numbers, **describe_environment()}
-        atomic_write_json(args.json, nan_to_none(found))
+    check_json(args)
+    held_out = HeldOut.build(config)
+    policy = open_policy(args.model, args.checkpoint)
+    result = evaluate(policy, config, held_out, condition_scale=args.condition_scale)
+    named = {"model": str(args.model), "checkpoint": args.checkpoint and str(args.checkpoint)}
+    if write_json(args, named | {"held_out": result.numbers, **describe_environment()}):
+        print_held_out(result.numbers)
     return 0

@@ -5,6 +5,8 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+from geoalign.cli.options import add_model
+
 FORMATS = ("redirector", "recammaster", "diffusers", "lora")
 
 
@@ -12,10 +14,7 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
     """Register ``export``."""
     parser = subparsers.add_parser("export", help="write a trained model for other inference code")
     parser.add_argument("--format", required=True, choices=FORMATS, help="layout of the result")
-    parser.add_argument(
-        "--model", type=Path, required=True, help="policy file, exported folder, or published base folder"
-    )
-    parser.add_argument("--checkpoint", type=Path, help="what was trained on top of it (delta or full state dict)")
+    add_model(parser)
     parser.add_argument("--base", type=Path, help="for lora: checkpoint before training, on the same --model")
     parser.add_argument("--rank", type=int, default=64, help="for lora: rank of the factors (default 64)")
     parser.add_argument(
@@ -31,15 +30,17 @@ def _run(args: argparse.Namespace) -> int:
 
     from geoalign.io_utils import atomic_write_json, check_writable
     from geoalign.policy import formats, lora
-    from geoalign.policy.open import open_model, patch_codec
+    from geoalign.policy.open import describe
 
     manifest = args.out.with_name(args.out.name + ".manifest.json")
     for path in (manifest,) if args.format == "diffusers" else (manifest, args.out):
         check_writable(path)
     loaded = None if args.dtype == "keep" else getattr(torch, args.dtype)
-    model, _ = open_model(args.model, args.checkpoint, dtype=None)
+    files = describe(args.model, args.checkpoint)
+    formats.require_camera(files.config, args.format)
+    model, _ = files.network(dtype=None)
     if args.format == "lora":
-        base, _ = open_model(args.model, args.base, dtype=None)
+        base, _ = describe(args.model, args.base).network(dtype=None)
         report = lora.export_lora(base, model, args.out, args.rank, loaded or torch.float32)
         print(f"LoRA of rank {args.rank}: lossy, it leaves {report.residual:.2%} of the matrices' change (norm)")
         if report.omitted_names:
@@ -48,7 +49,7 @@ def _run(args: argparse.Namespace) -> int:
             )
         tensors = report.tensors
     elif args.format == "diffusers":
-        tensors = formats.save_pretrained(model, args.out, loaded, patch_codec(args.model))
+        tensors = formats.save_pretrained(model, args.out, loaded, files.patch)
     elif args.format == "recammaster":
         tensors = formats.export_recammaster(model, args.out, loaded)
     else:

@@ -64,7 +64,7 @@ examples:
   geoalign train --config tiny_cpu                       the demo: no GPU, no weights, no downloads
   geoalign train --config tiny_cpu run.seed=1            any setting by its dotted name
   torchrun --nproc-per-node 2 -m geoalign train --config tiny_cpu run.name=two
-  geoalign config print node_8gpu optim.lr=5e-6          the resolved settings of a run, before running it
+  geoalign config print --config node_8gpu optim.lr=5e-6 the resolved settings of a run, before running it
   geoalign report runs/two                               one HTML file that opens offline
 
 `geoalign VERB --help` explains a verb. Exit codes: 0 done, 1 failed while running, 2 wrong usage or configuration.
@@ -98,7 +98,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"{_speaker()}: interrupted", file=sys.stderr)
         return INTERRUPTED
     except BrokenPipeError:
-        # The reader (`| head`) left: nothing more to say, and the interpreter must not try to flush into the pipe.
+        # The reader (``| head``) left: nothing more to say, and the interpreter must not try to flush into the pipe.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
 

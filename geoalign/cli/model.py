@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import argparse
-import json
-from pathlib import Path
+
+from geoalign.cli.options import add_json, check_json, write_json
 
 
 def add_parser(subparsers: argparse._SubParsersAction) -> None:
@@ -12,12 +12,14 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
     parser = subparsers.add_parser("model", help="describe model layouts and identify checkpoint files")
     verbs = parser.add_subparsers(dest="model_verb", required=True, metavar="VERB")
     manifest = verbs.add_parser("manifest", help="tensors and parameters of every published layout")
-    manifest.add_argument("--json", action="store_true", help="print JSON")
+    add_json(manifest, "it")
     manifest.add_argument("--layout", help="list every tensor of one layout with its shape")
     manifest.set_defaults(run=_manifest)
-    finger = verbs.add_parser("fingerprint", help="say which published model a checkpoint file belongs to")
-    finger.add_argument("path", type=Path, help="a .safetensors, .pth or .ckpt file, or a folder of shards")
-    finger.add_argument("--json", action="store_true", help="print JSON")
+    finger = verbs.add_parser("fingerprint", help="say which published model a file or folder belongs to")
+    finger.add_argument(
+        "path", metavar="MODEL", help="a weight file, a folder of shards, or anything that --model takes"
+    )
+    add_json(finger, "it")
     finger.set_defaults(run=_fingerprint)
 
 
@@ -25,19 +27,19 @@ def _manifest(args: argparse.Namespace) -> int:
     from geoalign.errors import UsageError
     from geoalign.models.layouts import LAYOUTS, count, fingerprint
 
+    check_json(args)
     if args.layout is not None:
         if args.layout not in LAYOUTS:
             raise UsageError(f"unknown layout {args.layout!r}; there are: {', '.join(LAYOUTS)}")
         shapes = LAYOUTS[args.layout].shapes()
-        print(json.dumps(shapes, indent=1) if args.json else "\n".join(f"{k}  {list(v)}" for k, v in shapes.items()))
+        if write_json(args, shapes):
+            print("\n".join(f"{name}  {list(shape)}" for name, shape in shapes.items()))
         return 0
     table = {
         name: {**count(layout.shapes()), "fingerprint": fingerprint(layout.shapes()), "title": layout.title}
         for name, layout in LAYOUTS.items()
     }
-    if args.json:
-        print(json.dumps(table, indent=2))
-    else:
+    if write_json(args, table):
         for name, row in table.items():
             print(f"{name:30} {row['tensors']:5} tensors {row['parameters']:>15,} parameters  {row['title']}")
     return 0
@@ -46,19 +48,21 @@ def _manifest(args: argparse.Namespace) -> int:
 def _fingerprint(args: argparse.Namespace) -> int:
     from geoalign.models.checkpoint import layout_of
     from geoalign.models.layouts import LAYOUTS, count, fingerprint, identify
+    from geoalign.policy.open import tensor_shapes
 
-    layout, source = layout_of(args.path)
-    nearest, share = identify(source.shapes)
+    check_json(args)
+    shapes = tensor_shapes(args.path)
+    layout = layout_of(shapes)
+    nearest, share = identify(shapes)
     row = {
-        "path": str(args.path),
-        **count(source.shapes),
-        "fingerprint": fingerprint(source.shapes),
+        "path": args.path,
+        **count(shapes),
+        "fingerprint": fingerprint(shapes),
         "layout": None if layout is None else layout.name,
         "nearest": nearest or None,
         "agreement": round(share, 4),
     }
-    if args.json:
-        print(json.dumps(row, indent=2))
+    if not write_json(args, row):
         return 0
     print(f"{row['tensors']} tensors, {row['parameters']:,} parameters, fingerprint {row['fingerprint']}")
     nearest_title = LAYOUTS[nearest].title if nearest else "none"

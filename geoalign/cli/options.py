@@ -3,19 +3,60 @@
 from __future__ import annotations
 
 import argparse
+import json
 from collections.abc import Mapping
-from typing import TYPE_CHECKING
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from geoalign.errors import UsageError
 
 if TYPE_CHECKING:
     from geoalign.config.schema import Config
+
+LEAST_SIDE = 16
+"""Pixels: no video model and no pose evaluator sees anything in a smaller frame."""
+STDOUT = "-"
 
 
 def add_config(parser: argparse.ArgumentParser) -> None:
     """Add ``--config`` and the settings that replace those of the file."""
     parser.add_argument(
-        "--config", required=True, metavar="NAME|FILE", help="preset or .yaml file (`geoalign config print NAME`)"
+        "--config",
+        required=True,
+        metavar="NAME|FILE",
+        help="preset or .yaml file (`geoalign config print --config NAME`)",
     )
     parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="settings that replace the file's")
+
+
+CAMERA_HELP = (
+    "a preset (pan_right, tilt_up, zoom_in, translate_up, arc_left, ...) or a camera file: npz with extrinsic and "
+    "intrinsic, npy, npz or JSON with c2w, the JSON of `geoalign sample`, ReCamMaster JSON, ViPE npz; FILE#CAMERA "
+    "chooses where a file holds several, as in camera_extrinsics.json#cam05"
+)
+"""What stands for a camera wherever an option takes one (see docs/data.md)."""
+
+
+def add_cameras(parser: argparse.ArgumentParser, *, target: str, source: str, required: bool = False) -> None:
+    """Add ``--trajectory`` and ``--source-camera``; ``target`` and ``source`` say what this verb does with them."""
+    parser.add_argument(
+        "--trajectory", metavar="CAMERA", required=required, help=f"target path: {CAMERA_HELP}. {target}"
+    )
+    parser.add_argument("--source-camera", metavar="CAMERA", help=f"camera of the source, named likewise; {source}")
+
+
+def add_model(parser: argparse.ArgumentParser) -> None:
+    """Add ``--model`` and ``--checkpoint``, which :func:`geoalign.policy.open.describe` opens."""
+    parser.add_argument(
+        "--model", type=Path, required=True, metavar="MODEL",
+        help="policy file, run folder, checkpoint folder, exported folder, published weights, or builtin:tiny_base",
+    )  # fmt: skip
+    parser.add_argument(
+        "--checkpoint",
+        type=Path,
+        metavar="FILE",
+        help="trained on top of it: a delta, or on published weights a full state dict",
+    )
 
 
 def read_config(args: argparse.Namespace) -> Config:
@@ -26,13 +67,60 @@ def read_config(args: argparse.Namespace) -> Config:
     return load_config(Config, args.config, args.overrides)
 
 
+def add_json(parser: argparse.ArgumentParser, what: str) -> None:
+    """Add ``--json``: where ``what`` is written."""
+    parser.add_argument("--json", metavar="FILE", help=f"also write {what} to FILE; - prints JSON instead of the text")
+
+
+def check_json(args: argparse.Namespace) -> None:
+    """Refuse a ``--json`` that cannot be written, before the work; raises UsageError or DataError."""
+    from geoalign.io_utils import check_writable
+
+    if args.json not in (None, STDOUT):
+        check_writable(Path(args.json))
+
+
+def write_json(args: argparse.Namespace, data: Any) -> bool:
+    """Write ``data`` to where ``--json`` says, NaN as null; whether the text is still to be printed."""
+    from geoalign.io_utils import atomic_write_json, nan_to_none
+
+    if args.json == STDOUT:
+        print(json.dumps(nan_to_none(data), indent=2))
+        return False
+    if args.json is not None:
+        atomic_write_json(Path(args.json), nan_to_none(data))
+    return True
+
+
+def frame_size(text: str) -> tuple[int, int]:
+    """(height, width) of ``HxW``; raises UsageError."""
+    try:
+        height, width = (int(part) for part in text.lower().split("x"))
+    except ValueError as error:
+        raise UsageError(f"--size {text}: expected HEIGHTxWIDTH, for instance 480x832") from error
+    if min(height, width) < LEAST_SIDE:
+        raise UsageError(f"--size {text}: each side must have at least {LEAST_SIDE} pixels")
+    return height, width
+
+
+def four_numbers(text: str) -> tuple[float, float, float, float]:
+    """Four numbers separated by commas, as a ``type`` of ``argparse``."""
+    try:
+        first, second, third, fourth = (float(part) for part in text.split(","))
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"four numbers separated by commas, got {text!r}") from error
+    return first, second, third, fourth
+
+
 def print_held_out(numbers: Mapping[str, Mapping[str, list[float]]]) -> None:
     """Print each metric's mean over noise seeds, by kind of path."""
+    from geoalign.jobs.evaluate import mean_of_defined
+
     for kind, rows in numbers.items():
         print(kind)
         for name, values in rows.items():
             spread = f" (noise seeds {', '.join(f'{v:.3f}' for v in values)})" if len(values) > 1 else ""
-            print(f"  {name:<28} {sum(values) / len(values):8.3f}{spread}")
+            print(f"  {name:<28} {mean_of_defined(values):8.3f}{spread}")
 
 
 def bytes_text(count: float) -> str:

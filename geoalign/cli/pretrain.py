@@ -23,7 +23,7 @@ def run_pretrain(args: argparse.Namespace) -> int:
     """Pre-train a base policy and print its held-out numbers."""
     config = read_config(args)
     from geoalign.errors import UsageError
-    from geoalign.io_utils import check_writable
+    from geoalign.io_utils import check_writable, nan_to_none
     from geoalign.jobs.environment import describe_environment
     from geoalign.jobs.evaluate import HeldOut, evaluate
     from geoalign.jobs.pretrain import pretrain
@@ -48,10 +48,9 @@ def run_pretrain(args: argparse.Namespace) -> int:
             steps.set_postfix_str(f"loss {loss:.3f}", refresh=False)
 
         policy = pretrain(config, on_step, rendered.update)
-    assert config.world is not None
-    result = evaluate(policy, config.flow, HeldOut.build(config.world, config.eval), config.eval)
+    result = evaluate(policy, config, HeldOut.build(config))
     notes = {
-        "held_out": result.numbers,
+        "held_out": nan_to_none(result.numbers),
         "seed": config.run.seed,
         "pretrain": config.pretrain.model_dump(mode="json"),
         "cpu_s": time.process_time() - began,

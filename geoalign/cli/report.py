@@ -17,7 +17,7 @@ def add_parser(subparsers: Any) -> None:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("run_folder", metavar="RUN", help="the run's folder, e.g. runs/exp1")
-    parser.add_argument("--output", type=Path, metavar="FILE", help="default: report.html in the run folder")
+    parser.add_argument("--out", type=Path, metavar="FILE", help="default: report.html in the run folder")
     parser.add_argument("--samples", type=int, default=4, metavar="N", help="held-out samples with clips (default 4)")
     parser.set_defaults(run=run)
 
@@ -26,5 +26,5 @@ def run(args: argparse.Namespace) -> int:
     """Write the report and print where it lies."""
     from geoalign.report.page import write_report
 
-    print(write_report(args.run_folder, args.output, samples=args.samples))
+    print(write_report(args.run_folder, args.out, samples=args.samples))
     return 0

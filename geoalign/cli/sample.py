@@ -4,42 +4,45 @@ from __future__ import annotations
 
 import argparse
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from geoalign.cli.options import add_cameras, add_model, four_numbers, frame_size
 from geoalign.config.data import DEFAULT_NEGATIVE_PROMPT
+from geoalign.evaluators.table import EVALUATORS, WITH_WEIGHTS
 
 if TYPE_CHECKING:
     from torch import Tensor
 
     from geoalign.config.flow import FlowConfig
-    from geoalign.jobs.sample import CostEstimate, RetakeInputs
-
-# Names of geoalign.rewards.registry.EVALUATORS, repeated because the registry imports torch.
-ESTIMATORS = ("depth_anything_3", "flow_pnp", "mapanything", "planar")
-TRAJECTORY_HELP = (
-    "pan_right, tilt_up, zoom_in, translate_up, arc_left, ... or a camera file (its first poses; one shorter than the "
-    "video is spread over it)"
-)
-WITH_WEIGHTS = ("depth_anything_3", "mapanything")
+    from geoalign.jobs.sample import CostEstimate
+    from geoalign.policy.open import ModelFiles
+    from geoalign.types import Encodings, RetakeBatch
 
 
 def add_parser(subparsers: argparse._SubParsersAction) -> None:
     """Register ``sample``."""
     parser = subparsers.add_parser("sample", help="retake a video along a camera path")
     add = parser.add_argument
-    add("--model", type=Path, required=True, help="policy file, exported folder, or folder with published weights")
-    add("--checkpoint", type=Path, help="delta or full state dict trained on top of published weights")
+    add_model(parser)
     add("--video", type=Path, required=True, help="source video file, or a folder of frames")
-    add("--trajectory", required=True, help=TRAJECTORY_HELP)
+    add_cameras(
+        parser, required=True, target="A file gives its first poses; one shorter than the video is spread over it",
+        source="its intrinsics and ground plane are used (default: the camera does not move)",
+    )  # fmt: skip
     add("--speed", type=float, default=1.0, help="multiplies the camera's motion per frame (default 1)")
-    add("--source-camera", type=Path, help="camera file of the source (default: its camera does not move)")
-    add("--source-estimator", choices=ESTIMATORS, help="estimate the source camera instead (metric)")
+    add("--source-estimator", choices=sorted(EVALUATORS), help="estimate the source camera instead (metric)")
     add("--estimator-weights", type=Path, help="of mapanything (model.safetensors or its folder) or depth_anything_3")
-    add("--intrinsics", type=_numbers, metavar="FX,FY,CX,CY", help="of the source frames, fractions of W,H,W,H")
-    add("--ground-plane", type=_numbers, metavar="NX,NY,NZ,D", help="n.X = d in metres; for geometric models only")
+    add("--intrinsics", type=four_numbers, metavar="FX,FY,CX,CY", help="of the source frames, fractions of W,H,W,H")
+    add(
+        "--ground-plane",
+        type=four_numbers,
+        metavar="NX,NY,NZ,D",
+        help="n.X = d in metres (default: the camera file's); for geometric models",
+    )
     add("--frames", type=int, help="length (Wan: 4k + 1; default: the longest that fits, at most 81)")
-    add("--size", type=_size, metavar="HxW", help="frame size after scale and centre crop (Wan default 480x832)")
+    add("--size", type=frame_size, metavar="HxW", help="frame size after scale and centre crop (Wan default 480x832)")
     add("--prompt", help="what the video shows, or @FILE with the text")
     add("--captioner", type=Path, metavar="FOLDER", help="BLIP-2 that writes the prompt when --prompt is not given")
     add("--negative-prompt", default=DEFAULT_NEGATIVE_PROMPT, help="text of the second guidance pass, or @FILE")
@@ -61,43 +64,42 @@ def _run(args: argparse.Namespace) -> int:
     from geoalign.errors import UsageError
     from geoalign.frozen.device import named_device
     from geoalign.io_utils import check_writable
-    from geoalign.jobs.sample import build_condition, estimate, read_inputs, retake
-    from geoalign.models.layouts import count, model_shapes
-    from geoalign.policy.open import config_of, open_codec, open_model
+    from geoalign.jobs.sample import estimate, read_inputs
+    from geoalign.policy.open import describe
     from geoalign.policy.policy import RetakePolicy
+    from geoalign.policy.retake import retake
 
     _check_arguments(args)
     device = named_device(args.device, "--device")
     args.device = str(device)
     dtype = getattr(torch, args.dtype or ("bfloat16" if device.type == "cuda" else "float32"))
     flow = _flow(args)
-    config = config_of(args.model, args.checkpoint)
-    codec = open_codec(args.model, dtype=dtype, device=args.device, tiled=args.tiled)
-    inputs = read_inputs(
+    files = describe(args.model, args.checkpoint)
+    codec = files.codec(dtype=dtype, device=args.device, tiled=args.tiled)
+    batch, fps = read_inputs(
         args.video, args.trajectory, codec=codec, speed=args.speed, frames=args.frames, size=args.size,
         source_camera=args.source_camera, intrinsics=args.intrinsics, ground_plane=args.ground_plane,
     )  # fmt: skip
-    encoder = _find_text_encoder(args)
+    encoder = _find_text_encoder(args, files.location.home)
     guidance = args.guidance if args.guidance is not None else (5.0 if encoder else 1.0)
     if guidance != 1.0 and not encoder:
         raise UsageError(f"--guidance {guidance} needs a text encoder, and {args.model} has none; use --guidance 1")
     forwards = args.steps * (1 if guidance == 1.0 else 2)
-    parameters = count(model_shapes(config))["parameters"]
-    cost = estimate(config, parameters, codec, inputs.video.shape, forwards, dtype, args.device)
-    _print_cost(inputs, cost)
+    shape = batch.source.video.shape
+    cost = estimate(files.config, files.parameters, codec, shape, forwards, dtype, args.device)
+    print(f"model    {files.location.what}: {files.title}")
+    _print_cost(batch, fps, cost)
     if args.dry_run:
         return 0
     for path in _outputs(args.out).values():
         check_writable(path)
-    inputs, prompt = _estimate_camera(args, inputs), _prompt(args, inputs, dtype)
-    text = None if encoder is None or prompt is None else _texts(args, encoder, prompt, dtype)
-    model, _ = open_model(args.model, args.checkpoint, dtype=dtype, device=args.device)
-    moved = _to_device(inputs, args.device)
-    policy = RetakePolicy(model, codec, guidance)
-    cond = build_condition(policy, moved, text, _image_tokens(args, config, moved, dtype))
+    batch, prompt = _estimate_camera(args, batch), _prompt(args, batch, dtype)
+    batch = replace(batch, encodings=_encodings(args, files, batch, encoder, prompt, dtype))
+    model, _ = files.network(dtype=dtype, device=args.device)
+    policy = RetakePolicy(model.requires_grad_(False), codec, guidance)  # nothing is trained, so text may be missing
     with _progress(forwards) as bar:
-        video = retake(policy, moved, cond, flow, seed=args.seed, on_pass=bar.update)
-    _write(args, inputs, video.cpu(), cost, {"guidance": guidance, "prompt": prompt})
+        video = retake(policy, batch, flow, seed=args.seed, on_pass=bar.update, strict=True)
+    _write(args, batch, video.cpu(), cost, {"guidance": guidance, "prompt": prompt, "fps": fps})
     return 0
 
 
@@ -132,10 +134,10 @@ def _outputs(out: Path) -> dict[str, Path]:
     return {name: out.with_suffix(suffix) for name, suffix in suffixes.items()}
 
 
-def _estimate_camera(args: argparse.Namespace, inputs: RetakeInputs) -> RetakeInputs:
-    """The inputs with an estimated source camera if one was asked for."""
+def _estimate_camera(args: argparse.Namespace, batch: RetakeBatch) -> RetakeBatch:
+    """The batch with an estimated source camera if one was asked for."""
     if args.source_estimator is None:
-        return inputs
+        return batch
     from geoalign.jobs.sample import with_estimated_camera
     from geoalign.rewards.registry import build_evaluator
 
@@ -145,19 +147,19 @@ def _estimate_camera(args: argparse.Namespace, inputs: RetakeInputs) -> RetakeIn
     if args.source_estimator == "planar":
         options = {"reference": "first"}  # a source aligned to itself frame by frame would seem to stand still
     evaluator = build_evaluator(args.source_estimator, **options)
-    inputs, tracked = with_estimated_camera(inputs, evaluator)
-    length = float(inputs.source_camera.path_length()[0])
+    batch, tracked = with_estimated_camera(batch, evaluator)
+    length = float(batch.source.camera.path_length()[0])
     print(f"camera   estimated by {evaluator.name}: a path of {length:.3g} m, {tracked:.0%} tracked")
-    return inputs
+    return batch
 
 
-def _find_text_encoder(args: argparse.Namespace) -> tuple[Path, Path] | None:
+def _find_text_encoder(args: argparse.Namespace, home: Path) -> tuple[Path, Path] | None:
     """Weights and tokenizer of the model's text encoder, or None for a model that reads no text."""
     from geoalign.errors import UsageError
 
     pairs = (
-        (args.model / "text_encoder", args.model / "tokenizer"),
-        (args.model / "models_t5_umt5-xxl-enc-bf16.pth", args.model / "google" / "umt5-xxl"),
+        (home / "text_encoder", home / "tokenizer"),
+        (home / "models_t5_umt5-xxl-enc-bf16.pth", home / "google" / "umt5-xxl"),
     )
     found = [pair for pair in pairs if pair[0].exists()]
     if not found and (args.prompt or args.captioner):
@@ -169,25 +171,38 @@ def _find_text_encoder(args: argparse.Namespace) -> tuple[Path, Path] | None:
     return found[0] if found else None
 
 
-def _prompt(args: argparse.Namespace, inputs: RetakeInputs, dtype: Any) -> str | None:
+def _prompt(args: argparse.Namespace, batch: RetakeBatch, dtype: Any) -> str | None:
     """The given prompt, else a generated one without sentences about the source's camera motion."""
     if args.prompt is not None or args.captioner is None:
         return None if args.prompt is None else _text(args.prompt)
     from geoalign.data.captions import remove_camera_motion
     from geoalign.models.captions import load_captioner
 
-    caption = load_captioner(args.captioner, dtype=dtype, device=args.device).caption(inputs.video[0])
+    caption = load_captioner(args.captioner, dtype=dtype, device=args.device).caption(batch.source.video[0])
     prompt = remove_camera_motion(caption) or caption
     print(f"prompt   {prompt}")
     return prompt
 
 
-def _texts(args: argparse.Namespace, encoder: tuple[Path, Path], prompt: str, dtype: Any) -> tuple[Tensor, Tensor]:
-    """Context of the prompt and of the negative prompt."""
+def _encodings(
+    args: argparse.Namespace,
+    files: ModelFiles,
+    batch: RetakeBatch,
+    encoder: tuple[Path, Path] | None,
+    prompt: str | None,
+    dtype: Any,
+) -> Encodings | None:
+    """What the encoders make of the prompts and of the first source frame; None for a model without encoders."""
     from geoalign.models.encoders import load_text_encoder
+    from geoalign.types import Encodings
 
-    context = load_text_encoder(*encoder, dtype=dtype, device=args.device)([prompt, _text(args.negative_prompt)])
-    return context[:1], context[1:]
+    context = negative = None
+    if encoder is not None and prompt is not None:
+        text = load_text_encoder(*encoder, dtype=dtype, device=args.device)
+        text.length = files.config.text_length
+        context, negative = text([prompt, _text(args.negative_prompt)]).split(1)
+    found = Encodings(context=context, negative=negative, image_tokens=_image_tokens(args, files, batch, dtype))
+    return found if len(found) else None
 
 
 def _text(value: str) -> str:
@@ -201,29 +216,22 @@ def _text(value: str) -> str:
         raise DataError(f"{value[1:]}: prompt file cannot be read ({error})") from error
 
 
-def _image_tokens(args: argparse.Namespace, config: Any, inputs: RetakeInputs, dtype: Any) -> Tensor | None:
-    if config.image_dim is None:
+def _image_tokens(args: argparse.Namespace, files: ModelFiles, batch: RetakeBatch, dtype: Any) -> Tensor | None:
+    if files.config.image_dim is None:
         return None
     from geoalign.models.encoders import load_image_encoder
 
     names = ("image_encoder", "models_clip_open-clip-xlm-roberta-large-vit-huge-14.pth")
-    for path in (args.model / name for name in names):
+    for path in (files.location.home / name for name in names):
         if path.exists():
-            return load_image_encoder(path, dtype=dtype, device=args.device)(inputs.video[:, 0])
+            first = batch.source.video[:, 0].to(args.device)
+            return load_image_encoder(path, dtype=dtype, device=args.device)(first)
     return None
 
 
-def _to_device(inputs: RetakeInputs, device: str) -> RetakeInputs:
-    from dataclasses import replace
-
-    plane = None if inputs.ground_plane is None else inputs.ground_plane.to(device)
-    cameras = {"source_camera": inputs.source_camera.to(device), "target_camera": inputs.target_camera.to(device)}
-    return replace(inputs, video=inputs.video.to(device), ground_plane=plane, **cameras)
-
-
-def _print_cost(inputs: RetakeInputs, cost: CostEstimate) -> None:
-    _, frames, _, height, width = inputs.video.shape
-    print(f"video    {frames} frames of {height} x {width} at {inputs.fps:g} fps")
+def _print_cost(batch: RetakeBatch, fps: float, cost: CostEstimate) -> None:
+    _, frames, _, height, width = batch.source.video.shape
+    print(f"video    {frames} frames of {height} x {width} at {fps:g} fps")
     print(
         f"latents  {' x '.join(map(str, cost.latent_shape))} (channels, frames, rows, columns), {cost.tokens:,} tokens"
     )
@@ -238,7 +246,7 @@ def _progress(total: int) -> Any:
 
 
 def _write(
-    args: argparse.Namespace, inputs: RetakeInputs, video: Tensor, cost: CostEstimate, chosen: dict[str, Any]
+    args: argparse.Namespace, batch: RetakeBatch, video: Tensor, cost: CostEstimate, used: dict[str, Any]
 ) -> None:
     import torch
 
@@ -248,17 +256,19 @@ def _write(
     from geoalign.io_utils import atomic_write_json
 
     beside = _outputs(args.out)
-    write_video(beside["video"], video[0], inputs.fps)
-    write_video(beside["side_by_side"], torch.cat([inputs.video[0], video[0]], -1), inputs.fps)
-    cameras = {"source": inputs.source_camera.c2w[0], "target": inputs.target_camera.c2w[0]}
+    write_video(beside["video"], video[0], used["fps"])
+    write_video(beside["side_by_side"], torch.cat([batch.source.video[0], video[0]], -1), used["fps"])
+    cameras = {"source": batch.source.camera.c2w[0], "target": batch.target_camera.c2w[0]}
     plot_cameras(beside["cameras"], cameras)
     settings = {name: str(v) if isinstance(v, Path) else v for name, v in vars(args).items() if _plain(v)}
-    used = chosen | {"frames": video.shape[1], "size": list(video.shape[-2:]), "fps": inputs.fps}
+    plane = batch.source.ground_plane
+    used |= {"frames": video.shape[1], "size": list(video.shape[-2:])}
     record = {
         "geoalign": __version__, "torch": torch.__version__, "arguments": settings, "used": used,
         "tokens": cost.tokens, "forwards": cost.forwards, "files": {k: str(v) for k, v in beside.items()},
-        "target_c2w": inputs.target_camera.c2w[0].tolist(), "source_c2w": inputs.source_camera.c2w[0].tolist(),
-        "intrinsics": inputs.target_camera.intrinsics[0, 0].tolist(),
+        "target_c2w": batch.target_camera.c2w[0].tolist(), "source_c2w": batch.source.camera.c2w[0].tolist(),
+        "intrinsics": batch.target_camera.intrinsics[0, 0].tolist(),
+        "ground_plane": None if plane is None else plane[0].tolist(),
     }  # fmt: skip
     atomic_write_json(beside["settings"], record)
     print("\n".join(f"{name:13}{path}" for name, path in beside.items()))
@@ -266,20 +276,3 @@ def _write(
 
 def _plain(value: object) -> bool:
     return value is None or isinstance(value, str | int | float | bool | Path | tuple)
-
-
-def _numbers(text: str) -> tuple[float, float, float, float]:
-    parts = [float(part) for part in text.split(",")]
-    if len(parts) != 4:
-        raise argparse.ArgumentTypeError(f"four numbers separated by commas, got {text!r}")
-    return parts[0], parts[1], parts[2], parts[3]
-
-
-def _size(text: str) -> tuple[int, int]:
-    height, cross, width = text.partition("x")
-    if not cross:
-        raise argparse.ArgumentTypeError(f"HEIGHTxWIDTH such as 480x832, got {text!r}")
-    size = int(height), int(width)
-    if min(size) < 1:
-        raise argparse.ArgumentTypeError(f"height and width must be positive, got {text!r}")
-    return size

@@ -8,15 +8,18 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from geoalign.cli.options import add_cameras, add_json, check_json, frame_size, write_json
 from geoalign.errors import DataError, RewardError, RunError, UsageError, UserError
+from geoalign.evaluators.table import NEEDS_PLANE
 
 if TYPE_CHECKING:
-    from geoalign.jobs.score import Condition
+    from geoalign.jobs.score import ScoringTask
     from geoalign.rewards.base import Reward
 
 EPILOG = """\
-Frames 0..F-1 of a video are compared with the F poses of the path; `frames` and `video_frames` in the output say how
-many of how many that were. A video that fails becomes a row with an error, and the others are scored all the same.
+Frames 0..F-1 of a video are compared with the F poses of the path (a preset has as many as the video); `frames` and
+`video_frames` in the output say how many of how many that were. A video that fails becomes a row with an error, and the
+others are scored all the same.
 Exit codes: 0 all scored (probes: no cheat came out ahead), 1 a video failed or is invalid, 2 wrong usage.
 
 What an evaluator needs:
@@ -32,8 +35,6 @@ examples:
   geoalign score --probes --json probes.json           does the embedded reward resist frozen, black, noise, ... videos?
   geoalign score --probes --evaluator flow_pnp         the same of another evaluator
 """
-NEEDS_PLANE = ("planar", "flow_pnp")
-LEAST_SIDE = 16
 
 
 def add_parser(subparsers: Any) -> None:
@@ -53,11 +54,19 @@ def add_parser(subparsers: Any) -> None:
         help="option of the reward, named as under rewards.NAME.options in a configuration (repeatable)",
     )  # fmt: skip
     add("--video", type=Path, help="video file, or a folder of them")
-    add("--trajectory", type=Path, help="target camera path (json, npz, npy; see docs/conventions.md)")
+    add_cameras(
+        parser, target="A file of F poses scores frames 0..F-1, a preset has the length of the video",
+        source="with its ground plane for planar and flow_pnp",
+    )  # fmt: skip
+    add("--frames", type=int, metavar="F", help="score frames 0..F-1 (default: as many as the path has)")
     add("--source", type=Path, help="source video, for evaluators that compare with it (planar does)")
-    add("--source-camera", type=Path, help="camera npz of the source, with ground_plane for planar and flow_pnp")
-    add("--size", metavar="HxW", help="frame size to score at (default: that of the video; probes: the evaluator's)")
-    add("--json", type=Path, metavar="FILE", help="write the scores there; a number that is not finite is null")
+    add(
+        "--size",
+        type=frame_size,
+        metavar="HxW",
+        help="frame size to score at (default: that of the video; probes: the evaluator's)",
+    )
+    add_json(parser, "the scores")
     add(
         "--plot", action="store_true",
         help="write VIDEO.png beside each video (clip.mp4 gives clip.mp4.png) with the estimated and the target path; "
@@ -70,23 +79,18 @@ def add_parser(subparsers: Any) -> None:
 def run(args: argparse.Namespace) -> int:
     """Score videos or run the probes; everything that can be refused is refused before a reward is built."""
     from geoalign.config.source import parse_settings
-    from geoalign.io_utils import check_writable
     from geoalign.rewards.registry import takes_evaluator
 
     estimates = takes_evaluator(args.reward)
     options = ({"evaluator": args.evaluator} if estimates else {}) | parse_settings(args.set)
     _check_usage(args, estimates)
-    size = None if args.size is None else _shape(args.size)
-    if args.json:
-        check_writable(args.json)
-    if args.probes:
-        return _probe(args, options, size)
-    return _score(args, options, size)
+    check_json(args)
+    return _probe(args, options) if args.probes else _score(args, options)
 
 
 def _check_usage(args: argparse.Namespace, estimates: bool) -> None:
     if args.probes:
-        files = ("video", "trajectory", "source", "source_camera", "plot")
+        files = ("video", "trajectory", "source", "source_camera", "frames", "plot")
         given = ", ".join(f"--{name.replace('_', '-')}" for name in files if getattr(args, name))
         if given:
             raise UsageError(f"--probes scores videos of the embedded world and reads no files; drop {given}")
@@ -101,21 +105,11 @@ def _check_source(evaluator: Any, args: argparse.Namespace) -> None:
     if evaluator in NEEDS_PLANE and args.source_camera is None:
         source = "--source FILE and --source-camera FILE" if evaluator == "planar" else "--source-camera FILE"
         raise UsageError(
-            f"the {evaluator} evaluator needs the source's ground plane: give {source} (npz with ground_plane), "
+            f"the {evaluator} evaluator needs the source's ground plane: give {source} (with its ground plane), "
             "or use --evaluator mapanything --set evaluator_options.checkpoint=FOLDER, which reads any video"
         )
     if evaluator == "planar" and args.source is None:
         raise UsageError("the planar evaluator compares with the source frame by frame: give --source FILE as well")
-
-
-def _shape(size: str) -> tuple[int, int]:
-    try:
-        height, width = (int(part) for part in size.lower().split("x"))
-    except ValueError as error:
-        raise UsageError(f"--size {size}: expected HEIGHTxWIDTH, for instance 480x832") from error
-    if min(height, width) < LEAST_SIDE:
-        raise UsageError(f"--size {size}: each side must have at least {LEAST_SIDE} pixels")
-    return height, width
 
 
 def _build(name: str, options: dict[str, Any]) -> Reward:
@@ -125,30 +119,32 @@ def _build(name: str, options: dict[str, Any]) -> Reward:
     return registry.build_rewards({name: RewardConfig(kind=name, options=options)})[name]
 
 
-def _probe(args: argparse.Namespace, options: dict[str, Any], size: tuple[int, int] | None) -> int:
+def _probe(args: argparse.Namespace, options: dict[str, Any]) -> int:
     from geoalign.jobs.score_probes import PROBE_SIZES, print_probes, probe_table, resists
 
-    rows = probe_table(_build(args.reward, options), size=size or PROBE_SIZES.get(options.get("evaluator", "")))
-    print_probes(rows)
-    _write(args.json, rows)
+    rows = probe_table(_build(args.reward, options), size=args.size or PROBE_SIZES.get(options.get("evaluator", "")))
+    if write_json(args, rows):
+        print_probes(rows)
     return 0 if resists(rows) else 1
 
 
-def _score(args: argparse.Namespace, options: dict[str, Any], size: tuple[int, int] | None) -> int:
+def _score(args: argparse.Namespace, options: dict[str, Any]) -> int:
     from geoalign.jobs.score import read_condition
     from geoalign.jobs.score_plot import check_plot
 
     evaluator = options.get("evaluator")
     videos = _videos(args.video)
     _check_source(evaluator, args)
-    condition = read_condition(args.trajectory, args.source, args.source_camera, size, evaluator in NEEDS_PLANE)
+    planes = evaluator in NEEDS_PLANE
+    task = read_condition(args.trajectory, args.source, args.source_camera, args.size, planes, args.frames)
     if args.plot:
         for path in videos:
             check_plot(path)
     reward = _build(args.reward, options)
-    rows = [_row(path, reward, condition, plot=args.plot, alone=path == args.video) for path in videos]
-    _print_table(rows)
-    _write(args.json, rows)
+    rows = [_row(path, reward, task, plot=args.plot, alone=path == args.video) for path in videos]
+    if write_json(args, rows):
+        _print_table(rows)
+    _print_notes(rows)
     return 1 if any("error" in row for row in rows) else 0
 
 
@@ -166,16 +162,17 @@ def _videos(path: Path) -> list[Path]:
     return [path]
 
 
-def _row(path: Path, reward: Reward, condition: Condition, *, plot: bool, alone: bool) -> dict[str, Any]:
+def _row(path: Path, reward: Reward, task: ScoringTask, *, plot: bool, alone: bool) -> dict[str, Any]:
     """Score one video of several: what fails is noted in its row. A single video that cannot be scored raises."""
-    from geoalign.jobs.score import judge, score_row
+    from geoalign.jobs.score import camera_row, judge, score_row
     from geoalign.jobs.score_plot import plot_scored
 
     row: dict[str, Any] = {"video": str(path), "valid": False}
     try:
-        video, batch, found = condition.read(path)
-        row |= {"frames": condition.frames, "video_frames": found}
-        row |= score_row(judge(reward, video, batch))
+        video, batch, found = task.read(path)
+        row |= {"frames": video.shape[1], "video_frames": found}
+        output = judge(reward, video, batch)
+        row |= score_row(output) | camera_row(reward, video, batch, output.lost)
     except Exception as error:  # whatever it is, it must not take the other videos with it
         if alone and isinstance(error, UserError):
             raise
@@ -195,12 +192,16 @@ def _told(error: Exception) -> str:
 
 
 def _print_table(rows: Sequence[dict[str, Any]]) -> None:
-    """The numbers to stdout, and to stderr what failed and which videos are longer than the path."""
+    """The numbers to stdout."""
     columns = list(dict.fromkeys(name for row in rows for name in row if name not in ("video", "error")))
     width = max(len(Path(row["video"]).name) for row in rows)
     print(f"{'video':<{width}}  " + "  ".join(f"{name:>18}" for name in columns))
     for row in rows:
         print(f"{Path(row['video']).name:<{width}}  " + "  ".join(f"{_cell(row.get(name)):>18}" for name in columns))
+
+
+def _print_notes(rows: Sequence[dict[str, Any]]) -> None:
+    """To stderr what failed and which videos are longer than the path."""
     for row in rows:
         if row.get("video_frames", 0) > row.get("frames", 0):
             what = f"frames 0-{row['frames'] - 1} of {row['video_frames']} were scored: the path has {row['frames']}"
@@ -210,11 +211,6 @@ def _print_table(rows: Sequence[dict[str, Any]]) -> None:
 
 
 def _cell(value: Any) -> str:
-    return "-" if value is None else f"{value:.4f}" if isinstance(value, float) else str(value)
-
-
-def _write(path: Path | None, rows: Sequence[dict[str, Any]]) -> None:
-    from geoalign.io_utils import atomic_write_json, nan_to_none
-
-    if path is not None:
-        atomic_write_json(path, [nan_to_none(row) for row in rows])
+    if value is None or value != value:  # not in this row, or NaN
+        return "-"
+    return f"{value:.4f}" if isinstance(value, float) else str(value)

@@ -61,21 +61,22 @@ def run_train(args: argparse.Namespace) -> int:
 
 
 def _print_comparison(summary: dict[str, Any]) -> None:
-    names = {"translation_error_m": "position error (m)", "rotation_error_deg": "direction error (deg)"}
-    names |= {"scale_ratio": "travelled / asked", "psnr_db": "PSNR against the truth (dB)"}
+    names = {"translation_error_m": "position error (m)", "rotation_error_deg": "rotation error (deg)"}
+    names |= {"scale_ratio": "scale ratio", "translation_gain": "translation gain"}
+    names |= {"psnr_db": "PSNR against the truth (dB)"}
     print(f"\nheld-out, mean over noise seeds{'':<14}before    after   change")
     for kind in summary["held_out"]:
         before, after = (
             {key: math.nan if value is None else value for key, value in summary["held_out"][kind][stage].items()}
             for stage in ("before", "after")
         )
-        for key, title in names.items():
+        for key in (name for name in names if name in before and name in after):
             change = (
                 f"{after[key] - before[key]:+.2f}"
-                if key in ("psnr_db", "scale_ratio")
+                if key in ("psnr_db", "scale_ratio", "translation_gain")
                 else f"{after[key] / before[key] - 1:+.0%}"
             )
-            print(f"  {kind:<8} {title:<32} {before[key]:>8.3f} {after[key]:>8.3f} {change:>8}")
+            print(f"  {kind:<8} {names[key]:<32} {before[key]:>8.3f} {after[key]:>8.3f} {change:>8}")
 
 
 def _dry_run(config: Config) -> int:

@@ -112,10 +112,11 @@ class TrajectoriesConfig(Section):
     """Where target camera paths come from."""
 
     path: Path = Path("trajectories")
-    """Folder or file of camera paths, relative to ``data.root`` unless absolute."""
+    """Folder or file of camera paths, or ``FILE#CAMERA`` for one of several in a file, relative to ``data.root`` unless
+    absolute."""
     layout: Literal["auto", "omniworld", "multicam", "files"] = "auto"
     """``omniworld``: ``*_others.tar.gz`` or unpacked scenes; ``multicam``: a MultiCamVideo ``camera_extrinsics.json``;
-    ``files``: npz or json with ``c2w`` and ``intrinsics``; ``auto``: decided by what lies on disk."""
+    ``files``: camera files of every known format (docs/data.md); ``auto``: decided by what lies on disk."""
     metadata: Path | None = None
     """OmniWorld csv with ``UID`` and ``Test Split Index`` or ``Metric Scale``; default: the csv with these columns in
     ``path`` or its folder ``metadata`` (several are an error), else none."""

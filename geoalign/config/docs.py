@@ -20,17 +20,17 @@ from geoalign.config.source import preset_names, preset_summary
 PAPER_PRESET = "paper_64xa800"
 
 INTRODUCTION = """\
-<!-- Written by `geoalign config docs --write docs/configuration.md`; a test compares the two. Do not edit. -->
+<!-- Written by `geoalign config docs --out docs/configuration.md`; a test compares the two. Do not edit. -->
 # Configuration
 
 A run is one YAML file: `geoalign train --config NAME_OR_PATH section.key=value ...`. `extends: OTHER` starts from
 another file (at most two deep): mappings merge key by key, everything else replaces, and `null` removes an entry of a
 by-name mapping such as `rewards`. An unknown key is an error that names the nearest known one.
 
-    geoalign config print NAME section.key=value    # what a run would use, resolved
-    geoalign config check NAME --world-size 64      # is it possible on 64 processes?
-    geoalign config diff NAME OTHER                 # which settings differ
-    geoalign config schema > geoalign.schema.json   # completion in editors that speak YAML schemas
+    geoalign config print --config NAME section.key=value    # what a run would use, resolved
+    geoalign config check --config NAME --world-size 64      # is it possible on 64 processes?
+    geoalign config diff --config NAME --against OTHER       # which settings differ
+    geoalign config schema > geoalign.schema.json            # completion in editors that speak YAML schemas
 """
 
 PAPER_NOTE = f"""\

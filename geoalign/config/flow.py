@@ -41,10 +41,10 @@ class FlowConfig(Section):
     """Noise level of the stochastic step (for CPS at most 1)."""
 
     eta_by_step: tuple[float, ...] = ()
-    """Noise level of steps 0, 1, ...; later steps use `eta`."""
+    """Noise level of steps 0, 1, ...; later steps use ``eta``."""
 
     noise_cap: float = Field(0.45, gt=0, json_schema_extra=_assumed("LongCat-Video; read by longcat_truncated only"))
-    """Largest noise standard deviation of one step, for `sde: longcat_truncated`."""
+    """Largest noise standard deviation of one step, for ``sde: longcat_truncated``."""
 
     tail_ratio: float = Field(1.0, gt=0, le=1)
     """Share of the time grid kept after the window (MixGRPO-Flash). Below 1 it CHANGES the videos that are rewarded."""
@@ -91,7 +91,7 @@ class WindowConfig(Section):
     """How the window moves: step by step, at random, staying ever shorter at late steps, or not at all."""
 
     start: int = Field(0, ge=0, json_schema_extra=_assumed("MixGRPO starts at the noisiest step"))
-    """First window start; also the lowest one of `random`."""
+    """First window start; also the lowest one of ``random``."""
 
     size: int = Field(4, ge=1, json_schema_extra=_assumed("MixGRPO; 2 to 6 were alike in its ablation"))
     """Number of consecutive stochastic steps."""
@@ -102,19 +102,19 @@ class WindowConfig(Section):
     interval: int = Field(
         25, ge=1, json_schema_extra=_assumed("MixGRPO; with 140 iterations the window start then reaches step 5 only")
     )
-    """Iterations that one position lasts (for `exp_decay`: at the positions up to `decay_start`)."""
+    """Iterations that one position lasts (for ``exp_decay``: at the positions up to ``decay_start``)."""
 
     end: Literal["roll_back", "clip"] = "roll_back"
-    """After the last position: begin again at `start`, or stay at the largest start."""
+    """After the last position: begin again at ``start``, or stay at the largest start."""
 
     max_start: int | None = Field(None, ge=0)
     """Largest window start; None: the largest that leaves the last step deterministic."""
 
     decay_rate: float = Field(0.1, ge=0)
-    """`exp_decay`: the interval shrinks by exp(-decay_rate) per step after `decay_start`."""
+    """``exp_decay``: the interval shrinks by exp(-decay_rate) per step after ``decay_start``."""
 
     decay_start: int = Field(13, ge=0)
-    """`exp_decay`: last step that keeps the full interval."""
+    """``exp_decay``: last step that keeps the full interval."""
 
     def misfit(self, steps: int) -> str:
         """Why no window fits into ``steps`` sampling steps, of which the last is deterministic; empty if one does."""
@@ -138,18 +138,19 @@ class AdvantageConfig(Section):
             "eq. 5 prints max(sigma_group, eps) but cites LongCat-Video, whose rule is the largest group deviation"
         ),
     )
-    """Denominator: largest or root-mean-square group deviation of the batch, own deviation of the group (`group_floor`:
-    with a floor that must be named), or deviation of the whole batch."""
+    """Denominator: largest or root-mean-square group deviation of the batch, own deviation of the group
+    (``group_floor``: with a floor that must be named), or deviation of the whole batch."""
 
     floor: float | None = Field(None, gt=0)
-    """Smallest denominator, in every mode; None means 1e-4 and is refused for `group_floor`, where the floor is the
+    """Smallest denominator, in every mode; None means 1e-4 and is refused for ``group_floor``, where the floor is the
     algorithm."""
 
     floors: dict[str, float] = Field(default_factory=dict)
     """Smallest denominator of single reward keys, in the unit of that reward."""
 
     quantile: float = Field(1.0, gt=0, le=1)
-    """`batch_max`: quantile of the group deviations that serves as the maximum; below 1 guards against one outlier."""
+    """``batch_max``: quantile of the group deviations that serves as the maximum; below 1 guards against one outlier.
+    """
 
     weights: dict[str, float] = Field(
         default_factory=dict, json_schema_extra=_assumed("unit weights, as LongCat-Video")
@@ -170,7 +171,7 @@ class AdvantageConfig(Section):
         return self
 
     def floor_of(self, key: str) -> float:
-        """The smallest denominator of reward `key`."""
+        """The smallest denominator of reward ``key``."""
         return self.floors.get(key, 1e-4 if self.floor is None else self.floor)
 
 
@@ -183,8 +184,8 @@ class ObjectiveConfig(Section):
     """Clip range of the probability ratio."""
 
     loss_weight: LossWeight = Field("longcat", json_schema_extra=_assumed("eq. 7 names w_t and cites LongCat-Video"))
-    """Time weight w_t of a window step; `longcat` is made for `flow.sde` `flow` and `longcat_truncated`, and refused
-    for the others."""
+    """Time weight w_t of a window step; ``longcat`` is made for ``flow.sde`` ``flow`` and ``longcat_truncated``, and
+    refused for the others."""
 
     weight_norm: Literal["none", "window_mean1"] = "none"
     """Divide w_t by its mean over the window, so that gradient norms are comparable between windows."""

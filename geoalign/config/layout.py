@@ -8,14 +8,14 @@ from geoalign.errors import ConfigError
 
 
 @dataclass(frozen=True, slots=True)
-class GroupPlacement:
+class GroupShare:
     """What one rank holds in an iteration: ``groups`` groups with ``members`` rollouts of each."""
 
     groups: int
     members: int
 
 
-def place_groups(conditions: int, group_size: int, world_size: int, sequence: int = 1) -> GroupPlacement:
+def deal_groups(conditions: int, group_size: int, world_size: int, sequence: int = 1) -> GroupShare:
     """Deal ``conditions`` groups of ``group_size`` rollouts to ``world_size`` ranks, equally much to every rank.
 
     Groups stay whole while there are at least as many as ranks; beyond that each group is split over several ranks.
@@ -43,9 +43,9 @@ def place_groups(conditions: int, group_size: int, world_size: int, sequence: in
     return share
 
 
-def _deal(conditions: int, group_size: int, ranks: int) -> GroupPlacement | None:
+def _deal(conditions: int, group_size: int, ranks: int) -> GroupShare | None:
     if conditions % ranks == 0:
-        return GroupPlacement(conditions // ranks, group_size)
+        return GroupShare(conditions // ranks, group_size)
     if ranks % conditions == 0 and group_size % (ranks // conditions) == 0:
-        return GroupPlacement(1, group_size // (ranks // conditions))
+        return GroupShare(1, group_size // (ranks // conditions))
     return None

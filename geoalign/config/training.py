@@ -174,8 +174,8 @@ class TrainConfig(Section):
     iterations: int = Field(140, gt=0, json_schema_extra=_published("140 iterations"))
     """Iterations to run."""
     base: Path | None = None
-    """Policy to start from: a policy file, an exported folder, or a folder of published weights; ``builtin:tiny_base``
-    is the embedded default's checkpoint."""
+    """Policy to start from: a policy file, a run or checkpoint folder, an exported folder, or a folder of published
+    weights; ``builtin:tiny_base`` is the embedded default's checkpoint."""
     delta: Path | None = None
     """What was trained on top of published weights: ReDirector's ``step*.safetensors``, or ReCamMaster's ``.ckpt``."""
     max_log_prob_diff: float = Field(1e-6, ge=0)

@@ -23,6 +23,7 @@ from torch import Tensor
 
 from geoalign.data.clip_record import ClipRecord
 from geoalign.errors import DataError
+from geoalign.geometry.cameras.door import split_name
 from geoalign.io_utils import atomic_write_bytes, atomic_write_json, atomic_write_text
 
 Settings = Mapping[str, Mapping[str, Any]]
@@ -129,7 +130,8 @@ def _files(path: Path) -> list[Path]:
 
 def window_key(record: ClipRecord, content: str, start: int, settings: Settings) -> str:
     """The key of a window (32 hex digits): clip name, bytes, caption, camera file, start and settings."""
-    camera = content_hash(record.camera) if record.camera else ""
+    file, chosen = split_name(record.camera) if record.camera else (None, "")
+    camera = f"{content_hash(file)}{chosen}" if file else ""
     facts = [record.clip_id, content, record.caption, camera, start, settings_hash(settings)]
     return hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:32]
 

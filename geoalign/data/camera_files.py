@@ -1,61 +1,90 @@
-"""Camera paths in single files: own npz/json, OpenCV matrices, and the ten cameras of a MultiCamVideo scene."""
+"""Target paths in camera files of any format of the door, every camera of a file that holds several."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
-
-import torch
 
 from geoalign.config.data import TrajectoriesConfig
 from geoalign.data.tally import Tally
 from geoalign.data.tracks import CameraTrack, window_starts
 from geoalign.errors import DataError
-from geoalign.geometry.io import load_recammaster, load_trajectory
+from geoalign.geometry.cameras.door import CAMERA_SUFFIXES, OpenFile, open_file, split_name
+from geoalign.geometry.trajectory import DEFAULT_INTRINSICS
 
-_SUFFIXES = frozenset({".npz", ".json", ".npy"})
-_MULTICAM_NAME = "camera_extrinsics.json"
-_MULTICAM_CAMERAS = 10
+MULTICAM_NAME = "camera_extrinsics.json"
 _MULTICAM_FPS = 15.0
 _FILE_FPS = 16.0  # files do not say; the rescale replaces speeds anyway
 
 
 def load_camera_files(path: Path, num_frames: int, config: TrajectoriesConfig, tally: Tally) -> list[CameraTrack]:
-    """Tracks of all npz, json and npy camera files under ``path`` (metres); damaged ones go to ``tally``."""
-    files = [path] if path.is_file() else sorted(file for file in path.rglob("*") if file.suffix in _SUFFIXES)
+    """Tracks of all camera files under ``path``, or of ``FILE`` or ``FILE#CAMERA``; damaged ones go to ``tally``."""
+    root, chosen = split_name(path)
+    files = [root] if root.is_file() else sorted(file for file in root.rglob("*") if file.suffix in CAMERA_SUFFIXES)
     tracks = []
     for file in files:
-        name = file.name if path.is_file() else file.relative_to(path).as_posix()
-        try:
-            trajectory = load_trajectory(file, dtype=torch.float64)
-        except DataError as error:
-            tally.reject(name, str(error).removeprefix(f"{file}: "))
-            continue
-        starts = window_starts([(0, trajectory.num_frames)], num_frames, config.window_step)
-        if not starts:
-            tally.reject(name, f"fewer than {num_frames} frames")
-            continue
-        tally.accepted += 1
-        tracks.append(CameraTrack(name, trajectory, _FILE_FPS, starts, metric_scale=1.0))
+        name = file.name if root.is_file() else file.relative_to(root).as_posix()
+        tracks += _load(file, chosen, partial(_track_name, name), _FILE_FPS, num_frames, config, tally)
     return tracks
 
 
 def load_multicam(path: Path, num_frames: int, config: TrajectoriesConfig, tally: Tally) -> list[CameraTrack]:
-    """Tracks ``scene/camNN`` of all ``camera_extrinsics.json`` under ``path`` (Unreal axes and units absorbed)."""
-    files = [path] if path.is_file() else sorted(path.rglob(_MULTICAM_NAME))
+    """Tracks ``scene/camNN`` of all ``camera_extrinsics.json`` under ``path``, or of that file (``FILE#CAMERA``)."""
+    root, chosen = split_name(path)
     tracks = []
-    for file in files:
-        scene = file.parent.name if path.is_file() else file.parent.relative_to(path).as_posix()
-        for camera in range(1, _MULTICAM_CAMERAS + 1):
-            name = f"{scene}/cam{camera:02d}"
-            try:
-                trajectory = load_recammaster(file, camera)
-            except DataError as error:
-                tally.reject(name, str(error).removeprefix(f"{file}: "))
-                continue
-            starts = window_starts([(0, trajectory.num_frames)], num_frames, config.window_step)
-            if not starts:
-                tally.reject(name, f"fewer than {num_frames} frames")
-                continue
-            tally.accepted += 1
-            tracks.append(CameraTrack(name, trajectory, _MULTICAM_FPS, starts, metric_scale=1.0))
+    for file in [root] if root.is_file() else sorted(root.rglob(MULTICAM_NAME)):
+        scene = file.parent.name if root.is_file() else file.parent.relative_to(root).as_posix()
+        tracks += _load(file, chosen, f"{scene}/{{}}".format, _MULTICAM_FPS, num_frames, config, tally)
     return tracks
+
+
+def _load(
+    file: Path,
+    chosen: str,
+    called: Callable[[str], str],
+    fps: float,
+    num_frames: int,
+    config: TrajectoriesConfig,
+    tally: Tally,
+) -> list[CameraTrack]:
+    """The tracks of one file; ``called`` gives the name of a camera's track."""
+    try:
+        opened = open_file(file)
+        cameras = _cameras(opened, chosen)
+    except DataError as error:
+        tally.reject(called(chosen), _cause(error, file, chosen))
+        return []
+    tracks = []
+    # The lens of the path is not used with `intrinsics: source`, so nothing is refused for it.
+    lens = DEFAULT_INTRINSICS if config.intrinsics == "source" else None
+    for camera in cameras:
+        name = called(camera)
+        try:
+            found = opened.read(camera, intrinsics=lens)
+        except DataError as error:
+            tally.reject(name, _cause(error, file, camera))
+            continue
+        starts = window_starts([(0, found.path.num_frames)], num_frames, config.window_step)
+        if not starts:
+            tally.reject(name, f"fewer than {num_frames} frames")
+            continue
+        tally.accepted += 1
+        scale = 1.0 if found.metric else None
+        tracks.append(CameraTrack(name, found.path.relative_to_first(), fps, starts, metric_scale=scale))
+    return tracks
+
+
+def _track_name(file: str, camera: str) -> str:
+    return f"{file}#{camera}" if camera else file
+
+
+def _cameras(opened: OpenFile, chosen: str) -> tuple[str, ...]:
+    """The chosen camera; the target of the JSON of ``geoalign sample``; else all."""
+    if chosen or "target" in opened.cameras:
+        return (opened.choose(chosen, "target"),)
+    return opened.cameras
+
+
+def _cause(error: DataError, file: Path, camera: str) -> str:
+    return str(error).removeprefix(f"{file}: ").removeprefix(f"{file}#{camera}: ")

@@ -9,25 +9,15 @@ Source: huggingface.co/datasets/Lixsp11/Sekai-Project, huggingface.co/datasets/I
 
 from __future__ import annotations
 
-import zipfile
-import zlib
 from collections import Counter
 from collections.abc import Collection, Iterable, Mapping
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
-
-import numpy as np
-import torch
-from torch import Tensor
 
 from geoalign.data.clip_record import VIDEO_SUFFIXES, ClipRecord, youtube_id
 from geoalign.data.tables import read_rows, write_csv
 from geoalign.data.tally import Tally
 from geoalign.errors import DataError
-from geoalign.geometry import so3
-from geoalign.geometry.trajectory import CameraTrajectory
-from geoalign.io_utils import atomic_path
+from geoalign.geometry.cameras.door import CAMERA_SUFFIXES, split_name
 
 COLUMNS = ("videoFile", "cameraFile", "caption", "location", "scene", "crowdDensity", "weather", "timeOfDay")
 """Columns of the published table, in order."""
@@ -41,7 +31,7 @@ ALIASES: Mapping[str, tuple[str, ...]] = {
 }
 """Canonical column -> accepted names, first match wins."""
 
-_Row = tuple[dict[str, str], dict[str, str]]  # by `ALIASES`, and as it is
+_Row = tuple[dict[str, str], dict[str, str]]  # by ``ALIASES``, and as it is
 
 
 def find_tables(root: Path, metadata: Path | None) -> list[Path]:
@@ -87,7 +77,7 @@ def list_video_clips(root: Path, tables: list[Path], tally: Tally) -> list[ClipR
 
 
 def _listed_files(rows: list[dict[str, str]], index: _FileIndex, tally: Tally) -> dict[Path, _Row]:
-    """The file of each row that has one, with the row by `ALIASES` and as it is; a file counts once."""
+    """The file of each row that has one, with the row by ``ALIASES`` and as it is; a file counts once."""
     named = [
         ({key: next((row[name] for name in names if name in row), "") for key, names in ALIASES.items()}, row)
         for row in rows
@@ -164,11 +154,14 @@ class _FileIndex:
         return fitting or (files if anywhere else [])
 
     def camera(self, name: str, video: Path, *, anywhere: bool) -> Path | None:
-        """The camera file ``name`` of a clip, else the one that is called like ``video``."""
-        for wanted in (name, video.stem):
-            files = self.find(wanted, {".npz"}, ".npz", anywhere=anywhere, beside=video.parent) if wanted else []
+        """The camera ``name`` (a file, or ``FILE#CAMERA``) of a clip, else the npz that is called like ``video``."""
+        file, camera = split_name(name)
+        for wanted in (file if name else None, video.with_suffix(".npz").name):
+            if wanted is None:
+                continue
+            files = self.find(str(wanted), CAMERA_SUFFIXES, ".npz", anywhere=anywhere, beside=video.parent)
             if len(files) == 1:
-                return files[0]
+                return files[0].with_name(f"{files[0].name}#{camera}") if camera and wanted is file else files[0]
         return None
 
     def _by_name(self) -> dict[str, list[Path]]:
@@ -181,104 +174,7 @@ class _FileIndex:
 
 
 def write_metadata(path: Path, rows: Iterable[Mapping[str, object]]) -> None:
-    """Write the published csv (`COLUMNS`, plus any further keys of the rows as columns at the end)."""
+    """Write the published csv (``COLUMNS``, plus any further keys of the rows as columns at the end)."""
     rows = list(rows)
     further = dict.fromkeys(key for row in rows for key in row if key not in COLUMNS)
     write_csv(path, [*COLUMNS, *further], rows)
-
-
-@dataclass(frozen=True, slots=True)
-class ClipCamera:
-    """The camera of every frame of a clip.
-
-    Attributes:
-        path: ``[F]`` float64 camera-to-world in the file's world frame.
-        metric: whether lengths are metres.
-        ground_plane: ``[4]`` float64 (n, d) with ``n . X = d`` in the file's world frame, or None.
-    """
-
-    path: CameraTrajectory
-    metric: bool
-    ground_plane: Tensor | None
-
-    def window(self, frames: list[int]) -> tuple[CameraTrajectory, Tensor | None]:
-        """Poses of ``frames`` relative to the first of them, and the plane in that first camera's axes."""
-        cut = self.path.frames(frames)
-        if self.ground_plane is None:
-            return cut.relative_to_first(), None
-        first = cut.c2w[0]
-        normal, distance = self.ground_plane[:3], self.ground_plane[3:]
-        turned = so3.apply(first[:3, :3].T, normal)
-        return cut.relative_to_first(), torch.cat([turned, distance - (normal * first[:3, 3]).sum()])
-
-
-def read_clip_camera(path: Path, image_size: tuple[int, int]) -> ClipCamera:
-    """Read a camera npz.
-
-    Keys: ``extrinsic`` ``[F, 4, 4]`` camera-to-world; ``intrinsic`` ``[3, 3]`` or ``[F, 3, 3]`` in pixels; optional
-    ``image_size`` (H, W) that the pixels refer to (default: the video's), ``metric`` (default false: the published
-    files are scale-free) and ``ground_plane`` ``[4]``.
-
-    Args:
-        path: the file.
-        image_size: (H, W) of the video.
-
-    Raises:
-        DataError: the file is damaged or is no camera path.
-    """
-    arrays = load_npz(path)
-    try:
-        extrinsic = torch.from_numpy(arrays["extrinsic"].astype(np.float64))
-        intrinsic = torch.from_numpy(arrays["intrinsic"].astype(np.float64)).expand(len(extrinsic), 3, 3)
-        height, width = (int(v) for v in arrays.get("image_size", np.array(image_size)))
-        metric = bool(arrays.get("metric", np.array(False)))
-        plane = (
-            torch.from_numpy(arrays["ground_plane"].astype(np.float64).reshape(4)) if "ground_plane" in arrays else None
-        )
-    except (KeyError, ValueError, TypeError, RuntimeError, OverflowError) as error:
-        raise DataError(f"{path}: expected extrinsic [F, 4, 4] and intrinsic [3, 3] or [F, 3, 3] ({error})") from error
-    if height <= 0 or width <= 0 or (plane is not None and not bool(torch.isfinite(plane).all())):
-        raise DataError(f"{path}: image_size must be positive and ground_plane finite")
-    pixels = torch.stack([intrinsic[:, 0, 0], intrinsic[:, 1, 1], intrinsic[:, 0, 2], intrinsic[:, 1, 2]], dim=-1)
-    lens = pixels / torch.tensor([width, height, width, height], dtype=torch.float64)
-    return ClipCamera(CameraTrajectory.validated(extrinsic, lens, name=str(path)), metric, plane)
-
-
-def write_clip_camera(
-    path: Path,
-    camera: CameraTrajectory,
-    image_size: tuple[int, int],
-    *,
-    metric: bool = True,
-    ground_plane: Tensor | None = None,
-) -> None:
-    """Write the npz that :func:`read_clip_camera` reads (atomic; equal input gives equal bytes)."""
-    height, width = image_size
-    pixels = camera.intrinsics.double() * torch.tensor([width, height, width, height], dtype=torch.float64)
-    intrinsic = torch.eye(3, dtype=torch.float64).repeat(camera.num_frames, 1, 1)
-    for column, entry in enumerate(((0, 0), (1, 1), (0, 2), (1, 2))):
-        intrinsic[:, *entry] = pixels[:, column]
-    arrays: dict[str, Any] = {
-        "extrinsic": camera.c2w.double().numpy(),
-        "intrinsic": intrinsic.numpy(),
-        "image_size": np.array(image_size),
-        "metric": np.array(metric),
-    }
-    if ground_plane is not None:
-        arrays["ground_plane"] = ground_plane.double().numpy()
-    with atomic_path(path) as temporary:
-        np.savez(temporary, **arrays)
-
-
-def load_npz(path: Path) -> dict[str, np.ndarray[Any, Any]]:
-    """All arrays of an npz; never unpickles. Raises DataError naming ``path`` for anything that is not a sound npz."""
-    try:
-        with np.load(path, allow_pickle=False) as archive:
-            if not isinstance(archive, np.lib.npyio.NpzFile):
-                raise DataError(f"{path}: not an npz archive")
-            return {key: archive[key] for key in archive.files}
-    except (OSError, EOFError, ValueError, zipfile.BadZipFile, zlib.error, KeyError, NotImplementedError) as error:
-        raise DataError(f"{path}: cannot be read as npz ({error}); regenerate it") from error
-    except (MemoryError, OverflowError, RuntimeError, TypeError, SyntaxError, AttributeError) as error:
-        # A flipped bit in a header may promise a petabyte, a cipher or nonsense syntax.
-        raise DataError(f"{path}: damaged npz ({error}); regenerate it") from error

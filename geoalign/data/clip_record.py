@@ -19,7 +19,7 @@ class ClipRecord:
         video_id: name of the video it was cut from; the unit of the train/val split.
         path: video file, or folder of images.
         caption: text of the table, "" if none.
-        camera: camera file, None if none.
+        camera: camera file, ``FILE#CAMERA`` where it holds several, None if none.
         start_frame: first usable frame in the file.
         end_frame: end of the usable frames in the file (exclusive), None for the end of the file.
         extra: further columns of the table, passed through.

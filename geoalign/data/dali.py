@@ -16,9 +16,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from geoalign.data.frames import cover_size
 from geoalign.data.video import PyAVReader, VideoInfo
 from geoalign.errors import DataError, UsageError
+from geoalign.geometry.lens import cover_size
 
 _CPU_CODECS = frozenset({"vp8", "vp9", "mjpeg"})
 _PIPELINES_KEPT = 4

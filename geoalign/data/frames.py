@@ -1,4 +1,4 @@
-"""Frame geometry: scale to cover the target size, cut the centre, and let the intrinsics follow."""
+"""Frames: scale to cover the target size and cut the centre; to float32 and back."""
 
 from __future__ import annotations
 
@@ -6,11 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-
-def cover_size(height: int, width: int, size: tuple[int, int]) -> tuple[int, int]:
-    """Height and width after scaling ``height x width`` until it covers ``size = (H, W)``."""
-    scale = max(size[0] / height, size[1] / width)
-    return max(round(height * scale), size[0]), max(round(width * scale), size[1])
+from geoalign.geometry.lens import cover_size
 
 
 def cover_crop(frames: Tensor, size: tuple[int, int]) -> Tensor:
@@ -20,25 +16,6 @@ def cover_crop(frames: Tensor, size: tuple[int, int]) -> Tensor:
         frames = F.interpolate(frames, size=(height, width), mode="bilinear", antialias=True, align_corners=False)
     top, left = (height - size[0]) // 2, (width - size[1]) // 2
     return frames[..., top : top + size[0], left : left + size[1]]
-
-
-def cover_crop_intrinsics(intrinsics: Tensor, height: int, width: int, size: tuple[int, int]) -> Tensor:
-    """Intrinsics after :func:`cover_crop`.
-
-    Args:
-        intrinsics: ``[..., 4]`` (fx, fy, cx, cy) as fractions of (W, H, W, H) of the ``height x width`` frame.
-        height: frame height before the crop.
-        width: frame width before the crop.
-        size: (H, W) after it.
-
-    Returns:
-        ``[..., 4]`` as fractions of the new frame, same dtype.
-    """
-    scaled_height, scaled_width = cover_size(height, width, size)
-    top, left = (scaled_height - size[0]) // 2, (scaled_width - size[1]) // 2
-    gain = intrinsics.new_tensor([scaled_width / size[1], scaled_height / size[0]]).repeat(2)
-    shift = intrinsics.new_tensor([0.0, 0.0, left / size[1], top / size[0]])
-    return intrinsics * gain - shift
 
 
 def to_float(frames: Tensor) -> Tensor:

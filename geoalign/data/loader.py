@@ -11,11 +11,13 @@ import torch
 from torch import Tensor
 
 from geoalign.config.data import DataConfig
-from geoalign.data.citywalk import ClipCamera, read_clip_camera
 from geoalign.data.clip_record import ClipRecord
-from geoalign.data.frames import cover_crop_intrinsics, to_float
+from geoalign.data.frames import to_float
 from geoalign.data.video import VideoInfo, VideoReader
 from geoalign.errors import DataError
+from geoalign.geometry.cameras.camera_file import CameraFile
+from geoalign.geometry.cameras.door import open_camera, split_name
+from geoalign.geometry.lens import cover_crop_intrinsics
 from geoalign.geometry.trajectory import CameraTrajectory
 
 CameraEstimate = tuple[CameraTrajectory, Tensor | None]
@@ -55,7 +57,7 @@ class ClipLoader:
         self._recent: OrderedDict[tuple[str, int], LoadedWindow] = OrderedDict()
         self._budget = config.clips.keep_decoded_mb << 20
         self._info: dict[str, VideoInfo] = {}
-        self._camera: dict[str, ClipCamera] = {}
+        self._camera: dict[str, CameraFile] = {}
         self._lock = threading.Lock()
         self.decoded = 0
 
@@ -142,13 +144,14 @@ class ClipLoader:
     def _camera_on_disk(self, record: ClipRecord, info: VideoInfo, indices: list[int]) -> CameraEstimate | None:
         """The configured static camera or the clip's camera file; None if it must be estimated from the frames."""
         policy, focal = self._config.clips.camera, self._config.clips.default_focal
+        lens = (focal, focal * info.width / info.height, 0.5, 0.5)
         if policy == "none":
-            lens = (focal, focal * info.width / info.height, 0.5, 0.5)
             return CameraTrajectory.identity(len(indices), lens, dtype=torch.float64), None
         if record.camera is None:
             return None
         if (camera := self._camera.get(record.clip_id)) is None:
-            camera = self._camera[record.clip_id] = read_clip_camera(record.camera, (info.height, info.width))
+            camera = open_camera(record.camera, image_size=(info.height, info.width))
+            camera = self._camera[record.clip_id] = camera if camera.has_lens else camera.with_lens(lens)
         if not camera.metric and policy != "file_any_scale":
             return None
         if camera.path.num_frames <= indices[-1]:
@@ -172,6 +175,6 @@ def _no_camera(record: ClipRecord) -> DataError:
 def cause_of(error: DataError, record: ClipRecord) -> str:
     """The error without the file's name, so that equal causes are counted together."""
     message = str(error)
-    for path in (record.path, record.camera):
+    for path in (record.path, record.camera, split_name(record.camera or "")[0]):
         message = message.removeprefix(f"{path}: ")
     return message

@@ -104,8 +104,8 @@ def load_scene(
     """Read one scene and apply the rejection rules; defects go to ``tally``, one entry per split or window.
 
     Rules: listed broken scenes; splits whose refined reprojection error is too large or whose file is unreadable;
-    frames with non-finite numbers, a quaternion norm off 1 by more than `QUATERNION_TOLERANCE`, a focal length <= 0 or
-    an entry in ``invalid_frame``; windows that contain such a frame or a gap in frame ids.
+    frames with non-finite numbers, a quaternion norm off 1 by more than ``QUATERNION_TOLERANCE``, a focal length <= 0
+    or an entry in ``invalid_frame``; windows that contain such a frame or a gap in frame ids.
     """
     uid = scene_id(path)
     if uid in config.skip_scenes:

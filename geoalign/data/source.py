@@ -32,9 +32,8 @@ from geoalign.errors import DataError
 from geoalign.geometry.rescale import RescaleResult
 from geoalign.geometry.trajectory import CameraTrajectory
 from geoalign.types import Encodings, RetakeBatch, SourceClip
-from geoalign_kernels import philox_uniform
+from geoalign_kernels import philox_uniform, streams
 
-STREAM_CLIP = 2
 _CLIP_ATTEMPTS = 32
 
 
@@ -123,7 +122,7 @@ class RetakeDataset:
     def draw_window(self, iteration: int, group: int) -> LoadedWindow:
         """Clip and window of a group; unusable clips are counted and drawn again (the same way on every rank)."""
         for attempt in range(_CLIP_ATTEMPTS):
-            uniforms = philox_uniform(2, self.seed, iteration, group, 0, attempt, STREAM_CLIP).tolist()
+            uniforms = philox_uniform(2, self.seed, iteration, group, 0, attempt, streams.CLIP).tolist()
             if self.cache is None:
                 record = self.clips[int(uniforms[0] * len(self.clips))]
                 load = partial(self._any_window, record, uniforms[1])
@@ -171,7 +170,7 @@ class RetakeDataset:
         return found
 
     def _is_chosen(self, record: ClipRecord, entry: Entry) -> bool:
-        """Whether `prepare` would store this window today: inside the clip's bounds, and one of those of its clip."""
+        """Whether ``prepare`` would store this window today: inside the clip's bounds, and one of those of its clip."""
         try:
             starts = self.loader.starts(record, entry.frames)
         except DataError:

@@ -12,16 +12,17 @@ from typing import Literal
 import numpy as np
 
 from geoalign.config.data import RescaleConfig, TrajectoriesConfig, TruncatedGaussian
+from geoalign.data.camera_files import MULTICAM_NAME, load_camera_files, load_multicam
 from geoalign.data.clips import Split, is_held_out
 from geoalign.data.omniworld import find_scene_table, find_scenes, load_scene, read_metadata, scene_id
 from geoalign.data.tally import Tally
 from geoalign.data.tracks import CameraTrack
 from geoalign.errors import DataError
+from geoalign.geometry.cameras.door import CAMERA_SUFFIXES, split_name
 from geoalign.geometry.rescale import RescaleResult, RescaleSettings, SpeedLaw, rescale
 from geoalign.geometry.trajectory import CameraTrajectory
-from geoalign_kernels import philox_uniform
+from geoalign_kernels import philox_uniform, streams
 
-STREAM_PATH = 3
 _ATTEMPTS = 256
 
 
@@ -69,14 +70,12 @@ def load_pool(
     Raises:
         DataError: nothing usable; the message lists what was rejected and why.
     """
-    if not path.exists():
+    if not split_name(path)[0].exists():
         raise DataError(f"{path}: no such folder or file of camera paths; set data.root and data.trajectories.path")
     layout = config.layout if config.layout != "auto" else _guess_layout(path)
     if layout == "omniworld":
         tracks = _load_omniworld(path, num_frames, config, tally)
     else:
-        from geoalign.data.camera_files import load_camera_files, load_multicam
-
         tracks = (load_multicam if layout == "multicam" else load_camera_files)(path, num_frames, config, tally)
     if config.rescale.scale_mode != "truncated_gaussian":
         for track in tracks:
@@ -94,10 +93,11 @@ def _held_out(track: CameraTrack, config: TrajectoriesConfig) -> bool:
 
 
 def _guess_layout(path: Path) -> Literal["omniworld", "multicam", "files"]:
-    if find_scenes(path) and not (path.is_file() and path.suffix in (".npz", ".json")):
+    path = split_name(path)[0]
+    if find_scenes(path) and not (path.is_file() and path.suffix in CAMERA_SUFFIXES):
         return "omniworld"
-    names = [path] if path.is_file() else list(path.rglob("camera_extrinsics.json"))
-    return "multicam" if any(name.name == "camera_extrinsics.json" for name in names) else "files"
+    found = path.name == MULTICAM_NAME if path.is_file() else any(path.rglob(MULTICAM_NAME))
+    return "multicam" if found else "files"
 
 
 def _load_omniworld(path: Path, num_frames: int, config: TrajectoriesConfig, tally: Tally) -> list[CameraTrack]:
@@ -166,7 +166,7 @@ def draw_path(
         DataError: no window passed the guards.
     """
     for attempt in range(_ATTEMPTS):
-        uniforms = philox_uniform(3, seed, iteration, group, 0, attempt, STREAM_PATH).tolist()
+        uniforms = philox_uniform(3, seed, iteration, group, 0, attempt, streams.PATH).tolist()
         index = int(uniforms[0] * len(pool))
         result = rescaler(pool.raw(index), pool.locate(index)[0].metric_scale, uniforms[1:])
         if result.accepted:

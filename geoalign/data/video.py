@@ -3,7 +3,7 @@
 Frame index i always means the i-th frame in presentation order. The reader takes the time stamps of all packets first
 (no decoding), seeks to the key frame before the wanted frames and identifies every decoded frame by its time stamp;
 where a container has no usable stamps, or a seek lands late, it decodes from the start and counts. Broken streams
-raise `DataError`; nothing is concealed.
+raise ``DataError``; nothing is concealed.
 """
 
 from __future__ import annotations

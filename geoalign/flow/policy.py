@@ -16,8 +16,8 @@ class Velocity:
 
     Attributes:
         value: [B, ...], any floating dtype.
-        uncond: like `value`, under the negative prompt, or None.
-        guidance: v = uncond + guidance (value - uncond); read only with `uncond`.
+        uncond: like ``value``, under the negative prompt, or None.
+        guidance: v = uncond + guidance (value - uncond); read only with ``uncond``.
     """
 
     value: Tensor
@@ -53,14 +53,14 @@ VelocityFn = Callable[[Tensor, Tensor, Any], Tensor | Velocity]
 
 
 class Condition(Protocol):
-    """B conditions. `Conditioning` of the models and `RetakeBatch` are such."""
+    """B conditions. ``Conditioning`` of the models and ``RetakeBatch`` are such."""
 
     def repeat_interleave(self, count: int) -> Self:
-        """Each condition `count` times in a row."""
+        """Each condition ``count`` times in a row."""
         ...
 
     def select(self, index: Tensor | slice) -> Self:
-        """The conditions at int64 [N] or in a slice; needed only when forwards are split (`rows_per_forward`)."""
+        """The conditions at int64 [N] or in a slice; needed only when forwards are split (``rows_per_forward``)."""
         ...
 
 
@@ -68,8 +68,9 @@ class Condition(Protocol):
 class PhasedPolicy:
     """One policy executed in up to three ways.
 
-    `window` must be the very artefact that the learner runs (same kernels, dtype, graph, gradient mode), because its
-    log-probabilities enter the ratio. `prefix` and `tail` may be anything faster: no log-probability is taken there.
+    ``window`` must be the very artefact that the learner runs (same kernels, dtype, graph, gradient mode), because its
+    log-probabilities enter the ratio. ``prefix`` and ``tail`` may be anything faster: no log-probability is taken
+    there.
     """
 
     prefix: VelocityFn

@@ -65,7 +65,7 @@ class Rollout:
         return self.x_start.shape[0] != self.num_rows or self.group_size == 1
 
     def state(self, position: int) -> Tensor:
-        """State before window step `position`: [M, ...] for the first one of a shared prefix, else [R, ...]."""
+        """State before window step ``position``: [M, ...] for the first one of a shared prefix, else [R, ...]."""
         return self.x_start if position == 0 else self.x_next[position - 1]
 
     def neutralised(self) -> tuple[Rollout, Tensor]:

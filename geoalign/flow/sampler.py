@@ -1,7 +1,11 @@
-"""`FlowSampler`: group rollouts with a shared deterministic prefix, their replay in the learner, and plain sampling.
+"""``FlowSampler``: group rollouts with a shared deterministic prefix, their replay in the learner, and plain sampling.
 
 All G members of a group share condition and initial noise, so the steps before the window and the first window forward
 have one result per group. They are computed once; the members part at the noise of the first stochastic step.
+
+Shapes in comments: M conditions (groups), G members of each, R = M * G rows, row i being member i % G of condition
+i // G; K window steps; L lanes, the states that the prefix computes: M of them if it is shared, else R. A slice stands
+for its length: x[lanes] is [lanes, ...]; ... are the axes of one latent.
 """
 
 from __future__ import annotations
@@ -19,10 +23,7 @@ from geoalign.flow.policy import Condition, PhasedPolicy, Velocity, VelocityFn
 from geoalign.flow.rollout import ForwardCount, Rollout
 from geoalign.flow.table import StepTable
 from geoalign.perf.timer import phase
-from geoalign_kernels import FlowStep, NoiseKey, flow_log_prob, flow_step, philox_normal
-
-SDE_STREAM = 0
-INITIAL_NOISE_STREAM = 1
+from geoalign_kernels import FlowStep, NoiseKey, flow_log_prob, flow_step, philox_normal, streams
 
 
 class ObservedStep(NamedTuple):
@@ -57,29 +58,29 @@ def initial_noise(
     group_ids: Tensor,
     *,
     sample: Tensor | int = 0,
-    stream: int = INITIAL_NOISE_STREAM,
+    stream: int = streams.INITIAL_NOISE,
 ) -> Tensor:
     """Standard normal latents [len(group_ids), *shape] float32, a function of the counters only.
 
-    `sample` 0 is the noise that a group shares; other streams serve evaluation.
+    ``sample`` 0 is the noise that a group shares; other streams serve evaluation.
     """
     return philox_normal(shape, NoiseKey(seed, iteration, group_ids, sample, 0, stream), device=group_ids.device)
 
 
 @dataclass(slots=True)
-class _Run:
-    """One call of `rollout`: who acts, what names the noise, and the buffers that are filled."""
+class _RolloutCall:
+    """One call of ``rollout``: who acts, what names the noise, and the buffers that are filled."""
 
     phases: PhasedPolicy
     observer: WindowObserver | None
     seed: int
     iteration: int
-    groups: Tensor
-    members: Tensor
-    x_start: Tensor
-    x_next: Tensor
-    log_prob: Tensor
-    final: Tensor
+    groups: Tensor  # [R] ids
+    members: Tensor  # [R] ids
+    x_start: Tensor  # [L, ...]
+    x_next: Tensor  # [K, R, ...]
+    log_prob: Tensor  # [R, K]
+    final: Tensor  # [R, ...]
     forwards: Counter[str] = field(default_factory=Counter)
 
     @property
@@ -126,7 +127,7 @@ class FlowSampler:
         Args:
             policy: velocity function, or one per phase.
             cond: M conditions.
-            x_init: [M, ...] initial noise shared in each group; without `share_prefix` also [M * G, ...].
+            x_init: [M, ...] initial noise shared in each group; without ``share_prefix`` also [M * G, ...].
             seed, iteration: name the noise together with the ids.
             group_ids: [M] int64, unique in the iteration over all ranks.
             member_ids: [G] int64, unique in the group; default 0..G-1. Lets several ranks share a group.
@@ -138,10 +139,10 @@ class FlowSampler:
         """
         run = self._begin(PhasedPolicy.of(policy), observer, x_init, seed, iteration, group_ids, member_ids)
         conditions, size = group_ids.numel(), self.group_size
-        x_init = _repeat(_working(x_init), run.x_start.shape[0] // x_init.shape[0])
+        x_init = _repeat(_working(x_init), run.x_start.shape[0] // x_init.shape[0])  # [L, ...]
         for lanes in _split(0, run.x_start.shape[0], self.rows_per_forward):
             lane_cond = _condition(cond, lanes, size // run.rows_per_lane, conditions)
-            rows, x, m_prev = self._prefix_and_branch(run, lane_cond, x_init[lanes], lanes)
+            rows, x, m_prev = self._prefix_and_branch(run, lane_cond, x_init[lanes], lanes)  # x: [rows, ...]
             for part in _split(rows.start, rows.stop, self.rows_per_forward):
                 local = slice(part.start - rows.start, part.stop - rows.start)
                 history = None if m_prev is None else m_prev[local]
@@ -157,14 +158,14 @@ class FlowSampler:
         cond: Condition,
         rows: slice | None = None,
     ) -> ReplayStep:
-        """Log-probabilities of window step `position` (0..K-1) under the current policy, from the stored states.
+        """Log-probabilities of window step ``position`` (0..K-1) under the current policy, from the stored states.
 
         The same functions in the same order as in the rollout, hence equal bit for bit while the policy is unchanged
-        and the batches are those of `replay_batches`. Where the state is shared, the policy runs once per condition
+        and the batches are those of ``replay_batches``. Where the state is shared, the policy runs once per condition
         and its velocity serves all replayed members (merged first learner step).
 
         Args:
-            policy: its `window` function is used; the caller chooses the gradient mode.
+            policy: its ``window`` function is used; the caller chooses the gradient mode.
             rollout: made by a sampler of the same table.
             position: window position.
             cond: the M conditions of the rollout.
@@ -172,16 +173,16 @@ class FlowSampler:
         """
         rows = slice(0, rollout.num_rows) if rows is None else rows
         step = self._window_steps[position]
-        state = rollout.state(position)
+        state = rollout.state(position)  # [L, ...] with L = M at a shared start, else R
         per_lane = rollout.num_rows // state.shape[0]
         lanes = slice(rows.start // per_lane, -(-rows.stop // per_lane))
         num_conditions = rollout.num_rows // rollout.group_size
         lane_cond = _condition(cond, lanes, rollout.group_size // per_lane, num_conditions)
-        velocity = self._velocity(PhasedPolicy.of(policy).window, state[lanes], step, lane_cond)
+        velocity = self._velocity(PhasedPolicy.of(policy).window, state[lanes], step, lane_cond)  # [lanes, ...]
         offset = rows.start - lanes.start * per_lane
         members = slice(offset, offset + rows.stop - rows.start)
-        v = velocity.map(lambda part: _repeat(_working(part), per_lane)[members])
-        x = _repeat(_working(state[lanes]), per_lane)[members]
+        v = velocity.map(lambda part: _repeat(_working(part), per_lane)[members])  # [rows, ...]
+        x = _repeat(_working(state[lanes]), per_lane)[members]  # [rows, ...]
         return ReplayStep(self._log_prob(x, v, rollout.x_next[position][rows], step), v)
 
     def replay_batches(self, rollout: Rollout, position: int) -> list[slice]:
@@ -195,7 +196,7 @@ class FlowSampler:
     def sample(self, policy: VelocityFn | PhasedPolicy, cond: Condition, x_init: Tensor) -> Tensor:
         """Deterministic sampling of a table without window, one trajectory per condition: latents [M, ...] at sigma 0.
 
-        Uses the policy's `tail` function.
+        Uses the policy's ``tail`` function.
 
         Raises:
             UsageError: the table has a stochastic window.
@@ -220,7 +221,7 @@ class FlowSampler:
         iteration: int,
         group_ids: Tensor,
         member_ids: Tensor | None,
-    ) -> _Run:
+    ) -> _RolloutCall:
         conditions, size = group_ids.numel(), self.group_size
         if member_ids is None:
             member_ids = torch.arange(size, device=group_ids.device)
@@ -232,7 +233,7 @@ class FlowSampler:
             )
         num_rows, shape, num_window_steps = conditions * size, x_init.shape[1:], len(self._window_steps)
         like = _working(x_init[:0])
-        return _Run(
+        return _RolloutCall(
             phases=phases,
             observer=observer,
             seed=seed,
@@ -246,19 +247,19 @@ class FlowSampler:
         )
 
     def _prefix_and_branch(
-        self, run: _Run, cond: Condition, x: Tensor, lanes: slice
+        self, run: _RolloutCall, cond: Condition, x: Tensor, lanes: slice
     ) -> tuple[slice, Tensor, Tensor | None]:
         """Steps up to and including the first stochastic one; returns its rows, their states and history."""
         first, per_lane = self._window_steps[0], run.rows_per_lane
         with phase("rollout/prefix"):
             x = self._ode(run.phases.prefix, x, None, range(first), cond, run.forwards, "prefix")
-        run.x_start[lanes] = x
+        run.x_start[lanes] = x  # [lanes, ...]
         with phase("rollout/window"):
             velocity = self._window_velocity(run, x, first, cond).map(lambda v: _repeat(_working(v), per_lane))
             rows, passes = slice(lanes.start * per_lane, lanes.stop * per_lane), velocity.passes * x.shape[0]
-            return rows, *self._stochastic(run, 0, _repeat(x, per_lane), velocity, rows, passes)
+            return rows, *self._stochastic(run, 0, _repeat(x, per_lane), velocity, rows, passes)  # [rows, ...]
 
-    def _finish(self, run: _Run, cond: Condition, x: Tensor, m_prev: Tensor | None, rows: slice) -> None:
+    def _finish(self, run: _RolloutCall, cond: Condition, x: Tensor, m_prev: Tensor | None, rows: slice) -> None:
         """The other window steps and the deterministic tail of some rows."""
         with phase("rollout/window"):
             for position, step in enumerate(self._window_steps[1:], start=1):
@@ -268,7 +269,7 @@ class FlowSampler:
         with phase("rollout/tail"):
             run.final[rows] = self._ode(run.phases.tail, x, m_prev, tail, cond, run.forwards, "tail")
 
-    def _window_velocity(self, run: _Run, x: Tensor, step: int, cond: Condition) -> Velocity:
+    def _window_velocity(self, run: _RolloutCall, x: Tensor, step: int, cond: Condition) -> Velocity:
         with torch.set_grad_enabled(self.window_grad or run.observer is not None):
             velocity = self._velocity(run.phases.window, x, step, cond)
         run.forwards["window"] += x.shape[0] * velocity.passes
@@ -276,14 +277,14 @@ class FlowSampler:
         return velocity if run.observer is not None else velocity.map(Tensor.detach)
 
     def _stochastic(
-        self, run: _Run, position: int, x: Tensor, velocity: Velocity, rows: slice, passes: int
+        self, run: _RolloutCall, position: int, x: Tensor, velocity: Velocity, rows: slice, passes: int
     ) -> tuple[Tensor, Tensor | None]:
         """One stochastic step: stores state and log-probability, returns state and history.
 
         ``passes`` were spent on ``velocity``, which may be one forward repeated for several rows.
         """
         step = self._window_steps[position]
-        key = NoiseKey(run.seed, run.iteration, run.groups[rows], run.members[rows], step, SDE_STREAM)
+        key = NoiseKey(run.seed, run.iteration, run.groups[rows], run.members[rows], step, streams.SDE)
         fixed = velocity.map(Tensor.detach)
         taken = self._step(x, fixed, step, key=key)
         assert taken.log_prob is not None  # the table gives window steps c > 0
@@ -342,14 +343,14 @@ class FlowSampler:
 
 
 def _condition(cond: Condition, rows: slice, per_condition: int, num_conditions: int) -> Condition:
-    """The conditions of `rows`, each condition having `per_condition` of them in a row."""
+    """The conditions of ``rows``, each condition having ``per_condition`` of them in a row."""
     if rows.start == 0 and rows.stop == num_conditions * per_condition:
         return cond if per_condition == 1 else cond.repeat_interleave(per_condition)
     first, last = rows.start // per_condition, (rows.stop - 1) // per_condition
     if first == last:  # of one condition: a view, however large its cache is
         one, count = cond.select(slice(first, first + 1)), rows.stop - rows.start
         return one if count == 1 else one.repeat_interleave(count)
-    return cond.select(torch.arange(rows.start, rows.stop) // per_condition)
+    return cond.select(torch.arange(rows.start, rows.stop) // per_condition)  # [rows] condition of each
 
 
 def _working(x: Tensor) -> Tensor:

@@ -77,10 +77,10 @@ class StepTable:
 
 
 def build_step_table(config: FlowConfig, window: StepWindow | None = None) -> StepTable:
-    """The table of a trajectory that is stochastic inside `window` and deterministic elsewhere.
+    """The table of a trajectory that is stochastic inside ``window`` and deterministic elsewhere.
 
-    Steps before the window are Euler steps, steps after it (all of them without a window) use `config.tail_solver`;
-    a multistep solver takes its first history from the last window step. The coarser tail (`config.tail_ratio`)
+    Steps before the window are Euler steps, steps after it (all of them without a window) use ``config.tail_solver``;
+    a multistep solver takes its first history from the last window step. The coarser tail (``config.tail_ratio``)
     exists only after a window.
 
     Raises:

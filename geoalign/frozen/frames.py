@@ -93,7 +93,7 @@ class SharedFrames:
         ready, chosen = self._ready, tuple(view.choose(videos.shape[1]))
         made = None if ready is None or ready[0]() is not videos else ready[1].get(view)
         if ready is None or made is None or made.frames != chosen:
-            ready = (weakref.ref(videos, self._forget), self._prepare(videos))
+            ready = (weakref.ref(videos, self._forget), self._show(videos))
             self._ready = ready  # in one assignment: a scorer that timed out may still run on a thread of its own
         return ready[1].pop(view)
 
@@ -108,7 +108,7 @@ class SharedFrames:
             self._ready = None
 
     @torch.no_grad()
-    def _prepare(self, videos: Tensor) -> dict[View, Shown]:
+    def _show(self, videos: Tensor) -> dict[View, Shown]:
         # The sum of a frame is finite if its pixels are (they are of size one), and takes no memory.
         finite = videos.sum(dim=(2, 3, 4), dtype=torch.float32).isfinite()
         shown = {}

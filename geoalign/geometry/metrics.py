@@ -1,63 +1,87 @@
-"""Camera errors in metres and degrees, and the two scale-blind public scores they are compared with.
+"""Every number that says how far a camera path is from another, each defined once.
 
-The metric errors re-base both paths to frame 0 and align nothing else, so a wrong scale is an error in metres.
+Tables, reports and studies take them from here. *Position error* (metres), *rotation error* (degrees), *scale ratio*
+and *translation gain* re-base both paths to frame 0 and align nothing else, so a wrong scale is an error in metres.
 ``paired_rotation_error_deg`` and ``sim3_translation_error`` are RotErr and TransErr of the public ReDirector evaluation
 (``evaluate.py``, ``eval_utils.py``) in float64. Their known blind spots, which tests pin:
 
 - TransErr fits scale, rotation and shift first: half speed, reversed or sideways motion scores 0 on a straight path.
 - TransErr of a target that does not move (pan, tilt) is 0 for any moving estimate and NaN for a constant one, and one
-  millimetre of jitter of a static estimate scores 0.25 on a dolly. Report it for moving targets only.
+  millimetre of jitter of a static estimate scores 0.25 on a dolly. :func:`camera_errors` reports it for moving targets.
 - RotErr averages all ordered frame pairs: a video that ignores a 20 degree pan scores 6.8, not 20.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import torch
 from torch import Tensor
 
 from geoalign.geometry import so3
-from geoalign.geometry.align import Alignment, align, umeyama
+from geoalign.geometry.align import umeyama
 from geoalign.geometry.trajectory import CameraTrajectory
 
-_STATIC_PATH_M = 1e-6
+CAMERA_METRICS = (
+    "translation_error_m",
+    "rotation_error_deg",
+    "scale_ratio",
+    "translation_gain",
+    "rot_err_deg",
+    "trans_err",
+)
+_STATIC_PATH_M = 1e-3  # a shorter path is rounding of a camera that turns in place
 
 
-@dataclass(frozen=True, slots=True, eq=False)
-class PoseError:
-    """Per-frame errors of one comparison.
+def camera_errors(estimate: Tensor, target: CameraTrajectory, frame_indices: Tensor | None = None) -> dict[str, Tensor]:
+    """All of :data:`CAMERA_METRICS` of each of B videos.
 
-    Attributes:
-        rotation_deg: ``[..., F]`` degrees.
-        translation_m: ``[..., F]`` metres.
-        scale: ``[...]`` float64, the scale that the alignment applied to the estimate (1 unless sim3).
+    Args:
+        estimate: ``[B, K, 4, 4]`` camera-to-world that was read from the videos, float32 or float64, any world frame.
+        target: ``[B, F]`` wanted paths, any world frame.
+        frame_indices: ``[K]`` int64, which of the F frames were read, beginning with 0; None: all of them.
+
+    Returns:
+        ``[B]`` each, in the dtype of ``estimate``. NaN where a number is not defined: everything of an estimate that is
+        not finite, ``scale_ratio``, ``translation_gain`` and ``trans_err`` of a target that does not move, and
+        ``trans_err`` of an estimate that does not move.
     """
+    wanted = target.c2w if frame_indices is None else target.c2w[:, frame_indices.to(target.device)]
+    goal = CameraTrajectory.build(wanted.to(estimate))
+    finite = torch.isfinite(estimate).flatten(1).all(1)
+    found = CameraTrajectory.build(torch.where(finite[:, None, None, None], estimate, goal.c2w))
+    trans_err = sim3_translation_error(found, goal)
+    values = {
+        "translation_error_m": translation_error_m(found, goal),
+        "rotation_error_deg": rotation_error_deg(found, goal),
+        "scale_ratio": scale_ratio(found, goal),
+        "translation_gain": translation_gain(found, goal),
+        "rot_err_deg": paired_rotation_error_deg(found, goal),
+        "trans_err": torch.where(goal.path_length() > _STATIC_PATH_M, trans_err, torch.nan),
+    }
+    return {name: torch.where(finite, value, torch.nan).to(estimate.dtype) for name, value in values.items()}
 
-    rotation_deg: Tensor
-    translation_m: Tensor
-    scale: Tensor
+
+def position_distances_m(estimate: CameraTrajectory, target: CameraTrajectory) -> Tensor:
+    """``[..., F]`` metres between camera centres relative to frame 0 (frame 0 itself is 0)."""
+    return so3.safe_norm(estimate.relative_to_first().position - target.relative_to_first().position)
 
 
-def pose_error(estimate: CameraTrajectory, target: CameraTrajectory, *, alignment: Alignment = "first") -> PoseError:
-    """Rotation and translation error of every frame after the stated alignment, in the dtype of ``estimate``."""
-    aligned, scale = align(estimate, target, alignment)
-    rotation = torch.rad2deg(so3.relative_angle(target.rotation, aligned.rotation))
-    return PoseError(rotation, so3.safe_norm(aligned.position - target.position), scale)
-
-
-def rotation_error_deg(estimate: CameraTrajectory, target: CameraTrajectory) -> Tensor:
+def view_angles_deg(estimate: CameraTrajectory, target: CameraTrajectory) -> Tensor:
     """``[..., F]`` degrees between orientations relative to frame 0 (frame 0 itself is 0)."""
-    return pose_error(estimate.relative_to_first(), target.relative_to_first(), alignment="none").rotation_deg
+    return torch.rad2deg(so3.relative_angle(estimate.relative_to_first().rotation, target.relative_to_first().rotation))
 
 
 def translation_error_m(estimate: CameraTrajectory, target: CameraTrajectory) -> Tensor:
-    """``[..., F]`` metres between camera centres relative to frame 0, no scale alignment."""
-    return pose_error(estimate.relative_to_first(), target.relative_to_first(), alignment="none").translation_m
+    """Position error ``[...]``: mean distance over frames 1.. in metres, without an upper bound."""
+    return position_distances_m(estimate, target)[..., 1:].mean(-1)
 
 
-def path_length_ratio(estimate: CameraTrajectory, target: CameraTrajectory) -> Tensor:
-    """``[...]`` travelled length of the estimate over that of the target; NaN where the target does not move.
+def rotation_error_deg(estimate: CameraTrajectory, target: CameraTrajectory) -> Tensor:
+    """Rotation error ``[...]``: mean view angle over frames 1.. in degrees."""
+    return view_angles_deg(estimate, target)[..., 1:].mean(-1)
+
+
+def scale_ratio(estimate: CameraTrajectory, target: CameraTrajectory) -> Tensor:
+    """``[...]`` path length of the estimate over that of the target; NaN where the target does not move.
 
     Jitter lengthens a path, so a noisy estimate reads high; :func:`translation_gain` does not have that bias.
     """
@@ -72,11 +96,6 @@ def translation_gain(estimate: CameraTrajectory, target: CameraTrajectory) -> Te
     a = estimate.relative_to_first().position
     b = target.relative_to_first().position
     return _ratio((a * b).sum((-1, -2)), b.square().sum((-1, -2)), _STATIC_PATH_M**2)
-
-
-def scale_ratio(estimate: CameraTrajectory, target: CameraTrajectory) -> Tensor:
-    """``[...]`` the reported scale ratio: path length of the estimate over that of the target."""
-    return path_length_ratio(estimate, target)
 
 
 def _ratio(numerator: Tensor, denominator: Tensor, smallest: float) -> Tensor:

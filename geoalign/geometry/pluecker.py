@@ -22,11 +22,6 @@ def camera_vectors(trajectory: CameraTrajectory) -> Tensor:
     return torch.cat((zero, lens[..., :2], half, half, zero, zero, pose), -1)
 
 
-def pose_vectors(trajectory: CameraTrajectory, *, stride: int = 4) -> Tensor:
-    """ReCamMaster's ``[..., T, 12]``: the row-major 3x4 c2w of frames 0, stride, 2 stride, ... (no intrinsics)."""
-    return trajectory.c2w[..., ::stride, :3, :].flatten(-2)
-
-
 def fit_focal(intrinsics: Tensor, size: tuple[int, int], reference_size: tuple[int, int]) -> Tensor:
     """Focal lengths ``[..., 2]`` in pixels of an image cropped from ``reference_size`` to ``size``, both (H, W).
 
@@ -84,10 +79,3 @@ def pack_frames(rays: Tensor) -> Tensor:
     filled = torch.cat((first, first, first, rays), -4)
     grouped = filled.unflatten(-4, (-1, 4))  # [..., T, 4, C, H, W]
     return grouped.movedim((-3, -4, -5), (-5, -4, -3)).flatten(-5, -4)
-
-
-def pluecker_condition(
-    trajectory: CameraTrajectory, size: tuple[int, int], *, reference_size: tuple[int, int] | None = None
-) -> Tensor:
-    """``[..., 24, T, H, W]``: packed ray maps of one camera path, the input of the Wan-Fun control adapter."""
-    return pack_frames(ray_map(trajectory, size, reference_size=reference_size))

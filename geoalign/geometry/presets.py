@@ -109,7 +109,9 @@ def preset_name(name: str | int) -> str:
         return text
     near = difflib.get_close_matches(text, PRESETS, n=1)
     hint = f"did you mean {near[0]!r}? " if near else ""
-    raise UsageError(f"unknown camera preset {name!r}; {hint}Choose one of {', '.join(PRESETS)} or a type 1 to 10.")
+    raise UsageError(
+        f"unknown camera preset {name!r}; {hint}Choose one of {', '.join(PRESETS)}, a type 1 to 10, or a camera file."
+    )
 
 
 def preset(

@@ -2,26 +2,27 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
-from geoalign.config.flow import FlowConfig
-from geoalign.config.training import EvalConfig
-from geoalign.config.world import WorldConfig
-from geoalign.evaluators.base import PoseEvaluator
+from geoalign.config.schema import Config
+from geoalign.errors import ConfigError
+from geoalign.evaluators.base import PoseEstimate, PoseEvaluator
 from geoalign.evaluators.planar import PlanarAligner
-from geoalign.flow.sampler import FlowSampler, initial_noise
-from geoalign.flow.table import build_step_table
-from geoalign.geometry import so3
+from geoalign.geometry.metrics import CAMERA_METRICS, camera_errors
+from geoalign.geometry.trajectory import CameraTrajectory
 from geoalign.policy.policy import RetakePolicy
-from geoalign.types import RetakeBatch
+from geoalign.policy.retake import retake
 from geoalign.world.pairs import PairedVideos, paired_videos
+from geoalign_kernels import streams
 
-EVALUATION_STREAM = 4
-METRICS = ("translation_error_m", "rotation_error_deg", "scale_ratio", "psnr_db")
+METRICS = (*CAMERA_METRICS, "psnr_db")
+SECOND_METRICS = CAMERA_METRICS[:4]
+"""What is reported of the second evaluator too, under ``second_`` and the metric's name."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,12 +32,17 @@ class HeldOut:
     sets: Mapping[str, PairedVideos]
 
     @staticmethod
-    def build(world: WorldConfig, config: EvalConfig) -> HeldOut:
-        """Render the fixed sets: scenes of the RL style that no clip shows, correct labels."""
+    def build(config: Config) -> HeldOut:
+        """Render the fixed sets: scenes of the RL style that no clip shows, correct labels.
+
+        Raises ConfigError for a configuration without the embedded world, of which alone a true target is known.
+        """
+        if config.world is None:
+            raise ConfigError("held-out pairs with a true render need the embedded world: set the world section")
         sets = {}
-        for offset, (kind, paths) in enumerate((("presets", "presets"), ("random", "random"))):
-            generator = torch.Generator().manual_seed(config.seed + offset)
-            sets[kind] = paired_videos(world, config.samples, generator, paths=paths, style="real")
+        for offset, kind in enumerate(("presets", "random")):
+            generator = torch.Generator().manual_seed(config.eval.seed + offset)
+            sets[kind] = paired_videos(config.world, config.eval.samples, generator, paths=kind, style="real")
         return HeldOut(sets)
 
 
@@ -45,7 +51,7 @@ class Evaluation:
     """Results of one policy.
 
     Attributes:
-        numbers: kind -> metric -> one value per noise seed.
+        numbers: kind -> metric -> one value per noise seed: the mean over the videos where the metric is defined.
         videos: kind -> ``[N, F, 3, H, W]`` retakes of the first noise seed.
         estimated: kind -> ``[N, F, 4, 4]`` cameras read from them.
     """
@@ -55,10 +61,9 @@ class Evaluation:
     estimated: Mapping[str, Tensor]
 
     def mean(self, kind: str, metric: str) -> float:
-        """Mean over noise seeds; kind "mean" averages the kinds."""
+        """Mean over noise seeds; kind "mean" averages the kinds. NaN is left out."""
         kinds: Iterable[str] = self.numbers if kind == "mean" else (kind,)
-        values = [sum(self.numbers[k][metric]) / len(self.numbers[k][metric]) for k in kinds]
-        return sum(values) / len(values)
+        return mean_of_defined(mean_of_defined(self.numbers[kind][metric]) for kind in kinds)
 
 
 def second_evaluator() -> PlanarAligner:
@@ -67,21 +72,10 @@ def second_evaluator() -> PlanarAligner:
 
 
 @torch.no_grad()
-def retake(policy: RetakePolicy, flow: FlowConfig, batch: RetakeBatch, noise_seed: int) -> Tensor:
-    """Deterministic retakes ``[B, F, 3, H, W]`` from fixed noise, on the CPU."""
-    prepared = policy.prepare(policy.condition(batch))
-    ids = torch.arange(len(batch), device=policy.device)
-    noise = initial_noise(policy.latent_shape(batch), noise_seed, 0, ids, stream=EVALUATION_STREAM)
-    latents = FlowSampler(build_step_table(flow)).sample(policy.velocity, prepared, noise)
-    return policy.decode(latents, batch.source.video).cpu()
-
-
-@torch.no_grad()
 def evaluate(
     policy: RetakePolicy,
-    flow: FlowConfig,
+    config: Config,
     held_out: HeldOut,
-    config: EvalConfig,
     evaluator: PoseEvaluator | None = None,
     condition_scale: float = 1.0,
 ) -> Evaluation:
@@ -89,9 +83,8 @@ def evaluate(
 
     Args:
         policy: model and codec.
-        flow: sampler settings; sampling is deterministic.
+        config: its sampler settings and noise seeds; sampling is deterministic.
         held_out: conditions and truth.
-        config: noise seeds.
         condition_scale: multiplies the translation that the policy is asked for (an oracle that knows the scale error
             of a base); errors are always against the true target.
         evaluator: reads the cameras; default: the reward's planar aligner. The second evaluator always runs beside it.
@@ -103,32 +96,30 @@ def evaluate(
     for kind, pairs in held_out.sets.items():
         rows: dict[str, list[float]] = {}
         asked = replace(pairs.batch, target_camera=pairs.batch.target_camera.scale_translation(condition_scale))
-        for number, noise_seed in enumerate(config.noise_seeds):
-            video = retake(policy, flow, asked, noise_seed)
-            pose = primary(video, pairs.batch.source).c2w
-            row = camera_errors(pose, pairs.batch.target_camera.c2w)
-            other = camera_errors(second(video, pairs.batch.source).c2w, pairs.batch.target_camera.c2w)
-            row |= {f"second_{name}": other[name] for name in METRICS[:3]}
+        for number, noise_seed in enumerate(config.eval.noise_seeds):
+            video = retake(policy, asked, config.flow, seed=noise_seed, stream=streams.EVALUATION).cpu()
+            pose = primary(video, pairs.batch.source)
+            row = _mean_errors(pose, pairs.batch.target_camera)
+            other = _mean_errors(second(video, pairs.batch.source), pairs.batch.target_camera)
+            row |= {f"second_{name}": other[name] for name in SECOND_METRICS}
             row["psnr_db"] = psnr_db(video[:, 1:], pairs.truth[:, 1:])
             for name, value in row.items():
                 rows.setdefault(name, []).append(value)
             if number == 0:
-                videos[kind], estimated[kind] = video, pose
+                videos[kind], estimated[kind] = video, pose.c2w
         numbers[kind] = rows
     return Evaluation(numbers, videos, estimated)
 
 
-def camera_errors(estimate: Tensor, target: Tensor, worst_m: float = 3.0) -> dict[str, float]:
-    """Unweighted errors of ``[B, F, 4, 4]`` poses over frames 1.., and the least-squares scale of the translation."""
-    translation = so3.safe_norm(estimate[:, 1:, :3, 3] - target[:, 1:, :3, 3]).clamp_max(worst_m)
-    moved, wanted = estimate[:, 1:, :3, 3], target[:, 1:, :3, 3]
-    rotation = torch.rad2deg(so3.relative_angle(estimate[:, 1:, :3, :3], target[:, 1:, :3, :3]))
-    scale = (moved * wanted).sum((1, 2)) / wanted.square().sum((1, 2)).clamp_min(1e-9)
-    return {
-        "translation_error_m": float(translation.mean()),
-        "rotation_error_deg": float(rotation.mean()),
-        "scale_ratio": float(scale.mean()),
-    }
+def _mean_errors(estimate: PoseEstimate, target: CameraTrajectory) -> dict[str, float]:
+    errors = camera_errors(estimate.c2w, target, estimate.frame_indices)
+    return {name: mean_of_defined(values.tolist()) for name, values in errors.items()}
+
+
+def mean_of_defined(values: Iterable[float | None]) -> float:
+    """Mean of the values that are neither NaN nor None (NaN as JSON says it); NaN if there are none."""
+    defined = [value for value in values if value is not None and not math.isnan(value)]
+    return sum(defined) / len(defined) if defined else math.nan
 
 
 def psnr_db(video: Tensor, truth: Tensor) -> float:

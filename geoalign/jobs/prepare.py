@@ -19,12 +19,12 @@ from geoalign.errors import ConfigError, DataError, RunError
 from geoalign.evaluators.base import PoseEstimate, PoseEvaluator
 from geoalign.geometry import so3
 from geoalign.geometry.trajectory import CameraTrajectory
+from geoalign.jobs.progress import bar
 from geoalign.models.codec import PatchCodec
 from geoalign.models.codec_base import LatentCodec
 from geoalign.models.encoders import ImageEncoder, TextEncoder, load_image_encoder, load_text_encoder
 from geoalign.models.wan_vae import load_wan_codec
-from geoalign.policy.files import resolve_base
-from geoalign.policy.open import open_codec
+from geoalign.policy.open import locate, open_codec, patch_codec, vae_of
 from geoalign.rewards.registry import build_evaluator, evaluator_options
 from geoalign.training.processes.device import device_of
 from geoalign.types import SourceClip
@@ -201,17 +201,19 @@ def weights_hash(path: Path) -> str:
     return digest.hexdigest()[:32]
 
 
-def render_missing_data(config: Config, rank: int, *, timeout_s: float = 3600.0) -> None:
+def render_missing_data(config: Config, rank: int) -> None:
     """Render the embedded world into ``data.root`` if it is configured and missing: rank 0 renders, others wait.
 
     Raises:
-        RunError: rank 0 has not finished after ``timeout_s`` seconds.
+        RunError: rank 0 has not finished after ``train.rank_timeout_s`` seconds.
     """
     if config.world is None or is_complete(config.data, config.world):
         return
     if rank == 0:
-        write_world(config.data, config.world)
+        with bar(config.world.clips, "rendering the world", "clip") as progress:
+            write_world(config.data, config.world, progress.update)
         return
+    timeout_s = config.train.rank_timeout_s
     deadline = time.monotonic() + timeout_s
     while not is_complete(config.data, config.world):  # its stamp is written last and atomically
         if time.monotonic() > deadline:
@@ -226,7 +228,7 @@ def _base(config: Config) -> Path:
         raise ConfigError(
             "train.base is not set: prepare encodes with the codec of the base policy, or data.prepare.codec"
         )
-    return resolve_base(config.train.base)
+    return locate(config.train.base).home
 
 
 def _codec(config: Config, device: str) -> LatentCodec:
@@ -239,10 +241,9 @@ def _codec_hash(config: Config) -> str:
     if config.data.prepare.codec is not None:
         return weights_hash(config.data.prepare.codec)
     base = _base(config)
-    if base.is_dir():
-        return weights_hash(base / "vae" if (base / "vae").is_dir() else base / "Wan2.1_VAE.pth")
-    codec = open_codec(base)
-    assert isinstance(codec, PatchCodec)
+    codec = patch_codec(base)
+    if codec is None:
+        return weights_hash(vae_of(base))
     settings = f"{codec.name} {codec.patch} {codec.luma} {codec.chroma} ".encode()
     return hashlib.sha256(settings + codec.channel_std.numpy().tobytes()).hexdigest()[:32]
 

@@ -2,55 +2,58 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
-from geoalign.data.citywalk import read_clip_camera
-from geoalign.data.frames import cover_crop_intrinsics, to_float
+from geoalign.data.frames import to_float
 from geoalign.data.video import PyAVReader, VideoInfo
-from geoalign.errors import DataError, RewardError, UserError
-from geoalign.geometry.io import load_trajectory
+from geoalign.errors import DataError, RewardError, UsageError, UserError
+from geoalign.geometry.cameras.door import is_preset, open_camera
+from geoalign.geometry.lens import cover_crop_intrinsics
+from geoalign.geometry.metrics import camera_errors
 from geoalign.geometry.trajectory import CameraTrajectory
 from geoalign.rewards.base import Reward, RewardOutput
 from geoalign.rewards.running.guard import check_output
 from geoalign.types import RetakeBatch, SourceClip
 
+_ANY_SIZE = (1, 1)  # while a camera is only checked: that it has a lens, not which
+
 
 @dataclass(frozen=True, slots=True, eq=False)
-class Condition:
+class ScoringTask:
     """What every video is compared with.
 
     Attributes:
-        target: ``[F]`` wanted camera path; frames 0..F-1 of a video are scored.
+        trajectory: wanted camera, a file or a preset.
+        frames: F, frames 0..F-1 of a video are scored; None: all of them (a preset has no length of its own).
         source: the source video; None: a video's own first frame stands for it.
-        source_camera: camera npz of the source; None: its camera does not move.
+        source_camera: camera of the source, a file or a preset; None: its camera does not move.
         size: (H, W) to score at; None: that of the video.
     """
 
-    target: CameraTrajectory
+    trajectory: str
+    frames: int | None
     source: Path | None = None
-    source_camera: Path | None = None
+    source_camera: str | None = None
     size: tuple[int, int] | None = None
-
-    @property
-    def frames(self) -> int:
-        """F."""
-        return self.target.num_frames
 
     def read(self, path: Path) -> tuple[Tensor, RetakeBatch, int]:
         """The scored frames ``[1, F, 3, H, W]`` in [-1, 1], their condition, and how many frames the file has."""
-        info = probe(path, self.frames)
-        size = self.size or (info.height, info.width)
-        video = _pixels(path, self.frames, size)
+        info = probe(path, self.frames or 1)
+        frames, size = self.frames or info.frames, self.size or (info.height, info.width)
+        video = _pixels(path, frames, size)
         source, lens = video[:, :1].expand_as(video), info
         if self.source is not None:
-            source, lens = _pixels(self.source, self.frames, size), probe(self.source, self.frames)
-        camera, plane = CameraTrajectory.identity(self.frames, self.target.intrinsics[0], dtype=self.target.dtype), None
+            lens = probe(self.source, frames)
+            source = _pixels(self.source, frames, size)
+        target, _ = read_camera(self.trajectory, frames, (info.height, info.width), prefer="target")
+        camera, plane = CameraTrajectory.identity(frames, target.intrinsics[0], dtype=target.dtype), None
         if self.source_camera is not None:
-            camera, plane = read_camera(self.source_camera, self.frames, (lens.height, lens.width))
+            camera, plane = read_camera(self.source_camera, frames, (lens.height, lens.width))
             camera = camera.with_intrinsics(cover_crop_intrinsics(camera.intrinsics, lens.height, lens.width, size))
         clip = SourceClip(
             video=source,
@@ -58,46 +61,60 @@ class Condition:
             ground_plane=None if plane is None else plane[None].to(video.dtype),
             clip_ids=("video",),
         )
-        target = CameraTrajectory.stack([self.target.to(dtype=video.dtype)])
-        return video, RetakeBatch(clip, target, ("",), fps=info.fps), info.frames
+        wanted = CameraTrajectory.stack([target.to(dtype=video.dtype)])
+        return video, RetakeBatch(clip, wanted, ("",), fps=info.fps), info.frames
 
 
 def read_condition(
-    trajectory: Path, source: Path | None, source_camera: Path | None, size: tuple[int, int] | None, needs_plane: bool
-) -> Condition:
-    """Read and check what all videos are compared with.
+    trajectory: str,
+    source: Path | None,
+    source_camera: str | None,
+    size: tuple[int, int] | None,
+    needs_plane: bool,
+    frames: int | None = None,
+) -> ScoringTask:
+    """Read and check what all videos are compared with; ``frames``: how many of each (default: all poses of a file).
 
-    Raises DataError naming the file that is missing, damaged, too short, or without the plane that is needed.
+    Raises UserError naming the file that is missing, damaged, too short, or without the plane that is needed.
     """
-    target = load_trajectory(trajectory)
-    if target.num_frames < 2:
-        raise DataError(f"{trajectory}: a path of 1 frame has no motion to score; give one of at least 2")
+    frames = _check_target(trajectory, frames)
     if source is not None:
-        probe(source, target.num_frames)
+        probe(source, frames or 2)
     if source_camera is not None:
-        _, plane = read_camera(source_camera, target.num_frames, (1, 1))  # of the lens, only that there is one
+        _, plane = read_camera(source_camera, frames or 2, _ANY_SIZE)
         if needs_plane and plane is None:
             raise DataError(
                 f"{source_camera}: no ground_plane [4] (n, d with n . X = d, metres; docs/data.md), which this "
                 "evaluator stands on; add it, or use --evaluator mapanything --set evaluator_options.checkpoint=FOLDER"
             )
-    return Condition(target, source, source_camera, size)
+    return ScoringTask(trajectory, frames, source, source_camera, size)
+
+
+def _check_target(trajectory: str, frames: int | None) -> int | None:
+    """The frames to score: ``frames``, else all poses of a file, else None for a preset at the length of the video."""
+    if frames is not None and frames < 2:
+        raise UsageError(f"--frames {frames}: a path of {frames} has no motion to score; give at least 2")
+    if frames is None and is_preset(trajectory):
+        return None
+    found = open_camera(trajectory, frames=frames, image_size=_ANY_SIZE, prefer="target").path.num_frames
+    if found < 2:
+        raise DataError(f"{trajectory}: a path of {found} frame has no motion to score; give one of at least 2")
+    return frames or found
 
 
 def probe(path: Path, frames: int) -> VideoInfo:
     """What a video's container says; raises DataError if it cannot be read or has fewer frames than the path."""
     info = PyAVReader().probe(path)
     if info.frames < frames:
-        raise DataError(f"{path}: {info.frames} frames, but the trajectory has {frames}; give a path of {info.frames}")
+        raise DataError(f"{path}: {info.frames} frames, but the trajectory has {frames}; use --frames {info.frames}")
     return info
 
 
-def read_camera(path: Path, frames: int, image_size: tuple[int, int]) -> tuple[CameraTrajectory, Tensor | None]:
-    """Camera ``[F]`` and ground plane ``[4]`` of a source; raises DataError if it is no camera or too short."""
-    camera = read_clip_camera(path, image_size)
-    if camera.path.num_frames < frames:
-        raise DataError(f"{path}: cameras of {camera.path.num_frames} frames, but the trajectory has {frames}")
-    return camera.window(list(range(frames)))
+def read_camera(
+    name: str, frames: int, image_size: tuple[int, int], prefer: str | None = None
+) -> tuple[CameraTrajectory, Tensor | None]:
+    """First ``frames`` poses, relative to the first, and ground plane ``[4]``; arguments and errors of the door."""
+    return open_camera(name, frames=frames, image_size=image_size, prefer=prefer).window(range(frames))
 
 
 def _pixels(path: Path, frames: int, size: tuple[int, int]) -> Tensor:
@@ -119,11 +136,23 @@ def judge(reward: Reward, videos: Tensor, batch: RetakeBatch) -> RewardOutput:
 
 
 def score_row(output: RewardOutput) -> dict[str, Any]:
-    """A reward's answer for one video as plain numbers; None for what an invalid or lost video has not."""
+    """A reward's answer for one video as plain numbers; an invalid or lost video has no scores: they are NaN."""
     valid, lost = bool(output.valid[0]), bool(output.lost[0])
-    read = valid and not lost
-    row: dict[str, Any] = {f"score/{name}": float(value[0]) if read else None for name, value in output.scores.items()}
-    row |= {name: None if lost else float(value[0]) for name, value in output.parts.items()}
-    row |= {name: float(value[0]) for name, value in output.diagnostics.items()}
-    row = {"valid": valid, "lost": lost, **row}
-    return row if valid else row | {"error": "no finite score"}
+    row: dict[str, Any] = {"valid": valid, "lost": lost} | ({} if valid else {"error": "no finite score"})
+    row |= {f"score/{name}": float(value[0]) if valid else math.nan for name, value in output.scores.items()}
+    return row | {name: float(value[0]) for name, value in {**output.parts, **output.diagnostics}.items()}
+
+
+def camera_row(reward: Reward, video: Tensor, batch: RetakeBatch, lost: Tensor) -> dict[str, float]:
+    """All camera errors (:data:`geoalign.geometry.metrics.CAMERA_METRICS`) of the one video that was just scored.
+
+    Empty for a reward without a pose evaluator; the estimate of one with is not made anew. NaN where not defined, and
+    all of them where the reward lost the camera (``lost`` ``[1]``).
+    """
+    evaluator = getattr(reward, "evaluator", None)
+    if evaluator is None:
+        return {}
+    estimate = evaluator(video, batch.source)
+    poses = estimate.c2w.masked_fill(lost[:, None, None, None], math.nan)
+    errors = camera_errors(poses, batch.target_camera, estimate.frame_indices)
+    return {name: float(value[0]) for name, value in errors.items()}

@@ -20,21 +20,21 @@ from geoalign.data.source import RetakeDataset
 from geoalign.io_utils import atomic_write_json, atomic_write_text, nan_to_none
 from geoalign.jobs.environment import describe_environment
 from geoalign.jobs.metrics_file import MetricsWriter
-from geoalign.jobs.prepare import encoder_identity
+from geoalign.jobs.prepare import encoder_identity, render_missing_data
 from geoalign.jobs.progress import bar
 from geoalign.jobs.train_held_out import RunEvaluator, held_out_summary
-from geoalign.jobs.train_resume import find_checkpoint, refuse_disagreement, refuse_other_data, refuse_overwrite
+from geoalign.jobs.train_resume import refuse_disagreement, refuse_other_data, state_to_resume
 from geoalign.models.codec import PatchCodec
-from geoalign.policy.files import open_base, save_policy
-from geoalign.policy.formats import save_safetensors
+from geoalign.policy.files import DELTA_FILE, POLICY_FILE, RUN_CONFIG, save_policy
+from geoalign.policy.open import open_base
+from geoalign.policy.safetensors_file import save_safetensors
 from geoalign.rewards.registry import build_rewards, close_rewards
-from geoalign.training.checkpoint import CheckpointWriter, TrainState, config_hash, load_checkpoint
+from geoalign.training.checkpoint import CheckpointWriter, TrainState, config_hash
 from geoalign.training.engines.snapshot import whole_on_cpu
 from geoalign.training.processes.device import device_of, dtype_of
 from geoalign.training.processes.ranks import Ranks
 from geoalign.training.processes.torchrun import ranks_of_environment
 from geoalign.training.trainer import Trainer
-from geoalign.world.dataset import is_complete, write_world
 
 logger = logging.getLogger(__name__)
 
@@ -63,15 +63,6 @@ class StopRequest:
                 signal.signal(number, old)
 
 
-def prepare_run(config: Config) -> None:
-    """Set threads and render the embedded world if its files are missing."""
-    if config.run.threads:
-        torch.set_num_threads(config.run.threads)
-    if config.world is not None and not is_complete(config.data, config.world):
-        with bar(config.world.clips, "rendering the world", "clip") as progress:
-            write_world(config.data, config.world, progress.update)
-
-
 def run_training(config: Config, *, resume: str | None = None, allow_config_change: bool = False) -> Path:
     """Train as configured; returns the run folder.
 
@@ -83,29 +74,54 @@ def run_training(config: Config, *, resume: str | None = None, allow_config_chan
     Raises:
         UserError: any set-up that cannot work; nothing is left half-written.
     """
-    device, parallel = device_of(config.run), config.parallel
+    device, folder = device_of(config.run), config.run.folder
+    fingerprint = config_hash(config.model_dump(mode="json"))
     cuda = device.type == "cuda"
     if cuda:
         torch.cuda.set_device(device)
-    with ranks_of_environment(parallel.sequence, config.train.rank_timeout_s, cuda=cuda) as ranks:
-        return _run_training(config, ranks, resume, allow_config_change)
+    with ranks_of_environment(config.parallel.sequence, config.train.rank_timeout_s, cuda=cuda) as ranks:
+        main = ranks.rank == 0  # which alone writes
+        state = state_to_resume(folder, resume, fingerprint, allow_config_change)
+        with _trainer(config, ranks, state, fingerprint, allow_config_change) as trainer:
+            environment = describe_environment()
+            if main:
+                folder.mkdir(parents=True, exist_ok=True)
+                atomic_write_text(folder / RUN_CONFIG, to_yaml(config))
+                atomic_write_json(folder / "env.json", environment)
+            evaluation, clock = RunEvaluator.of(config, trainer, folder), _Clock()
+            if state is None:
+                trainer.notes["before"] = evaluation.keep("before")
+            if not _iterate(config, trainer, evaluation, clock, fingerprint):
+                return folder
+            _save_result(config, trainer, folder)
+            trainer.engine.swap_average()
+            after = evaluation.keep("after")
+            trainer.engine.swap_average()
+            if main:
+                summary = held_out_summary(trainer.notes, after) | {
+                    "seed": config.run.seed,
+                    "iterations": trainer.iteration,
+                    "wall_s": clock.wall(trainer.notes),
+                    "cpu_s": clock.cpu(trainer.notes),
+                    "base": str(config.train.base),
+                    "config_hash": fingerprint,
+                    **environment,
+                }
+                atomic_write_json(folder / "summary.json", nan_to_none(summary))
+    return folder
 
 
-def _run_training(config: Config, ranks: Ranks, resume: str | None, allow_config_change: bool) -> Path:
-    """The run on one rank; rank 0 alone writes."""
-    fingerprint = config_hash(config.model_dump(mode="json"))
-    checkpoint = find_checkpoint(config.run.folder, resume)
-    refuse_overwrite(config.run.folder, checkpoint, resume)
-    state = None
-    if checkpoint is not None:
-        state = load_checkpoint(checkpoint, config=fingerprint, allow_config_change=allow_config_change)
+@contextmanager
+def _trainer(
+    config: Config, ranks: Ranks, state: TrainState | None, fingerprint: str, allow_config_change: bool
+) -> Iterator[Trainer]:
+    """Policy, data and rewards of the run in a trainer that stands where ``state`` does; closes the rewards."""
     device = device_of(config.run)
     policy = open_base(config, device, dtype_of(config.run, device))
-    if ranks.rank == 0:
-        prepare_run(config)
-    ranks.barrier()  # rank 0 has rendered the world, and every rank has looked for checkpoints
-    if ranks.rank > 0:
-        prepare_run(config)
+    if config.run.threads:
+        torch.set_num_threads(config.run.threads)
+    render_missing_data(config, ranks.rank)
+    ranks.barrier()  # every rank has looked for checkpoints before rank 0 writes one
     rewards = build_rewards(config.rewards, config.failures, take_turns=config.scoring.take_turns)
     try:
         encoder = encoder_identity(config) if config.data.use_cache else None
@@ -114,42 +130,12 @@ def _run_training(config: Config, ranks: Ranks, resume: str | None, allow_config
             refuse_other_data(state, dataset.fingerprint(), allow_config_change)
         refuse_disagreement(ranks, 0 if state is None else state.iteration, fingerprint, dataset.fingerprint())
         trainer = Trainer(config, policy, dataset, rewards, ranks)
-        return _train(config, trainer, state, fingerprint, dataset.fingerprint())
+        if state is not None:
+            trainer.load(state)
+        trainer.notes["data"] = dataset.fingerprint()
+        yield trainer
     finally:
         close_rewards(rewards)
-
-
-def _train(config: Config, trainer: Trainer, state: TrainState | None, fingerprint: str, data: str) -> Path:
-    """From set-up to summary; ``fingerprint`` names the configuration, ``data`` the clips and paths."""
-    folder, main, environment = config.run.folder, trainer.ranks.rank == 0, describe_environment()
-    if main:
-        folder.mkdir(parents=True, exist_ok=True)
-        atomic_write_text(folder / "config.yaml", to_yaml(config))
-        atomic_write_json(folder / "env.json", environment)
-    evaluation, clock = RunEvaluator.of(config, trainer, folder), _Clock()
-    if state is not None:
-        trainer.load(state)
-    else:
-        trainer.notes["before"] = evaluation.keep("before")
-    trainer.notes["data"] = data
-    if not _loop(config, trainer, folder, fingerprint, evaluation, clock):
-        return folder
-    _save_result(config, trainer, folder)
-    trainer.engine.swap_average()
-    after = evaluation.keep("after")
-    trainer.engine.swap_average()
-    if main:
-        summary = held_out_summary(trainer.notes, after) | {
-            "seed": config.run.seed,
-            "iterations": trainer.iteration,
-            "wall_s": clock.wall(trainer.notes),
-            "cpu_s": clock.cpu(trainer.notes),
-            "base": str(config.train.base),
-            "config_hash": fingerprint,
-            **environment,
-        }
-        atomic_write_json(folder / "summary.json", nan_to_none(summary))
-    return folder
 
 
 def _save_result(config: Config, trainer: Trainer, folder: Path) -> None:
@@ -161,14 +147,12 @@ def _save_result(config: Config, trainer: Trainer, folder: Path) -> None:
     trained = trainer.engine.snapshot(main).average
     if not isinstance(policy.codec, PatchCodec):
         if main:
-            save_safetensors(
-                {name: value.contiguous() for name, value in trained.items()}, folder / "delta.safetensors"
-            )
+            save_safetensors({name: value.contiguous() for name, value in trained.items()}, folder / DELTA_FILE)
         return
     state = whole_on_cpu(policy.model.state_dict(), main)
     if main:
         notes = {"run": config.run.name, "seed": config.run.seed}
-        save_policy(folder / "policy.safetensors", policy, config.codec, notes, {**state, **trained})
+        save_policy(folder / POLICY_FILE, policy, config.codec, notes, {**state, **trained})
 
 
 class _Clock:
@@ -186,11 +170,9 @@ class _Clock:
         return float(notes.get("cpu_s", 0.0)) + time.process_time() - self._cpu
 
 
-def _loop(
-    config: Config, trainer: Trainer, folder: Path, fingerprint: str, evaluation: RunEvaluator, clock: _Clock
-) -> bool:
+def _iterate(config: Config, trainer: Trainer, evaluation: RunEvaluator, clock: _Clock, fingerprint: str) -> bool:
     """Iterate to the end (True) or to a stop request (False); always leaves a checkpoint of the last iteration."""
-    total, main = config.train.iterations, trainer.ranks.rank == 0
+    total, main, folder = config.train.iterations, trainer.ranks.rank == 0, config.run.folder
     base_notes = dict(trainer.notes)
     with (
         StopRequest().installed() as stop,

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 
 import torch
 
-from geoalign.config.layout import place_groups
+from geoalign.config.layout import deal_groups
 from geoalign.config.schema import Config
 from geoalign.flow.table import StepWindow, build_step_table
 from geoalign.models.dit import RetakeDiT
@@ -85,7 +85,7 @@ def _world_size() -> int:
 
 def _processes(config: Config) -> str:
     size, parallel = _world_size(), config.parallel
-    share = place_groups(config.groups.conditions, config.groups.size, size, parallel.sequence)
+    share = deal_groups(config.groups.conditions, config.groups.size, size, parallel.sequence)
     shared = f", {parallel.sequence} ranks share each video" if parallel.sequence > 1 else ""
     rollouts = f"{share.groups} groups x {share.members} rollouts each"
     return f"{size} ({parallel.engine}): {rollouts}{shared}"

@@ -11,8 +11,9 @@ import numpy as np
 import torch
 
 from geoalign.config.schema import Config
-from geoalign.io_utils import atomic_path
-from geoalign.jobs.evaluate import METRICS, Evaluation, HeldOut, evaluate
+from geoalign.io_utils import atomic_path, nan_to_none
+from geoalign.jobs.evaluate import METRICS, Evaluation, HeldOut, evaluate, mean_of_defined
+from geoalign.report.held_out import present_names
 from geoalign.training.trainer import Trainer
 
 
@@ -33,7 +34,7 @@ class RunEvaluator:
         """The evaluation that ``config`` asks of this rank; renders its videos."""
         together = config.parallel.engine == "fsdp" or config.parallel.sequence > 1
         taking_part = config.world is not None and (together or trainer.ranks.rank == 0)
-        held_out = HeldOut.build(config.world, config.eval) if taking_part and config.world is not None else None
+        held_out = HeldOut.build(config) if taking_part else None
         return RunEvaluator(config, trainer, folder, held_out)
 
     def on_the_way(self) -> dict[str, float]:
@@ -41,19 +42,22 @@ class RunEvaluator:
         self.trainer.engine.swap_average()
         numbers = {}
         if self.held_out is not None:
-            result = evaluate(self.trainer.policy, self.config.flow, self.held_out, self.config.eval)
+            result = evaluate(self.trainer.policy, self.config, self.held_out)
             numbers = {f"eval/{kind}_{m}": result.mean(kind, m) for kind in result.numbers for m in METRICS}
         self.trainer.engine.swap_average()
         return numbers
 
-    def keep(self, stage: str) -> dict[str, dict[str, list[float]]]:
-        """Evaluate, keep videos and cameras for the report, return the numbers per kind, metric and noise seed."""
+    def keep(self, stage: str) -> dict[str, dict[str, list[float | None]]]:
+        """Evaluate, keep videos and cameras for the report, return the numbers per kind, metric and noise seed.
+
+        They go into checkpoints, which are JSON: what is not defined is None.
+        """
         if self.held_out is None:
             return {}
-        result = evaluate(self.trainer.policy, self.config.flow, self.held_out, self.config.eval)
+        result = evaluate(self.trainer.policy, self.config, self.held_out)
         if self.trainer.ranks.rank == 0:
             _write_clips(self.folder / "eval" / f"{stage}.npz", self.held_out, result)
-        return {kind: dict(rows) for kind, rows in result.numbers.items()}
+        return {kind: nan_to_none(rows) for kind, rows in result.numbers.items()}
 
 
 def _write_clips(path: Path, held_out: HeldOut, result: Evaluation) -> None:
@@ -74,21 +78,21 @@ def _bytes(video: torch.Tensor) -> np.ndarray[Any, Any]:
     return ((video.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8).numpy()
 
 
-def held_out_summary(notes: Mapping[str, Any], after: Mapping[str, Mapping[str, list[float]]]) -> dict[str, Any]:
+def held_out_summary(notes: Mapping[str, Any], after: Mapping[str, Mapping[str, list[float | None]]]) -> dict[str, Any]:
     """``held_out.{presets,random,mean}.{before,after}.{metric}`` means, and the same per noise seed beside it."""
     stages = {"before": notes.get("before", {}), "after": after}
     per_seed: dict[str, dict[str, Any]] = {}
     for stage, kinds in stages.items():
-        rows = {kind: dict(values) for kind, values in kinds.items()}
+        rows = {kind: present_names(values) for kind, values in kinds.items()}
         if rows:
             metrics = next(iter(rows.values()))
             rows["mean"] = {
-                m: [sum(v) / len(v) for v in zip(*(k[m] for k in rows.values()), strict=True)] for m in metrics
+                m: [mean_of_defined(seed) for seed in zip(*(k[m] for k in rows.values()), strict=True)] for m in metrics
             }
         for kind, values in rows.items():
             per_seed.setdefault(kind, {})[stage] = values
     means = {
-        kind: {stage: {m: sum(v) / len(v) for m, v in rows.items()} for stage, rows in stage_rows.items()}
+        kind: {stage: {m: mean_of_defined(v) for m, v in rows.items()} for stage, rows in stage_rows.items()}
         for kind, stage_rows in per_seed.items()
     }
     return {"held_out": means, "held_out_per_noise_seed": per_seed}

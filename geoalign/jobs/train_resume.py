@@ -5,8 +5,25 @@ from __future__ import annotations
 from pathlib import Path
 
 from geoalign.errors import CheckpointError, RunError, UsageError
-from geoalign.training.checkpoint import TrainState, list_checkpoints
+from geoalign.training.checkpoint import TrainState, list_checkpoints, load_checkpoint
 from geoalign.training.processes.ranks import Ranks
+
+
+def state_to_resume(folder: Path, resume: str | None, config: str, allow_config_change: bool) -> TrainState | None:
+    """The state that ``--resume`` means in the run ``folder``; None to start anew. ``config`` is its hash.
+
+    Raises:
+        UsageError: ``resume`` is a path that is not there, or a new run would mix its checkpoints with earlier ones.
+        CheckpointError: "latest", and there is none; or one that cannot be read or has another configuration.
+    """
+    checkpoint = find_checkpoint(folder, resume)
+    if checkpoint is not None:
+        return load_checkpoint(checkpoint, config=config, allow_config_change=allow_config_change)
+    if resume is None and list_checkpoints(folder / "checkpoints"):
+        raise UsageError(
+            f"{folder} already holds checkpoints: continue with --resume auto, or choose another run.name or run.dir"
+        )
+    return None
 
 
 def find_checkpoint(folder: Path, resume: str | None) -> Path | None:
@@ -29,14 +46,6 @@ def find_checkpoint(folder: Path, resume: str | None) -> Path | None:
     if not found and resume == "latest":
         raise CheckpointError(f"{folder / 'checkpoints'}: no checkpoint to resume; start without --resume")
     return found[-1] if found else None
-
-
-def refuse_overwrite(folder: Path, checkpoint: Path | None, resume: str | None) -> None:
-    """Raise UsageError if a run that starts anew would mix its checkpoints with those of an earlier one."""
-    if checkpoint is None and resume is None and list_checkpoints(folder / "checkpoints"):
-        raise UsageError(
-            f"{folder} already holds checkpoints: continue with --resume auto, or choose another run.name or run.dir"
-        )
 
 
 def refuse_other_data(state: TrainState, fingerprint: str, allowed: bool) -> None:

@@ -61,8 +61,8 @@ class RetakeDiT(nn.Module):
             x: ``[B, C, T, h, w]`` float32 noisy target latents (frames 1.. only if ``first_frame_given``).
             timestep: ``[B]`` float32 in [0, 1000].
             cond: conditions of the B samples.
-            cache: result of :meth:`prepare` for ``cond``; computed here when None. Camera phases of trained parameters
-                are not taken from it where gradients are enabled: they are computed again, with their graph.
+            cache: result of :meth:`precompute` for ``cond``; computed here when None. Camera phases of trained
+                parameters are not taken from it where gradients are enabled: they are computed again, with their graph.
 
         Returns:
             ``[B, out_channels, T, h, w]`` float32. With a negative prompt in the cache ``[2 B, ...]``: first the
@@ -70,7 +70,7 @@ class RetakeDiT(nn.Module):
             cross-attention runs once for both.
         """
         if cache is None:
-            cache = self.prepare(cond, x.shape[2:])
+            cache = self.precompute(cond, x.shape[2:])
         elif torch.is_grad_enabled():
             cache = self._with_live_phases(cache, cond)
         tokens = self.patch_embedding(x)
@@ -105,7 +105,7 @@ class RetakeDiT(nn.Module):
                 time, cache = torch.cat([time, time]), _doubled(cache)
         return h
 
-    def prepare(self, cond: Conditioning, size: torch.Size | None = None) -> ConditionCache:
+    def precompute(self, cond: Conditioning, size: torch.Size | None = None) -> ConditionCache:
         """Compute what depends neither on noisy latents nor on time, once per condition.
 
         ``size`` (T, h, w) of the target latents is needed only by a model that has the Pluecker adapter and no source
@@ -120,12 +120,12 @@ class RetakeDiT(nn.Module):
             if not config.pluecker_adapter:
                 return cache
             if size is None:
-                raise UsageError("prepare() needs the size of the target latents when there is no source video")
+                raise UsageError("precompute() needs the size of the target latents when there is no source video")
             return replace(cache, token_offset=self._adapter_tokens(cond.target_camera, size))
         if cond.source_latents is None:
             raise UsageError("this model needs source_latents")
         tokens = self.patch_embedding(cond.source_latents)
-        return self._prepare_camera(replace(cache, source_tokens=tokens), cond, cond.source_latents.shape[2:])
+        return self._precompute_camera(replace(cache, source_tokens=tokens), cond, cond.source_latents.shape[2:])
 
     def is_cached(self, name: str) -> bool:
         """Whether the output of parameter ``name`` is kept with the condition, so that it must stay frozen in RL."""
@@ -152,7 +152,7 @@ class RetakeDiT(nn.Module):
             image = self.img_emb(image_tokens)
         return tuple(block.cross_keys(text, image) for block in self.blocks)
 
-    def _prepare_camera(self, cache: ConditionCache, cond: Conditioning, size: torch.Size) -> ConditionCache:
+    def _precompute_camera(self, cache: ConditionCache, cond: Conditioning, size: torch.Size) -> ConditionCache:
         config = self.config
         frames, rows, columns = (n // p for n, p in zip(size, config.patch, strict=True))
         target_frames = frames - int(config.first_frame_given)

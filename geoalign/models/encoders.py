@@ -13,7 +13,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from geoalign.errors import CheckpointError
-from geoalign.models.checkpoint import TensorFile, check, place
+from geoalign.models.checkpoint import place
+from geoalign.weights import TensorFile, shapes_of
 
 if TYPE_CHECKING:
     from transformers import CLIPVisionModel, PreTrainedTokenizerBase, UMT5Config, UMT5EncoderModel
@@ -53,11 +54,10 @@ def original_text_name(name: str) -> str:
 
 def fill_text_encoder(model: UMT5EncoderModel, path: Path, dtype: torch.dtype, device: torch.device | str) -> None:
     """Place an original umT5 file into transformers' encoder, strictly."""
-    shapes = {name: tuple(p.shape) for name, p in model.named_parameters()}  # tied parameters appear once
+    shapes = shapes_of(dict(model.named_parameters()))  # tied parameters appear once
     names = {original_text_name(name): name for name in shapes}
-    source = TensorFile(path)
-    check(source, shapes, "the umT5 encoder of Wan2.1", lambda name: names.get(name, name))
-    place(model, source, dtype, device, lambda name: names.get(name, name))
+    source = TensorFile(path).renamed(lambda name: names.get(name, name))
+    place(model, [source.require(shapes, "is not the umT5 encoder of Wan2.1")], dtype, device)
     model.encoder.embed_tokens = model.shared
 
 
@@ -119,17 +119,6 @@ def load_text_encoder(
         model = UMT5EncoderModel(umt5_xxl_config())
     fill_text_encoder(model, weights, dtype, device)
     return TextEncoder(model, words)
-
-
-def original_image_name(name: str) -> str:
-    """Name in the open-clip file's ``visual.`` part of a parameter of transformers' ``CLIPVisionModel``."""
-    layer = re.match(r"encoder\.layers\.(\d+)\.(.+)\.(weight|bias)$", name)
-    if layer:
-        return f"visual.transformer.{layer[1]}.{_IMAGE_LAYER.get(layer[2], layer[2])}.{layer[3]}"
-    for theirs, ours in _IMAGE_ENDS.items():
-        if name.startswith(theirs):
-            return f"visual.{ours}{name.removeprefix(theirs)}"
-    return name
 
 
 def convert_image_state(state: dict[str, Tensor], layers: int) -> dict[str, Tensor]:

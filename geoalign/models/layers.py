@@ -144,7 +144,7 @@ class CrossAttention(nn.Module):
             self.k_img, self.v_img = nn.Linear(config.dim, config.dim), nn.Linear(config.dim, config.dim)
             self.norm_k_img = RMSNorm(config.dim, config.eps)
 
-    def prepare(self, text: Tensor, image: Tensor | None) -> CrossKeys:
+    def keys(self, text: Tensor, image: Tensor | None) -> CrossKeys:
         """Keys and values of ``[B, L, dim]`` tokens. Softmax over one key is 1, so one text token gives a constant."""
         if text.shape[1] == 1 and image is None:
             return CrossKeys(constant=self.o(self.v(text)))
@@ -221,8 +221,8 @@ class Block(nn.Module):
         return self.self_attn.learned_phases(camera_tokens)
 
     def cross_keys(self, text: Tensor, image: Tensor | None) -> CrossKeys:
-        """See :meth:`CrossAttention.prepare`."""
-        return self.cross_attn.prepare(text, image)
+        """See :meth:`CrossAttention.keys`."""
+        return self.cross_attn.keys(text, image)
 
     def compute(
         self,

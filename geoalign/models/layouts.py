@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -15,8 +15,7 @@ import torch
 
 from geoalign.config.model import ModelConfig
 from geoalign.models.dit import RetakeDiT
-
-Shapes = Mapping[str, tuple[int, ...]]
+from geoalign.weights import Shapes, shapes_of
 
 WAN_T2V = ModelConfig()
 WAN_FUN_INPAINT = ModelConfig(in_channels=36, image_dim=1280)
@@ -64,7 +63,7 @@ LAYOUTS = {
 def model_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
     """Name and shape of every parameter of the model, without allocating it."""
     with torch.device("meta"):
-        return {name: tuple(tensor.shape) for name, tensor in RetakeDiT(config).state_dict().items()}
+        return shapes_of(RetakeDiT(config).state_dict())
 
 
 def count(shapes: Shapes) -> dict[str, int]:

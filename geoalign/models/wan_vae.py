@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from geoalign.errors import CheckpointError, UsageError
-from geoalign.models.checkpoint import TensorFile, check, place
+from geoalign.models.checkpoint import place
+from geoalign.weights import TensorFile, shapes_of
 
 if TYPE_CHECKING:
     from diffusers import AutoencoderKLWan
@@ -114,7 +115,5 @@ def fill_vae(vae: AutoencoderKLWan, path: Path, dtype: torch.dtype, device: torc
     """Place the tensors of an original-layout file into a diffusers autoencoder, strictly."""
     blocks = int(vae.config.num_res_blocks)
     names = {original_name(name, blocks): name for name in vae.state_dict()}
-    source = TensorFile(path)
-    shapes = {name: tuple(value.shape) for name, value in vae.state_dict().items()}
-    check(source, shapes, "a Wan2.1 VAE", lambda name: names.get(name, name))
-    place(vae, source, dtype, device, lambda name: names.get(name, name))
+    source = TensorFile(path).renamed(lambda name: names.get(name, name))
+    place(vae, [source.require(shapes_of(vae.state_dict()), "is not a Wan2.1 VAE")], dtype, device)

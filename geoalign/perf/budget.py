@@ -11,7 +11,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
-from geoalign.perf.cost import DeviceProfile, Execution, TransformerCost, VideoCost
+from geoalign.perf.cost import DeviceProfile, Speedups, TransformerCost, VideoCost
 
 BACKWARD_EQUIVALENT = 2
 """A backward counts as two forwards, the usual convention (in FLOPs it is 2.3 here, because attention dominates)."""
@@ -21,7 +21,7 @@ _OVERHEAD = 0.02
 
 @dataclass(frozen=True, slots=True)
 class Walk:
-    """The steps of one trajectory: `prefix` deterministic, `window` stochastic, `tail` deterministic ones."""
+    """The steps of one trajectory: ``prefix`` deterministic, ``window`` stochastic, ``tail`` deterministic ones."""
 
     prefix: int
     window: int
@@ -33,7 +33,7 @@ class Plan:
     """How an iteration is executed.
 
     Attributes:
-        execution: kernels and caches.
+        speedups: kernels and caches.
         share_prefix: prefix and first window forward once per condition.
         merge_first: one learner pass of the first window step per condition and optimizer update.
         keep_attention: attention outputs saved, everything else recomputed in the backward.
@@ -46,7 +46,7 @@ class Plan:
         reference: whether a KL term needs one forward of a reference policy per learner pass.
     """
 
-    execution: Execution = field(default_factory=Execution)
+    speedups: Speedups = field(default_factory=Speedups)
     share_prefix: bool = False
     merge_first: bool = False
     keep_attention: bool = False
@@ -91,14 +91,14 @@ class PassCount:
 
     @property
     def forward_equivalents(self) -> int:
-        """Forwards plus `BACKWARD_EQUIVALENT` times backwards."""
+        """Forwards plus ``BACKWARD_EQUIVALENT`` times backwards."""
         return self.forwards + BACKWARD_EQUIVALENT * self.backward
 
 
 def count_passes(walk: Walk, conditions: int, group_size: int, updates: int, plan: Plan) -> PassCount:
-    """Passes of one iteration of `conditions` groups.
+    """Passes of one iteration of ``conditions`` groups.
 
-    `updates` optimizer updates split the members of every group into equal parts; the first window step can be merged
+    ``updates`` optimizer updates split the members of every group into equal parts; the first window step can be merged
     inside a part only, because the weights change between parts.
     """
     rows, guidance = conditions * group_size, plan.guidance
@@ -139,7 +139,7 @@ class PhaseSeconds:
 
 
 @dataclass(frozen=True, slots=True)
-class Run:
+class RunCost:
     """What is run: the network, the work per video, and every iteration's walk.
 
     Attributes:
@@ -166,9 +166,9 @@ class Run:
 
     def seconds(self, device: DeviceProfile, plan: Plan) -> PhaseSeconds:
         """Predicted device seconds of the whole run."""
-        forward = self.transformer.forward(device, plan.execution)
-        outside = self.transformer.forward(device, plan.execution, int8_attention=plan.int8_attention).total
-        backward = self.transformer.backward(device, plan.execution).total
+        forward = self.transformer.forward(device, plan.speedups)
+        outside = self.transformer.forward(device, plan.speedups, int8_attention=plan.int8_attention).total
+        backward = self.transformer.backward(device, plan.speedups).total
         recompute = forward.total - (forward.attention if plan.keep_attention else 0.0)
         rollout = learner = 0.0
         for walk, count in self.passes(plan).items():
@@ -182,7 +182,7 @@ class Run:
         return PhaseSeconds(rollout, learner, reward)
 
     def hours(self, device: DeviceProfile, plan: Plan, devices: int) -> float:
-        """Predicted wall hours on `devices` equal devices, each with whole groups: the fullest one sets the pace."""
+        """Predicted wall hours on ``devices`` equal devices, each with whole groups: the fullest one sets the pace."""
         share = -(-self.conditions // devices) / self.conditions
         return self.seconds(device, plan).total * share / 3600.0
 
@@ -194,8 +194,8 @@ class Lever:
     Attributes:
         name: what it does.
         kind: EXACT or CHANGES.
-        plan: fields of `Plan` that it sets.
-        execution: fields of `Execution` that it sets.
+        plan: fields of ``Plan`` that it sets.
+        speedups: fields of ``Speedups`` that it sets.
         coarse_tail: whether it shortens the walk after the window.
         one_update: whether it needs a single optimizer update per rollout.
     """
@@ -203,19 +203,19 @@ class Lever:
     name: str
     kind: Literal["EXACT", "CHANGES"]
     plan: Mapping[str, Any] = field(default_factory=dict)
-    execution: Mapping[str, Any] = field(default_factory=dict)
+    speedups: Mapping[str, Any] = field(default_factory=dict)
     coarse_tail: bool = False
     one_update: bool = False
 
     def apply(self, plan: Plan) -> Plan:
-        """`plan` with this lever pulled."""
-        return replace(plan, execution=replace(plan.execution, **self.execution), **self.plan)
+        """``plan`` with this lever pulled."""
+        return replace(plan, speedups=replace(plan.speedups, **self.speedups), **self.plan)
 
 
 LEVERS: tuple[Lever, ...] = (
-    Lever("fused norm, rotary, gate and GELU kernels", "EXACT", execution={"kernels": "fused"}),
-    Lever("camera adapter and phases cached per condition", "EXACT", execution={"cached": True}),
-    Lever("source tokens pruned in the last block", "EXACT", execution={"pruned": True}),
+    Lever("fused norm, rotary, gate and GELU kernels", "EXACT", speedups={"kernels": "fused"}),
+    Lever("camera adapter and phases cached per condition", "EXACT", speedups={"cached": True}),
+    Lever("source tokens pruned in the last block", "EXACT", speedups={"pruned": True}),
     Lever("attention output kept, the rest recomputed", "EXACT", plan={"keep_attention": True}),
     Lever("shared prefix and first window forward", "EXACT", plan={"share_prefix": True}),
     Lever("merged first learner step", "EXACT", plan={"merge_first": True}),
@@ -227,7 +227,7 @@ LEVERS: tuple[Lever, ...] = (
         one_update=True,
     ),
     Lever("int8 attention outside the window", "CHANGES", plan={"int8_attention": True}),
-    Lever("int8 frozen linears", "CHANGES", execution={"int8_linear": True}),
+    Lever("int8 frozen linears", "CHANGES", speedups={"int8_linear": True}),
     Lever("coarser tail (MixGRPO-Flash)", "CHANGES", coarse_tail=True),
 )
 
@@ -254,8 +254,8 @@ class Ladder:
         return fitting[-1].cumulative_hours if fitting else self.reference_hours
 
 
-def climb(run: Run, coarse: Run, device: DeviceProfile, devices: int, guidance: int = 1) -> Ladder:
-    """The ladder of a run; `coarse` is the same run with the coarser tail, read by the lever that asks for it."""
+def climb(run: RunCost, coarse: RunCost, device: DeviceProfile, devices: int, guidance: int = 1) -> Ladder:
+    """The ladder of a run; ``coarse`` is the same run with the coarser tail, read by the lever that asks for it."""
     start = Plan(guidance=guidance)
     plan, current = start, run
     rungs = []

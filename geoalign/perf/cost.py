@@ -57,7 +57,7 @@ class DeviceProfile:
 
 
 # A800: SageAttention's chart for that card (FlashAttention-2 and int8); backward by the FlashAttention-2 paper's ratio
-# on A100; 80 % of the data sheet's bandwidth. H200: attention of FlashAttention-3 or cuDNN class; `h200_fa2` has the
+# on A100; 80 % of the data sheet's bandwidth. H200: attention of FlashAttention-3 or cuDNN class; ``h200_fa2`` has the
 # rates of FlashAttention-2 there. H100 (SXM): peak by the data sheet and 80 % of its bandwidth; the other rates are
 # assumed to be the H200's, whose chip it is. Convolution and reward rates are assumed shares of the peak.
 DEVICES: dict[str, DeviceProfile] = {
@@ -99,11 +99,11 @@ def peak_flops(name: str) -> float | None:
 
 
 @dataclass(frozen=True, slots=True)
-class Execution:
-    """How forwards and backwards are executed.
+class Speedups:
+    """What makes forwards and backwards cheaper than the published eager ones.
 
     Attributes:
-        kernels: memory-bound passes as published (`eager`), compiled with real-valued rotary, or hand-fused.
+        kernels: memory-bound passes as published (``eager``), compiled with real-valued rotary, or hand-fused.
         cached: adapter output and camera phases are kept per condition.
         pruned: source tokens skip query, output and feed-forward work of the last block, whose result is unused.
         int8_linear: W8A8 products in the frozen linears.
@@ -163,7 +163,7 @@ class TransformerCost:
 
     @classmethod
     def of(cls, model: ModelConfig, frames: int, height: int, width: int) -> Self:
-        """The work of `model` on videos of that many frames and pixels."""
+        """The work of ``model`` on videos of that many frames and pixels."""
         target, source = model.tokens(frames, height, width)
         return cls(
             dim=model.dim,
@@ -250,37 +250,37 @@ class TransformerCost:
         }
         return self.layers * units[kernels] * self.stream_bytes
 
-    def forward(self, device: DeviceProfile, execution: Execution, *, int8_attention: bool = False) -> Seconds:
+    def forward(self, device: DeviceProfile, speedups: Speedups, *, int8_attention: bool = False) -> Seconds:
         """Predicted seconds of one forward of one sample."""
         part = self.block_flops()
         frozen = part["cross_linear"] + part["ffn"]
-        trained = part["qkvo"] + (0.0 if execution.cached else part["camera_phases"])
+        trained = part["qkvo"] + (0.0 if speedups.cached else part["camera_phases"])
         attention_rate = device.attention_int8 if int8_attention else device.attention
         attention = self.layers * part["self_attention"] / attention_rate
         cross = self.layers * part["cross_attention"] / device.attention
         linear = self.layers * (
-            trained / device.matmul + frozen / (device.matmul_int8 if execution.int8_linear else device.matmul)
+            trained / device.matmul + frozen / (device.matmul_int8 if speedups.int8_linear else device.matmul)
         )
-        elementwise = self.traffic_bytes(execution.kernels) / device.bandwidth
+        elementwise = self.traffic_bytes(speedups.kernels) / device.bandwidth
         # Source keys and values of the last block are still needed: about four fifths of its source work falls away.
-        kept = 1.0 - self._unused_share if execution.pruned else 1.0
-        linear_kept = 1.0 - 0.8 * self._unused_share if execution.pruned else 1.0
+        kept = 1.0 - self._unused_share if speedups.pruned else 1.0
+        linear_kept = 1.0 - 0.8 * self._unused_share if speedups.pruned else 1.0
         return Seconds(
             attention=attention * kept,
             matmul=linear * linear_kept + cross * kept,
             elementwise=elementwise * linear_kept,
-            adapter=0.0 if execution.cached else self.adapter_flops() / device.convolution,
+            adapter=0.0 if speedups.cached else self.adapter_flops() / device.convolution,
         )
 
-    def backward(self, device: DeviceProfile, execution: Execution) -> Seconds:
+    def backward(self, device: DeviceProfile, speedups: Speedups) -> Seconds:
         """Predicted seconds of one backward of one sample, recomputation not included."""
         part = self.block_flops()
         to_inputs = part["qkvo"] + part["cross_linear"] + part["ffn"]
         to_weights = part["qkvo"] + part["camera_phases"]
         attention = _BACKWARD_OF_ATTENTION * part["self_attention"] / device.attention_backward
         cross = _BACKWARD_OF_ATTENTION * part["cross_attention"] / device.attention_backward
-        traffic = _BACKWARD_OF_ELEMENTWISE * self.traffic_bytes(execution.kernels) / device.bandwidth
-        kept = 1.0 - self._unused_share if execution.pruned else 1.0
+        traffic = _BACKWARD_OF_ELEMENTWISE * self.traffic_bytes(speedups.kernels) / device.bandwidth
+        kept = 1.0 - self._unused_share if speedups.pruned else 1.0
         return Seconds(
             attention=kept * self.layers * attention,
             matmul=kept * self.layers * (cross + (to_inputs + to_weights) / device.matmul),
@@ -290,8 +290,8 @@ class TransformerCost:
     def activation_bytes(self, saved: Saved) -> float:
         """Bytes that the graph of one sample's forward keeps, with bf16 matrices and a pruned last block.
 
-        `inputs`: what enters the blocks and the head, in float32; `attention`: also attention outputs and their
-        log-sum-exp; `all`: no recomputation, eager blocks (counted, see `tests/unit/perf/test_memory.py`).
+        ``inputs``: what enters the blocks and the head, in float32; ``attention``: also attention outputs and their
+        log-sum-exp; ``all``: no recomputation, eager blocks (counted, see ``tests/unit/perf/test_memory.py``).
         """
         stream, targets = self.stream_bytes, self.target_tokens / self.tokens
         if saved == "all":
@@ -381,7 +381,7 @@ _ENCODER_OVER_DECODER = 0.595
 
 
 def video_cost(frames: int, height: int, width: int, scorers: tuple[str, ...], host_seconds: float = 3.0) -> VideoCost:
-    """Work beside the transformer; `scorers` from mapanything, hpsv3, videoalign."""
+    """Work beside the transformer; ``scorers`` from mapanything, hpsv3, videoalign."""
     decode = wan_decode_flops((frames - 1) // 4 + 1, height // 8, width // 8)
     known = {
         "mapanything": mapanything_flops(frames),

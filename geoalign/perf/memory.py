@@ -8,7 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from types import MappingProxyType
 
-from geoalign.config.layout import place_groups
+from geoalign.config.layout import deal_groups
 from geoalign.config.schema import Config
 from geoalign.perf.cost import Saved, TransformerCost
 
@@ -57,7 +57,7 @@ def predict_memory(config: Config, parameters: int, trained: int, ranks: int, *,
     """
     groups, optim, levers, parallel = config.groups, config.optim, config.levers, config.parallel
     work = TransformerCost.of(config.model, *config.data.video)
-    share = place_groups(groups.conditions, groups.size, ranks, parallel.sequence)
+    share = deal_groups(groups.conditions, groups.size, ranks, parallel.sequence)
     of_tokens, passes = 1 / parallel.sequence, 2 if config.flow.guidance > 1 else 1
     of_parameters = 1 / ranks if parallel.engine == "fsdp" else 1.0
     of_states = 1 / ranks if parallel.engine in ("fsdp", "deepspeed") else 1.0

@@ -1,7 +1,7 @@
 """FLOPs of the reward models as geoalign runs them: pose path alone, prompts cut after the last token that is read.
 
-`cost.video_cost` counts the published scorers, which the budget of a whole run starts from; these are ours. One FLOP is
-half a multiply-add; causal attention is counted in full, as FLOP counters do.
+``cost.video_cost`` counts the published scorers, which the budget of a whole run starts from; these are ours. One FLOP
+is half a multiply-add; causal attention is counted in full, as FLOP counters do.
 """
 
 from __future__ import annotations

@@ -7,9 +7,8 @@ Names form a tree by their slashes: ``rollout/{encode,prefix,window,tail,decode}
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
 from types import TracebackType
-from typing import Any, ParamSpec, TypeVar
+from typing import Any
 
 import torch
 
@@ -19,9 +18,6 @@ except ImportError:  # not on the machine, e.g. a stripped container: ranges the
     nvtx = None
 
 DOMAIN = "geoalign"
-
-P = ParamSpec("P")
-R = TypeVar("R")
 
 
 class span:
@@ -54,20 +50,6 @@ class span:
             self._record = None
         if nvtx is not None:
             _attributes(self.name)[0].pop_range()
-
-
-def spanned(name: str) -> Callable[[Callable[P, R]], Callable[P, R]]:
-    """Decorate a function so that each call is a :class:`span`."""
-
-    def decorate(function: Callable[P, R]) -> Callable[P, R]:
-        @functools.wraps(function)
-        def wrapper(*args: P.args, **kwargs: P.kwargs) -> R:
-            with span(name):
-                return function(*args, **kwargs)
-
-        return wrapper
-
-    return decorate
 
 
 @functools.lru_cache(maxsize=1024)

@@ -1,73 +1,90 @@
-"""A policy as one file: weights, codec statistics and the settings that rebuild both, in one safetensors file."""
+"""A policy as one file: weights, codec statistics and the settings that rebuild both, in one safetensors file.
+
+The names and formats of the other files that hold a trained model (run folder, checkpoint folder) are here too.
+"""
 
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping
-from importlib import resources
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
-from safetensors import SafetensorError, safe_open
+from pydantic import BaseModel, ValidationError
 from safetensors.torch import save_file
 from torch import Tensor
 
 from geoalign.config.model import ModelConfig
-from geoalign.config.schema import Config
 from geoalign.config.training import CodecConfig
 from geoalign.errors import CheckpointError, ConfigError
 from geoalign.io_utils import atomic_path
+from geoalign.models.checkpoint import resemblance
 from geoalign.models.codec import PatchCodec
-from geoalign.models.dit import RetakeDiT
-from geoalign.policy.open import apply_delta, header_settings, open_codec, open_model
+from geoalign.models.dit import RetakeDiT, init_tiny_
+from geoalign.models.layouts import is_self_attention, model_shapes
 from geoalign.policy.policy import RetakePolicy
-from geoalign.training.engines.snapshot import copy_strictly
+from geoalign.weights import TensorFile, shapes_of
+
+# In a run folder.
+RUN_CONFIG, POLICY_FILE, DELTA_FILE = "config.yaml", "policy.safetensors", "delta.safetensors"
+# In a checkpoint folder.
+CHECKPOINT_NAME = re.compile(r"step_(\d{6})$")
+CHECKPOINT_FORMAT, STATE_FILE, AVERAGE_FILE = 1, "state.json", "average.safetensors"
 
 _KIND = "geoalign-policy"
+Settings = TypeVar("Settings", bound=BaseModel)
 
 
-def build_codec(config: CodecConfig) -> PatchCodec:
-    """The codec of a configuration.
+@dataclass(frozen=True, slots=True, eq=False)
+class PolicyFile:
+    """A policy file whose header was read and checked; its weights are read when asked for.
+
+    Attributes:
+        config: the model.
+        weights: its tensors.
+        codec: the patch codec in the file; None if the settings name a video autoencoder.
+        notes: provenance (command, seed, numbers).
+    """
+
+    config: ModelConfig
+    weights: TensorFile
+    codec: PatchCodec | None
+    notes: Mapping[str, Any]
+
+
+def read_policy_file(path: Path) -> PolicyFile:
+    """Open a policy file.
 
     Raises:
-        ConfigError: the codec needs files that only ``train.base`` can name.
+        CheckpointError: missing, truncated, of another kind, or tensors that do not fit its own settings.
     """
-    if config.kind != "patch":
-        raise ConfigError("codec.kind=wan_vae is loaded from a model folder: set train.base to that folder")
-    return PatchCodec(config.patch, config.luma, config.chroma)
+    if path.suffix != ".safetensors":
+        raise CheckpointError(f"{path}: not a geoalign policy file (those end in .safetensors); {_ON_TOP}")
+    return check_policy_file(TensorFile(path))
 
 
-def open_base(config: Config, device: torch.device, dtype: torch.dtype) -> RetakePolicy:
-    """The policy that a run starts from, weights in the precision of their files.
+def is_policy_file(file: TensorFile) -> bool:
+    """Whether the header says so."""
+    return file.metadata.get("kind") == _KIND
 
-    Args:
-        config: names the base, what was trained on top of it, and the model that they must be.
-        device: where model and codec go.
-        dtype: of a video autoencoder.
 
-    Raises:
-        ConfigError: no base is named, or the model section describes another model than the weights are.
-        CheckpointError: files that are missing, damaged or do not belong together.
-    """
-    if config.train.base is None:
-        raise ConfigError(
-            "train.base is not set: give a policy file (geoalign pretrain makes one), a folder of published weights "
-            "with train.delta, or builtin:tiny_base"
-        )
-    path, delta = resolve_base(config.train.base), config.train.delta
-    if path.is_dir():
-        model, _ = open_model(path, delta, dtype=None, device=str(device))
-        policy = RetakePolicy(model, open_codec(path, dtype=dtype, device=str(device)))
-    else:
-        policy, _ = load_policy(path)
-        if delta is not None:
-            apply_delta(policy.model, delta, None)
-    wanted, found = config.model.model_dump(), policy.model.config.model_dump()
-    if different := [key for key, value in wanted.items() if found[key] != value]:
-        listed = ", ".join(f"model.{key} is {found[key]!r} there, {wanted[key]!r} here" for key in different[:3])
-        raise ConfigError(f"{path}: the weights are of another model than the configuration describes: {listed}")
-    return policy
+def check_policy_file(file: TensorFile) -> PolicyFile:
+    """The contents of an opened policy file; raises CheckpointError as :func:`read_policy_file` does."""
+    path, kind = file.path, file.metadata.get("kind")
+    if not is_policy_file(file):
+        delta = "a delta; " if all(map(is_self_attention, file.shapes)) else ""
+        raise CheckpointError(f"{path}: {delta}not a geoalign policy file (header kind {kind!r}); {_ON_TOP}")
+    config = _settings(file, "model", ModelConfig)
+    weights = file.part("model.").require(model_shapes(config), "is not a geoalign policy", resemblance)
+    if strangers := [name for name in file.shapes if not name.startswith(("model.", "codec."))]:
+        raise CheckpointError(f"{path}: {len(strangers)} unexpected tensors: {', '.join(strangers[:3])}")
+    return PolicyFile(config, weights, _codec(file), json.loads(file.metadata.get("notes", "{}")))
+
+
+_ON_TOP = "weights trained on top of a model are given with --checkpoint (train.delta), that model with --model"
 
 
 def save_policy(
@@ -95,58 +112,80 @@ def save_policy(
         save_file(tensors, temporary, metadata=header)
 
 
-def resolve_base(name: Path) -> Path:
-    """Path of a policy file; ``builtin:NAME`` names one that ships with the package."""
-    text = str(name)
-    if text.startswith("builtin:"):
-        folder = Path(str(resources.files("geoalign"))) / "_assets"
-        path = folder / f"{text.removeprefix('builtin:')}.safetensors"
-        if not path.exists():
-            shipped = ", ".join(sorted(f"builtin:{file.stem}" for file in folder.glob("*.safetensors")))
-            raise CheckpointError(f"{text}: no such built-in policy (there are: {shipped or 'none'})")
-        return path
-    return name
-
-
-def load_policy(name: Path) -> tuple[RetakePolicy, dict[str, Any]]:
-    """Load a policy file; returns the policy and its notes.
+def read_codec_file(path: Path) -> PatchCodec | None:
+    """The patch codec in the ``codec.safetensors`` of an exported folder.
 
     Raises:
-        CheckpointError: missing, truncated, not a policy file, or keys that do not fit its own settings.
+        CheckpointError: settings or tensors are missing or damaged.
     """
-    path = resolve_base(name)
-    if not path.exists():
-        raise CheckpointError(
-            f"{path}: no such policy file; make one with `geoalign pretrain` or use builtin:tiny_base"
-        )
+    return _codec(TensorFile(path))
+
+
+def save_codec_file(path: Path, codec: PatchCodec) -> None:
+    """Write what :func:`read_codec_file` reads."""
+    settings = CodecConfig(kind="patch", patch=codec.patch, luma=codec.luma, chroma=codec.chroma)
+    buffers = {f"codec.{name}": value.cpu() for name, value in codec.named_buffers()}
+    save_file(buffers, path, metadata={"codec": settings.model_dump_json()})
+
+
+def _codec(file: TensorFile) -> PatchCodec | None:
+    settings, tensors = _settings(file, "codec", CodecConfig), file.part("codec.")
+    if settings.kind != "patch":
+        tensors.require({}, "is no geoalign policy (its autoencoder is the Wan VAE, which no policy file holds)")
+        return None
+    codec = build_codec(settings)
+    tensors.require(shapes_of(dict(codec.named_buffers())), "is not a geoalign codec")
+    codec.load_state_dict(dict(tensors.items()))
+    return codec
+
+
+def _settings(file: TensorFile, part: str, kind: type[Settings]) -> Settings:
+    """The settings of ``part`` ("model", "codec") in the header of a geoalign file."""
+    if part not in file.metadata:
+        raise CheckpointError(f"{file.path}: not a geoalign policy file (its header holds no {part} settings)")
     try:
-        with safe_open(path, framework="pt") as file:
-            header = file.metadata() or {}
-            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 - safe_open has no __iter__
-        if header.get("kind") != _KIND:
-            raise CheckpointError(
-                f"{path}: a safetensors file, but not a geoalign policy (header kind {header.get('kind')!r})"
-            )
-    except (OSError, SafetensorError) as error:
-        raise CheckpointError(f"{path}: not a readable policy file ({error}); it may be truncated") from error
-    model = RetakeDiT(header_settings(path, "model", ModelConfig))
-    codec = build_codec(header_settings(path, "codec", CodecConfig))
-    copy_strictly(_part(tensors, "model."), model.state_dict(), str(path))
-    copy_strictly(_part(tensors, "codec."), dict(codec.named_buffers()), str(path))
-    rest = [key for key in tensors if not key.startswith(("model.", "codec."))]
-    if rest:
-        raise CheckpointError(f"{path}: unexpected tensors {rest[:3]} ({len(rest)} in all)")
-    return RetakePolicy(model, codec), json.loads(header.get("notes", "{}"))
+        return kind.model_validate_json(file.metadata[part])
+    except ValidationError as error:
+        raise CheckpointError(f"{file.path}: invalid {part} settings in its header ({first_problem(error)})") from None
 
 
-def _part(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
-    return {key.removeprefix(prefix): value for key, value in tensors.items() if key.startswith(prefix)}
+def first_problem(error: ValidationError) -> str:
+    """The first problem in one line."""
+    found = error.errors()[0]
+    return ": ".join(filter(None, (".".join(map(str, found["loc"])), found["msg"])))
+
+
+def read_checkpoint_state(folder: Path) -> dict[str, Any]:
+    """The counters and notes of a checkpoint folder.
+
+    Raises:
+        CheckpointError: missing, damaged or of another format.
+    """
+    try:
+        state = json.loads((folder / STATE_FILE).read_text(encoding="utf-8"))
+        found = state.get("format")
+    except (OSError, ValueError, AttributeError) as error:
+        raise CheckpointError(
+            f"{folder}: not a readable checkpoint ({error}); delete it and use an older one"
+        ) from error
+    if found != CHECKPOINT_FORMAT:
+        raise CheckpointError(f"{folder}: checkpoint format {found!r}, this version reads {CHECKPOINT_FORMAT}")
+    return state
+
+
+def build_codec(config: CodecConfig) -> PatchCodec:
+    """The codec of a configuration.
+
+    Raises:
+        ConfigError: the codec needs files that only ``train.base`` can name.
+    """
+    if config.kind != "patch":
+        raise ConfigError("codec.kind=wan_vae is loaded from a model folder: set train.base to that folder")
+    return PatchCodec(config.patch, config.luma, config.chroma)
 
 
 def new_policy(model: ModelConfig, codec: CodecConfig, seed: int) -> RetakePolicy:
     """A policy with fresh weights, reproducible from ``seed``."""
-    from geoalign.models.dit import init_tiny_
-
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         network = RetakeDiT(model)

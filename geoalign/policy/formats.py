@@ -15,29 +15,47 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from geoalign.config.model import ModelConfig
-from geoalign.config.training import CodecConfig
 from geoalign.errors import CheckpointError, UsageError
 from geoalign.io_utils import atomic_path
-from geoalign.models.checkpoint import LoadReport
 from geoalign.models.codec import PatchCodec
 from geoalign.models.dit import RetakeDiT
-from geoalign.models.layouts import diffusers_name, is_self_attention, model_shapes
-from geoalign.policy.open import CODEC_FILE, CONFIG_FILE, open_model
+from geoalign.models.layouts import diffusers_name, is_self_attention
+from geoalign.policy.files import save_codec_file
+from geoalign.policy.open import CODEC_FILE, CONFIG_FILE
+from geoalign.policy.safetensors_file import save_safetensors
 
+# Whose camera the readers of a format rebuild: ReDirector's phases lie in the self-attention, ReCamMaster's encoders in
+# the full state dict. A diffusers folder names its model, and LoRA adds to a model that has its camera; both hold any.
+_CAMERAS = {"redirector": ("learned",), "recammaster": ("modulated",)}
+FORMATS = ("redirector", "recammaster", "diffusers", "lora")
 WEIGHTS_FILE = "diffusion_pytorch_model.safetensors"
+
+
+def require_camera(config: ModelConfig, kind: str) -> None:
+    """Raise UsageError, with the formats that would do, if readers of the format ``kind`` would lose the camera."""
+    if config.camera not in _CAMERAS.get(kind, (config.camera,)):
+        fitting = [name for name in FORMATS if config.camera in _CAMERAS.get(name, (config.camera,))]
+        raise UsageError(
+            f"--format {kind} is read as a model with camera={_CAMERAS[kind][0]}, and this one has "
+            f"camera={config.camera}, which would be lost; formats that hold it: {', '.join(fitting)}"
+        )
 
 
 def export_redirector(model: RetakeDiT, path: Path, dtype: torch.dtype | None = None) -> dict[str, Tensor]:
     """Write the self-attention tensors alone, names relative to the transformer, as ReDirector's inference reads them.
 
     Args:
-        model: any retake model.
+        model: a model with ReDirector's kind of camera.
         path: a ``.safetensors`` file.
         dtype: round to this type (bfloat16 keeps 8 significant bits); None keeps every bit.
 
     Returns:
         What was written, by name.
+
+    Raises:
+        UsageError: the model's camera is not ReDirector's, so that the readers of this format would lose it.
     """
+    require_camera(model.config, "redirector")
     tensors = {name: value for name, value in _state(model, dtype).items() if is_self_attention(name)}
     save_safetensors(tensors, path)
     return tensors
@@ -49,8 +67,7 @@ def export_recammaster(model: RetakeDiT, path: Path, dtype: torch.dtype | None =
     Raises:
         UsageError: the model has other parameters than ReCamMaster's.
     """
-    if model.config.camera != "modulated":
-        raise UsageError(f"format recammaster needs a model with camera=modulated, not {model.config.camera!r}")
+    require_camera(model.config, "recammaster")
     tensors = _state(model, dtype)
     with atomic_path(path) as temporary:
         torch.save(tensors, temporary)
@@ -64,7 +81,7 @@ def save_pretrained(
 
     A patch codec lies beside them in ``codec.safetensors``, which diffusers does not look at; a VAE is not copied.
     A model without source video and cameras is a stock ``WanTransformer3DModel`` and loads as one. Camera modules have
-    no home in that class: they keep their own names, and :func:`from_pretrained` reads them.
+    no home in that class: they keep their own names, and the door (:func:`geoalign.policy.open.describe`) reads them.
 
     Raises:
         CheckpointError: the folder exists already.
@@ -78,25 +95,12 @@ def save_pretrained(
         (temporary / CONFIG_FILE).write_text(json.dumps(diffusers_config(model.config), indent=2) + "\n", "utf-8")
         save_file(tensors, temporary / WEIGHTS_FILE, metadata={"format": "pt"})
         if codec is not None:
-            settings = CodecConfig(kind="patch", patch=codec.patch, luma=codec.luma, chroma=codec.chroma)
-            buffers = {f"codec.{name}": value.cpu() for name, value in codec.named_buffers()}
-            save_file(buffers, temporary / CODEC_FILE, metadata={"codec": settings.model_dump_json()})
+            save_codec_file(temporary / CODEC_FILE, codec)
         temporary.chmod(0o755)
         os.replace(temporary, folder)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
     return tensors
-
-
-def from_pretrained(
-    folder: Path, *, dtype: torch.dtype = torch.float32, device: str = "cpu"
-) -> tuple[RetakeDiT, LoadReport]:
-    """Read a folder of :func:`save_pretrained`; never touches the network.
-
-    Raises:
-        CheckpointError: missing, damaged, or not such a folder.
-    """
-    return open_model(folder, dtype=dtype, device=device)
 
 
 def diffusers_config(config: ModelConfig) -> dict[str, Any]:
@@ -139,30 +143,7 @@ def manifest(tensors: Mapping[str, Tensor]) -> dict[str, Any]:
     return {"tensors": len(rows), "parameters": sum(t.numel() for t in tensors.values()), "entries": entries}
 
 
-def published_manifest(config: ModelConfig, kind: str, rank: int = 16) -> dict[str, Any]:
-    """Manifest of an export of a full-size model in bfloat16, from its configuration alone (nothing is allocated)."""
-    from geoalign.policy.lora import PREFIX, is_factored
-
-    shapes = model_shapes(config)
-    if kind == "redirector":
-        shapes = {name: shape for name, shape in shapes.items() if is_self_attention(name)}
-    elif kind == "diffusers":
-        shapes = {diffusers_name(name): shape for name, shape in shapes.items()}
-    elif kind == "lora":
-        pairs = {n.removesuffix(".weight"): s for n, s in shapes.items() if is_factored(n)}
-        down = {f"{PREFIX}{name}.lora_A.weight": (rank, shape[1]) for name, shape in pairs.items()}
-        shapes = down | {f"{PREFIX}{name}.lora_B.weight": (shape[0], rank) for name, shape in pairs.items()}
-    return manifest({n: torch.empty(s, dtype=torch.bfloat16, device="meta") for n, s in shapes.items()})
-
-
 def _state(model: RetakeDiT, dtype: torch.dtype | None) -> dict[str, Tensor]:
     return {
         name: value.detach().cpu().to(dtype or value.dtype).contiguous() for name, value in model.state_dict().items()
     }
-
-
-def save_safetensors(tensors: dict[str, Tensor], path: Path) -> None:
-    if path.suffix != ".safetensors":
-        raise UsageError(f"{path}: this format is written as .safetensors")
-    with atomic_path(path) as temporary:
-        save_file(tensors, temporary, metadata={"format": "pt"})

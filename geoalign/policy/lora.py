@@ -11,7 +11,8 @@ from torch import Tensor
 
 from geoalign.errors import CheckpointError, UsageError
 from geoalign.models.dit import RetakeDiT
-from geoalign.policy.formats import save_safetensors
+from geoalign.policy.safetensors_file import save_safetensors
+from geoalign.weights import require, shapes_of
 
 PREFIX = "diffusion_model."
 _FACTORED = re.compile(r"blocks\.\d+\.self_attn\.[qkvo]\.weight$")
@@ -48,7 +49,7 @@ def export_lora(
 
     Raises:
         UsageError: a rank that is not positive, or exceeds the width.
-        CheckpointError: the two models have different parameters in common, or no matrix of them differs.
+        CheckpointError: the two models have different parameters, or no matrix of them differs.
     """
     if not 0 < rank <= base.config.dim:
         raise UsageError(f"--rank {rank} must be between 1 and the model width {base.config.dim}")
@@ -56,13 +57,11 @@ def export_lora(
     tensors: dict[str, Tensor] = {}
     lost = omitted = changed = 0.0
     names = 0
+    require(
+        "the trained model", shapes_of(after), shapes_of(before), "has other tensors than the model before training"
+    )
     for name, value in after.items():
-        old = before.get(name)
-        if old is not None and old.shape != value.shape:
-            raise CheckpointError(
-                f"{name} has shape {list(old.shape)} in the base and {list(value.shape)} after training"
-            )
-        difference = value.detach().float() - (0 if old is None else old.detach().float())
+        difference = value.detach().float() - before[name].detach().float()
         energy = float(difference.square().sum(dtype=torch.float64))
         if not is_factored(name):
             omitted, names = omitted + energy, names + (energy > 0)
@@ -77,25 +76,8 @@ def export_lora(
     if not changed:
         raise CheckpointError(
             "no matrix of the self-attention differs before and after training, so all factors would be zero: give the "
-            "untrained model with --model and what was trained on top with --checkpoint (geoalign export --format "
-            "redirector makes such a file of a policy)"
+            "untrained model with --model and what was trained on top with --checkpoint, such as a run's "
+            "delta.safetensors or the average.safetensors of a checkpoint"
         )
     save_safetensors(tensors, path)
     return LoraReport(tensors, (lost / changed) ** 0.5, (omitted / (changed + omitted)) ** 0.5, names)
-
-
-@torch.no_grad()
-def apply_lora(model: RetakeDiT, factors: dict[str, Tensor]) -> None:
-    """Add ``B A`` of every pair to the matrices of ``model`` in place.
-
-    Raises:
-        CheckpointError: a factor without its partner or without a matrix in the model.
-    """
-    parameters = dict(model.named_parameters())
-    stems = {name.rsplit(".lora_", 1)[0] for name in factors}
-    for stem in stems:
-        down, up = factors.get(f"{stem}.lora_A.weight"), factors.get(f"{stem}.lora_B.weight")
-        target = parameters.get(stem.removeprefix(PREFIX) + ".weight")
-        if down is None or up is None or target is None:
-            raise CheckpointError(f"LoRA factor {stem} is incomplete or has no matrix in this model")
-        target += (up.float() @ down.float()).to(target.dtype)

@@ -1,87 +1,355 @@
-"""Open whatever a user calls "the model": a geoalign policy file, an exported folder, or published weights."""
+"""The door: whatever a user calls "the model", opened once, checked by its headers, loaded when asked.
+
+A name may be ``builtin:NAME``, a policy file, a run folder (its trained policy), a checkpoint folder of a run (the
+averaged weights), a folder written by ``geoalign export --format diffusers``, or a folder of published weights with
+what was trained on top of them.
+"""
 
 from __future__ import annotations
 
 import json
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from importlib import resources
 from pathlib import Path
-from typing import TypeVar
+from typing import Any
 
 import torch
-from pydantic import BaseModel, ValidationError
-from safetensors import safe_open
+import yaml
+from pydantic import ValidationError
 
 from geoalign.config.model import ModelConfig
-from geoalign.config.training import CodecConfig
-from geoalign.errors import CheckpointError, UsageError
-from geoalign.models.checkpoint import LoadReport, TensorFile, check, load_dit, load_redirector, place
+from geoalign.config.schema import Config
+from geoalign.errors import CheckpointError, ConfigError, UsageError
+from geoalign.models.checkpoint import (
+    LoadReport,
+    complete_weights,
+    load_dit,
+    redirector_weights,
+    resemblance,
+    title_of,
+)
 from geoalign.models.codec import PatchCodec
 from geoalign.models.codec_base import LatentCodec
 from geoalign.models.dit import RetakeDiT
-from geoalign.models.layouts import LAYOUTS, RECAMMASTER, REDIRECTOR, identify, is_self_attention, model_shapes
+from geoalign.models.layouts import LAYOUTS, RECAMMASTER, REDIRECTOR, count, identify, is_self_attention, model_shapes
 from geoalign.models.wan_vae import load_wan_codec
+from geoalign.policy.files import (
+    AVERAGE_FILE,
+    CHECKPOINT_NAME,
+    DELTA_FILE,
+    POLICY_FILE,
+    RUN_CONFIG,
+    STATE_FILE,
+    check_policy_file,
+    first_problem,
+    is_policy_file,
+    read_checkpoint_state,
+    read_codec_file,
+    read_policy_file,
+)
+from geoalign.policy.policy import RetakePolicy
+from geoalign.weights import Shapes, TensorFile
 
 CONFIG_FILE = "config.json"
 CODEC_FILE = "codec.safetensors"
-Settings = TypeVar("Settings", bound=BaseModel)
+_SELF_ATTENTION = "self_attn"
 
 
-def open_model(
-    model: Path, checkpoint: Path | None = None, *, dtype: torch.dtype | None = torch.float32, device: str = "cpu"
-) -> tuple[RetakeDiT, LoadReport]:
-    """Load a transformer.
+@dataclass(frozen=True, slots=True)
+class Step:
+    """A file that replaces the parameters whose names match ``pattern``, and no others."""
+
+    file: Path
+    pattern: str = _SELF_ATTENTION
+
+
+@dataclass(frozen=True, slots=True)
+class Location:
+    """Which files a name stands for; nothing is opened yet.
+
+    Attributes:
+        what: the kind of thing that was named, in words.
+        home: a policy file, or the folder with base weights, autoencoder, text and image encoder.
+        steps: what was trained on top, first to last.
+        exported: the model settings of an exported folder.
+    """
+
+    what: str
+    home: Path
+    steps: tuple[Step, ...] = ()
+    exported: ModelConfig | None = None
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class ModelFiles:
+    """The opened files of one model: headers are read and checked, weights are not read yet.
+
+    Attributes:
+        location: what was named and where it lies.
+        config: the model.
+        parts: weights in the order in which they are placed; later ones replace earlier ones.
+        patch: the patch codec; None if the codec is a video autoencoder in ``location.home``.
+        notes: provenance in the header of a policy file; empty for anything else.
+    """
+
+    location: Location
+    config: ModelConfig
+    parts: tuple[TensorFile, ...]
+    patch: PatchCodec | None
+    notes: Mapping[str, Any]
+
+    @property
+    def title(self) -> str:
+        """The published model, or its size."""
+        return title_of(self.config)
+
+    @property
+    def parameters(self) -> int:
+        """How many numbers the transformer has."""
+        return count(model_shapes(self.config))["parameters"]
+
+    def network(
+        self, *, dtype: torch.dtype | None = torch.float32, device: torch.device | str = "cpu"
+    ) -> tuple[RetakeDiT, LoadReport]:
+        """Read the transformer's weights; ``dtype`` None keeps each tensor as stored."""
+        return load_dit(self.config, self.parts, dtype=dtype, device=device)
+
+    def codec(
+        self, *, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu", tiled: bool = False
+    ) -> LatentCodec:
+        """The codec; ``dtype`` and ``tiled`` are of a video autoencoder.
+
+        Raises:
+            CheckpointError: the video autoencoder is missing or damaged.
+        """
+        return _codec_at(self.location.home, self.patch, dtype, device, tiled)
+
+    def policy(
+        self,
+        *,
+        dtype: torch.dtype | None = torch.float32,
+        codec_dtype: torch.dtype = torch.float32,
+        device: torch.device | str = "cpu",
+    ) -> RetakePolicy:
+        """Transformer and codec."""
+        return RetakePolicy(self.network(dtype=dtype, device=device)[0], self.codec(dtype=codec_dtype, device=device))
+
+
+def open_policy(name: Path | str, delta: Path | None = None, *, device: torch.device | str = "cpu") -> RetakePolicy:
+    """Load the policy that a name stands for, frozen, in float32; :func:`describe` says what may be named."""
+    policy = describe(name, delta).policy(device=device)
+    policy.model.requires_grad_(False)
+    return policy
+
+
+def open_base(config: Config, device: torch.device, dtype: torch.dtype) -> RetakePolicy:
+    """The policy that a run starts from, weights in the precision of their files.
 
     Args:
-        model: a geoalign policy file (``.safetensors``), a folder written by ``geoalign export --format diffusers``, or
-            a folder with the published weights of a base model.
-        checkpoint: what was trained on top: a ReDirector or geoalign delta (self-attention only) or a complete state
-            dict such as ReCamMaster's ``.ckpt``.
-        dtype: of the parameters; None keeps each as stored.
-        device: where they go.
+        config: names the base, what was trained on top of it, and the model that they must be.
+        device: where model and codec go.
+        dtype: of a video autoencoder.
 
     Raises:
+        ConfigError: no base is named, or the model section describes another model than the weights are.
         CheckpointError: files that are missing, damaged or do not belong together.
-        UsageError: published base weights without a checkpoint that makes a retake model of them.
     """
-    if not model.exists():
-        raise CheckpointError(f"{model}: no such model file or folder")
-    if model.is_file():
-        return _open_policy(model, checkpoint, dtype, device)
-    config = read_config(model)
-    if config is not None:
-        network, report = load_dit(config, _weights(model), dtype=dtype, device=device)
-        if checkpoint is not None:
-            report = apply_delta(network, checkpoint, dtype, device)
-        return network, report
-    nearest = identify(TensorFile(_weights(model)).shapes)[0]
-    if checkpoint is None:
+    if config.train.base is None:
+        raise ConfigError(
+            "train.base is not set: give a policy file (geoalign pretrain makes one), a folder of published weights "
+            "with train.delta, or builtin:tiny_base"
+        )
+    files = describe(config.train.base, config.train.delta)
+    wanted, found = config.model.model_dump(), files.config.model_dump()
+    if different := [key for key, value in wanted.items() if found[key] != value]:
+        listed = ", ".join(f"model.{key} is {found[key]!r} there, {wanted[key]!r} here" for key in different[:3])
+        raise ConfigError(
+            f"{files.location.home}: the weights are of another model than the configuration describes: {listed}"
+        )
+    return files.policy(dtype=None, codec_dtype=dtype, device=device)
+
+
+def describe(name: Path | str, delta: Path | None = None) -> ModelFiles:
+    """Open the files of a model and check names, shapes and types of all tensors; no weight is read.
+
+    Args:
+        name: anything that the module's docstring lists.
+        delta: what was trained on top: a ReDirector or geoalign delta (self-attention only) or, on published weights,
+            a complete state dict such as ReCamMaster's ``.ckpt``.
+
+    Raises:
+        CheckpointError: files that are missing, damaged, of another kind, or do not belong together.
+        UsageError: published base weights without anything that makes a retake model of them.
+    """
+    location = locate(name, delta)
+    home, steps = location.home, list(location.steps)
+    patch, notes = None, {}
+    if home.is_file():
+        stored = read_policy_file(home)
+        config, parts, patch, notes = stored.config, [stored.weights], stored.codec, stored.notes
+    elif location.exported is not None:
+        config, patch = location.exported, patch_codec(home)
+        parts = [complete_weights(config, TensorFile(weights_folder(home)))]
+    else:
+        config, parts = _published(home, steps.pop(0).file if steps else None)
+    for step in steps:
+        trained = {n: shape for n, shape in model_shapes(config).items() if re.search(step.pattern, n)}
+        verdict = f"is not the trained part ({step.pattern}) of {title_of(config)}"
+        parts.append(TensorFile(step.file).require(trained, verdict, resemblance))
+    return ModelFiles(location, config, tuple(parts), patch, notes)
+
+
+def locate(name: Path | str, delta: Path | None = None) -> Location:
+    """Which files ``name`` stands for, with ``delta`` on top.
+
+    Raises:
+        CheckpointError: it does not exist, or a run folder that does not hold what its settings name.
+    """
+    path = _existing(name)
+    if path.is_file():
+        found = Location("policy file", path)
+    elif CHECKPOINT_NAME.search(path.name) or (path / STATE_FILE).is_file():
+        read_checkpoint_state(path)
+        found = _on_its_base(path.absolute().parent.parent, path / AVERAGE_FILE, "checkpoint")
+    elif (path / RUN_CONFIG).is_file():
+        found = _result(path)
+    else:
+        exported = read_config(path)
+        found = Location("exported folder" if exported else "published weights", path, exported=exported)
+    return found if delta is None else replace(found, steps=(*found.steps, Step(delta)))
+
+
+def _existing(name: Path | str) -> Path:
+    """Path of an existing file or folder; ``builtin:NAME`` names a policy file that ships with the package."""
+    text = str(name)
+    if text.startswith("builtin:"):
+        folder = Path(str(resources.files("geoalign"))) / "_assets"
+        path = folder / f"{text.removeprefix('builtin:')}.safetensors"
+        if not path.exists():
+            shipped = ", ".join(sorted(f"builtin:{file.stem}" for file in folder.glob("*.safetensors")))
+            raise CheckpointError(f"{text}: no such built-in policy (there are: {shipped or 'none'})")
+        return path
+    path = Path(name)
+    if not path.exists():
+        raise CheckpointError(
+            f"{path}: no such model file or folder; `geoalign pretrain` and `geoalign train` make some, and "
+            "builtin:tiny_base ships with geoalign"
+        )
+    return path
+
+
+def _result(run: Path) -> Location:
+    """The trained policy of a finished run."""
+    if (run / POLICY_FILE).is_file():
+        return Location("trained policy of a run", run / POLICY_FILE)
+    if (run / DELTA_FILE).is_file():
+        return _on_its_base(run, run / DELTA_FILE, "trained policy of a run")
+    raise CheckpointError(
+        f"{run}: a run folder without a trained policy; let the run end (geoalign train --resume auto), or give one of "
+        f"its checkpoints ({run / 'checkpoints' / 'step_NNNNNN'})"
+    )
+
+
+def _on_its_base(run: Path, trained: Path, what: str) -> Location:
+    """Trained weights on the base that the settings of their run name."""
+    settings = run / RUN_CONFIG
+    try:
+        raw = yaml.safe_load(settings.read_text(encoding="utf-8"))
+        base, delta, pattern = raw["train"]["base"], raw["train"].get("delta"), raw["optim"]["trainable"]
+    except (OSError, yaml.YAMLError, KeyError, TypeError, AttributeError) as error:
+        raise CheckpointError(
+            f"{trained}: needs the settings of its run, which name the base it was trained on, but {settings} cannot "
+            f"be read ({error})"
+        ) from error
+    if not str(base).startswith("builtin:") and not Path(base).exists():
+        raise CheckpointError(
+            f"{trained}: was trained on {base}, which is not there; a relative train.base in {settings} counts from "
+            "the folder where the run was started"
+        )
+    below = locate(base, None if delta is None else Path(delta))
+    return replace(below, what=what, steps=(*below.steps, Step(trained, pattern)))
+
+
+def _published(folder: Path, trained: Path | None) -> tuple[ModelConfig, list[TensorFile]]:
+    """Published weights with the file that makes a retake model of them."""
+    weights = TensorFile(weights_folder(folder))
+    if trained is None:
+        nearest = identify(weights.shapes)[0]
         found = LAYOUTS[nearest].title if nearest else "of an unknown layout"
-        raise UsageError(f"{model}: a base model ({found}) cannot retake videos by itself; give --checkpoint")
-    holds = TensorFile(checkpoint).shapes
-    if all(is_self_attention(name) for name in holds):
-        return load_redirector(_weights(model), checkpoint, dtype=dtype, device=device)
-    return load_dit(RECAMMASTER, checkpoint, dtype=dtype, device=device)
+        raise UsageError(
+            f"{folder}: a base model ({found}) cannot retake videos by itself; give what was trained on top with "
+            "--checkpoint (train.delta)"
+        )
+    delta = TensorFile(trained)
+    if all(map(is_self_attention, delta.shapes)):
+        return REDIRECTOR, list(redirector_weights(weights, delta, REDIRECTOR))
+    return RECAMMASTER, [complete_weights(RECAMMASTER, delta)]
 
 
-def config_of(model: Path, checkpoint: Path | None = None) -> ModelConfig:
-    """The configuration that :func:`open_model` would use, from file headers alone; same errors."""
-    if not model.exists():
-        raise CheckpointError(f"{model}: no such model file or folder")
-    if model.is_file():
-        return header_settings(model, "model", ModelConfig)
-    config = read_config(model)
-    if config is not None:
-        return config
-    if checkpoint is None:
-        raise UsageError(f"{model}: published base weights cannot retake videos by themselves; give --checkpoint")
-    return REDIRECTOR if all(map(is_self_attention, TensorFile(checkpoint).shapes)) else RECAMMASTER
+def tensor_shapes(name: Path | str) -> Shapes:
+    """Names and shapes of the tensors that ``name`` holds, to say what it is: also of files that are no whole model.
+
+    Of a policy file, a run and a checkpoint these are the model's; of all else those of the file or folder itself.
+    """
+    path = _existing(name)
+    if path.is_file():
+        file = TensorFile(path)
+        return check_policy_file(file).weights.shapes if is_policy_file(file) else file.shapes
+    location = locate(name)
+    if location.what in ("exported folder", "published weights"):
+        return TensorFile(weights_folder(path)).shapes
+    return model_shapes(describe(name).config)
 
 
-def apply_delta(model: RetakeDiT, delta: Path, dtype: torch.dtype | None, device: str = "cpu") -> LoadReport:
-    """Replace all self-attention parameters of ``model`` by those of a file that holds exactly these."""
-    source = TensorFile(delta)
-    shapes = {n: s for n, s in model_shapes(model.config).items() if is_self_attention(n)}
-    check(source, shapes, "the self-attention of this model")
-    return place(model, source, dtype, device)
+def open_codec(
+    name: Path | str, *, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu"
+) -> LatentCodec:
+    """The codec of a model, whose transformer need not be complete; ``dtype`` is of a video autoencoder.
+
+    Raises:
+        CheckpointError: there is none, or it cannot be read.
+    """
+    home = locate(name).home
+    return _codec_at(home, patch_codec(home), dtype, device)
+
+
+def patch_codec(home: Path) -> PatchCodec | None:
+    """The patch codec in a policy file or in the ``codec.safetensors`` of an exported folder; None for a VAE.
+
+    Raises:
+        CheckpointError: settings or tensors of the codec are missing or damaged.
+    """
+    if home.is_file():
+        return read_policy_file(home).codec
+    path = home / CODEC_FILE
+    return read_codec_file(path) if path.is_file() else None
+
+
+def vae_of(home: Path) -> Path:
+    """The video autoencoder of a model folder: a folder ``vae``, or ``Wan2.1_VAE.pth``.
+
+    Raises:
+        CheckpointError: there is neither.
+    """
+    if home.is_file():
+        raise CheckpointError(
+            f"{home}: its autoencoder is the Wan VAE, which no policy file holds; run geoalign export --format "
+            "diffusers and put the folder vae or Wan2.1_VAE.pth into the result"
+        )
+    for path in (home / "vae", home / "Wan2.1_VAE.pth"):
+        if path.exists():
+            return path
+    raise CheckpointError(f"{home}: no autoencoder; a folder vae or a file Wan2.1_VAE.pth is needed beside the weights")
+
+
+def _codec_at(
+    home: Path, patch: PatchCodec | None, dtype: torch.dtype, device: torch.device | str, tiled: bool = False
+) -> LatentCodec:
+    if patch is not None:
+        return patch.to(device)
+    return load_wan_codec(vae_of(home), dtype=dtype, device=str(device), tiled=tiled)
 
 
 def read_config(folder: Path) -> ModelConfig | None:
@@ -98,87 +366,13 @@ def read_config(folder: Path) -> ModelConfig | None:
             if "retake" in settings:
                 return ModelConfig.model_validate(settings["retake"])
         except ValidationError as error:
-            raise CheckpointError(f"{path}: not a readable model configuration ({_problem(error)})") from None
+            raise CheckpointError(f"{path}: not a readable model configuration ({first_problem(error)})") from None
         except (ValueError, TypeError) as error:
             raise CheckpointError(f"{path}: not a readable model configuration ({error})") from error
     return None
 
 
-def open_codec(
-    model: Path, *, dtype: torch.dtype = torch.float32, device: str = "cpu", tiled: bool = False
-) -> LatentCodec:
-    """The codec of a model: inside a policy file, ``codec.safetensors``, a ``vae`` folder, or ``Wan2.1_VAE.pth``.
-
-    Raises:
-        CheckpointError: none of these exists or can be read.
-    """
-    if (codec := patch_codec(model)) is not None:
-        return codec.to(device)
-    if model.is_file():
-        raise CheckpointError(
-            f"{model}: its autoencoder is the Wan VAE, which no policy file holds; run geoalign export --format "
-            "diffusers and put the folder vae or Wan2.1_VAE.pth into the result"
-        )
-    for path in (model / "vae", model / "Wan2.1_VAE.pth"):
-        if path.exists():
-            return load_wan_codec(path, dtype=dtype, device=device, tiled=tiled)
-    raise CheckpointError(
-        f"{model}: no autoencoder; a folder vae or a file Wan2.1_VAE.pth is needed beside the weights"
-    )
-
-
-def patch_codec(model: Path) -> PatchCodec | None:
-    """The patch codec in a policy file or in the ``codec.safetensors`` of an exported folder; None for a VAE.
-
-    Raises:
-        CheckpointError: settings or tensors of the codec are missing or damaged.
-    """
-    path = model if model.is_file() else model / CODEC_FILE
-    if not path.is_file():
-        return None
-    settings = header_settings(path, "codec", CodecConfig)
-    if settings.kind != "patch":
-        return None
-    codec = PatchCodec(settings.patch, settings.luma, settings.chroma)
-    source = TensorFile(path).part("codec.")
-    check(source, {name: tuple(b.shape) for name, b in codec.named_buffers()}, "a geoalign codec")
-    codec.load_state_dict(dict(source.items()))
-    return codec
-
-
-def _weights(folder: Path) -> Path:
+def weights_folder(folder: Path) -> Path:
+    """Where the transformer's weights lie in a model folder."""
     inner = folder / "transformer"
     return inner if inner.is_dir() else folder
-
-
-def header_settings(path: Path, part: str, kind: type[Settings]) -> Settings:
-    """The settings of ``part`` ("model", "codec") in the header of a geoalign file."""
-    if path.suffix != ".safetensors":
-        raise CheckpointError(f"{path}: not a geoalign policy file (those end in .safetensors)")
-    TensorFile(path)  # refuses truncated files with one clear message
-    with safe_open(path, framework="pt") as file:
-        header = file.metadata() or {}
-    if part not in header:
-        raise CheckpointError(f"{path}: not a geoalign policy file (its header holds no {part} settings)")
-    try:
-        return kind.model_validate_json(header[part])
-    except ValidationError as error:
-        raise CheckpointError(f"{path}: invalid {part} settings in its header ({_problem(error)})") from None
-
-
-def _problem(error: ValidationError) -> str:
-    """The first problem in one line."""
-    found = error.errors()[0]
-    return ": ".join(filter(None, (".".join(map(str, found["loc"])), found["msg"])))
-
-
-def _open_policy(
-    path: Path, checkpoint: Path | None, dtype: torch.dtype | None, device: str
-) -> tuple[RetakeDiT, LoadReport]:
-    config = header_settings(path, "model", ModelConfig)
-    source = TensorFile(path).part("model.")
-    check(source, model_shapes(config), "a geoalign policy")
-    with torch.device("meta"):
-        network = RetakeDiT(config)
-    report = place(network, source, dtype, device)
-    return (network, report) if checkpoint is None else (network, apply_delta(network, checkpoint, dtype, device))

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from geoalign.errors import ConfigError, DataError
+from geoalign.errors import ConfigError, DataError, UsageError
 from geoalign.flow.policy import PhasedPolicy, Velocity
 from geoalign.models.codec_base import LatentCodec
 from geoalign.models.conditioning import ConditionCache, Conditioning
@@ -16,19 +16,19 @@ from geoalign.types import Encodings, RetakeBatch
 
 
 @dataclass(frozen=True, slots=True)
-class Prepared:
+class Precomputed:
     """Conditions together with everything in the network that depends neither on the latents nor on the step."""
 
     conditioning: Conditioning
     cache: ConditionCache
 
-    def repeat_interleave(self, count: int) -> Prepared:
+    def repeat_interleave(self, count: int) -> Precomputed:
         """The same for groups of ``count`` members lying next to each other."""
-        return Prepared(self.conditioning.repeat_interleave(count), self.cache.repeat_interleave(count))
+        return Precomputed(self.conditioning.repeat_interleave(count), self.cache.repeat_interleave(count))
 
-    def select(self, index: Tensor | slice) -> Prepared:
+    def select(self, index: Tensor | slice) -> Precomputed:
         """The conditions at ``index`` (int64 ``[N]``, or a slice)."""
-        return Prepared(self.conditioning.select(index), self.cache.select(index))
+        return Precomputed(self.conditioning.select(index), self.cache.select(index))
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,11 +64,22 @@ class RetakePolicy:
         Without a prepared text embedding the text is one zero token.
 
         Raises:
+            UsageError: the model needs a ground plane or image tokens that are not given.
             DataError: prepared embeddings of another size than the model reads.
             ConfigError: guidance without a prepared embedding of the negative prompt.
         """
         batch = batch.to(self.device)
         config, ready = self.model.config, batch.encodings or Encodings()
+        if config.camera == "geometric" and batch.source.ground_plane is None:
+            raise UsageError(
+                "this model needs the ground plane of the scene, n . X = d in metres: ground_plane in the camera file "
+                "of every clip, or --ground-plane nx,ny,nz,d of `geoalign sample`"
+            )
+        if config.image_dim is not None and ready.image_tokens is None:
+            raise UsageError(
+                "this model needs an image encoder: set data.prepare.image and run `geoalign prepare`; "
+                "`geoalign sample` looks for image_encoder/ or the open-clip .pth beside the weights"
+            )
         latents = self.codec.encode(batch.source.video) if ready.latents is None else ready.latents.float()
         if ready.context is None:
             if self.model.trains_text:
@@ -108,28 +119,28 @@ class RetakePolicy:
         return torch.nn.functional.pad(context, (0, 0, 0, length - context.shape[1]))
 
     @torch.no_grad()
-    def prepare(self, conditioning: Conditioning) -> Prepared:
+    def precompute(self, conditioning: Conditioning) -> Precomputed:
         """Compute the step-independent part once, of the present parameters.
 
         Trained parameters in it (camera phases) are computed again by every forward that needs their gradient.
         """
-        return Prepared(conditioning, self.model.prepare(conditioning))
+        return Precomputed(conditioning, self.model.precompute(conditioning))
 
-    def velocity(self, x: Tensor, timestep: Tensor, prepared: Prepared) -> Velocity:
+    def velocity(self, x: Tensor, timestep: Tensor, precomputed: Precomputed) -> Velocity:
         """Velocity like ``x`` ``[B, C, T, h, w]`` at ``timestep`` ``[B]`` in [0, 1000]."""
-        return self._velocity(self.model, x, timestep, prepared)
+        return self._velocity(self.model, x, timestep, precomputed)
 
-    def fast_velocity(self, x: Tensor, timestep: Tensor, prepared: Prepared) -> Velocity:
+    def fast_velocity(self, x: Tensor, timestep: Tensor, precomputed: Precomputed) -> Velocity:
         """:meth:`velocity` by the approximate twin, if there is one."""
-        return self._velocity(self.fast or self.model, x, timestep, prepared)
+        return self._velocity(self.fast or self.model, x, timestep, precomputed)
 
     def phased(self) -> PhasedPolicy:
         """Rule R2: stochastic steps run what the learner runs, deterministic ones the fast twin."""
         return PhasedPolicy(prefix=self.fast_velocity, window=self.velocity, tail=self.fast_velocity)
 
-    def _velocity(self, model: RetakeDiT, x: Tensor, timestep: Tensor, prepared: Prepared) -> Velocity:
-        value = model(x, timestep, prepared.conditioning, prepared.cache)
-        if not prepared.cache.negative:
+    def _velocity(self, model: RetakeDiT, x: Tensor, timestep: Tensor, precomputed: Precomputed) -> Velocity:
+        value = model(x, timestep, precomputed.conditioning, precomputed.cache)
+        if not precomputed.cache.negative:
             return Velocity(value)
         under_prompt, under_negative = value.chunk(2)
         return Velocity(under_prompt, under_negative, self.guidance)

@@ -6,7 +6,7 @@ import statistics
 from collections.abc import Iterable, Mapping
 from html import escape
 
-from geoalign.report.run_folder import Run
+from geoalign.report.run_folder import RunRecord
 from geoalign.report.svg import Line, line_chart, number, smooth, stacked_bar
 from geoalign.report.words import CURVES, CurveGroup
 
@@ -14,7 +14,7 @@ MAX_PHASES = 8
 SCORING = "scoring"
 
 
-def curves_section(run: Run) -> str:
+def curves_section(run: RunRecord) -> str:
     """Compose all curves by group; nothing when the run wrote no metrics."""
     taken: dict[str, list[str]] = {group.title: [] for group in CURVES}
     for key in run.metric_keys(""):
@@ -30,7 +30,7 @@ pointer on a curve to read a value.</p>
 {"".join(blocks)}</section>"""
 
 
-def _group(run: Run, group: CurveGroup, keys: Iterable[str]) -> str:
+def _group(run: RunRecord, group: CurveGroup, keys: Iterable[str]) -> str:
     """The charts of a group; what never changed is one line of text."""
     charts, constant = [], []
     for key in keys:
@@ -56,7 +56,7 @@ def _chart(line: Line, title: str, *, zero: bool) -> str:
     return f"<figure><figcaption>{caption}</figcaption>{line_chart([line], title=title, zero=zero)}</figure>"
 
 
-def phases_section(run: Run) -> str:
+def phases_section(run: RunRecord) -> str:
     """Show the mean seconds of the phases that follow one another; what runs inside ``scoring`` is named there."""
     means = {
         key.removeprefix("time/").removesuffix("_s"): _mean(run.series(key)[1]) for key in run.metric_keys("time/")

@@ -74,8 +74,9 @@ def comparisons(summary: Mapping[str, Any], kind: str) -> Iterator[Comparison]:
     """Yield the metrics of one held-out set in the order of the glossary, then those it does not know."""
     both = (summary.get("held_out") or {}).get(kind) or {}
     seeds = (summary.get("held_out_per_noise_seed") or {}).get(kind) or {}
-    before, after = both.get("before") or {}, both.get("after") or {}
-    seeds_before, seeds_after = seeds.get("before") or {}, seeds.get("after") or {}
+    before, after, seeds_before, seeds_after = (
+        present_names(stages.get(stage) or {}) for stages in (both, seeds) for stage in ("before", "after")
+    )
     known = [key for key in HELD_OUT if key in before]
     for key in [*known, *(key for key in before if key not in HELD_OUT)]:
         first = Value.parse(before[key], seeds_before.get(key))
@@ -83,3 +84,13 @@ def comparisons(summary: Mapping[str, Any], kind: str) -> Iterator[Comparison]:
         if first and second:
             metric = HELD_OUT.get(key, Metric(key.replace("_", " "), "", "unknown", ""))
             yield Comparison(key, metric, first, second)
+
+
+def present_names(rows: Mapping[str, Any]) -> dict[str, Any]:
+    """Metrics of one stage and set under their present names.
+
+    Runs begun before the translation gain had a name of its own called it ``scale_ratio``, and had no scale ratio.
+    """
+    if any(name.endswith("translation_gain") for name in rows):
+        return dict(rows)
+    return {name.replace("scale_ratio", "translation_gain"): value for name, value in rows.items()}

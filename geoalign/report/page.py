@@ -17,15 +17,15 @@ from geoalign.io_utils import atomic_write_text, check_writable
 from geoalign.report.curves import curves_section, phases_section
 from geoalign.report.figure import LOOP_FIGURE
 from geoalign.report.held_out import Comparison, Value, comparisons
-from geoalign.report.run_folder import Run, read_run
+from geoalign.report.run_folder import RunRecord, read_run
 from geoalign.report.samples import samples_section
 from geoalign.report.svg import number
 from geoalign.report.words import SETS
 
-CARD_METRICS = ("translation_error_m", "rotation_error_deg", "scale_ratio", "psnr_db")
+CARD_METRICS = ("translation_error_m", "rotation_error_deg", "translation_gain", "psnr_db")
 
 
-def report_page(run: Run, samples: int = 4) -> str:
+def report_page(run: RunRecord, samples: int = 4) -> str:
     """Return the whole HTML document.
 
     Args:
@@ -54,7 +54,7 @@ def report_page(run: Run, samples: int = 4) -> str:
     )
 
 
-def _header(run: Run) -> str:
+def _header(run: RunRecord) -> str:
     summary = run.summary
     facts = {
         "run": run.name,
@@ -71,7 +71,7 @@ def _header(run: Run) -> str:
 <p class="lead">{_lead(run)}</p><ul class="chips">{"".join(chips)}</ul></header>"""
 
 
-def _headline(run: Run) -> str:
+def _headline(run: RunRecord) -> str:
     found = {item.key: item for item in comparisons(run.summary, "mean")}
     main = found.get("translation_error_m")
     if main is None:
@@ -85,7 +85,7 @@ def _headline(run: Run) -> str:
     return f"The camera strays {abs(main.percent or 0):.0f}&thinsp;% {less} from the path it was asked to follow"
 
 
-def _lead(run: Run) -> str:
+def _lead(run: RunRecord) -> str:
     found = {item.key: item for item in comparisons(run.summary, "mean")}
     main = found.get("translation_error_m")
     if main is None:
@@ -94,7 +94,7 @@ def _lead(run: Run) -> str:
         f"On scenes and paths that training never saw, the mean distance between the camera and its target went from "
         f"{number(main.before.mean)} to {number(main.after.mean)} metres"
     )
-    if ratio := found.get("scale_ratio"):
+    if ratio := found.get("translation_gain"):
         now, then = number(ratio.after.mean), number(ratio.before.mean)
         text += f"; for each metre asked for, the camera travels {now} metres instead of {then}"
     return text + "."
@@ -111,7 +111,7 @@ and degrees. Retakes closer to the request than their siblings are made more lik
 video is ever shown in this stage: the measurement alone teaches.</p>{LOOP_FIGURE}</section>"""
 
 
-def _results(run: Run) -> str:
+def _results(run: RunRecord) -> str:
     kinds = [kind for kind in SETS if any(True for _ in comparisons(run.summary, kind))]
     if not kinds:
         return ""
@@ -128,7 +128,7 @@ def _results(run: Run) -> str:
 <p class="note">{_spread_note(run)}</p></section>"""
 
 
-def _spread_note(run: Run) -> str:
+def _spread_note(run: RunRecord) -> str:
     found = [item for kind in SETS for item in comparisons(run.summary, kind)]
     if any(value.spread is None for item in found for value in (item.before, item.after)):
         return (
@@ -173,7 +173,7 @@ def _signed(value: float, digits: int) -> str:
     return ("+" if value > 0 else "&minus;") + text
 
 
-def _how(run: Run) -> str:
+def _how(run: RunRecord) -> str:
     blocks = []
     if run.config:
         text = escape(yaml.safe_dump(run.config, sort_keys=False, allow_unicode=True, width=110))
@@ -189,7 +189,7 @@ def _how(run: Run) -> str:
 configuration on the same kind of machine gives the same run.</p><pre>{command}</pre>{"".join(blocks)}</section>"""
 
 
-def _command(run: Run) -> str:
+def _command(run: RunRecord) -> str:
     """Train with the resolved configuration into another folder, also where ``run.dir`` does not hold the name."""
     words = ["geoalign", "train", "--config", str(run.folder / "config.yaml"), f"run.name={run.name}-again"]
     folder = str(run.config.get("run", {}).get("dir") or "{name}")

@@ -41,7 +41,7 @@ class EvaluationClips:
 
 
 @dataclass(frozen=True, slots=True)
-class Run:
+class RunRecord:
     """Everything the report shows."""
 
     folder: Path
@@ -71,7 +71,7 @@ class Run:
         return [key for key in dict.fromkeys(key for row in self.metrics for key in row) if key.startswith(prefix)]
 
 
-def read_run(folder: str | Path) -> Run:
+def read_run(folder: str | Path) -> RunRecord:
     """Read a run folder.
 
     Raises:
@@ -85,7 +85,7 @@ def read_run(folder: str | Path) -> Run:
         raise UsageError(f"{path} is not a run folder: it has no metrics.jsonl, summary.json or config.yaml.")
     config = _read_yaml(path / "config.yaml")
     _mapping(path / "config.yaml", config.get("run", {}), "run")
-    return Run(
+    return RunRecord(
         folder=path,
         config=config,
         environment=_read_json(path / "env.json"),

@@ -8,7 +8,7 @@ import numpy as np
 
 from geoalign.report.media import filmstrip, looping_clip
 from geoalign.report.paths import PLANES, axonometric_view, choose_plane, plane_view
-from geoalign.report.run_folder import Array, EvaluationClips, Run
+from geoalign.report.run_folder import Array, EvaluationClips, RunRecord
 from geoalign.report.svg import number
 from geoalign.report.words import STAGES
 
@@ -19,7 +19,7 @@ LEGEND = """<div class="legend"><span class="target"><i></i>path asked for</span
 <span class="after"><i></i>camera of the clip after</span></div>"""
 
 
-def samples_section(run: Run, count: int) -> str:
+def samples_section(run: RunRecord, count: int) -> str:
     """Compose the section, or nothing when the run left no clips."""
     if not run.clips:
         return ""

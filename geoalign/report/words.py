@@ -23,16 +23,31 @@ HELD_OUT = {
         "Position error", "m", "lower", "How far the camera of the generated clip is from where it was asked to be."
     ),
     "rotation_error_deg": Metric(
-        "Direction error",
+        "Rotation error",
         "\N{DEGREE SIGN}",
         "lower",
         "The angle between the view asked for and the view shown.",
     ),
     "scale_ratio": Metric(
-        "Travelled / asked",
+        "Scale ratio",
         "\N{MULTIPLICATION SIGN}",
         "one",
-        "1 means that a metre asked for is a metre travelled.",
+        "Length of the path travelled over that of the path asked for; a trembling camera travels further.",
+    ),
+    "translation_gain": Metric(
+        "Translation gain",
+        "\N{MULTIPLICATION SIGN}",
+        "one",
+        "The factor that fits the path asked for best to the path travelled; blind to trembling.",
+    ),
+    "rot_err_deg": Metric(
+        "RotErr",
+        "\N{DEGREE SIGN}",
+        "lower",
+        "As published for ReDirector: the mean angle over all pairs of frames.",
+    ),
+    "trans_err": Metric(
+        "TransErr", "", "lower", "As published for ReDirector: after a fit of scale, so blind to a wrong scale."
     ),
     "psnr_db": Metric(
         "Likeness to the truth", "dB", "higher", "PSNR against the true render; it is never part of a reward."
@@ -41,13 +56,16 @@ HELD_OUT = {
         "Position error, second evaluator", "m", "lower", "Read by another estimator that no reward uses."
     ),
     "second_rotation_error_deg": Metric(
-        "Direction error, second evaluator",
+        "Rotation error, second evaluator",
         "\N{DEGREE SIGN}",
         "lower",
         "Read by another estimator that no reward uses.",
     ),
     "second_scale_ratio": Metric(
-        "Travelled / asked, second evaluator", "\N{MULTIPLICATION SIGN}", "one", "As above, by the second evaluator."
+        "Scale ratio, second evaluator", "\N{MULTIPLICATION SIGN}", "one", "As above, by the second evaluator."
+    ),
+    "second_translation_gain": Metric(
+        "Translation gain, second evaluator", "\N{MULTIPLICATION SIGN}", "one", "As above, by the second evaluator."
     ),
 }
 
@@ -92,7 +110,7 @@ CURVES = (
     ),
     CurveGroup(
         "What is not trained on",
-        "What the evaluators report beside the scores. The path length ratio is travelled over asked, tracked is "
+        "What the evaluators report beside the scores. The scale ratio is path length over path length, tracked is "
         "the share of the picture that an estimate explains, saturated the share of frames whose position error "
         "reaches the reward's bound, and lost the share of clips in which no camera could be read.",
         "reward/",

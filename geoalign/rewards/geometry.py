@@ -7,6 +7,7 @@ from torch import Tensor
 
 from geoalign.errors import UsageError
 from geoalign.evaluators.base import PoseEvaluator
+from geoalign.geometry.metrics import scale_ratio
 from geoalign.geometry.reward_terms import (
     WeightKind,
     rotation_distance,
@@ -65,7 +66,6 @@ class GeometryReward:
         later = (estimate.frame_indices > 0).float()  # frame 0 is given
         weight = temporal_weights(videos.shape[1], self.temporal_weights, frame_indices=estimate.frame_indices)
         poses, even = (estimate.c2w, target), later / later.sum()
-        walked, asked = (CameraTrajectory.build(c2w).path_length() for c2w in (estimate.c2w, target))
         scores = {
             "trans": -translation_distance(*poses, weight * later, bound),
             "rot": -rotation_distance(*poses, weight * later),
@@ -73,7 +73,7 @@ class GeometryReward:
         parts = {
             "trans_m": translation_distance(*poses, even),
             "rot_deg": torch.rad2deg(rotation_distance(*poses, even)),
-            "path_length_ratio": walked / asked.clamp_min(1e-6),
+            "scale_ratio": scale_ratio(CameraTrajectory.build(estimate.c2w), CameraTrajectory.build(target)),
             "saturated_fraction": ((translation_errors(*poses) > bound[:, None]) * even).sum(-1),
         }
         scores, parts = (

@@ -19,6 +19,7 @@ from torch import Tensor
 from geoalign.config.rewards import FailureConfig, RewardConfig
 from geoalign.errors import ConfigError
 from geoalign.evaluators.base import PoseEstimate, PoseEvaluator
+from geoalign.evaluators.table import EVALUATORS, WITHOUT_RESIDUAL
 from geoalign.frozen.arena import ScorerMemory
 from geoalign.frozen.frames import SharedFrames
 from geoalign.rewards.base import Reward
@@ -26,25 +27,17 @@ from geoalign.rewards.running.guard import GuardedReward
 from geoalign.rewards.running.worker import WorkerReward
 from geoalign.types import SourceClip
 
-# name -> "module:callable". The callable takes keyword options, whose values are checked against its annotations.
+# As evaluators.table.EVALUATORS.
 REWARDS = {
     "geometry": "geoalign.rewards.geometry:GeometryReward",
     "source_consistency": "geoalign.rewards.geometry:SourceConsistencyReward",
     "videoalign": "geoalign.rewards.vlm.scorers:build_videoalign",
     "hpsv3": "geoalign.rewards.vlm.scorers:build_hpsv3",
 }
-EVALUATORS = {
-    "flow_pnp": "geoalign.evaluators.flow_pnp:FlowPnpEvaluator",
-    "planar": "geoalign.evaluators.planar:PlanarAligner",
-    "mapanything": "geoalign.evaluators.mapanything.evaluator:build_evaluator",
-    "depth_anything_3": "geoalign.evaluators.depth_anything3:build_evaluator",
-}
-# A reward's parameter of this name is given as the name of an evaluator, beside `evaluator_options` to build it with.
+# A reward's parameter of this name is given as the name of an evaluator, beside ``evaluator_options`` to build it with.
 EVALUATOR = "evaluator"
 # A factory's parameters of these names get what the scorers of a run share; they are no options.
 SHARED = ("frames", "memory")
-# Their pose estimates say nothing about how well the pictures agree.
-WITHOUT_RESIDUAL = {"mapanything", "depth_anything_3"}
 
 
 class LastResult:
@@ -206,7 +199,7 @@ def _check_reward(where: str, kind: str, options: Mapping[str, Any]) -> tuple[di
     name = options[EVALUATOR]
     factory = _resolve(EVALUATORS, name, "pose evaluator")
     if kind == "source_consistency" and name in WITHOUT_RESIDUAL:
-        known = ", ".join(sorted(set(EVALUATORS) - WITHOUT_RESIDUAL))
+        known = ", ".join(sorted(set(EVALUATORS) - set(WITHOUT_RESIDUAL)))
         raise ConfigError(
             f"{where}: evaluator {name!r} measures no residual, so source_consistency would score 0 for every video; "
             f"use one of: {known}"

@@ -25,9 +25,9 @@ class Advantage:
         values: [B] float32, clipped weighted sum; 0 for invalid samples. Lost samples get the lowest value of their
             group's readable members, at most -1 (within the clip); 0 in a group without readable members.
         per_key: [B] float32 per reward key, normalised, before weight and clip; 0 for invalid and lost samples.
-        metrics: `<key>/mean`, `<key>/sigma_max`, `<key>/sigma_median`, `<key>/sigma_max_over_median`,
-            `<key>/zero_variance` (number of groups), `<key>/denominator` (mean over groups),
-            `clip_fraction`, `valid_fraction`, `lost_groups` (number of groups whose valid members are all lost).
+        metrics: ``<key>/mean``, ``<key>/sigma_max``, ``<key>/sigma_median``, ``<key>/sigma_max_over_median``,
+            ``<key>/zero_variance`` (number of groups), ``<key>/denominator`` (mean over groups),
+            ``clip_fraction``, ``valid_fraction``, ``lost_groups`` (number of groups whose valid members are all lost).
     """
 
     values: Tensor
@@ -37,7 +37,7 @@ class Advantage:
 
 @dataclass(frozen=True, slots=True)
 class _Groups:
-    """Readable members by group: `index` [B] in 0..N-1, `read` [B] float64 mask, `count` [N]."""
+    """Readable members by group: ``index`` [B] in 0..N-1, ``read`` [B] float64 mask, ``count`` [N]."""
 
     index: Tensor
     read: Tensor

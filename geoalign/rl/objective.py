@@ -104,7 +104,7 @@ class RatioStats:
 
 @dataclass(frozen=True, slots=True)
 class LossOutput:
-    """`loss`: differentiable scalar, this call's share of the total; `stats`: ratio statistics, detached."""
+    """``loss``: differentiable scalar, this call's share of the total; ``stats``: ratio statistics, detached."""
 
     loss: Tensor
     stats: RatioStats
@@ -133,7 +133,7 @@ def clipped_surrogate(
         weight: time weight w_t of this window step.
         denominator: see above.
         valid: [B] bool; False ones contribute neither loss nor gradient nor statistics. Their states must be finite
-            all the same (`Rollout.neutralised`): a zero gradient times a NaN activation is NaN.
+            all the same (``Rollout.neutralised``): a zero gradient times a NaN activation is NaN.
     """
     keep = torch.ones_like(advantage, dtype=torch.bool) if valid is None else valid
     log_ratio = torch.where(keep, log_prob - log_prob_old, 0.0)
@@ -178,7 +178,7 @@ def reference_kl(velocity: Tensor, reference: Tensor, coefficients: Tensor) -> T
 
 
 def kl_loss(kl: Tensor, *, kl_weight: float, weight: float, denominator: float, valid: Tensor | None = None) -> Tensor:
-    """kl_weight w_t^2 / denominator * sum_i kl_i; arguments as in `clipped_surrogate`, kl is [B].
+    """kl_weight w_t^2 / denominator * sum_i kl_i; arguments as in ``clipped_surrogate``, kl is [B].
 
     LongCat-Video squares the policy's weight here: w_t^2 cancels (b / c)^2 as w_t cancels |b| / c.
     """

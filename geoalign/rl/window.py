@@ -9,9 +9,6 @@ from geoalign.config.flow import WindowConfig
 from geoalign.errors import ConfigError
 from geoalign.flow.table import StepWindow
 
-WINDOW_STREAM = 5
-"""Counter stream of the random schedule; 0 to 4 are taken by noise, data, trajectories and evaluation."""
-
 
 @dataclass(frozen=True, slots=True)
 class WindowSchedule:
@@ -41,7 +38,7 @@ class WindowSchedule:
         return limit if self.config.max_start is None else self.config.max_start
 
     def __call__(self, iteration: int) -> StepWindow:
-        """The window of `iteration` (0, 1, ...)."""
+        """The window of ``iteration`` (0, 1, ...)."""
         start = self._start(iteration)
         return StepWindow(start, start + self.config.size)
 
@@ -78,7 +75,7 @@ class WindowSchedule:
         return math.ceil(self.config.interval * math.exp(-self.config.decay_rate * late))
 
     def _random(self, draw: int) -> int:
-        from geoalign_kernels import philox_uniform  # imports torch; the other schedules are plain integers
+        from geoalign_kernels import philox_uniform, streams  # imports torch; the other schedules are plain integers
 
-        uniform = float(philox_uniform(1, self.seed, draw, 0, 0, 0, WINDOW_STREAM)[0])
+        uniform = float(philox_uniform(1, self.seed, draw, 0, 0, 0, streams.WINDOW)[0])
         return self.config.start + int(uniform * (self.max_start - self.config.start + 1))

@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import re
 import shutil
 from collections.abc import Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -16,16 +15,17 @@ from types import TracebackType
 from typing import Any
 
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor
 
 from geoalign.config.training import TrainConfig
 from geoalign.errors import CheckpointError, RunError
 from geoalign.io_utils import atomic_write_json
+from geoalign.policy.files import AVERAGE_FILE, CHECKPOINT_FORMAT, CHECKPOINT_NAME, STATE_FILE, read_checkpoint_state
 from geoalign.training.engines.snapshot import Snapshot
+from geoalign.weights import TensorFile
 
-_NAME = re.compile(r"step_(\d{6})$")
-FORMAT = 1
+_PARTS = ("trained.safetensors", AVERAGE_FILE, "optimizer.safetensors")
 _OPERATION = ("checkpoint_every", "keep_checkpoints", "async_checkpoints", "rank_timeout_s")
 
 
@@ -76,12 +76,12 @@ def save_checkpoint(folder: Path, state: TrainState, *, config: str, keep: int) 
         temporary.mkdir(parents=True)
         saved = state.snapshot
         flat = {f"{name}/{key}": value for name, entry in saved.optimizer.items() for key, value in entry.items()}
-        for part, tensors in (("trained", saved.values), ("average", saved.average), ("optimizer", flat)):
-            path = temporary / f"{part}.safetensors"
+        for part, tensors in zip(_PARTS, (saved.values, saved.average, flat), strict=True):
+            path = temporary / part
             save_file({name: value.contiguous() for name, value in tensors.items()}, path)
             _flush(path)
-        meta = {"format": FORMAT, "iteration": state.iteration, "config": config, "notes": dict(state.notes)}
-        atomic_write_json(temporary / "state.json", meta)
+        meta = {"format": CHECKPOINT_FORMAT, "iteration": state.iteration, "config": config, "notes": dict(state.notes)}
+        atomic_write_json(temporary / STATE_FILE, meta)
         if final.exists():
             shutil.rmtree(final)
         temporary.rename(final)
@@ -150,7 +150,9 @@ class CheckpointWriter:
 
 def list_checkpoints(folder: Path) -> list[Path]:
     """Complete checkpoints, oldest first; half-written ones have another name and are never listed."""
-    found = [path for path in folder.glob("step_*") if _NAME.search(path.name) and (path / "state.json").exists()]
+    found = [
+        path for path in folder.glob("step_*") if CHECKPOINT_NAME.search(path.name) and (path / STATE_FILE).exists()
+    ]
     return sorted(found)
 
 
@@ -160,17 +162,11 @@ def load_checkpoint(path: Path, *, config: str, allow_config_change: bool = Fals
     Raises:
         CheckpointError: missing, truncated, of another format, or written with another configuration.
     """
+    meta = read_checkpoint_state(path)
     try:
-        meta = json.loads((path / "state.json").read_text(encoding="utf-8"))
-        trained, average, flat = (
-            load_file(path / f"{part}.safetensors") for part in ("trained", "average", "optimizer")
-        )
-    except (OSError, ValueError, SafetensorError) as error:
-        raise CheckpointError(
-            f"{path}: not a readable checkpoint ({error}); delete it and resume from an older one"
-        ) from error
-    if meta.get("format") != FORMAT:
-        raise CheckpointError(f"{path}: checkpoint format {meta.get('format')!r}, this version reads {FORMAT}")
+        trained, average, flat = (dict(TensorFile(path / part).items()) for part in _PARTS)
+    except CheckpointError as error:
+        raise CheckpointError(f"{path}: not a readable checkpoint ({error}); delete it and use an older one") from error
     if meta["config"] != config and not allow_config_change:
         raise CheckpointError(
             f"{path}: written with another configuration ({meta['config']}, now {config}); compare config.yaml in the"

@@ -1,4 +1,8 @@
-"""The update: replay the window, weigh by advantages, step the optimizer."""
+"""The update: replay the window, weigh by advantages, step the optimizer.
+
+Shapes in comments, as in ``flow/sampler.py``: M conditions, G members of each, R = M * G rows, K window steps; a slice
+of rows stands for its length.
+"""
 
 from __future__ import annotations
 
@@ -15,7 +19,7 @@ from geoalign.flow.policy import Velocity
 from geoalign.flow.rollout import Rollout
 from geoalign.flow.sampler import FlowSampler
 from geoalign.perf.timer import phase
-from geoalign.policy.policy import Prepared, RetakePolicy
+from geoalign.policy.policy import Precomputed, RetakePolicy
 from geoalign.rl.objective import LossOutput, RatioStats, clipped_surrogate, kl_loss, loss_weights, reference_kl
 from geoalign.training.engines.base import Engine
 from geoalign.training.processes.ranks import Ranks
@@ -23,7 +27,7 @@ from geoalign.training.reference import ReferencePolicy
 from geoalign.training.streaming import StreamingBackward
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, kw_only=True)
 class Learner:
     """Turns rollouts and advantages into updates of an engine.
 
@@ -51,7 +55,7 @@ class Learner:
         self,
         sampler: FlowSampler,
         rollout: Rollout,
-        prepared: Prepared,
+        precomputed: Precomputed,
         advantage: Tensor,
         valid: Tensor,
         stream: StreamingBackward | None = None,
@@ -61,7 +65,7 @@ class Learner:
         Args:
             sampler: made the rollout.
             rollout: R = M * G trajectories, finite (``Rollout.neutralised``).
-            prepared: its M conditions.
+            precomputed: its M conditions.
             advantage: ``[R]``.
             valid: ``[R]`` bool.
             stream: the rollout's own backward; only what it left is replayed.
@@ -72,17 +76,17 @@ class Learner:
         self.passes.clear()
         stats = RatioStats.empty(advantage.device)
         numbers: dict[str, float] = {"policy/skipped_updates": 0.0}
-        part_of_row = torch.arange(rollout.num_rows) % rollout.group_size * self.updates // rollout.group_size
+        part_of_row = torch.arange(rollout.num_rows) % rollout.group_size * self.updates // rollout.group_size  # [R]
         for part in range(self.updates):
-            mine = part_of_row == part
-            keep = valid & mine.to(valid.device)
+            mine = part_of_row == part  # [R]
+            keep = valid & mine.to(valid.device)  # [R]
             count = self.ranks.sum(float(keep.sum())) * rollout.num_window_steps
             share = _Share(advantage, keep, valid, mine, max(count, 1.0), self.objective)
             self.engine.begin()
             if stream is None:
-                result = self._replay(sampler, rollout, prepared, share, range(rollout.num_window_steps))
+                result = self._replay(sampler, rollout, precomputed, share, range(rollout.num_window_steps))
             else:
-                result = self._replay(sampler, rollout, prepared, share, sorted(stream.left))
+                result = self._replay(sampler, rollout, precomputed, share, sorted(stream.left))
                 self._stream(sampler, stream, rollout, share, result)
             with phase("update/optimizer"):
                 norm = self.engine.step()
@@ -96,22 +100,22 @@ class Learner:
         return numbers | {f"policy/{name}": value for name, value in stats.summary().items()}
 
     def _replay(
-        self, sampler: FlowSampler, rollout: Rollout, prepared: Prepared, share: _Share, positions: Sequence[int]
+        self, sampler: FlowSampler, rollout: Rollout, precomputed: Precomputed, share: _Share, positions: Sequence[int]
     ) -> _Result:
         """Sum gradients over some window steps.
 
         The first window step runs once per condition and serves all members (merged first learner step); the others
         run the rows of this update only.
         """
-        weights = loss_weights(sampler.table, self.objective).tolist()
+        weights = loss_weights(sampler.table, self.objective).tolist()  # [K]
         if not self.merge_first and rollout.shared:
             rollout = replace(rollout, x_start=rollout.x_start.repeat_interleave(rollout.group_size, 0))
         result = _Result.zero(share.advantage.device)
-        targets = self._reference_velocities(sampler, rollout, prepared, share, positions)
+        targets = self._reference_velocities(sampler, rollout, precomputed, share, positions)
         for position, rows, forwards in self._batches(sampler, rollout, share, positions):
             with phase("update/forward"):
-                replayed = sampler.replay(self.policy.velocity, rollout, position, prepared, rows)
-                old = rollout.log_prob[rows, position]
+                replayed = sampler.replay(self.policy.velocity, rollout, position, precomputed, rows)
+                old = rollout.log_prob[rows, position]  # [rows]
                 output = share.surrogate(replayed.log_prob, old, rows, weights[position])
                 loss = output.loss
                 if targets is not None:
@@ -128,13 +132,13 @@ class Learner:
     ) -> Iterator[tuple[int, slice, int]]:
         """(window position, rows, forwards) of the batches that hold rows of this update."""
         for position in positions:
-            per_lane = rollout.num_rows // rollout.state(position).shape[0]
+            per_lane = rollout.num_rows // rollout.state(position).shape[0]  # G at a shared start, else 1
             for rows in sampler.replay_batches(rollout, position):
                 if bool(share.mine[rows].any()):
                     yield position, rows, (rows.stop - rows.start) // per_lane
 
     def _reference_velocities(
-        self, sampler: FlowSampler, rollout: Rollout, prepared: Prepared, share: _Share, positions: Sequence[int]
+        self, sampler: FlowSampler, rollout: Rollout, precomputed: Precomputed, share: _Share, positions: Sequence[int]
     ) -> Iterator[Velocity] | None:
         """The reference's velocities of every batch, in order; None without a KL term.
 
@@ -144,7 +148,7 @@ class Learner:
             return None
         velocities = []
         with phase("update/reference"), torch.no_grad(), self.reference.in_place():
-            fixed = self.policy.prepare(prepared.conditioning)
+            fixed = self.policy.precompute(precomputed.conditioning)
             for position, rows, forwards in self._batches(sampler, rollout, share, positions):
                 velocity = sampler.replay(self.policy.velocity, rollout, position, fixed, rows).velocity
                 self.passes.update(reference=forwards * velocity.passes)
@@ -155,10 +159,10 @@ class Learner:
         self, sampler: FlowSampler, stream: StreamingBackward, rollout: Rollout, share: _Share, result: _Result
     ) -> None:
         """Add the backward that the rollout left behind; its log-probabilities are old and new at once."""
-        weights = loss_weights(sampler.table, self.objective).tolist()
+        weights = loss_weights(sampler.table, self.objective).tolist()  # [K]
         total = torch.zeros((), device=share.advantage.device)
         with phase("update/backward"):
-            for position, rows, log_prob, passes in (*stream.graphs, *stream.done):
+            for position, rows, log_prob, passes in (*stream.graphs, *stream.done):  # log_prob: [rows]
                 output = share.surrogate(log_prob, log_prob.detach(), rows, weights[position])
                 if log_prob.requires_grad:
                     total = total + output.loss
@@ -175,10 +179,10 @@ class Learner:
 class _Share:
     """What one optimizer update takes of a rollout, per row: ``keep`` = ``valid`` and ``mine``; that is on the host."""
 
-    advantage: Tensor
-    keep: Tensor
-    valid: Tensor
-    mine: Tensor
+    advantage: Tensor  # [R]
+    keep: Tensor  # [R]
+    valid: Tensor  # [R]
+    mine: Tensor  # [R]
     denominator: float
     objective: ObjectiveConfig
 
@@ -209,7 +213,7 @@ class _Share:
         """The KL term of some rows of a window step, and the unweighted sum of their divergences."""
         assert sampler.table.window is not None
         coefficients = sampler.table.row(sampler.table.window.steps[position])
-        kl = reference_kl(velocity.combined(), reference.combined(), coefficients)
+        kl = reference_kl(velocity.combined(), reference.combined(), coefficients)  # [rows]
         settings = {"kl_weight": self.objective.kl_weight, "weight": weight, "denominator": self.denominator}
         keep = self.keep[rows]
         return kl_loss(kl, **settings, valid=keep), torch.where(keep, kl.detach(), 0.0).sum()

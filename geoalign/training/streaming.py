@@ -2,6 +2,8 @@
 
 On the first update after a rollout the ratio is 1 and the clip inactive, so the gradient of the surrogate is
 ``-sum_j A_j sum_t w_t grad log p_jt / n``: linear in advantages that are not known until all samples are scored.
+
+Shapes in comments: R rows (rollouts of this rank), P numbers of all trained parameters together.
 """
 
 from __future__ import annotations
@@ -34,12 +36,12 @@ class RowGradients:
         for parameter in trained.values():
             dtype = torch.promote_types(dtype, parameter.dtype)
         self._shapes = {name: parameter.shape for name, parameter in trained.items()}
-        self._current = torch.zeros(count, dtype=dtype, device=first.device)
+        self._current = torch.zeros(count, dtype=dtype, device=first.device)  # [P], of the row in hand
         self._views = self._named(self._current)
         self._row: int | None = None
         self._filled: list[int] = []
         paged = where == "device" or not first.is_cuda
-        self._table = torch.empty(
+        self._table = torch.empty(  # [R, P]
             rows, count, dtype=dtype, device=first.device if where == "device" else "cpu", pin_memory=not paged
         )
 
@@ -58,8 +60,8 @@ class RowGradients:
         A row of coefficient 0 is left out, whatever it holds.
         """
         self._store()
-        weights = coefficients.tolist()
-        total = torch.zeros_like(self._current)
+        weights = coefficients.tolist()  # [R]
+        total = torch.zeros_like(self._current)  # [P]
         for row in sorted(self._filled):
             if weights[row] != 0.0:
                 total.add_(self._table[row].to(total.device, non_blocking=True), alpha=weights[row])

@@ -13,7 +13,7 @@ from geoalign.flow.rollout import Rollout
 from geoalign.flow.table import StepTable
 from geoalign.perf.budget import PassCount, Plan, Walk, count_passes
 from geoalign.perf.cost import TransformerCost, peak_flops
-from geoalign.training.processes.ranks import Placement
+from geoalign.training.processes.ranks import RankRows
 
 
 def plan_of(config: Config) -> Plan:
@@ -37,12 +37,12 @@ class WorkMeter:
 
     Attributes:
         config: of the run.
-        place: the rollouts of this rank.
+        rank_rows: the rollouts of this rank.
         device: where they run.
     """
 
     config: Config
-    place: Placement
+    rank_rows: RankRows
     device: torch.device
 
     def passes(self, rollout: Rollout, learned: Counter[str]) -> PassCount:
@@ -62,7 +62,7 @@ class WorkMeter:
         """Passes that the cost model expects of an iteration with this table."""
         assert table.window is not None
         walk = Walk(table.window.start, table.window.size, table.num_steps - table.window.stop)
-        groups, size = self.place.group_ids.numel(), self.place.member_ids.numel()
+        groups, size = self.rank_rows.group_ids.numel(), self.rank_rows.member_ids.numel()
         return count_passes(walk, groups, size, self.config.optim.updates_per_rollout, plan_of(self.config))
 
     def metrics(self, spent: PassCount, table: StepTable, seconds: float) -> dict[str, float]:

@@ -1,4 +1,8 @@
-"""The RL loop. One iteration: conditions, window, rollouts, scores, advantages, update, log, checkpoint."""
+"""The RL loop. One iteration: conditions, window, rollouts, scores, advantages, update, log, checkpoint.
+
+Shapes in comments: M groups and G' members of each on this rank, R = M * G' its rows, R' those of them that it scores;
+N rows of all ranks.
+"""
 
 from __future__ import annotations
 
@@ -16,7 +20,7 @@ from geoalign.flow.sampler import FlowSampler, initial_noise
 from geoalign.flow.table import StepWindow, build_step_table
 from geoalign.models.fast import attention_modes, set_attention_modes
 from geoalign.perf.timer import PhaseTimer, phase
-from geoalign.policy.policy import Prepared, RetakePolicy
+from geoalign.policy.policy import Precomputed, RetakePolicy
 from geoalign.rewards.base import Reward
 from geoalign.rewards.running.guard import GuardedReward
 from geoalign.rewards.running.turns import decode_and_score
@@ -27,15 +31,14 @@ from geoalign.rl.window import WindowSchedule
 from geoalign.training.checkpoint import TrainState
 from geoalign.training.engines.optim import set_learning_rate
 from geoalign.training.learner import Learner
-from geoalign.training.processes.ranks import LocalRanks, Placement, Ranks, gather_scores
+from geoalign.training.processes.ranks import LocalRanks, RankRows, Ranks, gather_scores
 from geoalign.training.setup import ready
 from geoalign.training.streaming import RowGradients, StreamingBackward
 from geoalign.training.telemetry import WorkMeter
 from geoalign.types import RetakeBatch
-from geoalign_kernels import philox_uniform
+from geoalign_kernels import philox_uniform, streams
 
 logger = logging.getLogger(__name__)
-SHUFFLE_STREAM = 6
 MODES = "ode_modes"
 """Key of the notes: the attention mode of every block outside the window."""
 SKIPPED = "skipped_iterations"
@@ -77,8 +80,8 @@ class Trainer:
         self.config, self.source, self.rewards = config, source, rewards
         self.ranks = LocalRanks() if ranks is None else ranks
         self.schedule = WindowSchedule(config.window, config.flow.steps, config.run.seed)
-        self.place = Placement.of(config.groups.conditions, config.groups.size, self.ranks)
-        if not self.place.whole and config.optim.updates_per_rollout > 1:
+        self.rank_rows = RankRows.of(config.groups.conditions, config.groups.size, self.ranks)
+        if not self.rank_rows.whole and config.optim.updates_per_rollout > 1:
             raise ConfigError(
                 "optim.updates_per_rollout > 1 needs whole groups on every rank: use a number of ranks that divides "
                 f"groups.conditions {config.groups.conditions}"
@@ -86,19 +89,19 @@ class Trainer:
         parts = ready(config, policy, self.ranks)
         self.policy, self.engine, self.device = parts.policy, parts.engine, parts.device
         self.learner = Learner(
-            self.policy,
-            self.engine,
-            self.ranks,
-            config.objective,
-            config.optim.updates_per_rollout,
-            config.levers.merge_first_step,
-            parts.reference,
+            policy=self.policy,
+            engine=self.engine,
+            ranks=self.ranks,
+            objective=config.objective,
+            updates=config.optim.updates_per_rollout,
+            merge_first=config.levers.merge_first_step,
+            reference=parts.reference,
         )
         mode = config.levers.streaming
         self._row_gradients = (
-            RowGradients(self.engine.trained, self.place.rows.numel(), mode) if mode in ("device", "host") else None
+            RowGradients(self.engine.trained, self.rank_rows.rows.numel(), mode) if mode in ("device", "host") else None
         )
-        self.meter = WorkMeter(config, self.place, self.device)
+        self.meter = WorkMeter(config, self.rank_rows, self.device)
         self.clock = PhaseTimer(self.device)
         self.iteration = 0
         self.notes: dict[str, Any] = {}
@@ -110,25 +113,25 @@ class Trainer:
             RunError: too many invalid samples, too many iterations without an update, or log-probabilities of rollout
                 and replay that differ beyond the bound.
         """
-        config, place = self.config, self.place
+        config, rank_rows = self.config, self.rank_rows
         window = self.schedule(self.iteration)
         sampler = self._sampler(window)
         with self.clock.active():
             with phase("data"):
-                batch = self._draw(place.group_ids.tolist()).to(self.device)
+                batch = self._draw(rank_rows.group_ids.tolist()).to(self.device)
             with phase("rollout/encode"):
-                prepared = self.policy.prepare(self.policy.condition(batch))
+                precomputed = self.policy.precompute(self.policy.condition(batch))
             stream = self._stream(sampler)
             self.ranks.check_alive()
-            rollout, usable = self._rollout(sampler, batch, prepared, stream)
+            rollout, usable = self._rollout(sampler, batch, precomputed, stream)
             scores = self._score(rollout, batch, usable)
             with phase("advantage"):
                 advantage = self._advantage(scores)
             self.ranks.check_alive()
             factor = set_learning_rate(self.engine.optimizer, config.optim, self.iteration, config.train.iterations)
-            rows = place.rows
-            values, valid = advantage.values[rows].to(self.device), scores.valid[rows].to(self.device)
-            update = self.learner.update(sampler, rollout, prepared, values, valid, self._held(stream))
+            rows = rank_rows.rows  # [R] among N
+            values, valid = advantage.values[rows].to(self.device), scores.valid[rows].to(self.device)  # [R]
+            update = self.learner.update(sampler, rollout, precomputed, values, valid, self._held(stream))
         self._refuse_drift(update["parity/log_prob_diff_max"])
         self._refuse_standstill(update)
         self._agree_on_modes()
@@ -160,7 +163,7 @@ class Trainer:
             rows = rows or max(config.groups.size // updates, 1)
         return FlowSampler(
             build_step_table(config.flow, window),
-            self.place.member_ids.numel(),
+            self.rank_rows.member_ids.numel(),
             share_prefix=config.levers.share_prefix,
             rows_per_forward=rows,
             window_grad=True,
@@ -182,14 +185,14 @@ class Trainer:
         return stream
 
     def _rollout(
-        self, sampler: FlowSampler, batch: RetakeBatch, prepared: Prepared, stream: StreamingBackward | None
+        self, sampler: FlowSampler, batch: RetakeBatch, precomputed: Precomputed, stream: StreamingBackward | None
     ) -> tuple[Rollout, Tensor]:
         """The rollouts of this rank, zeros where a sample is not finite, and which are (``[R]`` bool)."""
-        groups, members = (ids.to(self.device) for ids in (self.place.group_ids, self.place.member_ids))
+        groups, members = (ids.to(self.device) for ids in (self.rank_rows.group_ids, self.rank_rows.member_ids))
         noise = initial_noise(self.policy.latent_shape(batch), self.config.run.seed, self.iteration, groups)
         return sampler.rollout(
             self.policy.phased(),
-            prepared,
+            precomputed,
             noise.to(torch.promote_types(noise.dtype, self.policy.dtype)),
             seed=self.config.run.seed,
             iteration=self.iteration,
@@ -200,7 +203,7 @@ class Trainer:
 
     def _score(self, rollout: Rollout, batch: RetakeBatch, usable: Tensor) -> Scores:
         """Decode and score this rank's videos; scores of all ranks."""
-        mine, layout = self.place.scored.to(self.device), self.config.scoring
+        mine, layout = self.rank_rows.scored.to(self.device), self.config.scoring  # mine: [R'] among R
 
         def decode(rows: Tensor, conditions: RetakeBatch) -> Tensor:
             with phase("rollout/decode"):
@@ -208,10 +211,10 @@ class Trainer:
 
         with phase("scoring"):  # decoding, and the scorers beside or after it
             scored = decode_and_score(
-                self.rewards, decode, batch, mine // self.place.member_ids.numel(),
+                self.rewards, decode, batch, mine // self.rank_rows.member_ids.numel(),
                 chunk=layout.chunk, beside=layout.beside_decode,
             )  # fmt: skip
-        scores = gather_scores(self.ranks, self.place, merged(scored, usable[mine]))
+        scores = gather_scores(self.ranks, self.rank_rows, merged(scored, usable[mine]))
         self._refuse_too_many_failures(scores)
         return scores
 
@@ -227,7 +230,7 @@ class Trainer:
     def _advantage(self, scores: Scores) -> Advantage:
         """Advantages of all ranks' samples in global order."""
         groups = self.config.groups
-        group_ids = torch.arange(groups.conditions).repeat_interleave(groups.size)
+        group_ids = torch.arange(groups.conditions).repeat_interleave(groups.size)  # [N]
         advantage = group_advantage(scores.scores, scores.valid, group_ids, self.config.advantage, scores.lost)
         if not self.config.train.shuffle_advantages:
             return advantage
@@ -260,7 +263,7 @@ class Trainer:
         """Permute advantages inside each group by counter-based draws (control experiment)."""
         size = self.config.groups.size
         draws = [
-            philox_uniform(size, self.config.run.seed, self.iteration, group, 0, 0, SHUFFLE_STREAM)
+            philox_uniform(size, self.config.run.seed, self.iteration, group, 0, 0, streams.SHUFFLE)
             for group in range(len(values) // size)
         ]
         order = torch.stack([torch.as_tensor(draw) for draw in draws]).argsort(1)
@@ -307,15 +310,19 @@ def _broken_weights(trained: Mapping[str, torch.nn.Parameter]) -> str:
 
 def _reward_metrics(scores: Scores, advantage: Advantage) -> dict[str, float]:
     valid, read = scores.valid, scores.valid & ~scores.lost
-
-    def mean(value: Tensor, mask: Tensor) -> float:
-        # Parts of an invalid sample may be NaN, which a product with the mask would keep.
-        return float(torch.where(mask, value, 0).sum() / mask.sum().clamp_min(1))
-
-    means = {f"reward/{name}": mean(value, read) for name, value in {**scores.scores, **scores.parts}.items()}
-    means |= {f"reward/{name}": mean(value, valid) for name, value in scores.diagnostics.items()}
+    means = {f"reward/{name}": _mean_of_defined(value, read) for name, value in scores.scores.items()}
+    others = {**scores.parts, **scores.diagnostics, "lost_fraction": scores.lost.double()}
+    means |= {f"reward/{name}": _mean_of_defined(value, valid) for name, value in others.items()}
     means |= {f"advantage/{name}": value for name, value in advantage.metrics.items()}
     means |= {f"failures/{name}": float(number) for name, number in scores.failures.items()}
     means["reward/invalid_fraction"] = 1 - float(valid.float().mean())
-    means["reward/lost_fraction"] = mean(scores.lost.double(), valid)
     return means
+
+
+def _mean_of_defined(value: Tensor, valid: Tensor) -> float:
+    """Mean over valid samples where the value is defined; NaN without any.
+
+    A path that stands still has no scale, and a lost camera no errors.
+    """
+    counted = valid & ~torch.isnan(value)
+    return float(torch.where(counted, value, 0).sum() / counted.sum())

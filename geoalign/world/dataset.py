@@ -17,10 +17,11 @@ import torch
 
 from geoalign.config.data import DataConfig
 from geoalign.config.world import WorldConfig
-from geoalign.data.citywalk import write_clip_camera, write_metadata
+from geoalign.data.citywalk import write_metadata
 from geoalign.data.omniworld import ARCHIVE_SUFFIX, split_record, write_archive
 from geoalign.data.video import write_video
 from geoalign.errors import DataError
+from geoalign.geometry.cameras.camera_file import write_clip_camera
 from geoalign.geometry.trajectory import CameraTrajectory
 from geoalign.io_utils import atomic_write_json
 from geoalign.world.motion import ground_plane, random_curves, source_drift, to_c2w

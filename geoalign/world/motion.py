@@ -17,8 +17,8 @@ from geoalign.config.world import WorldConfig
 from geoalign.geometry.plane import ground_axes
 
 PRESETS = (
-    "pan_right",
-    "pan_left",
+    "sweep_right",
+    "sweep_left",
     "fly_forward",
     "fly_backward",
     "slide_right",
@@ -28,6 +28,7 @@ PRESETS = (
     "arc_right",
     "arc_left",
 )
+"""Names of this world; its ``sweep_right`` travels while it turns, unlike the published pure rotation ``pan_right``."""
 
 
 def ground_normal(world: WorldConfig) -> Tensor:
@@ -89,8 +90,8 @@ def preset(name: str, frames: int, size: Tensor, yaw: Tensor) -> Tensor:
     arc_side = size[:, None] * (1.4 * s).sin() / math.sin(1.4)
     arc_ahead = 0.4 * size[:, None] * (1 - (1.4 * s).cos())
     paths = {
-        "pan_right": (0.4 * reach, zero, zero, turn),
-        "pan_left": (-0.4 * reach, zero, zero, -turn),
+        "sweep_right": (0.4 * reach, zero, zero, turn),
+        "sweep_left": (-0.4 * reach, zero, zero, -turn),
         "fly_forward": (zero, -reach, zero, zero),
         "fly_backward": (zero, reach, zero, zero),
         "slide_right": (reach, zero, zero, zero),

@@ -1,8 +1,8 @@
 """Fused kernels of a camera-controlled video diffusion transformer and its reinforcement-learning sampler.
 
 Every op has a plain torch reference (CPU and CUDA, any float dtype, differentiable) and a Triton implementation for
-CUDA; `use_backend`, the environment variable GEOALIGN_KERNELS and `report` choose and show which one runs.
-The package imports torch only (Triton at the first kernel launch) and nothing of `geoalign`.
+CUDA; ``use_backend``, the environment variable GEOALIGN_KERNELS and ``report`` choose and show which one runs.
+The package imports torch only (Triton at the first kernel launch) and nothing of ``geoalign``.
 """
 
 from geoalign_kernels.dispatch import BackendUnavailableError, report, set_backend, use_backend

@@ -1,10 +1,10 @@
 """Saves real inputs of an op while a program runs, and calls the op on them again.
 
-    GEOALIGN_CAPTURE=op:first:last[:folder] geoalign train ...     calls number first..last of `op` (from 0) to files
+    GEOALIGN_CAPTURE=op:first:last[:folder] geoalign train ...     calls number first..last of ``op`` (from 0) to files
     python profiling/replay.py captures/op-00000.safetensors
 
-One file per call: tensors as `arg<i>`; the op, the other arguments and the strides in the metadata. A file holds
-everything that the call depends on but the device. Writing needs `safetensors`; nothing else of the package does.
+One file per call: tensors as ``arg<i>``; the op, the other arguments and the strides in the metadata. A file holds
+everything that the call depends on but the device. Writing needs ``safetensors``; nothing else of the package does.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ _calls: collections.Counter[str] = collections.Counter()
 
 
 def record(op: str, args: tuple[Any, ...]) -> None:
-    """Writes this call of `op` if the environment asks for it; called before the implementation runs.
+    """Writes this call of ``op`` if the environment asks for it; called before the implementation runs.
 
     Raises:
         ValueError: GEOALIGN_CAPTURE is not op:first:last[:folder].
@@ -65,7 +65,7 @@ def save(path: Path, op: str, args: tuple[Any, ...]) -> None:
 
 
 def load(path: Path, device: torch.device | str) -> tuple[str, tuple[Any, ...]]:
-    """(op, arguments) of a saved call, on `device`, in the layout they had."""
+    """(op, arguments) of a saved call, on ``device``, in the layout they had."""
     from safetensors import safe_open
 
     with safe_open(path, framework="pt") as file:

@@ -1,7 +1,7 @@
 """Which implementation of an op runs: one registry, one rule, no import side effects.
 
-`auto` takes the best implementation of the tensor's device (CUDA: cuda, triton, reference; CPU: cpp, reference). A
-backend that is asked for by name and cannot run raises `BackendUnavailableError`; it is never replaced silently.
+``auto`` takes the best implementation of the tensor's device (CUDA: cuda, triton, reference; CPU: cpp, reference). A
+backend that is asked for by name and cannot run raises ``BackendUnavailableError``; it is never replaced silently.
 The choice is read on every call, inside the registered op, so it also holds for compiled graphs.
 """
 
@@ -34,14 +34,14 @@ class BackendUnavailableError(RuntimeError):
 
 
 class UnsupportedInput(ValueError):
-    """A kernel cannot take these shapes or dtypes; under `auto` the reference runs instead."""
+    """A kernel cannot take these shapes or dtypes; under ``auto`` the reference runs instead."""
 
 
 def register(op: str, *, reporter: str = "", **targets: str) -> None:
-    """Declares the implementations of `op` as `backend="module:function"`; a module is imported when first used.
+    """Declares the implementations of ``op`` as ``backend="module:function"``; a module is imported when first used.
 
-    `reporter` names a function likewise that makes the op's row of `report` from a device, where the backend alone does
-    not say what runs.
+    ``reporter`` names a function likewise that makes the op's row of ``report`` from a device, where the backend alone
+    does not say what runs.
     """
     _implementations[op] = targets
     if reporter:
@@ -49,10 +49,10 @@ def register(op: str, *, reporter: str = "", **targets: str) -> None:
 
 
 def backend_for(op: str, device: torch.device) -> str:
-    """Name of the backend that runs `op` on `device` under the present choice.
+    """Name of the backend that runs ``op`` on ``device`` under the present choice.
 
     Raises:
-        BackendUnavailableError: the chosen backend has no implementation of `op` or cannot run on `device`.
+        BackendUnavailableError: the chosen backend has no implementation of ``op`` or cannot run on ``device``.
     """
     choice = wanted(op)
     if choice != "auto":
@@ -71,7 +71,7 @@ def backend_for(op: str, device: torch.device) -> str:
 
 
 def set_backend(backend: str, *ops: str) -> None:
-    """Chooses `backend` for the named ops (all ops if none is named) until changed again.
+    """Chooses ``backend`` for the named ops (all ops if none is named) until changed again.
 
     Raises:
         ValueError: unknown backend or op.
@@ -84,7 +84,7 @@ def set_backend(backend: str, *ops: str) -> None:
 
 @contextlib.contextmanager
 def use_backend(backend: str, *ops: str) -> Iterator[None]:
-    """`set_backend` for the length of a `with` block; process-wide, not per thread."""
+    """``set_backend`` for the length of a ``with`` block; process-wide, not per thread."""
     before = dict(_choice)
     set_backend(backend, *ops)
     try:
@@ -95,7 +95,7 @@ def use_backend(backend: str, *ops: str) -> Iterator[None]:
 
 
 def report(device: torch.device | str | None = None) -> list[dict[str, str]]:
-    """One row per op: `op`, the `backend` of `device` now, what else is `available`, what is `missing` and why."""
+    """One row per op: ``op``, its ``backend`` on ``device`` now, what is ``available``, what is ``missing`` and why."""
     where = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     rows = []
     for op, targets in sorted(_implementations.items()):
@@ -111,7 +111,7 @@ def report(device: torch.device | str | None = None) -> list[dict[str, str]]:
 
 
 def row(op: str, chosen: str, reasons: dict[str, str]) -> dict[str, str]:
-    """A row of `report`; `reasons` is empty for what is available and says why for what is not."""
+    """A row of ``report``; ``reasons`` is empty for what is available and says why for what is not."""
     return {
         "op": op,
         "backend": chosen,
@@ -126,13 +126,13 @@ def interpreting() -> bool:
 
 
 def wanted(op: str) -> str:
-    """The backend asked for: `use_backend`, else the environment, else `auto`."""
+    """The backend asked for: ``use_backend``, else the environment, else ``auto``."""
     return _choice.get(op) or _choice.get("*") or _from_environment(os.environ.get(ENV, "")).get(op, "auto")
 
 
 @functools.lru_cache(maxsize=8)
 def _from_environment(text: str) -> dict[str, str]:
-    """`triton`, or `attention=reference,flow_step=triton`, or both: `triton,attention=reference`."""
+    """``triton``, or ``attention=reference,flow_step=triton``, or both: ``triton,attention=reference``."""
     choice: dict[str, str] = {}
     for item in filter(None, (part.strip() for part in text.split(","))):
         op, _, backend = item.rpartition("=")
@@ -153,7 +153,7 @@ def _check(backend: str, ops: tuple[str, ...]) -> None:
 
 
 def _why_not(op: str, backend: str, device: torch.device) -> str:
-    """Empty if `backend` can run `op` on `device`, else the reason."""
+    """Empty if ``backend`` can run ``op`` on ``device``, else the reason."""
     if backend not in _implementations[op]:
         return f"the op has only {', '.join(_implementations[op])}"
     if backend == "reference":
@@ -165,7 +165,7 @@ def _why_not(op: str, backend: str, device: torch.device) -> str:
     if backend != "cpp" and device.type != "cuda" and not (backend == "triton" and interpreting()):
         return f"it needs a CUDA tensor, got one on '{device.type}'"
     if backend in ("cpp", "cuda"):
-        from geoalign_kernels import native  # not above: `python -m geoalign_kernels.native` imports this package first
+        from geoalign_kernels import native  # not above: ``-m geoalign_kernels.native`` imports this package first
 
         return native.obstacle(device.type)
     return ""
@@ -178,10 +178,10 @@ def _load(target: str) -> Callable[..., Any]:
 
 
 def run(op: str, device: torch.device, args: tuple[Any, ...]) -> Any:
-    """Calls the implementation of `op`; what `auto` picked may decline its input in favour of the reference.
+    """Calls the implementation of ``op``; what ``auto`` picked may decline its input in favour of the reference.
 
     Raises:
-        BackendUnavailableError: as `backend_for`.
+        BackendUnavailableError: as ``backend_for``.
         UnsupportedInput: a backend chosen by name cannot take these inputs.
     """
     capture.record(op, args)

@@ -2,7 +2,7 @@
 
     python -m geoalign_kernels.native build
 
-The library is kept in `GEOALIGN_KERNELS_CACHE` (default `~/.cache/geoalign_kernels`) under a name that hashes the
+The library is kept in ``GEOALIGN_KERNELS_CACHE`` (default ``~/.cache/geoalign_kernels``) under a name that hashes the
 sources, the flags, torch's major.minor version, the architecture and the compilers, so a change of any of them builds
 anew, and says whether it has a CUDA part. A machine that lacks a compiler takes a library of the same sources, flags
 and torch that was built elsewhere: it holds code for all CPUs of its architecture. A file lock makes processes that
@@ -44,7 +44,7 @@ class NativeBuildError(RuntimeError):
 
 
 def source_folder() -> Path:
-    """`csrc` of a checkout, or its copy inside an installed wheel.
+    """``csrc`` of a checkout, or its copy inside an installed wheel.
 
     Raises:
         NativeBuildError: neither exists.
@@ -57,7 +57,7 @@ def source_folder() -> Path:
 
 
 def compiler() -> str:
-    """Path of the C++ compiler: `CXX`, else g++, else clang++.
+    """Path of the C++ compiler: ``CXX``, else g++, else clang++.
 
     Raises:
         NativeBuildError: none is found.
@@ -89,7 +89,7 @@ def cuda_compiler() -> str:
 
 
 def compile_cubin(target: str, out: Path) -> str:
-    """Compiles the CUDA kernel for one of `TARGETS` to `out`, no device needed; returns ptxas's resource report.
+    """Compiles the CUDA kernel for one of ``TARGETS`` to ``out``, no device needed; returns ptxas's resource report.
 
     Raises:
         NativeBuildError: no nvcc, or it fails.
@@ -136,13 +136,13 @@ def obstacle(device: str) -> str:
 
 
 def load(device: str = "cpu") -> Path:
-    """Builds where needed and registers `torch.ops.geoalign_native` in this process, once.
+    """Builds where needed and registers ``torch.ops.geoalign_native`` in this process, once.
 
     Args:
         device: type of the tensors that it must take, "cpu" or "cuda".
 
     Raises:
-        NativeBuildError: as `build`; or the library does not load into this torch, or holds no CUDA part.
+        NativeBuildError: as ``build``; or the library does not load into this torch, or holds no CUDA part.
     """
     library, error = _load()
     if library is None:
@@ -210,7 +210,7 @@ def _run(command: Sequence[str]) -> str:
 
 def _built_elsewhere(kind: str = "*") -> Path | None:
     """The newest library of the same sources, flags, torch and architecture, whatever compiled it; those with a CUDA
-    part first, `kind` "cuda" takes no others."""
+    part first, ``kind`` "cuda" takes no others."""
     stem = f"{_stem()}-"
     found = [
         (path.name.startswith(f"{stem}cuda-"), path.stat().st_mtime, path)
@@ -247,7 +247,7 @@ def _lock(path: Path) -> Iterator[None]:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """`build` compiles into the cache and prints the library's path; exit code 1 with the reason if it cannot."""
+    """``build`` compiles into the cache and prints the library's path; exit code 1 with the reason if it cannot."""
     parser = argparse.ArgumentParser(
         prog="python -m geoalign_kernels.native", description="Native code of the kernels."
     )

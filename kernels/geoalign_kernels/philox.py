@@ -13,7 +13,7 @@ Output words o0..o3 of block k give the normals of elements 4k..4k+3 by Box-Mull
     z0, z1 = sqrt(-2 ln u(o0)) * (cos, sin)(2 pi u(o1))        z2, z3 likewise from (o2, o3)
 
 The integer words are equal bit for bit on every device. The normals are evaluated in float64 and rounded once here, in
-float32 in the Triton kernel: they agree to `NORMAL_ATOL`.
+float32 in the Triton kernel: they agree to ``NORMAL_ATOL``.
 """
 
 from __future__ import annotations
@@ -25,11 +25,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-STREAM_SDE = 0
-STREAM_INITIAL = 1
-STREAM_DATA = 2
-STREAM_TRAJECTORY = 3
-STREAM_EVALUATION = 4
+from geoalign_kernels import streams
 
 ROUND_MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
 KEY_INCREMENTS = (0x9E3779B9, 0xBB67AE85)
@@ -42,7 +38,7 @@ MASK32 = 0xFFFFFFFF
 
 @dataclass(frozen=True, slots=True)
 class NoiseKey:
-    """Names one noise tensor; `group` and `sample` are global ids inside the iteration.
+    """Names one noise tensor; ``group`` and ``sample`` are global ids inside the iteration.
 
     Attributes:
         seed: run seed; its low 32 bits count.
@@ -50,7 +46,7 @@ class NoiseKey:
         group: id of the condition, an int or an int tensor [B].
         sample: id of the rollout in its group, an int or an int tensor [B]. Use 0 for noise shared by a group.
         step: step index of the sampler, 0 <= step < 2^16.
-        stream: purpose of the numbers (`STREAM_*`), 0 <= stream < 2^16.
+        stream: purpose of the numbers (``streams``), 0 <= stream < 2^16.
     """
 
     seed: int
@@ -58,7 +54,7 @@ class NoiseKey:
     group: Tensor | int
     sample: Tensor | int
     step: int
-    stream: int = STREAM_SDE
+    stream: int = streams.SDE
 
     def __post_init__(self) -> None:
         for name, value, bits in (
@@ -75,7 +71,7 @@ class NoiseKey:
         return self.seed & MASK32, self.iteration, self.step + (self.stream << 16)
 
     def lanes(self, batch: int | None = None) -> tuple[Tensor, Tensor]:
-        """`(group, sample)` as two int64 tensors [B]; B is `batch` or what the two broadcast to.
+        """``(group, sample)`` as two int64 tensors [B]; B is ``batch`` or what the two broadcast to.
 
         Raises:
             ValueError: the ids do not broadcast to [batch].
@@ -135,9 +131,9 @@ def philox_normal(
     batch: int | None = None,
     device: torch.device | str | None = None,
 ) -> Tensor:
-    """Standard normals, float32 [B, *shape_per_sample]; B as in `NoiseKey.lanes`.
+    """Standard normals, float32 [B, *shape_per_sample]; B as in ``NoiseKey.lanes``.
 
-    Element e of a sample is the e-th in row-major order of `shape_per_sample`.
+    Element e of a sample is the e-th in row-major order of ``shape_per_sample``.
     """
     count = math.prod(shape_per_sample)
     words = philox_blocks(-(-count // 4), key, batch)

@@ -1,7 +1,7 @@
 """Registers ops with torch.library: eager, autograd, torch.compile and checkpoint policies all see one opaque op.
 
-`Library.define/impl` is used rather than `torch.library.custom_op`, whose wrapper costs about three times the call
-overhead, and rather than `triton_op`, which cannot compile on a machine without a GPU.
+``Library.define/impl`` is used rather than ``torch.library.custom_op``, whose wrapper costs about three times the call
+overhead, and rather than ``triton_op``, which cannot compile on a machine without a GPU.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ library = torch.library.Library(NAMESPACE, "DEF")
 
 
 def on_device(device: torch.device, function: Callable[..., Any], *args: Any) -> Any:
-    """`function(*args)` with `device` as the current one: Triton launches there, wherever its operands lie."""
+    """``function(*args)`` with ``device`` as the current one: Triton launches there, wherever its operands lie."""
     if device.type != "cuda" or device.index == torch.cuda.current_device():
         return function(*args)
     with torch.cuda.device(device):
@@ -33,10 +33,10 @@ def define(
     backward: Callable[..., Any] | None = None,
     setup_context: Callable[..., None] | None = None,
 ) -> None:
-    """Defines `geoalign::name` for CPU and CUDA; `dispatch` chooses the implementation at each call.
+    """Defines ``geoalign::name`` for CPU and CUDA; ``dispatch`` chooses the implementation at each call.
 
-    The first tensor argument decides the device. `backward` and `setup_context` are those of
-    `torch.library.register_autograd`.
+    The first tensor argument decides the device. ``backward`` and ``setup_context`` are those of
+    ``torch.library.register_autograd``.
     """
     library.define(f"{name}{schema}", tags=(torch.Tag.pt2_compliant_tag,))
 

@@ -16,7 +16,7 @@ def assert_matches_reference(
     """Requires max|actual - truth| <= factor * max|eager - truth| + floor(dtype) * sqrt(terms) * max(1, max|truth|).
 
     Args:
-        actual: result under test. truth: the same in float64. eager: the same by plain torch in the dtype of `actual`.
+        actual: result under test. truth: the same in float64. eager: the same by plain torch, dtype of ``actual``.
         name: what to call it in the message.
         factor: 2 for outputs, 3 for gradients.
         terms: number of summed terms; rounding errors of a sum grow with its square root.
@@ -60,7 +60,7 @@ def assert_gradients_match(actual: Sequence[Tensor], truth: Sequence[Tensor], *,
 def run_with_gradients(
     function: Callable[..., Tensor | Sequence[Tensor]], inputs: Sequence[Tensor], seed: int = 0
 ) -> tuple[list[Tensor], list[Tensor]]:
-    """(outputs, gradients to `inputs`) for fixed random output gradients."""
+    """(outputs, gradients to ``inputs``) for fixed random output gradients."""
     leaves = [t.detach().clone().requires_grad_() for t in inputs]
     result = function(*leaves)
     outputs = [result] if isinstance(result, Tensor) else list(result)

@@ -1,7 +1,9 @@
 """Tiles of the row kernels: a program holds a few rows whole, in float32, as a tuple of chunks.
 
-A row of D elements is `chunks` pieces of `chunk` columns, the largest power of two that divides D: 1536 = 3 x 512 keeps
-every lane busy, where one padded tile of 2048 would idle a quarter of them.
+A row of D elements is ``chunks`` pieces of ``chunk`` columns, the largest power of two that divides D: 1536 = 3 x 512
+keeps every lane busy, where one padded tile of 2048 would idle a quarter of them.
+
+Shapes in the bodies: R rows and C columns of a chunk; a row is a tuple of chunks ``[R, C]``.
 """
 
 from __future__ import annotations
@@ -24,7 +26,7 @@ LANE_ELEMENTS = 8  # one 16-byte access of bf16 per lane
 
 
 class RowPlan(NamedTuple):
-    """How a row kernel tiles: `rows` x `chunk` elements a step, `chunks` steps a row."""
+    """How a row kernel tiles: ``rows`` x ``chunk`` elements a step, ``chunks`` steps a row."""
 
     rows: int
     chunk: int
@@ -32,7 +34,7 @@ class RowPlan(NamedTuple):
     warps: int
 
     def grid(self, tokens: int, batch: int) -> tuple[int, int]:
-        """Programs of a launch, each over `rows` tokens of one sample."""
+        """Programs of a launch, each over ``rows`` tokens of one sample."""
         return -(-tokens // self.rows), batch
 
     @property
@@ -45,10 +47,10 @@ class RowPlan(NamedTuple):
 
 
 def plan_rows(width: int, multiple_of: int = 1) -> RowPlan:
-    """Tile for rows of `width` elements whose chunks must hold whole groups of `multiple_of` (a head).
+    """Tile for rows of ``width`` elements whose chunks must hold whole groups of ``multiple_of`` (a head).
 
     Raises:
-        UnsupportedInput: `width` has no power-of-two divisor that fits.
+        UnsupportedInput: ``width`` has no power-of-two divisor that fits.
     """
     chunk = min(width & -width, MAX_CHUNK)
     chunks = width // chunk
@@ -120,6 +122,25 @@ def row_covariance(x, x_mean, y, y_mean, WIDTH: tl.constexpr):
 
 
 @triton.jit
+def norm_gradient(
+    Grad, x, Scale, b, s, ok, grad_strides, scale_stride, eps,
+    WIDTH: tl.constexpr, ROWS: tl.constexpr, CHUNK: tl.constexpr, CHUNKS: tl.constexpr,
+):  # fmt: skip
+    """Gradient to the rows x of their modulated LayerNorm, as a tuple of chunks."""
+    grads = ()
+    for c in tl.static_range(CHUNKS):
+        scale = load_vector(Scale + b * scale_stride, c, ROWS, CHUNK)
+        grads = grads + (load_chunk(Grad, b, s, ok, grad_strides, c, CHUNK) * (1.0 + scale),)  # noqa: RUF005
+    mean, grad_mean = row_mean(x, WIDTH), row_mean(grads, WIDTH)
+    inverse = tl.rsqrt(row_covariance(x, mean, x, mean, WIDTH) + eps)
+    slope = row_covariance(x, mean, grads, grad_mean, WIDTH) * inverse * inverse  # [R, 1]
+    result = ()
+    for c in tl.static_range(CHUNKS):
+        result = result + (inverse * (grads[c] - grad_mean - (x[c] - mean) * slope),)  # noqa: RUF005
+    return result
+
+
+@triton.jit
 def norm_backward(
     DY, X, DX, Weight, weight_sum, angles, dangles, b, s, ok, dy_strides, x_strides, dx_strides, eps,
     WEIGHT: tl.constexpr, ANGLES: tl.constexpr,
@@ -130,10 +151,10 @@ def norm_backward(
     inverse = tl.rsqrt(row_covariance(x, 0.0, x, 0.0, WIDTH) + eps)
     grads, weight_sums, angle_sums = (), (), ()
     for c in tl.static_range(CHUNKS):
-        dz = load_chunk(DY, b, s, ok, dy_strides, c, CHUNK)
+        dz = load_chunk(DY, b, s, ok, dy_strides, c, CHUNK)  # [R, C]
         weight = load_vector(Weight, c, ROWS, CHUNK)
         if len(angles) > 0:
-            sine, cosine = sincos(angles[c])
+            sine, cosine = sincos(angles[c])  # [R, C/2] each
             dz = rotate(dz, cosine, -sine, ROWS, CHUNK)
         if ANGLES:
             angle_sums = angle_sums + (dangles[c] + cross_pairs(x[c] * inverse * weight, dz, ROWS, CHUNK),)  # noqa: RUF005
@@ -141,7 +162,7 @@ def norm_backward(
             weight_sums = weight_sums + (weight_sum[c] + dz * x[c] * inverse,)  # noqa: RUF005
         grads = grads + (dz * weight,)  # noqa: RUF005
     if DX is not None:
-        slope = row_covariance(x, 0.0, grads, 0.0, WIDTH) * inverse * inverse
+        slope = row_covariance(x, 0.0, grads, 0.0, WIDTH) * inverse * inverse  # [R, 1]
         for c in tl.static_range(CHUNKS):
             store_chunk(DX, inverse * (grads[c] - x[c] * slope), b, s, ok, dx_strides, c, CHUNK)
     return weight_sums, angle_sums

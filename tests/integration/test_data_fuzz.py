@@ -13,11 +13,12 @@ import pytest
 import torch
 
 from geoalign.config.data import TrajectoriesConfig
-from geoalign.data.citywalk import read_clip_camera, write_clip_camera
 from geoalign.data.omniworld import load_scene, split_record, write_archive
 from geoalign.data.tally import Tally
 from geoalign.data.video import PyAVReader, read_video, write_video
 from geoalign.errors import DataError
+from geoalign.geometry.cameras.camera_file import write_clip_camera
+from geoalign.geometry.cameras.door import open_camera
 from geoalign.geometry.trajectory import CameraTrajectory
 
 LENS = (0.8, 0.8 * 64 / 48, 0.5, 0.5)
@@ -45,7 +46,11 @@ def read_archive(path: Path) -> None:
 
 CASES: dict[str, tuple[int, Callable[[Path], None], Callable[[Path], object]]] = {
     "clip.mp4": (220, make_video, read_frames),
-    "camera.npz": (140, lambda path: write_clip_camera(path, PATH, (48, 64)), lambda p: read_clip_camera(p, (48, 64))),
+    "camera.npz": (
+        140,
+        lambda path: write_clip_camera(path, PATH, (48, 64)),
+        lambda p: open_camera(p, image_size=(48, 64)),
+    ),
     "0123456789ab_others.tar.gz": (
         140,
         lambda path: write_archive(path, [split_record(PATH, image_size=(48, 64))], fps=24),

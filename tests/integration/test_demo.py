@@ -11,10 +11,10 @@ import time
 from pathlib import Path
 
 import pytest
+from seams import seam_ratio
 
 from geoalign.io_utils import read_jsonl
-from geoalign.models.codec import seam_ratio
-from geoalign.policy.files import load_policy
+from geoalign.policy.open import describe, open_policy
 
 ROOT = Path(__file__).parents[2]
 
@@ -93,17 +93,17 @@ def test_shipped_base_is_what_it_says() -> None:
     from geoalign.config.load import load_config
     from geoalign.config.schema import Config
     from geoalign.jobs.evaluate import HeldOut, evaluate
+    from geoalign.report.held_out import present_names
 
     path = ROOT / "geoalign" / "_assets" / "tiny_base.safetensors"
     assert path.stat().st_size < 3e6
-    policy, notes = load_policy(Path("builtin:tiny_base"))
+    policy, notes = open_policy("builtin:tiny_base"), describe("builtin:tiny_base").notes
     assert notes["command"] and notes["seed"] == 11 and notes["pretrain"]["translation_bias"] == [0.34, 0.35]
     config = load_config(Config, "tiny_cpu")
-    assert config.world is not None
-    result = evaluate(policy, config.flow, HeldOut.build(config.world, config.eval), config.eval)
+    result = evaluate(policy, config, HeldOut.build(config))
     for kind, video in result.videos.items():
         assert seam_ratio(video[:, 1:], config.codec.patch) <= 1.15, kind
-        for metric, values in notes["held_out"][kind].items():
+        for metric, values in present_names(notes["held_out"][kind]).items():
             # Another CPU rounds differently: pictures differ in the last bits, errors by far less than 2 %.
             assert torch.allclose(
                 torch.tensor(result.numbers[kind][metric]), torch.tensor(values), rtol=0.02, atol=0.01
@@ -113,9 +113,9 @@ def test_shipped_base_is_what_it_says() -> None:
 def test_a_short_pretraining_writes_a_policy(tmp_path: Path) -> None:
     done = geoalign("pretrain", "--config", "smoke", "--out", "base.safetensors", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
-    policy, notes = load_policy(tmp_path / "base.safetensors")
+    policy, notes = open_policy(tmp_path / "base.safetensors"), describe(tmp_path / "base.safetensors").notes
     assert notes["pretrain"]["steps"] == 20 and policy.codec.latent_channels == 43
-    done = geoalign("evaluate", "--config", "smoke", "--policy", "base.safetensors", "--json", "e.json", cwd=tmp_path)
+    done = geoalign("evaluate", "--config", "smoke", "--model", "base.safetensors", "--json", "e.json", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert json.loads((tmp_path / "e.json").read_text())["held_out"] == notes["held_out"]
 

@@ -6,32 +6,26 @@ import json
 import os
 import signal
 import subprocess
-import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 from geoalign.io_utils import read_jsonl
-from geoalign.policy.files import load_policy
+from geoalign.policy.open import open_policy
 from geoalign.training.checkpoint import list_checkpoints
 
-ROOT = Path(__file__).parents[2]
-PATHS = os.pathsep.join(str(ROOT / part) for part in ("", "kernels", "tests/support"))
+Launch = Callable[..., subprocess.Popen[str]]
 
 
-def launch(processes: int, *command: str, folder: Path) -> subprocess.Popen[str]:
-    launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"] if processes > 1 else []
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": PATHS, "PYTHONFAULTHANDLER": "1"}
-    return subprocess.Popen(
-        [sys.executable, *launcher, *command],
-        cwd=folder, env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-    )  # fmt: skip
+@pytest.fixture
+def train(launch: Launch) -> Launch:
+    def start(folder: Path, processes: int, *settings: str) -> subprocess.Popen[str]:
+        command = ("-m", "geoalign", "train", "--config", "smoke", f"run.dir={folder}", *settings)
+        return launch(processes, *command, folder=folder.parent)
 
-
-def train(folder: Path, processes: int, *settings: str) -> subprocess.Popen[str]:
-    command = ("-m", "geoalign", "train", "--config", "smoke", f"run.dir={folder}", *settings)
-    return launch(processes, *command, folder=folder.parent)
+    return start
 
 
 def wait_for(path: Path, process: subprocess.Popen[str]) -> None:
@@ -53,9 +47,9 @@ CHECKS = [
 
 
 @pytest.mark.parametrize(
-    "device", [pytest.param("cpu", marks=pytest.mark.dist), pytest.param("cuda", marks=pytest.mark.multigpu)]
+    "device", [pytest.param("cpu", marks=pytest.mark.dist(groups=1)), pytest.param("cuda", marks=pytest.mark.multigpu)]
 )
-def test_every_engine_and_layout_equals_one_process(device: str, tmp_path: Path) -> None:
+def test_every_engine_and_layout_equals_one_process(device: str, launch: Launch, tmp_path: Path) -> None:
     checks = str(Path(__file__).with_name("rank_checks.py"))
     process = launch(2, checks, "--device", device, folder=tmp_path)
     output, _ = process.communicate(timeout=500)
@@ -63,8 +57,8 @@ def test_every_engine_and_layout_equals_one_process(device: str, tmp_path: Path)
     assert [line.split(":")[0] for line in output.splitlines() if line.startswith("ok ")] == CHECKS
 
 
-@pytest.mark.dist
-def test_a_run_of_two_processes_equals_that_of_one(tmp_path: Path) -> None:
+@pytest.mark.dist(groups=3)
+def test_a_run_of_two_processes_equals_that_of_one(train: Launch, tmp_path: Path) -> None:
     rows, held_out = {}, {}
     for name, processes, settings in (("1", 1, ()), ("2", 2, ()), ("fsdp", 2, ("parallel.engine=fsdp",))):
         process = train(tmp_path / name, processes, *settings)
@@ -73,7 +67,7 @@ def test_a_run_of_two_processes_equals_that_of_one(tmp_path: Path) -> None:
         assert output.count("held-out, mean over noise seeds") == output.count("report: ") == 1
         rows[name] = read_jsonl(tmp_path / name / "metrics.jsonl")
         held_out[name] = json.loads((tmp_path / name / "summary.json").read_text())["held_out"]["mean"]["after"]
-        policy, _ = load_policy(tmp_path / name / "policy.safetensors")
+        policy = open_policy(tmp_path / name / "policy.safetensors")
         assert not any(parameter.isnan().any() for parameter in policy.model.parameters())
     for name in ("2", "fsdp"):
         assert len(rows[name]) == len(rows["1"]) == 2
@@ -84,9 +78,11 @@ def test_a_run_of_two_processes_equals_that_of_one(tmp_path: Path) -> None:
         assert held_out[name]["translation_error_m"] == pytest.approx(held_out["1"]["translation_error_m"], rel=2e-2)
 
 
-@pytest.mark.dist
+@pytest.mark.dist(groups=2)
 @pytest.mark.parametrize("engine", ["ddp", "fsdp"])
-def test_a_killed_rank_ends_the_run_which_another_number_of_ranks_resumes(engine: str, tmp_path: Path) -> None:
+def test_a_killed_rank_ends_the_run_which_another_number_of_ranks_resumes(
+    engine: str, train: Launch, tmp_path: Path
+) -> None:
     folder = tmp_path / "run"
     process = train(folder, 2, "train.iterations=4000", "train.rank_timeout_s=20", f"parallel.engine={engine}")
     wait_for(folder / "checkpoints" / "step_000002", process)
@@ -102,8 +98,8 @@ def test_a_killed_rank_ends_the_run_which_another_number_of_ranks_resumes(engine
     assert [row["iteration"] for row in read_jsonl(folder / "metrics.jsonl")] == list(range(done + 1))
 
 
-@pytest.mark.dist
-def test_a_hung_rank_ends_the_run_with_a_message(tmp_path: Path) -> None:
+@pytest.mark.dist(groups=1)
+def test_a_hung_rank_ends_the_run_with_a_message(train: Launch, tmp_path: Path) -> None:
     folder = tmp_path / "run"
     process = train(folder, 2, "train.iterations=4000", "train.rank_timeout_s=5")
     wait_for(folder / "checkpoints" / "step_000001", process)
@@ -120,8 +116,8 @@ def test_a_hung_rank_ends_the_run_with_a_message(tmp_path: Path) -> None:
     assert process.returncode != 0 and "rank 0 of 2: another rank died or hangs" in output, output[-3000:]
 
 
-@pytest.mark.dist
-def test_a_stop_signal_to_all_ranks_leaves_a_checkpoint_of_the_last_iteration(tmp_path: Path) -> None:
+@pytest.mark.dist(groups=1)
+def test_a_stop_signal_to_all_ranks_leaves_a_checkpoint_of_the_last_iteration(train: Launch, tmp_path: Path) -> None:
     folder = tmp_path / "run"
     process = train(folder, 2, "train.iterations=4000", "train.checkpoint_every=1000")
     wait_for(folder / "metrics.jsonl", process)

@@ -72,8 +72,8 @@ def test_nan_from_the_policy_masks_one_sample(place: str, levers: dict[str, Any]
     original = getattr(RetakePolicy, name)
     trainer, seen = trainer_with({"b": Brightness()}, **levers), []
 
-    def poisoned(self: RetakePolicy, x: Tensor, timestep: Tensor, prepared: Any) -> Any:
-        velocity = original(self, x, timestep, prepared)
+    def poisoned(self: RetakePolicy, x: Tensor, timestep: Tensor, precomputed: Any) -> Any:
+        velocity = original(self, x, timestep, precomputed)
         seen.append(len(x))
         # In one batch: the first forward of all rows. One by one: a group shares prefix and first window step, so the
         # fourth call is the window of row 2, and the sixth the tail of row 1.

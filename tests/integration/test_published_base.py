@@ -16,7 +16,7 @@ from geoalign.jobs.train import run_training
 from geoalign.models.dit import RetakeDiT
 from geoalign.models.layouts import is_self_attention
 from geoalign.policy.formats import save_pretrained, save_safetensors
-from geoalign.policy.open import open_model
+from geoalign.policy.open import describe
 from geoalign.training.checkpoint import list_checkpoints, load_checkpoint
 
 MODEL = {
@@ -74,7 +74,7 @@ def test_a_run_starts_from_base_and_delta_and_leaves_a_delta(weights: Path, tmp_
     assert min(moved) > 5e-4 and max(moved) < 5e-3
     saved = load_checkpoint(list_checkpoints(tmp_path / "run" / "checkpoints")[-1], config="", allow_config_change=True)
     assert all(torch.equal(found[name], value) for name, value in saved.snapshot.values.items())
-    model, _ = open_model(weights / "base", result, dtype=None)
+    model, _ = describe(weights / "base", result).network(dtype=None)
     assert all(torch.equal(model.state_dict()[name], value) for name, value in found.items())
     exported = tmp_path / "exported.safetensors"
     command = ["export", "--format", "redirector", "--dtype", "bfloat16", "--out", str(exported)]

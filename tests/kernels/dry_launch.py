@@ -3,7 +3,8 @@
     python tests/kernels/dry_launch.py 90        a JSON line per case: its name, what failed, and its launches
 
 The launchers specialise on values as Triton does at a launch: an argument that is 1 becomes a constant, one divisible
-by 16 is known to be. The production types of `static_check` do not show these. Only the launch itself is left out.
+by 16 is known to be. The production types of `geoalign_kernels.static` do not show these. Only the launch itself is
+left out.
 """
 
 from __future__ import annotations

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from geoalign_kernels.static_check import SHARED_LIMIT
+from geoalign_kernels.static.check import SHARED_LIMIT
 
 ROOT = Path(__file__).parents[2]
 

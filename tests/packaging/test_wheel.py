@@ -73,7 +73,7 @@ def test_the_installed_command_works_from_anywhere(python: Path, place: str, tmp
     cwd = tmp_path if place == "elsewhere" else ROOT
     code = "import geoalign, geoalign_kernels, pathlib; print(pathlib.Path(geoalign_kernels.__file__).parent)"
     assert "site-packages" in run(python, cwd, "-c", code)
-    assert "name: tiny_cpu" in run(python, cwd, "-m", "geoalign", "config", "print", "tiny_cpu")
+    assert "name: tiny_cpu" in run(python, cwd, "-m", "geoalign", "config", "print", "--config", "tiny_cpu")
 
 
 def test_the_installed_demo_trains_from_another_folder(python: Path, tmp_path: Path) -> None:

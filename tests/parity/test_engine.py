@@ -23,7 +23,7 @@ from geoalign.perf.budget import Plan, Walk, count_passes
 from geoalign.rl.objective import loss_weights
 from geoalign.training.engines.replicated import ReplicatedEngine
 from geoalign.training.learner import Learner
-from geoalign.training.processes.ranks import LocalRanks, Placement, Ranks
+from geoalign.training.processes.ranks import LocalRanks, RankRows, Ranks
 from geoalign.training.reference import ReferencePolicy
 from geoalign.training.streaming import RowGradients, StreamingBackward
 
@@ -56,18 +56,19 @@ class Toy(nn.Module):
         self.inner = nn.Parameter(torch.randn(8, 8, generator=generator, dtype=torch.float64) / 3)
         self.gain = nn.Parameter(torch.randn(8, generator=generator, dtype=torch.float64))
 
-    def prepare(self, conditioning: Shift) -> Shift:
+    def precompute(self, conditioning: Shift) -> Shift:
         return conditioning
 
-    def velocity(self, x: Tensor, timestep: Tensor, prepared: Shift) -> Tensor:
-        shift = torch.tanh(prepared.value * self.gain)
+    def velocity(self, x: Tensor, timestep: Tensor, precomputed: Shift) -> Tensor:
+        shift = torch.tanh(precomputed.value * self.gain)
         return torch.tanh(x @ self.inner + shift + timestep[:, None] / 1000) - 0.3 * x
 
 
 def learner_of(policy: Toy, objective: ObjectiveConfig | None = None, **changes: Any) -> Learner:
     trained = dict(policy.named_parameters())
     engine = ReplicatedEngine(trained, OptimConfig(grad_clip=1e9, lr=1e-30), LocalRanks(), torch.float64)
-    return Learner(policy, engine, LocalRanks(), objective or ObjectiveConfig(clip=1e-4), **changes)  # type: ignore[arg-type]
+    objective = objective or ObjectiveConfig(clip=1e-4)
+    return Learner(policy=policy, engine=engine, ranks=LocalRanks(), objective=objective, **changes)  # type: ignore[arg-type]
 
 
 def setting_of(buffers: str | None, rows_per_forward: int | None = None, share_prefix: bool = True) -> SimpleNamespace:
@@ -325,13 +326,13 @@ def test_sequences_that_do_not_divide_are_refused() -> None:
         SequenceParallel("none", 0, 4).layout(36, 36 + 45)
 
 
-def test_placement_covers_every_row_once() -> None:
+def test_ranks_cover_every_row_once() -> None:
     for conditions, size, world in ((8, 12, 2), (8, 12, 8), (2, 12, 8), (1, 12, 4)):
         ranks = [SimpleNamespace(data_rank=r, size=world, sequence=1, sequence_rank=0) for r in range(world)]
-        rows = torch.cat([Placement.of(conditions, size, rank).rows for rank in ranks])  # type: ignore[arg-type]
+        rows = torch.cat([RankRows.of(conditions, size, rank).rows for rank in ranks])  # type: ignore[arg-type]
         assert torch.equal(rows.sort().values, torch.arange(conditions * size))
     with pytest.raises(ConfigError, match="cannot be dealt"):
-        Placement.of(3, 12, SimpleNamespace(data_rank=0, size=2, sequence=1, sequence_rank=0))  # type: ignore[arg-type]
+        RankRows.of(3, 12, SimpleNamespace(data_rank=0, size=2, sequence=1, sequence_rank=0))  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("recompute", ["none", "keep_attention", "full"])

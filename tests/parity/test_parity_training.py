@@ -32,12 +32,12 @@ def test_ratio_is_one_bitwise_before_the_first_update(config: Config, sde: str) 
     table = build_step_table(flow, WindowSchedule(window, flow.steps)(0))
     sampler = FlowSampler(table, group_size=4, window_grad=True)
     batch = Conditions(config).batch(0, [0, 1])
-    prepared, groups = policy.prepare(policy.condition(batch)), torch.arange(2)
+    precomputed, groups = policy.precompute(policy.condition(batch)), torch.arange(2)
     noise = initial_noise(policy.latent_shape(batch), 0, 0, groups)
-    rollout = sampler.rollout(policy.velocity, prepared, noise, seed=0, iteration=0, group_ids=groups)
+    rollout = sampler.rollout(policy.velocity, precomputed, noise, seed=0, iteration=0, group_ids=groups)
     for position in range(3):
         for rows in sampler.replay_batches(rollout, position):
-            again = sampler.replay(policy.velocity, rollout, position, prepared, rows)
+            again = sampler.replay(policy.velocity, rollout, position, precomputed, rows)
             assert torch.equal(again.log_prob.detach(), rollout.log_prob[rows, position])
 
 
@@ -47,10 +47,13 @@ def test_shared_prefix_saves_forwards_and_changes_nothing(config: Config) -> Non
     policy = lively_policy(config)
     table = build_step_table(config.flow, WindowSchedule(config.window, config.flow.steps)(2))
     batch, groups = Conditions(config).batch(0, [0, 1]), torch.arange(2)
-    prepared, noise = policy.prepare(policy.condition(batch)), initial_noise(policy.latent_shape(batch), 0, 0, groups)
+    precomputed, noise = (
+        policy.precompute(policy.condition(batch)),
+        initial_noise(policy.latent_shape(batch), 0, 0, groups),
+    )
     shared, alone = (
         FlowSampler(table, 4, share_prefix=share, rows_per_forward=1).rollout(
-            policy.velocity, prepared, noise, seed=0, iteration=0, group_ids=groups
+            policy.velocity, precomputed, noise, seed=0, iteration=0, group_ids=groups
         )
         for share in (True, False)
     )
@@ -180,8 +183,8 @@ class TestFailures:
         trainer = trainer_of(generous)
         original, calls = RetakePolicy.fast_velocity, []
 
-        def poisoned(self, x, timestep, prepared):  # type: ignore[no-untyped-def]
-            velocity = original(self, x, timestep, prepared)
+        def poisoned(self, x, timestep, precomputed):  # type: ignore[no-untyped-def]
+            velocity = original(self, x, timestep, precomputed)
             calls.append(len(x))
             if len(x) == 8 and calls.count(8) == 1:  # the first tail step of all members: poison one of them
                 velocity.value[5] = float("nan")

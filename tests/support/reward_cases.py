@@ -125,7 +125,7 @@ def randomised(module: nn.Module, seed: int = 0) -> nn.Module:
 
 def pose_body(layout: PoseNetworkLayout, scenes: int = 2) -> Body:
     """MapAnything's captured body and normalised images ``[scenes, 3, 3, 168, 518]``."""
-    network = randomised(PoseNetwork(layout)).prepare(168, 518)
+    network = randomised(PoseNetwork(layout)).set_size(168, 518)
     images = torch.randn(scenes, 3, 3, 168, 518, generator=torch.Generator().manual_seed(1))
     return PoseBody(network), (images,)
 

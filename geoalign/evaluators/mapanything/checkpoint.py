@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
-from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 import torch
@@ -11,6 +9,7 @@ import torch
 from geoalign.errors import CheckpointError, RewardError, UsageError
 from geoalign.evaluators.mapanything.layout import HUB_IDS, LAYOUTS, PoseNetworkLayout
 from geoalign.evaluators.mapanything.network import PoseNetwork
+from geoalign.weights import Shapes, TensorFile, shapes_of
 
 SKIPPED_MODULES = (
     # Encoders of geometric inputs (rays, depth, poses): the reward feeds images only, and they then add exactly zero.
@@ -28,7 +27,6 @@ SKIPPED_MODULES = (
 """Top-level modules of the published network that the pose path does not read. Any other unknown tensor is an error."""
 
 WEIGHTS_NAME = "model.safetensors"
-_SHOWN = 5
 
 
 def find_weights(path: str | Path, layout_name: str) -> Path:
@@ -59,7 +57,7 @@ def load_pose_network(
     device: torch.device | str = "cpu",
     matrix_dtype: torch.dtype = torch.float32,
 ) -> PoseNetwork:
-    """Read published weights; the result is in eval mode, frozen, on ``device``, and needs ``prepare(height, width)``.
+    """Read published weights; the result is in eval mode, frozen, on ``device``, and needs ``set_size(height, width)``.
 
     Nothing is downloaded and no random weight is ever drawn: the network is built on the meta device.
 
@@ -76,50 +74,18 @@ def load_layout(
     weights: Path, layout: PoseNetworkLayout, *, device: torch.device | str, matrix_dtype: torch.dtype
 ) -> PoseNetwork:
     """Read a safetensors file in the published key layout into a network of any size (see ``load_pose_network``)."""
-    from safetensors import SafetensorError, safe_open
-
     with torch.device("meta"):
         network = PoseNetwork(layout).use_matrix_dtype(matrix_dtype)
     wanted = network.state_dict()
-    try:
-        with safe_open(weights, framework="pt", device="cpu") as file:
-            _check_keys(weights, {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}, wanted)  # noqa: SIM118
-            # Cast on the host: half the bytes cross the bus, and the device never holds both precisions.
-            loaded = {name: file.get_tensor(name).to(tensor.dtype).to(device) for name, tensor in wanted.items()}
-    except (SafetensorError, OSError) as error:
-        raise CheckpointError(f"{weights} cannot be read ({error}); delete it and download it again") from error
+    source = TensorFile(weights).renamed(lambda name: None if name.split(".", 1)[0] in SKIPPED_MODULES else name)
+    source.require(shapes_of(wanted), "does not fit", _layout_hint)
+    # Cast on the host: half the bytes cross the bus, and the device never holds both precisions.
+    loaded = {name: tensor.to(wanted[name].dtype).to(device) for name, tensor in source.items()}
     network.load_state_dict(loaded, strict=True, assign=True)
     return network.eval().requires_grad_(False)
 
 
-def _check_keys(weights: Path, found: Mapping[str, tuple[int, ...]], wanted: Mapping[str, torch.Tensor]) -> None:
-    """Raise CheckpointError unless ``found`` is exactly ``wanted`` plus tensors of ``SKIPPED_MODULES``."""
-    missing = [name for name in wanted if name not in found]
-    extra = [name for name in found if name not in wanted and name.split(".", 1)[0] not in SKIPPED_MODULES]
-    reshaped = [
-        f"{name} {list(found[name])} (expected {list(tensor.shape)})"
-        for name, tensor in wanted.items()
-        if name in found and found[name] != tuple(tensor.shape)
-    ]
-    if not (missing or extra or reshaped):
-        return
-    problems = [
-        f"{len(names)} {label}: {_shorten(names)}"
-        for label, names in (("missing", missing), ("unknown", extra), ("of another shape", reshaped))
-        if names
-    ]
-    if missing and extra and (near := difflib.get_close_matches(missing[0], extra, n=1)):
-        problems.append(f"{missing[0]} may have been renamed to {near[0]}")
-    raise CheckpointError(f"{weights} does not fit: {'; '.join(problems)}. {_layout_hint(found)}")
-
-
-def _shorten(names: Iterable[str]) -> str:
-    names = list(names)
-    more = f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
-    return ", ".join(names[:_SHOWN]) + more
-
-
-def _layout_hint(found: Mapping[str, tuple[int, ...]]) -> str:
+def _layout_hint(found: Shapes) -> str:
     """Which released layout the tensors look like, judged by the encoder's width."""
     token = found.get("scale_token")
     for name, layout in LAYOUTS.items():

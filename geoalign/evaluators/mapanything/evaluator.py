@@ -130,7 +130,7 @@ class MapAnythingEvaluator:
         shown = self._view(video)
         if self._before is not None:
             self._before()
-        run = self._prepared(shown.size)
+        run = self._runner(shown.size)
         parts = [run(chunk.to(self.device)) for chunk in shown.inputs.split(self.scenes_per_forward)]
         out = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
         out = {name: value.to(video.device) for name, value in out.items()}
@@ -143,11 +143,11 @@ class MapAnythingEvaluator:
             diagnostics=out,
         )
 
-    def _prepared(self, size: tuple[int, int]) -> Body:
+    def _runner(self, size: tuple[int, int]) -> Body:
         """The body for images of this size; a new size replaces the old one and its graphs."""
         if self._size != size:
             if isinstance(self.network, PoseNetwork):
-                self.network.prepare(*size)
+                self.network.set_size(*size)
             body = PoseBody(self.network).to(self.device)
             exact = exactly(body)
             self._run = GraphedScorer(exact, body, self._memory.capture) if self.graphs else exact

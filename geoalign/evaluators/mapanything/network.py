@@ -5,7 +5,7 @@ published code. Only what the camera poses read is here: the dense head reads th
 images as the only input the geometric encoders contribute exactly zero. Parameter names are the published ones.
 
 The forward pass has static shapes, draws no random numbers and never waits for the device, so it can be captured in a
-CUDA graph. The position table is interpolated once per image size by :meth:`PoseNetwork.prepare`.
+CUDA graph. The position table is interpolated once per image size by :meth:`PoseNetwork.set_size`.
 """
 
 from __future__ import annotations
@@ -199,7 +199,7 @@ class ScaleHead(nn.Module):
 
 
 class PoseNetwork(nn.Module):
-    """Pose-only MapAnything. Load it (``checkpoint.load_pose_network``), ``prepare`` an image size, then call it."""
+    """Pose-only MapAnything. Load it (``checkpoint.load_pose_network``), ``set_size``, then call it."""
 
     def __init__(self, layout: PoseNetworkLayout) -> None:
         super().__init__()
@@ -213,7 +213,7 @@ class PoseNetwork(nn.Module):
         self.scale_head = ScaleHead(layout.trunk_width)
         self.register_buffer("position_table", torch.empty(0), persistent=False)
 
-    def prepare(self, height: int, width: int) -> PoseNetwork:
+    def set_size(self, height: int, width: int) -> PoseNetwork:
         """Interpolate the position table for images of ``height`` x ``width`` pixels; returns self.
 
         Raises UsageError when a side is not a multiple of the patch size.
@@ -236,13 +236,13 @@ class PoseNetwork(nn.Module):
         """Poses of B scenes with V views each.
 
         Args:
-            images: ``[B, V, 3, H, W]`` float32, ImageNet-normalised, of the prepared size; view 0 is the reference.
+            images: ``[B, V, 3, H, W]`` float32, ImageNet-normalised, of the size set; view 0 is the reference.
         """
         batch, views, _, height, width = images.shape
         tokens = 1 + (height // self.patch) * (width // self.patch)
         if self.position_table.shape[1:2] != (tokens,):
             raise UsageError(
-                f"the pose network is not prepared for {height} x {width} images; call prepare(height, width)"
+                f"the pose network is set to another size than {height} x {width}; call set_size(height, width)"
             )
         features = self.encoder.model(images.flatten(0, 1), self.position_table).view(batch, views, tokens, -1)
         fused = self.fusion_norm_layer(features[:, :, 1:])

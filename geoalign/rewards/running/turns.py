@@ -1,4 +1,4 @@
-"""When and where the rewards of a batch run; every placement gives equal scores.
+"""When and where the rewards of a batch run; all of them give equal scores.
 
 Rewards in the training process run in turn, so they may share a pose estimate and a memory pool. Rewards elsewhere (in
 worker processes) begin first and are collected last. All of them may run beside the decoding of the next videos: on a

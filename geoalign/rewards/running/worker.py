@@ -43,7 +43,7 @@ class WorkerReward:
         timeout_s: longest time per batch in seconds, start-up (imports, weights) excluded: that may take 600 s.
 
     Attributes:
-        elsewhere: it waits for another process, so its caller may do other work meanwhile (see ``placement``).
+        elsewhere: it waits for another process, so its caller may do other work meanwhile (see ``turns``).
     """
 
     elsewhere = True
@@ -97,7 +97,7 @@ class WorkerReward:
 
     def _launch(self) -> None:
         self._kill()
-        root = str(Path(__file__).parents[2])
+        root = str(Path(__file__).parents[3])
         path = os.pathsep.join(filter(None, (root, str(Path(root) / "kernels"), os.environ.get("PYTHONPATH"))))
         try:
             self._process = subprocess.Popen(

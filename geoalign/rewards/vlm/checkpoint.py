@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import pickle
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -12,41 +11,30 @@ from torch import Tensor, nn
 from geoalign.errors import CheckpointError, RewardError
 from geoalign.rewards.vlm.body import RewardQwen
 from geoalign.rewards.vlm.layout import QwenLayout
+from geoalign.weights import TensorFile, require, shapes_of
 
 PEFT_PREFIX = "base_model.model."
 # The language head is never run: the reward head reads hidden states.
 DROPPED = ("lm_head.weight",)
 _BASE, _DOWN, _UP = ".base_layer.", ".lora_A.default.weight", ".lora_B.default.weight"
-_SHOWN = 5
 
 
 def read_tensors(path: str | Path, download: str) -> dict[str, Tensor]:
-    """Read ``.safetensors`` or a ``.pth`` of plain tensors (no code is run), memory-mapped where possible.
+    """All tensors of a ``.safetensors`` or ``.pth`` file (no code is run), memory-mapped.
 
     Raises RewardError naming the ``download`` command when the file is missing, CheckpointError when it is unreadable.
     """
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
-
     file = Path(path).expanduser()
     if not file.is_file():
         raise RewardError(f"reward weights not found at {file}. On a machine with a network run: {download}")
-    try:
-        if file.suffix == ".safetensors":
-            return load_file(file)
-        state = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
-    except (SafetensorError, OSError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
-        raise CheckpointError(f"{file} cannot be read ({error}); delete it and download it again") from error
-    if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
-        raise CheckpointError(f"{file} is no plain state dict of tensors")
-    return state
+    return dict(TensorFile(file).items())
 
 
 def strip_prefix(state: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
     """Remove ``prefix`` from every key; a key without it is an error."""
     strangers = [name for name in state if not name.startswith(prefix)]
     if strangers:
-        raise CheckpointError(f"{len(strangers)} keys lack the prefix {prefix!r}: {_shorten(strangers)}")
+        raise CheckpointError(f"{len(strangers)} keys lack the prefix {prefix!r}: {', '.join(strangers[:3])}")
     return {name[len(prefix) :]: tensor for name, tensor in state.items()}
 
 
@@ -65,7 +53,7 @@ def fold_lora(state: Mapping[str, Tensor], scale: float) -> dict[str, Tensor]:
             stem = name.removesuffix(_DOWN).removesuffix(_UP)
             lost = [stem + part for part in (_BASE + "weight", _DOWN, _UP) if stem + part not in state]
             if lost:
-                raise CheckpointError(f"incomplete low-rank update of {stem}: {_shorten(lost)} missing")
+                raise CheckpointError(f"incomplete low-rank update of {stem}: {', '.join(lost)} missing")
         elif name.endswith(_BASE + "weight"):
             stem = name.removesuffix(_BASE + "weight")
             if stem + _DOWN not in state or stem + _UP not in state:
@@ -97,26 +85,9 @@ def load_scorer(
     with torch.device("meta"):
         network = RewardQwen(layout, head).use_matrix_dtype(matrix_dtype)
     wanted = network.state_dict()
-    _check_keys(source, state, wanted)
+    found = shapes_of(state)
+    expected = shapes_of(wanted) | {name: found.get(name, ()) for name in DROPPED}  # must be there, in any shape
+    require(source, found, expected, "does not fit", lambda _: "Download the published file again.")
     loaded = {name: state[name].to(tensor.dtype).to(device) for name, tensor in wanted.items()}
     network.load_state_dict(loaded, strict=True, assign=True)
     return network.eval().requires_grad_(False)
-
-
-def _check_keys(source: str | Path, found: Mapping[str, Tensor], wanted: Mapping[str, Tensor]) -> None:
-    missing = [name for name in (*wanted, *DROPPED) if name not in found]
-    extra = [name for name in found if name not in wanted and name not in DROPPED]
-    reshaped = [
-        f"{name} {list(found[name].shape)} (expected {list(tensor.shape)})"
-        for name, tensor in wanted.items()
-        if name in found and found[name].shape != tensor.shape
-    ]
-    groups = (("missing", missing), ("unknown", extra), ("of another shape", reshaped))
-    problems = [f"{len(names)} {label}: {_shorten(names)}" for label, names in groups if names]
-    if problems:
-        raise CheckpointError(f"{source} does not fit: {'; '.join(problems)}. Download the published file again.")
-
-
-def _shorten(names: list[str]) -> str:
-    more = f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
-    return ", ".join(names[:_SHOWN]) + more

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import inspect
 import math
 from collections import OrderedDict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -23,7 +24,7 @@ from geoalign.rewards.base import RewardOutput
 from geoalign.rewards.vlm import prompts, templates
 from geoalign.rewards.vlm.body import RewardQwen, hpsv3_head, text_table, videoalign_head, vision_table
 from geoalign.rewards.vlm.checkpoint import PEFT_PREFIX, fold_lora, load_scorer, read_tensors, strip_prefix
-from geoalign.rewards.vlm.layout import HPSV3_BODY, VIDEOALIGN_BODY
+from geoalign.rewards.vlm.layout import HPSV3_BODY, VIDEOALIGN_BODY, QwenLayout
 from geoalign.rewards.vlm.prompts import Encode, TokenPlan
 from geoalign.types import RetakeBatch
 
@@ -100,11 +101,11 @@ class _Runner:
         ids = torch.tensor([plan.ids for plan in plans], device=self.device)
         pool = torch.tensor([plan.pool_index for plan in plans], device=self.device)
         self._before()
-        run = self._prepared(size, plans[0])
+        run = self._runner(size, plans[0])
         parts = zip(patches.split(self.chunk), ids.split(self.chunk), pool.split(self.chunk), strict=True)
         return torch.cat([run(part.to(self.device), *rest)["raw"] for part, *rest in parts])
 
-    def _prepared(self, size: tuple[int, int], plan: TokenPlan) -> Callable[..., dict[str, Tensor]]:
+    def _runner(self, size: tuple[int, int], plan: TokenPlan) -> Callable[..., dict[str, Tensor]]:
         grid = (size[0] // self.network.layout.patch, size[1] // self.network.layout.patch)
         key = (grid, len(plan.ids), plan.visual_index)
         if key not in self._bodies:
@@ -291,6 +292,33 @@ def _dtype(name: str) -> torch.dtype:
     return DTYPES[name]
 
 
+def _with_options_of(reward: type) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """Let a builder that takes ``**options`` for ``reward`` show them in its signature, which the registry reads."""
+
+    def decorate(build: Callable[..., Any]) -> Callable[..., Any]:
+        own = [p for p in inspect.signature(build).parameters.values() if p.kind is not p.VAR_KEYWORD]
+        taken = [p for p in inspect.signature(reward).parameters.values() if p.kind is p.KEYWORD_ONLY]
+        build.__dict__["__signature__"] = inspect.Signature([*own, *taken])
+        build.__annotations__ = {p.name: p.annotation for p in (*own, *taken)}
+        return build
+
+    return decorate
+
+
+def _load(
+    layout: QwenLayout,
+    head: Callable[[QwenLayout], nn.Module],
+    state: Mapping[str, Tensor],
+    checkpoint: str,
+    device: torch.device,
+    dtype: torch.dtype,
+) -> RewardQwen:
+    with torch.device("meta"):
+        made = head(layout)
+    return load_scorer(layout, made, state, source=checkpoint, device=device, matrix_dtype=dtype)
+
+
+@_with_options_of(VideoAlignReward)
 def build_videoalign(
     checkpoint: str,
     *,
@@ -298,50 +326,31 @@ def build_videoalign(
     template_folder: str | None = None,
     device: str = "auto",
     dtype: DType = "bfloat16",
-    clip_fps: float | None = None,
-    text_alignment: bool = False,
-    greyscale_motion: bool = False,
-    videos_per_forward: int = 4,
-    graphs: bool = True,
-    frames: SharedFrames | None = None,
-    memory: ScorerMemory | None = None,
+    **options: Any,
 ) -> VideoAlignReward:
-    """Build VideoAlign from configuration values.
+    """Build VideoAlign from configuration values; ``options`` are those of :class:`VideoAlignReward`.
 
     Args:
         checkpoint: the release's ``model.pth``.
         tokenizer: its tokenizer folder; by default ``tokenizer`` beside the checkpoint.
         template_folder: where ``geoalign doctor --fetch-rewards`` put the prompt; None takes the default place.
         device: "auto" takes CUDA where there is one.
-        frames, memory: given by the registry.
 
     Raises:
         RewardError: weights, tokenizer or prompt are missing (the message holds the command to get them).
         CheckpointError: the weights are not the published ones.
     """
-    matrix_dtype, place = _dtype(dtype), named_device(device)
+    where = named_device(device), _dtype(dtype)
     template = templates.load("videoalign", template_folder)
     download = 'hf download KlingTeam/VideoReward --include "checkpoint-11352/*" --local-dir videoalign'
     state = fold_lora(strip_prefix(read_tensors(checkpoint, download), PEFT_PREFIX), _LORA_SCALE)
-    with torch.device("meta"):
-        head = videoalign_head(VIDEOALIGN_BODY)
-    network = load_scorer(VIDEOALIGN_BODY, head, state, source=checkpoint, device=place, matrix_dtype=matrix_dtype)
+    network = _load(VIDEOALIGN_BODY, videoalign_head, state, checkpoint, *where)
     folder = tokenizer or str(Path(checkpoint).expanduser().parent / "tokenizer")
     encode = prompts.load_encoder(folder, (prompts.VQ, prompts.MQ, prompts.TA))
-    return VideoAlignReward(
-        network,
-        encode,
-        template,
-        clip_fps=clip_fps,
-        text_alignment=text_alignment,
-        greyscale_motion=greyscale_motion,
-        videos_per_forward=videos_per_forward,
-        graphs=graphs,
-        frames=frames,
-        memory=memory,
-    )
+    return VideoAlignReward(network, encode, template, **options)
 
 
+@_with_options_of(Hpsv3Reward)
 def build_hpsv3(
     checkpoint: str,
     *,
@@ -349,45 +358,22 @@ def build_hpsv3(
     template_folder: str | None = None,
     device: str = "auto",
     dtype: DType = "bfloat16",
-    frame_stride: int = 1,
-    caption_policy: CaptionPolicy = "constant",
-    caption: str = "A high-quality image.",
-    best_share: float = 1.0,
-    frames_per_forward: int = 8,
-    graphs: bool = True,
-    frames: SharedFrames | None = None,
-    memory: ScorerMemory | None = None,
+    **options: Any,
 ) -> Hpsv3Reward:
-    """Build HPSv3 from configuration values.
+    """Build HPSv3 from configuration values; ``options`` are those of :class:`Hpsv3Reward`.
 
     Args:
         checkpoint: the release's ``HPSv3.safetensors``.
         tokenizer: folder with the tokenizer files of Qwen/Qwen2-VL-7B-Instruct.
         template_folder: where ``geoalign doctor --fetch-rewards`` put the prompt; None takes the default place.
         device: "auto" takes CUDA where there is one.
-        frames, memory: given by the registry.
 
     Raises:
         RewardError: weights, tokenizer or prompt are missing (the message holds the command to get them).
         CheckpointError: the weights are not the published ones.
     """
-    matrix_dtype, place = _dtype(dtype), named_device(device)
+    where = named_device(device), _dtype(dtype)
     instruction, suffix = (templates.load(f"hpsv3_{part}", template_folder) for part in ("instruction", "suffix"))
     state = read_tensors(checkpoint, "hf download MizzenAI/HPSv3 HPSv3.safetensors --local-dir hpsv3")
-    with torch.device("meta"):
-        head = hpsv3_head(HPSV3_BODY)
-    network = load_scorer(HPSV3_BODY, head, state, source=checkpoint, device=place, matrix_dtype=matrix_dtype)
-    return Hpsv3Reward(
-        network,
-        prompts.load_encoder(tokenizer, (prompts.REWARD,)),
-        instruction,
-        suffix,
-        frame_stride=frame_stride,
-        caption_policy=caption_policy,
-        caption=caption,
-        best_share=best_share,
-        frames_per_forward=frames_per_forward,
-        graphs=graphs,
-        frames=frames,
-        memory=memory,
-    )
+    network = _load(HPSV3_BODY, hpsv3_head, state, checkpoint, *where)
+    return Hpsv3Reward(network, prompts.load_encoder(tokenizer, (prompts.REWARD,)), instruction, suffix, **options)

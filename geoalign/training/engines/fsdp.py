@@ -135,7 +135,7 @@ def _shard(model: RetakeDiT, ranks: Ranks, dtype: torch.dtype) -> None:
         for method in ("learned_phases", "cross_keys"):  # what runs of a block before its forward
             register_fsdp_forward_method(block, method)
     fully_shard(model, mesh=mesh, mp_policy=policy, ignored_params=rest)
-    register_fsdp_forward_method(model, "prepare")
+    register_fsdp_forward_method(model, "precompute")
     for module in model.modules():
         if isinstance(module, FSDPModule):
             module.set_gradient_divide_factor(1.0)  # losses carry global denominators: sum, do not average

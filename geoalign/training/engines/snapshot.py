@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor, distribute_tensor
 
-from geoalign.errors import CheckpointError
+from geoalign.weights import require, shapes_of
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,11 +56,6 @@ def copy_strictly(values: Mapping[str, Tensor], into: Mapping[str, Tensor], what
     Raises:
         CheckpointError: lists the first missing, unexpected or wrongly shaped names.
     """
-    missing, unexpected = sorted(set(into) - set(values)), sorted(set(values) - set(into))
-    shapes = [name for name in into if name in values and into[name].shape != values[name].shape]
-    if missing or unexpected or shapes:
-        parts = (("missing", missing), ("unexpected", unexpected), ("wrong shape", shapes))
-        listed = "; ".join(f"{label}: {', '.join(names[:3])} ({len(names)} in all)" for label, names in parts if names)
-        raise CheckpointError(f"{what} does not fit this model: {listed}")
+    require(what, shapes_of(values), shapes_of(into), "does not fit this model")
     for name, target in into.items():
         target.copy_(sharded_like(values[name], target))

@@ -9,7 +9,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from geoalign.config.layout import place_groups
+from geoalign.config.layout import deal_groups
 from geoalign.models.parallel import SequenceParallel
 from geoalign.perf.timer import phase
 from geoalign.rl.objective import RatioStats
@@ -47,11 +47,6 @@ class Ranks:
     def data_rank(self) -> int:
         """Which share of the rollouts this rank holds."""
         return self.rank // self.sequence
-
-    @property
-    def data_size(self) -> int:
-        """Number of different shares."""
-        return self.size // self.sequence
 
     @property
     def sequence_rank(self) -> int:
@@ -116,7 +111,7 @@ class LocalRanks(Ranks):
 
 
 @dataclass(frozen=True, slots=True)
-class Placement:
+class RankRows:
     """The part of an iteration that one rank runs.
 
     Attributes:
@@ -145,15 +140,15 @@ class Placement:
         return self.member_ids.numel() == self.group_size
 
     @staticmethod
-    def of(conditions: int, size: int, ranks: Ranks) -> Placement:
+    def of(conditions: int, size: int, ranks: Ranks) -> RankRows:
         """The share of ``ranks``; raises ConfigError if the groups cannot be dealt equally."""
-        share = place_groups(conditions, size, ranks.size, ranks.sequence)
+        share = deal_groups(conditions, size, ranks.size, ranks.sequence)
         rows = torch.arange(share.groups * share.members)
         groups_before, first_member = ranks.data_rank * share.groups, 0
         if share.members < size:
             groups_before, part = divmod(ranks.data_rank, size // share.members)
             first_member = part * share.members
-        return Placement(
+        return RankRows(
             torch.arange(groups_before, groups_before + share.groups),
             torch.arange(first_member, first_member + share.members),
             size,
@@ -162,8 +157,8 @@ class Placement:
         )
 
 
-def gather_scores(ranks: Ranks, place: Placement, scores: Scores) -> Scores:
-    """From scores of the local rows ``place.scored`` to those of all ranks: in global row order, on the CPU.
+def gather_scores(ranks: Ranks, local: RankRows, scores: Scores) -> Scores:
+    """From scores of the local rows ``local.scored`` to those of all ranks: in global row order, on the CPU.
 
     One sum of a float64 buffer that is zero outside the own rows, so values arrive bit for bit and advantages do not
     depend on the layout. A scorer that failed on a rank gives fewer names there, in another order: the ranks agree on
@@ -172,13 +167,12 @@ def gather_scores(ranks: Ranks, place: Placement, scores: Scores) -> Scores:
     tables = ("scores", "parts", "diagnostics")
     columns = {f"{table}/{name}": value for table in tables for name, value in getattr(scores, table).items()}
     names = ranks.union(columns)
-    buffer = torch.zeros(2 + len(names), place.conditions * place.group_size, dtype=torch.float64)
-    rows = place.rows[place.scored]
+    buffer = torch.zeros(2 + len(names), local.conditions * local.group_size, dtype=torch.float64)
+    rows = local.rows[local.scored]
     buffer[0, rows], buffer[1, rows] = scores.valid.double().cpu(), scores.lost.double().cpu()
     for number, name in enumerate(names, start=2):
         if name in columns:
-            # Values of failed or lost rows may be NaN, which a sum would spread; the masks exclude them everywhere.
-            buffer[number, rows] = torch.nan_to_num(columns[name].double().cpu())
+            buffer[number, rows] = columns[name].double().cpu()  # NaN stays NaN, in its own row: not defined there
     gathered = ranks.all_reduce(buffer, "sum", "scores")
     joined: dict[str, dict[str, Tensor]] = {table: {} for table in tables}
     for number, name in enumerate(names, start=2):

@@ -14,7 +14,7 @@ from geoalign.perf.budget import Walk
 
 def test_prints_the_ladder_and_both_totals(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     file = tmp_path / "budget.json"
-    assert main(["budget", "paper_64xa800", "--json", str(file)]) == 0
+    assert main(["budget", "--config", "paper_64xa800", "--json", str(file)]) == 0
     text = capsys.readouterr().out
     assert "predicted" in text
     assert "EXACT levers together" in text and "CHANGES levers too" in text
@@ -31,7 +31,7 @@ def test_prints_the_ladder_and_both_totals(capsys: pytest.CaptureFixture[str], t
 def test_overrides_and_guidance_change_the_prediction(tmp_path: Path) -> None:
     def hours(*arguments: str) -> dict[str, float]:
         file = tmp_path / "budget.json"
-        assert main(["budget", "paper_64xa800", *arguments, "--json", str(file)]) == 0
+        assert main(["budget", "--config", "paper_64xa800", *arguments, "--json", str(file)]) == 0
         return json.loads(file.read_text())["hours"]
 
     plain, four = hours(), hours("optim.updates_per_rollout=4", "levers.streaming=off")
@@ -59,11 +59,11 @@ def test_walks_come_from_the_schedule_of_the_run() -> None:
 
 
 def test_a_small_model_is_told_that_seconds_mean_little(capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["budget", "tiny_cpu"]) == 0
+    assert main(["budget", "--config", "tiny_cpu"]) == 0
     text = capsys.readouterr().out
     assert "kernel launches" in text and "counted as free" in text
 
 
 def test_more_devices_than_groups_are_refused(capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["budget", "paper_64xa800", "--devices", "100"]) == 2
+    assert main(["budget", "--config", "paper_64xa800", "--devices", "100"]) == 2
     assert "1 to 64 devices" in capsys.readouterr().err

@@ -1,4 +1,4 @@
-"""The command line: lazy verbs, a true table of verbs, one-line errors with exit codes, doctor, the generated page."""
+"""The command line: lazy verbs, a true table of verbs, one-line errors with exit codes, doctor."""
 
 from __future__ import annotations
 
@@ -12,8 +12,7 @@ import pytest
 from repository import ROOT
 
 from geoalign.cli import main as cli
-from geoalign.config.docs import reference_page
-from geoalign.config.layout import GroupPlacement, place_groups
+from geoalign.config.layout import GroupShare, deal_groups
 from geoalign.config.load import load_config
 from geoalign.config.schema import Config
 from geoalign.config.source import preset_names
@@ -32,7 +31,7 @@ def test_help_and_config_print_import_no_torch() -> None:
 import sys
 from geoalign.cli.main import main
 assert main(["--help"]) == 0
-assert main(["config", "print", "tiny_cpu"]) == 0
+assert main(["config", "print", "--config", "tiny_cpu"]) == 0
 heavy = {"torch", "numpy", "diffusers", "transformers", "matplotlib"} & set(sys.modules)
 assert not heavy, heavy
 """
@@ -54,12 +53,15 @@ def test_every_listed_verb_exists_and_teaches(verb: cli.Verb, capsys: pytest.Cap
     ("arguments", "said"),
     [
         (["trian"], "Did you mean `geoalign train`?"),
-        (["config", "print", "tiny_cpuu"], "did you mean tiny_cpu?"),
-        (["config", "print", "tiny_cpu", "optim.lrr=1"], "did you mean `optim.lr`?"),
-        (["config", "print", "tiny_cpu", "--sauces"], "unrecognized arguments: --sauces"),
-        (["config", "check", "tiny_cpu", "--world-size", "3"], "set groups.conditions=9, or use 2 processes"),
+        (["config", "print", "--config", "tiny_cpuu"], "did you mean tiny_cpu?"),
+        (["config", "print", "--config", "tiny_cpu", "optim.lrr=1"], "did you mean `optim.lr`?"),
+        (["config", "print", "--config", "tiny_cpu", "--sauces"], "unrecognized arguments: --sauces"),
         (
-            ["config", "check", "tiny_cpu", "--world-size", "3", "parallel.sequence=2"],
+            ["config", "check", "--config", "tiny_cpu", "--world-size", "3"],
+            "set groups.conditions=9, or use 2 processes",
+        ),
+        (
+            ["config", "check", "--config", "tiny_cpu", "--world-size", "3", "parallel.sequence=2"],
             "parallel.sequence 2 must divide the 3 processes",
         ),
         (["report", "/nonexistent"], "no run folder at /nonexistent"),
@@ -92,15 +94,15 @@ def test_interrupt_exits_130_and_ranks_are_named(
 
 
 def test_overrides_are_taken_on_both_sides_of_an_option(capsys: pytest.CaptureFixture[str]) -> None:
-    assert cli.main(["config", "print", "tiny_cpu", "run.seed=7", "--sources", "run.name=x"]) == 0
+    assert cli.main(["config", "print", "--config", "tiny_cpu", "run.seed=7", "--sources", "run.name=x"]) == 0
     out = capsys.readouterr().out
     assert "# command line (run.seed=7)" in out and "# command line (run.name=x)" in out
 
 
 def test_diff_shows_only_what_differs(capsys: pytest.CaptureFixture[str]) -> None:
-    assert cli.main(["config", "diff", "tiny_cpu", "tiny_cpu"]) == 0
+    assert cli.main(["config", "diff", "--config", "tiny_cpu", "--against", "tiny_cpu"]) == 0
     assert "same settings" in capsys.readouterr().out
-    assert cli.main(["config", "diff", "defaults", "tiny_cpu"]) == 0
+    assert cli.main(["config", "diff", "--config", "tiny_cpu"]) == 0
     assert "-> 40" in next(line for line in capsys.readouterr().out.splitlines() if line.startswith("train.iterations"))
 
 
@@ -118,7 +120,7 @@ def test_doctor_reports_as_text_and_json(capsys: pytest.CaptureFixture[str]) -> 
     assert cli.main(["doctor"]) == 0
     text = capsys.readouterr().out
     assert "Kernels" in text
-    assert cli.main(["doctor", "--json"]) == 0
+    assert cli.main(["doctor", "--json", "-"]) == 0
     report = json.loads(capsys.readouterr().out)
     words = [line.split()[:2] for line in text.splitlines()]
     assert all([row["op"], row["backend"]] in words for row in report["kernels"]["ops"])  # columns stay apart
@@ -126,25 +128,20 @@ def test_doctor_reports_as_text_and_json(capsys: pytest.CaptureFixture[str]) -> 
     assert report["packages"]["torch"]
 
 
-def test_the_reference_page_is_up_to_date() -> None:
-    written = (ROOT / "docs" / "configuration.md").read_text(encoding="utf-8")
-    assert written == reference_page(Config), "run `make docs` and commit docs/configuration.md"
-
-
 @pytest.mark.parametrize(
     ("conditions", "size", "world", "placed"),
     [
-        (8, 12, 1, GroupPlacement(8, 12)),
-        (8, 12, 4, GroupPlacement(2, 12)),
-        (8, 12, 8, GroupPlacement(1, 12)),
-        (8, 12, 32, GroupPlacement(1, 3)),
+        (8, 12, 1, GroupShare(8, 12)),
+        (8, 12, 4, GroupShare(2, 12)),
+        (8, 12, 8, GroupShare(1, 12)),
+        (8, 12, 32, GroupShare(1, 3)),
     ],
 )
-def test_groups_are_dealt_whole_or_split_evenly(conditions: int, size: int, world: int, placed: GroupPlacement) -> None:
-    assert place_groups(conditions, size, world) == placed
+def test_groups_are_dealt_whole_or_split_evenly(conditions: int, size: int, world: int, placed: GroupShare) -> None:
+    assert deal_groups(conditions, size, world) == placed
     assert placed.groups * placed.members * world == conditions * size
 
 
 def test_layouts_that_do_not_divide_are_refused() -> None:
     with pytest.raises(ConfigError, match=r"groups\.conditions=10, or use 4 processes"):
-        place_groups(8, 12, 5)
+        deal_groups(8, 12, 5)

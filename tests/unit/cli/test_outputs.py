@@ -17,11 +17,11 @@ from geoalign.jobs.evaluate import Evaluation
     ("verb", "option", "work"),
     [
         ("pretrain --config smoke", "--out", "geoalign.jobs.pretrain.pretrain"),
-        ("evaluate --config smoke --policy builtin:tiny_base", "--json", "geoalign.jobs.evaluate.evaluate"),
-        ("budget smoke", "--json", "geoalign.cli.budget.climb"),
-        ("config docs", "--write", "geoalign.config.docs.reference_page"),
-        ("report {run}", "--output", "geoalign.report.page.report_page"),
-        ("export --format redirector --model {run}", "--out", "geoalign.policy.open.open_model"),
+        ("evaluate --config smoke --model builtin:tiny_base", "--json", "geoalign.jobs.evaluate.evaluate"),
+        ("budget --config smoke", "--json", "geoalign.cli.budget.climb"),
+        ("config docs", "--out", "geoalign.config.docs.reference_page"),
+        ("report {run}", "--out", "geoalign.report.page.report_page"),
+        ("export --format redirector --model {run}", "--out", "geoalign.policy.open.describe"),
     ],
     ids=lambda value: value.split()[0],
 )
@@ -57,7 +57,7 @@ def test_numbers_that_are_not_finite_are_null(
     found = Evaluation({"presets": {"psnr_db": [float("nan"), 20.0]}}, {}, {})
     monkeypatch.setattr("geoalign.jobs.evaluate.evaluate", lambda *_, **__: found)
     monkeypatch.setattr("geoalign.jobs.evaluate.HeldOut.build", lambda *_: None)
-    command = ["evaluate", "--config", "smoke", "--policy", "builtin:tiny_base", "--json", str(tmp_path / "e.json")]
+    command = ["evaluate", "--config", "smoke", "--model", "builtin:tiny_base", "--json", str(tmp_path / "e.json")]
     assert main(command) == 0
     assert json.loads((tmp_path / "e.json").read_text())["held_out"] == {"presets": {"psnr_db": [None, 20.0]}}
     assert "nan" in capsys.readouterr().out

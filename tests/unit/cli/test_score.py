@@ -11,14 +11,16 @@ from typing import Any
 
 import pytest
 import torch
+from camera_files import write_c2w
 from PIL import Image
 
 from geoalign.cli.main import main
 from geoalign.config.world import WorldConfig
-from geoalign.data.citywalk import write_clip_camera
 from geoalign.data.plots import cameras_figure
 from geoalign.data.video import write_video
-from geoalign.geometry.io import save_trajectory
+from geoalign.geometry.cameras.camera_file import write_clip_camera
+from geoalign.geometry.cameras.door import open_camera
+from geoalign.geometry.metrics import CAMERA_METRICS
 from geoalign.rewards import registry
 from geoalign.rewards.base import RewardOutput
 from geoalign.types import RetakeBatch
@@ -40,8 +42,8 @@ def files(tmp_path: Path) -> dict[str, Path]:
     write_clip_camera(paths["source.npz"], camera, size, ground_plane=plane[0])
     write_clip_camera(paths["bare.npz"], camera, size)
     write_clip_camera(paths["short.npz"], camera.frames([0, 1]), size, ground_plane=plane[0])
-    save_trajectory(paths["target.json"], target)
-    save_trajectory(paths["target4.json"], target.frames([0, 1, 2, 3]))
+    write_c2w(paths["target.json"], target)
+    write_c2w(paths["target4.json"], target.frames([0, 1, 2, 3]))
     paths["folder"] = tmp_path / "folder"
     paths["folder"].mkdir()
     for name in ("a.mov", "a.mp4"):
@@ -70,6 +72,25 @@ def test_a_true_retake_scores_within_two_centimetres(score: Callable, files: dic
     assert (row["frames"], row["video_frames"]) == (5, 5) and "error" not in row
     with Image.open(files["retake.mp4"].with_name("retake.mp4.png")) as picture:
         assert picture.info["Software"] == "geoalign"
+
+
+def test_a_row_has_every_camera_error(
+    score: Callable, files: dict[str, Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A true retake judged against a path half as long: twice the motion in metres, of which TransErr sees nothing."""
+    target = open_camera(files["target.json"]).path
+    write_c2w(files["target.json"], target.scale_translation(0.5))
+    code, (row,) = score()
+    assert code == 0 and row.keys() >= set(CAMERA_METRICS)
+    behind = 0.5 * target.position.norm(dim=-1)[1:].mean()
+    assert row["translation_error_m"] == pytest.approx(float(behind), abs=0.02)
+    assert row["scale_ratio"] == pytest.approx(2, abs=0.05) and row["translation_gain"] == pytest.approx(2, abs=0.05)
+    assert row["trans_err"] < 0.02 and row["rotation_error_deg"] < 0.1 and row["rot_err_deg"] < 0.1
+    still = target.scale_translation(0.0)
+    write_c2w(files["target.json"], still)
+    code, (row,) = score()
+    undefined = {name for name in CAMERA_METRICS if row[name] is None}
+    assert code == 0 and undefined == {"scale_ratio", "translation_gain", "trans_err"}
 
 
 def test_the_lens_follows_the_crop(score: Callable) -> None:
@@ -169,7 +190,8 @@ def test_a_video_without_a_camera_is_lost_and_has_no_numbers(
     """A bound that no video reaches: what the tracker reads is not enough."""
     code, (row,) = score("--set", "min_tracked=1.0")
     assert code == 0 and row["valid"] is True and row["lost"] is True
-    assert all(row[name] is None for name in ("score/trans", "score/rot", "trans_m", "rot_deg", "path_length_ratio"))
+    numbers = ("score/trans", "score/rot", "trans_m", "rot_deg", "saturated_fraction", *CAMERA_METRICS)
+    assert all(row[name] is None for name in numbers)
     assert 0 < row["tracked"] < 1 and "nan" not in capsys.readouterr().out
 
 
@@ -216,9 +238,9 @@ MAPANYTHING = "--evaluator mapanything --set evaluator_options.checkpoint=no --s
     [
         ("--video {no}.mp4", 1, "no such video"),
         ("--video {broken}", 1, "c.mp4: cannot be decoded"),
-        ("--trajectory {no}.json", 1, "no such trajectory"),
+        ("--trajectory {no}.json", 1, "no such camera file"),
         ("--source {broken}", 1, "c.mp4"),
-        ("--source-camera {short.npz}", 1, "cameras of 2 frames, but the trajectory has 5"),
+        ("--source-camera {short.npz}", 1, "short.npz: 2 poses, 5 are needed; use --frames 2"),
         ("--source-camera {bare.npz}", 1, "no ground_plane"),
         ("--json {retake.mp4}/s.json", 1, "cannot be written"),
         ("--json {folder}", 2, "is a folder"),

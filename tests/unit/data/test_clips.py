@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 
 from geoalign.config.data import ClipsConfig, DataConfig
+from geoalign.data.cache import window_key
 from geoalign.data.captions import prompt_of, remove_camera_motion
-from geoalign.data.citywalk import read_clip_camera, write_clip_camera, write_metadata
+from geoalign.data.citywalk import write_metadata
 from geoalign.data.clip_record import ClipRecord, youtube_id
 from geoalign.data.clips import in_split, is_held_out, list_clips, natural_key
 from geoalign.data.loader import ClipLoader, cause_of
@@ -18,6 +19,7 @@ from geoalign.data.readers import open_reader
 from geoalign.data.tally import Tally
 from geoalign.data.video import write_video
 from geoalign.errors import DataError
+from geoalign.geometry.cameras.camera_file import write_clip_camera
 from geoalign.geometry.trajectory import CameraTrajectory
 
 FRAMES = torch.zeros(9, 48, 64, 3, dtype=torch.uint8)
@@ -101,6 +103,29 @@ def test_cameras_are_found_however_the_table_calls_them(tmp_path: Path, named: s
     write_metadata(tmp_path / "metadata.csv", [{"videoFile": "v_0_9.mp4", "cameraFile": named}])
     (record,) = list_clips(tmp_path, ClipsConfig(), Tally("clips"))
     assert record.camera == tmp_path / "files" / "v" / "v_0_9.npz"
+
+
+def test_a_table_may_choose_one_camera_of_a_file(tmp_path: Path) -> None:
+    """As in MultiCamVideo: one JSON a scene. The choice is read, and a prepared window depends on it."""
+    write_video(tmp_path / "v.mp4", FRAMES, 30)
+    # Row vectors in Unreal axes: 100 cm along forward is 1 m along z.
+    poses = [{f"cam{n:02d}": f"[1 0 0 0] [0 -1 0 0] [0 0 1 0] [{100 * n * f} 0 0 1]" for n in (1, 5)} for f in range(9)]
+    (tmp_path / "cams.json").write_text(json.dumps({f"frame{f}": row for f, row in enumerate(poses)}))
+    keys, config = set(), DataConfig(num_frames=9, height=48, width=64, clips=ClipsConfig(stride=1, default_focal=0.7))
+    for number in (1, 5):
+        write_metadata(tmp_path / "metadata.csv", [{"videoFile": "v.mp4", "cameraFile": f"cams.json#cam{number:02d}"}])
+        (record,) = list_clips(tmp_path, ClipsConfig(), Tally("clips"))
+        window = ClipLoader(config, open_reader("pyav", None)).load(record, 0)
+        assert window.camera.position[:, 2].tolist() == pytest.approx([number * f for f in range(9)])
+        # The file has no lens: that of the settings stands in.
+        assert window.camera.intrinsics[0].tolist() == pytest.approx([0.7, 0.7 * 64 / 48, 0.5, 0.5])
+        keys.add(window_key(record, "", 0, {}))
+    assert len(keys) == 2
+    write_metadata(tmp_path / "metadata.csv", [{"videoFile": "v.mp4", "cameraFile": "cams.json"}])
+    (record,) = list_clips(tmp_path, ClipsConfig(), Tally("clips"))
+    with pytest.raises(DataError, match=r"choose one, as in cams\.json#cam01") as caught:
+        ClipLoader(config, open_reader("pyav", None)).load(record, 0)
+    assert cause_of(caught.value, record).startswith("holds the cameras")
 
 
 def test_several_tables_are_an_error_and_not_none(tmp_path: Path) -> None:
@@ -191,27 +216,3 @@ def test_sentences_about_camera_motion_go(caption: str, kept: str) -> None:
     assert prompt_of(record, ClipsConfig(caption="verbatim")) == caption
     assert prompt_of(record, ClipsConfig(caption="constant", caption_text="one")) == "one"
     assert prompt_of(record, ClipsConfig(caption="blip2"), "a dog") == "a dog"
-
-
-def test_clip_cameras_round_trip_and_planes_follow_the_window(tmp_path: Path) -> None:
-    turn = torch.tensor([0.1, 0.2, -0.1], dtype=torch.float64).expand(8, 3)
-    move = torch.tensor([0.1, 0.0, 0.5], dtype=torch.float64).expand(8, 3)
-    lens = torch.tensor(LENS, dtype=torch.float64).expand(9, 4)
-    path = CameraTrajectory.from_increments(turn, move, lens)
-    plane = torch.tensor([0.0, 0.6, 0.8, 3.0], dtype=torch.float64)
-    write_clip_camera(tmp_path / "c.npz", path, (48, 64), ground_plane=plane)
-    camera = read_clip_camera(tmp_path / "c.npz", (480, 640))
-    torch.testing.assert_close(camera.path.c2w, path.c2w, atol=1e-12, rtol=0)
-    torch.testing.assert_close(camera.path.intrinsics, path.intrinsics, atol=1e-12, rtol=0)
-    window, moved = camera.window([3, 5, 7])
-    assert moved is not None and torch.equal(window.c2w[0], torch.eye(4, dtype=torch.float64))
-    # Truth: a point of the plane, expressed in the axes of frame 3, lies on the moved plane.
-    points = torch.randn(50, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
-    points -= ((points @ plane[:3] - plane[3])[:, None]) * plane[:3]
-    inside = (points - path.position[3]) @ path.rotation[3]
-    torch.testing.assert_close(inside @ moved[:3], moved[3].expand(50), atol=1e-12, rtol=0)
-    np.savez(tmp_path / "sekai.npz", extrinsic=path.c2w.numpy(), intrinsic=np.diag([50.0, 50, 1]))
-    assert not read_clip_camera(tmp_path / "sekai.npz", (48, 64)).metric
-    np.savez(tmp_path / "bad.npz", extrinsic=np.full((3, 4, 4), np.nan), intrinsic=np.eye(3))
-    with pytest.raises(DataError, match=r"bad\.npz"):
-        read_clip_camera(tmp_path / "bad.npz", (48, 64))

@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from camera_files import write_c2w
 from scipy import stats
 from scipy.spatial.transform import Rotation
 
@@ -18,7 +19,6 @@ from geoalign.data.tally import Tally
 from geoalign.data.tracks import valid_runs
 from geoalign.data.trajectories import PathRescaler, draw_path, load_pool
 from geoalign.errors import DataError
-from geoalign.geometry.io import save_trajectory
 from geoalign.geometry.trajectory import CameraTrajectory
 
 LENS = (0.8, 0.8 * 16 / 9, 0.5, 0.5)
@@ -187,8 +187,8 @@ def test_runs_never_cross_a_gap_or_a_bad_frame() -> None:
 
 
 def test_single_files_and_multicam(tmp_path: Path) -> None:
-    save_trajectory(tmp_path / "a.npz", walk(12))
-    save_trajectory(tmp_path / "b.json", walk(4))
+    write_c2w(tmp_path / "a.npz", walk(12))
+    write_c2w(tmp_path / "b.json", walk(4))
     (tmp_path / "c.npz").write_bytes(b"PK\x03\x04")
     tally = Tally("camera paths")
     pool = load_pool(tmp_path, 5, CONFIG, tally)
@@ -202,8 +202,26 @@ def test_single_files_and_multicam(tmp_path: Path) -> None:
     assert [track.name for track in pool.tracks] == ["scene/cam01"]
     # 100 cm along Unreal's forward axis is 1 m along z.
     np.testing.assert_allclose(pool.raw(0).position.numpy(), [[0, 0, i] for i in range(5)], atol=1e-9)
-    with pytest.raises(DataError, match="no such folder"):
-        load_pool(tmp_path / "absent", 5, CONFIG, tally)
+    for row in rows.values():
+        row["cam05"] = row["cam01"].replace("00 0 0 1", "50 0 0 1")
+    (tmp_path / "scene" / "camera_extrinsics.json").write_text(json.dumps(rows))
+    for chosen, layout, names in (
+        ("", "auto", ["scene/cam01", "scene/cam05"]),
+        ("#cam05", "auto", ["scene/cam05"]),
+        ("", "files", ["camera_extrinsics.json#cam01", "camera_extrinsics.json#cam05"]),
+        ("#5", "files", ["camera_extrinsics.json#cam05"]),
+    ):
+        config = CONFIG.model_copy(update={"layout": layout})
+        pool = load_pool(tmp_path / "scene" / f"camera_extrinsics.json{chosen}", 5, config, tally)
+        assert [track.name for track in pool.tracks] == names
+    np.save(tmp_path / "lone.npy", walk(5).c2w.numpy())
+    assert [track.name for track in load_pool(tmp_path / "lone.npy", 5, CONFIG, tally).tracks] == ["lone.npy"]
+    for absent, words in (
+        ("absent", "no such folder"),
+        ("a.npz#cam05", "one camera without a name; drop #cam05"),
+    ):
+        with pytest.raises(DataError, match=words):
+            load_pool(tmp_path / absent, 5, CONFIG, Tally("camera paths"))
 
 
 def test_drawn_speeds_follow_the_truncated_gaussian(tmp_path: Path) -> None:

@@ -11,10 +11,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from geoalign.data.dali import DaliReader
-from geoalign.data.frames import cover_crop, cover_crop_intrinsics
+from geoalign.data.frames import cover_crop
 from geoalign.data.readers import open_reader
 from geoalign.data.video import PyAVReader, VideoReader, read_video, write_video
 from geoalign.errors import DataError, UsageError
+from geoalign.geometry.lens import cover_crop_intrinsics
 
 FRAMES = (torch.arange(60) * 4)[:, None, None, None].expand(60, 48, 64, 3).byte()
 

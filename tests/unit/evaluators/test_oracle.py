@@ -6,16 +6,17 @@ import math
 
 import pytest
 import torch
+from oracle import OracleEvaluator
 from torch import Tensor
 
 from geoalign.errors import UsageError
 from geoalign.evaluators.base import PoseEvaluator
-from geoalign.evaluators.oracle import OracleEvaluator
 from geoalign.geometry import so3
 from geoalign.geometry.trajectory import CameraTrajectory
 from geoalign.rewards.base import RewardOutput
 from geoalign.rewards.geometry import GeometryReward
 from geoalign.rewards.running.guard import check_output
+from geoalign.training.trainer import _mean_of_defined
 from geoalign.types import RetakeBatch, SourceClip
 
 FRAMES = 3
@@ -49,7 +50,18 @@ def test_a_perfect_camera_has_no_error_in_any_world_frame() -> None:
     for key in ("trans", "rot"):
         # Positions of size 9 m have a rounding step of 1e-6.
         torch.testing.assert_close(out.scores[key], torch.zeros(2), rtol=0, atol=5e-6)
-    torch.testing.assert_close(out.parts["path_length_ratio"], torch.ones(2), rtol=0, atol=1e-5)
+    torch.testing.assert_close(out.parts["scale_ratio"], torch.ones(2), rtol=0, atol=1e-5)
+
+
+def test_a_target_that_stands_still_has_errors_and_no_scale() -> None:
+    """The camera slides 1 and 2 m where it should only turn: errors as usual, a ratio of nothing is not a number."""
+    targets = torch.stack([path((0, 0, 0), (0, 10, 20)), TARGETS[0]])
+    oracle = OracleEvaluator(dict(zip("ab", torch.stack([TARGETS[0], TARGETS[0]]), strict=True)))
+    out = GeometryReward(oracle)(torch.zeros(2, FRAMES, 3, 2, 2), batch_of(targets))
+    assert out.valid.all() and torch.isnan(out.parts["scale_ratio"]).tolist() == [True, False]
+    torch.testing.assert_close(out.parts["trans_m"], torch.tensor([1.5, 0.0]), rtol=0, atol=1e-6)
+    values, valid = torch.tensor([math.nan, 2.0, 4.0, 9.0]), torch.tensor([True, True, True, False])
+    assert _mean_of_defined(values, valid) == 3.0 and math.isnan(_mean_of_defined(values[:1], valid[:1]))
 
 
 def test_half_the_path_costs_half_its_weighted_length() -> None:
@@ -61,7 +73,7 @@ def test_half_the_path_costs_half_its_weighted_length() -> None:
     expected = -torch.tensor([2 / 6 * 0.5 + 3 / 6 * 1.0, 2 / 6 * 0.25 + 3 / 6 * 0.5])
     torch.testing.assert_close(out.scores["trans"], expected)
     torch.testing.assert_close(out.scores["rot"], torch.zeros(2), rtol=0, atol=1e-6)
-    torch.testing.assert_close(out.parts["path_length_ratio"], torch.full((2,), 0.5))
+    torch.testing.assert_close(out.parts["scale_ratio"], torch.full((2,), 0.5))
     torch.testing.assert_close(out.parts["trans_m"], torch.tensor([0.75, 0.375]))
 
 

@@ -7,12 +7,12 @@ from typing import Any
 
 import pytest
 import torch
+from oracle import OracleEvaluator
 from torch import Tensor
 
 from geoalign.config.rewards import RewardConfig
 from geoalign.config.world import WorldConfig
 from geoalign.errors import ConfigError, RewardError, UsageError
-from geoalign.evaluators.oracle import OracleEvaluator
 from geoalign.evaluators.planar import PlanarAligner
 from geoalign.geometry import so3
 from geoalign.jobs.evaluate import second_evaluator

@@ -74,7 +74,7 @@ def test_full_size_pose_body_passes_fake_tensors(layout: str) -> None:
     sizes = sizes_of(network)
     with FakeTensorMode(), torch.no_grad():
         fill(network, sizes)
-        network.prepare(*plan.output)
+        network.set_size(*plan.output)
         body = PoseBody(network)
         out = body(torch.zeros(2, 81, 3, *plan.output))
     assert network.position_table.shape[1] == 1 + 21 * 37

@@ -13,7 +13,7 @@ from scipy.spatial.transform import Rotation
 
 from geoalign.errors import DataError
 from geoalign.geometry import metrics, so3
-from geoalign.geometry.align import align, umeyama
+from geoalign.geometry.align import umeyama
 from geoalign.geometry.presets import PRESETS, preset
 from geoalign.geometry.trajectory import CameraTrajectory
 
@@ -39,17 +39,16 @@ def dolly(metres: float, frames: int = 81) -> CameraTrajectory:
 
 @settings(max_examples=30)
 @given(seeds, st.floats(0.05, 20))
-def test_sim3_undoes_a_random_similarity(seed: int, scale: float) -> None:
+def test_the_fit_undoes_a_random_similarity(seed: int, scale: float) -> None:
     path = random_path(seed, 3, 8)
     motion = so3.se3_exp(torch.randn(3, 6, dtype=torch.float64, generator=torch.Generator().manual_seed(seed ^ 1)))
     moved = path.transformed(motion)
-    origin = torch.zeros(3, 1, 3, dtype=torch.float64)
-    stretched = CameraTrajectory(so3.rigid(moved.rotation, origin + scale * moved.position), moved.intrinsics)
-    aligned, fitted = align(stretched, path, "sim3")
+    stretched = CameraTrajectory(so3.rigid(moved.rotation, scale * moved.position), moved.intrinsics)
+    fit = umeyama(stretched.position, path.position)
     # SVD of a 3x3 covariance: eps * condition; random clouds of 8 points are well conditioned.
-    assert torch.allclose(aligned.c2w, path.c2w, atol=1e-8)
-    assert torch.allclose(fitted, torch.full((3,), 1 / scale, dtype=torch.float64), rtol=1e-9)
-    assert torch.allclose(align(moved, path, "se3")[0].c2w, path.c2w, atol=1e-8)
+    assert torch.allclose(fit.apply_points(stretched.position), path.position, atol=1e-8)
+    assert torch.allclose(fit.rotation, so3.invert_rigid(motion)[:, :3, :3], atol=1e-8)
+    assert torch.allclose(fit.scale, torch.full((3,), 1 / scale, dtype=torch.float64), rtol=1e-9)
     assert metrics.sim3_translation_error(stretched, path).max() < 1e-8
 
 
@@ -66,19 +65,8 @@ def test_umeyama_rotation_equals_scipy_and_never_reflects() -> None:
     assert abs(float(fit.scale) - scale) < 1e-12
     mirrored = umeyama(points, points * torch.tensor([1.0, 1.0, -1.0]))
     assert abs(float(torch.linalg.det(mirrored.rotation)) - 1) < 1e-12
-    assert float(umeyama(points, target, with_scale=False).scale) == 1
-
-
-def test_first_frame_alignment_moves_rigidly() -> None:
-    path, other = random_path(1, 2, 6), random_path(2, 2, 6)
-    aligned, scale = align(other, path, "first")
-    assert torch.allclose(aligned.c2w[:, 0], path.c2w[:, 0], atol=1e-12)
-    assert torch.allclose(aligned.relative_to_first().c2w, other.relative_to_first().c2w, atol=1e-11)
-    assert (scale == 1).all() and torch.equal(align(other, path, "none")[0].c2w, other.c2w)
-    with pytest.raises(DataError, match="equal batch and frames"):
-        align(other, path.frames([0, 1]), "first")
-    with pytest.raises(DataError, match="unknown alignment"):
-        align(other, path, "affine")  # type: ignore[arg-type]
+    with pytest.raises(DataError, match="frames differ"):
+        umeyama(points, target[:5])
 
 
 @settings(max_examples=20)
@@ -89,7 +77,7 @@ def test_metric_errors_ignore_the_world_frame_of_either_path(seed: int) -> None:
     for metric in (
         metrics.rotation_error_deg,
         metrics.translation_error_m,
-        metrics.path_length_ratio,
+        metrics.scale_ratio,
         metrics.translation_gain,
         metrics.paired_rotation_error_deg,
     ):
@@ -99,32 +87,87 @@ def test_metric_errors_ignore_the_world_frame_of_either_path(seed: int) -> None:
 
 def test_metric_errors_in_hand_computed_cases() -> None:
     target, half = dolly(2.0), dolly(1.0)
-    error = metrics.translation_error_m(half, target)
-    assert torch.allclose(error, torch.linspace(0, 1, 81, dtype=torch.float64), atol=1e-12)
-    assert metrics.rotation_error_deg(half, target).max() == 0
+    distances = metrics.position_distances_m(half, target)
+    assert torch.allclose(distances, torch.linspace(0, 1, 81, dtype=torch.float64), atol=1e-12)
+    # Frames 1..80 are 1/80, 2/80, ... 1 m behind.
+    assert abs(float(metrics.translation_error_m(half, target)) - 81 / 160) < 1e-12
+    assert metrics.rotation_error_deg(half, target) == 0
     assert abs(float(metrics.scale_ratio(half, target)) - 0.5) < 1e-12
     assert abs(float(metrics.translation_gain(half, target)) - 0.5) < 1e-12
     assert abs(float(metrics.translation_gain(dolly(-2.0), target)) + 1) < 1e-12
+    assert abs(float(metrics.translation_error_m(dolly(20.0), target)) - 18 * 81 / 160) < 1e-12  # no upper bound
     pan, still = preset("pan_right", dtype=torch.float64), CameraTrajectory.identity(81, dtype=torch.float64)
-    error = metrics.rotation_error_deg(still, pan)
+    angles = metrics.view_angles_deg(still, pan)
     # 20 degrees at constant speed; the published camera reaches 80/80.5 of it.
-    assert abs(float(error[-1]) - 20 * 80 / 80.5) < 1e-3 and error[0] == 0
+    assert abs(float(angles[-1]) - 20 * 80 / 80.5) < 1e-3 and angles[0] == 0
+    assert abs(float(metrics.rotation_error_deg(still, pan)) - 20 * 81 / 2 / 80.5) < 1e-3
     assert math.isnan(float(metrics.scale_ratio(dolly(1.0), pan)))
     assert math.isnan(float(metrics.translation_gain(dolly(1.0), pan)))
 
 
-def test_gain_is_blind_to_jitter_and_path_length_is_not() -> None:
+def test_scale_ratio_and_gain_differ_on_a_path_with_a_corner() -> None:
+    # Asked: 1 m forward, 1 m right. Flown: 1 m forward, and back again.
+    forward, right = torch.tensor([0.0, 0, 1]), torch.tensor([1.0, 0, 0])
+    target, flown = (
+        at(torch.stack((0 * right, forward, forward + right))),
+        at(torch.stack((0 * right, forward, 0 * right))),
+    )
+    assert float(metrics.scale_ratio(flown, target)) == 1  # 2 m of 2 m
+    assert abs(float(metrics.translation_gain(flown, target)) - 1 / 3) < 1e-12  # (1 + 0) / (1 + 2)
+
+
+def test_gain_is_blind_to_jitter_and_scale_ratio_is_not() -> None:
     target = dolly(2.0)
     noise = 0.02 * torch.randn(81, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     noisy = at(target.position + noise - noise[0])
     assert abs(float(metrics.translation_gain(noisy, target)) - 1) < 0.03
-    assert float(metrics.path_length_ratio(noisy, target)) > 1.5
+    assert float(metrics.scale_ratio(noisy, target)) > 1.5
 
 
-def test_pose_error_names_the_scale_it_removed() -> None:
-    result = metrics.pose_error(dolly(1.0), dolly(2.0), alignment="sim3")
-    assert abs(float(result.scale) - 2) < 1e-9 and result.translation_m.max() < 1e-9
-    assert metrics.pose_error(dolly(1.0), dolly(2.0)).translation_m[-1] == 1
+def test_all_errors_of_a_subset_of_frames_equal_numpy_and_scipy() -> None:
+    frames = torch.tensor([0, 2, 3, 6])
+    path, estimate = random_path(11, 2, 7), random_path(12, 2, 4)
+    found = metrics.camera_errors(estimate.c2w, path, frames)
+    assert tuple(found) == metrics.CAMERA_METRICS
+    for b in range(2):
+        e, g = (np.linalg.inv(c[0]) @ c for c in (estimate.c2w[b].numpy(), path.c2w[b, frames].numpy()))
+        p, t = e[:, :3, 3], g[:, :3, 3]
+        turn = Rotation.from_matrix(e[:, :3, :3]).inv() * Rotation.from_matrix(g[:, :3, :3])
+        lengths = [np.linalg.norm(np.diff(x, axis=0), axis=1).sum() for x in (p, t)]
+        oracle, _ = Rotation.align_vectors(t - t.mean(0), p - p.mean(0))
+        turned = oracle.apply(p - p.mean(0))
+        fitted = (turned * (t - t.mean(0))).sum() / (turned**2).sum() * turned
+        residual = np.linalg.norm(fitted - (t - t.mean(0)), axis=1).mean()
+        pairs = [
+            Rotation.from_matrix((g[i].T @ g[j])[:3, :3].T @ (e[i].T @ e[j])[:3, :3]).magnitude()
+            for e, g in ((e[:, :3, :3], g[:, :3, :3]),)
+            for i in range(4)
+            for j in range(4)
+            if i != j
+        ]
+        expected = {
+            "translation_error_m": np.linalg.norm(p - t, axis=1)[1:].mean(),
+            "rotation_error_deg": np.degrees(turn.magnitude()[1:].mean()),
+            "scale_ratio": lengths[0] / lengths[1],
+            "translation_gain": np.linalg.lstsq(t.reshape(-1, 1), p.ravel(), rcond=None)[0][0],
+            "rot_err_deg": np.degrees(np.mean(pairs)),
+            "trans_err": residual / max(np.linalg.norm(a - b) for a in t for b in t),
+        }
+        assert {name: float(value[b]) for name, value in found.items()} == pytest.approx(expected, rel=1e-4)
+
+
+def test_undefined_errors_are_nan_and_leave_the_other_videos_alone() -> None:
+    still = CameraTrajectory.identity(5, dtype=torch.float64)
+    target = CameraTrajectory.stack([dolly(2.0, 5), still, dolly(2.0, 5)])
+    estimate = torch.stack(
+        [dolly(1.0, 5).c2w, dolly(1.0, 5).c2w, torch.full((5, 4, 4), torch.nan, dtype=torch.float64)]
+    )
+    found = metrics.camera_errors(estimate, target)
+    defined = {name: torch.isfinite(value).tolist() for name, value in found.items()}
+    moving_only = ("scale_ratio", "translation_gain", "trans_err")
+    assert defined == {name: [True, name not in moving_only, False] for name in metrics.CAMERA_METRICS}
+    # 0.25, 0.5, 0.75 and 1 m behind, or ahead of a camera that should stand still.
+    assert found["translation_error_m"][:2].tolist() == [0.625, 0.625]
 
 
 def test_public_rotation_error_equals_its_definition() -> None:

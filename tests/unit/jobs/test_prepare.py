@@ -19,12 +19,12 @@ from geoalign.config.data import DataConfig
 from geoalign.config.load import load_config
 from geoalign.config.model import ModelConfig
 from geoalign.config.schema import Config
-from geoalign.data.citywalk import write_clip_camera
 from geoalign.data.frames import to_float
 from geoalign.data.prepare import PrepareReport
 from geoalign.data.source import RetakeDataset
 from geoalign.errors import DataError, RunError
 from geoalign.evaluators.base import PoseEstimate
+from geoalign.geometry.cameras.camera_file import write_clip_camera
 from geoalign.geometry.trajectory import CameraTrajectory
 from geoalign.jobs import prepare as encoders
 from geoalign.jobs.prepare import encoder_identity, every_frame, render_missing_data, weights_hash
@@ -32,7 +32,7 @@ from geoalign.models.captions import load_captioner
 from geoalign.models.dit import RetakeDiT
 from geoalign.models.encoders import load_image_encoder, load_text_encoder
 from geoalign.models.wan_vae import load_wan_codec
-from geoalign.policy.files import load_policy
+from geoalign.policy.open import open_policy
 from geoalign.policy.policy import RetakePolicy
 from geoalign.rewards.registry import EVALUATORS
 from geoalign.types import Encodings, SourceClip
@@ -148,7 +148,7 @@ def test_everything_that_is_prepared_is_what_the_models_say(
             torch.testing.assert_close(length, STEP_M * torch.arange(5.0), atol=1e-6, rtol=0)
             angles = batch.source.camera[row].increments()[0].norm(dim=-1)
             torch.testing.assert_close(angles, torch.full((4,), math.radians(2.0)), atol=1e-5, rtol=0)
-    policy.prepare(cond)  # the network takes the shapes
+    policy.precompute(cond)  # the network takes the shapes
     other = load_config(Config, str(file), ["data.use_cache=true", "data.prepare.text_length=7"])
     with pytest.raises(DataError, match="differs in the encoder"):
         RetakeDataset(other.data, seed=0, encoder=encoder_identity(other))
@@ -195,7 +195,7 @@ def test_verbs_prepare_the_embedded_world_on_two_ranks_and_training_reads_it_bit
     assert figure.read_bytes().startswith(b"\x89PNG") and "peak turn" in capsys.readouterr().out
 
     config = load_config(Config, "smoke", [*overrides(tmp_path), "data.use_cache=true"])
-    policy, _ = load_policy(Path("builtin:tiny_base"))
+    policy = open_policy("builtin:tiny_base")
     dataset = RetakeDataset(config.data, seed=3, encoder=encoder_identity(config))
     batch = dataset.batch(2, range(4))
     direct = RetakeDataset(config.data.model_copy(update={"use_cache": False}), seed=3)
@@ -214,8 +214,9 @@ def test_verbs_prepare_the_embedded_world_on_two_ranks_and_training_reads_it_bit
 
 def test_other_ranks_wait_for_the_world(tmp_path: Path) -> None:
     config = load_config(Config, "smoke", overrides(tmp_path))
+    impatient = load_config(Config, "smoke", [*overrides(tmp_path), "train.rank_timeout_s=0.001"])
     with pytest.raises(RunError, match="rank 0 has not rendered"):
-        render_missing_data(config, 1, timeout_s=0.0)
+        render_missing_data(impatient, 1)
     waiting = threading.Thread(target=render_missing_data, args=(config, 1), daemon=True)
     waiting.start()
     waiting.join(0.3)
@@ -223,7 +224,7 @@ def test_other_ranks_wait_for_the_world(tmp_path: Path) -> None:
     render_missing_data(config, 0)
     waiting.join(30)
     assert not waiting.is_alive()
-    render_missing_data(config, 1, timeout_s=0.0)  # complete: nobody waits
+    render_missing_data(impatient, 1)  # complete: nobody waits
 
 
 class Placed(LineEvaluator):

@@ -16,12 +16,13 @@ from safetensors.torch import load_file, save_file
 from geoalign.cli.main import main
 from geoalign.config.model import ModelConfig
 from geoalign.errors import CheckpointError, UsageError
-from geoalign.models.checkpoint import TensorFile, load_dit, load_redirector
+from geoalign.models.checkpoint import LoadReport, complete_weights, load_dit, redirector_weights
 from geoalign.models.dit import RetakeDiT
 from geoalign.models.layouts import LAYOUTS, diffusers_name, model_shapes
-from geoalign.policy.formats import export_recammaster, export_redirector, from_pretrained, manifest, save_pretrained
-from geoalign.policy.lora import apply_lora, export_lora
-from geoalign.policy.open import open_model
+from geoalign.policy.formats import export_recammaster, export_redirector, manifest, save_pretrained
+from geoalign.policy.lora import PREFIX, export_lora
+from geoalign.policy.open import describe
+from geoalign.weights import TensorFile
 
 BASE = ModelConfig(
     dim=48, heads=2, layers=2, ffn_dim=64, in_channels=32, text_dim=16, freq_dim=32, image_dim=1280,
@@ -48,6 +49,15 @@ def write_base(path: Path) -> RetakeDiT:
     return model
 
 
+def write_delta(model: RetakeDiT, path: Path) -> None:
+    """The self-attention alone, as a run on published weights leaves it."""
+    save_file({name: value for name, value in model.state_dict().items() if "self_attn" in name}, path)
+
+
+def load(config: ModelConfig, path: Path) -> tuple[RetakeDiT, LoadReport]:
+    return load_dit(config, [complete_weights(config, TensorFile(path))])
+
+
 def same(a: RetakeDiT, b: RetakeDiT) -> bool:
     left, right = a.state_dict(), b.state_dict()
     return left.keys() == right.keys() and all(torch.equal(left[k], right[k]) for k in left)
@@ -58,7 +68,7 @@ def test_redirector_round_trip_is_bit_exact(tmp_path: Path) -> None:
     frozen, tuned = write_base(base), model_of(DELTA, 1)
     written = export_redirector(tuned, delta)
     assert len(written) == 2 * 12 and all("self_attn" in name for name in written)
-    loaded, _ = load_redirector(base, delta, dtype=torch.float32, config=DELTA)
+    loaded, _ = load_dit(DELTA, redirector_weights(TensorFile(base), TensorFile(delta), DELTA))
     for name, value in loaded.state_dict().items():
         expected = tuned if "self_attn" in name else frozen
         assert torch.equal(value, expected.state_dict()[name]), name
@@ -75,7 +85,7 @@ def test_wrong_base_is_refused_and_named(tmp_path: Path) -> None:
     save_file(model_of(plain).state_dict(), tmp_path / "t2v.safetensors")
     export_redirector(model_of(DELTA), tmp_path / "delta.safetensors")
     with pytest.raises(CheckpointError, match=r"t2v.safetensors is not the base of ReDirector.*24 missing.*k_img"):
-        load_redirector(tmp_path / "t2v.safetensors", tmp_path / "delta.safetensors", config=DELTA)
+        redirector_weights(TensorFile(tmp_path / "t2v.safetensors"), TensorFile(tmp_path / "delta.safetensors"), DELTA)
 
 
 def test_full_size_wrong_base_is_recognised_by_name(tmp_path: Path) -> None:
@@ -92,7 +102,7 @@ def test_full_size_wrong_base_is_recognised_by_name(tmp_path: Path) -> None:
         stream.truncate(8 + len(header) + offset)
     export_redirector(model_of(DELTA), tmp_path / "delta.safetensors")
     with pytest.raises(CheckpointError, match=r"not the base of ReDirector.*resembles Wan2.1-T2V-1.3B \(100%"):
-        load_redirector(base, tmp_path / "delta.safetensors")
+        redirector_weights(TensorFile(base), TensorFile(tmp_path / "delta.safetensors"))
 
 
 @pytest.mark.parametrize(
@@ -102,7 +112,7 @@ def test_full_size_wrong_base_is_recognised_by_name(tmp_path: Path) -> None:
         ("empty", "empty"),
         ("renamed", "1 missing: .*; 1 unexpected: other"),
         ("dropped", "1 missing"),
-        ("shape", "wrong shape"),
+        ("shape", "of another shape"),
         ("integers", "quantised"),
         ("garbage", "truncated or not a safetensors file"),
         ("absent", "no such weight file"),
@@ -130,20 +140,20 @@ def test_damaged_checkpoints_give_one_clear_error(tmp_path: Path, damage: str, m
     elif damage == "absent":
         path.unlink()
     with pytest.raises(CheckpointError, match=message):
-        load_dit(RECAM, path)
+        load(RECAM, path)
 
 
 def test_torch_files(tmp_path: Path) -> None:
     model = model_of(RECAM)
     export_recammaster(model, tmp_path / "step.ckpt")
-    loaded, _ = load_dit(RECAM, tmp_path / "step.ckpt")
+    loaded, _ = load(RECAM, tmp_path / "step.ckpt")
     assert same(loaded, model)
     (tmp_path / "cut.ckpt").write_bytes((tmp_path / "step.ckpt").read_bytes()[:-500])
     torch.save({"state_dict": model.state_dict()}, tmp_path / "nested.ckpt")
     torch.save({"a": print}, tmp_path / "code.ckpt")
     for name in ("cut", "nested", "code"):
         with pytest.raises(CheckpointError, match=name):
-            load_dit(RECAM, tmp_path / f"{name}.ckpt")
+            load(RECAM, tmp_path / f"{name}.ckpt")
     with pytest.raises(UsageError, match="camera=modulated"):
         export_recammaster(model_of(DELTA), tmp_path / "no.ckpt")
     assert not (tmp_path / "no.ckpt").exists()
@@ -152,7 +162,7 @@ def test_torch_files(tmp_path: Path) -> None:
 def test_diffusers_folder_round_trip_and_stock_class(tmp_path: Path) -> None:
     model = model_of(RECAM)
     save_pretrained(model, tmp_path / "ours")
-    loaded, report = from_pretrained(tmp_path / "ours")
+    loaded, report = describe(tmp_path / "ours").network()
     assert same(loaded, model) and loaded.config == RECAM
     assert report.tensors == len(model_shapes(RECAM))
     with pytest.raises(CheckpointError, match="exists already"):
@@ -172,7 +182,16 @@ def test_shards_are_one_file(tmp_path: Path) -> None:
     for index, part in enumerate((names[:20], names[20:])):
         state = {name: model.state_dict()[name] for name in part}
         save_file(state, tmp_path / f"diffusion_pytorch_model-0000{index + 1}-of-00002.safetensors")
-    assert same(load_dit(RECAM, tmp_path)[0], model)
+    assert same(load(RECAM, tmp_path)[0], model)
+
+
+@torch.no_grad()
+def apply_lora(model: RetakeDiT, factors: dict[str, torch.Tensor]) -> None:
+    """Add ``B A`` of every pair to the matrices of ``model`` in place."""
+    parameters = dict(model.named_parameters())
+    for stem in {name.rsplit(".lora_", 1)[0] for name in factors}:
+        down, up = factors[f"{stem}.lora_A.weight"], factors[f"{stem}.lora_B.weight"]
+        parameters[stem.removeprefix(PREFIX) + ".weight"] += up @ down
 
 
 def test_lora_at_full_rank_is_exact_and_residual_is_the_tail_of_the_spectrum(tmp_path: Path) -> None:
@@ -206,17 +225,18 @@ def test_peak_memory_of_a_load_stays_near_the_file_size(tmp_path: Path) -> None:
     save_file(model_of(config).state_dict(), tmp_path / "big.safetensors")
     size = (tmp_path / "big.safetensors").stat().st_size
     assert size > 50e6
-    report = load_dit(config, tmp_path / "big.safetensors")[1]
+    report = load(config, tmp_path / "big.safetensors")[1]
     assert report.file_bytes <= size and report.peak_bytes < 1.3 * size
     code = f"""
 import resource, torch
 from pathlib import Path
 from geoalign.config.model import ModelConfig
-from geoalign.models.checkpoint import load_dit
+from geoalign.models.checkpoint import complete_weights, load_dit
+from geoalign.weights import TensorFile
 config = ModelConfig.model_validate_json({config.model_dump_json()!r})
 from geoalign.models.layouts import model_shapes; model_shapes(config)
 before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-load_dit(config, Path({str(tmp_path / "big.safetensors")!r}))
+load_dit(config, [complete_weights(config, TensorFile(Path({str(tmp_path / "big.safetensors")!r})))])
 print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024)
 """
     paths = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
@@ -228,13 +248,13 @@ print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024)
 def test_policy_file_and_delta_open(tmp_path: Path) -> None:
     model = model_of(RECAM)
     save_pretrained(model, tmp_path / "model")
-    export_redirector(model_of(RECAM, 7), tmp_path / "trained.safetensors")
-    opened, _ = open_model(tmp_path / "model", tmp_path / "trained.safetensors")
+    write_delta(model_of(RECAM, 7), tmp_path / "trained.safetensors")
+    opened, _ = describe(tmp_path / "model", tmp_path / "trained.safetensors").network()
     other = model_of(RECAM, 7).state_dict()
     for name, value in opened.state_dict().items():
         assert torch.equal(value, other[name] if "self_attn" in name else model.state_dict()[name])
     with pytest.raises(CheckpointError, match="no such model"):
-        open_model(tmp_path / "absent")
+        describe(tmp_path / "absent")
 
 
 def test_export_verb(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -250,10 +270,10 @@ def test_export_verb(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
     assert main([*lora, "--rank", "4"]) == 1  # nothing was trained: factors of zeros help nobody
     assert "no matrix of the self-attention differs" in capsys.readouterr().err
     assert not (tmp_path / "x.safetensors").exists()
-    export_redirector(model_of(RECAM, 7), tmp_path / "trained.safetensors")
+    write_delta(model_of(RECAM, 7), tmp_path / "trained.safetensors")
     assert main([*lora, "--rank", "4", "--checkpoint", str(tmp_path / "trained.safetensors")]) == 0
     text = capsys.readouterr().out
     assert "lossy" in text and "factors in float32" in text and "every bit kept" not in text
-    assert main(["model", "fingerprint", str(tmp_path / "model"), "--json"]) == 0
+    assert main(["model", "fingerprint", str(tmp_path / "model"), "--json", "-"]) == 0
     assert main(["model", "fingerprint", str(tmp_path / "nothing.pth")]) == 1
     assert manifest({"a": torch.ones(2)})["entries"] == {"a": "float32 [2]"}

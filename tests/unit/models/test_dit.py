@@ -151,7 +151,7 @@ def test_pruning_and_cache_change_nothing() -> None:
         model.execution.prune_source = False
         # Pruning changes the shapes of matrix products, hence the order of summation, and nothing else.
         assert relative(pruned, model(x, t, cond)) < 1e-5
-        cache = model.prepare(cond).repeat_interleave(2)
+        cache = model.precompute(cond).repeat_interleave(2)
         again = model(x.repeat_interleave(2, 0), t.repeat_interleave(2), cond.repeat_interleave(2), cache)
         assert relative(again[::2], pruned) < 1e-5
 
@@ -162,7 +162,7 @@ def test_kept_camera_phases_are_those_that_a_forward_makes() -> None:
     x, t, outputs = torch.randn(2, 16, 3, 6, 4), torch.tensor([900.0, 100.0]), []
     for model.execution.cache_phases in (True, False):
         with torch.no_grad():
-            cache = model.prepare(cond)
+            cache = model.precompute(cond)
             assert len(cache.phases) == (2 if model.execution.cache_phases else 0)
             outputs.append(model(x, t, cond, cache))
     assert torch.equal(*outputs)
@@ -172,7 +172,7 @@ def test_kept_camera_phases_are_those_that_a_forward_makes() -> None:
     model.zero_grad()
     with torch.no_grad():
         model.execution.cache_phases = True
-        cache = model.prepare(cond)
+        cache = model.precompute(cond)
     model(x, t, cond, cache).square().mean().backward()
     assert torch.equal(model.blocks[0].self_attn.rope_phase_qk[1].weight.grad, expected)
 
@@ -236,7 +236,7 @@ def test_frozen_parameters_cost_no_backward() -> None:
 
     for name, parameter in model.named_parameters():
         parameter.requires_grad_("self_attn" in name)
-    loss = model(x, t, cond, model.prepare(cond)).square().mean()
+    loss = model(x, t, cond, model.precompute(cond)).square().mean()
     with Products():
         loss.backward()
     weights = [shape for shape in shapes if shape in ((96, 96), (32, 96))]
@@ -310,8 +310,10 @@ def test_gains_scale_motion_and_receive_gradient() -> None:
 def test_target_pose_enters_only_through_the_phases() -> None:
     """Freezing the rotations makes the model blind to the target camera, so attention alone can correct its scale."""
     model, cond = randomised(TINY), tiny_condition()
-    first = model.prepare(cond)
-    other = model.prepare(Conditioning(cond.source_latents, cond.source_camera, cameras(2, 4, 99), cond.ground_plane))
+    first = model.precompute(cond)
+    other = model.precompute(
+        Conditioning(cond.source_latents, cond.source_camera, cameras(2, 4, 99), cond.ground_plane)
+    )
     assert torch.equal(first.token_offset, other.token_offset)
     assert torch.equal(first.source_tokens, other.source_tokens)
     assert not torch.equal(first.phases[0].qk, other.phases[0].qk)

@@ -3,17 +3,43 @@
 from __future__ import annotations
 
 import json
+from typing import Any
 
 import pytest
 import torch
 from repository import GOLDEN
 
 from geoalign.cli.main import main
-from geoalign.models.layouts import LAYOUTS, count, fingerprint, identify, original_names
+from geoalign.config.model import ModelConfig
+from geoalign.models.layouts import (
+    LAYOUTS,
+    count,
+    diffusers_name,
+    fingerprint,
+    identify,
+    is_self_attention,
+    model_shapes,
+    original_names,
+)
 from geoalign.models.wan_vae import original_name
-from geoalign.policy.formats import published_manifest
+from geoalign.policy.formats import manifest
+from geoalign.policy.lora import PREFIX, is_factored
 
 FOLDER = GOLDEN / "models"
+
+
+def published_manifest(config: ModelConfig, kind: str, rank: int = 16) -> dict[str, Any]:
+    """Manifest of an export of a full-size model in bfloat16, from its configuration alone (nothing is allocated)."""
+    shapes = model_shapes(config)
+    if kind == "redirector":
+        shapes = {name: shape for name, shape in shapes.items() if is_self_attention(name)}
+    elif kind == "diffusers":
+        shapes = {diffusers_name(name): shape for name, shape in shapes.items()}
+    elif kind == "lora":
+        pairs = {n.removesuffix(".weight"): s for n, s in shapes.items() if is_factored(n)}
+        down = {f"{PREFIX}{name}.lora_A.weight": (rank, shape[1]) for name, shape in pairs.items()}
+        shapes = down | {f"{PREFIX}{name}.lora_B.weight": (shape[0], rank) for name, shape in pairs.items()}
+    return manifest({n: torch.empty(s, dtype=torch.bfloat16, device="meta") for n, s in shapes.items()})
 
 
 @pytest.mark.parametrize(
@@ -84,7 +110,7 @@ def test_names_map_one_to_one_onto_diffusers() -> None:
 
 
 def test_manifest_verb_prints_totals(capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["model", "manifest", "--json"]) == 0
+    assert main(["model", "manifest", "--json", "-"]) == 0
     table = json.loads(capsys.readouterr().out)
     assert table["redirector"]["tensors"] == 360
     assert table["recammaster"]["parameters"] == 1_490_420_800

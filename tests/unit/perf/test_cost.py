@@ -8,11 +8,11 @@ import pytest
 import torch
 
 from geoalign.config.model import ModelConfig
-from geoalign.perf.budget import LEVERS, PassCount, Plan, Run, Walk, climb, count_passes
-from geoalign.perf.cost import DEVICES, Execution, TransformerCost, peak_flops, profile_of, video_cost
+from geoalign.perf.budget import LEVERS, PassCount, Plan, RunCost, Walk, climb, count_passes
+from geoalign.perf.cost import DEVICES, Speedups, TransformerCost, peak_flops, profile_of, video_cost
 
 A800, H200 = DEVICES["a800"], DEVICES["h200"]
-FASTEST = Execution(kernels="fused", cached=True, pruned=True)
+FASTEST = Speedups(kernels="fused", cached=True, pruned=True)
 PAPER_SCORERS = ("mapanything", "hpsv3", "videoalign")
 
 
@@ -20,8 +20,8 @@ def redirector() -> ModelConfig:
     return ModelConfig(in_channels=32, image_dim=1280, source="frames", camera="learned", pluecker_adapter=True)
 
 
-def paper_run(updates: int = 1, tail: int = 19) -> Run:
-    return Run(
+def paper_run(updates: int = 1, tail: int = 19) -> RunCost:
+    return RunCost(
         transformer=TransformerCost(),
         video=video_cost(81, 480, 832, PAPER_SCORERS),
         walks={Walk(2, 4, tail): 140},
@@ -65,7 +65,7 @@ def test_block_flops_equal_a_counter_on_the_real_network() -> None:
         model = RetakeDiT(config).requires_grad_(False)
         latents = torch.empty(1, 16, 21, 60, 104)
         cond = Conditioning(source_latents=latents, context=torch.empty(1, 512, 4096))
-        cache = model.prepare(cond)
+        cache = model.precompute(cond)
         model.execution.prune_source = False
         with FlopCounterMode(display=False) as counter:
             model(latents, torch.empty(1), cond, cache)
@@ -109,29 +109,29 @@ def test_forward_flops_of_the_published_model() -> None:
 )  # fmt: skip
 def test_predictions_are_near_published_run_times(cost: TransformerCost, device, published_s: float) -> None:  # type: ignore[no-untyped-def]
     """Fifty guided steps of text-to-video; no rate was fitted to these numbers."""
-    assert 100 * cost.forward(device, Execution()).total == pytest.approx(published_s, rel=0.08)
+    assert 100 * cost.forward(device, Speedups()).total == pytest.approx(published_s, rel=0.08)
 
 
 def test_seconds_add_up_from_flops_and_rates() -> None:
     cost = TransformerCost()
-    part, eager = cost.block_flops(), cost.forward(A800, Execution())
+    part, eager = cost.block_flops(), cost.forward(A800, Speedups())
     assert eager.attention == pytest.approx(30 * part["self_attention"] / 188e12)
     assert eager.elementwise == pytest.approx(cost.traffic_bytes("eager") / A800.bandwidth)
     assert eager.total == pytest.approx(eager.attention + eager.matmul + eager.elementwise + eager.adapter)
-    quantised = cost.forward(A800, Execution(), int8_attention=True)
+    quantised = cost.forward(A800, Speedups(), int8_attention=True)
     assert quantised.attention == pytest.approx(30 * part["self_attention"] / 266e12)
-    assert cost.forward(A800, Execution(int8_linear=True)).matmul < eager.matmul
-    assert cost.backward(A800, Execution()).attention == pytest.approx(2.5 * 30 * part["self_attention"] / 165e12)
+    assert cost.forward(A800, Speedups(int8_linear=True)).matmul < eager.matmul
+    assert cost.backward(A800, Speedups()).attention == pytest.approx(2.5 * 30 * part["self_attention"] / 165e12)
 
 
 @pytest.mark.parametrize("device", [A800, H200])
-def test_every_execution_lever_saves_time(device) -> None:  # type: ignore[no-untyped-def]
+def test_every_speedup_saves_time(device) -> None:  # type: ignore[no-untyped-def]
     cost = TransformerCost()
-    eager = cost.forward(device, Execution()).total
+    eager = cost.forward(device, Speedups()).total
     for lever in ({"kernels": "compiled"}, {"kernels": "fused"}, {"cached": True}, {"pruned": True}):
-        assert cost.forward(device, Execution(**lever)).total < eager
+        assert cost.forward(device, Speedups(**lever)).total < eager
     assert cost.traffic_bytes("fused") < cost.traffic_bytes("compiled") < cost.traffic_bytes("eager")
-    assert cost.backward(device, FASTEST).total < cost.backward(device, Execution()).total
+    assert cost.backward(device, FASTEST).total < cost.backward(device, Speedups()).total
 
 
 def test_pass_counts_by_hand() -> None:
@@ -201,5 +201,5 @@ def test_the_ladder_only_descends_and_keeps_the_two_kinds_apart(updates: int) ->
 def test_exact_levers_leave_the_samples_alone() -> None:
     """An EXACT lever may not touch precision or the number of steps."""
     for lever in LEVERS:
-        touched = {*lever.plan, *lever.execution} & {"int8_attention", "int8_linear", "guidance"}
+        touched = {*lever.plan, *lever.speedups} & {"int8_attention", "int8_linear", "guidance"}
         assert (lever.kind == "CHANGES") == bool(touched or lever.coarse_tail)

@@ -79,7 +79,7 @@ def test_a_learner_forward_and_backward(config: Config, recompute: Recompute, sa
         alive = AliveBytes([*model.parameters(), *model.buffers()])
         with alive:
             with torch.no_grad():
-                cache = model.prepare(cond)
+                cache = model.precompute(cond)
             assert alive.now == pytest.approx(work.condition_bytes(phases=True), rel=0.03)
             before = alive.now
             velocity = model(torch.empty(latents), torch.empty(1), cond, cache)

@@ -89,11 +89,11 @@ def test_forwards_and_backward_stay_on_the_device(config: ModelConfig, guidance:
     model.execution.recompute, model.execution.core = recompute, "sdpa_flash"
     trained = freeze_all_but(model, r"\.self_attn\.")
     policy = RetakePolicy(model, codec=None, guidance=guidance)  # type: ignore[arg-type]
-    prepared = policy.prepare(condition).repeat_interleave(3)
+    precomputed = policy.precompute(condition).repeat_interleave(3)
     x = initial_noise((16, 5 - config.first_frame_given, 6, 4), 0, 0, groups)
     with torch.no_grad():
-        fixed = policy.velocity(x, time, prepared)
-    live = policy.velocity(x, time, prepared)
+        fixed = policy.velocity(x, time, precomputed)
+    live = policy.velocity(x, time, precomputed)
     assert live.passes == (2 if guidance > 1 else 1)
     for velocity in (fixed, live):
         assert velocity.combined().device.type == DEVICE

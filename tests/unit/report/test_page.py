@@ -38,14 +38,16 @@ def summary() -> dict[str, Any]:
     before = {
         "translation_error_m": [0.48, 0.50, 0.52],
         "rotation_error_deg": [0.9, 1.0, 1.1],
-        "scale_ratio": [1.40, 1.40, 1.40],
+        "scale_ratio": [1.50, 1.50, 1.50],
+        "translation_gain": [1.40, 1.40, 1.40],
         "psnr_db": [18.0, 18.0, 18.0],
         "new_measure": [1.0, 2.0, 3.0],
     }
     after = {
         "translation_error_m": [0.24, 0.25, 0.26],
         "rotation_error_deg": [1.0, 1.05, 1.1],
-        "scale_ratio": [0.98, 0.98, 0.98],
+        "scale_ratio": [1.10, 1.10, 1.10],
+        "translation_gain": [0.98, 0.98, 0.98],
         "psnr_db": [17.0, 17.0, 17.0],
         "new_measure": [3.0, 2.0, 1.0],
     }
@@ -140,10 +142,23 @@ def test_changes_are_coloured_only_beyond_the_spread() -> None:
     assert found["translation_error_m"].verdict == "good"
     assert found["translation_error_m"].percent == pytest.approx(-50)
     assert found["rotation_error_deg"].verdict == "even"  # +0.05 with a spread of 0.1
-    assert found["scale_ratio"].verdict == "good"  # 0.4 off to 0.02 off, although it went below 1
+    assert found["translation_gain"].verdict == "good"  # 0.4 off to 0.02 off, although it went below 1
     assert found["psnr_db"].verdict == "bad"
     assert found["new_measure"].verdict == "even"  # unknown direction: shown, not judged
     assert found["rotation_error_deg"].before.spread == pytest.approx(0.1)
+
+
+def test_a_run_of_before_shows_its_gain_under_the_present_name(folder: Path) -> None:
+    old = json.loads(json.dumps(summary()))
+    for kinds in (old["held_out"], old["held_out_per_noise_seed"]):
+        for stages in kinds.values():
+            for rows in stages.values():
+                rows["scale_ratio"] = rows.pop("translation_gain")  # as it was called, without a path length ratio
+    found = {item.key: item for item in comparisons(old, "mean")}
+    assert "scale_ratio" not in found and found["translation_gain"].before.mean == pytest.approx(1.4)
+    (folder / "summary.json").write_text(json.dumps(old))
+    page = report_page(read_run(folder), samples=0)
+    assert "Translation gain" in page and "Scale ratio" not in page and "travels 0.980 metres instead of 1.40" in page
 
 
 def with_values(name: str, before: list[float], after: list[float]) -> dict[str, Any]:

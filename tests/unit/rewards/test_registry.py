@@ -173,7 +173,7 @@ def test_doctor_fetches_templates(monkeypatch: pytest.MonkeyPatch, capsys: pytes
     parser = argparse.ArgumentParser()
     doctor.add_parser(parser.add_subparsers())
     monkeypatch.setattr(templates, "fetch", lambda: {"videoalign": Path("/somewhere/videoalign.txt")})
-    for flags, read in (([], str.split), (["--json"], lambda text: list(*json.loads(text).items()))):
+    for flags, read in (([], str.split), (["--json", "-"], lambda text: list(*json.loads(text).items()))):
         args = parser.parse_args(["doctor", "--fetch-rewards", *flags])
         assert args.run(args) == 0
         assert read(capsys.readouterr().out) == ["videoalign", "/somewhere/videoalign.txt"]

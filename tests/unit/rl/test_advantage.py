@@ -17,7 +17,7 @@ from geoalign.config.flow import AdvantageConfig
 from geoalign.errors import ConfigError, UsageError
 from geoalign.rl.advantage import group_advantage
 from geoalign.rl.score import Scores
-from geoalign.training.processes.ranks import Placement, Ranks, gather_scores
+from geoalign.training.processes.ranks import RankRows, Ranks, gather_scores
 
 # Two groups: 1, 2, 3, 6 (mean 3, population deviation sqrt(3.5)) and 10, 10, 12, 12 (mean 11, deviation 1).
 SCORES = torch.tensor([1.0, 2.0, 3.0, 6.0, 10.0, 10.0, 12.0, 12.0])
@@ -199,10 +199,10 @@ def test_groups_spread_over_ranks_equal_one_process(std: str, size: int) -> None
     alone = group_advantage({"r": table}, valid, groups, config, lost).values
 
     def work(ranks: Ranks) -> Tensor:
-        place = Placement.of(4, 4, ranks)
-        rows = place.rows
+        local = RankRows.of(4, 4, ranks)
+        rows = local.rows
         mine = Scores({"r": table[rows]}, valid[rows], lost[rows], {}, {}, {"r": 1}, {"r": float(ranks.rank)})
-        found = gather_scores(ranks, place, mine)
+        found = gather_scores(ranks, local, mine)
         assert found.failures == {"r": size} and found.seconds == {"r": size - 1.0}
         return group_advantage(found.scores, found.valid, groups, config, found.lost).values
 

@@ -93,12 +93,12 @@ class TestFastTwin:
         policy.model.requires_grad_(False)
         twin = fast_twin(policy.model, attention=("int8_fp8", "int8"), threshold=1e-9, linears=False)
         batch = Conditions(smoke()).batch(0, [0])
-        prepared = policy.prepare(policy.condition(batch))
+        precomputed = policy.precompute(policy.condition(batch))
         x, time = torch.randn(1, *policy.latent_shape(batch)), torch.tensor([500.0])
         with torch.no_grad():
-            expected = policy.model(x, time, prepared.conditioning, prepared.cache)
+            expected = policy.model(x, time, precomputed.conditioning, precomputed.cache)
             for _ in range(2):  # the measuring call and the next
-                assert torch.equal(twin(x, time, prepared.conditioning, prepared.cache), expected)
+                assert torch.equal(twin(x, time, precomputed.conditioning, precomputed.cache), expected)
         assert {block.self_attn.mode for block in twin.blocks} == {"exact"}
 
 

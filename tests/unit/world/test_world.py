@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from seams import seam_ratio
 
 from geoalign.config.data import DataConfig
 from geoalign.config.world import WorldConfig
@@ -16,7 +17,7 @@ from geoalign.data.source import RetakeDataset
 from geoalign.errors import DataError, UsageError
 from geoalign.geometry import so3
 from geoalign.geometry.plane import ground_axes, intersect_plane, pixel_grid, pixel_rays
-from geoalign.models.codec import PatchCodec, lapped_transform, seam_ratio
+from geoalign.models.codec import PatchCodec, lapped_transform
 from geoalign.world.dataset import is_complete, write_world
 from geoalign.world.motion import PRESETS, ground_normal, ground_plane, preset_motions, random_curves, to_c2w
 from geoalign.world.pairs import LabelBias, paired_videos
@@ -48,7 +49,7 @@ def test_presets_do_what_their_names_say() -> None:
     assert end["slide_right"][0] > 1 and end["slide_left"][0] < -1
     assert end["fly_forward"][1] < -1 and end["fly_backward"][1] > 1  # e2 points to the bottom of the picture
     assert end["descend"][2] > 1 and end["climb"][2] < -1
-    assert end["pan_right"][3] > 0.1 and end["arc_left"][3] < -0.1
+    assert end["sweep_right"][3] > 0.1 and end["arc_left"][3] < -0.1
     # The point on the optical axis of the first view moves down the picture of a camera that flies forward.
     c2w = to_c2w(end["fly_forward"], WORLD)
     local = c2w[:3, :3].T @ (torch.tensor([0.0, 0.0, 10.0]) - c2w[:3, 3])

@@ -26,7 +26,7 @@ aten = torch.ops.aten
 
 
 def why_not(core: str, device: torch.device, dtype: torch.dtype) -> str:
-    """Empty if `core` can run here, else the reason."""
+    """Empty if ``core`` can run here, else the reason."""
     if core == "reference" or (core == "sdpa_flash" and device.type == "cpu"):
         return ""
     if core == "triton" and dispatch.interpreting():
@@ -46,7 +46,7 @@ def why_not(core: str, device: torch.device, dtype: torch.dtype) -> str:
 
 
 def report(device: torch.device) -> dict[str, str]:
-    """Row of `dispatch.report`: the core of exact attention in bfloat16 (float32 on a CPU), and which others exist."""
+    """Row of ``dispatch.report``: the core of exact attention in bfloat16 (float32 on a CPU), which others exist."""
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     reasons = {core: why_not(core, device, dtype) for core in CORES}
     try:
@@ -57,7 +57,7 @@ def report(device: torch.device) -> dict[str, str]:
 
 
 def why_not_fp8(device: torch.device) -> str:
-    """Empty if the Triton kernel of mode int8_fp8 can run on `device`, else the reason."""
+    """Empty if the Triton kernel of mode int8_fp8 can run on ``device``, else the reason."""
     if device.type != "cuda":
         return "" if dispatch.interpreting() else f"it needs CUDA, not '{device.type}'"
     major, minor = torch.cuda.get_device_capability(device)
@@ -67,7 +67,7 @@ def why_not_fp8(device: torch.device) -> str:
 
 
 def report_fp8(device: torch.device) -> dict[str, str]:
-    """Row of `dispatch.report` of mode int8_fp8, which no reference replaces on a GPU that lacks fp8."""
+    """Row of ``dispatch.report`` of mode int8_fp8, which no reference replaces on a GPU that lacks fp8."""
     reasons = {"reference": "", "triton": why_not_fp8(device)}
     wanted = dispatch.wanted("attention_int8_fp8")
     if wanted == "auto":
@@ -96,7 +96,7 @@ def _importable(module: str) -> bool:
 
 
 def resolve(device: torch.device, dtype: torch.dtype) -> str:
-    """The core of this run: GEOALIGN_ATTENTION, else what `use_backend` names, else the first that is there.
+    """The core of this run: GEOALIGN_ATTENTION, else what ``use_backend`` names, else the first that is there.
 
     Raises:
         BackendUnavailableError: a core named explicitly cannot run.

@@ -1,4 +1,4 @@
-"""`attention`: public function, the guard of the SDE window, registration.
+"""``attention``: public function, the guard of the SDE window, registration.
 
 The exact op is one opaque operator with outputs (O, LSE): a selective checkpoint policy can keep both and recompute the
 rest. Its core is an argument of the operator, so a compiled or recomputed graph holds the choice that was made.
@@ -17,6 +17,7 @@ from torch.utils.flop_counter import register_flop_formula
 from geoalign_kernels import capture, dispatch
 from geoalign_kernels.ops.attention import cores
 from geoalign_kernels.registration import NAMESPACE, define, library, on_device
+from geoalign_kernels.rows import working_dtype
 
 _HERE = "geoalign_kernels.ops.attention"
 dispatch.register(
@@ -34,7 +35,7 @@ _exact_only = False
 
 
 class AttentionOutput(NamedTuple):
-    """Result of `attention`."""
+    """Result of ``attention``."""
 
     out: Tensor
     """[B, Sq, H, hd] in the dtype of q."""
@@ -57,7 +58,7 @@ def resolve_attention(device: torch.device | str, dtype: torch.dtype) -> str:
     """Name of the exact core for this device and dtype; resolve it once and pass it to rollout and learner alike.
 
     Raises:
-        BackendUnavailableError: the core that GEOALIGN_ATTENTION or `use_backend` names cannot run.
+        BackendUnavailableError: the core that GEOALIGN_ATTENTION or ``use_backend`` names cannot run.
     """
     return cores.resolve(torch.device(device), dtype)
 
@@ -78,13 +79,13 @@ def attention(
         mode: "exact" (float32 accumulation, differentiable); "int8" (q and k in int8 with per-block scales, v in 16
             bits: as it is, float32 rounded to bfloat16 by the kernel); "int8_fp8" (probabilities and v in fp8 as well;
             compute capability 9.0 only). The quantised ones have no gradient, take heads of 32 to 128 in their kernels,
-            and are for deterministic steps only; `ProbedInt8Attention` chooses per layer.
+            and are for deterministic steps only; ``ProbedInt8Attention`` chooses per layer.
         scale: default hd^-0.5.
-        core: one of `cores.CORES`; default `resolve_attention`.
+        core: one of ``cores.CORES``; default ``resolve_attention``.
 
     Raises:
         ValueError: shapes differ, or the mode or core is unknown.
-        RuntimeError: a quantised mode inside `exact_only()` or where a gradient is needed.
+        RuntimeError: a quantised mode inside ``exact_only()`` or where a gradient is needed.
         BackendUnavailableError: the core, or fp8, cannot run here.
     """
     if q.dim() != 4 or k.shape != v.shape or q.shape[::2] != k.shape[::2] or q.shape[3] != k.shape[3]:
@@ -106,7 +107,7 @@ def attention(
 
 
 def _fake(q: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
-    lse = q.new_empty(q.shape[0], q.shape[2], q.shape[1], dtype=torch.promote_types(q.dtype, torch.float32))
+    lse = q.new_empty(q.shape[0], q.shape[2], q.shape[1], dtype=working_dtype(q))
     return torch.empty_like(q, memory_format=torch.contiguous_format), lse
 
 
@@ -136,7 +137,7 @@ def _backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Any, ...]:
     return *grads, None, None
 
 
-# The core is chosen by argument, not by `dispatch`, so these two are registered directly.
+# The core is chosen by argument, not by ``dispatch``, so these two are registered directly.
 library.define("attention(Tensor q, Tensor k, Tensor v, float scale, str core) -> (Tensor, Tensor)")
 library.define(
     "attention_backward(Tensor grad, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, float scale, str core) "

@@ -24,19 +24,19 @@ Mode = Literal["exact", "int8", "int8_fp8"]
 class ProbedInt8Attention:
     """Attention of the deterministic steps of a network, quantised layer by layer.
 
-    Not for the SDE window: inside `exact_only()` a quantised layer raises like `attention(mode="int8")`.
+    Not for the SDE window: inside ``exact_only()`` a quantised layer raises like ``attention(mode="int8")``.
 
     Args:
         threshold: largest relative L2 error that a layer may have.
         blocks: how many blocks of 128 queries are measured; whole blocks, so they are quantised as in the full call.
         modes: quantised modes in the order of preference; a layer takes the first that meets the threshold, e.g.
-            `("int8_fp8", "int8")` on an H200. A layer that none of them suits, or with a result that is not finite,
+            ``("int8_fp8", "int8")`` on an H200. A layer that none of them suits, or with a result that is not finite,
             stays exact.
 
     Attributes:
-        errors: `{layer: relative L2 error of the mode measured last}` of the layers seen so far: the chosen one, or the
-            last that was refused.
-        chosen: `{layer: mode}` likewise.
+        errors: ``{layer: relative L2 error of the mode measured last}`` of the layers seen so far: the chosen one, or
+            the last that was refused.
+        chosen: ``{layer: mode}`` likewise.
     """
 
     def __init__(self, threshold: float = 2e-2, blocks: int = 2, modes: Sequence[Mode] = ("int8",)) -> None:
@@ -52,7 +52,7 @@ class ProbedInt8Attention:
     def __call__(
         self, layer: int, q: Tensor, k: Tensor, v: Tensor, *, scale: float | None = None, core: str | None = None
     ) -> Tensor:
-        """Output [B, Sq, H, hd] of layer number `layer`; the other arguments as in `attention`.
+        """Output [B, Sq, H, hd] of layer number ``layer``; the other arguments as in ``attention``.
 
         The first call of a layer measures it, which waits for the device once per mode.
         """

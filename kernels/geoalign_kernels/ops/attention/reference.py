@@ -9,6 +9,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from geoalign_kernels.rows import working_dtype
+
 ROW_BLOCK = 1024
 SCALE_BLOCK = 128
 """Tokens of a head that share an int8 scale."""
@@ -17,7 +19,7 @@ FP8_MAX = 448.0
 
 
 def _heads_first(*tensors: Tensor) -> list[Tensor]:
-    dtype = torch.promote_types(tensors[0].dtype, torch.float32)
+    dtype = working_dtype(tensors[0])
     return [t.transpose(1, 2).to(dtype) for t in tensors]
 
 

@@ -3,6 +3,8 @@
 Tiles are fixed per architecture and never tuned at run time: ranks that tune apart would round apart. They are the
 largest that compile without spills: every multiprocessor is busy with one tile anyway, and the wider it is, the fewer
 instructions a key costs beside the tensor cores.
+
+Shapes in the bodies: M queries of a tile, N keys of a block, D channels of a head, S tokens quantised together.
 """
 
 from __future__ import annotations
@@ -34,35 +36,35 @@ def _accumulate(
     acc, highest, total, q, K, V, KScale, start, tokens_k, k_stride, v_stride, factor,
     HEAD: tl.constexpr, BN: tl.constexpr, FP8: tl.constexpr,
 ):  # fmt: skip
-    """One key block of the streaming softmax in base 2; `highest` is in units of factor * score."""
+    """One key block of the streaming softmax in base 2; ``highest`` is in units of factor * score."""
     local, d = tl.arange(0, BN), tl.arange(0, HEAD)
     ok = start + local < tokens_k
     # 64-bit offsets only in the scalar base: in the tile they would cost the registers that sm_80 lacks.
     K += tl.cast(start, tl.int64) * k_stride
-    k = tl.load(K + local[None, :] * k_stride + d[:, None], mask=ok[None, :], other=0)
+    k = tl.load(K + local[None, :] * k_stride + d[:, None], mask=ok[None, :], other=0)  # [D, N]
     if KScale is not None:
         factor *= tl.load(KScale + start // _SCALE_BLOCK)
-        scores = tl.dot(q, k).to(tl.float32)
+        scores = tl.dot(q, k).to(tl.float32)  # [M, N]
     else:
         scores = tl.dot(q, k, input_precision="ieee")
     if start + BN > tokens_k:  # in a branch: as a mask on every block it would cost registers and time
         scores = tl.where(ok[None, :], scores, float("-inf"))
     # The factor is positive, so it may follow the maximum, and scaling the scores is one multiply-add of the exponent.
-    new_highest = tl.maximum(highest, tl.max(scores, 1) * factor)
+    new_highest = tl.maximum(highest, tl.max(scores, 1) * factor)  # [M]
     # fp8 probabilities reach up to the largest fp8 number; so does their sum, which divides it out again.
     shift = new_highest - _LOG2_FP8_MAX if FP8 else new_highest
-    p = tl.exp2(scores * factor - shift[:, None])
+    p = tl.exp2(scores * factor - shift[:, None])  # [M, N]
     shrink = tl.exp2(highest - new_highest)
     total = total * shrink + tl.sum(p, 1)
     if FP8:
         # fp8 products exist for operands whose summed dimension is contiguous: v is [channels, keys] here, padded.
-        v = tl.load(V + start + local[:, None] + d[None, :] * v_stride)
+        v = tl.load(V + start + local[:, None] + d[None, :] * v_stride)  # [N, D]
         # The tensor cores keep fewer bits than float32 while they sum fp8 products (SageAttention2, arXiv 2411.10958):
         # each block is summed by itself and added in float32.
         acc = acc * shrink[:, None] + tl.dot(p.to(v.dtype), v)
     else:
         V += tl.cast(start, tl.int64) * v_stride
-        v = tl.load(V + local[:, None] * v_stride + d[None, :], mask=ok[:, None], other=0)
+        v = tl.load(V + local[:, None] * v_stride + d[None, :], mask=ok[:, None], other=0)  # [N, D]
         acc = tl.dot(p.to(v.dtype), v, acc * shrink[:, None], input_precision="ieee")
     return acc, new_highest, total
 
@@ -74,7 +76,7 @@ def attention_kernel(
 ):  # fmt: skip
     """v is [B, S, H, HEAD], or with VScale an fp8 [B * H, HEAD, padded S] of strides (head, channel)."""
     b, h = (tl.program_id(1) // heads).to(tl.int64), tl.program_id(1) % heads
-    m, d = tl.program_id(0) * BM + tl.arange(0, BM), tl.arange(0, HEAD)
+    m, d = tl.program_id(0) * BM + tl.arange(0, BM), tl.arange(0, HEAD)  # [M], [D]
     ok = (m < tokens_q)[:, None]
     q = tl.load(Q + b * q_strides[0] + h * HEAD + m.to(tl.int64)[:, None] * q_strides[1] + d[None, :], mask=ok, other=0)
     K += b * k_strides[0] + h * HEAD
@@ -93,7 +95,7 @@ def attention_kernel(
             acc, highest, total, q, K, V, KScale, start, tokens_k, k_strides[1], v_strides[1], factor, HEAD, BN,
             VScale is not None,
         )  # fmt: skip
-    out = acc / total[:, None]
+    out = acc / total[:, None]  # [M, D]
     if VScale is not None:
         channel = tl.program_id(1) * HEAD + d
         out = out * tl.load(VScale + channel)[None, :] + tl.load(VMean + channel)[None, :]
@@ -110,13 +112,13 @@ def quantise_kernel(
 ):  # fmt: skip
     """Symmetric int8 of one block of tokens and one head, rounded half away from zero."""
     b, h = (tl.program_id(1) // heads).to(tl.int64), tl.program_id(1) % heads
-    s, d = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK), tl.arange(0, HEAD)
+    s, d = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK), tl.arange(0, HEAD)  # [S], [D]
     ok = (s < tokens)[:, None]
     x = tl.load(X + b * strides[0] + h * HEAD + s[:, None] * strides[1] + d[None, :], mask=ok, other=0).to(tl.float32)
     if Mean is not None:
         x = tl.where(ok, x - tl.load(Mean + (b * heads + h) * HEAD + d)[None, :], 0.0)
     scale = tl.maximum(tl.max(tl.max(tl.abs(x), 1), 0), 1e-8) / 127.0
-    scaled = x / scale
+    scaled = x / scale  # [S, D]
     rounded = tl.where(scaled < 0, scaled - 0.5, scaled + 0.5).to(tl.int8)
     tl.store(Out + ((b * tokens + s[:, None]) * heads + h) * HEAD + d[None, :], rounded, mask=ok)
     tl.store(Scale + tl.program_id(1) * tl.num_programs(0) + tl.program_id(0), scale)
@@ -128,10 +130,10 @@ def quantise_values_kernel(
 ):  # fmt: skip
     """(x - mean) / scale in fp8 with the tokens of a channel side by side, zeros behind the last token."""
     b, h = (tl.program_id(1) // heads).to(tl.int64), tl.program_id(1) % heads
-    s, d = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK), tl.arange(0, HEAD)
+    s, d = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK), tl.arange(0, HEAD)  # [S], [D]
     ok = (s < tokens)[:, None]
     x = tl.load(X + b * strides[0] + h * HEAD + s[:, None] * strides[1] + d[None, :], mask=ok, other=0).to(tl.float32)
-    channel = (b * heads + h) * HEAD + d
+    channel = (b * heads + h) * HEAD + d  # [D]
     scaled = (x - tl.load(Mean + channel)[None, :]) / tl.load(Scale + channel)[None, :]
     scaled = tl.where(ok, scaled, 0.0).to(Out.dtype.element_ty)
     tl.store(Out + channel[None, :] * padded + s[:, None], scaled)
@@ -172,7 +174,7 @@ def _launch(q, k, v, lse, q_scale, k_scale, v_scale, v_mean, scale, dtype):
 
 
 def forward(q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tensor]:
-    """(O, LSE); see `reference.forward`."""
+    """(O, LSE); see ``reference.forward``."""
     _check(q, scale, HEADS)
     q, k, v = _rows(q), _rows(k), _rows(v)
     lse = torch.empty(q.shape[0], q.shape[2], q.shape[1], dtype=torch.float32, device=q.device)
@@ -180,7 +182,7 @@ def forward(q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tens
 
 
 def attention_int8(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
-    """See `reference.attention_int8`.
+    """See ``reference.attention_int8``.
 
     Float32 values are rounded to bfloat16, an eighth of the error of the scores: in float32 they would take three times
     the shared memory of a block and the plain cores in place of the tensor cores.
@@ -194,7 +196,7 @@ def attention_int8(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
 
 
 def attention_int8_fp8(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
-    """See `reference.attention_int8_fp8`.
+    """See ``reference.attention_int8_fp8``.
 
     Raises:
         BackendUnavailableError: the device is not of compute capability 9.0.
@@ -210,7 +212,7 @@ def attention_int8_fp8(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
 
 
 def _quantised_scores(q: Tensor, k: Tensor, v: Tensor, lse: Tensor | None) -> tuple[Tensor | None, ...]:
-    """The first arguments of `_launch` for int8 scores."""
+    """The first arguments of ``_launch`` for int8 scores."""
     q, k = _rows(q), _rows(k)
     q8, q_scale = _quantise(q, None)
     k8, k_scale = _quantise(k, k.mean(1, dtype=torch.float32))

@@ -1,7 +1,7 @@
-"""`flow_step`, `flow_log_prob`: public functions, validation, registration.
+"""``flow_step``, ``flow_log_prob``: public functions, validation, registration.
 
-Differentiability: `flow_step` is linear in x, velocity, velocity_uncond, noise and m_prev and differentiable in all of
-them; `flow_log_prob` is differentiable in the velocities only, because a replay holds both states fixed.
+Differentiability: ``flow_step`` is linear in x, velocity, velocity_uncond, noise and m_prev and differentiable in all
+of them; ``flow_log_prob`` is differentiable in the velocities only, because a replay holds both states fixed.
 Determinism: bitwise, per device and batch shape. The log-density of a step is always reduced from the stored x' by the
 very routine that the replay calls, so the ratio of an unchanged policy is exactly 1.
 """
@@ -18,6 +18,7 @@ from geoalign_kernels import dispatch
 from geoalign_kernels.ops.flow_step import reference
 from geoalign_kernels.philox import MASK32, NoiseKey
 from geoalign_kernels.registration import define
+from geoalign_kernels.rows import working_dtype
 
 _HERE = "geoalign_kernels.ops.flow_step"
 for _name in ("flow_step", "flow_log_prob", "flow_log_prob_backward"):
@@ -46,7 +47,7 @@ def flow_step(
 ) -> FlowStep:
     """One step of any sampler of the affine family: x' = a x + b v + c eps + d m_prev.
 
-    v = velocity_uncond + guidance (velocity - velocity_uncond) if `velocity_uncond` is given, else `velocity`.
+    v = velocity_uncond + guidance (velocity - velocity_uncond) if ``velocity_uncond`` is given, else ``velocity``.
 
     Args:
         x: state [B, ...], float32 (float64 for checks).
@@ -98,8 +99,8 @@ def flow_log_prob(
 ) -> Tensor:
     """Mean over elements of ln N(x_next; a x + b v, c^2), constants included: [B] float32.
 
-    Differentiable with respect to `velocity` (and `velocity_uncond`): d/dv = b (x_next - a x - b v) / (c^2 n) for n
-    elements per sample. Arguments as in `flow_step`; `x_next` is the stored state.
+    Differentiable with respect to ``velocity`` (and ``velocity_uncond``): d/dv = b (x_next - a x - b v) / (c^2 n) for n
+    elements per sample. Arguments as in ``flow_step``; ``x_next`` is the stored state.
 
     Raises:
         ValueError: shapes differ, coefficients are not host numbers, or c = 0 (a deterministic step has no density).
@@ -136,7 +137,7 @@ def _same_shape(name: str, value: Tensor | None, x: Tensor) -> None:
 
 
 def _step_fake(x: Tensor, *_: Any) -> Tensor:
-    return x.new_empty(x.shape, dtype=torch.promote_types(x.dtype, torch.float32))
+    return x.new_empty(x.shape, dtype=working_dtype(x))
 
 
 def _step_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -166,7 +167,7 @@ def _columns(table: Tensor, like: Tensor) -> list[Tensor]:
 
 
 def _log_prob_fake(x: Tensor, *_: Any) -> Tensor:
-    return x.new_empty(x.shape[:1], dtype=torch.promote_types(x.dtype, torch.float32))
+    return x.new_empty(x.shape[:1], dtype=working_dtype(x))
 
 
 def _log_prob_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:

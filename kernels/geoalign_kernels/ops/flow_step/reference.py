@@ -11,15 +11,11 @@ import torch
 from torch import Tensor
 
 from geoalign_kernels.philox import NoiseKey, philox_normal
-
-
-def working_dtype(x: Tensor) -> torch.dtype:
-    """float32, or float64 for float64 states (gradient checks)."""
-    return torch.promote_types(x.dtype, torch.float32)
+from geoalign_kernels.rows import working_dtype
 
 
 def columns(coefficients: Tensor, x: Tensor) -> list[Tensor]:
-    """The coefficients as four tensors [B or 1, 1, ...] that broadcast against `x`."""
+    """The coefficients as four tensors [B or 1, 1, ...] that broadcast against ``x``."""
     table = coefficients.reshape(-1, 4).to(device=x.device, dtype=working_dtype(x))
     return [column.reshape(-1, *[1] * (x.dim() - 1)) for column in table.unbind(1)]
 
@@ -45,7 +41,7 @@ def flow_step(
     guidance: float,
     m_prev: Tensor | None,
 ) -> Tensor:
-    """x' = a x + b v + d m_prev + c eps; eps is `noise`, or the Philox normals of (key, group, sample)."""
+    """x' = a x + b v + d m_prev + c eps; eps is ``noise``, or the Philox normals of (key, group, sample)."""
     a, b, c, d = columns(coefficients, x)
     dtype = working_dtype(x)
     x_next = a * x.to(dtype) + b * guided(velocity, velocity_uncond, guidance, dtype)
@@ -97,7 +93,7 @@ def flow_log_prob_backward(
     guidance: float,
     needs: list[bool],
 ) -> tuple[Tensor, Tensor]:
-    """Gradients to (velocity, velocity_uncond) as far as `needs` asks for each.
+    """Gradients to (velocity, velocity_uncond) as far as ``needs`` asks for each.
 
     That of the guided velocity is grad[B] * b (x' - mean) / (c^2 n); the two share it as guidance and 1 - guidance.
     """

@@ -1,4 +1,4 @@
-"""Triton kernels of `flow_step` and `flow_log_prob`.
+"""Triton kernels of ``flow_step`` and ``flow_log_prob``.
 
 The density of a new step is not reduced inside the step kernel: it is one more launch of the very kernel that the
 replay launches, on the stored x'. Two compiled kernels may order or contract the same sum differently, one cannot, and
@@ -163,7 +163,7 @@ def _dense(*tensors: Tensor | None) -> list[Tensor | None]:
 
 
 def flow_step(x, velocity, coefficients, noise, key, group, sample, velocity_uncond, guidance, m_prev):
-    """See `reference.flow_step`."""
+    """See ``reference.flow_step``."""
     x, velocity, velocity_uncond, m_prev, noise = _dense(x, velocity, velocity_uncond, m_prev, noise)
     count = x[0].numel() if x.shape[0] else 0
     out = torch.empty(x.shape, dtype=torch.float32, device=x.device)
@@ -181,7 +181,7 @@ def flow_step(x, velocity, coefficients, noise, key, group, sample, velocity_unc
 
 
 def flow_log_prob(x, velocity, x_next, coefficients, velocity_uncond, guidance):
-    """See `reference.flow_log_prob`."""
+    """See ``reference.flow_log_prob``."""
     x, velocity, x_next, velocity_uncond = _dense(x, velocity, x_next, velocity_uncond)
     out = torch.empty(x.shape[0], dtype=torch.float32, device=x.device)
     if x.numel() == 0:
@@ -202,7 +202,7 @@ def flow_log_prob(x, velocity, x_next, coefficients, velocity_uncond, guidance):
 
 
 def flow_log_prob_backward(grad, x, velocity, x_next, coefficients, velocity_uncond, guidance, needs):
-    """See `reference.flow_log_prob_backward`."""
+    """See ``reference.flow_log_prob_backward``."""
     grad, x, velocity, x_next, velocity_uncond = _dense(grad, x, velocity, x_next, velocity_uncond)
     buffers = gradient_buffers(velocity, velocity_uncond, needs)
     if x.numel() == 0 or not any(needs):

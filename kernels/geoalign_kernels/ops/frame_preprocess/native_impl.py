@@ -18,10 +18,10 @@ CAPABILITY = min(int(target.removeprefix("sm_")) for target in native.TARGETS)
 def frame_preprocess(
     video: Tensor, axes: list[Tensor], slots: Tensor, levels: Tensor, counts: list[int], reads: list[int]
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """See `reference.frame_preprocess`.
+    """See ``reference.frame_preprocess``.
 
     Raises:
-        UnsupportedInput: as `refuse_device`; or, under `auto`, the native code cannot be built here.
+        UnsupportedInput: as ``refuse_device``; or, under ``auto``, the native code cannot be built here.
         NativeBuildError: the same where the backend was asked for by name.
     """
     try:
@@ -40,7 +40,7 @@ def frame_preprocess(
 
 
 def refuse_device(device: Any, reads: list[int]) -> None:
-    """Checks what a launch would fail on; `device` are torch's device properties.
+    """Checks what a launch would fail on; ``device`` are torch's device properties.
 
     Raises:
         UnsupportedInput: no code for the device, or a tile reads more source pixels than its blocks hold.

@@ -1,4 +1,4 @@
-"""`frame_preprocess`: public function, validation, registration. Not differentiable; bitwise deterministic."""
+"""``frame_preprocess``: public function, validation, registration. Not differentiable; bitwise deterministic."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def frame_preprocess(video: Tensor, plan: FramePlan) -> FrameInputs:
     Args:
         video: [B, T, 3, H, W], uint8 levels, or float32 / bfloat16 in [-1, 1] (rounded to 8-bit levels first; NaN
             becomes level 0).
-        plan: of `frame_plan` for these frames, on the device of `video`.
+        plan: of ``frame_plan`` for these frames, on the device of ``video``.
 
     Raises:
         ValueError: shape, dtype or device of the video does not fit the plan.
@@ -58,7 +58,7 @@ def frame_preprocess(video: Tensor, plan: FramePlan) -> FrameInputs:
 
 
 def empty_outputs(video: Tensor, axes: list[Tensor], counts: list[int]) -> tuple[Tensor, Tensor, Tensor]:
-    """Uninitialised (geometry, clip, still) in the shapes of `FrameInputs`."""
+    """Uninitialised (geometry, clip, still) in the shapes of ``FrameInputs``."""
     width, height, patch_width, patch_height = (axes[i].shape[0] for i in (0, 2, 4, 6))
     patches = patch_height * patch_width // PATCH**2
     return (

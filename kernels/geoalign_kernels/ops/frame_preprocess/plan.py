@@ -31,7 +31,7 @@ Statistics = tuple[tuple[float, float, float], tuple[float, float, float]]
 
 @dataclass(frozen=True, slots=True)
 class CropTarget:
-    """Resize to `resized`, then cut `output` at `offset`; (height, width) in pixels."""
+    """Resize to ``resized``, then cut ``output`` at ``offset``; (height, width) in pixels."""
 
     resized: tuple[int, int]
     output: tuple[int, int]
@@ -40,7 +40,7 @@ class CropTarget:
 
 @dataclass(frozen=True, slots=True)
 class FramePlan:
-    """Everything `frame_preprocess` needs besides the pixels; build it with `frame_plan`.
+    """Everything ``frame_preprocess`` needs besides the pixels; build it with ``frame_plan``.
 
     Attributes:
         size: (height, width) of the source frames.
@@ -59,7 +59,7 @@ class FramePlan:
     reads: tuple[int, ...]
 
     def to(self, device: torch.device | str) -> FramePlan:
-        """The plan with its tables on `device`."""
+        """The plan with its tables on ``device``."""
         return replace(
             self,
             axes=tuple(t.to(device) for t in self.axes),
@@ -80,7 +80,7 @@ def frame_plan(
     geometry_statistics: Statistics,
     patch_statistics: Statistics,
 ) -> FramePlan:
-    """Plan for clips of `frames` frames of `size` = (height, width) pixels.
+    """Plan for clips of ``frames`` frames of ``size`` = (height, width) pixels.
 
     Args:
         size: of the source frames.
@@ -131,10 +131,10 @@ def frame_plan(
 def pillow_taps(
     source: int, target: int, start: int, count: int, filters: Literal["cubic", "sharpest"]
 ) -> tuple[Tensor, Tensor]:
-    """(first [count] int32 ascending, weights [count, taps] float32) of outputs `start` .. `start + count - 1`.
+    """(first [count] int32 ascending, weights [count, taps] float32) of outputs ``start`` .. ``start + count - 1``.
 
     "cubic" is Pillow's BICUBIC, "sharpest" its LANCZOS when shrinking and its BICUBIC when enlarging, as MapAnything
-    has it. Rows are padded with zero weights; first + taps never exceeds `source`.
+    has it. Rows are padded with zero weights; first + taps never exceeds ``source``.
     """
     scale = source / target
     stretch = max(scale, 1.0)
@@ -153,7 +153,7 @@ def pillow_taps(
 
 
 def torch_taps(source: int, target: int) -> tuple[Tensor, Tensor]:
-    """As `pillow_taps`, of all outputs: torch's antialiased bicubic, read off what it makes of unit images."""
+    """As ``pillow_taps``, of all outputs: torch's antialiased bicubic, read off what it makes of unit images."""
     units = torch.eye(source, device="cpu")[None, :, None]
     matrix = F.interpolate(units, (1, target), mode="bicubic", antialias=True, align_corners=False)[0, :, 0].T
     used = (matrix != 0).int()

@@ -19,7 +19,7 @@ def to_levels(video: Tensor) -> Tensor:
 def frame_preprocess(
     video: Tensor, axes: list[Tensor], slots: Tensor, levels: Tensor, counts: list[int], reads: list[int]
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """See `op.frame_preprocess`; `reads` serves the CUDA kernel only."""
+    """See ``op.frame_preprocess``; ``reads`` serves the CUDA kernel only."""
     matrices = [_matrix(axes[2 * i], axes[2 * i + 1], video.shape[-1 - i % 2]) for i in range(6)]
     # A frame that an output does not show has slot -1 and sorts first.
     order = slots.argsort(dim=1)

@@ -1,4 +1,7 @@
-"""`gated_residual`: public function, validation, registration. Differentiable in all tensors; bitwise reproducible."""
+"""``gated_residual``: public function, validation, registration.
+
+Differentiable in all tensors; bitwise reproducible.
+"""
 
 from __future__ import annotations
 
@@ -8,9 +11,8 @@ import torch
 from torch import Tensor
 
 from geoalign_kernels import dispatch
-from geoalign_kernels.ops.modulated_norm.op import check_vectors, vector_gradient
-from geoalign_kernels.ops.modulated_norm.reference import working_dtype
 from geoalign_kernels.registration import define
+from geoalign_kernels.rows import check_vectors, vector_gradient, working_dtype
 
 _HERE = "geoalign_kernels.ops.gated_residual"
 for _name in ("gated_residual", "gated_residual_backward"):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from geoalign_kernels.ops.modulated_norm.reference import per_sample, working_dtype
+from geoalign_kernels.rows import per_sample, working_dtype
 
 
 def gated_residual(x: Tensor, y: Tensor, gate: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""Triton kernel of `gated_residual`: one streaming pass; without the residual it is the backward."""
+"""Triton kernel of ``gated_residual``: one streaming pass; without the residual it is the backward."""
 
 from __future__ import annotations
 
@@ -34,12 +34,12 @@ def gate_kernel(
 
 
 def gated_residual(x: Tensor, y: Tensor, gate: Tensor) -> Tensor:
-    """See `reference.gated_residual`."""
+    """See ``reference.gated_residual``."""
     return _launch(dense_rows(x), y, gate, torch.empty_like(x, memory_format=torch.contiguous_format))
 
 
 def gated_residual_backward(grad: Tensor, y: Tensor, gate: Tensor) -> Tensor:
-    """See `reference.gated_residual_backward`."""
+    """See ``reference.gated_residual_backward``."""
     return _launch(None, grad, gate, torch.empty_like(grad, dtype=y.dtype, memory_format=torch.contiguous_format))
 
 

@@ -1,4 +1,4 @@
-"""`modulated_norm`: public function, validation, registration.
+"""``modulated_norm``: public function, validation, registration.
 
 Differentiable in all tensors. The kernel computes dx; gradients of scale and shift, which are frozen when only
 self-attention is trained, are plain torch reductions that run only if asked for. Bitwise reproducible.
@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 from geoalign_kernels import dispatch
-from geoalign_kernels.ops.modulated_norm import reference
 from geoalign_kernels.registration import define
+from geoalign_kernels.rows import check_vectors, normalised, vector_gradient, working_dtype
 
 _HERE = "geoalign_kernels.ops.modulated_norm"
 for _name in ("modulated_norm", "modulated_norm_backward"):
@@ -33,28 +33,13 @@ def modulated_norm(
             bfloat16 here and saves a pass over the norm.
 
     Returns:
-        [B, S, D] in `dtype`.
+        [B, S, D] in ``dtype``.
 
     Raises:
         ValueError: shapes do not fit.
     """
     check_vectors(x, scale=scale, shift=shift)
     return torch.ops.geoalign.modulated_norm(x, scale, shift, eps, dtype)
-
-
-def check_vectors(x: Tensor, **vectors: Tensor) -> None:
-    """Raises ValueError unless x is [B, S, D] and every vector [B or 1, D] or [D]."""
-    if x.dim() != 3:
-        raise ValueError(f"x must be [B, S, D], got {list(x.shape)}")
-    for name, vector in vectors.items():
-        if tuple(vector.shape) not in ((x.shape[2],), (1, x.shape[2]), (x.shape[0], x.shape[2])):
-            raise ValueError(f"{name} must be [{x.shape[0]} or 1, {x.shape[2]}], got {list(vector.shape)}")
-
-
-def vector_gradient(grad: Tensor, vector: Tensor) -> Tensor:
-    """Sums a gradient [B, S, D] over tokens (and samples) to the shape and dtype of `vector`."""
-    per_sample = grad.sum(1)
-    return per_sample.sum_to_size(vector.shape if vector.dim() == 2 else (1, *vector.shape)).view_as(vector).to(vector)
 
 
 def _fake(x: Tensor, scale: Tensor, shift: Tensor, eps: float, dtype: torch.dtype | None) -> Tensor:
@@ -76,10 +61,10 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
     dx = torch.ops.geoalign.modulated_norm_backward(grad, x, scale, ctx.eps) if need_x else None
     dscale = dshift = None
     if need_scale:
-        unit, _ = reference.normalised(x, ctx.eps)
+        unit, _ = normalised(x, ctx.eps)
         dscale = vector_gradient(grad.to(unit) * unit, scale)
     if need_shift:
-        dshift = vector_gradient(grad.to(reference.working_dtype(x)), shift)
+        dshift = vector_gradient(grad.to(working_dtype(x)), shift)
     return dx, dscale, dshift, None, None
 
 

@@ -1,4 +1,7 @@
-"""Triton kernels of `modulated_norm`: a few tokens per program, the row stays in registers, one read and one write."""
+"""Triton kernels of ``modulated_norm``: a few tokens per program, the row stays in registers, read and written once.
+
+Shapes in the bodies: R rows and C columns of a chunk; a row is a tuple of chunks ``[R, C]``.
+"""
 
 from __future__ import annotations
 
@@ -10,9 +13,9 @@ from torch import Tensor
 from geoalign_kernels.triton_rows import (
     dense,
     dense_rows,
-    load_chunk,
     load_rows,
     load_vector,
+    norm_gradient,
     plan_rows,
     row_covariance,
     row_mean,
@@ -28,34 +31,15 @@ def forward_kernel(
     X, Scale, Shift, Out, x_strides, scale_stride, shift_stride, tokens, eps,
     WIDTH: tl.constexpr, ROWS: tl.constexpr, CHUNK: tl.constexpr, CHUNKS: tl.constexpr,
 ):  # fmt: skip
-    b, s, ok = row_tile(tokens, ROWS)
+    b, s, ok = row_tile(tokens, ROWS)  # (), [R], [R]
     x = load_rows(X, b, s, ok, x_strides, CHUNK, CHUNKS)
-    mean = row_mean(x, WIDTH)
+    mean = row_mean(x, WIDTH)  # [R, 1]
     inverse = tl.rsqrt(row_covariance(x, mean, x, mean, WIDTH) + eps)
     for c in tl.static_range(CHUNKS):
-        scale = load_vector(Scale + b * scale_stride, c, ROWS, CHUNK)
+        scale = load_vector(Scale + b * scale_stride, c, ROWS, CHUNK)  # [R, C]
         shift = load_vector(Shift + b * shift_stride, c, ROWS, CHUNK)
         out = (x[c] - mean) * inverse * (1.0 + scale) + shift
         store_chunk(Out, out, b, s, ok, dense(tokens, WIDTH), c, CHUNK)
-
-
-@triton.jit
-def norm_gradient(
-    Grad, x, Scale, b, s, ok, grad_strides, scale_stride, eps,
-    WIDTH: tl.constexpr, ROWS: tl.constexpr, CHUNK: tl.constexpr, CHUNKS: tl.constexpr,
-):  # fmt: skip
-    """Gradient to the rows x of their modulated LayerNorm, as a tuple of chunks."""
-    grads = ()
-    for c in tl.static_range(CHUNKS):
-        scale = load_vector(Scale + b * scale_stride, c, ROWS, CHUNK)
-        grads = grads + (load_chunk(Grad, b, s, ok, grad_strides, c, CHUNK) * (1.0 + scale),)  # noqa: RUF005
-    mean, grad_mean = row_mean(x, WIDTH), row_mean(grads, WIDTH)
-    inverse = tl.rsqrt(row_covariance(x, mean, x, mean, WIDTH) + eps)
-    slope = row_covariance(x, mean, grads, grad_mean, WIDTH) * inverse * inverse
-    result = ()
-    for c in tl.static_range(CHUNKS):
-        result = result + (inverse * (grads[c] - grad_mean - (x[c] - mean) * slope),)  # noqa: RUF005
-    return result
 
 
 @triton.jit
@@ -63,7 +47,7 @@ def backward_kernel(
     Grad, X, Scale, DX, grad_strides, x_strides, scale_stride, tokens, eps,
     WIDTH: tl.constexpr, ROWS: tl.constexpr, CHUNK: tl.constexpr, CHUNKS: tl.constexpr,
 ):  # fmt: skip
-    b, s, ok = row_tile(tokens, ROWS)
+    b, s, ok = row_tile(tokens, ROWS)  # (), [R], [R]
     x = load_rows(X, b, s, ok, x_strides, CHUNK, CHUNKS)
     dx = norm_gradient(Grad, x, Scale, b, s, ok, grad_strides, scale_stride, eps, WIDTH, ROWS, CHUNK, CHUNKS)
     for c in tl.static_range(CHUNKS):
@@ -71,7 +55,7 @@ def backward_kernel(
 
 
 def modulated_norm(x: Tensor, scale: Tensor, shift: Tensor, eps: float, dtype: torch.dtype | None) -> Tensor:
-    """See `reference.modulated_norm`."""
+    """See ``reference.modulated_norm``."""
     plan = plan_rows(x.shape[2])
     out = torch.empty_like(x, dtype=dtype, memory_format=torch.contiguous_format)
     if x.numel() > 0:
@@ -84,7 +68,7 @@ def modulated_norm(x: Tensor, scale: Tensor, shift: Tensor, eps: float, dtype: t
 
 
 def modulated_norm_backward(grad: Tensor, x: Tensor, scale: Tensor, eps: float) -> Tensor:
-    """See `reference.modulated_norm_backward`."""
+    """See ``reference.modulated_norm_backward``."""
     plan = plan_rows(x.shape[2])
     dx = torch.empty_like(x, memory_format=torch.contiguous_format)
     if x.numel() > 0:

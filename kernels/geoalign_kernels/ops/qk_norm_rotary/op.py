@@ -1,4 +1,4 @@
-"""`qk_norm_rotary`: everything between the q/k/v projections and the attention core in one pass.
+"""``qk_norm_rotary``: everything between the q/k/v projections and the attention core in one pass.
 
 Differentiable in q, k, v, both weights and both phases; not in the positions. Weight gradients are reduced in two
 stages without atomics: bitwise reproducible per device and shape.
@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from geoalign_kernels import dispatch
+from geoalign_kernels.angles import check_phase
 from geoalign_kernels.ops.qk_norm_rotary import reference
 from geoalign_kernels.registration import define
 
@@ -38,7 +39,7 @@ def qk_norm_rotary(
         q' = rot(RMSNorm(q) * weight_q, position + phase_qk)        k' likewise        v' = rot(v, -phase_vo)
 
     The RMS is over all heads jointly (H * hd channels); rot turns the adjacent pairs (2i, 2i + 1) of a head. A phase
-    acts on the last P pairs of each head, the others turn by the position alone. Without `phase_vo`, v is returned as
+    acts on the last P pairs of each head, the others turn by the position alone. Without ``phase_vo``, v is returned as
     it is.
 
     Args:
@@ -54,7 +55,7 @@ def qk_norm_rotary(
         q', k', v' in the dtypes of q, k, v; rounded once from float32.
 
     Raises:
-        ValueError: shapes do not fit, or `inplace` with gradients.
+        ValueError: shapes do not fit, or ``inplace`` with gradients.
     """
     _check(q, k, v, weight_q, weight_k, position, phase_qk, phase_vo)
     rotated_v = None if phase_vo is None else v
@@ -87,18 +88,6 @@ def _check(
         raise ValueError(f"position must be [{tokens}, {head // 2}], got {list(position.shape)}")
     for name, phase in (("phase_qk", phase_qk), ("phase_vo", phase_vo)):
         check_phase(name, phase, (batch, tokens, heads, head))
-
-
-def check_phase(name: str, phase: Tensor | None, shape: tuple[int, int, int, int]) -> None:
-    """Raises ValueError unless `phase` is None or [B or 1, S, H or 1, P <= hd/2] for `shape` = (B, S, H, hd)."""
-    if phase is None:
-        return
-    batch, tokens, heads, head = shape
-    fits = phase.dim() == 4 and phase.shape[0] in (1, batch) and phase.shape[1] == tokens
-    if not (fits and phase.shape[2] in (1, heads) and 0 < phase.shape[3] <= head // 2):
-        raise ValueError(
-            f"{name} must be [{batch} or 1, {tokens}, {heads} or 1, P <= {head // 2}], got {list(phase.shape)}"
-        )
 
 
 def _fake(q: Tensor, k: Tensor, v: Tensor | None, *_: Any) -> tuple[Tensor, Tensor, Tensor]:

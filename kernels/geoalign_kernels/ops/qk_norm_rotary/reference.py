@@ -10,46 +10,16 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from geoalign_kernels.angles import phase_gradient, rotate, rotation
+from geoalign_kernels.rows import working_dtype
+
 Prologue = tuple[Tensor, Tensor, Tensor]
 
 
 def working(*tensors: Tensor) -> list[Tensor]:
     """The tensors in float32, or in float64 if the first one is float64."""
-    dtype = torch.promote_types(tensors[0].dtype, torch.float32)
+    dtype = working_dtype(tensors[0])
     return [t.to(dtype) for t in tensors]
-
-
-def rotation(position: Tensor | None, phase: Tensor | None, like: Tensor) -> tuple[Tensor, Tensor] | None:
-    """(cos, sin) of position + phase, broadcastable to [B, S, H, hd/2]; None if there is nothing to rotate by."""
-    if position is None and phase is None:
-        return None
-    dtype = torch.promote_types(like.dtype, torch.float32)
-    tokens, pairs = like.shape[1], like.shape[-1] // 2
-    angle = torch.zeros(1, tokens, 1, pairs, dtype=dtype, device=like.device)
-    if position is not None:
-        angle = angle + position[:tokens, None].to(dtype)
-    if phase is not None:
-        phase = phase[:, :tokens].to(dtype)
-        angle = angle + torch.nn.functional.pad(phase, (pairs - phase.shape[-1], 0))
-    return angle.cos(), angle.sin()
-
-
-def rotate(x: Tensor, turn: tuple[Tensor, Tensor] | None, *, inverse: bool = False) -> Tensor:
-    """Multiplies the adjacent pairs of x [B, S, H, hd] by exp(i angle), or by its inverse."""
-    if turn is None:
-        return x
-    cosine, sine = turn
-    if inverse:
-        sine = -sine
-    real, imaginary = x.unflatten(-1, (-1, 2)).unbind(-1)
-    return torch.stack((real * cosine - imaginary * sine, real * sine + imaginary * cosine), dim=-1).flatten(-2)
-
-
-def phase_gradient(x: Tensor, grad: Tensor, pairs: int) -> Tensor:
-    """d loss / d angle = Im(conj(x) grad) of the last `pairs` pairs; the same before and after a common rotation."""
-    x_real, x_imaginary = x.unflatten(-1, (-1, 2))[..., -pairs:, :].unbind(-1)
-    g_real, g_imaginary = grad.unflatten(-1, (-1, 2))[..., -pairs:, :].unbind(-1)
-    return x_real * g_imaginary - x_imaginary * g_real
 
 
 def inverse_rms(x: Tensor, eps: float) -> Tensor:
@@ -115,7 +85,7 @@ def gradient_buffers(
     Weight gradients are in the working dtype. Those of phases are [B, S, H, P]: in the dtype of the phase, or in the
     working dtype if they are still to be summed over samples or heads.
     """
-    dtype, shape = torch.promote_types(dk.dtype, torch.float32), dk.shape[:3]
+    dtype, shape = working_dtype(dk), dk.shape[:3]
     buffers = [g.new_empty(g.shape if need else 0) for g, need in zip((dq, dk, dv), needs[:3], strict=True)]
     for weight, need in zip((weight_q, weight_k), needs[3:5], strict=True):
         buffers.append(weight.new_zeros(weight.shape if need else 0, dtype=dtype))
@@ -143,9 +113,9 @@ def qk_norm_rotary_backward(
     eps: float,
     needs: list[bool],
 ) -> tuple[Tensor, ...]:
-    """Gradients of (q, k, v, weight_q, weight_k, phase_qk, phase_vo) as far as `needs` asks for each.
+    """Gradients of (q, k, v, weight_q, weight_k, phase_qk, phase_vo) as far as ``needs`` asks for each.
 
-    `v` serves `phase_vo` alone and may be None without it.
+    ``v`` serves ``phase_vo`` alone and may be None without it.
     """
     out = gradient_buffers(dq, dk, dv, weight_q, weight_k, phase_qk, phase_vo, needs)
     pairs = phase_qk.shape[-1] if needs[5] and phase_qk is not None else 0
@@ -176,7 +146,7 @@ def _norm_rotate_backward(
     need_x: bool,
     need_weight: bool,
 ) -> Tensor:
-    """Fills dx and dweight if they are needed; returns the gradient of the last `pairs` angles."""
+    """Fills dx and dweight if they are needed; returns the gradient of the last ``pairs`` angles."""
     if not (need_x or need_weight or pairs):
         return grad.new_empty(0)
     value, scale, dy = working(x, weight, grad)

@@ -1,7 +1,10 @@
-"""Triton kernels of `qk_norm_rotary`: one program per few tokens over the full width, every operand read once.
+"""Triton kernels of ``qk_norm_rotary``: one program per few tokens over the full width, every operand read once.
 
 The camera phases are the one operand that cannot be read 16 bytes at a time: P = 42 values per head put every other
 head off a 16-byte boundary. They are read and written in aligned pairs.
+
+Shapes in the bodies: R rows and C columns of a chunk; a row is a tuple of chunks ``[R, C]``, its angles one of
+``[R, C/2]``.
 """
 
 from __future__ import annotations
@@ -49,18 +52,18 @@ def forward_kernel(
     HEAD: tl.constexpr, PAIRS_QK: tl.constexpr, PAIRS_VO: tl.constexpr, VECTOR: tl.constexpr,
     WIDTH: tl.constexpr, ROWS: tl.constexpr, CHUNK: tl.constexpr, CHUNKS: tl.constexpr,
 ):  # fmt: skip
-    b, s, ok = row_tile(tokens, ROWS)
+    b, s, ok = row_tile(tokens, ROWS)  # (), [R], [R]
     ok_q = s < tokens_q
     q = load_rows(Q, b, s, ok_q, q_strides, CHUNK, CHUNKS)
     k = load_rows(K, b, s, ok, k_strides, CHUNK, CHUNKS)
-    inverse_q = tl.rsqrt(row_covariance(q, 0.0, q, 0.0, WIDTH) + eps)
+    inverse_q = tl.rsqrt(row_covariance(q, 0.0, q, 0.0, WIDTH) + eps)  # [R, 1]
     inverse_k = tl.rsqrt(row_covariance(k, 0.0, k, 0.0, WIDTH) + eps)
     for c in tl.static_range(CHUNKS):
-        q_unit = q[c] * inverse_q * load_vector(WeightQ, c, ROWS, CHUNK)
+        q_unit = q[c] * inverse_q * load_vector(WeightQ, c, ROWS, CHUNK)  # [R, C]
         k_unit = k[c] * inverse_k * load_vector(WeightK, c, ROWS, CHUNK)
         if Position is not None or PhaseQK is not None:
             angle = load_angle(Position, PhaseQK, b, s, ok, c, 1.0, qk_phase_strides, HEAD, PAIRS_QK, CHUNK, VECTOR)
-            sine, cosine = sincos(angle)
+            sine, cosine = sincos(angle)  # [R, C/2] each
             q_unit = rotate(q_unit, cosine, sine, ROWS, CHUNK)
             k_unit = rotate(k_unit, cosine, sine, ROWS, CHUNK)
         store_chunk(QOut, q_unit, b, s, ok_q, q_out_strides, c, CHUNK)
@@ -84,10 +87,10 @@ def backward_kernel(
     b = tl.program_id(1).to(tl.int64)
     WITH_Q: tl.constexpr = DQ is not None or DWeightQ is not None or DPhaseQK is not None
     WITH_K: tl.constexpr = DK is not None or DWeightK is not None or DPhaseQK is not None
-    sum_q = zero_tiles(DWeightQ is not None, ROWS, CHUNK, CHUNKS)
+    sum_q = zero_tiles(DWeightQ is not None, ROWS, CHUNK, CHUNKS)  # chunks [R, C]
     sum_k = zero_tiles(DWeightK is not None, ROWS, CHUNK, CHUNKS)
     for step in range(STEPS):
-        s = (tl.program_id(0).to(tl.int64) * STEPS + step) * ROWS + tl.arange(0, ROWS)
+        s = (tl.program_id(0).to(tl.int64) * STEPS + step) * ROWS + tl.arange(0, ROWS)  # [R]
         ok_q, ok = s < tokens_q, s < tokens
         angles, dangles = (), zero_tiles(DPhaseQK is not None, ROWS, CHUNK // 2, CHUNKS)
         if Position is not None or PhaseQK is not None:
@@ -119,7 +122,7 @@ def value_backward_kernel(
     WIDTH: tl.constexpr, ROWS: tl.constexpr, CHUNK: tl.constexpr, CHUNKS: tl.constexpr,
 ):  # fmt: skip
     """Apart from q and k, which share angles and hold weight sums: together they need more than 255 registers."""
-    b, s, ok = row_tile(tokens, ROWS)
+    b, s, ok = row_tile(tokens, ROWS)  # (), [R], [R]
     dangles = ()
     for c in tl.static_range(CHUNKS):
         sine, cosine = load_turn(PhaseVO, b, s, ok, c, -1.0, vo_phase_strides, HEAD, PAIRS_VO, CHUNK, VECTOR)
@@ -134,7 +137,7 @@ def value_backward_kernel(
 
 
 def qk_norm_rotary(q, k, v, weight_q, weight_k, position, phase_qk, phase_vo, eps):
-    """Out of place; see `reference.qk_norm_rotary`."""
+    """Out of place; see ``reference.qk_norm_rotary``."""
     outputs = [None if t is None else torch.empty_like(t, memory_format=torch.contiguous_format) for t in (q, k, v)]
     _forward(q, k, v, outputs, weight_q, weight_k, position, phase_qk, phase_vo, eps)
     return outputs[0], outputs[1], q.new_empty(0) if v is None else outputs[2]
@@ -182,7 +185,7 @@ def _forward(q, k, v, outputs, weight_q, weight_k, position, phase_qk, phase_vo,
 def qk_norm_rotary_backward(
     dq, dk, dv, q, k, v, weight_q, weight_k, position, phase_qk, phase_vo, eps, needs
 ):  # fmt: skip
-    """See `reference.qk_norm_rotary_backward`; partial weight gradients are summed in a fixed order."""
+    """See ``reference.qk_norm_rotary_backward``; partial weight gradients are summed in a fixed order."""
     batch, tokens, heads, head = k.shape
     plan = _plan(k)
     buffers = gradient_buffers(dq, dk, dv, weight_q, weight_k, phase_qk, phase_vo, needs)

@@ -1,4 +1,4 @@
-"""`rms_norm`: public function, validation, registration. Differentiable in x and weight; bitwise reproducible."""
+"""``rms_norm``: public function, validation, registration. Differentiable in x and weight; bitwise reproducible."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ for _name in ("rms_norm", "rms_norm_backward"):
 def rms_norm(x: Tensor, weight: Tensor, eps: float = 1e-6) -> Tensor:
     """x / sqrt(mean(x^2) + eps) * weight over the last dimension.
 
-    The query and key norm of a cross-attention, which has neither positions nor phases (`qk_norm_rotary` has both).
+    The query and key norm of a cross-attention, which has neither positions nor phases (``qk_norm_rotary`` has both).
 
     Args:
         x: [B, S, D], all heads side by side, any floating dtype; arithmetic in float32 (float64 for float64), one

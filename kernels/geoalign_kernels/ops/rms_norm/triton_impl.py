@@ -1,4 +1,7 @@
-"""Triton kernels of `rms_norm`: one read, one write; the weight gradient in two stages without atomics."""
+"""Triton kernels of ``rms_norm``: one read, one write; the weight gradient in two stages without atomics.
+
+Shapes in the bodies: R rows and C columns of a chunk; a row is a tuple of chunks ``[R, C]``.
+"""
 
 from __future__ import annotations
 
@@ -31,11 +34,11 @@ def forward_kernel(
     X, Weight, Out, x_strides, tokens, eps,
     WIDTH: tl.constexpr, ROWS: tl.constexpr, CHUNK: tl.constexpr, CHUNKS: tl.constexpr,
 ):  # fmt: skip
-    b, s, ok = row_tile(tokens, ROWS)
+    b, s, ok = row_tile(tokens, ROWS)  # (), [R], [R]
     x = load_rows(X, b, s, ok, x_strides, CHUNK, CHUNKS)
-    inverse = tl.rsqrt(row_covariance(x, 0.0, x, 0.0, WIDTH) + eps)
+    inverse = tl.rsqrt(row_covariance(x, 0.0, x, 0.0, WIDTH) + eps)  # [R, 1]
     for c in tl.static_range(CHUNKS):
-        out = x[c] * inverse * load_vector(Weight, c, ROWS, CHUNK)
+        out = x[c] * inverse * load_vector(Weight, c, ROWS, CHUNK)  # [R, C]
         store_chunk(Out, out, b, s, ok, dense(tokens, WIDTH), c, CHUNK)
 
 
@@ -45,7 +48,7 @@ def backward_kernel(
     WIDTH: tl.constexpr, ROWS: tl.constexpr, CHUNK: tl.constexpr, CHUNKS: tl.constexpr,
 ):  # fmt: skip
     b = tl.program_id(1).to(tl.int64)
-    total = zero_tiles(DWeight is not None, ROWS, CHUNK, CHUNKS)
+    total = zero_tiles(DWeight is not None, ROWS, CHUNK, CHUNKS)  # chunks [R, C]
     for step in range(STEPS):
         s = (tl.program_id(0).to(tl.int64) * STEPS + step) * ROWS + tl.arange(0, ROWS)
         total, _ = norm_backward(
@@ -57,7 +60,7 @@ def backward_kernel(
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    """See `reference.rms_norm`."""
+    """See ``reference.rms_norm``."""
     plan = plan_rows(x.shape[2])
     out = torch.empty_like(x, memory_format=torch.contiguous_format)
     if x.numel() > 0:
@@ -69,7 +72,7 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
 
 
 def rms_norm_backward(grad: Tensor, x: Tensor, weight: Tensor, eps: float, needs: list[bool]) -> tuple[Tensor, Tensor]:
-    """See `reference.rms_norm_backward`; partial weight gradients are summed in a fixed order."""
+    """See ``reference.rms_norm_backward``; partial weight gradients are summed in a fixed order."""
     batch, tokens, width = x.shape
     plan, steps = plan_rows(width), STEPS if needs[1] else 1
     dx, dweight = gradient_buffers(grad, weight, needs)

@@ -1,4 +1,4 @@
-"""`unrotate_gate_norm`: public function, validation, registration.
+"""``unrotate_gate_norm``: public function, validation, registration.
 
 Differentiable in all tensors. The kernel computes dx, dy and dphase; gradients of gate, scale and shift are plain torch
 reductions that run only if asked for. Bitwise reproducible.
@@ -12,11 +12,10 @@ import torch
 from torch import Tensor
 
 from geoalign_kernels import dispatch
-from geoalign_kernels.ops.modulated_norm.op import check_vectors, vector_gradient
-from geoalign_kernels.ops.modulated_norm.reference import normalised
-from geoalign_kernels.ops.qk_norm_rotary.op import check_phase
+from geoalign_kernels.angles import check_phase
 from geoalign_kernels.ops.unrotate_gate_norm import reference
 from geoalign_kernels.registration import define
+from geoalign_kernels.rows import check_vectors, normalised, vector_gradient, working_dtype
 
 _HERE = "geoalign_kernels.ops.unrotate_gate_norm"
 for _name in ("unrotate_gate_norm", "unrotate_gate_norm_backward"):
@@ -40,7 +39,7 @@ def unrotate_gate_norm(
         x' = x + gate * rot(y, +phase)        u = LayerNorm(x') * (1 + scale) + shift
 
     rot turns the adjacent pairs of y, seen as [B, S, heads, hd], by the camera phase of the token: in ReDirector it
-    follows the output projection. Without `phase` this is the gated residual fused with the norm that comes after it.
+    follows the output projection. Without ``phase`` this is the gated residual fused with the norm that comes after it.
     For an affine LayerNorm pass scale = weight - 1, shift = bias.
 
     Args:
@@ -99,7 +98,7 @@ def _backward(ctx: Any, dstream: Tensor, dnormed: Tensor) -> tuple[Any, ...]:
         unit, _ = normalised(stream, ctx.eps)
         dscale = vector_gradient(dnormed.to(unit) * unit, scale)
     if need_shift:
-        dshift = vector_gradient(dnormed.to(reference.working_dtype(dnormed)), shift)
+        dshift = vector_gradient(dnormed.to(working_dtype(dnormed)), shift)
     if dphase is not None:
         dphase = dphase.sum_to_size(phase.shape).to(phase.dtype)
     return dy, dx if need_x else None, dgate, dscale, dshift, dphase, None, None, None

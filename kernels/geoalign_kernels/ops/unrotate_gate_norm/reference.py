@@ -9,18 +9,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from geoalign_kernels.ops.modulated_norm.reference import (
-    modulated_norm,
-    norm_gradient,
-    normalised,
-    per_sample,
-    working_dtype,
-)
-from geoalign_kernels.ops.qk_norm_rotary.reference import phase_gradient, rotate, rotation
+from geoalign_kernels.angles import phase_gradient, rotate, rotation
+from geoalign_kernels.rows import modulated, norm_gradient, per_sample, working_dtype
 
 
 def turned(y: Tensor, phase: Tensor | None, heads: int, *, inverse: bool = False) -> Tensor:
-    """y [B, S, H * hd] in the working dtype with the last pairs of every head turned by `phase`."""
+    """y [B, S, H * hd] in the working dtype with the last pairs of every head turned by ``phase``."""
     value = y.to(working_dtype(y)).unflatten(-1, (heads, -1))
     return rotate(value, rotation(None, phase, value), inverse=inverse).flatten(2)
 
@@ -36,11 +30,11 @@ def unrotate_gate_norm(
     eps: float,
     dtype: torch.dtype | None,
 ) -> tuple[Tensor, Tensor]:
-    """(x + gate * rot(y, phase) in the dtype of x, its modulated norm in `dtype`)."""
+    """(x + gate * rot(y, phase) in the dtype of x, its modulated norm in ``dtype``)."""
     working = working_dtype(x)
     branch = turned(y, phase, heads).to(working)
     stream = (x.to(working) + per_sample(gate, working) * branch).to(x.dtype)
-    return stream, modulated_norm(stream, scale, shift, eps, dtype)
+    return stream, modulated(stream, scale, shift, eps).to(dtype or x.dtype)
 
 
 def gradient_buffers(
@@ -69,18 +63,17 @@ def unrotate_gate_norm_backward(
     eps: float,
     needs: list[bool],
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """(dx, dy, dphase) as far as `needs` asks for each; y may be empty where dphase is not needed."""
+    """(dx, dy, dphase) as far as ``needs`` asks for each; y may be empty where dphase is not needed."""
     dx, dy, dphase = gradient_buffers(y, stream, phase, heads, needs)
-    unit, inverse = normalised(stream, eps)
-    through_norm = norm_gradient(dnormed.to(unit) * (1.0 + per_sample(scale, unit.dtype)), unit, inverse)
-    total = dstream.to(unit) + through_norm
+    through_norm = norm_gradient(dnormed, stream, scale, eps)
+    total = dstream.to(through_norm) + through_norm
     if needs[0]:
         dx.copy_(total)
     if needs[1] or needs[2]:
-        dbranch = turned(per_sample(gate, unit.dtype) * total, phase, heads, inverse=True)
+        dbranch = turned(per_sample(gate, total.dtype) * total, phase, heads, inverse=True)
         if needs[1]:
             dy.copy_(dbranch)
         if needs[2] and phase is not None:
-            branch, grad = (t.to(unit).unflatten(-1, (heads, -1)) for t in (y, dbranch))
+            branch, grad = (t.to(total).unflatten(-1, (heads, -1)) for t in (y, dbranch))
             dphase.copy_(phase_gradient(branch, grad, phase.shape[-1]))
     return dx, dy, dphase

@@ -1,4 +1,8 @@
-"""Triton kernels of `unrotate_gate_norm`: reads y, x and the phases once, writes the residual stream and its norm."""
+"""Triton kernels of ``unrotate_gate_norm``: reads y, x and the phases once, writes the residual stream and its norm.
+
+Shapes in the bodies: R rows and C columns of a chunk; a row is a tuple of chunks ``[R, C]``, its angles one of
+``[R, C/2]``.
+"""
 
 from __future__ import annotations
 
@@ -6,7 +10,6 @@ import torch
 import triton
 import triton.language as tl
 
-from geoalign_kernels.ops.modulated_norm.triton_impl import norm_gradient
 from geoalign_kernels.ops.unrotate_gate_norm.reference import gradient_buffers
 from geoalign_kernels.triton_angles import cross_pairs, load_turn, phase_operand, phase_vector, rotate, store_angles
 from geoalign_kernels.triton_rows import (
@@ -15,6 +18,7 @@ from geoalign_kernels.triton_rows import (
     load_chunk,
     load_rows,
     load_vector,
+    norm_gradient,
     plan_rows,
     row_covariance,
     row_mean,
@@ -32,12 +36,12 @@ def forward_kernel(
     WIDTH: tl.constexpr, HEAD: tl.constexpr, PAIRS: tl.constexpr,
     ROWS: tl.constexpr, CHUNK: tl.constexpr, CHUNKS: tl.constexpr, VECTOR: tl.constexpr,
 ):  # fmt: skip
-    b, s, ok = row_tile(tokens, ROWS)
+    b, s, ok = row_tile(tokens, ROWS)  # (), [R], [R]
     row = ()
     for c in tl.static_range(CHUNKS):
         if Phase is not None:
             sine, cosine = load_turn(Phase, b, s, ok, c, 1.0, phase_strides, HEAD, PAIRS, CHUNK, VECTOR)
-        y = load_chunk(Y, b, s, ok, y_strides, c, CHUNK)
+        y = load_chunk(Y, b, s, ok, y_strides, c, CHUNK)  # [R, C]
         if Phase is not None:
             y = rotate(y, cosine, sine, ROWS, CHUNK)
         stream = load_chunk(X, b, s, ok, x_strides, c, CHUNK)
@@ -46,7 +50,7 @@ def forward_kernel(
         stream = stream.to(Stream.dtype.element_ty).to(tl.float32)
         store_chunk(Stream, stream, b, s, ok, dense(tokens, WIDTH), c, CHUNK)
         row = row + (stream,)  # noqa: RUF005
-    mean = row_mean(row, WIDTH)
+    mean = row_mean(row, WIDTH)  # [R, 1]
     inverse = tl.rsqrt(row_covariance(row, mean, row, mean, WIDTH) + eps)
     for c in tl.static_range(CHUNKS):
         scale = load_vector(Scale + b * scale_stride, c, ROWS, CHUNK)
@@ -62,7 +66,7 @@ def backward_kernel(
     WIDTH: tl.constexpr, HEAD: tl.constexpr, PAIRS: tl.constexpr,
     ROWS: tl.constexpr, CHUNK: tl.constexpr, CHUNKS: tl.constexpr, VECTOR: tl.constexpr,
 ):  # fmt: skip
-    b, s, ok = row_tile(tokens, ROWS)
+    b, s, ok = row_tile(tokens, ROWS)  # (), [R], [R]
     row = load_rows(Stream, b, s, ok, dense(tokens, WIDTH), CHUNK, CHUNKS)
     through = norm_gradient(
         DNormed, row, Scale, b, s, ok, dnormed_strides, scale_stride, eps, WIDTH, ROWS, CHUNK, CHUNKS
@@ -87,7 +91,7 @@ def backward_kernel(
 
 
 def unrotate_gate_norm(y, x, gate, scale, shift, phase, heads, eps, dtype):
-    """See `reference.unrotate_gate_norm`."""
+    """See ``reference.unrotate_gate_norm``."""
     batch, tokens, width = x.shape
     plan = plan_rows(width, multiple_of=width // heads if phase is not None else 2)
     stream = torch.empty_like(x, memory_format=torch.contiguous_format)
@@ -105,7 +109,7 @@ def unrotate_gate_norm(y, x, gate, scale, shift, phase, heads, eps, dtype):
 
 
 def unrotate_gate_norm_backward(dstream, dnormed, y, stream, gate, scale, phase, heads, eps, needs):
-    """See `reference.unrotate_gate_norm_backward`."""
+    """See ``reference.unrotate_gate_norm_backward``."""
     batch, tokens, width = stream.shape
     plan = plan_rows(width, multiple_of=width // heads if phase is not None else 2)
     dx, dy, dphase = gradient_buffers(y, stream, phase, heads, needs)

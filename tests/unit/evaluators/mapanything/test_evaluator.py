@@ -74,7 +74,7 @@ def test_strict_loading_names_what_is_wrong(tmp_path: Path) -> None:
     key = "pose_head.fc_t.bias"
     less = {name: tensor for name, tensor in state.items() if name != key}
     assert f"1 missing: {key}" in message(less)
-    assert "1 unknown: pose_head.extra" in message({**state, "pose_head.extra": torch.ones(1)})
+    assert "1 unexpected: pose_head.extra" in message({**state, "pose_head.extra": torch.ones(1)})
     renamed = message({**less, "pose_head.fc_trans.bias": state[key]})
     assert f"{key} may have been renamed to pose_head.fc_trans.bias" in renamed
     assert f"1 of another shape: {key} [4] (expected [3])" in message({**state, key: torch.zeros(4)})
@@ -197,7 +197,7 @@ def test_native_network_runs_through_the_evaluator() -> None:
     assert estimate.c2w.shape == (2, 3, 4, 4) and torch.isfinite(estimate.c2w).all()
     rotation = estimate.c2w[..., :3, :3]
     torch.testing.assert_close(rotation @ rotation.mT, torch.eye(3).expand_as(rotation), rtol=0, atol=1e-6)
-    # Another frame size prepares the network anew.
+    # Another frame size sets the network anew.
     small = moving_video(1, 3, 40, 40)
     assert MapAnythingEvaluator(network)(small, clip(small)).c2w.shape == (1, 3, 4, 4)
 

@@ -66,7 +66,7 @@ def test_poses_equal_the_published_code(name: str) -> None:
     assert sum(p.numel() for p in network.parameters()) == record["pose_path_parameters"]
     assert len(network.state_dict()) == record["pose_path_keys"]
     images = golden_images(record)
-    poses = network.prepare(*images.shape[-2:])(images)
+    poses = network.set_size(*images.shape[-2:])(images)
     for value, key in zip(poses, ("cam_trans", "cam_quats", "metric_scaling_factor"), strict=True):
         # float32 and float64 reruns agree within 9e-7; the smallest slip (tanh GELU) moves quaternions by 1e-4.
         torch.testing.assert_close(value, torch.tensor(record["outputs"][key]), rtol=0, atol=1e-5)
@@ -105,11 +105,11 @@ def test_full_size_names_shapes_and_exact_totals(layout: str, file: str, capsys:
 def test_bfloat16_weights_do_what_autocast_does() -> None:
     record = golden("tiny_v1")
     images = golden_images(record)[:, :3]
-    network = golden_network(record).prepare(*images.shape[-2:])
+    network = golden_network(record).set_size(*images.shape[-2:])
     exact = network(images)
     with torch.autocast("cpu", torch.bfloat16):
         features = network.encoder.model(images.flatten(0, 1), network.position_table)
-    stored = golden_network(record).prepare(*images.shape[-2:]).use_matrix_dtype(torch.bfloat16)
+    stored = golden_network(record).set_size(*images.shape[-2:]).use_matrix_dtype(torch.bfloat16)
     dtypes = {name: p.dtype for name, p in stored.named_parameters()}
     assert dtypes["encoder.model.blocks.0.mlp.fc1.weight"] == dtypes["info_sharing.proj_embed.weight"] == torch.bfloat16
     assert dtypes["encoder.model.blocks.0.norm1.weight"] == dtypes["pose_head.proj.weight"] == torch.float32
@@ -125,17 +125,17 @@ def test_bfloat16_weights_do_what_autocast_does() -> None:
 def test_position_table_is_the_trained_one_at_the_trained_size_and_refuses_others() -> None:
     network = PoseNetwork(SMALL)
     torch.nn.init.normal_(network.encoder.model.pos_embed)
-    network.prepare(518, 518)
+    network.set_size(518, 518)
     assert torch.equal(network.position_table, network.encoder.model.pos_embed)
     with pytest.raises(UsageError, match="multiple of the patch size"):
-        network.prepare(518, 300)
-    with pytest.raises(UsageError, match="not prepared for 28 x 42"):
+        network.set_size(518, 300)
+    with pytest.raises(UsageError, match="set to another size than 28 x 42"):
         network(torch.zeros(1, 2, 3, 28, 42))
 
 
 def test_scale_multiplies_translations_and_is_bounded_below() -> None:
     torch.manual_seed(0)
-    network = PoseNetwork(SMALL).requires_grad_(False).prepare(294, 518)
+    network = PoseNetwork(SMALL).requires_grad_(False).set_size(294, 518)
     images = torch.randn(1, 2, 3, 294, 518, generator=torch.Generator().manual_seed(2))
     before = network(images)
     with torch.no_grad():

@@ -45,7 +45,7 @@ def test_loader_refuses_missing_extra_renamed_and_reshaped(name: str) -> None:
     del missing[name]
     extra[name + "2"] = torch.zeros(1)
     renamed["language_" + name] = renamed.pop(name)
-    for state, message in ((missing, "1 missing"), (extra, "1 unknown"), (renamed, "1 missing.*1 unknown")):
+    for state, message in ((missing, "1 missing"), (extra, "1 unexpected"), (renamed, "1 missing.*1 unexpected")):
         with pytest.raises(CheckpointError, match=message):
             load(state)
     if name != "lm_head.weight":  # dropped, so its shape is free

@@ -1,0 +1,196 @@
+"""The door: whatever stands for a camera, wherever a user may give one, is opened here and nowhere else.
+
+A camera is named by a preset (``pan_right``), by a file of one of the ``FORMATS``, or, where a file holds several
+cameras, by ``FILE#CAMERA`` (``camera_extrinsics.json#cam05``).
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from geoalign.errors import DataError, UsageError
+from geoalign.geometry.cameras.camera_file import CameraFile
+from geoalign.geometry.cameras.content import Content, read_content
+from geoalign.geometry.cameras.formats import FORMATS, CameraFormat, Poses
+from geoalign.geometry.lens import intrinsics_before_crop
+from geoalign.geometry.presets import preset, preset_name
+from geoalign.geometry.trajectory import DEFAULT_INTRINSICS, CameraTrajectory
+
+CAMERA_SUFFIXES = frozenset({".npz", ".npy", ".json"})
+"""What is looked for in a folder; a file that is named is recognised by its content."""
+
+Lens = Tensor | Sequence[float] | None
+Name = str | os.PathLike[str]
+
+
+def open_camera(
+    name: Name,
+    *,
+    frames: int | None = None,
+    image_size: tuple[int, int] | None = None,
+    intrinsics: Lens = None,
+    prefer: str | None = None,
+) -> CameraFile:
+    """Open a preset or a camera file.
+
+    Args:
+        name: preset, ``FILE`` or ``FILE#CAMERA``.
+        frames: length of a preset, and the least number of poses of a file.
+        image_size: (H, W) of the video that the camera belongs to, for files with intrinsics in pixels.
+        intrinsics: fx, fy, cx, cy as fractions of (W, H, W, H); replaces what a file says.
+        prefer: the camera to take from a file that holds several, one of them so called, when ``name`` chooses none.
+
+    Raises:
+        UsageError: unknown preset, or a preset without a length.
+        DataError: missing, damaged or unknown file, NaN, a reflection, too few poses, no such camera or several.
+    """
+    if _names_preset(name):
+        return _open_preset(os.fspath(name), frames, intrinsics)
+    file, camera = split_name(name)
+    opened = open_file(file)
+    found = opened.read(opened.choose(camera, prefer), image_size=image_size, intrinsics=intrinsics)
+    if frames is not None and found.path.num_frames < frames:
+        count = found.path.num_frames
+        raise DataError(f"{found.name}: {count} poses, {frames} are needed; use --frames {count} or a longer file")
+    return found
+
+
+def open_target(name: Name, frames: int, *, speed: float = 1.0, intrinsics: Lens = None) -> CameraTrajectory:
+    """A target path ``[frames]`` float32 whose frame 0 is the identity.
+
+    Args:
+        name: as in :func:`open_camera`; of the JSON of ``geoalign sample`` the target is taken.
+        frames: a preset goes on at its speed; of a file the first poses are taken, or all are spread over more frames.
+        speed: multiplies the motion per frame.
+        intrinsics: of the target's frames; default: the file's, else 60 degrees.
+
+    Raises:
+        UsageError, DataError: as :func:`open_camera`.
+    """
+    if _names_preset(name):
+        lens = DEFAULT_INTRINSICS if intrinsics is None else intrinsics
+        return preset(preset_name(os.fspath(name)), frames, speed=speed, intrinsics=lens)
+    path = open_camera(name, intrinsics=intrinsics, prefer="target").path
+    path = path.frames(slice(0, frames)) if path.num_frames >= frames else path.resample(frames)
+    path = path.relative_to_first()
+    if speed != 1.0:
+        rotvec, step = path.increments()
+        path = CameraTrajectory.from_increments(speed * rotvec, speed * step, path.intrinsics)
+    return path.to(dtype=torch.float32)
+
+
+def is_preset(name: Name) -> bool:
+    """Whether ``name`` is a preset, which has no length of its own; raises UsageError for one that does not exist."""
+    if not _names_preset(name):
+        return False
+    preset_name(os.fspath(name))
+    return True
+
+
+def _names_preset(name: Name) -> bool:
+    """A word without suffix and folder that is no file is meant as a preset."""
+    path = split_name(name)[0]
+    return not path.suffix and path.name == os.fspath(name) and not path.is_file()
+
+
+def _open_preset(name: str, frames: int | None, intrinsics: Lens) -> CameraFile:
+    canonical = preset_name(name)
+    if frames is None:
+        raise UsageError(f"{name}: a preset has no length of its own; give --frames, or a camera file")
+    lens = DEFAULT_INTRINSICS if intrinsics is None else intrinsics
+    path = preset(canonical, frames, intrinsics=lens, dtype=torch.float64)
+    return CameraFile(canonical, "preset", path, intrinsics is not None)
+
+
+def split_name(name: Name) -> tuple[Path, str]:
+    """``FILE#CAMERA`` as file and camera ("" if none is chosen); a file whose own name holds ``#`` is itself."""
+    text = os.fspath(name)
+    file, mark, camera = text.rpartition("#")
+    return (Path(file), camera) if mark and file and not Path(text).exists() else (Path(text), "")
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class OpenFile:
+    """A camera file that was read and recognised; its cameras are parsed one at a time."""
+
+    content: Content
+    format: CameraFormat
+
+    @property
+    def cameras(self) -> tuple[str, ...]:
+        """Names of its cameras; ("",) of a file that holds one without a name."""
+        return self.format.cameras(self.content)
+
+    def choose(self, camera: str, prefer: str | None = None) -> str:
+        """The camera called ``camera`` (``cam05`` also as 5); without one the preferred or the only one.
+
+        Raises:
+            DataError: there is no such camera, or several to choose from.
+        """
+        cameras, file = self.cameras, self.content.path
+        if not camera and prefer in cameras:
+            return str(prefer)
+        if not camera and len(cameras) == 1:
+            return cameras[0]
+        if not camera:
+            raise DataError(f"{file}: holds the cameras {_listed(cameras)}; choose one, as in {file.name}#{cameras[0]}")
+        for called in (camera, f"cam{camera.zfill(2)}"):
+            if called in cameras and called:
+                return called
+        if cameras == ("",):
+            raise DataError(f"{file}: holds one camera without a name; drop #{camera}")
+        raise DataError(f"{file}: no camera {camera!r}; it holds {_listed(cameras)}")
+
+    def read(self, camera: str, *, image_size: tuple[int, int] | None = None, intrinsics: Lens = None) -> CameraFile:
+        """Read and validate one of :attr:`cameras`; arguments and errors are those of :func:`open_camera`."""
+        poses = self.format.read(self.content, camera)
+        name = f"{self.content.path}#{camera}" if camera else str(self.content.path)
+        lens = _file_lens(name, poses, image_size) if intrinsics is None else intrinsics
+        c2w = poses.c2w
+        if c2w.shape[1] == 3:
+            last = np.broadcast_to(np.array([0.0, 0.0, 0.0, 1.0]), (len(c2w), 1, 4))
+            c2w = np.concatenate((c2w, last), axis=1)
+        path = CameraTrajectory.validated(torch.tensor(c2w), DEFAULT_INTRINSICS if lens is None else lens, name=name)
+        plane = None if poses.ground_plane is None else torch.from_numpy(poses.ground_plane)
+        return CameraFile(name, self.format.name, path, lens is not None, poses.metric, plane)
+
+
+def open_file(path: Path) -> OpenFile:
+    """Read a file and recognise its format.
+
+    Raises:
+        DataError: missing, damaged, or of no known format.
+    """
+    content = read_content(path)
+    for known in FORMATS:
+        if known.matches(content):
+            return OpenFile(content, known)
+    keys = f"has the keys {_listed(tuple(map(str, content.data)))}" if content.data else "is empty"
+    raise content.error(f"not a known camera file ({keys}); known: {'; '.join(known.holds for known in FORMATS)}")
+
+
+def _file_lens(name: str, poses: Poses, image_size: tuple[int, int] | None) -> Tensor | None:
+    """The file's lens as fractions of the video's frames, or None."""
+    if poses.lens is None:
+        return None
+    lens, size = torch.from_numpy(poses.lens), poses.frame_size
+    if poses.pixels:
+        size = size or image_size
+        if size is None:
+            raise DataError(f"{name}: its intrinsics are in pixels of frames of unknown size; write image_size (H, W)")
+        height, width = size
+        return lens / torch.tensor([width, height, width, height], dtype=torch.float64)
+    if size is None or image_size is None:
+        return lens
+    return intrinsics_before_crop(lens, image_size[0], image_size[1], size)
+
+
+def _listed(names: Sequence[str]) -> str:
+    return ", ".join(names[:12]) + (", ..." if len(names) > 12 else "")

@@ -1,0 +1,69 @@
+"""One retake, from conditions to videos: what ``sample``, ``evaluate`` and the evaluations of a run all do."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from geoalign.config.flow import FlowConfig
+from geoalign.errors import RunError
+from geoalign.flow.policy import Velocity
+from geoalign.flow.sampler import FlowSampler, initial_noise
+from geoalign.flow.table import build_step_table
+from geoalign.policy.policy import Precomputed, RetakePolicy
+from geoalign.types import RetakeBatch
+from geoalign_kernels import streams
+
+
+@torch.no_grad()
+def retake(
+    policy: RetakePolicy,
+    batch: RetakeBatch,
+    flow: FlowConfig,
+    *,
+    seed: int,
+    stream: int = streams.INITIAL_NOISE,
+    on_pass: Callable[[int], object] = lambda passes: None,
+    strict: bool = False,
+) -> Tensor:
+    """Sample deterministically and decode: ``[B, F, 3, H, W]`` in [-1, 1], on the policy's device.
+
+    Args:
+        policy: model, codec and guidance.
+        batch: B conditions, on any device.
+        flow: sampler settings; its stochastic part is not used.
+        seed, stream: name the initial noise, which is a function of both and of the row.
+        on_pass: told after each step how many passes of the network it took (two under guidance).
+        strict: raise for values that are not finite, which are returned otherwise (an evaluation counts them).
+
+    Raises:
+        UserError: the batch lacks what the model reads (:meth:`RetakePolicy.condition`).
+        RunError: with ``strict``, the model or its codec gave NaN or infinity.
+    """
+
+    def velocity(x: Tensor, timestep: Tensor, rows: Precomputed) -> Velocity:
+        answer = policy.velocity(x, timestep, rows)
+        on_pass(answer.passes)
+        return answer
+
+    precomputed = policy.precompute(policy.condition(batch))
+    rows = torch.arange(len(batch), device=policy.device)
+    noise = initial_noise(policy.latent_shape(batch), seed, 0, rows, stream=stream)
+    latents = FlowSampler(build_step_table(flow)).sample(velocity, precomputed, noise)
+    if strict:
+        _refuse_non_finite(latents, "the model")
+    video = policy.decode(latents, batch.source.video)
+    if strict:
+        _refuse_non_finite(video, "the autoencoder")
+    return video
+
+
+def _refuse_non_finite(values: Tensor, maker: str) -> None:
+    if not torch.isfinite(values).all():
+        share = float((~torch.isfinite(values)).float().mean())
+        raise RunError(
+            f"{maker} gave NaN or infinity in {share:.0%} of its values, nothing is written; are its weights intact, "
+            "and the cameras, --guidance and --shift of a usual size?"
+        )

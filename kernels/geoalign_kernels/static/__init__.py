@@ -1,0 +1,1 @@
+"""Ahead-of-time checks of the kernels without a GPU: command (``check``), what it compiles (``configs``), a table."""

@@ -1,0 +1,296 @@
+"""Microbenchmarks of the kernels against their rivals, as fractions of ceilings measured in the same process.
+
+    python profiling/ops/bench_ops.py [--quick] [--only NAME] [--out FILE.jsonl]     on a CUDA device
+    python profiling/ops/bench_ops.py --self-check [--out FILE.jsonl]                on any machine, tiny sizes
+
+Ceilings (device copy, matrix products) come first and last: if one moved by more than 3 % the run is unsteady and not
+to be quoted. Inputs are random; sets of them are used in turn so that nothing stays in the L2 cache. Every row carries
+the error of that implementation against float64 on sampled rows, taken in the same run. A rival that is absent has a
+row with `status` "not run". `predicted_ms` is what the cost model said before the run.
+
+`--quick` takes the shapes of a run only and ends within ten minutes on one GPU: what does not fit any more becomes a
+"not run" row. Exit code: 0, or 1 if an exact row misses its error gate.
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import json
+import re
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import bench_attention as attention
+import bench_cases as cases
+import bench_products as products
+import torch
+from bench_timing import (
+    FIELDS,
+    SCHEMA,
+    WARM_UPS,
+    ResultFile,
+    buffers_for,
+    clocks,
+    count_launches,
+    environment,
+    measure,
+    side_stream,
+)
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from geoalign.perf.cost import DEVICES, TransformerCost, profile_of
+from geoalign_kernels.static.check import EXPECTATIONS
+
+GATE = 1e-2
+"""Largest relative L2 error of an exact bf16 row; quantised rows are reported, not gated."""
+STEADY = 0.03
+GEMMS = ((65_520, 1536, 1536), (65_520, 1536, 4608), (65_520, 1536, 8960), (65_520, 8960, 1536))  # rows, in, out
+RESULTS = Path(__file__).parents[1] / "results"
+QUICK_S = 540.0
+"""Seconds after which a quick run measures nothing more but its last ceilings."""
+COMPILE_S, CASE_S = 15.0, 2.0
+"""Assumed for the estimate: a compiled implementation and direction; making operands and exact results of a case."""
+Row = dict[str, Any]
+AnyCase = cases.Case | attention.AttentionCase
+
+
+class Bench:
+    """One run: the device, how often to repeat, the ceilings found so far, the rows."""
+
+    def __init__(self, device: torch.device, out: Path | None, *, quick: bool, small: bool) -> None:
+        self.device, self.small, self.quick = device, small, quick
+        self.started = time.monotonic()
+        self.repeats = 5 if small else 30
+        self.dtype = torch.float32 if small else torch.bfloat16
+        self.run_id = datetime.datetime.now(datetime.UTC).strftime("%Y%m%dT%H%M%SZ")
+        first = environment(device, self.run_id)
+        name = re.sub(r"[^a-z0-9]+", "-", str(first["device"]).lower()).strip("-")
+        default = RESULTS / f"{self.run_id}-{name}-{first['commit'] or 'nogit'}.jsonl"
+        self.file = ResultFile(out or (None if small else default), first)
+        self.ceiling: dict[str, float] = {}
+        self.missed: list[Row] = []
+        self.profile = profile_of(str(first["device"])) if device.type == "cuda" else None
+        self.static = json.loads(EXPECTATIONS.read_text())["rows"]
+
+    def add(self, kind: str, name: str, impl: str, **fields: Any) -> Row:
+        """Appends a row with all fields of the schema and prints it."""
+        row = dict.fromkeys(FIELDS) | {
+            "schema": SCHEMA,
+            "run_id": self.run_id,
+            "kind": kind,
+            "name": name,
+            "impl": impl,
+        }
+        row |= {"status": "ok", "dtype": str(self.dtype).removeprefix("torch."), "variant": "", "note": "", **fields}
+        assert kind == "reward" or set(row) == set(FIELDS), set(row) ^ set(FIELDS)
+        time_ms = row["t_ms_median"]
+        if time_ms and row["bytes_min"]:
+            row["gbps"] = 1e-6 * row["bytes_min"] / time_ms
+            row["pct_copy"] = 100.0 * row["gbps"] / self.ceiling["copy"] if "copy" in self.ceiling else None
+        if time_ms and row["flops"]:
+            row["tflops"] = 1e-9 * row["flops"] / time_ms
+            row["pct_matmul"] = 100.0 * row["tflops"] / self.ceiling["matmul"] if "matmul" in self.ceiling else None
+        self.file.add(row)
+        shown = f"{time_ms:10.4f} ms" if time_ms else f"{row['status']}: {row['note']}"
+        label = f"{name} {row['variant']}".strip()
+        print(f"{label:38s} {row['direction'] or '':4s} {impl:12s} {row['shape']!s:28s} {shown}", flush=True)
+        return row
+
+    @property
+    def rows(self) -> list[Row]:
+        """All rows so far, the environment first."""
+        return self.file.rows
+
+    def not_run(
+        self, name: str, impl: str, direction: str, shape: Sequence[int], reason: str, variant: str = ""
+    ) -> None:
+        """A row for what was not timed, so that its absence is visible."""
+        self.add("kernel", name, impl, variant=variant, direction=direction, shape=list(shape), status="not run",
+                 note=reason)  # fmt: skip
+
+    def ceilings(self, when: str) -> None:
+        """Copy (read and write counted) and matrix products; the later call says whether the run was steady."""
+        size = 1 << (14 if self.small else 30)  # 4 GiB read and 4 GiB written
+        source, target = torch.randn(size, device=self.device), torch.empty(size, device=self.device)
+        copy = measure(lambda _, to=target, source=source: to.copy_(source), self.device, self.repeats)
+        found = {
+            "copy": self.add("ceiling", "copy", when, dtype="float32", shape=[size], bytes_min=8.0 * size, **copy)[
+                "gbps"
+            ]
+        }
+        del source, target
+        side = 64 if self.small else 8192
+        for m, k, n in [(side, side, side), *(GEMMS if not self.small else [(side, 32, 96)])]:
+
+            def make(shape: tuple[int, int]) -> torch.Tensor:
+                return torch.randn(shape, device=self.device).to(self.dtype)
+
+            moved = (m * k + k * n + m * n) * self.dtype.itemsize
+            pairs = [(make((m, k)), make((k, n))) for _ in range(buffers_for(moved, self.device))]
+            flops = 2.0 * m * k * n
+            predicted = 1e3 * flops / self.profile.matmul if self.profile else None
+            timing = measure(lambda i, pairs=pairs: pairs[i][0] @ pairs[i][1], self.device, self.repeats, len(pairs))
+            row = self.add("ceiling", "matmul", when, shape=[m, k, n], flops=flops, predicted_ms=predicted, **timing)
+            found.setdefault("matmul", row["tflops"])
+        if self.ceiling:
+            moved_by = {name: found[name] / self.ceiling[name] - 1.0 for name in found}
+            steady = all(abs(change) <= STEADY for change in moved_by.values())
+            self.file.close(steady=steady, ceilings_moved=moved_by, clocks_after=clocks(self.device))
+            print("steady" if steady else f"UNSTEADY, not to be quoted: {moved_by}")
+        self.ceiling = self.ceiling or found
+
+    def static_numbers(self, name: str, direction: str, impl: str) -> Row:
+        """Registers, spills and shared memory of our kernels for this architecture, from the checked-in table."""
+        if self.device.type != "cuda" or impl not in ("ours", "triton", *attention.QUANTISED):
+            return {}
+        major, minor = torch.cuda.get_device_capability(self.device)
+        name = {"flow_log_prob": "flow_step.log_prob", "cross_attention": "attention"}.get(name, name)
+        label = {"triton": "exact", "int8": "int8 scores, bf16", "int8_fp8": "int8 scores, fp8"}.get(impl, "")
+        keys = [k for k in self.static if k.startswith(name) and label in k and k.endswith(f"sm_{major}{minor}")]
+        keys = [k for k in keys if ("backward" in k.partition(" / ")[0]) == (direction == "bwd")]
+        fields = (("regs", "registers"), ("spill_bytes", "spill_bytes"), ("smem_bytes", "shared_bytes"))
+        return {new: max(self.static[k][old] for k in keys) for new, old in fields} if keys else {}
+
+    def case(self, case: AnyCase) -> None:
+        """All rows of a case."""
+        for impl, direction in case.rows:
+            late = self.quick and time.monotonic() - self.started > QUICK_S
+            reason = case.absent(impl) or ("a quick run was out of time" if late else "")
+            if reason:
+                self.not_run(case.name, impl, direction, case.shape, reason, case.variant)
+                continue
+            try:
+                self.time(case, impl, direction)
+            except Exception as error:  # a rival that fails to compile or to run is a "not run" row; ours is an error
+                if impl == "ours" and not isinstance(error, torch.OutOfMemoryError):
+                    raise
+                reason = f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
+                self.not_run(case.name, impl, direction, case.shape, reason, case.variant)
+
+    def time(self, case: AnyCase, impl: str, direction: str) -> None:
+        """Checks one implementation, times it, adds its row."""
+        call, check = case.prepare(impl, direction)
+        errors = check()
+        peak = None
+        if self.device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(self.device)
+        timing = measure(call, self.device, self.repeats, case.buffers)
+        if self.device.type == "cuda":
+            peak = torch.cuda.max_memory_allocated(self.device)
+        work = case.work[direction]
+        row = self.add(
+            "kernel", case.name, impl, variant=case.variant, shape=list(case.shape), direction=direction,
+            bytes_min=work.bytes_min, flops=work.flops, launches=count_launches(call, self.device), peak_mem_bytes=peak,
+            predicted_ms=case.predicted_ms(self.profile, impl, direction) if self.profile else None,
+            **self.static_numbers(case.name, direction, impl), **timing, **errors,
+        )  # fmt: skip
+        if impl in case.gated and (row["rel_l2"] or 0.0) > GATE:
+            self.missed.append(row)
+
+
+def groups(bench: Bench) -> list[tuple[str, Callable[[], Iterator[AnyCase]]]]:
+    """(names of the cases, what makes them) in the order of the run; only one case's operands exist at a time."""
+    cost, device, dtype, small = TransformerCost(), bench.device, bench.dtype, bench.small
+    factor = cost.traffic_bytes("compiled") / cost.traffic_bytes("fused")
+    sizes = [8] if small else [65_520] if bench.quick else [65_520, 32_760, 8_190]
+    streams = (torch.float64, dtype) if small else (torch.float32,) if bench.quick else (torch.float32, dtype)
+    lengths = [(16_384, 16_384), (65_520, 65_520)] if bench.quick else [(n, n) for n in (16_384, 32_760, 65_520)]
+    lengths = [(40, 40), (40, 24)] if small else [*lengths, (65_520, 512), (65_520, 257)]
+    elements = 64 if small else 2_096_640
+    found: list[tuple[str, Callable[[], Iterator[AnyCase]]]] = []
+    for tokens in sizes:
+        found.append((
+            "qk_norm_rotary rms_norm unrotate_gate_norm modulated_norm gated_residual",
+            lambda tokens=tokens: cases.row_cases(tokens, device, dtype, streams, factor),
+        ))  # fmt: skip
+    for samples in (1, 2) if small else (1, 12):
+        found.append((
+            "flow_step flow_log_prob", lambda samples=samples: cases.flow_cases(samples, elements, device, dtype)
+        ))  # fmt: skip
+    heads, head = (2, 16) if small else (attention.HEADS, attention.HEAD)
+    found.append((
+        "attention cross_attention", lambda: attention.attention_cases(lengths, heads, head, device, dtype)
+    ))  # fmt: skip
+    shape = (32, 32, 64) if small else products.FFN
+    found.append(("ffn_product", lambda: products.product_cases(*shape, device, dtype)))
+    return found
+
+
+def estimate(bench: Bench, only: str) -> tuple[float, float]:
+    """(minutes that the run will take, those of them in timed calls).
+
+    Timed calls come from the cost model of the device, or of an H200; compiling and checking at assumed costs. The
+    cases are made of fake tensors; a row without a figure counts as long as the slowest row that has one.
+    """
+    profile = bench.profile or DEVICES["h200"]
+    timed = others = 0.0
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        for case in all_cases(bench, only):
+            known = {row: case.predicted_ms(profile, *row) for row in case.rows if not case.absent(row[0])}
+            slowest = max((ms for ms in known.values() if ms), default=1.0)
+            timed += sum(1e-3 * (ms or slowest) for ms in known.values()) * (WARM_UPS + bench.repeats)
+            others += CASE_S + COMPILE_S * sum(impl == "compiled" for impl, _ in known)
+    return (timed + others) / 60.0, timed / 60.0
+
+
+def all_cases(bench: Bench, only: str) -> Iterator[AnyCase]:
+    """The cases of a run whose name contains `only`, one at a time."""
+    for names, make in groups(bench):
+        if any(only in name for name in names.split()):
+            yield from (case for case in make() if only in case.name)
+
+
+def run(bench: Bench, only: str) -> None:
+    """All rows of one run, ceilings first and last."""
+    with side_stream(bench.device):
+        bench.ceilings("first")
+        for case in all_cases(bench, only):
+            bench.case(case)
+        bench.ceilings("last")
+
+
+def options_parser(doc: str | None, things: str | None, quick: str) -> argparse.ArgumentParser:
+    """The command line that the benchmarks share; `things` are what `--only` chooses from, if there is a choice."""
+    parser = argparse.ArgumentParser(description=(doc or "").partition("\n")[0])
+    parser.add_argument("--out", type=Path, help="default: profiling/results/<utc>-<device>-<commit>.jsonl")
+    if things:
+        parser.add_argument("--only", default="", help=f"{things} whose name contains this")
+    parser.add_argument("--quick", action="store_true", help=quick)
+    parser.add_argument("--self-check", action="store_true", help="tiny sizes on the CPU: exercises the harness only")
+    return parser
+
+
+def bench_of(options: argparse.Namespace, instead: str) -> Bench | None:
+    """The run that the command line asks for; None, said so, where it needs a CUDA device and there is none."""
+    if not options.self_check and not torch.cuda.is_available():
+        print(f"no CUDA device: use {instead}", file=sys.stderr)
+        return None
+    device = torch.device("cpu" if options.self_check else "cuda")
+    return Bench(device, options.out, quick=options.quick, small=options.self_check)
+
+
+def main() -> int:
+    """Entry point; 2 without a device."""
+    options = options_parser(__doc__, "ops", "the run's own shapes only: under ten minutes on one GPU").parse_args()
+    torch.manual_seed(0)
+    bench = bench_of(options, "--self-check")
+    if bench is None:
+        return 2
+    if not bench.small:
+        total, timed = estimate(bench, options.only)
+        print(f"predicted: {total:.1f} min, {timed:.1f} of them timed calls, the rest compiling and checking (assumed)")
+    run(bench, options.only)
+    if bench.file.path:
+        print(f"wrote {bench.file.path}")
+    for row in bench.missed:
+        print(f"FAILED {row['name']} {row['variant']} {row['direction']} {row['shape']}: error {row['rel_l2']:.3e}",
+              file=sys.stderr)  # fmt: skip
+    return 1 if bench.missed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

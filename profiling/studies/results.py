@@ -1,0 +1,128 @@
+"""Every table that rests on the embedded default, from one list of runs: `make results`.
+
+    python profiling/studies/results.py             run what is missing or stale, then write the pages
+    python profiling/studies/results.py --status    say what is finished, missing or stale, and run nothing
+
+A result file holds a fingerprint of what it was made with (configuration, base, metrics); one with another fingerprint
+is stale. Finished runs are skipped and an interrupted one is continued, so the command may be stopped at any time. A
+change of code alone makes nothing stale: name those runs with --again. About 45 CPU-minutes in all.
+"""
+
+from __future__ import annotations
+
+import argparse
+import shutil
+import tempfile
+import time
+from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import evaluators
+import learning
+import levers
+from record import state, write_generated
+
+ROOT = Path(__file__).parents[2]
+PAGES: dict[Path, Callable[[Path], str]] = {
+    learning.PAGE: learning.page,
+    evaluators.PAGE: evaluators.page,
+    levers.PAGE: levers.page,
+}
+
+
+@dataclass(frozen=True)
+class Run:
+    """One result file.
+
+    Attributes:
+        name: what people call it.
+        result: its file, below the root.
+        settings: what it depends on.
+        make: writes the file it is given.
+        alone: whether it must have the machine for itself (it measures time).
+    """
+
+    name: str
+    result: Path
+    settings: Mapping[str, Any]
+    make: Callable[[Path], None]
+    alone: bool = False
+
+
+def runs(config: str, timed: str, repeats: int, work: Path) -> list[Run]:
+    """The one list: every run behind a page. A new row of a table is a new entry of what it is made of here."""
+    found = [
+        Run(
+            study.name,
+            learning.RESULTS / f"{learning.slug(study.name)}.json",
+            learning.settings(study, config),
+            partial(learning.run_study, study, work=work, config=config),
+        )
+        for study in learning.STUDIES
+    ]
+    found.append(Run("evaluators", evaluators.RESULT, evaluators.settings(), evaluators.run))
+    timing = partial(levers.run, config=timed, repeats=repeats)
+    return [*found, Run("levers", levers.RESULT, levers.settings(timed, repeats), timing, alone=True)]
+
+
+def carry_out(run: Run, root: Path) -> None:
+    """Make one result and say how long it took."""
+    began = time.monotonic()
+    print(f"{run.name}: running", flush=True)
+    (root / run.result).parent.mkdir(parents=True, exist_ok=True)
+    run.make(root / run.result)
+    print(f"{run.name}: finished in {time.monotonic() - began:.0f} s", flush=True)
+
+
+def write_pages(root: Path) -> None:
+    """Write the generated part of every page; outside this checkout, into copies of its pages."""
+    for page, text in PAGES.items():
+        if not (root / page).exists():
+            (root / page).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(ROOT / page, root / page)
+        write_generated(root / page, text(root))
+        print(f"{page}: written")
+
+
+def main() -> None:
+    """Parse the command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--status", action="store_true", help="say what is there and run nothing")
+    parser.add_argument("--again", action="append", default=[], metavar="NAME", help="run it although it is finished")
+    parser.add_argument("--config", default="tiny_cpu", help="of the learning runs (another one: with another --root)")
+    parser.add_argument("--timed-config", default="bench_levers", help="of the levers")
+    parser.add_argument("--repeats", type=int, default=5, help="timed iterations of the levers")
+    parser.add_argument("--root", type=Path, default=ROOT, help="where results and pages lie (default: this checkout)")
+    parser.add_argument("--work", type=Path, default=Path(tempfile.gettempdir()) / "geoalign_results")
+    parser.add_argument("--workers", type=int, default=2, help="learning runs at a time")
+    args = parser.parse_args()
+    found = runs(args.config, args.timed_config, args.repeats, args.work)
+    if unknown := sorted(set(args.again) - {run.name for run in found}):
+        parser.error(
+            f"--again: no run is called {', '.join(unknown)}; there are {', '.join(run.name for run in found)}"
+        )
+    states = {run.name: state(args.root / run.result, run.settings) for run in found}
+    for name, text in states.items():
+        print(f"{name}: {text}")
+    if args.status:
+        return
+    wanted = [run for run in found if states[run.name] != "finished" or run.name in args.again]
+    together = [run for run in wanted if not run.alone]
+    if together:
+        args.work.mkdir(parents=True, exist_ok=True)
+        learning.render_world(args.work, args.config)
+    with ThreadPoolExecutor(args.workers) as pool:
+        for future in [pool.submit(carry_out, run, args.root) for run in together]:
+            future.result()
+    for run in wanted:
+        if run.alone:
+            carry_out(run, args.root)
+    write_pages(args.root)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,44 @@
+"""Whole iterations at reduced depth: their rows and report from a tiny model, their predictions from the cost model."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from profiling_runs import SCHEMA, rows_of, script
+
+from geoalign.perf.cost import DEVICES
+
+
+def test_an_iteration_at_reduced_depth_is_extrapolated_and_its_gradients_agree(tmp_path: Path) -> None:
+    """A tiny model of the same kind: every row, and gradients of plain and fused runs, which the script compares."""
+    path = tmp_path / "depth.jsonl"
+    done = script("profiling/model/bench_depth.py", "--self-check", "--out", str(path))
+    assert done.returncode == 0, done.stdout + done.stderr
+    rows = rows_of(path)[1:]
+    assert all(set(row) == set(SCHEMA.split()) for row in rows)
+    timed = {(row["impl"], row["shape"][0]) for row in rows if row["kind"] == "iteration"}
+    assert timed == {("off", 1), ("off", 2), ("off", 3), ("line", 4), ("exact", 2), ("int8", 2)}
+    times = {row["shape"][0]: row["t_ms_median"] for row in rows if row["kind"] == "iteration" and row["impl"] == "off"}
+    (line,) = [row["t_ms_median"] for row in rows if (row["kind"], row["impl"]) == ("iteration", "line")]
+    assert line == pytest.approx(times[1] + 3 * (times[2] - times[1]))
+    (gradient,) = [row for row in rows if row["name"] == "gradient"]
+    assert 0 < gradient["rel_l2"] < 1e-4  # other kernels and batch orders round apart, so not 0
+    assert script("profiling/figures.py", str(path)).returncode == 0
+    report = path.with_suffix(".md").read_text()
+    assert (
+        "| ms | off, 1 blocks | off, 2 blocks | off, 3 blocks | off, 4 blocks | exact, 2 blocks | int8, 2 blocks |"
+        in report
+    )
+    assert report.count("the line through 1 and 2 blocks") == 3 and "with off" in report
+
+
+@pytest.mark.usefixtures("profiling")
+def test_predicted_iterations_at_reduced_depth() -> None:
+    """Seconds on an H200 that the specification of the benchmark gives for 2, 4 and 8 blocks."""
+    import bench_depth
+
+    config = bench_depth.paper()
+    for name, expected in (("h200", (26, 48, 92)), ("h200_fa2", (36, 68, 132))):
+        found = [sum(bench_depth.predicted_ms(config, n, "off", DEVICES[name]).values()) / 1e3 for n in (2, 4, 8)]
+        assert found == pytest.approx(expected, abs=0.5)

@@ -1,0 +1,102 @@
+"""How a time is taken: against a stand-in for a GPU whose times are known."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+
+
+class FakeGpu:
+    """Times of a GPU that works off a queue, and of the CPU that fills it, in milliseconds; stands for `torch.cuda`."""
+
+    def __init__(self, kernel: float, captured: int) -> None:
+        self.cpu = self.gpu = 0.0
+        self.kernel, self.captured, self.capturing, self.launches = kernel, captured, False, 0
+
+    def enqueue(self, python: float, work: float) -> None:
+        self.cpu += python
+        self.gpu = max(self.cpu, self.gpu) + work
+        self.launches += work > 0
+
+    def call(self, _: int) -> None:
+        """A fifth of a millisecond of Python for one kernel."""
+        self.enqueue(0.2, 0.0 if self.capturing else self.kernel)
+
+    def record(self) -> float:
+        self.enqueue(0.005, 0.0)
+        return self.gpu
+
+    def synchronize(self, _: Any) -> None:
+        self.cpu = max(self.cpu, self.gpu)
+
+    @contextlib.contextmanager
+    def graph(self, _: Any, stream: str) -> Iterator[None]:
+        assert stream == "side"
+        self.capturing = True
+        yield
+        self.capturing = False
+
+    def replay(self) -> None:
+        self.enqueue(0.01, self.captured * self.kernel)
+
+    def count(self, call: Any, _: Any) -> int:
+        before = self.launches
+        call(0)
+        return self.launches - before
+
+
+class FakeEvent:
+    def __init__(self, gpu: FakeGpu) -> None:
+        self.gpu = gpu
+
+    def record(self) -> None:
+        self.at = self.gpu.record()
+
+    def elapsed_time(self, end: FakeEvent) -> float:
+        return end.at - self.at
+
+
+@pytest.mark.usefixtures("profiling")
+@pytest.mark.parametrize(("kernel", "captured", "graph"), [(0.01, 20, True), (0.01, 0, False), (0.06, 20, False)])
+def test_a_gpu_time_is_that_of_the_kernel_and_not_of_python(
+    monkeypatch: pytest.MonkeyPatch, kernel: float, captured: int, graph: bool
+) -> None:
+    """Also where dispatch takes far longer; a graph is replayed for short kernels only, and never an empty one."""
+    import bench_timing
+    import torch
+
+    gpu = FakeGpu(kernel, captured)
+    stand_ins = {
+        "Event": lambda enable_timing: FakeEvent(gpu), "_sleep": lambda cycles: gpu.enqueue(0.005, cycles / 2e6),
+        "synchronize": gpu.synchronize, "CUDAGraph": lambda: gpu, "graph": gpu.graph,
+        "current_stream": lambda device: "side",
+    }  # fmt: skip
+    for name, stand_in in stand_ins.items():
+        monkeypatch.setattr(torch.cuda, name, stand_in)
+    monkeypatch.setattr(bench_timing, "count_launches", gpu.count)
+    found = bench_timing.measure(gpu.call, torch.device("cuda"), 30)
+    assert found["t_ms_median"] == pytest.approx(kernel) and found["t_ms_p80"] == pytest.approx(kernel)
+    assert found["graph"] == graph and ("empty" in found["note"]) == (captured == 0)
+
+
+@pytest.mark.usefixtures("profiling")
+def test_operands_exceed_the_cache_and_poison_reaches_what_is_not_written(monkeypatch: pytest.MonkeyPatch) -> None:
+    import bench_timing
+    import torch
+
+    size = type("Properties", (), {"L2_cache_size": 50 << 20})
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: size)
+    cuda = torch.device("cuda")
+    assert [bench_timing.buffers_for(n << 20, cuda) for n in (400, 50, 20, 1)] == [3, 3, 8, 64]
+    memory, given = torch.zeros(4), torch.ones(3)
+
+    def forgetful(_: int) -> list[torch.Tensor]:
+        memory[:3] = 1.0  # the last element is never written
+        return [memory, given]
+
+    written, through = bench_timing.on_poison(forgetful, [given])
+    assert written[:3].tolist() == [1.0] * 3 and written[3].isnan() and torch.equal(through, torch.ones(3))
+    assert bench_timing.errors([written], [torch.ones(4)])["rel_l2"] == float("inf")

@@ -1,0 +1,77 @@
+"""Held-out numbers: of which videos and noise seeds a mean is taken, and what a summary makes of earlier runs."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from torch import Tensor
+
+from geoalign.config.load import load_config
+from geoalign.config.schema import Config
+from geoalign.evaluators.base import PoseEstimate
+from geoalign.geometry import metrics
+from geoalign.jobs import evaluate as job
+from geoalign.jobs.train_held_out import held_out_summary
+from geoalign.policy.open import open_policy
+from geoalign.types import SourceClip
+
+
+class Told:
+    """Answers with the poses it was told, on frames 0, 2 and 4."""
+
+    name = "told"
+
+    def __init__(self, c2w: Tensor) -> None:
+        self.c2w, self.indices = c2w[:, [0, 2, 4]], torch.tensor([0, 2, 4])
+
+    def __call__(self, video: Tensor, source: SourceClip) -> PoseEstimate:
+        ones = torch.ones(len(video))
+        return PoseEstimate(self.c2w, self.indices, ones, 0 * ones)
+
+
+def test_errors_of_a_subset_of_frames_are_means_over_the_defined_videos() -> None:
+    overrides = ["eval.samples=3", "eval.noise_seeds=[5]", "flow.steps=4"]
+    config = load_config(Config, "smoke", overrides)
+    held_out = job.HeldOut.build(config)
+    pairs = held_out.sets["presets"]
+    target = pairs.batch.target_camera
+    estimate = target.scale_translation(torch.tensor([2.0, 5.0, 1.0])).c2w.clone()
+    estimate[2] = math.nan
+    policy = open_policy("builtin:tiny_base")
+    evaluator = Told(estimate)
+    result = job.evaluate(policy, config, job.HeldOut({"presets": pairs}), evaluator)
+    numbers = {name: values[0] for name, values in result.numbers["presets"].items()}
+    length = target.position[:2, [2, 4]].norm(dim=-1).mean(-1)
+    # Twice and five times the motion lie one and four lengths behind the target; 5 x some 3 m is beyond 3 m.
+    assert numbers["translation_error_m"] == pytest.approx(float((length * torch.tensor([1.0, 4.0])).mean()), rel=1e-5)
+    assert numbers["scale_ratio"] == pytest.approx(3.5, rel=1e-5) == numbers["translation_gain"]
+    assert numbers["rotation_error_deg"] == pytest.approx(0, abs=1e-3) == numbers["rot_err_deg"]
+    assert numbers["trans_err"] == pytest.approx(0, abs=1e-5)
+    seconds = {f"second_{name}" for name in metrics.CAMERA_METRICS[:4]}
+    assert numbers.keys() == set(job.METRICS) | seconds and set(job.METRICS) == {*metrics.CAMERA_METRICS, "psnr_db"}
+
+
+def test_a_summary_averages_what_is_defined() -> None:
+    """Two noise seeds; in the second, ``random`` has no scale (None in a checkpoint)."""
+    before = {kind: {"translation_gain": [1.0, 2.0]} for kind in ("presets", "random")}
+    after = {"presets": {"translation_gain": [1.0, 2.0]}, "random": {"translation_gain": [3.0, None]}}
+    found = held_out_summary({"before": before}, after)
+    assert found["held_out_per_noise_seed"]["mean"]["after"] == {"translation_gain": [2.0, 2.0]}
+    assert {kind: stages["after"]["translation_gain"] for kind, stages in found["held_out"].items()} == {
+        "presets": 1.5,
+        "random": 3.0,
+        "mean": 2.0,
+    }
+    nothing = held_out_summary({}, {"presets": {"trans_err": [None, math.nan]}})
+    assert math.isnan(nothing["held_out"]["presets"]["after"]["trans_err"])
+
+
+def test_a_run_that_began_with_the_old_name_compares_gain_with_gain() -> None:
+    found = held_out_summary(
+        {"before": {"presets": {"scale_ratio": [1.4], "second_scale_ratio": [1.3]}}},
+        {"presets": {"scale_ratio": [1.1], "translation_gain": [1.0], "second_translation_gain": [0.9]}},
+    )["held_out"]["presets"]
+    assert found["before"] == {"translation_gain": 1.4, "second_translation_gain": 1.3}
+    assert found["after"] == {"scale_ratio": 1.1, "translation_gain": 1.0, "second_translation_gain": 0.9}
