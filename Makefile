@@ -35,7 +35,7 @@ demo: $(VENV)/.geoalign-base
 lint: setup
 	@$(BIN)/ruff check .
 	@$(BIN)/ruff format --check .
-	@$(BIN)/codespell geoalign kernels csrc configs profiling tests docs *.md
+	@$(BIN)/codespell geoalign kernels csrc configs profiling tests docs examples *.md
 
 format: setup
 	@$(BIN)/ruff check --fix .

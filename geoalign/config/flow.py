@@ -8,7 +8,7 @@ from pydantic import Field, field_validator, model_validator
 
 from geoalign.config.base import Section
 
-SdeVariant = Literal["flow", "dance", "cps", "longcat_truncated"]
+SdeVariant = Literal["flow", "dance", "cps", "longcat_truncated", "linear"]
 OdeSolver = Literal["euler", "dpm1", "dpm2m"]
 WindowKind = Literal["progressive", "random", "exp_decay", "fixed"]
 StdMode = Literal["batch_max", "batch_rms", "group_floor", "group", "global"]
@@ -35,7 +35,8 @@ class FlowConfig(Section):
     sde: SdeVariant = Field(
         "flow", json_schema_extra=_assumed("the paper builds on MixGRPO, which uses Flow-SDE; alternatives selectable")
     )
-    """Stochastic step of the window: Flow-SDE, Dance-SDE, coefficient-preserving (CPS), Flow-SDE with capped noise."""
+    """Stochastic step of the window: Flow-SDE, Dance-SDE, coefficient-preserving (CPS), Flow-SDE with capped noise, or
+    noise linear in sigma (flow_grpo's Wan path, there with eta 1)."""
 
     eta: float = Field(0.7, gt=0, json_schema_extra=_assumed("MixGRPO and Flow-GRPO use 0.7; LongCat-Video uses 1"))
     """Noise level of the stochastic step (for CPS at most 1)."""
