@@ -171,7 +171,8 @@ def _row(path: Path, reward: Reward, task: ScoringTask, *, plot: bool, alone: bo
     try:
         video, batch, found = task.read(path)
         row |= {"frames": video.shape[1], "video_frames": found}
-        row |= score_row(judge(reward, video, batch)) | camera_row(reward, video, batch)
+        output = judge(reward, video, batch)
+        row |= score_row(output) | camera_row(reward, video, batch, output.lost)
     except Exception as error:  # whatever it is, it must not take the other videos with it
         if alone and isinstance(error, UserError):
             raise
@@ -210,4 +211,6 @@ def _print_notes(rows: Sequence[dict[str, Any]]) -> None:
 
 
 def _cell(value: Any) -> str:
-    return "-" if value is None else f"{value:.4f}" if isinstance(value, float) else str(value)
+    if value is None or value != value:  # not in this row, or NaN
+        return "-"
+    return f"{value:.4f}" if isinstance(value, float) else str(value)

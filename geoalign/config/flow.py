@@ -74,6 +74,12 @@ class FlowConfig(Section):
     def _consistent(self) -> Self:
         if self.sde == "cps" and max(self.eta, *self.eta_by_step, 0.0) > 1:
             raise ValueError("sde: cps needs eta and eta_by_step in (0, 1]: 1 already replaces all noise")
+        # A resolved configuration names every default, so only another value shows that somebody meant it.
+        if self.sde != "longcat_truncated" and self.noise_cap != type(self).model_fields["noise_cap"].default:
+            raise ValueError(
+                f"noise_cap {self.noise_cap} is read by sde: longcat_truncated only, not by {self.sde}; remove it or "
+                "change sde"
+            )
         if len(self.eta_by_step) > self.steps:
             raise ValueError(f"eta_by_step has {len(self.eta_by_step)} entries for {self.steps} steps")
         return self
@@ -100,7 +106,7 @@ class WindowConfig(Section):
     """Iterations that one position lasts (for ``exp_decay``: at the positions up to ``decay_start``)."""
 
     end: Literal["roll_back", "clip"] = "roll_back"
-    """After the last position: begin again at ``start``, or stay."""
+    """After the last position: begin again at ``start``, or stay at the largest start."""
 
     max_start: int | None = Field(None, ge=0)
     """Largest window start; None: the largest that leaves the last step deterministic."""
@@ -133,11 +139,12 @@ class AdvantageConfig(Section):
             "eq. 5 prints max(sigma_group, eps) but cites LongCat-Video, whose rule is the largest group deviation"
         ),
     )
-    """Denominator: largest or root-mean-square group deviation of the batch, own deviation of the group (with or
-    without a floor), or deviation of the whole batch."""
+    """Denominator: largest or root-mean-square group deviation of the batch, own deviation of the group
+    (``group_floor``: with a floor that must be named), or deviation of the whole batch."""
 
     floor: float | None = Field(None, gt=0)
-    """Smallest denominator; None means 1e-4 and is refused for ``group_floor``, where the floor is the algorithm."""
+    """Smallest denominator, in every mode; None means 1e-4 and is refused for ``group_floor``, where the floor is the
+    algorithm."""
 
     floors: dict[str, float] = Field(default_factory=dict)
     """Smallest denominator of single reward keys, in the unit of that reward."""
@@ -178,7 +185,8 @@ class ObjectiveConfig(Section):
     """Clip range of the probability ratio."""
 
     loss_weight: LossWeight = Field("longcat", json_schema_extra=_assumed("eq. 7 names w_t and cites LongCat-Video"))
-    """Time weight w_t of a window step."""
+    """Time weight w_t of a window step; ``longcat`` is made for ``flow.sde`` ``flow`` and ``longcat_truncated``, and
+    refused for the others."""
 
     weight_norm: Literal["none", "window_mean1"] = "none"
     """Divide w_t by its mean over the window, so that gradient norms are comparable between windows."""

@@ -93,6 +93,7 @@ def test_an_interrupted_command_makes_only_what_is_left(
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1800)
 def test_the_whole_command_on_the_smoke_configuration(tmp_path: Path) -> None:
     """Every run and page, small, in a place of its own; a second call finds nothing to do."""
     command = [
