@@ -14,7 +14,7 @@ from torch import Tensor
 from geoalign.config.model import ModelConfig
 from geoalign.data.frames import to_float
 from geoalign.data.readers import AnyReader
-from geoalign.data.video import PyAVReader
+from geoalign.data.video import PyAVReader, probe_clip, warn_once
 from geoalign.errors import RewardError, UsageError
 from geoalign.evaluators.base import PoseEvaluator
 from geoalign.geometry.cameras.door import open_camera, open_target
@@ -61,7 +61,8 @@ def read_inputs(
     _check_numbers(speed, intrinsics)
     typed = None if ground_plane is None else _unit_plane("--ground-plane", ground_plane)
     reader = AnyReader(PyAVReader())
-    info = reader.probe(video)
+    info = probe_clip(reader, video)
+    warn_once(video, info.remarks)
     count = choose_frames(codec, info.frames) if frames is None else frames
     if count > info.frames:
         raise UsageError(f"{video} has {info.frames} frames, --frames {count} asks for more")

@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor
 
 from geoalign.data.frames import to_float
-from geoalign.data.video import PyAVReader, VideoInfo
+from geoalign.data.video import PyAVReader, VideoInfo, probe_clip, warn_once
 from geoalign.errors import DataError, RewardError, UsageError, UserError
 from geoalign.geometry.cameras.door import is_preset, open_camera
 from geoalign.geometry.lens import cover_crop_intrinsics
@@ -102,8 +102,12 @@ def _check_target(trajectory: str, frames: int | None) -> int | None:
 
 
 def probe(path: Path, frames: int) -> VideoInfo:
-    """What a video's container says; raises DataError if it cannot be read or has fewer frames than the path."""
-    info = PyAVReader().probe(path)
+    """What a video's container says.
+
+    Raises DataError if it cannot be read, has a variable frame rate, or fewer frames than the path.
+    """
+    info = probe_clip(PyAVReader(), path)
+    warn_once(path, info.remarks)
     if info.frames < frames:
         raise DataError(f"{path}: {info.frames} frames, but the trajectory has {frames}; use --frames {info.frames}")
     return info
