@@ -22,7 +22,7 @@ from geoalign.data.tally import Tally
 from geoalign.errors import DataError
 from geoalign.jobs.sample import read_inputs
 from geoalign.jobs.score import probe
-from geoalign.policy.files import load_policy
+from geoalign.policy.open import open_policy
 
 
 def folder(path: Path, names: list[str]) -> Path:
@@ -139,10 +139,10 @@ def test_data_check_counts_what_sample_and_score_read(
     assert f"(1 x used although: {INTERLACED})" in told
     assert "(14 x used although: frame rates differ, 12 to 60 a second: windows of 5 frames at stride 1 last" in told
     assert "0.08 to 0.42 s)" in told
-    codec = load_policy(Path("builtin:tiny_base"))[0].codec
+    codec = open_policy("builtin:tiny_base").codec
     for name in ("woven", "fast"):
         assert probe(paths[name], 40).frames == 40
-        assert read_inputs(paths[name], "pan_right", codec=codec, frames=5).video.shape[1] == 5
+        assert read_inputs(paths[name], "pan_right", codec=codec, frames=5)[0].source.video.shape[1] == 5
     told_once = [record.getMessage() for record in caplog.records if INTERLACED in record.getMessage()]
     assert told_once == [f"{paths['woven']}: {INTERLACED}"]
     for use in (lambda file: read_inputs(file, "pan_right", codec=codec, frames=5), lambda file: probe(file, 5)):
