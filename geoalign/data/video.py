@@ -4,7 +4,7 @@ Frame index i always means the i-th frame in presentation order that a player sh
 of all packets first (no decoding), seeks to the key frame before the wanted frames and identifies every decoded frame
 by its time stamp; where stamps cannot be believed (:mod:`geoalign.data.timeline`), or a seek lands late, it decodes
 from the start and counts. Pixels are those that a player shows (:mod:`geoalign.data.picture`). Broken streams raise
-`DataError`; nothing is concealed.
+``DataError``; nothing is concealed.
 """
 
 from __future__ import annotations
