@@ -14,7 +14,7 @@ from torch import Tensor
 from geoalign.errors import DataError
 from geoalign.geometry.cameras.options import CameraOptions, Fit
 from geoalign.geometry.cameras.poses import Poses
-from geoalign.geometry.lens import intrinsics_before_crop, intrinsics_before_pad, lens_fault
+from geoalign.geometry.lens import cover_crop_intrinsics, intrinsics_before_crop, intrinsics_before_pad, lens_fault
 
 Size = tuple[int, int]
 _LEAST_PIXELS = 8.0  # focal lengths and principal points of frames of at least 16 pixels
@@ -34,9 +34,9 @@ def file_lens(name: str, poses: Poses, options: CameraOptions, video: Size | Non
     """
     if poses.lens is None:
         return None
-    lens = np.atleast_2d(poses.lens)
-    # What float32 cannot hold is used as infinity or zero.
-    single = lens.astype(np.float32)
+    lens = _four_numbers(name, poses.lens)
+    with np.errstate(over="ignore"):  # what float32 cannot hold is used as infinity or zero
+        single = lens.astype(np.float32)
     if not np.isfinite(single).all():
         raise DataError(f"{name}: NaN or infinite intrinsics")
     if not (single[:, :2] > 0).all():
@@ -50,10 +50,21 @@ def file_lens(name: str, poses: Poses, options: CameraOptions, video: Size | Non
         fractions = fractions / fractions.new_tensor([size[1], size[0], size[1], size[0]])
         _check(name, fractions, f"frames of {size[0]}x{size[1]}; {_SIZE_FIX}")
     if size is not None and video is not None and size != video:
-        fractions = _of_video(name, fractions, size, video, options.fit or poses.fit)
+        fractions = _of_video(name, fractions, size, video, options.fit or _habit(poses, size, video))
     if video is not None or poses.frame_size is None:  # a crop need not hold the principal point
         _check(name, fractions, "the frames; give fractions of (W, H, W, H), or pixels and their frame size")
     return fractions
+
+
+def _four_numbers(name: str, lens: NDArray[np.float64]) -> NDArray[np.float64]:
+    """``[N, 4]`` of fx, fy, cx, cy in rows or in matrices, which must be those of a pinhole without skew."""
+    if lens.shape[-2:] != (3, 3):
+        return np.atleast_2d(lens)
+    matrices = lens.reshape(-1, 3, 3)
+    rest = matrices[:, [0, 1, 2, 2, 2], [1, 0, 0, 1, 2]]
+    if not (np.abs(rest - [0, 0, 0, 0, 1]) <= 1e-3 * np.abs(matrices[:, :1, 0])).all():
+        raise DataError(f"{name}: intrinsics must be [[fx, 0, cx], [0, fy, cy], [0, 0, 1]]; transposed, or with skew?")
+    return matrices[:, [0, 1, 0, 1], [0, 1, 2, 2]]
 
 
 def _check(name: str, lens: Tensor, where: str) -> None:
@@ -120,17 +131,26 @@ def _middle_of(lens: NDArray[np.float64]) -> Size | None:
     return whole if exact and min(whole) >= 2 * _LEAST_PIXELS else None
 
 
+def _habit(poses: Poses, size: Size, video: Size) -> Fit | None:
+    """The fit that the format is known for. A video that is smaller than the frames may be the one that was cut."""
+    smaller = video[0] < size[0] and video[1] < size[1]
+    return None if poses.centred and smaller else poses.fit
+
+
 def _of_video(name: str, lens: Tensor, size: Size, video: Size, fit: Fit | None) -> Tensor:
     """Fractions of frames of ``size`` as fractions of those of ``video``."""
     if fit == "crop":
         return intrinsics_before_crop(lens, *video, size)
     if fit == "pad":
         return intrinsics_before_pad(lens, *video, size)
+    if fit == "source":
+        return cover_crop_intrinsics(lens, *size, video)
     if fit == "stretch" or _same_shape(size, video):
         return lens
     raise DataError(
         f"{name}: its intrinsics belong to frames of {size[0]}x{size[1]}, which have another shape than the video's "
-        f"{video[0]}x{video[1]}; append #fit=crop, pad or stretch, by which the frames were made from the video"
+        f"{video[0]}x{video[1]}; append #fit=crop, pad or stretch, by which they were made from the video, or "
+        "#fit=source if the video was cropped from them"
     )
 
 

@@ -30,7 +30,7 @@ _LENS = ((4,), (1, 4), (None, 4), (3, 3), (1, 3, 3), (None, 3, 3))
 def _read_own(content: Content, camera: str) -> Poses:
     """The project's npz and the published Sekai npz; the published ones are scale-free and do not say ``metric``."""
     matrices = content.array("extrinsic", (None, 4, 4))
-    lens = _lens(content, content.array("intrinsic", (3, 3), (1, 3, 3), (len(matrices), 3, 3)))
+    lens = content.array("intrinsic", (3, 3), (1, 3, 3), (len(matrices), 3, 3))
     size = _frame_size(content, content.array("image_size", (2,))) if content.has("image_size") else None
     metric = content.has("metric") and _flag(content, "metric")
     return Poses(
@@ -46,15 +46,13 @@ def _read_vggt(content: Content, camera: str) -> Poses:
     matrices = matrices.reshape(-1, 3, 4)
     count = len(matrices)
     lens = content.array("intrinsic", (3, 3), (1, 3, 3), (count, 3, 3), (1, count, 3, 3))
-    return Poses(
-        matrices, "w2c", unit=None, lens=_lens(content, lens.reshape(-1, 3, 3)), lens_unit="unknown", centred=True
-    )
+    return Poses(matrices, "w2c", unit=None, lens=lens.reshape(-1, 3, 3), lens_unit="unknown", centred=True)
 
 
 def _read_c2w(content: Content, camera: str) -> Poses:
     if not isinstance(content.data, dict):
         return Poses(content.array("c2w", *MATRICES, value=content.data))
-    lens = _lens(content, content.array("intrinsics", *_LENS)) if content.has("intrinsics") else None
+    lens = content.array("intrinsics", *_LENS) if content.has("intrinsics") else None
     size = _frame_size(content, content.array("image_size", (2,))) if content.has("image_size") else None
     return Poses(
         content.array("c2w", *MATRICES), stated=frozenset({"direction"}), lens=lens, lens_unit="unknown",
@@ -136,17 +134,6 @@ def _check_frames(content: Content, count: int) -> None:
     inds = content.data.get("inds")
     if inds is not None and not np.array_equal(inds, np.arange(count)):
         raise content.error(f"ViPE lost frames: inds is not 0..{count - 1}; cut the video there and run ViPE again")
-
-
-def _lens(content: Content, found: NDArray[np.float64]) -> NDArray[np.float64]:
-    """``[N, 4]`` of fx, fy, cx, cy in rows or in matrices, which must be those of a pinhole without skew."""
-    if found.ndim < 2 or found.shape[-2:] != (3, 3):
-        return np.atleast_2d(found)
-    matrices = found.reshape(-1, 3, 3)
-    rest = matrices[:, [0, 1, 2, 2, 2], [1, 0, 0, 1, 2]]
-    if not (np.abs(rest - [0, 0, 0, 0, 1]) <= 1e-3 * np.abs(matrices[:, :1, 0])).all():
-        raise content.error("intrinsics must be [[fx, 0, cx], [0, fy, cy], [0, 0, 1]]; transposed, or with skew?")
-    return matrices[:, [0, 1, 0, 1], [0, 1, 2, 2]]
 
 
 def _frame_size(content: Content, size: NDArray[np.float64]) -> tuple[int, int]:

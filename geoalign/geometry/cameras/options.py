@@ -13,7 +13,7 @@ from geoalign.errors import UsageError
 
 Axes = Literal["opencv", "opengl"]
 Direction = Literal["c2w", "w2c"]
-Fit = Literal["crop", "pad", "stretch"]
+Fit = Literal["crop", "pad", "stretch", "source"]
 
 MAX_SIDE = 1 << 16
 """Pixels: no video is larger, and a product of two sides fits an int64 by far."""
@@ -39,7 +39,8 @@ class CameraOptions:
         unit: of lengths.
         size: (H, W) of the frames that the intrinsics belong to, or "video": those of the video.
         fit: how frames of ``size`` were made from a video of another shape: scaled to cover it and cut in the centre
-            (``crop``), scaled into it and padded on both sides (``pad``), or ``stretch``.
+            (``crop``), scaled into it and padded on both sides (``pad``), or ``stretch``; or ``source``: the video was
+            made from them, scaled to cover its size and cut in the centre.
     """
 
     axes: Axes | None = None

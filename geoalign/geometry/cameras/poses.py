@@ -35,7 +35,8 @@ class Poses:
         unit: metres per unit of length, None where lengths are scale-free.
         stated: which of ``direction``, ``axes`` and ``unit`` the file or the rule of its format states; the others are
             the default of the format and may be replaced.
-        lens: ``[4]``, ``[1, 4]`` or ``[F, 4]`` fx, fy, cx, cy; None if the file has none.
+        lens: ``[4]``, ``[1, 4]`` or ``[F, 4]`` fx, fy, cx, cy, or such of ``[3, 3]`` matrices; None if the file has
+            none.
         lens_unit: of ``lens``; "unknown" where the format allows both.
         frame_size: (H, W) of the frames that ``lens`` belongs to, if the file states it.
         centred: the tool puts the principal point in the middle of its frames, so that it tells their size.
