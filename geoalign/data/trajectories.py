@@ -104,7 +104,7 @@ def _guess_layout(path: Path) -> Literal["omniworld", "multicam", "files"]:
 def _load_omniworld(path: Path, num_frames: int, config: TrajectoriesConfig, tally: Tally) -> list[CameraTrack]:
     folder = path if path.is_dir() else path.parent
     table = folder / config.metadata if config.metadata else find_scene_table(folder)
-    facts = read_metadata(table) if table else {}
+    facts = read_metadata(table, tally) if table else {}
     found = find_scenes(path)
     scenes = {scene_id(scene): scene for scene in reversed(found)}  # the first of equal ids
     if len(scenes) < len(found):
