@@ -24,7 +24,7 @@ from torch import Tensor
 from geoalign.data.clip_record import ClipRecord
 from geoalign.data.folders import visible
 from geoalign.errors import DataError
-from geoalign.geometry.cameras.door import split_name
+from geoalign.geometry.cameras.door import files_of, split_name
 from geoalign.io_utils import atomic_write_bytes, atomic_write_json, atomic_write_text
 
 Settings = Mapping[str, Mapping[str, Any]]
@@ -131,7 +131,7 @@ def _files(path: Path) -> list[Path]:
 def window_key(record: ClipRecord, content: str, start: int, settings: Settings) -> str:
     """The key of a window (32 hex digits): clip name, bytes, caption, camera file, start and settings."""
     file, chosen = split_name(record.camera) if record.camera else (None, "")
-    camera = f"{content_hash(file)}{chosen}" if file else ""
+    camera = "".join(map(content_hash, files_of(file))) + chosen if file else ""
     facts = [record.clip_id, content, record.caption, camera, start, settings_hash(settings)]
     return hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:32]
 

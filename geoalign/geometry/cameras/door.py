@@ -19,7 +19,7 @@ from geoalign.errors import DataError, UsageError
 from geoalign.geometry.cameras.camera_file import CameraFile
 from geoalign.geometry.cameras.content import Content, NumberLines, read_content
 from geoalign.geometry.cameras.file_lens import file_lens
-from geoalign.geometry.cameras.formats import FORMATS
+from geoalign.geometry.cameras.formats import FORMATS, vipe_lens
 from geoalign.geometry.cameras.options import CameraOptions, parse_choice
 from geoalign.geometry.cameras.poses import CameraFormat, camera_to_world
 from geoalign.geometry.presets import preset, preset_name
@@ -128,6 +128,12 @@ def split_name(name: Name) -> tuple[Path, str]:
     text = os.fspath(name)
     file, mark, camera = text.rpartition("#")
     return (Path(file), camera) if mark and file and not Path(text).exists() else (Path(text), "")
+
+
+def files_of(file: Path) -> tuple[Path, ...]:
+    """The files that a camera is read from: ``file``, and the intrinsics that ViPE writes elsewhere."""
+    beside = vipe_lens(file)
+    return (file, beside) if file.parent.name == "pose" and beside.is_file() else (file,)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
