@@ -14,7 +14,7 @@ from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path, PureWindowsPath
 
 from geoalign.data.clip_record import VIDEO_SUFFIXES, ClipRecord, youtube_id
-from geoalign.data.folders import visible, walk
+from geoalign.data.folders import is_visible, visible, walk
 from geoalign.data.tables import Row, Table, read_table, write_csv
 from geoalign.data.tally import Tally
 from geoalign.errors import DataError
@@ -100,6 +100,9 @@ def _listed_files(table: Table, index: _FileIndex, tally: Tally) -> dict[Path, _
     for values, row in named:
         if not (name := values["path"]):
             tally.reject(f"line {row.line}", "row without a file name")
+            continue
+        if not is_visible(PureWindowsPath(name)):
+            tally.reject(name, "hidden or temporary file")
             continue
         files = index.find(name, VIDEO_SUFFIXES, ".mp4", anywhere=uses[Path(name).name] == 1)
         if len(files) != 1:

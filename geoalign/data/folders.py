@@ -5,13 +5,13 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Iterable
-from pathlib import Path
+from pathlib import Path, PurePath
 
 # Unfinished downloads and copies, editors' and offices' leftovers.
 _TEMPORARY = re.compile(r"~$|^~\$|^#.*#$|\.(?:tmp|temp|part|partial|crdownload|download|swp|bak)(?:\.|$)", re.I)
 
 
-def is_visible(path: Path) -> bool:
+def is_visible(path: PurePath) -> bool:
     """Whether a file or folder may hold data, by its name: neither hidden (``._0001.jpg``) nor temporary
     (``a.mp4.part``, ``a.tmp.mp4``)."""
     return not path.name.startswith(".") and not _TEMPORARY.search(path.name)
@@ -30,31 +30,32 @@ def walk(root: Path) -> list[Path]:
     """
     found: list[Path] = []
     entered = {_identity(root)}
-    folders, links = [root], []
+    folders, links = [root], list[Path]()
     while folders or links:
         folder = folders.pop() if folders else links.pop(0)
-        for entry in _entries(folder):
-            if not entry.is_dir():
-                found.append(entry)
-            elif entry.is_symlink():
-                links.append(entry)
-            elif (identity := _identity(entry)) not in entered:
-                entered.add(identity)
-                found.append(entry)
-                folders.append(entry)
-        while links and not folders:  # the next link to a folder that was not entered yet
-            if (identity := _identity(links[0])) in entered:
-                links.pop(0)
+        if folder.is_symlink() and folder is not root:
+            if (identity := _identity(folder)) in entered:
                 continue
             entered.add(identity)
-            found.append(links[0])
-            break
+            found.append(folder)
+        for entry in _entries(folder):
+            path = folder / entry.name
+            if not entry.is_dir():
+                found.append(path)
+            elif entry.is_symlink():
+                links.append(path)
+            elif (identity := _identity(path)) not in entered:  # not reached through a link before
+                entered.add(identity)
+                found.append(path)
+                folders.append(path)
     return sorted(found)
 
 
-def _entries(folder: Path) -> list[Path]:
+def _entries(folder: Path) -> list[os.DirEntry[str]]:
+    """Visible entries by name; what they are costs no call to the file system, links excepted."""
     try:
-        return visible(folder.iterdir())
+        with os.scandir(folder) as entries:
+            return sorted((entry for entry in entries if is_visible(Path(entry.name))), key=lambda entry: entry.name)
     except OSError:  # unreadable, or gone meanwhile: the same as rglob
         return []
 

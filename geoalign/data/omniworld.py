@@ -31,7 +31,7 @@ from geoalign.data.tally import Tally
 from geoalign.data.tracks import CameraTrack, valid_runs, window_starts
 from geoalign.errors import DataError, UsageError
 from geoalign.geometry import so3
-from geoalign.geometry.trajectory import CameraTrajectory
+from geoalign.geometry.trajectory import LARGEST, CameraTrajectory
 from geoalign.io_utils import atomic_write_bytes
 
 ARCHIVE_SUFFIX = "_others.tar.gz"
@@ -197,9 +197,9 @@ def _load_split(name: str, raw: bytes | None, ids: list[int], config: Trajectori
     with np.errstate(invalid="ignore", over="ignore"):
         norms = np.linalg.norm(quaternions, axis=1)
     causes = {
-        "non-finite pose": ~(np.isfinite(quaternions).all(1) & np.isfinite(translations).all(1) & np.isfinite(norms)),
+        "non-finite pose": ~((np.abs(translations) < LARGEST).all(1) & np.isfinite(norms)),
         "quaternion norm": np.abs(norms - 1) > QUATERNION_TOLERANCE,
-        "focal length": ~(np.isfinite(focals) & (focals > 0)),
+        "focal length": ~((focals > 0) & (focals < LARGEST)),
         # Nobody documents whether these are positions in the split or frame ids: an entry excludes both readings.
         "marked invalid": np.array([index in marked or frame in marked for index, frame in enumerate(ids)]),
     }

@@ -46,13 +46,16 @@ def listed(root: Path, text: str, name: str = "metadata.csv") -> tuple[dict[str,
          {"c0": "one\u2028two\u0085three\x0bfour\x1cfive\x0csix", "c1": "x"}, {}),
         ("c0.mp4,mac\rc1.mp4,x\nc2.mp4,y", {"c2": "y"}, {2: None}),
         ("c0.mp4\nc1.mp4,x\n\n  \nc2.mp4,", {"c1": "x", "c2": ""}, {2: LENGTH}),
+        ("c0.mp4,x\n._c1.mp4,y\nc2.mp4.part,z", {"c0": "x"}, {}),
         (".\\c0.mp4,x\nC:\\videos\\c1.mp4,y", {"c0": "x", "c1": "y"}, {}),
     ],
 )  # fmt: skip
 def test_csv_rows(tmp_path: Path, text: str, captions: dict[str, str], misfits: dict[int, str | None]) -> None:
     found, rejected = listed(tmp_path, f"path,caption\n{text}")
     assert found == captions
-    assert sorted(rejected) == [f"line {line}" for line in sorted(misfits)]
+    hidden = {"._c1.mp4", "c2.mp4.part"} & rejected.keys()
+    assert sorted(rejected.keys() - hidden) == [f"line {line}" for line in sorted(misfits)]
+    assert {rejected[name] for name in hidden} <= {"hidden or temporary file"} and len(hidden) == 2 * ("._c1" in text)
     for line, words in misfits.items():
         assert (words or "") in rejected[f"line {line}"]
 
