@@ -80,7 +80,7 @@ def _run(args: argparse.Namespace) -> int:
         args.video, args.trajectory, codec=codec, speed=args.speed, frames=args.frames, size=args.size,
         source_camera=args.source_camera, intrinsics=args.intrinsics, ground_plane=args.ground_plane,
     )  # fmt: skip
-    encoder = _find_text_encoder(args, files.location.home)
+    encoder = _find_text_encoder(args, files)
     guidance = args.guidance if args.guidance is not None else (5.0 if encoder else 1.0)
     if guidance != 1.0 and not encoder:
         raise UsageError(f"--guidance {guidance} needs a text encoder, and {args.model} has none; use --guidance 1")
@@ -153,15 +153,25 @@ def _estimate_camera(args: argparse.Namespace, batch: RetakeBatch) -> RetakeBatc
     return batch
 
 
-def _find_text_encoder(args: argparse.Namespace, home: Path) -> tuple[Path, Path] | None:
-    """Weights and tokenizer of the model's text encoder, or None for a model that reads no text."""
+def _find_text_encoder(args: argparse.Namespace, files: ModelFiles) -> tuple[Path, Path] | None:
+    """Weights and tokenizer of the model's text encoder, or None for a model that reads no text.
+
+    Raises:
+        UsageError: a model that reads text without its encoder or without a prompt, or a prompt for one that does not.
+    """
     from geoalign.errors import UsageError
 
+    home = files.location.home
     pairs = (
         (home / "text_encoder", home / "tokenizer"),
         (home / "models_t5_umt5-xxl-enc-bf16.pth", home / "google" / "umt5-xxl"),
     )
     found = [pair for pair in pairs if pair[0].exists()]
+    if not found and files.config.text_length > 1:
+        raise UsageError(
+            f"{args.model} reads text, and {home} holds no text encoder; put text_encoder/ with tokenizer/, or "
+            f"{pairs[1][0].name} with google/umt5-xxl/, there"
+        )
     if not found and (args.prompt or args.captioner):
         raise UsageError(f"a prompt needs a text encoder, and {args.model} has none; drop --prompt and --captioner")
     if found and args.prompt is None and args.captioner is None:

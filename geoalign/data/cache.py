@@ -22,8 +22,9 @@ from safetensors.torch import save
 from torch import Tensor
 
 from geoalign.data.clip_record import ClipRecord
+from geoalign.data.folders import visible
 from geoalign.errors import DataError
-from geoalign.geometry.cameras.door import split_name
+from geoalign.geometry.cameras.door import files_of, split_name
 from geoalign.io_utils import atomic_write_bytes, atomic_write_json, atomic_write_text
 
 Settings = Mapping[str, Mapping[str, Any]]
@@ -35,7 +36,7 @@ class FileFacts:
     """The bytes of a clip and how to tell without reading them that they are unchanged.
 
     Attributes:
-        content: sha256 of the bytes (of a folder: of names and bytes of its files).
+        content: sha256 of the bytes (of a folder: of names and bytes of its visible files).
         size: number of bytes (of a folder: of all its files).
         mtime_ns: modification time (of a folder: a hash of names, sizes and times of its files).
     """
@@ -124,13 +125,13 @@ def content_hash(path: Path) -> str:
 
 
 def _files(path: Path) -> list[Path]:
-    return sorted(file for file in path.iterdir() if file.is_file()) if path.is_dir() else [path]
+    return visible(file for file in path.iterdir() if file.is_file()) if path.is_dir() else [path]
 
 
 def window_key(record: ClipRecord, content: str, start: int, settings: Settings) -> str:
     """The key of a window (32 hex digits): clip name, bytes, caption, camera file, start and settings."""
     file, chosen = split_name(record.camera) if record.camera else (None, "")
-    camera = f"{content_hash(file)}{chosen}" if file else ""
+    camera = "".join(map(content_hash, files_of(file))) + chosen if file else ""
     facts = [record.clip_id, content, record.caption, camera, start, settings_hash(settings)]
     return hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:32]
 
@@ -162,7 +163,7 @@ class CacheFolder:
     def entries(self) -> dict[str, Entry]:
         """All finished windows by key; a manifest without its shard, or a damaged line, counts as not prepared."""
         found = {}
-        for manifest in sorted(self.path.glob("shard-*.jsonl")):
+        for manifest in visible(self.path.glob("shard-*.jsonl")):
             if manifest.with_suffix(".safetensors").is_file():
                 for entry in _read_manifest(manifest):
                     found[entry.key] = entry
@@ -201,7 +202,7 @@ class CacheFolder:
     def parts(self) -> dict[str, Entry]:
         """The parts that wait to be packed, by key in order; unreadable ones are left out."""
         found = {}
-        for part in sorted(self._parts.glob("*.safetensors")):
+        for part in visible(self._parts.glob("*.safetensors")):
             with contextlib.suppress(DataError):
                 found[part.stem] = _part_entry(part)
         return found
@@ -216,13 +217,13 @@ class CacheFolder:
         for shard, expected in sorted(hashes.items()):
             if expected and content_hash(self.path / shard) != expected:
                 yield shard, "bytes differ from the manifest"
-        for part in sorted(self._parts.glob("*.safetensors")):
+        for part in visible(self._parts.glob("*.safetensors")):
             try:
                 _read_tensors(part, "")
                 _part_entry(part)
             except DataError:
                 yield f"parts/{part.name}", "unreadable"
-        for manifest in sorted(self.path.glob("shard-*.jsonl")):
+        for manifest in visible(self.path.glob("shard-*.jsonl")):
             if not manifest.with_suffix(".safetensors").is_file():
                 yield manifest.name, "shard missing"
 
@@ -234,7 +235,9 @@ def open_cache(cache: Path, data_settings: Mapping[str, Any], encoder: Mapping[s
         DataError: none fits (the message names the settings that differ), or several do.
     """
     fitting, differences = [], []
-    for path in sorted(cache.glob("*/settings.json")):
+    for path in sorted(
+        folder / "settings.json" for folder in visible(cache.glob("*")) if (folder / "settings.json").is_file()
+    ):
         try:
             settings = json.loads(path.read_text())
             made_with = settings["data"]
@@ -255,7 +258,7 @@ def open_cache(cache: Path, data_settings: Mapping[str, Any], encoder: Mapping[s
 
 def _read_manifest(path: Path) -> list[Entry]:
     entries = []
-    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
+    for line in path.read_text(encoding="utf-8", errors="replace").split("\n"):  # captions may hold U+2028
         with contextlib.suppress(ValueError, TypeError):
             entries.append(Entry(**json.loads(line)))
     return entries

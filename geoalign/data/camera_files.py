@@ -7,10 +7,13 @@ from functools import partial
 from pathlib import Path
 
 from geoalign.config.data import TrajectoriesConfig
+from geoalign.data.folders import walk
 from geoalign.data.tally import Tally
 from geoalign.data.tracks import CameraTrack, window_starts
 from geoalign.errors import DataError
+from geoalign.geometry.cameras.content import looks_like_numbers
 from geoalign.geometry.cameras.door import CAMERA_SUFFIXES, OpenFile, open_file, split_name
+from geoalign.geometry.cameras.options import parse_choice
 from geoalign.geometry.trajectory import DEFAULT_INTRINSICS
 
 MULTICAM_NAME = "camera_extrinsics.json"
@@ -19,9 +22,12 @@ _FILE_FPS = 16.0  # files do not say; the rescale replaces speeds anyway
 
 
 def load_camera_files(path: Path, num_frames: int, config: TrajectoriesConfig, tally: Tally) -> list[CameraTrack]:
-    """Tracks of all camera files under ``path``, or of ``FILE`` or ``FILE#CAMERA``; damaged ones go to ``tally``."""
+    """Tracks of all camera files under ``path``, or of ``FILE`` or ``FILE#CAMERA``; damaged ones go to ``tally``.
+
+    Options behind ``#`` hold for all files of a folder. Of texts those are camera files that begin like one.
+    """
     root, chosen = split_name(path)
-    files = [root] if root.is_file() else sorted(file for file in root.rglob("*") if file.suffix in CAMERA_SUFFIXES)
+    files = [root] if root.is_file() else [file for file in walk(root) if _may_hold_cameras(file)]
     tracks = []
     for file in files:
         name = file.name if root.is_file() else file.relative_to(root).as_posix()
@@ -33,7 +39,7 @@ def load_multicam(path: Path, num_frames: int, config: TrajectoriesConfig, tally
     """Tracks ``scene/camNN`` of all ``camera_extrinsics.json`` under ``path``, or of that file (``FILE#CAMERA``)."""
     root, chosen = split_name(path)
     tracks = []
-    for file in [root] if root.is_file() else sorted(root.rglob(MULTICAM_NAME)):
+    for file in [root] if root.is_file() else [file for file in walk(root) if file.name == MULTICAM_NAME]:
         scene = file.parent.name if root.is_file() else file.parent.relative_to(root).as_posix()
         tracks += _load(file, chosen, f"{scene}/{{}}".format, _MULTICAM_FPS, num_frames, config, tally)
     return tracks
@@ -49,11 +55,12 @@ def _load(
     tally: Tally,
 ) -> list[CameraTrack]:
     """The tracks of one file; ``called`` gives the name of a camera's track."""
+    camera_name, options = parse_choice(chosen)
     try:
         opened = open_file(file)
-        cameras = _cameras(opened, chosen)
+        cameras = _cameras(opened, camera_name)
     except DataError as error:
-        tally.reject(called(chosen), _cause(error, file, chosen))
+        tally.reject(called(camera_name), _cause(error, file, camera_name))
         return []
     tracks = []
     # The lens of the path is not used with `intrinsics: source`, so nothing is refused for it.
@@ -61,7 +68,7 @@ def _load(
     for camera in cameras:
         name = called(camera)
         try:
-            found = opened.read(camera, intrinsics=lens)
+            found = opened.read(camera, options, intrinsics=lens)
         except DataError as error:
             tally.reject(name, _cause(error, file, camera))
             continue
@@ -73,6 +80,16 @@ def _load(
         scale = 1.0 if found.metric else None
         tracks.append(CameraTrack(name, found.path.relative_to_first(), fps, starts, metric_scale=scale))
     return tracks
+
+
+def _may_hold_cameras(file: Path) -> bool:
+    """Whether a file of a folder is taken for a camera file: by its suffix, but not ViPE's intrinsics, which belong to
+    poses, nor texts of something else."""
+    if file.suffix not in CAMERA_SUFFIXES or file.is_dir():
+        return False
+    if file.parent.name == "intrinsics" and (file.parent.parent / "pose" / file.name).is_file():
+        return False
+    return file.suffix != ".txt" or looks_like_numbers(file)
 
 
 def _track_name(file: str, camera: str) -> str:

@@ -11,6 +11,10 @@ import re
 from geoalign.config.data import ClipsConfig
 from geoalign.data.clip_record import ClipRecord
 
+CLEANING_VERSION = 2
+"""Part of the settings of prepared caches: raised whenever other words are made of a caption, here or by
+``geoalign.models.encoders.clean_text``."""
+
 _OBSERVER = (
     r"\b(?:camera\w*|cameraman|viewpoint|point of view|pov|footage|viewer|videographer|shot|drone|lens|vantage)\b"
 )

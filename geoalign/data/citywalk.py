@@ -11,10 +11,11 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Collection, Iterable, Mapping
-from pathlib import Path
+from pathlib import Path, PureWindowsPath
 
 from geoalign.data.clip_record import VIDEO_SUFFIXES, ClipRecord, youtube_id
-from geoalign.data.tables import read_rows, write_csv
+from geoalign.data.folders import is_visible, visible, walk
+from geoalign.data.tables import Row, Table, read_table, write_csv
 from geoalign.data.tally import Tally
 from geoalign.errors import DataError
 from geoalign.geometry.cameras.door import CAMERA_SUFFIXES, split_name
@@ -31,6 +32,7 @@ ALIASES: Mapping[str, tuple[str, ...]] = {
 }
 """Canonical column -> accepted names, first match wins."""
 
+_KNOWN = frozenset(name for names in ALIASES.values() for name in names)
 _Row = tuple[dict[str, str], dict[str, str]]  # by ``ALIASES``, and as it is
 
 
@@ -44,7 +46,7 @@ def find_tables(root: Path, metadata: Path | None) -> list[Path]:
     for name in ("metadata.csv", "metadata.jsonl"):
         if (root / name).is_file():
             return [root / name]
-    return sorted(root.glob("*.csv"))
+    return visible(root.glob("*.csv"))
 
 
 def list_video_clips(root: Path, tables: list[Path], tally: Tally) -> list[ClipRecord]:
@@ -57,13 +59,14 @@ def list_video_clips(root: Path, tables: list[Path], tally: Tally) -> list[ClipR
     if len(tables) > 1:
         found = ", ".join(table.name for table in tables)
         raise DataError(f"{root}: several tables ({found}); name one in data.clips.metadata")
-    rows = read_rows(tables[0]) if tables else [{"path": file.relative_to(root).as_posix()} for file in index.videos()]
-    if tables and rows and not any(name in row for row in rows for name in ALIASES["path"]):
+    table = read_table(tables[0]) if tables else _table_of(index.videos(), root)
+    for line, cause in table.misfits:
+        tally.reject(f"line {line}", cause)
+    if table.rows and not any(name in table.columns for name in ALIASES["path"]):
         raise DataError(
-            f"{tables[0]}: no column with file names; expected one of {ALIASES['path']}, got {list(rows[0])}"
+            f"{tables[0]}: no column with file names; expected one of {ALIASES['path']}, got {list(table.columns)}"
         )
-    listed = _listed_files(rows, index, tally)
-    known = {name for names in ALIASES.values() for name in names}
+    listed = _listed_files(table, index, tally)
     records = []
     for (clip_id, video_id), (path, (values, row)) in zip(clip_names(listed, root), listed.items(), strict=True):
         bounds = _bounds(values["start_frame"], values["end_frame"])
@@ -71,27 +74,40 @@ def list_video_clips(root: Path, tables: list[Path], tally: Tally) -> list[ClipR
             tally.reject(clip_id, "bad start_frame or end_frame")
             continue
         camera = index.camera(values["camera"], path, anywhere=clip_id == path.stem)
-        extra = {key: value for key, value in row.items() if key not in known}
+        extra = {key: value for key, value in row.items() if key not in _KNOWN}
         records.append(ClipRecord(clip_id, video_id, path, values["caption"], camera, *bounds, extra))
     return records
 
 
-def _listed_files(rows: list[dict[str, str]], index: _FileIndex, tally: Tally) -> dict[Path, _Row]:
+def _table_of(videos: list[Path], root: Path) -> Table:
+    rows = (Row(number, {"path": file.relative_to(root).as_posix()}) for number, file in enumerate(videos, start=1))
+    return Table(("path",), tuple(rows), ())
+
+
+def _listed_files(table: Table, index: _FileIndex, tally: Tally) -> dict[Path, _Row]:
     """The file of each row that has one, with the row by ``ALIASES`` and as it is; a file counts once."""
-    named = [
-        ({key: next((row[name] for name in names if name in row), "") for key, names in ALIASES.items()}, row)
-        for row in rows
-    ]
+    named = []
+    for row in table.rows:
+        if row.nested & _KNOWN:
+            tally.reject(f"line {row.line}", f"{min(row.nested & _KNOWN)} is a list or an object")
+            continue
+        values = {
+            key: next((row.values[name] for name in names if name in row.values), "") for key, names in ALIASES.items()
+        }
+        named.append((values, row))
     uses = Counter(Path(name).name for name in {values["path"] for values, _ in named})
     listed: dict[Path, tuple[Path, _Row]] = {}
-    for number, (values, row) in enumerate(named, start=2):
+    for values, row in named:
         if not (name := values["path"]):
-            tally.reject(f"line {number}", "row without a file name")
+            tally.reject(f"line {row.line}", "row without a file name")
+            continue
+        if not is_visible(PureWindowsPath(name)):
+            tally.reject(name, "hidden or temporary file")
             continue
         files = index.find(name, VIDEO_SUFFIXES, ".mp4", anywhere=uses[Path(name).name] == 1)
         if len(files) != 1:
             tally.reject(name, "several files of this name" if files else "missing file")
-        elif listed.setdefault(files[0].resolve(), (files[0], (values, row)))[1][1] is not row:
+        elif listed.setdefault(files[0].resolve(), (files[0], (values, row.values)))[1][1] is not row.values:
             tally.remarks["listed twice, first row kept"] += 1
     return dict(listed.values())
 
@@ -119,8 +135,11 @@ def clip_names(paths: Iterable[Path], root: Path) -> list[tuple[str, str]]:
 
 def _bounds(start: str, end: str) -> tuple[int, int | None] | None:
     try:
-        first, last = int(float(start or 0)), int(float(end)) if end else None
+        numbers = float(start or 0), float(end) if end else None
+        first, last = (None if number is None else int(number) for number in numbers)
     except (ValueError, OverflowError):
+        return None
+    if first is None or (first, last) != numbers:  # half a frame
         return None
     return (first, last) if first >= 0 and (last is None or last > first) else None
 
@@ -149,6 +168,8 @@ class _FileIndex:
         for place in [beside / relative.name, *places] if beside else places:
             if place.is_file():
                 return [place]
+        if "\\" in name:  # of a table that was written on Windows
+            return self.find(PureWindowsPath(name).as_posix(), suffixes, suffix, anywhere=anywhere, beside=beside)
         files, depth = self._by_name().get(relative.name, []), len(relative.parts)
         fitting = [file for file in files if depth > 1 and file.parts[-depth:] == relative.parts]
         return fitting or (files if anywhere else [])
@@ -167,8 +188,8 @@ class _FileIndex:
     def _by_name(self) -> dict[str, list[Path]]:
         if self._files is None:
             self._files = {}
-            for path in sorted(self._root.rglob("*")):
-                if not path.name.startswith(".") and path.is_file():
+            for path in walk(self._root):
+                if path.is_file():
                     self._files.setdefault(path.name, []).append(path)
         return self._files
 

@@ -10,6 +10,7 @@ from typing import Literal
 from geoalign.config.data import ClipsConfig
 from geoalign.data.citywalk import find_tables, list_video_clips
 from geoalign.data.clip_record import VIDEO_SUFFIXES, ClipRecord
+from geoalign.data.folders import is_visible, walk
 from geoalign.data.tally import Tally
 from geoalign.errors import DataError
 
@@ -35,8 +36,8 @@ def in_split(record: ClipRecord, split: Split, val_fraction: float) -> bool:
 
 
 def is_frame(file: Path) -> bool:
-    """Whether a file of a folder is one of its frames: an image, but no hidden one (``._0001.jpg``)."""
-    return file.suffix.lower() in IMAGE_SUFFIXES and not file.name.startswith(".")
+    """Whether a file of a folder is one of its frames: an image, neither hidden (``._0001.jpg``) nor temporary."""
+    return file.suffix.lower() in IMAGE_SUFFIXES and is_visible(file)
 
 
 def natural_key(text: str) -> list[tuple[int, str]]:
@@ -69,7 +70,7 @@ def list_clips(root: Path, config: ClipsConfig, tally: Tally) -> list[ClipRecord
 def _guess_layout(root: Path, tables: list[Path]) -> Literal["videos", "frames", "davis"]:
     if (root / "JPEGImages").is_dir():
         return "davis"
-    if len(tables) == 1 or any(file.suffix.lower() in VIDEO_SUFFIXES for file in root.rglob("*")):
+    if len(tables) == 1 or any(file.suffix.lower() in VIDEO_SUFFIXES for file in walk(root)):
         return "videos"
     return "frames"
 
@@ -82,11 +83,11 @@ def _list_frame_folders(root: Path, davis: bool, tally: Tally) -> list[ClipRecor
             raise DataError(f"{root}: expected a folder 480p, 1080p or Full-Resolution of a DAVIS data set")
         root = found[0]
     records = []
-    for folder in sorted(path for path in root.rglob("*") if path.is_dir()):
+    for folder in (path for path in walk(root) if path.is_dir()):
         if any(is_frame(file) for file in folder.iterdir()):
             name = folder.relative_to(root).as_posix()
             camera = folder.with_suffix(".npz")
             records.append(ClipRecord(name, name, folder, camera=camera if camera.is_file() else None))
-        elif not any(child.is_dir() for child in folder.iterdir()):
+        elif not any(child.is_dir() and is_visible(child) for child in folder.iterdir()):
             tally.reject(folder.relative_to(root).as_posix(), "folder without images")
     return records

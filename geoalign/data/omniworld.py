@@ -25,12 +25,13 @@ import torch
 from torch import Tensor
 
 from geoalign.config.data import TrajectoriesConfig
-from geoalign.data.tables import read_columns, read_rows
+from geoalign.data.folders import visible, walk
+from geoalign.data.tables import read_columns, read_table
 from geoalign.data.tally import Tally
 from geoalign.data.tracks import CameraTrack, valid_runs, window_starts
 from geoalign.errors import DataError, UsageError
 from geoalign.geometry import so3
-from geoalign.geometry.trajectory import CameraTrajectory
+from geoalign.geometry.trajectory import LARGEST, CameraTrajectory
 from geoalign.io_utils import atomic_write_bytes
 
 ARCHIVE_SUFFIX = "_others.tar.gz"
@@ -50,19 +51,27 @@ class SceneFacts:
     fps: float | None
 
 
-def read_metadata(path: Path) -> dict[str, SceneFacts]:
+def read_metadata(path: Path, tally: Tally) -> dict[str, SceneFacts]:
     """Read the scene table (columns ``UID``, ``Test Split Index``, ``FPS``, ``Metric Scale``), keyed by uid.
+
+    Rows that do not fit go to ``tally``.
 
     Raises:
         DataError: the file cannot be read or has no ``UID`` column.
     """
+    table = read_table(path)
+    if "UID" not in table.columns:
+        raise DataError(f"{path}: expected a column 'UID', got {list(table.columns)}")
+    tells_splits = "Test Split Index" in table.columns
+    for line, cause in table.misfits:
+        tally.reject(f"{path.name} line {line}", cause)
     facts = {}
-    tells_splits = "Test Split Index" in read_columns(path)
-    for row in read_rows(path):
-        if not (uid := row.get("UID")):
-            raise DataError(f"{path}: expected a column 'UID', got {sorted(row)}")
-        test = frozenset(int(number) for number in re.findall(r"\d+", row.get("Test Split Index", "")))
-        scale, fps = _positive(row.get("Metric Scale")), _positive(row.get("FPS"))
+    for row in table.rows:
+        if not (uid := row.values.get("UID")):
+            tally.reject(f"{path.name} line {row.line}", "row without a UID")
+            continue
+        test = frozenset(int(number) for number in re.findall(r"\d+", row.values.get("Test Split Index", "")))
+        scale, fps = _positive(row.values.get("Metric Scale")), _positive(row.values.get("FPS"))
         facts[uid] = SceneFacts(test if tells_splits else None, scale, fps)
     return facts
 
@@ -73,7 +82,7 @@ def find_scene_table(folder: Path) -> Path | None:
     Raises:
         DataError: several csv files do.
     """
-    files = [*sorted(folder.glob("*.csv")), *sorted((folder / "metadata").glob("*.csv"))]
+    files = [*visible(folder.glob("*.csv")), *visible((folder / "metadata").glob("*.csv"))]
     columns = {file: set(read_columns(file)) for file in files}
     tables = [file for file in files if "UID" in columns[file] and columns[file] & {"Test Split Index", "Metric Scale"}]
     if len(tables) > 1:
@@ -88,8 +97,9 @@ def find_scenes(path: Path) -> list[Path]:
     """Archives and unpacked scene folders under ``path`` (or ``path`` itself), by uid; archives before folders."""
     if path.is_file():
         return [path]
-    archives = set(path.rglob(f"*{ARCHIVE_SUFFIX}"))
-    folders = {info.parent for info in path.rglob("split_info.json")}
+    found = walk(path)
+    archives = {file for file in found if file.name.endswith(ARCHIVE_SUFFIX)}
+    folders = {info.parent for info in found if info.name == "split_info.json"}
     return sorted(archives | folders, key=lambda scene: (scene_id(scene), scene in folders, str(scene)))
 
 
@@ -187,9 +197,9 @@ def _load_split(name: str, raw: bytes | None, ids: list[int], config: Trajectori
     with np.errstate(invalid="ignore", over="ignore"):
         norms = np.linalg.norm(quaternions, axis=1)
     causes = {
-        "non-finite pose": ~(np.isfinite(quaternions).all(1) & np.isfinite(translations).all(1) & np.isfinite(norms)),
+        "non-finite pose": ~((np.abs(translations) < LARGEST).all(1) & np.isfinite(norms)),
         "quaternion norm": np.abs(norms - 1) > QUATERNION_TOLERANCE,
-        "focal length": ~(np.isfinite(focals) & (focals > 0)),
+        "focal length": ~((focals > 0) & (focals < LARGEST)),
         # Nobody documents whether these are positions in the split or frame ids: an entry excludes both readings.
         "marked invalid": np.array([index in marked or frame in marked for index, frame in enumerate(ids)]),
     }
@@ -241,7 +251,7 @@ def _read_members(path: Path) -> dict[str, bytes]:
     """The small files of an archive or folder, keyed by their path inside the scene."""
     try:
         if path.is_dir():
-            found = {file.relative_to(path).as_posix(): file for file in path.rglob("*") if file.is_file()}
+            found = {file.relative_to(path).as_posix(): file for file in walk(path) if file.is_file()}
             return {match[1]: file.read_bytes() for name, file in found.items() if (match := _WANTED.match(name))}
         members = {}
         with tarfile.open(path, "r:*") as archive:

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from geoalign.config.data import DataConfig
 from geoalign.data.cache import CacheFolder, Entry, FileFacts, Settings, file_facts, trim_tokens, window_key
-from geoalign.data.captions import prompt_of
+from geoalign.data.captions import CLEANING_VERSION, prompt_of
 from geoalign.data.clip_record import ClipRecord
 from geoalign.data.clips import list_clips
 from geoalign.data.frames import to_float
@@ -61,7 +61,8 @@ class PrepareReport:
 def data_settings(config: DataConfig) -> dict[str, Any]:
     """The data settings that change what is stored.
 
-    The decoder is one of them (readers differ in colour rounding), and so is what this version makes of a file.
+    The decoder is one of them (readers differ in colour rounding), and so is what this version makes of a file and of a
+    text.
     """
     clips = config.clips
     return {
@@ -72,7 +73,7 @@ def data_settings(config: DataConfig) -> dict[str, Any]:
         "reader": [clips.reader, READER_VERSION],
         "camera": clips.camera,
         "default_focal": clips.default_focal,
-        "caption": [clips.caption, clips.caption_text],
+        "caption": [clips.caption, clips.caption_text, CLEANING_VERSION],
         "dtype": config.prepare.dtype,
     }
 

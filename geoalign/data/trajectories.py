@@ -14,6 +14,7 @@ import numpy as np
 from geoalign.config.data import RescaleConfig, TrajectoriesConfig, TruncatedGaussian
 from geoalign.data.camera_files import MULTICAM_NAME, load_camera_files, load_multicam
 from geoalign.data.clips import Split, is_held_out
+from geoalign.data.folders import walk
 from geoalign.data.omniworld import find_scene_table, find_scenes, load_scene, read_metadata, scene_id
 from geoalign.data.tally import Tally
 from geoalign.data.tracks import CameraTrack
@@ -96,14 +97,14 @@ def _guess_layout(path: Path) -> Literal["omniworld", "multicam", "files"]:
     path = split_name(path)[0]
     if find_scenes(path) and not (path.is_file() and path.suffix in CAMERA_SUFFIXES):
         return "omniworld"
-    found = path.name == MULTICAM_NAME if path.is_file() else any(path.rglob(MULTICAM_NAME))
+    found = path.name == MULTICAM_NAME if path.is_file() else any(file.name == MULTICAM_NAME for file in walk(path))
     return "multicam" if found else "files"
 
 
 def _load_omniworld(path: Path, num_frames: int, config: TrajectoriesConfig, tally: Tally) -> list[CameraTrack]:
     folder = path if path.is_dir() else path.parent
     table = folder / config.metadata if config.metadata else find_scene_table(folder)
-    facts = read_metadata(table) if table else {}
+    facts = read_metadata(table, tally) if table else {}
     found = find_scenes(path)
     scenes = {scene_id(scene): scene for scene in reversed(found)}  # the first of equal ids
     if len(scenes) < len(found):

@@ -14,6 +14,9 @@ from geoalign.geometry import so3
 # 60 degrees of horizontal view on a 16:9 image: fx/W = 0.5/tan(30 deg), fy/H = fx/W * 16/9.
 DEFAULT_INTRINSICS = (0.8660254, 1.5396007, 0.5, 0.5)
 
+LARGEST = 1e9
+"""Metres: lengths below it keep their squares, sums and products finite in float32."""
+
 
 @dataclass(frozen=True, slots=True, eq=False)
 class CameraTrajectory:
@@ -74,8 +77,8 @@ class CameraTrajectory:
             tolerance: largest accepted entry of ``|R^T R - I|``; the default admits matrices printed with 4 digits.
 
         Raises:
-            DataError: wrong shape or dtype, NaN or infinity, a reflection, a matrix that is no rotation, a last row
-                other than (0, 0, 0, 1), focal lengths that are not positive.
+            DataError: wrong shape or dtype, NaN or infinity (in float32), positions beyond ``LARGEST``, a reflection, a
+                matrix that is no rotation, a last row other than (0, 0, 0, 1), focal lengths that are not positive.
         """
         try:
             trajectory = cls.build(c2w, intrinsics)
@@ -83,8 +86,13 @@ class CameraTrajectory:
             raise DataError(f"{name}: {error}") from error
         poses, lens = trajectory.c2w, trajectory.intrinsics
         _refuse_frames(name, ~torch.isfinite(poses).flatten(-2).all(-1), "NaN or infinite pose")
-        _refuse_frames(name, ~torch.isfinite(lens).all(-1), "NaN or infinite intrinsics")
-        _refuse_frames(name, (lens[..., :2] <= 0).any(-1), "focal length that is not positive")
+        _refuse_frames(
+            name, (poses[..., :3, 3].abs() > LARGEST).any(-1), f"position more than {LARGEST:g} m away; wrong unit?"
+        )
+        # In the precision that they are used in: 1e39 is infinite and 1e-50 is zero there.
+        single = lens.float()
+        _refuse_frames(name, ~torch.isfinite(single).all(-1), "NaN or infinite intrinsics")
+        _refuse_frames(name, (single[..., :2] <= 0).any(-1), "focal length that is not positive")
         last = torch.tensor([0.0, 0.0, 0.0, 1.0], dtype=poses.dtype, device=poses.device)
         _refuse_frames(name, ((poses[..., 3, :] - last).abs() > tolerance).any(-1), "last row is not 0 0 0 1")
         rotation = poses[..., :3, :3]

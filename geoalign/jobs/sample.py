@@ -18,8 +18,8 @@ from geoalign.data.video import PyAVReader, probe_clip, warn_once
 from geoalign.errors import RewardError, UsageError
 from geoalign.evaluators.base import PoseEvaluator
 from geoalign.geometry.cameras.door import open_camera, open_target
-from geoalign.geometry.lens import cover_crop_intrinsics
-from geoalign.geometry.trajectory import DEFAULT_INTRINSICS, CameraTrajectory
+from geoalign.geometry.lens import cover_crop_intrinsics, lens_fault
+from geoalign.geometry.trajectory import DEFAULT_INTRINSICS, LARGEST, CameraTrajectory
 from geoalign.models.codec_base import LatentCodec
 from geoalign.perf.cost import TransformerCost
 from geoalign.types import RetakeBatch, SourceClip
@@ -168,15 +168,19 @@ def _source_camera(
 def _check_numbers(speed: float, intrinsics: Sequence[float] | None) -> None:
     if not 0 < speed < math.inf:
         raise UsageError(f"--speed must be positive and finite, got {speed}")
-    if intrinsics is not None and not (all(map(math.isfinite, intrinsics)) and min(intrinsics[:2]) > 0):
-        given = ",".join(f"{value:g}" for value in intrinsics)
+    if intrinsics is None:
+        return
+    given = ",".join(f"{value:g}" for value in intrinsics)
+    if not (all(map(math.isfinite, intrinsics)) and min(intrinsics[:2]) > 0):
         raise UsageError(f"--intrinsics {given}: needs four finite numbers, the focal lengths fx and fy above 0")
+    if (fault := lens_fault(torch.tensor(intrinsics, dtype=torch.float64))) is not None:
+        raise UsageError(f"--intrinsics {given}: {fault} of the frames; give fractions of (W, H, W, H), not pixels")
 
 
 def _unit_plane(name: str, plane: Sequence[float]) -> Tensor:
     value = torch.tensor([plane])
     length = value[:, :3].norm()
-    if not (torch.isfinite(value).all() and length > 0 and plane[3] > 0):
+    if not (torch.isfinite(value).all() and 0 < length < math.inf and 0 < value[0, 3] / length < LARGEST):
         raise UsageError(f"{name}: ground plane {tuple(plane)} needs a direction and a positive distance in metres")
     return torch.cat([value[:, :3] / length, value[:, 3:] / length], 1)
 

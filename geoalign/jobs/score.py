@@ -15,12 +15,10 @@ from geoalign.errors import DataError, RewardError, UsageError, UserError
 from geoalign.geometry.cameras.door import is_preset, open_camera
 from geoalign.geometry.lens import cover_crop_intrinsics
 from geoalign.geometry.metrics import camera_errors
-from geoalign.geometry.trajectory import CameraTrajectory
+from geoalign.geometry.trajectory import DEFAULT_INTRINSICS, CameraTrajectory
 from geoalign.rewards.base import Reward, RewardOutput
 from geoalign.rewards.running.guard import check_output
 from geoalign.types import RetakeBatch, SourceClip
-
-_ANY_SIZE = (1, 1)  # while a camera is only checked: that it has a lens, not which
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -81,7 +79,7 @@ def read_condition(
     if source is not None:
         probe(source, frames or 2)
     if source_camera is not None:
-        _, plane = read_camera(source_camera, frames or 2, _ANY_SIZE)
+        _, plane = open_camera(source_camera, frames=frames or 2, intrinsics=DEFAULT_INTRINSICS).window([0])
         if needs_plane and plane is None:
             raise DataError(
                 f"{source_camera}: no ground_plane [4] (n, d with n . X = d, metres; docs/data.md), which this "
@@ -96,7 +94,8 @@ def _check_target(trajectory: str, frames: int | None) -> int | None:
         raise UsageError(f"--frames {frames}: a path of {frames} has no motion to score; give at least 2")
     if frames is None and is_preset(trajectory):
         return None
-    found = open_camera(trajectory, frames=frames, image_size=_ANY_SIZE, prefer="target").path.num_frames
+    # Without its lens: whether that fits the videos shows when they are read.
+    found = open_camera(trajectory, frames=frames, intrinsics=DEFAULT_INTRINSICS, prefer="target").path.num_frames
     if found < 2:
         raise DataError(f"{trajectory}: a path of {found} frame has no motion to score; give one of at least 2")
     return frames or found

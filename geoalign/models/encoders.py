@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import ftfy
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -79,8 +80,11 @@ class TextEncoder:
 
 
 def clean_text(text: str) -> str:
-    """Unescape HTML entities (twice, as captions are often escaped twice) and collapse white space."""
-    return re.sub(r"\s+", " ", html.unescape(html.unescape(text))).strip()
+    """As the published tokenizer of Wan2.1 does: repair mis-decoded Unicode, unescape HTML twice, collapse white space.
+
+    Whoever changes what comes back raises ``geoalign.data.captions.CLEANING_VERSION``.
+    """
+    return re.sub(r"\s+", " ", html.unescape(html.unescape(ftfy.fix_text(text)))).strip()
 
 
 def umt5_xxl_config() -> UMT5Config:

@@ -1,4 +1,4 @@
-"""What lies in a camera file, told by its first bytes and not by its suffix: npz, npy or JSON."""
+"""What lies in a camera file, told by its first bytes and not by its suffix: npz, npy, JSON or a text of numbers."""
 
 from __future__ import annotations
 
@@ -17,12 +17,25 @@ from geoalign.errors import DataError
 
 
 @dataclass(frozen=True, slots=True, eq=False)
+class NumberLines:
+    """A text with the same number of numbers, separated by white space, on every line.
+
+    Attributes:
+        rows: ``[N, C]`` float64; N is at least 1.
+        lines: the line number of each row, from 1; comments (``#``), a first line of words and empty lines have none.
+    """
+
+    rows: NDArray[np.float64]
+    lines: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
 class Content:
     """A parsed file.
 
     Attributes:
         path: the file, for messages.
-        data: arrays by name (npz), one array (npy), or whatever a JSON holds.
+        data: arrays by name (npz), one array (npy), whatever a JSON holds, or :class:`NumberLines`.
     """
 
     path: Path
@@ -62,7 +75,7 @@ def read_content(path: Path) -> Content:
     """Read and parse a file; never unpickles.
 
     Raises:
-        DataError: missing, damaged, or neither npz, npy nor JSON.
+        DataError: missing, damaged, or none of npz, npy, JSON and text of numbers.
     """
     if not path.is_file():
         raise DataError(f"{path}: no such camera file")
@@ -70,12 +83,16 @@ def read_content(path: Path) -> Content:
         with path.open("rb") as stream:
             head = stream.read(64)
         if (kind := _kind(head)) is None:
-            raise DataError(f"{path}: not a camera file, which is an npz, an npy or a JSON object or list")
+            raise DataError(
+                f"{path}: not a camera file, which is an npz, an npy, a JSON object or list, or a text of numbers"
+            )
         raw = path.read_bytes()
     except OSError as error:
         raise DataError(f"{path}: cannot be read ({error.strerror or error})") from error
     try:
         return Content(path, _parse(raw, kind))
+    except DataError as error:
+        raise DataError(f"{path}: {error}") from error
     except Exception as error:  # numpy, zipfile and zlib raise a dozen unrelated types on damaged input
         raise DataError(f"{path}: damaged {kind} ({type(error).__name__}: {error}); write it again") from error
 
@@ -83,14 +100,59 @@ def read_content(path: Path) -> Content:
 def _kind(head: bytes) -> str | None:
     if head.startswith((b"PK", b"\x93NUMPY")):
         return "npz" if head.startswith(b"PK") else "npy"
-    return "JSON" if head.removeprefix(codecs.BOM_UTF8).lstrip().startswith((b"{", b"[")) else None
+    text = head.removeprefix(codecs.BOM_UTF8).lstrip()
+    if text.startswith((b"{", b"[")):
+        return "JSON"
+    return "text" if text and all(byte >= 32 or byte in b"\t\r\n" for byte in text) else None
 
 
 def _parse(raw: bytes, kind: str) -> Any:
-    if kind == "JSON":
-        return json.loads(raw.decode("utf-8-sig"))
+    if kind in ("JSON", "text"):
+        text = raw.decode("utf-8-sig")
+        return json.loads(text) if kind == "JSON" else _number_lines(text)
     loaded = np.load(io.BytesIO(raw), allow_pickle=False)
     if isinstance(loaded, np.ndarray):
         return loaded
     with loaded as archive:
         return {key: archive[key] for key in archive.files}
+
+
+def looks_like_numbers(path: Path) -> bool:
+    """Whether a text begins like one of poses: numbers on the first or second line that is no comment."""
+    try:
+        with path.open("rb") as stream:
+            lines = stream.read(4096).decode("utf-8-sig", "replace").split("\n")
+    except OSError:
+        return True  # the door tells why
+    told = [line.split() for line in lines if line.strip() and not line.lstrip().startswith("#")][:2]
+    return any(len(words) > 1 and all(_is_number(word) for word in words[:8]) for words in told)
+
+
+def _is_number(word: str) -> bool:
+    try:
+        float(word)
+    except ValueError:
+        return False
+    return True
+
+
+def _number_lines(text: str) -> NumberLines:
+    """Parse a text of numbers; only a newline ends a line. Raises DataError with the line."""
+    rows: list[list[float]] = []
+    lines: list[int] = []
+    for number, line in enumerate(text.split("\n"), start=1):
+        if not line.strip() or line.lstrip().startswith("#"):
+            continue
+        try:
+            row = [float(word) for word in line.split()]
+        except ValueError as error:
+            if number == 1:  # RealEstate10K's address of the video
+                continue
+            raise DataError(f"line {number}: {error}; one pose a line is expected") from error
+        if rows and len(row) != len(rows[0]):
+            raise DataError(f"line {number}: {len(row)} numbers, the lines before it have {len(rows[0])}")
+        rows.append(row)
+        lines.append(number)
+    if not rows:
+        raise DataError("not a camera file: a text without numbers")
+    return NumberLines(np.array(rows), tuple(lines))

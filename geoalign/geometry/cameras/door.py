@@ -1,7 +1,8 @@
 """The door: whatever stands for a camera, wherever a user may give one, is opened here and nowhere else.
 
 A camera is named by a preset (``pan_right``), by a file of one of the ``FORMATS``, or, where a file holds several
-cameras, by ``FILE#CAMERA`` (``camera_extrinsics.json#cam05``).
+cameras, by ``FILE#CAMERA`` (``camera_extrinsics.json#cam05``). What a file does not say of its axes, direction, unit
+and frame size follows as options (``poses.npy#axes=opengl:unit=cm``, :mod:`geoalign.geometry.cameras.options`).
 """
 
 from __future__ import annotations
@@ -11,20 +12,23 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from geoalign.errors import DataError, UsageError
 from geoalign.geometry.cameras.camera_file import CameraFile
-from geoalign.geometry.cameras.content import Content, read_content
-from geoalign.geometry.cameras.formats import FORMATS, CameraFormat, Poses
-from geoalign.geometry.lens import intrinsics_before_crop
+from geoalign.geometry.cameras.content import Content, NumberLines, read_content
+from geoalign.geometry.cameras.file_lens import file_lens
+from geoalign.geometry.cameras.formats import FORMATS, vipe_lens
+from geoalign.geometry.cameras.options import CameraOptions, parse_choice
+from geoalign.geometry.cameras.poses import CameraFormat, camera_to_world
 from geoalign.geometry.presets import preset, preset_name
-from geoalign.geometry.trajectory import DEFAULT_INTRINSICS, CameraTrajectory
+from geoalign.geometry.trajectory import DEFAULT_INTRINSICS, LARGEST, CameraTrajectory
 
-CAMERA_SUFFIXES = frozenset({".npz", ".npy", ".json"})
+CAMERA_SUFFIXES = frozenset({".npz", ".npy", ".json", ".txt"})
 """What is looked for in a folder; a file that is named is recognised by its content."""
+
+_NO_OPTIONS = CameraOptions()
 
 Lens = Tensor | Sequence[float] | None
 Name = str | os.PathLike[str]
@@ -41,21 +45,23 @@ def open_camera(
     """Open a preset or a camera file.
 
     Args:
-        name: preset, ``FILE`` or ``FILE#CAMERA``.
+        name: preset, ``FILE`` or ``FILE#CAMERA:option=value``.
         frames: length of a preset, and the least number of poses of a file.
         image_size: (H, W) of the video that the camera belongs to, for files with intrinsics in pixels.
         intrinsics: fx, fy, cx, cy as fractions of (W, H, W, H); replaces what a file says.
         prefer: the camera to take from a file that holds several, one of them so called, when ``name`` chooses none.
 
     Raises:
-        UsageError: unknown preset, or a preset without a length.
-        DataError: missing, damaged or unknown file, NaN, a reflection, too few poses, no such camera or several.
+        UsageError: unknown preset or option, or a preset without a length.
+        DataError: missing, damaged or unknown file, NaN, a reflection, too few poses, no such camera or several, an
+            option that the file contradicts, a lens of unknown unit or frame size.
     """
     if _names_preset(name):
         return _open_preset(os.fspath(name), frames, intrinsics)
-    file, camera = split_name(name)
+    file, choice = split_name(name)
+    camera, options = parse_choice(choice)
     opened = open_file(file)
-    found = opened.read(opened.choose(camera, prefer), image_size=image_size, intrinsics=intrinsics)
+    found = opened.read(opened.choose(camera, prefer), options, image_size=image_size, intrinsics=intrinsics)
     if frames is not None and found.path.num_frames < frames:
         count = found.path.num_frames
         raise DataError(f"{found.name}: {count} poses, {frames} are needed; use --frames {count} or a longer file")
@@ -76,14 +82,21 @@ def open_target(name: Name, frames: int, *, speed: float = 1.0, intrinsics: Lens
     """
     if _names_preset(name):
         lens = DEFAULT_INTRINSICS if intrinsics is None else intrinsics
-        return preset(preset_name(os.fspath(name)), frames, speed=speed, intrinsics=lens)
+        return _within_reach(name, speed, preset(preset_name(os.fspath(name)), frames, speed=speed, intrinsics=lens))
     path = open_camera(name, intrinsics=intrinsics, prefer="target").path
     path = path.frames(slice(0, frames)) if path.num_frames >= frames else path.resample(frames)
     path = path.relative_to_first()
     if speed != 1.0:
         rotvec, step = path.increments()
         path = CameraTrajectory.from_increments(speed * rotvec, speed * step, path.intrinsics)
-    return path.to(dtype=torch.float32)
+    return _within_reach(name, speed, path.to(dtype=torch.float32))
+
+
+def _within_reach(name: Name, speed: float, path: CameraTrajectory) -> CameraTrajectory:
+    """``path`` unless ``speed`` carried it beyond what float32 can hold."""
+    if not bool((path.c2w.abs() <= LARGEST).all()):
+        raise UsageError(f"{os.fspath(name)}: speed {speed:g} moves the camera by more than {LARGEST:g} m; lower it")
+    return path
 
 
 def is_preset(name: Name) -> bool:
@@ -110,10 +123,17 @@ def _open_preset(name: str, frames: int | None, intrinsics: Lens) -> CameraFile:
 
 
 def split_name(name: Name) -> tuple[Path, str]:
-    """``FILE#CAMERA`` as file and camera ("" if none is chosen); a file whose own name holds ``#`` is itself."""
+    """``FILE#CHOICE`` as file and choice ("" if none), which :func:`parse_choice` reads; a file whose own name holds
+    ``#`` is itself."""
     text = os.fspath(name)
     file, mark, camera = text.rpartition("#")
     return (Path(file), camera) if mark and file and not Path(text).exists() else (Path(text), "")
+
+
+def files_of(file: Path) -> tuple[Path, ...]:
+    """The files that a camera is read from: ``file``, and the intrinsics that ViPE writes elsewhere."""
+    beside = vipe_lens(file)
+    return (file, beside) if file.parent.name == "pose" and beside.is_file() else (file,)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -148,18 +168,17 @@ class OpenFile:
             raise DataError(f"{file}: holds one camera without a name; drop #{camera}")
         raise DataError(f"{file}: no camera {camera!r}; it holds {_listed(cameras)}")
 
-    def read(self, camera: str, *, image_size: tuple[int, int] | None = None, intrinsics: Lens = None) -> CameraFile:
+    def read(
+        self, camera: str, options: CameraOptions = _NO_OPTIONS, *, image_size: tuple[int, int] | None = None,
+        intrinsics: Lens = None,
+    ) -> CameraFile:  # fmt: skip
         """Read and validate one of :attr:`cameras`; arguments and errors are those of :func:`open_camera`."""
         poses = self.format.read(self.content, camera)
         name = f"{self.content.path}#{camera}" if camera else str(self.content.path)
-        lens = _file_lens(name, poses, image_size) if intrinsics is None else intrinsics
-        c2w = poses.c2w
-        if c2w.shape[1] == 3:
-            last = np.broadcast_to(np.array([0.0, 0.0, 0.0, 1.0]), (len(c2w), 1, 4))
-            c2w = np.concatenate((c2w, last), axis=1)
-        path = CameraTrajectory.validated(torch.tensor(c2w), DEFAULT_INTRINSICS if lens is None else lens, name=name)
-        plane = None if poses.ground_plane is None else torch.from_numpy(poses.ground_plane)
-        return CameraFile(name, self.format.name, path, lens is not None, poses.metric, plane)
+        lens = file_lens(name, poses, options, image_size) if intrinsics is None else intrinsics
+        given = torch.as_tensor(DEFAULT_INTRINSICS if lens is None else lens, dtype=torch.float64)
+        path, metres, plane = camera_to_world(name, poses, options, given)
+        return CameraFile(name, self.format.name, path, lens is not None, metres is not None, plane)
 
 
 def open_file(path: Path) -> OpenFile:
@@ -172,24 +191,11 @@ def open_file(path: Path) -> OpenFile:
     for known in FORMATS:
         if known.matches(content):
             return OpenFile(content, known)
-    keys = f"has the keys {_listed(tuple(map(str, content.data)))}" if content.data else "is empty"
+    if isinstance(content.data, NumberLines):
+        keys = f"has {content.data.rows.shape[1]} numbers a line"
+    else:
+        keys = f"has the keys {_listed(tuple(map(str, content.data)))}" if content.data else "is empty"
     raise content.error(f"not a known camera file ({keys}); known: {'; '.join(known.holds for known in FORMATS)}")
-
-
-def _file_lens(name: str, poses: Poses, image_size: tuple[int, int] | None) -> Tensor | None:
-    """The file's lens as fractions of the video's frames, or None."""
-    if poses.lens is None:
-        return None
-    lens, size = torch.from_numpy(poses.lens), poses.frame_size
-    if poses.pixels:
-        size = size or image_size
-        if size is None:
-            raise DataError(f"{name}: its intrinsics are in pixels of frames of unknown size; write image_size (H, W)")
-        height, width = size
-        return lens / torch.tensor([width, height, width, height], dtype=torch.float64)
-    if size is None or image_size is None:
-        return lens
-    return intrinsics_before_crop(lens, image_size[0], image_size[1], size)
 
 
 def _listed(names: Sequence[str]) -> str:

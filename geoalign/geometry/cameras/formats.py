@@ -1,15 +1,15 @@
 """The formats of camera files, one entry each in ``FORMATS``: how a file is recognised, which cameras it holds, how one
 is read.
 
-A reader returns what the file says; axes, units and layouts of others are converted here, while validation and the
-choice of the lens are the door's (:mod:`geoalign.geometry.cameras.door`).
+A reader returns what the file says, with the default of its format for what it does not say; conversion and validation
+are those of :mod:`geoalign.geometry.cameras.poses`, the choice of the lens that of
+:mod:`geoalign.geometry.cameras.file_lens`.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
-from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -17,67 +17,47 @@ import torch
 from numpy.typing import NDArray
 
 from geoalign.geometry.cameras.content import Content, read_content
+from geoalign.geometry.cameras.nerfstudio import is_nerfstudio, read_nerfstudio
+from geoalign.geometry.cameras.options import MAX_SIDE
+from geoalign.geometry.cameras.poses import MATRICES, POSES, CameraFormat, Poses
+from geoalign.geometry.cameras.text_formats import is_kitti, is_re10k, is_tum, read_kitti, read_re10k, read_tum
 from geoalign.geometry.presets import unreal_to_opencv
+from geoalign.geometry.trajectory import LARGEST
 
-_C2W = ((None, 4, 4), (None, 3, 4))
-_LENS = ((4,), (1, 4), (None, 4))
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class Poses:
-    """What a file says of one camera.
-
-    Attributes:
-        c2w: ``[F, 3 or 4, 4]`` float64 camera-to-world, OpenCV axes.
-        lens: ``[4]``, ``[1, 4]`` or ``[F, 4]`` fx, fy, cx, cy; None if the file has none.
-        pixels: whether ``lens`` is in pixels of frames of ``frame_size``, and not fractions.
-        frame_size: (H, W) of the frames that ``lens`` belongs to; None: those of the video.
-        metric: whether lengths are metres.
-        ground_plane: ``[4]`` (n, d) in the world frame of ``c2w``, or None.
-    """
-
-    c2w: NDArray[np.float64]
-    lens: NDArray[np.float64] | None = None
-    pixels: bool = False
-    frame_size: tuple[int, int] | None = None
-    metric: bool = True
-    ground_plane: NDArray[np.float64] | None = None
-
-
-@dataclass(frozen=True, slots=True)
-class CameraFormat:
-    """One format.
-
-    Attributes:
-        name: what it is called in messages.
-        holds: what is in such a file, for the message that lists the formats.
-        matches: whether a file is of this format.
-        read: the camera of a file, by its name among ``cameras`` ("" where there is only one).
-        cameras: names of the cameras of a file that holds several.
-    """
-
-    name: str
-    holds: str
-    matches: Callable[[Content], bool]
-    read: Callable[[Content, str], Poses]
-    cameras: Callable[[Content], tuple[str, ...]] = lambda content: ("",)
+_LENS = ((4,), (1, 4), (None, 4), (3, 3), (1, 3, 3), (None, 3, 3))
 
 
 def _read_own(content: Content, camera: str) -> Poses:
     """The project's npz and the published Sekai npz; the published ones are scale-free and do not say ``metric``."""
-    c2w = content.array("extrinsic", (None, 4, 4))
-    matrices = np.broadcast_to(content.array("intrinsic", (3, 3), (1, 3, 3), (len(c2w), 3, 3)), (len(c2w), 3, 3))
-    lens = np.stack([matrices[:, 0, 0], matrices[:, 1, 1], matrices[:, 0, 2], matrices[:, 1, 2]], axis=-1)
+    matrices = content.array("extrinsic", (None, 4, 4))
+    lens = content.array("intrinsic", (3, 3), (1, 3, 3), (len(matrices), 3, 3))
     size = _frame_size(content, content.array("image_size", (2,))) if content.has("image_size") else None
-    metric = content.has("metric") and bool(content.array("metric", (), (1,)).all())
-    return Poses(c2w, lens, True, size, metric, _plane(content))
+    metric = content.has("metric") and _flag(content, "metric")
+    return Poses(
+        matrices, unit=1.0 if metric else None, stated=frozenset({"unit"} if content.has("metric") else ()), lens=lens,
+        lens_unit="unknown" if size is None else "pixels", frame_size=size, ground_plane=_plane(content),
+    )  # fmt: skip
+
+
+def _read_vggt(content: Content, camera: str) -> Poses:
+    """World-to-camera ``[F, 3, 4]`` without a unit, pixels of the network's input, whose middle is the principal point;
+    a leading axis of the batch is dropped."""
+    matrices = content.array("extrinsic", (None, 3, 4), (1, None, 3, 4))
+    matrices = matrices.reshape(-1, 3, 4)
+    count = len(matrices)
+    lens = content.array("intrinsic", (3, 3), (1, 3, 3), (count, 3, 3), (1, count, 3, 3))
+    return Poses(matrices, "w2c", unit=None, lens=lens.reshape(-1, 3, 3), lens_unit="unknown", centred=True)
 
 
 def _read_c2w(content: Content, camera: str) -> Poses:
     if not isinstance(content.data, dict):
-        return Poses(content.array("c2w", *_C2W, value=content.data))
+        return Poses(content.array("c2w", *MATRICES, value=content.data))
     lens = content.array("intrinsics", *_LENS) if content.has("intrinsics") else None
-    return Poses(content.array("c2w", *_C2W), lens)
+    size = _frame_size(content, content.array("image_size", (2,))) if content.has("image_size") else None
+    return Poses(
+        content.array("c2w", *MATRICES), stated=frozenset({"direction"}), lens=lens, lens_unit="unknown",
+        frame_size=size,
+    )  # fmt: skip
 
 
 def _read_sample(content: Content, camera: str) -> Poses:
@@ -85,9 +65,12 @@ def _read_sample(content: Content, camera: str) -> Poses:
     used = content.data.get("used")
     size = used.get("size") if isinstance(used, dict) else None
     frame_size = None if size is None else _frame_size(content, content.array("used.size", (2,), value=size))
-    lens = content.array("intrinsics", *_LENS) if content.has("intrinsics") else None
+    lens = content.array("intrinsics", *_LENS[:3]) if content.has("intrinsics") else None
     plane = _plane(content) if content.data.get("ground_plane") is not None else None
-    return Poses(content.array(f"{camera}_c2w", *_C2W), lens, False, frame_size, ground_plane=plane)
+    return Poses(
+        content.array(f"{camera}_c2w", *MATRICES), stated=POSES, lens=lens, frame_size=frame_size, fit="crop",
+        ground_plane=plane,
+    )  # fmt: skip
 
 
 def _read_recammaster(content: Content, camera: str) -> Poses:
@@ -104,7 +87,7 @@ def _read_recammaster(content: Content, camera: str) -> Poses:
     matrices = np.stack(rows)
     if not np.isfinite(matrices).all():
         raise content.error(f"{camera}: NaN or infinite pose")
-    return Poses(unreal_to_opencv(torch.from_numpy(matrices)).numpy())
+    return Poses(unreal_to_opencv(torch.from_numpy(matrices)).numpy(), stated=POSES)
 
 
 def _parse_rows(content: Content, where: str, text: Any) -> NDArray[np.float64]:
@@ -126,21 +109,45 @@ def _recammaster_cameras(content: Content) -> tuple[str, ...]:
 
 
 def _read_vipe(content: Content, camera: str) -> Poses:
-    """``pose/NAME.npz``, with intrinsics in pixels in ``../intrinsics/NAME.npz``; gaps in ``inds`` are lost frames."""
-    c2w = content.array("data", *_C2W)
-    inds = content.data.get("inds")
-    if inds is not None and not np.array_equal(inds, np.arange(len(c2w))):
-        raise content.error(f"ViPE lost frames: inds is not 0..{len(c2w) - 1}; cut the video there and run ViPE again")
-    beside = content.path.parent.parent / "intrinsics" / content.path.name
+    """``pose/NAME.npz``, with intrinsics in pixels in ``../intrinsics/NAME.npz``; gaps in ``inds`` are lost frames.
+
+    ViPE never moves the principal point from the middle of the frames that it saw, and ReDirector gives it frames that
+    were scaled to cover 480x832 and cut in the centre.
+    """
+    matrices = content.array("data", *MATRICES)
+    _check_frames(content, len(matrices))
+    beside = vipe_lens(content.path)
     if not beside.is_file():
-        return Poses(c2w)
-    return Poses(c2w, read_content(beside).array("data", (len(c2w), 4)), pixels=True)
+        return Poses(matrices)
+    found = read_content(beside)
+    lens = found.array("data", (1, 4), (len(matrices), 4))
+    _check_frames(found, len(lens))
+    return Poses(matrices, lens=lens, lens_unit="pixels", centred=True, fit="crop")
+
+
+def vipe_lens(pose: Path) -> Path:
+    """Where ViPE writes the intrinsics that belong to ``pose/NAME.npz``."""
+    return pose.parent.parent / "intrinsics" / pose.name
+
+
+def _check_frames(content: Content, count: int) -> None:
+    inds = content.data.get("inds")
+    if inds is not None and not np.array_equal(inds, np.arange(count)):
+        raise content.error(f"ViPE lost frames: inds is not 0..{count - 1}; cut the video there and run ViPE again")
 
 
 def _frame_size(content: Content, size: NDArray[np.float64]) -> tuple[int, int]:
-    if not (np.isfinite(size).all() and (size >= 1).all()):
-        raise content.error(f"the frame size {size.tolist()} is not a positive (H, W)")
+    if not (((size >= 1) & (size <= MAX_SIDE)).all() and (size == size.round()).all()):
+        raise content.error(f"the frame size {size.tolist()} is not a positive (H, W) in whole pixels")
     return int(size[0]), int(size[1])
+
+
+def _flag(content: Content, name: str) -> bool:
+    """A flag, which is 0 or 1: any other number would be a version or a unit of something else."""
+    value = content.array(name, (), (1,)).reshape(())
+    if value not in (0.0, 1.0):
+        raise content.error(f"{name} is {value:g}; it must be true or false")
+    return bool(value)
 
 
 def _plane(content: Content) -> NDArray[np.float64] | None:
@@ -148,13 +155,17 @@ def _plane(content: Content) -> NDArray[np.float64] | None:
     if not content.has("ground_plane"):
         return None
     plane = content.array("ground_plane", (4,), (1, 4)).reshape(4)
-    if not abs(np.linalg.norm(plane[:3]) - 1) < 1e-3 or not np.isfinite(plane).all():
+    if not abs(np.linalg.norm(plane[:3]) - 1) < 1e-3 or not abs(plane[3]) < LARGEST:
         raise content.error(f"ground_plane {plane.tolist()} must be (n, d) with |n| = 1; divide it by |n|")
     return plane
 
 
 def _is_c2w(content: Content) -> bool:
     return content.has("c2w") or isinstance(content.data, np.ndarray | list)
+
+
+def _is_vggt(content: Content) -> bool:
+    return content.has("extrinsic") and np.shape(content.data["extrinsic"])[-2:] == (3, 4)
 
 
 def _is_recammaster(content: Content) -> bool:
@@ -167,7 +178,12 @@ def _is_vipe(content: Content) -> bool:
 
 FORMATS = (
     CameraFormat("c2w", "npy, npz or JSON with c2w [F, 4, 4]", _is_c2w, _read_c2w),
-    CameraFormat("geoalign npz", "npz with extrinsic and intrinsic", lambda c: c.has("extrinsic"), _read_own),
+    CameraFormat("VGGT npz", "npz with extrinsic [F, 3, 4] and intrinsic (VGGT)", _is_vggt, _read_vggt),
+    CameraFormat("geoalign npz", "npz with extrinsic [F, 4, 4] and intrinsic", lambda c: c.has("extrinsic"), _read_own),
+    CameraFormat("nerfstudio transforms.json", "transforms.json of nerfstudio", is_nerfstudio, read_nerfstudio),
+    CameraFormat("RealEstate10K text", "text of RealEstate10K (19 numbers a line)", is_re10k, read_re10k),
+    CameraFormat("TUM text", "text of TUM (8 numbers a line)", is_tum, read_tum),
+    CameraFormat("KITTI text", "text of KITTI (12 numbers a line)", is_kitti, read_kitti),
     CameraFormat(
         "geoalign sample JSON", "the JSON that `geoalign sample` writes", lambda c: c.has("target_c2w", "source_c2w"),
         _read_sample, lambda content: ("source", "target"),

@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from scipy.spatial.transform import Rotation
 
 from geoalign.cli import sample as sample_cli
 from geoalign.cli import score as score_cli
@@ -113,8 +114,40 @@ def write_files(folder: Path) -> None:
         },
         "split.json": {"quats": [[1, 0, 0, 0]] * F, "trans": [[0, 0, 0]] * F, "focals": [50] * F, "cx": 32, "cy": 24},
     }  # fmt: skip
+    jsons |= published(folder, world)
     for name, value in jsons.items():
         (folder / name).write_text(json.dumps(value))
+
+
+def published(folder: Path, world: np.ndarray) -> dict[str, Any]:
+    """The same path as other tools write it: texts and npz are written here, JSON is returned."""
+    w2c = np.linalg.inv(world)
+    opengl = world * np.array([1, -1, -1, 1.0])  # columns: the camera's axes
+    fx, fy, cx, cy = PIXELS
+    np.savez(folder / "vggt.npz", extrinsic=w2c[None, :, :3], intrinsic=matrices(np.array([fx, fy, 32, 24])))
+    np.savez(folder / "pixels.npz", c2w=world, intrinsics=PIXELS)
+    np.savez(folder / "matrix.npz", c2w=world, intrinsics=matrices(PIXELS))
+    np.savez(folder / "off_size.npz", c2w=world, intrinsics=[130.0, 130, 64, 48])
+    np.save(folder / "w2c.npy", w2c)
+    np.save(folder / "cm.npy", world[:, :3] * np.array([1, 1, 1, 100.0]))
+    np.save(folder / "opengl.npy", opengl)
+    numbers = lambda row: " ".join(f"{value:.17g}" for value in row)  # noqa: E731
+    lens = numbers(LENS)
+    rows = [f"{33333 * f} {lens} 0 0 {numbers(pose[:3].ravel())}" for f, pose in enumerate(w2c)]
+    (folder / "re10k.txt").write_text("\n".join(["https://www.youtube.com/watch?v=x", *rows]))
+    (folder / "re10k_gap.txt").write_text("\n".join(["https://x", *rows[:4], *rows[5:]]))
+    (folder / "kitti.txt").write_text("\r\n".join(numbers(pose[:3].ravel()) for pose in world))
+    turns = Rotation.from_matrix(world[:, :3, :3]).as_quat()
+    tum = [f"{f / 24} {numbers(world[f, :3, 3])} {numbers(turns[f])}" for f in range(F)]
+    (folder / "tum.txt").write_text("# timestamp tx ty tz qx qy qz qw\n" + "\n".join(tum) + "\n")
+    frames = [{"file_path": f"images/frame_{f + 1:05d}.png", "transform_matrix": opengl[f].tolist()} for f in range(F)]
+    nerf = {"w": 64, "h": 48, "fl_x": fx, "fl_y": fy, "cx": cx, "cy": cy, "camera_model": "OPENCV", "k1": 1e-4}
+    return {
+        "transforms.json": nerf | {"frames": frames[::-1]},
+        "transforms_gap.json": nerf | {"frames": frames[:4] + frames[5:]},
+        "bent.json": nerf | {"k1": -0.2, "frames": frames},
+        "fisheye.json": nerf | {"camera_model": "OPENCV_FISHEYE", "frames": frames},
+    }
 
 
 @dataclass(frozen=True)
@@ -149,6 +182,23 @@ KINDS = {
     "split.json": Kind(refused="not a known camera file .has the keys quats.*; known: npy, npz or JSON with c2w"),
     "in.mp4": Kind(refused="not a camera file, which is an npz"),
     "none.npy": Kind(refused="none.npy: no such"),
+    "pixels.npz": GOOD, "matrix.npz": GOOD, "kitti.txt": Kind(), "tum.txt": Kind(),
+    "w2c.npy#direction=w2c": Kind(), "opengl.npy#axes=opengl": Kind(), "cm.npy#unit=cm": Kind(),
+    "several.json#cam05:unit=m": Kind(), "transforms.json#unit=m": GOOD, "re10k.txt#unit=m": GOOD,
+    "vggt.npz#unit=m": Kind(lens=np.array([*LENS[:2], 0.5, 0.5])),
+    "off_size.npz#size=video": Kind(refused="principal point .1, 1. outside the picture of frames of 48x64",
+                                    but=("sample --trajectory", "data.trajectories")),
+    "off_size.npz": Kind(lens=np.array([130 / 128, 130 / 96, 0.5, 0.5])),
+    "transforms_gap.json": Kind(refused="frames 4 and 6 are not one even step apart"),
+    "bent.json": Kind(refused="corners lie .* off a pinhole's; undistort"),
+    "fisheye.json": Kind(refused="OPENCV_FISHEYE is no pinhole"),
+    "re10k_gap.txt": Kind(refused="line 6: its time"),
+    "several.json#cam05:axes=opengl": Kind(refused="states axes opencv; drop axes=opengl"),
+    "re10k.txt#direction=c2w": Kind(refused="states direction w2c; drop direction=c2w"),
+    "c2w.npz#direction=w2c": Kind(refused="states direction c2w; drop direction=w2c"),
+    "own.npz#unit=cm": Kind(refused="states unit 1.0; drop unit=cm"),
+    "own.npz#size=480x640": Kind(refused="states frames of 48x64; drop size=480x640",
+                                 but=("sample --trajectory", "data.trajectories")),
 }  # fmt: skip
 
 

@@ -103,7 +103,7 @@ def test_scenes_folders_captions_and_metadata(tmp_path: Path) -> None:
     (tmp_path / "table.csv").write_text(
         '\ufeffUID,Test Split Index,FPS,Metric Scale\ncccccccccccc,"1",30,2.5\neeeeeeeeeeee,,24,\n', encoding="utf-8"
     )
-    assert read_metadata(tmp_path / "table.csv")["cccccccccccc"].metric_scale == 2.5
+    assert read_metadata(tmp_path / "table.csv", Tally("camera paths"))["cccccccccccc"].metric_scale == 2.5
     assert len(find_scenes(tmp_path)) == 4
     tally = Tally("camera paths")
     pool = load_pool(tmp_path, 5, CONFIG, tally)

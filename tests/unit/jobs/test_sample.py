@@ -31,7 +31,7 @@ from geoalign.types import RetakeBatch, SourceClip
 
 RECAM = ModelConfig(
     dim=48, heads=2, layers=2, ffn_dim=64, text_dim=16, freq_dim=32, source="frames", camera="modulated",
-    rope_layout="sequential",
+    rope_layout="sequential", text_length=1,
 )  # fmt: skip
 
 

@@ -129,3 +129,10 @@ def test_sample_takes_the_caption_for_the_missing_prompt(
     assert (tmp_path / "same.mp4").read_bytes() == (tmp_path / "made.mp4").read_bytes()
     assert run("other.mp4", "--prompt", "two dogs") == 0
     assert (tmp_path / "other.mp4").read_bytes() != (tmp_path / "made.mp4").read_bytes()
+    (model / "text_encoder").rename(tmp_path / "text_encoder")
+    capsys.readouterr()
+    for more in ((), ("--dry-run",), ("--guidance", "1"), ("--prompt", "two dogs")):
+        assert run("none.mp4", *more) == 2
+        said = capsys.readouterr().err
+        assert f"reads text, and {model} holds no text encoder; put text_encoder/ with tokenizer/" in said
+    assert not (tmp_path / "none.mp4").exists()

@@ -226,6 +226,8 @@ def small_layouts(models: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(door, "RECAMMASTER", ModelConfig(**MODULATED))
     monkeypatch.setattr("geoalign.jobs.evaluate.evaluate", lambda *_, **__: Evaluation({}, {}, {}))
     monkeypatch.setattr("geoalign.jobs.evaluate.HeldOut.build", lambda *_: None)
+    # None of these folders holds the 11 GB of a text encoder, without which `sample` refuses them.
+    monkeypatch.setattr("geoalign.cli.sample._find_text_encoder", lambda *_: None)
 
     def opened(*arguments: Any) -> None:
         door.open_base(*arguments)

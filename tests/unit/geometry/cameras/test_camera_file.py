@@ -33,7 +33,7 @@ def test_clip_cameras_round_trip_and_planes_follow_the_window(tmp_path: Path) ->
     points -= ((points @ plane[:3] - plane[3])[:, None]) * plane[:3]
     inside = (points - path.position[3]) @ path.rotation[3]
     torch.testing.assert_close(inside @ moved[:3], moved[3].expand(50), atol=1e-12, rtol=0)
-    np.savez(tmp_path / "sekai.npz", extrinsic=path.c2w.numpy(), intrinsic=np.diag([50.0, 50, 1]))
+    np.savez(tmp_path / "sekai.npz", extrinsic=path.c2w.numpy(), intrinsic=[[50.0, 0, 32], [0, 50, 24], [0, 0, 1]])
     assert not open_camera(tmp_path / "sekai.npz", image_size=(48, 64)).metric
     np.savez(tmp_path / "bad.npz", extrinsic=np.full((3, 4, 4), np.nan), intrinsic=np.eye(3))
     with pytest.raises(DataError, match=r"bad\.npz"):

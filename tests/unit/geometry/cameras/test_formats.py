@@ -67,8 +67,16 @@ def test_vipe_files(tmp_path: Path) -> None:
     np.savez(lens, data=np.tile([416.0, 416.0, 416.0, 240.0], (7, 1)))
     loaded = opened(pose, image_size=(480, 832))
     assert torch.allclose(loaded.intrinsics[0], torch.tensor([0.5, 416 / 480, 0.5, 0.5]).double())
+    assert torch.equal(opened(pose).intrinsics, loaded.intrinsics)  # the middle of its frames tells their size
+    np.savez(lens, data=np.array([[416.0, 416.0, 416.0, 240.0]]), inds=np.array([0]))
+    assert torch.equal(opened(pose).intrinsics, loaded.intrinsics)
+    np.savez(lens, data=np.tile([416.0, 416.0, 400.3, 240.0], (7, 1)))
     with pytest.raises(DataError, match=r"image_size \(H, W\)"):
         opened(pose)
+    np.savez(lens, data=np.tile([416.0, 416.0, 416.0, 240.0], (7, 1)), inds=np.arange(1, 8))
+    with pytest.raises(DataError, match=r"intrinsics/clip\.npz: ViPE lost frames"):
+        opened(pose)
+    np.savez(lens, data=np.tile([416.0, 416.0, 416.0, 240.0], (7, 1)))
     np.savez(pose, data=sample().c2w.numpy(), inds=np.array([0, 1, 2, 4, 5, 6, 7]))
     with pytest.raises(DataError, match="lost frames"):
         opened(pose, image_size=(480, 832))
@@ -135,6 +143,10 @@ def test_damaged_files_give_one_clear_error(tmp_path: Path) -> None:
             opened(tmp_path / name)
     with pytest.raises(DataError, match="no such"):
         opened(tmp_path / "missing.json")
-    (tmp_path / "a.txt").write_text("1")
+    for text, words in (("1", "has 1 numbers a line"), ("a\nb\n", "line 2"), ("words", "not a camera file")):
+        (tmp_path / "a.txt").write_text(text)
+        with pytest.raises(DataError, match=f"a.txt: .*{words}"):
+            opened(tmp_path / "a.txt")
+    (tmp_path / "a.txt").write_bytes(b"\0\1\2")
     with pytest.raises(DataError, match="not a camera file, which is an npz"):
         opened(tmp_path / "a.txt")
