@@ -148,7 +148,11 @@ def test_stale_and_damaged_caches_are_noticed(world: DataConfig) -> None:
     assert [defect for _, defect in folder.verify()] == ["bytes differ from the manifest"]
     manifest = next(folder.path.glob("*.jsonl"))
     manifest.write_text(manifest.read_text() + "{torn line\n" + json.dumps({"key": 1}) + "\n")
-    assert len(folder.entries()) == 13
+    with pytest.raises(DataError, match="damaged manifest; run `geoalign prepare` again"):
+        folder.entries()
+    again = prepare(world, Encoder())
+    assert again.encoded >= 1 and again.encoded + again.reused == 12
+    assert len(RetakeDataset(world.model_copy(update={"use_cache": True}), seed=0, split="all")._entries) == 12
 
 
 def changed(config: DataConfig, **sections: Mapping[str, object]) -> DataConfig:
