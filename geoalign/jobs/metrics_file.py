@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import threading
 from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
@@ -35,6 +36,7 @@ class MetricsWriter:
             atomic_write_text(self.path, "".join(_line(row) for row in kept))
         with disk_errors(self._events, _FIX):
             self._board = SummaryWriter(str(self._events), purge_step=first_iteration)
+        self._hook, threading.excepthook = threading.excepthook, self._of_a_thread
         self._tracker = None if run.wandb is None else _tracker(folder, run)
 
     def write(self, iteration: int, values: Mapping[str, float]) -> None:
@@ -51,14 +53,22 @@ class MetricsWriter:
         if self._tracker is not None:
             self._tracker.log(dict(values), step=iteration)
 
+    def _of_a_thread(self, error: threading.ExceptHookArgs) -> None:
+        """Say nothing of a full disk in TensorBoard's thread: its next call raises it, where it becomes one line."""
+        if type(error.thread).__module__.partition(".")[0] != "tensorboard":
+            self._hook(error)
+
     def __enter__(self) -> MetricsWriter:
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        with disk_errors(self._events, _FIX) if error is None else suppress(OSError):
-            self._board.close()
+        try:
+            with disk_errors(self._events, _FIX) if error is None else suppress(OSError):
+                self._board.close()
+        finally:
+            threading.excepthook = self._hook
         if self._tracker is not None:
             self._tracker.finish(exit_code=int(error is not None))
 

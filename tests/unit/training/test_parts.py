@@ -204,7 +204,7 @@ class TestCheckpointWriter:
 
         monkeypatch.setattr(checkpoints, "write_tensors", full)
         with (
-            pytest.raises(CheckpointError, match=r"No space left on device; free disk space, then --resume auto"),
+            pytest.raises(CheckpointError, match=r"No space left on device\); free disk space, then --resume auto"),
             checkpoints.CheckpointWriter(tmp_path, checkpoints.RunSettings("x", {}), settings) as writer,
         ):
             writer.save(replace(self.state, iteration=4))
