@@ -40,10 +40,8 @@ def test_the_page_is_that_of_the_result(monkeypatch: pytest.MonkeyPatch) -> None
         "versions": {"torch": "2"}, "commit": "abc",
     }  # fmt: skip
     text = page.page(result, "`train`")
-    assert (
-        "| kills | 1,200 | 0 | 1,199 | 0 | 0 | 0 | 1 |" in text
+    assert "| kills | 1,200 | 0 | 1,199 | 0 | 0 | 0 | 1 |" in text
     assert "a CPU, 2 cores, torch 2, commit abc; 2 min" in text
-    )
     assert "- kills 7, lost: train, operation 3 of 9: differs\n" in text
     committed = ROOT / "docs" / "results" / "reliability.json"
     if committed.exists():
