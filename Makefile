@@ -10,13 +10,14 @@ WORKERS ?= 2
 export OMP_NUM_THREADS ?= 1
 
 .NOTPARALLEL:
-.PHONY: help setup demo test check lint format types contracts interpreted slow results gpu docs clean
+.PHONY: help setup demo test check lint format types contracts interpreted slow campaign results gpu docs clean
 
 help:
 	@sed -n '2,4s/^# \{0,1\}//p' Makefile
 	@echo "  make check   lint and the fast tests            make lint    ruff and codespell"
 	@echo "  make gpu     the tests that need a GPU          make docs    regenerate docs/configuration.md"
 	@echo "  make slow    what is too long for make test     make results regenerate every table of the embedded default"
+	@echo "  make campaign  kills, full disks, signals at every place (BUDGET_S seconds): docs/reliability.md"
 
 # One stamp per set of extras: a finished set-up costs nothing the next time.
 $(VENV)/.geoalign-base: $(INPUTS)
@@ -59,6 +60,10 @@ check: lint types contracts
 
 slow: setup
 	@$(BIN)/python -m pytest -q -m slow
+	@$(BIN)/python tests/campaign/campaign.py
+
+campaign: setup
+	@$(BIN)/python tests/campaign/campaign.py $(ARGS)
 
 results: setup
 	@$(BIN)/python profiling/studies/results.py $(ARGS)

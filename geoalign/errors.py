@@ -9,6 +9,12 @@ class UserError(Exception):
     exit_code = 1
 
 
+class Stopped(UserError):
+    """A signal stopped a run after it wrote its checkpoint: no error, and not finished (exit code 75, EX_TEMPFAIL)."""
+
+    exit_code = 75
+
+
 class UsageError(UserError):
     """Wrong arguments or an impossible request (exit code 2)."""
 

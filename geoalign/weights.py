@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import copy
 import difflib
+import errno
+import os
 import pickle
+import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 from torch import Tensor
 
 from geoalign.errors import CheckpointError
@@ -107,6 +111,19 @@ class TensorFile:
                 f"first {wrong[0]} ({self.dtypes[wrong[0]]}); quantised files cannot be loaded"
             )
         return self
+
+
+def write_tensors(tensors: Mapping[str, Tensor], path: Path, metadata: Mapping[str, str] | None = None) -> None:
+    """Write ``tensors`` (contiguous, on the CPU) as safetensors to ``path``, which its caller renames when it is whole.
+
+    Raises OSError when the disk refuses, as every other writer does: safetensors has an error of its own for that.
+    """
+    try:
+        save_file(dict(tensors), path, metadata=None if metadata is None else dict(metadata))
+    except SafetensorError as error:
+        found = re.search(r"os error (\d+)", str(error))
+        number = int(found[1]) if found else errno.EIO
+        raise OSError(number, os.strerror(number) if found else str(error)) from error
 
 
 def shapes_of(tensors: Mapping[str, Tensor]) -> dict[str, tuple[int, ...]]:

@@ -72,7 +72,7 @@ def run_check(args: argparse.Namespace) -> int:
     damaged = []
     if config.cache.is_dir():
         folder: CacheFolder = open_cache(config.cache, data_settings(config))
-        entries = folder.entries()
+        entries = folder.readable()
         used = sum(file.stat().st_size for file in folder.path.rglob("*") if file.is_file())
         damaged = [f"{name}: {defect}" for name, defect in folder.verify()]
         print(f"cache {folder.path}: {len(entries):,} windows, {bytes_text(used)}, {len(damaged)} damaged files")

@@ -16,7 +16,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from geoalign import __version__
-from geoalign.errors import UsageError, UserError
+from geoalign.errors import Stopped, UsageError, UserError
 
 DEBUG_VARIABLE = "GEOALIGN_DEBUG"
 INTERRUPTED = 130
@@ -67,7 +67,8 @@ examples:
   geoalign config print --config node_8gpu optim.lr=5e-6 the resolved settings of a run, before running it
   geoalign report runs/two                               one HTML file that opens offline
 
-`geoalign VERB --help` explains a verb. Exit codes: 0 done, 1 failed while running, 2 wrong usage or configuration.
+`geoalign VERB --help` explains a verb. Exit codes: 0 done, 1 failed while running, 2 wrong usage or configuration,
+75 training was stopped by a signal and wrote its checkpoint (run it again with --resume auto), 130 interrupted.
 GEOALIGN_DEBUG=1 shows the traceback of an error."""
 
 
@@ -89,6 +90,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = list(sys.argv[1:] if argv is None else argv)
     try:
         return _dispatch(arguments)
+    except Stopped as stopped:
+        print(f"{_speaker()}: {stopped}", file=sys.stderr)
+        return stopped.exit_code
     except UserError as error:
         if os.environ.get(DEBUG_VARIABLE) == "1":
             raise
@@ -101,6 +105,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         # The reader (``| head``) left: nothing more to say, and the interpreter must not try to flush into the pipe.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
+    except OSError as error:  # of a disk; one without a file is no place that a user could mend
+        if error.filename is None or os.environ.get(DEBUG_VARIABLE) == "1":
+            raise
+        from geoalign.io_utils import fix_of
+
+        print(f"{_speaker()}: error: {error.filename}: {error.strerror}; {fix_of(error)}", file=sys.stderr)
+        return UserError.exit_code
 
 
 def _dispatch(arguments: list[str]) -> int:

@@ -4,6 +4,10 @@
 interrupted run loses at most the window in hand) and ``shard-*.safetensors`` with ``shard-*.jsonl`` (parts packed
 together). A key is the hash of the clip's content, the window and the settings: nothing stale is ever read, and running
 ``prepare`` again does only what is missing.
+
+A shard is written, then its manifest, then its parts are deleted: killed in between, it is packed again. A shard whose
+manifest and parts are both gone, or a manifest that is damaged or without its shard, has lost windows: reading is an
+error, and ``prepare`` sets the files aside and encodes those windows again.
 """
 
 from __future__ import annotations
@@ -11,7 +15,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -161,13 +165,57 @@ class CacheFolder:
         self._parts = self.path / "parts"
 
     def entries(self) -> dict[str, Entry]:
-        """All finished windows by key; a manifest without its shard, or a damaged line, counts as not prepared."""
+        """All finished windows by key.
+
+        Raises:
+            DataError: windows were lost, which must not pass for fewer windows (see :meth:`defects`).
+        """
+        for file, defect in self.defects():
+            raise DataError(f"{file}: {defect}; run `geoalign prepare` again, which encodes its windows anew")
+        return self.readable()
+
+    def readable(self) -> dict[str, Entry]:
+        """The finished windows that can be read, by key: what ``prepare`` need not encode again."""
         found = {}
         for manifest in visible(self.path.glob("shard-*.jsonl")):
-            if manifest.with_suffix(".safetensors").is_file():
-                for entry in _read_manifest(manifest):
-                    found[entry.key] = entry
+            with contextlib.suppress(DataError):
+                if manifest.with_suffix(".safetensors").is_file():
+                    found |= {entry.key: entry for entry in _read_manifest(manifest)}
         return self.parts() | found
+
+    def defects(self) -> Iterator[tuple[Path, str]]:
+        """Yield (file, what is wrong) where finished windows cannot be read or were lost."""
+        for part in self._part_files():
+            if _cause(_part_entry, part) and part.exists():  # else another process packed it
+                yield part, "not a prepared window"
+        manifests = visible(self.path.glob("shard-*.jsonl"))
+        for manifest in manifests:
+            if not manifest.with_suffix(".safetensors").is_file():
+                yield manifest, "its shard is missing"
+        for shard in visible(self.path.glob("shard-*.safetensors")):
+            manifest = shard.with_suffix(".jsonl")
+            if _cause(_shard_keys, shard):
+                yield shard, "damaged shard"
+            elif manifest in manifests:
+                if _cause(_read_manifest, manifest):
+                    yield manifest, "damaged manifest"
+                elif _shard_keys(shard) != {entry.key for entry in _read_manifest(manifest)}:
+                    yield manifest, "does not list the windows of its shard"
+            elif not (self._unpacked(shard) or manifest.is_file()):  # again: it may have been finished just now
+                yield shard, "its manifest is missing"
+
+    def _unpacked(self, shard: Path) -> bool:
+        """Whether all parts of a shard are there still."""
+        return all((self._parts / f"{key}.safetensors").is_file() for key in _shard_keys(shard))
+
+    def set_defects_aside(self) -> list[Path]:
+        """Rename what :meth:`defects` finds, and the other half of its pair, to names that nothing reads."""
+        moved = []
+        for file, _ in list(self.defects()):
+            for half in (file.with_suffix(".jsonl"), file.with_suffix(".safetensors")):
+                if half.is_file():
+                    moved.append(half.replace(half.with_name(f"{half.name}.damaged")))
+        return moved
 
     def add(self, entry: Entry, tensors: Mapping[str, Tensor]) -> None:
         """Store one window as a part, atomically."""
@@ -185,6 +233,7 @@ class CacheFolder:
             part = self._parts / f"{key}.safetensors"
             entries.append(_part_entry(part))
             tensors |= {f"{key}/{name}": value for name, value in _read_tensors(part, "").items()}
+        self._discard_unfinished(set(keys))
         name = f"shard-{hashlib.sha256(''.join(keys).encode()).hexdigest()[:16]}"
         payload = save(tensors)
         digest = hashlib.sha256(payload).hexdigest()
@@ -199,13 +248,22 @@ class CacheFolder:
             (self._parts / f"{key}.safetensors").unlink(missing_ok=True)
         return shard  # the folder of the parts stays: another process may be about to write into it
 
+    def _discard_unfinished(self, keys: set[str]) -> None:
+        """Delete shards of an interrupted packing of some of ``keys``, whose parts are there still."""
+        for shard in visible(self.path.glob("shard-*.safetensors")):
+            if not shard.with_suffix(".jsonl").is_file() and _shard_keys(shard) & keys:
+                shard.unlink()
+
     def parts(self) -> dict[str, Entry]:
         """The parts that wait to be packed, by key in order; unreadable ones are left out."""
         found = {}
-        for part in visible(self._parts.glob("*.safetensors")):
+        for part in self._part_files():
             with contextlib.suppress(DataError):
                 found[part.stem] = _part_entry(part)
         return found
+
+    def _part_files(self) -> list[Path]:
+        return visible(self._parts.glob("*.safetensors"))
 
     def read(self, entry: Entry) -> dict[str, Tensor]:
         """The tensors of one window (memory-mapped: only their bytes are read)."""
@@ -213,19 +271,22 @@ class CacheFolder:
 
     def verify(self) -> Iterator[tuple[str, str]]:
         """Yield (file, defect) for every shard whose bytes changed and every part that cannot be read."""
-        hashes = {entry.shard: entry.shard_sha256 for entry in self.entries().values()}
+        broken = dict(self.defects())
+        for file, defect in broken.items():
+            yield file.relative_to(self.path).as_posix(), defect
+        shards = visible(self.path.glob("shard-*.safetensors"))
+        pairs = [(shard, shard.with_suffix(".jsonl")) for shard in shards]
+        manifests = [file for shard, file in pairs if file.is_file() and not broken.keys() & {shard, file}]
+        hashes = {entry.shard: entry.shard_sha256 for manifest in manifests for entry in _read_manifest(manifest)}
         for shard, expected in sorted(hashes.items()):
             if expected and content_hash(self.path / shard) != expected:
                 yield shard, "bytes differ from the manifest"
-        for part in visible(self._parts.glob("*.safetensors")):
+        for part in self._part_files():
             try:
                 _read_tensors(part, "")
-                _part_entry(part)
             except DataError:
-                yield f"parts/{part.name}", "unreadable"
-        for manifest in visible(self.path.glob("shard-*.jsonl")):
-            if not manifest.with_suffix(".safetensors").is_file():
-                yield manifest.name, "shard missing"
+                if part not in broken:
+                    yield f"parts/{part.name}", "unreadable"
 
 
 def open_cache(cache: Path, data_settings: Mapping[str, Any], encoder: Mapping[str, Any] | None = None) -> CacheFolder:
@@ -256,18 +317,38 @@ def open_cache(cache: Path, data_settings: Mapping[str, Any], encoder: Mapping[s
     return CacheFolder(cache, fitting[0])
 
 
+def _cause(read: Callable[[Path], object], path: Path) -> str:
+    """Why ``read`` cannot read ``path``; empty if it can."""
+    try:
+        read(path)
+    except DataError as error:
+        return str(error)
+    return ""
+
+
 def _read_manifest(path: Path) -> list[Entry]:
-    entries = []
-    for line in path.read_text(encoding="utf-8", errors="replace").split("\n"):  # captions may hold U+2028
-        with contextlib.suppress(ValueError, TypeError):
-            entries.append(Entry(**json.loads(line)))
-    return entries
+    try:
+        lines = path.read_text(encoding="utf-8").rstrip("\n").split("\n")  # captions may hold U+2028
+        return [Entry(**json.loads(line)) for line in lines]
+    except (OSError, ValueError, TypeError) as error:
+        raise DataError(f"{path}: damaged manifest ({error})") from error
+
+
+def _shard_keys(path: Path) -> set[str]:
+    """Keys of the windows in a shard; raises DataError if it cannot be read."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            return {name.partition("/")[0] for name in file.keys()}  # noqa: SIM118 - no __iter__
+    except (OSError, SafetensorError) as error:
+        raise DataError(f"{path}: damaged shard ({error})") from error
 
 
 def _part_entry(path: Path) -> Entry:
     try:
         with safe_open(path, framework="pt") as file:
             facts = json.loads((file.metadata() or {})["entry"])
+        if facts["key"] != path.stem:
+            raise ValueError(f"it holds the window {facts['key']}")
         return Entry(**facts | {"shard": f"parts/{path.name}", "shard_sha256": ""})
     except (OSError, SafetensorError, KeyError, ValueError, TypeError) as error:
         raise DataError(f"{path}: not a prepared window ({error}); delete it and run `geoalign prepare`") from error

@@ -25,7 +25,7 @@ def plot_cameras(path: Path, cameras: Mapping[str, Tensor]) -> None:
     """Write :func:`cameras_figure` as a png that carries ``PNG_MARK``, atomically."""
     figure = cameras_figure(cameras)
     with atomic_path(path) as temporary:
-        figure.savefig(temporary, dpi=110, metadata=PNG_MARK)
+        figure.savefig(temporary, format=path.suffix.lstrip(".") or None, dpi=110, metadata=PNG_MARK)
 
 
 def cameras_figure(cameras: Mapping[str, Tensor]) -> Any:
@@ -96,7 +96,7 @@ def plot_paths(
     for axis in axes.flat:
         axis.spines[["top", "right"]].set_visible(False)
     with atomic_path(path) as temporary:
-        figure.savefig(temporary, dpi=110)
+        figure.savefig(temporary, format=path.suffix.lstrip(".") or None, dpi=110)
     plt.close(figure)
 
 

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import hashlib
+import logging
 import time
 from collections import defaultdict
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from typing import Any, Protocol
 
@@ -21,7 +23,10 @@ from geoalign.data.frames import to_float
 from geoalign.data.loader import CameraEstimate, ClipLoader, cause_of
 from geoalign.data.readers import READER_VERSION, open_reader
 from geoalign.data.tally import Tally
-from geoalign.errors import ConfigError, DataError
+from geoalign.errors import ConfigError, DataError, UsageError
+from geoalign.locks import is_locked, writer_lock
+
+logger = logging.getLogger(__name__)
 
 
 class WindowEncoder(Protocol):
@@ -105,16 +110,47 @@ def prepare(
         progress: called with (clips done, clips of this rank).
 
     Raises:
+        UsageError: another process writes this rank's share of the cache.
         DataError: no clips, or of those of this rank none is usable or more than ``clips.max_bad_fraction`` are not.
     """
     settings: Settings = {"data": data_settings(config), "encoder": dict(encoder.identity)}
     folder = CacheFolder(config.cache, settings)
+    if dry_run:
+        return _prepare(config, encoder, folder, rank, world_size, device_id, limit, True, progress)
+    with _cache_lock(folder, rank, world_size):
+        for file in folder.set_defects_aside() if rank == 0 else ():
+            logger.warning("%s: set aside, its windows are encoded again", file)
+        return _prepare(config, encoder, folder, rank, world_size, device_id, limit, False, progress)
+
+
+@contextmanager
+def _cache_lock(folder: CacheFolder, rank: int, world_size: int) -> Iterator[None]:
+    """Lock the share of this rank; refuses if processes of another division into ranks write the folder."""
+    name = f".lock-{rank}-of-{world_size}"
+    with writer_lock(folder.path, "cache", name):
+        for other in sorted(folder.path.glob(".lock-*")):
+            if not other.name.endswith(f"-of-{world_size}") and (holder := is_locked(other)):
+                raise UsageError(f"{folder.path}: another process writes this cache ({holder}); wait for it, or end it")
+        yield
+
+
+def _prepare(
+    config: DataConfig,
+    encoder: WindowEncoder,
+    folder: CacheFolder,
+    rank: int,
+    world_size: int,
+    device_id: int | None,
+    limit: int | None,
+    dry_run: bool,
+    progress: Callable[[int, int], None],
+) -> PrepareReport:
     listing = Tally("clips")
     records = [r for r in list_clips(config.clips_path, config.clips, listing) if owner(r.clip_id, world_size) == rank]
     rejected = {name: cause for name, cause in listing.rejected.items() if owner(name, world_size) == rank}
     tally = Tally("clips", len(records), rejected, listing.remarks)
     loader = ClipLoader(config, open_reader(config.clips.reader, device_id), encoder.estimate_camera)
-    entries = folder.entries()
+    entries = folder.readable()
     hashed = defaultdict[str, list[FileFacts]](list)  # a clip that changed has entries of its former states too
     for entry in entries.values():
         hashed[entry.clip_id].append(entry.facts)
@@ -124,7 +160,7 @@ def prepare(
             starts = chosen_starts(loader.starts(record), config.prepare.windows_per_clip)
             facts = file_facts(record.path, *hashed[record.clip_id])
             for start in starts:
-                key = window_key(record, facts.content, start, settings)
+                key = window_key(record, facts.content, start, folder.settings)
                 if key in entries:
                     report.reused += 1
                     continue

@@ -224,7 +224,7 @@ def write_video(
         pixel_format, options = "yuv420p", _encoder_options(codec, crf)
         if height % 2 or width % 2:
             raise UsageError(f"{path}: {codec} needs even sizes, got {height} x {width}; use lossless=True")
-    with atomic_path(path) as temporary, av.open(location(temporary), "w") as container:
+    with atomic_path(path) as temporary, av.open(location(temporary), "w", format=_container(path)) as container:
         stream = container.add_stream(codec, rate=Fraction(fps).limit_denominator(60_000), options=options)
         stream.width, stream.height, stream.pix_fmt = width, height, pixel_format
         context = stream.codec_context
@@ -238,6 +238,12 @@ def write_video(
                 frame = frame.reformat(format=pixel_format, dst_colorspace=_BT709, dst_color_range=_LIMITED_RANGE)
             container.mux(stream.encode(frame))
         container.mux(stream.encode(None))
+
+
+def _container(path: str | os.PathLike[str]) -> str:
+    """FFmpeg's name of the container that the suffix of ``path`` names; the file is written under another name."""
+    suffix = os.path.splitext(path)[1].lower().lstrip(".")
+    return {"mkv": "matroska", "m4v": "mp4"}.get(suffix, suffix)
 
 
 def _encoder_options(codec: str, crf: int) -> dict[str, str]:

@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import hashlib
 import json
+import threading
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
 from geoalign.config.training import RunConfig
 from geoalign.errors import ConfigError
-from geoalign.io_utils import atomic_write_text, nan_to_none, read_jsonl
+from geoalign.io_utils import append_text, atomic_write_text, disk_errors, nan_to_none, read_jsonl
+
+_FIX = "free disk space or bring the folder back, then --resume auto"
 
 
 class MetricsWriter:
@@ -26,22 +30,33 @@ class MetricsWriter:
     def __init__(self, folder: Path, run: RunConfig, first_iteration: int = 0) -> None:
         from torch.utils.tensorboard import SummaryWriter
 
-        self.path = folder / "metrics.jsonl"
+        self.path, self._events = folder / "metrics.jsonl", folder / "tb"
         if self.path.exists():
             kept = [row for row in read_jsonl(self.path) if row["iteration"] < first_iteration]
             atomic_write_text(self.path, "".join(_line(row) for row in kept))
-        self._board = SummaryWriter(str(folder / "tb"), purge_step=first_iteration)
+        with disk_errors(self._events, _FIX):
+            self._board = SummaryWriter(str(self._events), purge_step=first_iteration)
+        self._hook, threading.excepthook = threading.excepthook, self._of_a_thread
         self._tracker = None if run.wandb is None else _tracker(folder, run)
 
     def write(self, iteration: int, values: Mapping[str, float]) -> None:
-        """Record one iteration; a non-finite number becomes null in JSON."""
-        with self.path.open("a", encoding="utf-8") as file:
-            file.write(_line({"iteration": iteration, **values}))
-        for name, value in values.items():
-            self._board.add_scalar(name, value, iteration)
-        self._board.flush()
+        """Record one iteration; a non-finite number becomes null in JSON.
+
+        Raises RunError when the disk refuses; the file then has no part of the line.
+        """
+        with disk_errors(self.path, _FIX):
+            append_text(self.path, _line({"iteration": iteration, **values}))
+        with disk_errors(self._events, _FIX):
+            for name, value in values.items():
+                self._board.add_scalar(name, value, iteration)
+            self._board.flush()
         if self._tracker is not None:
             self._tracker.log(dict(values), step=iteration)
+
+    def _of_a_thread(self, error: threading.ExceptHookArgs) -> None:
+        """Say nothing of a full disk in TensorBoard's thread: its next call raises it, where it becomes one line."""
+        if type(error.thread).__module__.partition(".")[0] != "tensorboard":
+            self._hook(error)
 
     def __enter__(self) -> MetricsWriter:
         return self
@@ -49,7 +64,11 @@ class MetricsWriter:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._board.close()
+        try:
+            with disk_errors(self._events, _FIX) if error is None else suppress(OSError):
+                self._board.close()
+        finally:
+            threading.excepthook = self._hook
         if self._tracker is not None:
             self._tracker.finish(exit_code=int(error is not None))
 

@@ -3,12 +3,9 @@
 from __future__ import annotations
 
 import logging
-import signal
-import sys
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -17,19 +14,28 @@ import torch
 from geoalign.config.load import to_yaml
 from geoalign.config.schema import Config
 from geoalign.data.source import RetakeDataset
+from geoalign.errors import Stopped
 from geoalign.io_utils import atomic_write_json, atomic_write_text, nan_to_none
 from geoalign.jobs.environment import describe_environment
 from geoalign.jobs.metrics_file import MetricsWriter
 from geoalign.jobs.prepare import encoder_identity, render_missing_data
 from geoalign.jobs.progress import bar
-from geoalign.jobs.train_held_out import RunEvaluator, held_out_summary
-from geoalign.jobs.train_resume import refuse_disagreement, refuse_other_data, state_to_resume
+from geoalign.jobs.stop import StopRequest
+from geoalign.jobs.train_held_out import RunEvaluator, conditions_of, held_out_summary
+from geoalign.jobs.train_resume import (
+    refuse_disagreement,
+    refuse_other_conditions,
+    refuse_other_data,
+    set_newer_aside,
+    state_to_resume,
+)
+from geoalign.locks import writer_lock
 from geoalign.models.codec import PatchCodec
 from geoalign.policy.files import DELTA_FILE, POLICY_FILE, RUN_CONFIG, save_policy
 from geoalign.policy.open import open_base
 from geoalign.policy.safetensors_file import save_safetensors
 from geoalign.rewards.registry import build_rewards, close_rewards
-from geoalign.training.checkpoint import CheckpointWriter, TrainState, config_hash
+from geoalign.training.checkpoint import CheckpointWriter, RunSettings, TrainState
 from geoalign.training.engines.snapshot import whole_on_cpu
 from geoalign.training.processes.device import device_of, dtype_of
 from geoalign.training.processes.ranks import Ranks
@@ -37,30 +43,6 @@ from geoalign.training.processes.torchrun import ranks_of_environment
 from geoalign.training.trainer import Trainer
 
 logger = logging.getLogger(__name__)
-
-
-@dataclass(slots=True)
-class StopRequest:
-    """Set by the first SIGINT or SIGTERM: finish the iteration, write a checkpoint, end cleanly."""
-
-    signal_name: str = ""
-
-    @contextmanager
-    def installed(self) -> Iterator[StopRequest]:
-        """Handle the signals inside the block; a second one interrupts at once."""
-
-        def handler(number: int, _: Any) -> None:
-            if self.signal_name:
-                raise KeyboardInterrupt
-            self.signal_name = signal.Signals(number).name
-            print(f"\n{self.signal_name}: stopping after this iteration (again: at once)", file=sys.stderr)
-
-        before = {number: signal.signal(number, handler) for number in (signal.SIGINT, signal.SIGTERM)}
-        try:
-            yield self
-        finally:
-            for number, old in before.items():
-                signal.signal(number, old)
 
 
 def run_training(config: Config, *, resume: str | None = None, allow_config_change: bool = False) -> Path:
@@ -72,48 +54,63 @@ def run_training(config: Config, *, resume: str | None = None, allow_config_chan
         allow_config_change: continue although the configuration differs from the checkpoint's.
 
     Raises:
+        Stopped: a signal stopped it; a checkpoint of the last iteration is written.
         UserError: any set-up that cannot work; nothing is left half-written.
     """
     device, folder = device_of(config.run), config.run.folder
-    fingerprint = config_hash(config.model_dump(mode="json"))
+    settings = RunSettings.of(config.model_dump(mode="json"))
     cuda = device.type == "cuda"
     if cuda:
         torch.cuda.set_device(device)
-    with ranks_of_environment(config.parallel.sequence, config.train.rank_timeout_s, cuda=cuda) as ranks:
-        main = ranks.rank == 0  # which alone writes
-        state = state_to_resume(folder, resume, fingerprint, allow_config_change)
-        with _trainer(config, ranks, state, fingerprint, allow_config_change) as trainer:
-            environment = describe_environment()
-            if main:
-                folder.mkdir(parents=True, exist_ok=True)
-                atomic_write_text(folder / RUN_CONFIG, to_yaml(config))
-                atomic_write_json(folder / "env.json", environment)
-            evaluation, clock = RunEvaluator.of(config, trainer, folder), _Clock()
-            if state is None:
-                trainer.notes["before"] = evaluation.keep("before")
-            if not _iterate(config, trainer, evaluation, clock, fingerprint):
-                return folder
-            _save_result(config, trainer, folder)
-            trainer.engine.swap_average()
-            after = evaluation.keep("after")
-            trainer.engine.swap_average()
-            if main:
-                summary = held_out_summary(trainer.notes, after) | {
-                    "seed": config.run.seed,
-                    "iterations": trainer.iteration,
-                    "wall_s": clock.wall(trainer.notes),
-                    "cpu_s": clock.cpu(trainer.notes),
-                    "base": str(config.train.base),
-                    "config_hash": fingerprint,
-                    **environment,
-                }
-                atomic_write_json(folder / "summary.json", nan_to_none(summary))
+    with (
+        ranks_of_environment(config.parallel.sequence, config.train.rank_timeout_s, cuda=cuda) as ranks,
+        writer_lock(folder, "run") if ranks.rank == 0 else nullcontext(),
+    ):
+        done = _run(config, ranks, settings, resume, allow_config_change)
+    if done < config.train.iterations:
+        raise Stopped(f"stopped after iteration {done} of {config.train.iterations}; continue with --resume auto")
     return folder
+
+
+def _run(config: Config, ranks: Ranks, settings: RunSettings, resume: str | None, allow_config_change: bool) -> int:
+    """The run as one rank does it; the iterations that are done, fewer than wanted after a stop."""
+    main, folder = ranks.rank == 0, config.run.folder  # main alone writes
+    state = state_to_resume(folder, resume, settings, allow_config_change)
+    with _trainer(config, ranks, state, settings, allow_config_change) as trainer:
+        environment = describe_environment()
+        if main:
+            if state is not None:
+                set_newer_aside(folder, state, config.train.iterations, resume)
+            folder.mkdir(parents=True, exist_ok=True)
+            atomic_write_text(folder / RUN_CONFIG, to_yaml(config))
+            atomic_write_json(folder / "env.json", environment)
+        evaluation, clock = RunEvaluator.of(config, trainer, folder), _Clock()
+        if state is None:
+            trainer.notes |= {"before": evaluation.keep("before"), "conditions": conditions_of(config)}
+        _iterate(config, trainer, evaluation, clock, settings)
+        if trainer.iteration < config.train.iterations:
+            return trainer.iteration
+        _save_result(config, trainer, folder)
+        trainer.engine.swap_average()
+        after = evaluation.keep("after")
+        trainer.engine.swap_average()
+        if main:
+            summary = held_out_summary(trainer.notes, after) | {
+                "seed": config.run.seed,
+                "iterations": trainer.iteration,
+                "wall_s": clock.wall(trainer.notes),
+                "cpu_s": clock.cpu(trainer.notes),
+                "base": str(config.train.base),
+                "config_hash": settings.hash,
+                **environment,
+            }
+            atomic_write_json(folder / "summary.json", nan_to_none(summary))
+        return trainer.iteration
 
 
 @contextmanager
 def _trainer(
-    config: Config, ranks: Ranks, state: TrainState | None, fingerprint: str, allow_config_change: bool
+    config: Config, ranks: Ranks, state: TrainState | None, settings: RunSettings, allow_config_change: bool
 ) -> Iterator[Trainer]:
     """Policy, data and rewards of the run in a trainer that stands where ``state`` does; closes the rewards."""
     device = device_of(config.run)
@@ -128,7 +125,8 @@ def _trainer(
         dataset = RetakeDataset(config.data, seed=config.run.seed, encoder=encoder)
         if state is not None:
             refuse_other_data(state, dataset.fingerprint(), allow_config_change)
-        refuse_disagreement(ranks, 0 if state is None else state.iteration, fingerprint, dataset.fingerprint())
+            refuse_other_conditions(state, conditions_of(config))
+        refuse_disagreement(ranks, 0 if state is None else state.iteration, settings.hash, dataset.fingerprint())
         trainer = Trainer(config, policy, dataset, rewards, ranks)
         if state is not None:
             trainer.load(state)
@@ -170,13 +168,13 @@ class _Clock:
         return float(notes.get("cpu_s", 0.0)) + time.process_time() - self._cpu
 
 
-def _iterate(config: Config, trainer: Trainer, evaluation: RunEvaluator, clock: _Clock, fingerprint: str) -> bool:
-    """Iterate to the end (True) or to a stop request (False); always leaves a checkpoint of the last iteration."""
+def _iterate(config: Config, trainer: Trainer, evaluation: RunEvaluator, clock: _Clock, settings: RunSettings) -> None:
+    """Iterate to the end or to a stop request; always leaves a checkpoint of the last iteration."""
     total, main, folder = config.train.iterations, trainer.ranks.rank == 0, config.run.folder
     base_notes = dict(trainer.notes)
     with (
         StopRequest().installed() as stop,
-        CheckpointWriter(folder / "checkpoints", fingerprint, config.train) as checkpoints,
+        CheckpointWriter(folder / "checkpoints", settings, config.train) as checkpoints,
         MetricsWriter(folder, config.run, trainer.iteration) if main else nullcontext() as writer,
         bar(total, "training", "it", trainer.iteration) as progress,
     ):
@@ -194,14 +192,10 @@ def _iterate(config: Config, trainer: Trainer, evaluation: RunEvaluator, clock: 
                 state = trainer.state(keep=main)  # a collective
                 if main:
                     checkpoints.save(state)
-            if stopping and trainer.iteration < total:
-                print(
-                    f"stopped after iteration {trainer.iteration} of {total}; continue with --resume auto",
-                    file=sys.stderr,
-                )
-                return False
+            if stopping:
+                break
+    trainer.ranks.barrier()  # one that ended early would make torchrun end the one that still writes
     trainer.notes = base_notes
-    return True
 
 
 def _headline(numbers: Mapping[str, float]) -> str:

@@ -10,11 +10,21 @@ from typing import Any
 import numpy as np
 import torch
 
+from geoalign.config.load import flatten
 from geoalign.config.schema import Config
 from geoalign.io_utils import atomic_path, nan_to_none
 from geoalign.jobs.evaluate import METRICS, Evaluation, HeldOut, evaluate, mean_of_defined
 from geoalign.report.held_out import present_names
 from geoalign.training.trainer import Trainer
+
+
+def conditions_of(config: Config) -> dict[str, Any]:
+    """The settings, by dotted key, that decide on which held-out conditions a run is measured."""
+    measured = {name: getattr(config.eval, name) for name in ("samples", "seed")}
+    measured["noise_seeds"] = list(config.eval.noise_seeds)
+    world = {} if config.world is None else config.world.model_dump(mode="json")
+    drawn = {name: value for name, value in world.items() if name not in ("clips", "trajectories", "seed")}
+    return flatten({"eval": measured, "world": drawn})
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,8 +80,8 @@ def _write_clips(path: Path, held_out: HeldOut, result: Evaluation) -> None:
         "estimated_c2w": torch.cat(list(result.estimated.values())).numpy(),
         "names": np.array([name for p in pairs for name in p.names]),
     }
-    with atomic_path(path) as temporary:
-        np.savez_compressed(temporary, **arrays)
+    with atomic_path(path) as temporary, temporary.open("wb") as file:  # of a name it would make another
+        np.savez_compressed(file, **arrays)
 
 
 def _bytes(video: torch.Tensor) -> np.ndarray[Any, Any]:

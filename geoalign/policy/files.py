@@ -14,7 +14,6 @@ from typing import Any, TypeVar
 
 import torch
 from pydantic import BaseModel, ValidationError
-from safetensors.torch import save_file
 from torch import Tensor
 
 from geoalign.config.model import ModelConfig
@@ -26,7 +25,7 @@ from geoalign.models.codec import PatchCodec
 from geoalign.models.dit import RetakeDiT, init_tiny_
 from geoalign.models.layouts import is_self_attention, model_shapes
 from geoalign.policy.policy import RetakePolicy
-from geoalign.weights import TensorFile, shapes_of
+from geoalign.weights import TensorFile, shapes_of, write_tensors
 
 # In a run folder.
 RUN_CONFIG, POLICY_FILE, DELTA_FILE = "config.yaml", "policy.safetensors", "delta.safetensors"
@@ -109,7 +108,7 @@ def save_policy(
         "notes": json.dumps(dict(notes)),
     }
     with atomic_path(path) as temporary:
-        save_file(tensors, temporary, metadata=header)
+        write_tensors(tensors, temporary, header)
 
 
 def read_codec_file(path: Path) -> PatchCodec | None:
@@ -125,7 +124,7 @@ def save_codec_file(path: Path, codec: PatchCodec) -> None:
     """Write what :func:`read_codec_file` reads."""
     settings = CodecConfig(kind="patch", patch=codec.patch, luma=codec.luma, chroma=codec.chroma)
     buffers = {f"codec.{name}": value.cpu() for name, value in codec.named_buffers()}
-    save_file(buffers, path, metadata={"codec": settings.model_dump_json()})
+    write_tensors(buffers, path, {"codec": settings.model_dump_json()})
 
 
 def _codec(file: TensorFile) -> PatchCodec | None:

@@ -2,27 +2,25 @@
 
 from __future__ import annotations
 
+import errno
 import json
-import os
-import shutil
-import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor
 
 from geoalign.config.model import ModelConfig
 from geoalign.errors import CheckpointError, UsageError
-from geoalign.io_utils import atomic_path
+from geoalign.io_utils import atomic_folder, atomic_path
 from geoalign.models.codec import PatchCodec
 from geoalign.models.dit import RetakeDiT
 from geoalign.models.layouts import diffusers_name, is_self_attention
 from geoalign.policy.files import save_codec_file
 from geoalign.policy.open import CODEC_FILE, CONFIG_FILE
 from geoalign.policy.safetensors_file import save_safetensors
+from geoalign.weights import write_tensors
 
 # Whose camera the readers of a format rebuild: ReDirector's phases lie in the self-attention, ReCamMaster's encoders in
 # the full state dict. A diffusers folder names its model, and LoRA adds to a model that has its camera; both hold any.
@@ -70,7 +68,10 @@ def export_recammaster(model: RetakeDiT, path: Path, dtype: torch.dtype | None =
     require_camera(model.config, "recammaster")
     tensors = _state(model, dtype)
     with atomic_path(path) as temporary:
-        torch.save(tensors, temporary)
+        try:
+            torch.save(tensors, temporary)
+        except RuntimeError as error:  # its writer says so little of a full disk
+            raise OSError(errno.EIO, f"torch could not write it: {str(error).splitlines()[0]}") from error
     return tensors
 
 
@@ -89,17 +90,11 @@ def save_pretrained(
     if folder.exists():
         raise CheckpointError(f"{folder} exists already; remove it or choose another name")
     tensors = {diffusers_name(name): value for name, value in _state(model, dtype).items()}
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
-    try:
+    with atomic_folder(folder) as temporary:
         (temporary / CONFIG_FILE).write_text(json.dumps(diffusers_config(model.config), indent=2) + "\n", "utf-8")
-        save_file(tensors, temporary / WEIGHTS_FILE, metadata={"format": "pt"})
+        write_tensors(tensors, temporary / WEIGHTS_FILE, {"format": "pt"})
         if codec is not None:
             save_codec_file(temporary / CODEC_FILE, codec)
-        temporary.chmod(0o755)
-        os.replace(temporary, folder)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
     return tensors
 
 

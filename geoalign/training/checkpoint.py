@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
-import os
-import shutil
 from collections.abc import Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
@@ -14,16 +13,15 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from safetensors import SafetensorError
-from safetensors.torch import save_file
 from torch import Tensor
 
+from geoalign.config.load import flatten
 from geoalign.config.training import TrainConfig
-from geoalign.errors import CheckpointError, RunError
-from geoalign.io_utils import atomic_write_json
+from geoalign.errors import CheckpointError, ConfigError, RunError
+from geoalign.io_utils import atomic_folder, remove_folder
 from geoalign.policy.files import AVERAGE_FILE, CHECKPOINT_FORMAT, CHECKPOINT_NAME, STATE_FILE, read_checkpoint_state
 from geoalign.training.engines.snapshot import Snapshot
-from geoalign.weights import TensorFile
+from geoalign.weights import TensorFile, write_tensors
 
 _PARTS = ("trained.safetensors", AVERAGE_FILE, "optimizer.safetensors")
 _OPERATION = ("checkpoint_every", "keep_checkpoints", "async_checkpoints", "rank_timeout_s")
@@ -44,66 +42,73 @@ class TrainState:
     notes: Mapping[str, Any]
 
 
-def config_hash(resolved: Mapping[str, Any]) -> str:
-    """Short hash of the parts of a resolved configuration that change the numbers of a run beyond rounding.
+@dataclass(frozen=True, slots=True)
+class RunSettings:
+    """The parts of a resolved configuration that change the numbers of a run beyond rounding.
 
     Ranks and engines may change between the parts of a run (checkpoints hold whole tensors), and so may how often and
     how it saves, waits and scores.
+
+    Attributes:
+        hash: short hash of them.
+        values: the same by dotted key, to name what differs.
     """
-    kept = {key: value for key, value in resolved.items() if key not in ("run", "eval", "parallel", "scoring")}
-    kept["run"] = [resolved["run"][key] for key in ("seed", "dtype")]
-    kept["train"] = {key: value for key, value in resolved["train"].items() if key not in _OPERATION}
-    return hashlib.sha256(json.dumps(kept, sort_keys=True, default=str).encode()).hexdigest()[:16]
+
+    hash: str
+    values: Mapping[str, Any]
+
+    @staticmethod
+    def of(resolved: Mapping[str, Any]) -> RunSettings:
+        """Those of a configuration as JSON values."""
+        kept = {key: value for key, value in resolved.items() if key not in ("run", "eval", "parallel", "scoring")}
+        kept["train"] = {key: value for key, value in resolved["train"].items() if key not in _OPERATION}
+        run = {key: resolved["run"][key] for key in ("seed", "dtype")}
+        text = json.dumps(kept | {"run": list(run.values())}, sort_keys=True, default=str)
+        digest = hashlib.sha256(text.encode()).hexdigest()[:16]
+        return RunSettings(digest, flatten(json.loads(json.dumps(kept | {"run": run}, default=str))))
 
 
-def save_checkpoint(folder: Path, state: TrainState, *, config: str, keep: int) -> Path:
+def config_hash(resolved: Mapping[str, Any]) -> str:
+    """:attr:`RunSettings.hash` of a resolved configuration."""
+    return RunSettings.of(resolved).hash
+
+
+def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> str:
+    """``key old -> new`` of every key that differs, in one line."""
+    absent = object()
+    keys = [key for key in dict.fromkeys([*before, *now]) if before.get(key, absent) != now.get(key, absent)]
+    sides = ((json.dumps(side[key]) if key in side else "(absent)" for side in (before, now)) for key in keys)
+    return ", ".join(f"{key} {' -> '.join(pair)}" for key, pair in zip(keys, sides, strict=True))
+
+
+def save_checkpoint(folder: Path, state: TrainState, *, config: RunSettings, keep: int) -> Path:
     """Write ``folder/step_NNNNNN`` atomically and delete all but the newest ``keep`` checkpoints.
 
     Args:
         folder: the run's checkpoint folder.
         state: what to save.
-        config: hash of the configuration (:func:`config_hash`).
-        keep: checkpoints to keep.
+        config: settings of the run.
+        keep: checkpoints to keep; the one just written is always kept.
 
     Raises:
         CheckpointError: the disk refused (full, read-only); earlier checkpoints are untouched.
     """
     final = folder / f"step_{state.iteration:06d}"
-    temporary = folder / f".writing_{final.name}_{os.getpid()}"
-    for left_over in folder.glob(".writing_*"):  # of a process that was killed while it wrote
-        shutil.rmtree(left_over, ignore_errors=True)
+    saved = state.snapshot
+    flat = {f"{name}/{key}": value for name, entry in saved.optimizer.items() for key, value in entry.items()}
+    meta = {"format": CHECKPOINT_FORMAT, "iteration": state.iteration, "config": config.hash}
+    meta |= {"settings": dict(config.values), "notes": dict(state.notes)}
     try:
-        temporary.mkdir(parents=True)
-        saved = state.snapshot
-        flat = {f"{name}/{key}": value for name, entry in saved.optimizer.items() for key, value in entry.items()}
-        for part, tensors in zip(_PARTS, (saved.values, saved.average, flat), strict=True):
-            path = temporary / part
-            save_file({name: value.contiguous() for name, value in tensors.items()}, path)
-            _flush(path)
-        meta = {"format": CHECKPOINT_FORMAT, "iteration": state.iteration, "config": config, "notes": dict(state.notes)}
-        atomic_write_json(temporary / STATE_FILE, meta)
-        if final.exists():
-            shutil.rmtree(final)
-        temporary.rename(final)
-        _flush(folder)
-    except (OSError, SafetensorError, RunError) as error:
-        raise CheckpointError(
-            f"cannot write checkpoint {final}: {error}; free disk space, then --resume auto"
-        ) from error
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
-    for old in list_checkpoints(folder)[:-keep]:
-        shutil.rmtree(old, ignore_errors=True)
+        with atomic_folder(final, "free disk space, then --resume auto") as temporary:
+            for part, tensors in zip(_PARTS, (saved.values, saved.average, flat), strict=True):
+                write_tensors({name: value.contiguous() for name, value in tensors.items()}, temporary / part)
+            (temporary / STATE_FILE).write_text(json.dumps(meta, indent=2, allow_nan=False) + "\n", encoding="utf-8")
+    except RunError as error:
+        raise CheckpointError(f"checkpoint {error}") from error
+    for old in [path for path in list_checkpoints(folder) if path != final][: -(keep - 1) or None]:
+        with contextlib.suppress(OSError):  # what cannot be deleted stays, and is tried again after the next one
+            remove_folder(old)
     return final
-
-
-def _flush(path: Path) -> None:
-    """Wait until a file, or the names in a folder, are on the disk: a power loss must not leave a torn checkpoint."""
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
 
 
 class CheckpointWriter:
@@ -114,11 +119,11 @@ class CheckpointWriter:
 
     Args:
         folder: the run's checkpoint folder.
-        config: hash of the configuration.
+        config: settings of the run.
         settings: how many to keep, and whether to wait.
     """
 
-    def __init__(self, folder: Path, config: str, settings: TrainConfig) -> None:
+    def __init__(self, folder: Path, config: RunSettings, settings: TrainConfig) -> None:
         self._folder, self._config, self._settings = folder, config, settings
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
         self._pending: Future[Path] | None = None
@@ -149,31 +154,36 @@ class CheckpointWriter:
 
 
 def list_checkpoints(folder: Path) -> list[Path]:
-    """Complete checkpoints, oldest first; half-written ones have another name and are never listed."""
-    found = [
-        path for path in folder.glob("step_*") if CHECKPOINT_NAME.search(path.name) and (path / STATE_FILE).exists()
-    ]
-    return sorted(found)
+    """Checkpoints, oldest first; those being written, deleted or set aside have other names and are never listed."""
+    return sorted(path for path in folder.glob("step_*") if iteration_of(path) is not None)
 
 
-def load_checkpoint(path: Path, *, config: str, allow_config_change: bool = False) -> TrainState:
+def iteration_of(path: Path) -> int | None:
+    """The iterations that a checkpoint's name tells; None for another name, such as that of one set aside."""
+    found = CHECKPOINT_NAME.search(path.name)
+    return None if found is None else int(found[1])
+
+
+def load_checkpoint(path: Path, *, config: RunSettings, allow_config_change: bool = False) -> TrainState:
     """Read a checkpoint.
 
     Raises:
-        CheckpointError: missing, truncated, of another format, or written with another configuration.
+        CheckpointError: missing, truncated or of another format.
+        ConfigError: written with other settings; the message names their keys.
     """
     meta = read_checkpoint_state(path)
     try:
         trained, average, flat = (dict(TensorFile(path / part).items()) for part in _PARTS)
-    except CheckpointError as error:
+        found, iteration, notes = meta["config"], int(meta["iteration"]), meta["notes"]
+    except (CheckpointError, KeyError, TypeError, ValueError) as error:
         raise CheckpointError(f"{path}: not a readable checkpoint ({error}); delete it and use an older one") from error
-    if meta["config"] != config and not allow_config_change:
-        raise CheckpointError(
-            f"{path}: written with another configuration ({meta['config']}, now {config}); compare config.yaml in the"
-            " run folder, or pass --allow-config-change"
+    if found != config.hash and not allow_config_change:
+        changed = differences(meta["settings"], config.values) if "settings" in meta else f"{found}, now {config.hash}"
+        raise ConfigError(
+            f"{path}: written with another configuration ({changed}); restore it, or pass --allow-config-change"
         )
     optimizer: dict[str, dict[str, Tensor]] = {}
     for key, value in flat.items():
         name, _, part = key.rpartition("/")
         optimizer.setdefault(name, {})[part] = value
-    return TrainState(meta["iteration"], Snapshot(trained, average, optimizer), meta["notes"])
+    return TrainState(iteration, Snapshot(trained, average, optimizer), notes)

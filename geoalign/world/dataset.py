@@ -23,7 +23,8 @@ from geoalign.data.video import write_video
 from geoalign.errors import DataError
 from geoalign.geometry.cameras.camera_file import write_clip_camera
 from geoalign.geometry.trajectory import CameraTrajectory
-from geoalign.io_utils import atomic_write_json
+from geoalign.io_utils import atomic_write_json, is_temporary
+from geoalign.locks import LOCK_NAME, writer_lock
 from geoalign.world.motion import ground_plane, random_curves, source_drift, to_c2w
 from geoalign.world.pairs import PROMPT
 from geoalign.world.render import intrinsics, render
@@ -38,9 +39,14 @@ def _fingerprint(world: WorldConfig) -> str:
 
 
 def is_complete(data: DataConfig, world: WorldConfig) -> bool:
-    """Whether ``data.root`` holds exactly this world, completely written."""
-    stamp = data.root / _STAMP
-    return stamp.exists() and json.loads(stamp.read_text())["fingerprint"] == _fingerprint(world)
+    """Whether ``data.root`` holds exactly this world, completely written, and no file of it is gone or empty."""
+    try:
+        stamp = json.loads((data.root / _STAMP).read_text())
+        return stamp["fingerprint"] == _fingerprint(world) and all(
+            (data.root / file).stat().st_size > 0 for file in stamp["files"]
+        )
+    except (OSError, ValueError, KeyError, TypeError):  # write_world says what is wrong with a damaged stamp
+        return False
 
 
 def write_world(data: DataConfig, world: WorldConfig, progress: Callable[[int], object] = lambda count: None) -> None:
@@ -55,11 +61,18 @@ def write_world(data: DataConfig, world: WorldConfig, progress: Callable[[int], 
 
     Raises:
         DataError: the folder holds another data set, which is never overwritten.
+        UsageError: another process is rendering there.
     """
+    _earlier_files(data.root)  # a folder that is not ours gets no lock either
+    with writer_lock(data.root, "world"):
+        if not is_complete(data, world):  # by another process, in the meantime
+            _render_all(data, world, progress)
+
+
+def _render_all(data: DataConfig, world: WorldConfig, progress: Callable[[int], object]) -> None:
     root = data.root
     stamp, unfinished = root / _STAMP, root / _UNFINISHED
     earlier = _earlier_files(root)
-    root.mkdir(parents=True, exist_ok=True)
     clips, archives = _clip_files(data, world), _archive_files(data, world)
     listed = [data.clips_path / "metadata.csv", *archives, *clips, *(clip.with_suffix(".npz") for clip in clips)]
     files = [str(file.relative_to(root) if file.is_relative_to(root) else file) for file in listed]
@@ -76,12 +89,17 @@ def write_world(data: DataConfig, world: WorldConfig, progress: Callable[[int], 
 def _earlier_files(root: Path) -> list[str]:
     """Files that earlier renders wrote, finished or not; relative to ``root`` where they lie inside."""
     stamps = [stamp for name in (_STAMP, _UNFINISHED) if (stamp := root / name).exists()]
-    if not stamps and root.exists() and any(root.iterdir()):
+    if not stamps and root.exists() and any(not _is_of_a_writer(file) for file in root.iterdir()):
         raise DataError(f"{root}: not empty and not an embedded world; choose another data.root or empty the folder")
     try:
         return sorted({file for stamp in stamps for file in json.loads(stamp.read_text())["files"]})
     except (ValueError, KeyError, TypeError):
         raise DataError(f"{root}: its stamp does not list the files of the world in it; empty the folder") from None
+
+
+def _is_of_a_writer(file: Path) -> bool:
+    """Whether it is what a render that was killed before its first stamp leaves in an empty folder."""
+    return is_temporary(file) or file.name == LOCK_NAME
 
 
 def _delete(root: Path, files: list[str]) -> None:

@@ -29,4 +29,4 @@ def write_sheet(world: WorldConfig, path: Path, rows: int = 10) -> None:
     for left, label in ((0, "source frames"), ((picture.width + _GAP * _ENLARGED) // 2, "true target frames")):
         draw.text((left + 4, 2), label, "black", font_size=_HEADER - 8)
     with atomic_path(path) as temporary:
-        labelled.save(temporary)
+        labelled.save(temporary, Image.registered_extensions().get(path.suffix.lower(), "PNG"))

@@ -117,11 +117,19 @@ def test_a_hung_rank_ends_the_run_with_a_message(train: Launch, tmp_path: Path) 
 
 
 @pytest.mark.dist(groups=1)
-def test_a_stop_signal_to_all_ranks_leaves_a_checkpoint_of_the_last_iteration(train: Launch, tmp_path: Path) -> None:
+@pytest.mark.parametrize("delay", [0.0, 0.05, 0.3, 2.0])
+def test_a_stop_signal_to_every_process_of_a_job_is_one(delay: float, train: Launch, tmp_path: Path) -> None:
+    """A scheduler signals torchrun and its workers; torchrun passes on to them what they already have, when it can."""
     folder = tmp_path / "run"
     process = train(folder, 2, "train.iterations=4000", "train.checkpoint_every=1000")
     wait_for(folder / "metrics.jsonl", process)
-    process.send_signal(signal.SIGTERM)  # torchrun passes it on to its children
-    process.communicate(timeout=120)
+    listing = subprocess.run(["ps", "-o", "pid=", "--ppid", str(process.pid)], capture_output=True, text=True).stdout
+    for worker in listing.split():
+        os.kill(int(worker), signal.SIGTERM)
+    time.sleep(delay)
+    process.send_signal(signal.SIGTERM)
+    output, _ = process.communicate(timeout=120)
     rows, found = read_jsonl(folder / "metrics.jsonl"), list_checkpoints(folder / "checkpoints")
-    assert found[-1].name == f"step_{len(rows):06d}"
+    assert [path.name for path in found] == [f"step_{len(rows):06d}"], output[-3000:]
+    assert f"stopped after iteration {len(rows)} of 4000; continue with --resume auto" in output
+    assert process.returncode != 0 and "geoalign/training/" not in output

@@ -24,7 +24,7 @@ PLACES = {
     "rollout": ("geoalign.policy.policy.RetakePolicy", "fast_velocity", 8),
     "reward": ("geoalign.training.trainer", "decode_and_score", 2),
     "update": ("geoalign.training.learner", "clipped_surrogate", 2),
-    "checkpoint": ("geoalign.training.checkpoint", "save_file", 5),
+    "checkpoint": ("geoalign.training.checkpoint", "write_tensors", 5),
 }
 
 
@@ -39,10 +39,10 @@ def train(folder: Path, iterations: int) -> list[float]:
     trainer, norms = trainer_of(), []
     found = checkpoints.list_checkpoints(folder)
     if found:
-        trainer.load(checkpoints.load_checkpoint(found[-1], config="x"))
+        trainer.load(checkpoints.load_checkpoint(found[-1], config=checkpoints.RunSettings("x", {})))
     while trainer.iteration < iterations:
         norms.append(trainer.step()["policy/grad_norm"])
-        checkpoints.save_checkpoint(folder, trainer.state(), config="x", keep=2)
+        checkpoints.save_checkpoint(folder, trainer.state(), config=checkpoints.RunSettings("x", {}), keep=2)
     return norms
 
 
@@ -84,7 +84,7 @@ def test_resumed_run_equals_the_uninterrupted_one(place: str, uninterrupted: lis
     meta = json.loads((complete[0] / "state.json").read_text())
     assert meta["iteration"] == 1
     assert train(tmp_path, 3) == uninterrupted[1:]
-    assert not list(tmp_path.glob(".writing_*"))
+    assert not list(tmp_path.glob(".geoalign-*"))
 
 
 if __name__ == "__main__":

@@ -17,7 +17,7 @@ from geoalign.models.dit import RetakeDiT
 from geoalign.models.layouts import is_self_attention
 from geoalign.policy.formats import save_pretrained, save_safetensors
 from geoalign.policy.open import describe
-from geoalign.training.checkpoint import list_checkpoints, load_checkpoint
+from geoalign.training.checkpoint import RunSettings, list_checkpoints, load_checkpoint
 
 MODEL = {
     "dim": 96, "heads": 4, "layers": 2, "ffn_dim": 128, "in_channels": 32, "out_channels": 16, "patch": (1, 2, 2),
@@ -72,7 +72,9 @@ def test_a_run_starts_from_base_and_delta_and_leaves_a_delta(weights: Path, tmp_
     assert all(value.dtype == torch.float32 for value in found.values())
     moved = [float((found[n] - start[n].float()).abs().max()) for n in found if "rope_phase" not in n]
     assert min(moved) > 5e-4 and max(moved) < 5e-3
-    saved = load_checkpoint(list_checkpoints(tmp_path / "run" / "checkpoints")[-1], config="", allow_config_change=True)
+    saved = load_checkpoint(
+        list_checkpoints(tmp_path / "run" / "checkpoints")[-1], config=RunSettings("", {}), allow_config_change=True
+    )
     assert all(torch.equal(found[name], value) for name, value in saved.snapshot.values.items())
     model, _ = describe(weights / "base", result).network(dtype=None)
     assert all(torch.equal(model.state_dict()[name], value) for name, value in found.items())

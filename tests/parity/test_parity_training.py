@@ -101,16 +101,16 @@ def test_drift_between_rollout_and_learner_stops_the_run(config: Config) -> None
 
 def test_checkpointed_trainer_continues_bitwise(config: Config, tmp_path: Path) -> None:
     """4 iterations = 2 + save + load into a fresh process's objects + 2."""
-    from geoalign.training.checkpoint import load_checkpoint, save_checkpoint
+    from geoalign.training.checkpoint import RunSettings, load_checkpoint, save_checkpoint
 
     straight = trainer_of(config)
     losses = [straight.step()["policy/grad_norm"] for _ in range(4)]
     first = trainer_of(config)
     for _ in range(2):
         first.step()
-    path = save_checkpoint(tmp_path, first.state(), config="x", keep=2)
+    path = save_checkpoint(tmp_path, first.state(), config=RunSettings("x", {}), keep=2)
     second = trainer_of(config)
-    second.load(load_checkpoint(path, config="x"))
+    second.load(load_checkpoint(path, config=RunSettings("x", {})))
     assert [second.step()["policy/grad_norm"] for _ in range(2)] == losses[2:]
     for name, parameter in straight.engine.trained.items():
         assert torch.equal(parameter, second.engine.trained[name]), name

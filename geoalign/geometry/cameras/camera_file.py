@@ -83,5 +83,5 @@ def write_clip_camera(
     }
     if ground_plane is not None:
         arrays["ground_plane"] = ground_plane.double().numpy()
-    with atomic_path(path) as temporary:
-        np.savez(temporary, **arrays)
+    with atomic_path(path) as temporary, temporary.open("wb") as file:  # of a name it would make another
+        np.savez(file, **arrays)

@@ -10,7 +10,6 @@ import json
 import os
 import subprocess
 import sys
-import tempfile
 import threading
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -21,8 +20,10 @@ from torch import Tensor
 
 from geoalign.errors import RewardError, UsageError
 from geoalign.geometry.trajectory import CameraTrajectory
+from geoalign.locks import private_folder
 from geoalign.rewards.base import Reward, RewardOutput, ScorerTimeoutError
 from geoalign.types import RetakeBatch, SourceClip
+from geoalign.weights import write_tensors
 
 _START_TIMEOUT_S = 600.0  # imports and gigabytes of weights
 
@@ -63,7 +64,8 @@ class WorkerReward:
         self._setup = {"factory": factory, "options": dict(options or {})}
         self._python, self._environment = python, dict(environment or {})
         self._process: subprocess.Popen[str] | None = None
-        self._folder = tempfile.TemporaryDirectory(prefix=f"geoalign-{name}-")
+        self._scratch = contextlib.ExitStack()
+        self._folder: Path | None = None
 
     def __call__(self, videos: Tensor, batch: RetakeBatch) -> RewardOutput:
         """Score in the worker.
@@ -71,7 +73,9 @@ class WorkerReward:
         Raises RewardError or UsageError with the worker's own message, ScorerTimeoutError when it is late.
         """
         self.start()
-        folder = Path(self._folder.name)
+        if self._folder is None:
+            self._folder = self._scratch.enter_context(private_folder("geoalign-worker-"))
+        folder = self._folder
         save_request(folder / "request", videos, batch)
         self._ask(str(folder), self.timeout_s)
         return load_output(folder / "answer.safetensors", videos.device)
@@ -93,7 +97,8 @@ class WorkerReward:
     def close(self) -> None:
         """End the worker and delete its folder."""
         self._kill()
-        self._folder.cleanup()
+        self._scratch.close()
+        self._folder = None
 
     def _launch(self) -> None:
         self._kill()
@@ -155,8 +160,6 @@ class WorkerReward:
 
 def save_request(stem: Path, videos: Tensor, batch: RetakeBatch) -> None:
     """Write ``stem.safetensors`` and ``stem.json``."""
-    from safetensors.torch import save_file
-
     source = batch.source
     tensors = {
         "videos": videos,
@@ -168,11 +171,15 @@ def save_request(stem: Path, videos: Tensor, batch: RetakeBatch) -> None:
     }
     if source.ground_plane is not None:
         tensors["ground_plane"] = source.ground_plane
-    # Cloned: safetensors refuses tensors that share memory, and views of one clip do.
-    save_file({key: value.detach().cpu().clone().contiguous() for key, value in tensors.items()}, f"{stem}.safetensors")
+    _write(tensors, stem.with_suffix(".safetensors"))
     Path(f"{stem}.json").write_text(
         json.dumps({"prompts": batch.prompts, "clip_ids": source.clip_ids, "fps": batch.fps})
     )
+
+
+def _write(tensors: Mapping[str, Tensor], path: Path) -> None:
+    # Cloned: safetensors refuses tensors that share memory, and views of one clip do.
+    write_tensors({key: value.detach().cpu().clone().contiguous() for key, value in tensors.items()}, path)
 
 
 def load_request(stem: Path) -> tuple[Tensor, RetakeBatch]:
@@ -192,12 +199,10 @@ def load_request(stem: Path) -> tuple[Tensor, RetakeBatch]:
 
 def save_output(path: Path, output: RewardOutput) -> None:
     """Write a reward's answer as one safetensors file."""
-    from safetensors.torch import save_file
-
     groups = {"scores": output.scores, "parts": output.parts, "diagnostics": output.diagnostics}
     tensors = {f"{group}/{key}": value for group, values in groups.items() for key, value in values.items()}
     tensors |= {"valid": output.valid, "lost": output.lost}
-    save_file({key: value.detach().cpu().clone().contiguous() for key, value in tensors.items()}, path)
+    _write(tensors, path)
 
 
 def load_output(path: Path, device: torch.device) -> RewardOutput:

@@ -15,7 +15,8 @@ from geoalign.data.cache import CacheFolder, open_cache, pad_tokens, trim_tokens
 from geoalign.data.prepare import chosen_starts, data_settings, owner, prepare
 from geoalign.data.source import RetakeDataset
 from geoalign.data.video import write_video
-from geoalign.errors import DataError
+from geoalign.errors import DataError, UsageError
+from geoalign.locks import writer_lock
 from geoalign.types import RetakeBatch
 
 
@@ -148,7 +149,75 @@ def test_stale_and_damaged_caches_are_noticed(world: DataConfig) -> None:
     assert [defect for _, defect in folder.verify()] == ["bytes differ from the manifest"]
     manifest = next(folder.path.glob("*.jsonl"))
     manifest.write_text(manifest.read_text() + "{torn line\n" + json.dumps({"key": 1}) + "\n")
-    assert len(folder.entries()) == 13
+    with pytest.raises(DataError, match="damaged manifest; run `geoalign prepare` again"):
+        folder.entries()
+    again = prepare(world, Encoder())
+    assert again.encoded >= 1 and again.encoded + again.reused == 12
+    assert len(RetakeDataset(world.model_copy(update={"use_cache": True}), seed=0, split="all")._entries) == 12
+
+
+def test_what_a_kill_left_in_the_cache_is_no_window(world: DataConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Killed while it wrote a part, and between a shard and its manifest: the next run encodes one and packs again."""
+    with pytest.raises(KeyboardInterrupt):
+        prepare(world, Encoder(fail_after=5))
+    folder: CacheFolder = open_cache(world.cache, data_settings(world))
+    parts = sorted((folder.path / "parts").glob("*.safetensors"))
+    (temporary := folder.path / "parts" / ".geoalign-host-1-0.tmp").mkdir()
+    (temporary / "new.tmp").write_bytes(parts[0].read_bytes())
+    older = parts[0].with_name(f".{parts[0].stem}.x7.tmp.safetensors")  # as earlier versions named it
+    older.write_bytes(parts[0].read_bytes())
+    assert len(folder.entries()) == 5
+    with monkeypatch.context() as patch:
+        patch.setattr("geoalign.data.cache.atomic_write_text", kill)
+        with pytest.raises(KeyboardInterrupt):
+            prepare(world, Encoder())
+    assert list(folder.path.glob("shard-*.safetensors")) and len(folder.entries()) == 12
+    again = prepare(world, Encoder())
+    assert (again.encoded, again.reused) == (0, 12)
+    assert len(folder.entries()) == 12 and not folder.parts() and not list(folder.verify())
+    shards = {path.stem for path in folder.path.glob("shard-*.safetensors")}
+    assert shards == {path.stem for path in folder.path.glob("shard-*.jsonl")}
+
+
+def kill(*_: object) -> None:
+    raise KeyboardInterrupt
+
+
+@pytest.mark.parametrize("lost", ["manifest", "line of a manifest", "shard", "name of a part"])
+def test_windows_that_were_lost_are_an_error_and_encoded_again(lost: str, world: DataConfig) -> None:
+    prepare(world, Encoder())
+    folder: CacheFolder = open_cache(world.cache, data_settings(world))
+    manifest = next(folder.path.glob("*.jsonl"))
+    windows = len(manifest.read_text().splitlines())
+    if lost == "manifest":
+        manifest.unlink()
+    elif lost == "line of a manifest":
+        manifest.write_text("".join(manifest.read_text().splitlines(keepends=True)[1:]))
+    elif lost == "shard":
+        manifest.with_suffix(".safetensors").unlink()
+    else:
+        windows = 0
+        entry = next(iter(folder.entries().values()))
+        folder.add(entry, folder.read(entry))
+        part = next((folder.path / "parts").iterdir())
+        part.rename(part.with_name("another.safetensors"))
+    with pytest.raises(DataError, match="run `geoalign prepare` again"):
+        RetakeDataset(world.model_copy(update={"use_cache": True}), seed=0, split="all")
+    again = prepare(world, Encoder())
+    assert (again.encoded, again.reused) == (windows, 12 - windows)
+    assert len(folder.entries()) == 12 and not list(folder.verify()) and list(folder.path.rglob("*.damaged"))
+
+
+@pytest.mark.parametrize("name", [".lock-0-of-1", ".lock-1-of-2"])
+def test_a_second_process_does_not_prepare_the_same_windows(name: str, world: DataConfig) -> None:
+    prepare(world, Encoder())
+    folder: CacheFolder = open_cache(world.cache, data_settings(world))
+    with (
+        writer_lock(folder.path, "cache", name),
+        pytest.raises(UsageError, match="another process writes this cache"),
+    ):
+        prepare(world, Encoder())
+    assert prepare(world, Encoder()).reused == 12
 
 
 def changed(config: DataConfig, **sections: Mapping[str, object]) -> DataConfig:

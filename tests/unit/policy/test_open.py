@@ -29,7 +29,7 @@ from geoalign.jobs.prepare import encoder_identity
 from geoalign.models.dit import RetakeDiT
 from geoalign.policy import open as door
 from geoalign.policy.formats import save_pretrained
-from geoalign.training.checkpoint import TrainState, save_checkpoint
+from geoalign.training.checkpoint import RunSettings, TrainState, save_checkpoint
 from geoalign.training.engines.snapshot import Snapshot
 
 TINY_BASE = Path(door.__file__).parents[1] / "_assets" / "tiny_base.safetensors"
@@ -139,7 +139,9 @@ def write_run(folder: Path, config: Config, trained: dict[str, torch.Tensor]) ->
     folder.mkdir(parents=True)
     (folder / "config.yaml").write_text(to_yaml(config))
     raw = {name: value + 1 for name, value in trained.items()}
-    save_checkpoint(folder / "checkpoints", TrainState(2, Snapshot(raw, trained, {}), {}), config="", keep=1)
+    save_checkpoint(
+        folder / "checkpoints", TrainState(2, Snapshot(raw, trained, {}), {}), config=RunSettings("", {}), keep=1
+    )
 
 
 def write_damaged(folder: Path) -> None:

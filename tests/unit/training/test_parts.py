@@ -177,14 +177,14 @@ class TestCheckpointWriter:
         self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         gate, order = threading.Event(), []
-        original = checkpoints.save_file
+        original = checkpoints.write_tensors
 
         def slow(*args: Any, **options: Any) -> None:
             assert gate.wait(30)
             original(*args, **options)
 
-        monkeypatch.setattr(checkpoints, "save_file", slow)
-        with checkpoints.CheckpointWriter(tmp_path, "x", TrainConfig()) as writer:
+        monkeypatch.setattr(checkpoints, "write_tensors", slow)
+        with checkpoints.CheckpointWriter(tmp_path, checkpoints.RunSettings("x", {}), TrainConfig()) as writer:
             writer.save(self.state)
             order.append("training")  # reached although nothing is written yet
             assert checkpoints.list_checkpoints(tmp_path) == []
@@ -196,20 +196,23 @@ class TestCheckpointWriter:
         self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, asynchronous: bool
     ) -> None:
         settings = TrainConfig(async_checkpoints=asynchronous)
-        with checkpoints.CheckpointWriter(tmp_path, "x", settings) as writer:
+        with checkpoints.CheckpointWriter(tmp_path, checkpoints.RunSettings("x", {}), settings) as writer:
             writer.save(self.state)
 
         def full(*_: Any, **__: Any) -> None:
             raise OSError(28, "No space left on device")
 
-        monkeypatch.setattr(checkpoints, "save_file", full)
+        monkeypatch.setattr(checkpoints, "write_tensors", full)
         with (
-            pytest.raises(CheckpointError, match=r"No space left on device; free disk space, then --resume auto"),
-            checkpoints.CheckpointWriter(tmp_path, "x", settings) as writer,
+            pytest.raises(CheckpointError, match=r"No space left on device\); free disk space, then --resume auto"),
+            checkpoints.CheckpointWriter(tmp_path, checkpoints.RunSettings("x", {}), settings) as writer,
         ):
             writer.save(replace(self.state, iteration=4))
         assert [p.name for p in tmp_path.iterdir()] == ["step_000003"]
-        assert checkpoints.load_checkpoint(tmp_path / "step_000003", config="x").iteration == 3
+        assert (
+            checkpoints.load_checkpoint(tmp_path / "step_000003", config=checkpoints.RunSettings("x", {})).iteration
+            == 3
+        )
 
 
 def test_weights_and_biases_gets_every_row_and_continues_a_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

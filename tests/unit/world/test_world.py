@@ -17,6 +17,7 @@ from geoalign.data.source import RetakeDataset
 from geoalign.errors import DataError, UsageError
 from geoalign.geometry import so3
 from geoalign.geometry.plane import ground_axes, intersect_plane, pixel_grid, pixel_rays
+from geoalign.locks import writer_lock
 from geoalign.models.codec import PatchCodec, lapped_transform
 from geoalign.world.dataset import is_complete, write_world
 from geoalign.world.motion import PRESETS, ground_normal, ground_plane, preset_motions, random_curves, to_c2w
@@ -197,6 +198,33 @@ class TestDataset:
         assert not is_complete(data, WORLD)
         write_world(data, WORLD)
         assert json.loads((data.root / "world.json").read_text())["settings"]["clips"] == 12
+
+    def test_a_render_killed_at_its_first_stamp_can_be_run_again(self, tmp_path: Path) -> None:
+        data = self.data(tmp_path)
+        (left := tmp_path / ".geoalign-host-1-0.tmp").mkdir()
+        (left / "new.tmp").touch()
+        (tmp_path / ".lock").touch()
+        write_world(data, WORLD)
+        assert is_complete(data, WORLD)
+
+    @pytest.mark.parametrize("damage", ["gone", "empty"])
+    def test_files_that_are_gone_or_empty_are_rendered_again(self, damage: str, tmp_path: Path) -> None:
+        data = self.data(tmp_path)
+        write_world(data, WORLD)
+        before = contents(data.root)
+        for file in (data.clips_path / "metadata.csv", sorted(data.root.rglob("*.mp4"))[3]):
+            file.unlink()
+            if damage == "empty":
+                file.touch()
+            assert not is_complete(data, WORLD)
+            write_world(data, WORLD)
+            assert is_complete(data, WORLD) and contents(data.root) == before
+
+    def test_a_second_process_does_not_render_into_the_same_folder(self, tmp_path: Path) -> None:
+        data = self.data(tmp_path)
+        with writer_lock(tmp_path, "world"), pytest.raises(UsageError, match="another process writes this world"):
+            write_world(data, WORLD)
+        assert not list(tmp_path.iterdir())
 
     def test_another_world_leaves_nothing_of_the_first(self, tmp_path: Path) -> None:
         """A smaller world over a larger one, finished or not, equals the smaller one alone, byte for byte."""

@@ -88,9 +88,10 @@ def test_worker_scores_equally_in_its_own_environment_and_survives_failures(work
         assert worker.starts == 2
         with pytest.raises(RewardError, match="ended without an answer"):
             worker(torch.full_like(videos, 0.875), batch)
+        folder = worker._folder
     finally:
         worker.close()
-    assert not Path(worker._folder.name).exists()
+    assert folder is not None and not folder.exists()
 
 
 def test_workers_of_different_rewards_score_at_the_same_time(worker_module: Path, tmp_path: Path) -> None:

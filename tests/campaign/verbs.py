@@ -1,0 +1,148 @@
+"""The verbs that write, at the smallest size, each with what a finished one must leave, whatever happened before."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from geoalign.io_utils import is_temporary, read_jsonl
+
+SMALL = (
+    "--config", "smoke", "data.root=data", "data.cache=cache", "run.dir=run", "world.clips=6", "world.trajectories=8",
+    "groups.conditions=2", "groups.size=4", "train.iterations=3", "train.checkpoint_every=1", "eval.samples=2",
+    "data.clips.val_fraction=0", "pretrain.steps=3", "pretrain.pool=32", "pretrain.batch=8",
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Verb:
+    """One writing verb.
+
+    Attributes:
+        name: what it is called in the results.
+        arguments: its command line, in the folder of a trial.
+        needs: folders of the template that it starts from.
+        leaves: what a finished one left, as texts by name; equal to the undisturbed one's or something was lost.
+        again: what continues it after a kill; None: the same command.
+    """
+
+    name: str
+    arguments: tuple[str, ...]
+    needs: tuple[str, ...]
+    leaves: Callable[[Path], Mapping[str, str]]
+    again: tuple[str, ...] | None = None
+
+    def start(self, template: Path, folder: Path) -> None:
+        """Make the folder of a trial anew."""
+        shutil.rmtree(folder, ignore_errors=True)
+        folder.mkdir(parents=True)
+        for name in self.needs:
+            shutil.copytree(template / name, folder / name)
+
+    @property
+    def continued(self) -> tuple[str, ...]:
+        """The command that finishes what an earlier one began."""
+        return self.arguments if self.again is None else self.again
+
+
+def leftovers(folder: Path) -> list[str]:
+    """Temporaries and locks that nobody removed."""
+    return sorted(
+        str(p.relative_to(folder)) for p in folder.rglob("*") if is_temporary(p) or p.name.startswith(".lock")
+    )
+
+
+COMPARED = ("iteration", "reward", "policy", "parity", "window")
+"""Metrics that must be equal; the others measure time, memory and what this process has read so far."""
+
+
+def _digest(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def _bits(value: Tensor) -> str:
+    return hashlib.sha256(value.flatten().view(torch.uint8).numpy().tobytes()).hexdigest()
+
+
+def tree(*names: str) -> Callable[[Path], dict[str, str]]:
+    """The bytes of all files below ``names``."""
+
+    def leaves(folder: Path) -> dict[str, str]:
+        files = (file for name in names for file in (folder / name, *sorted((folder / name).rglob("*"))))
+        return {str(file.relative_to(folder)): _digest(file) for file in files if file.is_file()}
+
+    return leaves
+
+
+def tensors(*paths: str) -> Callable[[Path], dict[str, str]]:
+    """The tensors of safetensors files; their headers tell how long it took."""
+
+    def leaves(folder: Path) -> dict[str, str]:
+        from safetensors.torch import load_file
+
+        found = {}
+        for path in paths:
+            for name, value in load_file(folder / path).items():
+                found[f"{path}/{name}"] = _bits(value)
+        return found
+
+    return leaves
+
+
+def windows(folder: Path) -> dict[str, str]:
+    """Prepared windows by key, however they are packed; nothing damaged."""
+    from geoalign.data.cache import CacheFolder
+
+    path = next((folder / "cache").glob("*/settings.json"))
+    cache = CacheFolder(folder / "cache", json.loads(path.read_text()))
+    found = {f"defect {file}": defect for file, defect in cache.verify()}
+    for key, entry in cache.entries().items():
+        for name, value in cache.read(entry).items():
+            found[f"{key}/{name}"] = _bits(value)
+    return found
+
+
+def trained(folder: Path) -> dict[str, str]:
+    """Policy, newest checkpoint, held-out numbers and the metrics that do not measure time."""
+    newest = sorted((folder / "run" / "checkpoints").glob("step_??????"))[-1].relative_to(folder)
+    parts = ("trained", "average", "optimizer")
+    found = tensors("run/policy.safetensors", *(f"{newest}/{part}.safetensors" for part in parts))(folder)
+    summary = json.loads((folder / "run" / "summary.json").read_text())
+    found["held out"] = json.dumps([summary["held_out_per_noise_seed"], summary["iterations"]])
+    for row in read_jsonl(folder / "run" / "metrics.jsonl"):
+        kept = {key: row[key] for key in row if key.split("/")[0] in COMPARED}
+        found[f"iteration {row['iteration']}"] = json.dumps(kept, sort_keys=True)
+    return found
+
+
+def numbers(path: str) -> Callable[[Path], dict[str, str]]:
+    """The held-out numbers of a JSON file."""
+    return lambda folder: {"held out": json.dumps(json.loads((folder / path).read_text())["held_out"])}
+
+
+def written(path: str) -> Callable[[Path], dict[str, str]]:
+    """A page that is there to its end."""
+    return lambda folder: {path: str((folder / path).read_text().rstrip().endswith("</html>"))}
+
+
+BASE = ("--model", "builtin:tiny_base")
+VERBS = (
+    Verb("world render", ("world", "render", *SMALL), (), tree("data")),
+    Verb("prepare", ("prepare", *SMALL, "data.prepare.clips_per_shard=4"), ("data",), windows),
+    Verb("train", ("train", *SMALL), ("data",), trained, ("train", *SMALL, "--resume", "auto")),
+    Verb("pretrain", ("pretrain", *SMALL, "--out", "out/base.safetensors"), (), tensors("out/base.safetensors")),
+    Verb(
+        "export", ("export", *BASE, "--format", "diffusers", "--out", "out/folder"), (),
+        tree("out/folder"),
+    ),
+    Verb("evaluate", ("evaluate", *SMALL, *BASE, "--json", "out/e.json"), (), numbers("out/e.json")),
+    Verb("report", ("report", "run"), ("run",), written("run/report.html")),
+    Verb("config docs", ("config", "docs", "--out", "out/page.md"), (), tree("out/page.md")),
+)  # fmt: skip

@@ -1,0 +1,49 @@
+"""The fixed small part of the reliability campaign, and the page that its result makes."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+CAMPAIGN = ROOT / "tests" / "campaign"
+PART = {"kills": 8, "full_disks": 4, "read_only": 2, "double_signals": 1, "two_processes": 3, "ranks": 0, "inputs": 0}
+
+
+@pytest.mark.timeout(900)
+def test_a_small_part_of_the_campaign_loses_nothing(tmp_path: Path) -> None:
+    """Every writing verb is killed once; the whole campaign is `make campaign`."""
+    counts = [word for name, count in PART.items() for word in (f"--{name.replace('_', '-')}", str(count))]
+    done = subprocess.run(
+        [sys.executable, str(CAMPAIGN / "campaign.py"), "--out", str(tmp_path / "part.json"), *counts],
+        env=os.environ | {"OMP_NUM_THREADS": "1", "BUDGET_S": "600"}, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    campaigns = json.loads((tmp_path / "part.json").read_text())["campaigns"]
+    assert {name: campaign["tried"] for name, campaign in campaigns.items()} == {n: c for n, c in PART.items() if c}
+
+
+def test_the_page_is_that_of_the_result(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(CAMPAIGN))
+    import page
+    import verbs
+
+    counts = dict.fromkeys(page.COLUMNS, 0) | {"tried": 1200, "accepted_rightly": 1199, "lost": 1}
+    problem = {"campaign": "kills", "number": 7, "kind": "lost", "what": "train, operation 3 of 9: differs\nmore"}
+    result = {
+        "campaigns": {"kills": counts}, "problems": [problem], "seconds": 120.0, "device": "a CPU", "cores": 2,
+        "versions": {"torch": "2"}, "commit": "abc",
+    }  # fmt: skip
+    text = page.page(result, "`train`")
+    assert "| kills | 1,200 | 0 | 1,199 | 0 | 0 | 0 | 1 |" in text
+    assert "a CPU, 2 cores, torch 2, commit abc; 2 min" in text
+    assert "- kills 7, lost: train, operation 3 of 9: differs\n" in text
+    committed = ROOT / "docs" / "results" / "reliability.json"
+    if committed.exists():
+        known = ", ".join(f"`{verb.name}`" for verb in verbs.VERBS)
+        assert (ROOT / "docs" / "reliability.md").read_text() == page.page(json.loads(committed.read_text()), known)
