@@ -3,10 +3,11 @@
     python -m geoalign_kernels.static [--json FILE] [--update] [--only PART_OF_A_NAME]
 
 A row per kernel, configuration and target. Gates: no spills and no stack frame unless listed; shared memory and
-registers within what one block may have; the tensor-core instructions the kernel is built on are there, and ptxas does not put them in
-series; no fp64 arithmetic. Under the Triton version the table was made with also: every global access is 16 bytes wide
-but for the listed exceptions, and nothing has drifted from the table (``expectations.json``). ``--update`` rewrites
-the table; its diff is what a reviewer reads. Cycles of the main loop and the rates that follow: ``loop``.
+registers within what one block may have; the tensor-core instructions the kernel is built on are there, and ptxas does
+not put them in series; no fp64 arithmetic. Under the Triton version the table was made with also: every global access
+is 16 bytes wide but for the listed exceptions, and nothing has drifted from the table (``expectations.json``).
+``--update`` rewrites the table; its diff is what a reviewer reads. Cycles of the main loop, and the rates that follow
+from them: ``loop``.
 Needs no GPU and no driver: Triton's wheel carries ptxas and nvdisasm.
 """
 

@@ -2,8 +2,8 @@
 
 Four units work beside one another, and the busiest one bounds the kernel: tensor cores, shared memory, the schedulers'
 issue slots, the exponential unit. On sm_90 a product runs while its warp goes on, but a warp that waits for it before
-its softmax adds the two up: `hidden` cycles of softmax are those between a product's issue and the wait for it. A kernel
-without products streams rows: its issue slots stand against its bytes.
+its softmax adds the two up: `hidden` cycles of softmax are those between a product's issue and the wait for it. A
+kernel without products streams rows: its issue slots stand against its bytes.
 Not modelled: latencies, bank conflicts, barriers between warps, L2, the first and last blocks.
 """
 

@@ -1,7 +1,8 @@
 """Rates of one multiprocessor per clock cycle, and how many of them a card has.
 
 Sources: CUDA C++ programming guide, table of arithmetic throughput (16 exponentials, four schedulers, 128 bytes of
-shared memory a cycle); the A100 and H100 white papers (dense products); data sheets (multiprocessors, clocks, bandwidth).
+shared memory a cycle); the A100 and H100 white papers (dense products); data sheets (multiprocessors, clocks,
+bandwidth).
 """
 
 from __future__ import annotations
