@@ -19,7 +19,7 @@ from geoalign.flow.policy import Condition, PhasedPolicy, Velocity, VelocityFn
 from geoalign.flow.rollout import ForwardCount, Rollout
 from geoalign.flow.table import StepTable
 from geoalign.perf.timer import phase
-from geoalign_kernels import FlowStep, NoiseKey, flow_log_prob, flow_step, philox_normal, streams
+from geoalign_kernels import FlowStep, NoiseKey, exact_only, flow_log_prob, flow_step, philox_normal, streams
 
 
 class ObservedStep(NamedTuple):
@@ -174,7 +174,8 @@ class FlowSampler:
         lanes = slice(rows.start // per_lane, -(-rows.stop // per_lane))
         num_conditions = rollout.num_rows // rollout.group_size
         lane_cond = _condition(cond, lanes, rollout.group_size // per_lane, num_conditions)
-        velocity = self._velocity(PhasedPolicy.of(policy).window, state[lanes], step, lane_cond)
+        with exact_only():
+            velocity = self._velocity(PhasedPolicy.of(policy).window, state[lanes], step, lane_cond)
         offset = rows.start - lanes.start * per_lane
         members = slice(offset, offset + rows.stop - rows.start)
         v = velocity.map(lambda part: _repeat(_working(part), per_lane)[members])
@@ -250,14 +251,14 @@ class FlowSampler:
         with phase("rollout/prefix"):
             x = self._ode(run.phases.prefix, x, None, range(first), cond, run.forwards, "prefix")
         run.x_start[lanes] = x
-        with phase("rollout/window"):
+        with phase("rollout/window"), exact_only():
             velocity = self._window_velocity(run, x, first, cond).map(lambda v: _repeat(_working(v), per_lane))
             rows, passes = slice(lanes.start * per_lane, lanes.stop * per_lane), velocity.passes * x.shape[0]
             return rows, *self._stochastic(run, 0, _repeat(x, per_lane), velocity, rows, passes)
 
     def _finish(self, run: _Run, cond: Condition, x: Tensor, m_prev: Tensor | None, rows: slice) -> None:
         """The other window steps and the deterministic tail of some rows."""
-        with phase("rollout/window"):
+        with phase("rollout/window"), exact_only():
             for position, step in enumerate(self._window_steps[1:], start=1):
                 velocity = self._window_velocity(run, x, step, cond)
                 x, m_prev = self._stochastic(run, position, x, velocity, rows, velocity.passes * x.shape[0])

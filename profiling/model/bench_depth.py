@@ -31,7 +31,8 @@ from geoalign.geometry.trajectory import CameraTrajectory
 from geoalign.models.dit import RetakeDiT
 from geoalign.models.wan_vae import WanCodec
 from geoalign.perf.budget import Plan, Walk, count_passes
-from geoalign.perf.cost import DEVICES, DeviceProfile, Execution, TransformerCost
+from geoalign.perf.cost import Execution, TransformerCost
+from geoalign.perf.devices import DEVICES, DeviceProfile
 from geoalign.policy.policy import RetakePolicy
 from geoalign.rewards.base import RewardOutput
 from geoalign.training.telemetry import plan_of

@@ -31,7 +31,7 @@ from geoalign.frozen.graphed import CudaGraphBackend, GraphedScorer
 from geoalign.frozen.mapanything_images import plan_resize
 from geoalign.frozen.precision import exactly
 from geoalign.frozen.qwen_patches import fit_size
-from geoalign.perf.cost import DEVICES
+from geoalign.perf.devices import DEVICES
 from geoalign.perf.reward_cost import pose_path_flops, qwen_flops
 from geoalign.rewards.vlm.body import RewardQwen, hpsv3_head, videoalign_head
 from geoalign.rewards.vlm.layout import HPSV3_BODY, VIDEOALIGN_BODY, QwenLayout

@@ -12,7 +12,7 @@ from bench_timing import Call, errors, on_poison
 from torch import Tensor
 
 import geoalign_kernels as gk
-from geoalign.perf.cost import DeviceProfile
+from geoalign.perf.devices import DeviceProfile, core_rates
 from geoalign_kernels.ops.attention.cores import CORES, why_not, why_not_fp8
 
 HEADS, HEAD = 12, 128
@@ -78,12 +78,13 @@ class AttentionCase:
         return self.implementations[impl]
 
     def predicted_ms(self, profile: DeviceProfile, impl: str, direction: str) -> float | None:
-        """By the rates of the cost model; the class of the core is that of the profile."""
-        quantised = impl in QUANTISED
-        rate = profile.attention_int8 if quantised else profile.attention
+        """By the rates of the cost model for that very core; None where it has none."""
+        modes = {"int8": profile.attention_int8, "int8_fp8": profile.attention_int8_fp8}
+        core = core_rates(profile.target).get(impl)
+        rate = modes.get(impl) if core is None else core.forward if direction == "fwd" else core.backward
         flops = self.work[direction].flops
         assert flops is not None
-        return 1e3 * flops / (rate if direction == "fwd" else profile.attention_backward)
+        return 1e3 * flops / rate if rate else None
 
     def prepare(self, impl: str, direction: str) -> tuple[Call, Check]:
         """(what to time, what gives its errors) of one row."""

@@ -12,7 +12,7 @@ from bench_timing import Call, buffers_for, errors, on_poison
 from torch import Tensor
 
 import geoalign_kernels as gk
-from geoalign.perf.cost import DeviceProfile
+from geoalign.perf.devices import DeviceProfile
 
 HEADS, HEAD, PAIRS = 12, 128, 42
 WIDTH = HEADS * HEAD

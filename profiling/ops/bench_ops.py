@@ -42,7 +42,8 @@ from bench_timing import (
 )
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from geoalign.perf.cost import DEVICES, TransformerCost, profile_of
+from geoalign.perf.cost import TransformerCost
+from geoalign.perf.devices import DEVICES, profile_of
 from geoalign_kernels.static.check import EXPECTATIONS
 
 GATE = 1e-2

@@ -53,6 +53,20 @@ def test_int8_is_close_and_refused_where_it_would_bias_the_ratio() -> None:
         gk.attention(q.requires_grad_(), k, v, mode="int8")
 
 
+def test_the_guard_of_the_window_holds_in_a_graph_compiled_outside_of_it() -> None:
+    function = torch.compile(
+        lambda *t: gk.attention(*t, mode="int8").out, backend="aot_eager", fullgraph=True, dynamic=False
+    )
+    q = torch.randn(1, 8, 1, 32)
+    assert not gk.inside_exact_only()
+    expected = function(q, q, q)
+    with gk.exact_only():
+        assert gk.inside_exact_only()
+        with pytest.raises(RuntimeError, match="SDE window"):
+            function(q, q, q)
+    assert torch.equal(function(q, q, q), expected)
+
+
 def test_fp8_values_are_as_close_as_their_three_bits_allow_and_refused_likewise() -> None:
     """e4m3 keeps three bits behind the leading one: rounding errs by 2^-4 / sqrt(3) of the binade, 2.55 % of the value
     in the root mean square. Probabilities and values err independently: 3.6 %, and 3.9 % with int8's 1.4 %."""
