@@ -1,6 +1,7 @@
 """One RL iteration of the 1.3B model on fewer blocks, extrapolated to all of them and checked against a whole pass.
 
     python profiling/model/bench_depth.py [--quick] [--out FILE.jsonl]       on a CUDA device; --quick: depths 1, 2, 4
+    python profiling/model/bench_depth.py --one [--out FILE.jsonl]           one iteration of 2 blocks, all exact levers
     python profiling/model/bench_depth.py --plan                             predicted seconds, any machine
     python profiling/model/bench_depth.py --self-check [--out FILE.jsonl]    any machine, a tiny model
 
@@ -306,6 +307,14 @@ def plan() -> None:
             print(f"{setting:8s} {layers:6d}  " + "  ".join(f"{value:9.1f}" for value in seconds))
 
 
+def one(bench: Bench, scene: Scene) -> list[str]:
+    """The rows of one iteration with the exact levers; nothing is extrapolated."""
+    bench.ceilings("first")
+    iteration(bench, scene, scene.compared, "exact")
+    bench.ceilings("last")
+    return []
+
+
 def run(bench: Bench, scene: Scene) -> list[str]:
     """All rows; what was not as it must be (tiny sizes: times are not judged)."""
     bench.ceilings("first")
@@ -330,6 +339,7 @@ def run(bench: Bench, scene: Scene) -> list[str]:
 def main() -> int:
     """Entry point; 2 without a device, 1 if a check fails."""
     parser = options_parser(__doc__, None, "depths 1, 2 and 4")
+    parser.add_argument("--one", action="store_true", help="only one iteration of the second depth, all exact levers")
     parser.add_argument("--plan", action="store_true", help="print predictions, measure nothing")
     options = parser.parse_args()
     if options.plan:
@@ -338,7 +348,8 @@ def main() -> int:
     bench = bench_of(options, "--plan or --self-check")
     if bench is None:
         return 2
-    wrong = run(bench, Scene.of(bench.small, bench.quick, bench.device))
+    scene = Scene.of(bench.small, bench.quick or options.one, bench.device)
+    wrong = one(bench, scene) if options.one else run(bench, scene)
     if bench.file.path:
         print(f"wrote {bench.file.path}")
     for text in wrong:
