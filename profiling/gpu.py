@@ -35,7 +35,7 @@ from gpu_tests import environment as child_environment  # noqa: E402
 RESERVE_S = 10.0
 """Kept for ending a stage and writing its rows."""
 CLOSE_S = 20.0
-"""A stage is told that much less than it has: it ends by itself, after its last test or ceilings, and is not cut off."""
+"""A stage is told that much less than it has, so that it ends by itself, after its last test or ceilings."""
 STOP_S = 5.0
 """How long a stage that was told to end may take, before it is killed."""
 Row = dict[str, Any]

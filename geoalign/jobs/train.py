@@ -30,7 +30,7 @@ from geoalign.policy.formats import save_safetensors
 from geoalign.rewards.registry import build_rewards, close_rewards
 from geoalign.training.checkpoint import CheckpointWriter, TrainState, config_hash, load_checkpoint
 from geoalign.training.engines.snapshot import whole_on_cpu
-from geoalign.training.processes.device import device_of, dtype_of
+from geoalign.training.processes.device import device_of, dtype_of, repeat_exactly
 from geoalign.training.processes.ranks import Ranks
 from geoalign.training.processes.torchrun import ranks_of_environment
 from geoalign.training.trainer import Trainer
@@ -85,6 +85,8 @@ def run_training(config: Config, *, resume: str | None = None, allow_config_chan
     """
     device, parallel = device_of(config.run), config.parallel
     cuda = device.type == "cuda"
+    if config.run.deterministic:
+        repeat_exactly()
     if cuda:
         torch.cuda.set_device(device)
     with ranks_of_environment(parallel.sequence, config.train.rank_timeout_s, cuda=cuda) as ranks:

@@ -132,7 +132,7 @@ class SelfAttention(nn.Module):
         sequence, probe, core = self.execution.sequence, self.execution.probe, self.execution.core
         if sequence is not None:
             q, k, v = (sequence.to_heads(part) for part in (q, k, v))
-        if probe is not None and self.mode is None:
+        if probe is not None and probe.measures(self.layer):
             y = probe(self.layer, q, k, v, core=core)
             self.mode = probe.chosen[self.layer]
         else:

@@ -185,6 +185,24 @@ def test_probe_keeps_layers_exact_that_int8_would_spoil() -> None:
         probe(0, q, k, v)
 
 
+def test_probe_lets_the_worst_of_early_middle_and_late_steps_count() -> None:
+    q, k, v = torch.randn(1, 300, 2, 64), torch.randn(1, 190, 2, 64), torch.randn(1, 190, 2, 64)
+    spoiled = q.clone()
+    spoiled[:, ::7, :, 0] *= 3000.0
+    probe = ProbedInt8Attention(threshold=2e-2)
+    for noise, inputs, measures, expected in (
+        (1.0, q, True, "int8"), (0.9, spoiled, False, "int8"),  # a second early step is not measured
+        (0.5, q, True, "int8"), (0.1, spoiled, True, "exact"), (0.0, q, False, "exact"), (1.0, q, False, "exact"),
+    ):  # fmt: skip
+        probe.at(noise)
+        assert probe.measures(0) == measures
+        assert torch.equal(probe(0, inputs, k, v), gk.attention(inputs, k, v, mode=expected).out)
+    probe.at(1.0)
+    assert probe.measures(1)
+    probe.settle(["exact", "int8"])
+    assert not probe.measures(1) and torch.equal(probe(1, spoiled, k, v), gk.attention(spoiled, k, v, mode="int8").out)
+
+
 def test_probe_takes_the_first_mode_that_a_layer_tolerates() -> None:
     q, k, v = torch.randn(1, 300, 2, 64), torch.randn(1, 190, 2, 64), torch.randn(1, 190, 2, 64)
     spoiled = q.clone()
