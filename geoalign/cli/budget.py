@@ -52,7 +52,7 @@ def add_parser(subparsers: Any) -> None:
     parser.add_argument("config", help="preset or .yaml path")
     parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="settings by dotted name")
     parser.add_argument("--device", choices=sorted(DEVICES), default="a800", help="device profile (default: a800)")
-    parser.add_argument("--core", help="exact attention core (default: the one chosen on such a card)")
+    parser.add_argument("--core", help="exact attention core (default: run.attention, else the one chosen there)")
     parser.add_argument("--results", type=Path, metavar="FILE", help="result file of `make gpu` on such a card")
     parser.add_argument("--devices", type=int, metavar="N", help="number of devices (default: one per condition)")
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write the numbers to FILE")
@@ -74,7 +74,8 @@ def run_budget(args: argparse.Namespace) -> int:
         check_writable(args.json)
     run, coarse, left_out = describe(config)
     guidance = 2 if config.flow.guidance > 1 else 1
-    profile = _profile(args.device, args.core, args.results)
+    named = config.run.attention if config.run.attention in core_rates(DEVICES[args.device].target) else None
+    profile = _profile(args.device, args.core or named, args.results)
     ladder = climb(run, coarse, profile, devices, guidance)
     numbers = _numbers(run, coarse, ladder, profile, devices, guidance)
     print(_text(numbers, ladder, args.config, left_out))

@@ -58,9 +58,8 @@ def ready(config: Config, policy: RetakePolicy, ranks: Ranks) -> Parts:
     engine = build_engine(config, model, trained, ranks, dtype)
     if config.parallel.engine != "fsdp":  # which casts where it gathers
         model.to(dtype)
-    policy = replace(
-        policy, codec=policy.codec.to(device), guidance=config.flow.guidance, fast=_twin(config, model, choice.int8)
-    )
+    twin = _twin(config, model, choice.int8)
+    policy = replace(policy, codec=policy.codec.to(device), guidance=config.flow.guidance, fast=twin)
     reference = ReferencePolicy(engine.trained) if config.objective.kl_weight > 0 else None
     return Parts(policy, engine, device, reference)
 

@@ -216,12 +216,14 @@ def iteration(bench: Bench, scene: Scene, layers: int, setting: str) -> tuple[di
         metrics = trainer.step()
         total = 1e3 * (time.perf_counter() - began)
     assert metrics["perf/forward_equivalents"] == metrics["perf/predicted_forward_equivalents"]
-    expected = predicted_ms(scene.config, layers, setting, bench.profile) if bench.profile else {}
+    core = trainer.policy.model.execution.core or ""
+    profile = bench.profile.with_core(core) if bench.profile else None
+    expected = predicted_ms(scene.config, layers, setting, profile) if profile else {}
     times = {name: 1e3 * metrics.get(f"time/{name}_s", 0.0) for name in PHASES}
     common = {"variant": f"{layers} blocks", "direction": "", "shape": [layers], "n_warm": 1, "n_rep": 1}
     for name, value in times.items():
         bench.add("phase", name, setting, t_ms_median=value, predicted_ms=expected.get(name), **common)
-    note = f"{metrics['perf/forward_equivalents']:.0f} forward equivalents"
+    note = f"{metrics['perf/forward_equivalents']:.0f} forward equivalents, attention core {core}"
     peak = int(1e9 * metrics["perf/peak_memory_gb"])
     bench.add("iteration", "iteration", setting, t_ms_median=total, peak_mem_bytes=peak, note=note,
               predicted_ms=sum(expected.values()) or None, **common)  # fmt: skip

@@ -66,8 +66,8 @@ def exact_only() -> Iterator[None]:
 def resolve_attention(device: torch.device | str, dtype: torch.dtype, *, deterministic: bool = False) -> str:
     """Name of the exact core for this device and dtype; resolve it once and pass it to rollout and learner alike.
 
-    On compute capability 9.0 FlashAttention 3, cuDNN, FlashAttention 2, torch's flash operator, in this order, whichever
-    is there; elsewhere the last two. ``deterministic`` leaves out those whose backward does not repeat.
+    On compute capability 9.0 FlashAttention 3, cuDNN, FlashAttention 2, torch's flash operator, in this order,
+    whichever is there; elsewhere the last two. ``deterministic`` leaves out those whose backward does not repeat.
 
     Raises:
         BackendUnavailableError: the core that GEOALIGN_ATTENTION or ``use_backend`` names cannot run.
