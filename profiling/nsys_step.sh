@@ -3,7 +3,7 @@
 #   profiling/nsys_step.sh REPORT DELAY_S DURATION_S -- train --config NAME [section.key=value ...]
 # DELAY_S skips loading and compilation. The ranges of the NVTX domain `geoalign` name the phases of an iteration.
 set -euo pipefail
-usage() { sed -n '2,4s/^# \{0,1\}//p' "$0" >&2; exit 2; }
+usage() { sed -n '2,5s/^# \{0,1\}//p' "$0" >&2; exit 2; }
 [ $# -ge 5 ] && [ "$4" = -- ] || usage
 command -v nsys >/dev/null || { echo "nsys is not on PATH: it comes with Nsight Systems" >&2; exit 2; }
 report=$1 delay=$2 duration=$3

@@ -23,6 +23,7 @@ from geoalign.jobs.metrics_file import MetricsWriter
 from geoalign.jobs.prepare import encoder_identity
 from geoalign.jobs.progress import bar
 from geoalign.jobs.train_held_out import RunEvaluator, held_out_summary
+from geoalign.jobs.train_profile import profiled
 from geoalign.jobs.train_resume import find_checkpoint, refuse_disagreement, refuse_other_data, refuse_overwrite
 from geoalign.models.codec import PatchCodec
 from geoalign.policy.files import open_base, save_policy
@@ -72,13 +73,16 @@ def prepare_run(config: Config) -> None:
             write_world(config.data, config.world, progress.update)
 
 
-def run_training(config: Config, *, resume: str | None = None, allow_config_change: bool = False) -> Path:
+def run_training(
+    config: Config, *, resume: str | None = None, allow_config_change: bool = False, profile: int | None = None
+) -> Path:
     """Train as configured; returns the run folder.
 
     Args:
         config: resolved configuration.
         resume: "auto" (continue if there is a checkpoint), "latest" (there must be one) or a checkpoint path.
         allow_config_change: continue although the configuration differs from the checkpoint's.
+        profile: iteration of which rank 0 writes a trace.
 
     Raises:
         UserError: any set-up that cannot work; nothing is left half-written.
@@ -90,10 +94,12 @@ def run_training(config: Config, *, resume: str | None = None, allow_config_chan
     if cuda:
         torch.cuda.set_device(device)
     with ranks_of_environment(parallel.sequence, config.train.rank_timeout_s, cuda=cuda) as ranks:
-        return _run_training(config, ranks, resume, allow_config_change)
+        return _run_training(config, ranks, resume, allow_config_change, profile)
 
 
-def _run_training(config: Config, ranks: Ranks, resume: str | None, allow_config_change: bool) -> Path:
+def _run_training(
+    config: Config, ranks: Ranks, resume: str | None, allow_config_change: bool, profile: int | None
+) -> Path:
     """The run on one rank; rank 0 alone writes."""
     fingerprint = config_hash(config.model_dump(mode="json"))
     checkpoint = find_checkpoint(config.run.folder, resume)
@@ -116,12 +122,14 @@ def _run_training(config: Config, ranks: Ranks, resume: str | None, allow_config
             refuse_other_data(state, dataset.fingerprint(), allow_config_change)
         refuse_disagreement(ranks, 0 if state is None else state.iteration, fingerprint, dataset.fingerprint())
         trainer = Trainer(config, policy, dataset, rewards, ranks)
-        return _train(config, trainer, state, fingerprint, dataset.fingerprint())
+        return _train(config, trainer, state, fingerprint, dataset.fingerprint(), profile)
     finally:
         close_rewards(rewards)
 
 
-def _train(config: Config, trainer: Trainer, state: TrainState | None, fingerprint: str, data: str) -> Path:
+def _train(
+    config: Config, trainer: Trainer, state: TrainState | None, fingerprint: str, data: str, profile: int | None
+) -> Path:
     """From set-up to summary; ``fingerprint`` names the configuration, ``data`` the clips and paths."""
     folder, main, environment = config.run.folder, trainer.ranks.rank == 0, describe_environment()
     if main:
@@ -134,7 +142,7 @@ def _train(config: Config, trainer: Trainer, state: TrainState | None, fingerpri
     else:
         trainer.notes["before"] = evaluation.keep("before")
     trainer.notes["data"] = data
-    if not _loop(config, trainer, folder, fingerprint, evaluation, clock):
+    if not _loop(config, trainer, folder, fingerprint, evaluation, clock, profile):
         return folder
     _save_result(config, trainer, folder)
     trainer.engine.swap_average()
@@ -189,8 +197,9 @@ class _Clock:
 
 
 def _loop(
-    config: Config, trainer: Trainer, folder: Path, fingerprint: str, evaluation: RunEvaluator, clock: _Clock
-) -> bool:
+    config: Config, trainer: Trainer, folder: Path, fingerprint: str, evaluation: RunEvaluator, clock: _Clock,
+    profile: int | None,
+) -> bool:  # fmt: skip
     """Iterate to the end (True) or to a stop request (False); always leaves a checkpoint of the last iteration."""
     total, main = config.train.iterations, trainer.ranks.rank == 0
     base_notes = dict(trainer.notes)
@@ -201,7 +210,8 @@ def _loop(
         bar(total, "training", "it", trainer.iteration) as progress,
     ):
         while trainer.iteration < total:
-            numbers = trainer.step()
+            with profiled(trainer, folder) if main and trainer.iteration == profile else nullcontext():
+                numbers = trainer.step()
             if config.eval.every and trainer.iteration % config.eval.every == 0:
                 numbers |= evaluation.on_the_way()
             if writer is not None:

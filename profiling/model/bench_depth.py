@@ -34,6 +34,7 @@ from geoalign.models.wan_vae import WanCodec
 from geoalign.perf.budget import Plan, Walk, count_passes
 from geoalign.perf.cost import Execution, TransformerCost
 from geoalign.perf.devices import DEVICES, DeviceProfile
+from geoalign.perf.phases import phase_work
 from geoalign.policy.policy import RetakePolicy
 from geoalign.rewards.base import RewardOutput
 from geoalign.training.telemetry import plan_of
@@ -189,21 +190,9 @@ def predicted_ms(config: Config, layers: int, setting: str, profile: DeviceProfi
     plan, window = plan_of(config), config.window
     execution = Execution() if setting == "off" else Execution(kernels="fused", cached=True, pruned=True)
     walk = Walk(window.start, window.size, config.flow.steps - window.start - window.size)
-    count = count_passes(walk, 1, config.groups.size, 1, plan)
-    forward, backward = work.forward(profile, execution), work.backward(profile, execution).total
-    outside = work.forward(profile, execution, int8_attention=setting == "int8").total
-    again = forward.total - (forward.attention if plan.keep_attention else 0.0)
-    learner = count.recompute * again + count.backward * backward
-    # Streamed backwards run inside the window; only the merged first step is left to the update.
-    streamed = learner * (1 - count.replay / count.backward) if plan.stream_backward else 0.0
-    seconds = {
-        "rollout/prefix": count.prefix * outside,
-        "rollout/window": count.window * forward.total + streamed,
-        "rollout/tail": count.tail * outside,
-        "update/forward": count.replay * forward.total,
-        "update/backward": learner - streamed,
-    }
-    return {name: 1e3 * value for name, value in seconds.items()}
+    plan = replace(plan, execution=execution, int8_attention=setting == "int8")
+    found = phase_work(work, plan, walk, 1, config.groups.size, 1, profile)
+    return {name: 1e3 * phase.seconds for name, phase in found.items() if phase.seconds is not None}
 
 
 def iteration(bench: Bench, scene: Scene, layers: int, setting: str) -> tuple[dict[str, float], Tensor]:

@@ -20,6 +20,8 @@ WIDTH, HEAD, PAIRS = 1536, 128, 42
 ROW = {name: value for name, value in plan_rows(WIDTH, HEAD).constants.items() if name != "num_warps"}
 ROW_WARPS = {"num_warps": plan_rows(WIDTH, HEAD).warps}
 HEADS = {"HEAD": HEAD, "VECTOR": 2}
+NO_PHASE = {"HEAD": WIDTH, "PAIRS": 1, "VECTOR": 2}
+"""What a launch without a phase passes: cross-attention's residual sum with the norm behind it."""
 FLOW = {"num_warps": flow.WARPS, "enable_fp_fusion": False}
 PHASES = "42 phases a head put every other head off a 16-byte boundary"
 STREAMS: tuple[tuple[str, str, str], ...] = (
@@ -85,6 +87,8 @@ def _epilogue() -> Iterator[KernelConfig]:
         yield KernelConfig(
             f"{path}forward_kernel", label, forward, rotated, ROW_WARPS, narrow=(Narrow(PHASES, 6),)
         )  # fmt: skip
+        plain = {**forward, "Phase": None, "phase_strides": ("i32", "i32", "i32")}
+        yield KernelConfig(f"{path}forward_kernel", f"{label}; no phase", plain, {**rotated, **NO_PHASE}, ROW_WARPS)
         backward: dict[str, Type] = {
             **each(stream, "DStream", "Stream", "DX"),
             **each(branch, "DNormed", "Y", "DY"),
@@ -98,6 +102,10 @@ def _epilogue() -> Iterator[KernelConfig]:
         yield KernelConfig(
             f"{path}backward_kernel", f"{label}; all gradients", backward, rotated, ROW_WARPS,
             narrow=(Narrow(PHASES, 6, 6),),
+        )  # fmt: skip
+        plain = {**backward, **each(None, "Y", "Phase", "DPhase")}
+        yield KernelConfig(
+            f"{path}backward_kernel", f"{label}; no phase", plain, {**rotated, **NO_PHASE}, ROW_WARPS
         )  # fmt: skip
         yield KernelConfig(
             f"{path}backward_kernel", f"{label}; frozen phase", {**backward, **each(None, "Y", "DPhase")}, rotated,
