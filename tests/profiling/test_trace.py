@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import gzip
+import importlib.util
 import json
 import sqlite3
+import sys
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import pytest
-from profiling_runs import script
+from profiling_runs import ROOT, script
 from training_cases import Brightness, smoke, trainer_of
 
 from geoalign.jobs.train_profile import profiled
@@ -17,10 +20,11 @@ from geoalign.jobs.train_profile import profiled
 SCHEMA_OF_NSYS = """
 CREATE TABLE StringIds (id INTEGER NOT NULL PRIMARY KEY, value TEXT NOT NULL);
 CREATE TABLE NVTX_EVENTS (start INTEGER NOT NULL, end INTEGER, eventType INTEGER NOT NULL, rangeId INTEGER,
-    category INTEGER, color INTEGER, text TEXT, globalTid INTEGER, endGlobalTid INTEGER, textId INTEGER, domainId INTEGER,
-    uint64Value INTEGER, int64Value INTEGER, doubleValue REAL, jsonTextId INTEGER, jsonText TEXT);
+    category INTEGER, color INTEGER, text TEXT, globalTid INTEGER, endGlobalTid INTEGER, textId INTEGER,
+    domainId INTEGER, uint64Value INTEGER, int64Value INTEGER, doubleValue REAL, jsonTextId INTEGER, jsonText TEXT);
 CREATE TABLE CUPTI_ACTIVITY_KIND_RUNTIME (start INTEGER NOT NULL, end INTEGER NOT NULL, eventClass INTEGER NOT NULL,
-    globalTid INTEGER, correlationId INTEGER, nameId INTEGER NOT NULL, returnValue INTEGER NOT NULL, callchainId INTEGER);
+    globalTid INTEGER, correlationId INTEGER, nameId INTEGER NOT NULL, returnValue INTEGER NOT NULL,
+    callchainId INTEGER);
 CREATE TABLE CUPTI_ACTIVITY_KIND_KERNEL (start INTEGER NOT NULL, end INTEGER NOT NULL, deviceId INTEGER NOT NULL,
     contextId INTEGER NOT NULL, streamId INTEGER NOT NULL, correlationId INTEGER, globalPid INTEGER,
     demangledName INTEGER NOT NULL, shortName INTEGER NOT NULL, mangledName INTEGER, gridX INTEGER, blockX INTEGER);
@@ -44,7 +48,8 @@ def nsys_export(path: Path) -> None:
         (0, 100 * MS, 59, "not ours", MAIN, None, 4),
     ]  # fmt: skip
     base.executemany(
-        "INSERT INTO NVTX_EVENTS (start, end, eventType, text, globalTid, textId, domainId) VALUES (?, ?, ?, ?, ?, ?, ?)",
+        "INSERT INTO NVTX_EVENTS (start, end, eventType, text, globalTid, textId, domainId) "
+        "VALUES (?, ?, ?, ?, ?, ?, ?)",
         events,
     )
     # launched at, thread, ran from, to, name
@@ -88,11 +93,19 @@ def test_an_nsys_export_gives_launches_gaps_and_mfu_per_span(tmp_path: Path) -> 
     assert worst.index("rollout/window: 0.50") < worst.index("update/backward: 1.00")
 
 
-@pytest.mark.usefixtures("profiling")
-def test_a_trace_of_a_real_iteration_on_this_cpu(tmp_path: Path) -> None:
-    """Its products are counted from their shapes: forward and backward of the learner, and the rollout's forwards."""
-    import trace
+@pytest.fixture
+def trace() -> ModuleType:
+    """The script, whose name the standard library has as well."""
+    spec = importlib.util.spec_from_file_location("profiling_trace", ROOT / "profiling/trace.py")
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module
+    spec.loader.exec_module(module)
+    return module
 
+
+def test_a_trace_of_a_real_iteration_on_this_cpu(tmp_path: Path, trace: ModuleType) -> None:
+    """Its products are counted from their shapes: forward and backward of the learner, and the rollout's forwards."""
     trainer = trainer_of(smoke(advantage={"weights": {}}), rewards={"b": Brightness()})
     with profiled(trainer, tmp_path):
         trainer.step()
@@ -109,20 +122,10 @@ def test_a_trace_of_a_real_iteration_on_this_cpu(tmp_path: Path) -> None:
     assert done.returncode == 0 and "rollout/window" in done.stdout and "nothing was predicted" in done.stdout
 
 
-@pytest.mark.usefixtures("profiling")
-def test_operators_inside_a_counted_one_are_not_counted_again() -> None:
-    import trace
-
-    def event(name: str, start: float, duration: float, dims: list[Any] = [], kind: str = "cpu_op") -> dict[str, Any]:  # noqa: B006
-        return {
-            "ph": "X",
-            "cat": kind,
-            "name": name,
-            "ts": start,
-            "dur": duration,
-            "tid": 1,
-            "args": {"Input Dims": dims},
-        }
+def test_operators_inside_a_counted_one_are_not_counted_again(trace: ModuleType) -> None:
+    def event(name: str, start: float, duration: float, dims: list[Any] | None = None, kind: str = "cpu_op") -> Any:
+        arguments = {"Input Dims": dims or []}
+        return {"ph": "X", "cat": kind, "name": name, "ts": start, "dur": duration, "tid": 1, "args": arguments}
 
     events = [
         event("rollout/window", 0, 100, kind="user_annotation"),
