@@ -60,7 +60,7 @@ def compile_row(config: Any, target: int) -> dict[str, Any]:
         options = config.launch_options(target)
         compiled = triton.compile(source, target=GPUTarget("cuda", target, 32), options=options)
     row = {"kernel": config.kernel_name, "config": config.label, "target": f"sm_{target}"}
-    listing = _disassemble(compiled.asm["cubin"])
+    listing = disassemble(compiled.asm["cubin"])
     row |= _measure(log.getvalue(), listing) | loop.columns(listing, target, options["num_warps"], config.flops(target))
     row |= {"shared_bytes": compiled.metadata.shared, "warps": options["num_warps"]}
     row["blocks_per_sm"] = blocks_per_sm(row)
@@ -73,7 +73,7 @@ def compile_row(config: Any, target: int) -> dict[str, Any]:
     }
 
 
-def _disassemble(cubin: bytes) -> str:
+def disassemble(cubin: bytes) -> str:
     """The machine code as text."""
     import triton.backends.nvidia as nvidia
 

@@ -40,5 +40,6 @@ RATES = {
 """By target: an A800 or A100 at its boost clock, an H200 at 1.755 GHz.
 
 sm_80: FlashAttention-2, bound by its tensor cores there, was published at 188 of 312 TFLOP/s. sm_90: SageAttention 1,
-modelled at 572 TFLOP/s from its compiled kernel, was published at 518.
+modelled at 533 TFLOP/s from its compiled kernel, was published at 518; Triton's example, modelled at 560, at 420 to
+477.
 """
