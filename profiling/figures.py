@@ -136,7 +136,8 @@ def _kernel_table(timed: list[Row]) -> list[str]:
     ours = {_of(r): r["t_ms_median"] for r in timed if r["impl"] == "ours"}
     plain = {(r["name"], tuple(r["shape"])): r["t_ms_median"] for r in timed if r["variant"] == "plain"}
     header = ["op", "direction", "shape", "implementation", "ms", "p20-p80", "GB/s", "% copy", "TFLOP/s", "% matmul",
-              "rel. error", "launches", "registers", "predicted ms", "time over ours or plain"]  # fmt: skip
+              "rel. error", "launches", "registers", "predicted ms", "time over ours or plain", "version",
+              "level"]  # fmt: skip
     lines = []
     for r in timed:
         base = ours.get(_of(r)) or plain.get((r["name"], tuple(r["shape"])))
@@ -145,7 +146,7 @@ def _kernel_table(timed: list[Row]) -> list[str]:
             f"{_number(r['t_ms_p20'], 4)}-{_number(r['t_ms_p80'], 4)}", _number(r["gbps"]), _number(r["pct_copy"]),
             _number(r["tflops"]), _number(r["pct_matmul"]), "-" if r["rel_l2"] is None else f"{r['rel_l2']:.1e}",
             _number(r["launches"]), _number(r["regs"]), _number(r["predicted_ms"], 4),
-            "-" if base is None else f"{r['t_ms_median'] / base:.2f}",
+            "-" if base is None else f"{r['t_ms_median'] / base:.2f}", r.get("version") or "-", r.get("level") or "-",
         ])  # fmt: skip
     return _table(header, lines)
 

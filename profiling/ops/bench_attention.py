@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
 
+import bench_libraries as libraries
 import torch
 from bench_cases import SAMPLED, Check, Work, sets
 from bench_timing import Call, errors, on_poison
@@ -66,12 +67,12 @@ class AttentionCase:
             reasons["reference"] = f"plain softmax is not timed above {MATRIX_LIMIT} queries"
         # on a CPU the self-check runs the reference of the quantised modes
         reasons |= {"int8": "", "int8_fp8": why_not_fp8(q.device) if q.device.type == "cuda" else ""}
-        return reasons | {"sage": "SageAttention has no adapter here; its published charts are the comparison"}
+        return reasons | {name: libraries.attention_absent(name, q.device) for name in libraries.ATTENTION}
 
     @property
     def rows(self) -> list[tuple[str, str]]:
-        """(implementation, direction) of every row; the quantised modes have no backward."""
-        return [(impl, d) for impl in self.implementations for d in self.work if d == "fwd" or impl not in QUANTISED]
+        """(implementation, direction) of every row; quantised modes and rivals have no backward here."""
+        return [(impl, d) for impl in self.implementations for d in self.work if d == "fwd" or impl in CORES]
 
     def absent(self, impl: str) -> str:
         """Why an implementation is not there; empty if it is."""
@@ -139,6 +140,10 @@ def attention_cases(
 
 def forward(name: str, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """Output by the named row of `AttentionCase.implementations`."""
+    if name in libraries.ATTENTION:
+        rival = libraries.ATTENTION[name]()
+        assert not isinstance(rival, str)
+        return rival(q, k, v)
     if name in QUANTISED:
         return gk.attention(q, k, v, mode=name).out
     return gk.attention(q, k, v, core=name).out

@@ -27,6 +27,7 @@ from typing import Any
 
 import bench_attention as attention
 import bench_cases as cases
+import bench_libraries as libraries
 import bench_products as products
 import torch
 from bench_timing import (
@@ -91,6 +92,9 @@ class Bench:
             "name": name,
             "impl": impl,
         }
+        if kind == "kernel":
+            level = libraries.level_of(impl, fields.get("variant", ""))
+            row |= {"version": libraries.version_of(impl), "level": level}
         row |= {"status": "ok", "dtype": str(self.dtype).removeprefix("torch."), "variant": "", "note": "", **fields}
         assert kind == "reward" or set(row) == set(FIELDS), set(row) ^ set(FIELDS)
         time_ms = row["t_ms_median"]

@@ -21,7 +21,7 @@ CARDS = ("a800", "h100", "h200")
 
 
 def table() -> list[str]:
-    """Markdown lines: hours so far after every lever on 64 of each card, and the least founded kind among their rates."""
+    """Markdown lines: hours so far after every lever on 64 of each card, and what they rest on."""
     config = load_config(Config, "paper_64xa800")
     run, coarse, _ = describe(config)
     devices = config.groups.conditions

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import math
 from collections import Counter
+from contextlib import nullcontext
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -381,3 +383,33 @@ def test_adapter_reads_ray_maps_in_the_published_channel_order() -> None:
     expected = rays[1 + sub_frame, pluecker, 8 + 2 * ky + dy, 4 + 2 * kx + dx]
     assert tokens.shape == (1, 3 * 3 * 2, 96)
     torch.testing.assert_close(tokens[0, 6 + 2 * 2 + 1, 5], expected)
+
+
+def test_the_gelu_runs_in_the_product_only_where_no_log_probability_is_taken() -> None:
+    """On a CUDA device that is not there: with a gradient and inside the window the feed-forward is the plain one."""
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    from geoalign.models.execution import Execution
+    from geoalign.models.layers import Block
+    from geoalign_kernels import exact_only
+
+    names: list[str] = []
+
+    class Recorder(TorchDispatchMode):
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            names.append(func._schema.name)
+            return func(*args, **(kwargs or {}))
+
+    with FakeTensorMode(), torch.device("cuda"):
+        block = Block(ModelConfig(), 0, Execution()).bfloat16()
+        u = torch.empty(2, 5, block.config.dim, dtype=torch.bfloat16)
+        for grad, window, dtype, fused in (
+            (False, False, torch.bfloat16, True), (True, False, torch.bfloat16, False),
+            (False, True, torch.bfloat16, False), (False, False, torch.float32, False),
+        ):  # fmt: skip
+            names.clear()
+            with torch.set_grad_enabled(grad), exact_only() if window else nullcontext(), Recorder():
+                out = block.to(dtype)._feed_forward(u.to(dtype))
+            assert out.shape == u.shape and ("aten::_addmm_activation" in names) == fused
+            assert ("aten::gelu" in names) == (not fused)
+            block.bfloat16()

@@ -148,3 +148,12 @@ def test_the_measurement_itself_runs_here() -> None:
     choice = choose(smoke(run={"attention": "measured"}, ode={"attention": "int8"}), torch.device("cpu"), torch.float32,
                     LocalRanks())  # fmt: skip
     assert choice.core == "sdpa_flash" and "ms" in choice.why and "ode.attention=int8" in choice.why
+
+
+def test_a_deterministic_run_turns_off_what_does_not_repeat(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: dict[str, Any] = {}
+    monkeypatch.setattr(torch, "use_deterministic_algorithms", lambda on: asked.update(deterministic=on))
+    for name in ("enable_mem_efficient_sdp", "enable_cudnn_sdp"):
+        monkeypatch.setattr(torch.backends.cuda, name, lambda on, name=name: asked.update({name: on}))
+    trainer_of(smoke(run={"deterministic": True}, advantage={"weights": {}}), rewards={"b": Brightness()})
+    assert asked == {"deterministic": True, "enable_mem_efficient_sdp": False, "enable_cudnn_sdp": False}
