@@ -37,6 +37,13 @@ def sinusoid(timestep: Tensor, dim: int) -> Tensor:
     return torch.cat([angle.cos(), angle.sin()], -1)
 
 
+def gelu_in_product(weight: Tensor, u: Tensor) -> bool:
+    """Whether a feed-forward of ``u`` may take its GELU into the product: another rounding than the learner's."""
+    approximate = not (torch.is_grad_enabled() or inside_exact_only())
+    plain = type(weight) is nn.Parameter  # not one that torchao or FSDP2 has replaced
+    return approximate and plain and u.is_cuda and u.dtype == torch.bfloat16
+
+
 class PatchEmbedding(nn.Module):
     """Linear map of non-overlapping patches; the weight has the shape of the equivalent Conv3d."""
 
@@ -291,8 +298,7 @@ class Block(nn.Module):
     def _feed_forward(self, u: Tensor) -> Tensor:
         """``self.ffn``; in steps that take no log-probability its GELU runs inside the product (cuBLASLt)."""
         into, _, out = self.ffn
-        plain = type(into.weight) is nn.Parameter  # not one that torchao or FSDP2 has replaced
-        if torch.is_grad_enabled() or inside_exact_only() or not (plain and u.is_cuda and u.dtype == torch.bfloat16):
+        if not gelu_in_product(into.weight, u):
             return self.ffn(u)
         hidden = torch._addmm_activation(into.bias, u.flatten(0, 1), into.weight.T, use_gelu=True)
         return out(hidden.unflatten(0, u.shape[:2]))
