@@ -23,6 +23,7 @@ from geoalign.jobs.metrics_file import MetricsWriter
 from geoalign.jobs.prepare import encoder_identity, render_missing_data
 from geoalign.jobs.progress import bar
 from geoalign.jobs.train_held_out import RunEvaluator, held_out_summary
+from geoalign.jobs.train_profile import profiled
 from geoalign.jobs.train_resume import refuse_disagreement, refuse_other_data, state_to_resume
 from geoalign.models.codec import PatchCodec
 from geoalign.policy.files import DELTA_FILE, POLICY_FILE, RUN_CONFIG, save_policy
@@ -31,7 +32,7 @@ from geoalign.policy.safetensors_file import save_safetensors
 from geoalign.rewards.registry import build_rewards, close_rewards
 from geoalign.training.checkpoint import CheckpointWriter, TrainState, config_hash
 from geoalign.training.engines.snapshot import whole_on_cpu
-from geoalign.training.processes.device import device_of, dtype_of
+from geoalign.training.processes.device import device_of, dtype_of, repeat_exactly
 from geoalign.training.processes.ranks import Ranks
 from geoalign.training.processes.torchrun import ranks_of_environment
 from geoalign.training.trainer import Trainer
@@ -63,13 +64,16 @@ class StopRequest:
                 signal.signal(number, old)
 
 
-def run_training(config: Config, *, resume: str | None = None, allow_config_change: bool = False) -> Path:
+def run_training(
+    config: Config, *, resume: str | None = None, allow_config_change: bool = False, profile: int | None = None
+) -> Path:
     """Train as configured; returns the run folder.
 
     Args:
         config: resolved configuration.
         resume: "auto" (continue if there is a checkpoint), "latest" (there must be one) or a checkpoint path.
         allow_config_change: continue although the configuration differs from the checkpoint's.
+        profile: iteration of which rank 0 writes a trace.
 
     Raises:
         UserError: any set-up that cannot work; nothing is left half-written.
@@ -77,6 +81,8 @@ def run_training(config: Config, *, resume: str | None = None, allow_config_chan
     device, folder = device_of(config.run), config.run.folder
     fingerprint = config_hash(config.model_dump(mode="json"))
     cuda = device.type == "cuda"
+    if config.run.deterministic:
+        repeat_exactly()
     if cuda:
         torch.cuda.set_device(device)
     with ranks_of_environment(config.parallel.sequence, config.train.rank_timeout_s, cuda=cuda) as ranks:
@@ -91,7 +97,7 @@ def run_training(config: Config, *, resume: str | None = None, allow_config_chan
             evaluation, clock = RunEvaluator.of(config, trainer, folder), _Clock()
             if state is None:
                 trainer.notes["before"] = evaluation.keep("before")
-            if not _iterate(config, trainer, evaluation, clock, fingerprint):
+            if not _iterate(config, trainer, evaluation, clock, fingerprint, profile):
                 return folder
             _save_result(config, trainer, folder)
             trainer.engine.swap_average()
@@ -170,7 +176,9 @@ class _Clock:
         return float(notes.get("cpu_s", 0.0)) + time.process_time() - self._cpu
 
 
-def _iterate(config: Config, trainer: Trainer, evaluation: RunEvaluator, clock: _Clock, fingerprint: str) -> bool:
+def _iterate(
+    config: Config, trainer: Trainer, evaluation: RunEvaluator, clock: _Clock, fingerprint: str, profile: int | None
+) -> bool:
     """Iterate to the end (True) or to a stop request (False); always leaves a checkpoint of the last iteration."""
     total, main, folder = config.train.iterations, trainer.ranks.rank == 0, config.run.folder
     base_notes = dict(trainer.notes)
@@ -181,7 +189,8 @@ def _iterate(config: Config, trainer: Trainer, evaluation: RunEvaluator, clock: 
         bar(total, "training", "it", trainer.iteration) as progress,
     ):
         while trainer.iteration < total:
-            numbers = trainer.step()
+            with profiled(trainer, folder) if main and trainer.iteration == profile else nullcontext():
+                numbers = trainer.step()
             if config.eval.every and trainer.iteration % config.eval.every == 0:
                 numbers |= evaluation.on_the_way()
             if writer is not None:

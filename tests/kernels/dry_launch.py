@@ -101,11 +101,12 @@ def attempts(target: int) -> Iterator[dict[str, Any]]:
         launches.append((self.fn.__name__, compiled.metadata.shared))
         return compiled
 
+    tiles = triton_impl.TILES
     triton.runtime.driver.set_active(Driver(target))
     with (
         mock.patch.object(JITFunction, "run", compile_only),
         mock.patch.object(dispatch, "_why_not", lambda *_: ""),
-        mock.patch.object(triton_impl, "key_block", lambda _: triton_impl.KEY_BLOCK[target]),
+        mock.patch.object(triton_impl, "tile", lambda _, fp8: triton_impl.FP8_TILE if fp8 else tiles[target]),
         mock.patch.object(cores, "why_not_fp8", lambda _: ""),
         gk.use_backend("triton"),
     ):
