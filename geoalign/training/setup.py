@@ -19,7 +19,7 @@ from geoalign.training.engines.optim import freeze_all_but
 from geoalign.training.processes.device import device_of, dtype_of, repeat_exactly
 from geoalign.training.processes.ranks import Ranks
 from geoalign.training.reference import ReferencePolicy
-from geoalign_kernels.ops.attention.cores import why_not_fp8
+from geoalign_kernels.ops.attention.fp8_support import why_not_fp8
 from geoalign_kernels.ops.attention.probe import Mode
 
 logger = logging.getLogger(__name__)

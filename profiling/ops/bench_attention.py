@@ -14,7 +14,8 @@ from torch import Tensor
 
 import geoalign_kernels as gk
 from geoalign.perf.devices import DeviceProfile, core_rates
-from geoalign_kernels.ops.attention.cores import CORES, why_not, why_not_fp8
+from geoalign_kernels.ops.attention.cores import CORES, why_not
+from geoalign_kernels.ops.attention.fp8_support import why_not_fp8
 
 HEADS, HEAD = 12, 128
 CHUNK = 1024

@@ -87,17 +87,17 @@ def test_fp8_values_are_as_close_as_their_three_bits_allow_and_refused_likewise(
 
 
 def test_fp8_is_refused_where_the_device_has_none(monkeypatch: pytest.MonkeyPatch) -> None:
-    from geoalign_kernels.ops.attention import cores, triton_impl
+    from geoalign_kernels.ops.attention import fp8_support, triton_impl
 
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (8, 0))
-    assert "8.0" in cores.why_not_fp8(torch.device("cuda"))
-    assert cores.report_fp8(torch.device("cuda"))["backend"].startswith("error: ")
+    assert "8.0" in fp8_support.why_not_fp8(torch.device("cuda"))
+    assert fp8_support.report_fp8(torch.device("cuda"))["backend"].startswith("error: ")
     q = torch.randn(1, 4, 1, 32)
     with monkeypatch.context() as patch, pytest.raises(gk.BackendUnavailableError, match="use mode='int8'"):
-        patch.setattr(cores, "why_not_fp8", lambda device: "no fp8")
+        patch.setattr(fp8_support, "why_not_fp8", lambda device: "no fp8")
         triton_impl.attention_int8_fp8(q, q, q, 0.25)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (9, 0))
-    assert cores.report_fp8(torch.device("cuda"))["backend"] == "triton"
+    assert fp8_support.report_fp8(torch.device("cuda"))["backend"] == "triton"
 
 
 def test_heads_too_small_for_8_bit_products_are_left_to_the_reference() -> None:

@@ -16,7 +16,8 @@ from philox_kernel import assert_words_equal
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import geoalign_kernels as gk
-from geoalign_kernels.ops.attention.cores import CORES, REPEATABLE, why_not, why_not_fp8
+from geoalign_kernels.ops.attention.cores import CORES, REPEATABLE, why_not
+from geoalign_kernels.ops.attention.fp8_support import why_not_fp8
 from geoalign_kernels.philox import NORMAL_ATOL
 from geoalign_kernels.testing import assert_gradients_match, assert_matches_reference, run_with_gradients
 

@@ -28,7 +28,7 @@ dispatch.register(
     triton=f"{_HERE}.triton_impl:forward",
 )
 QUANTISED = ("int8", "int8_fp8")
-for _name, _reporter in (("attention_int8", ""), ("attention_int8_fp8", f"{_HERE}.cores:report_fp8")):
+for _name, _reporter in (("attention_int8", ""), ("attention_int8_fp8", f"{_HERE}.fp8_support:report_fp8")):
     dispatch.register(
         _name, reporter=_reporter, reference=f"{_HERE}.reference:{_name}", triton=f"{_HERE}.triton_impl:{_name}"
     )

@@ -20,7 +20,7 @@ import triton.language as tl
 from torch import Tensor
 
 from geoalign_kernels.dispatch import BackendUnavailableError, UnsupportedInput, interpreting
-from geoalign_kernels.ops.attention import cores
+from geoalign_kernels.ops.attention import fp8_support
 from geoalign_kernels.ops.attention.reference import FP8_MAX, SCALE_BLOCK
 
 LOG2E = 1.4426950408889634
@@ -269,7 +269,7 @@ def attention_int8_fp8(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
         BackendUnavailableError: the device is not of compute capability 9.0.
     """
     _check(q, scale, QUANTISED_HEADS)
-    reason = cores.why_not_fp8(q.device)
+    reason = fp8_support.why_not_fp8(q.device)
     if reason:
         raise BackendUnavailableError(f"attention mode 'int8_fp8': {reason}; use mode='int8'")
     if q.numel() == 0 or k.numel() == 0:
