@@ -10,12 +10,13 @@ WORKERS ?= 2
 export OMP_NUM_THREADS ?= 1
 
 .NOTPARALLEL:
-.PHONY: help setup demo test check lint format types contracts interpreted slow results gpu docs clean
+.PHONY: help setup demo test check lint format types contracts interpreted slow results gpu docs wheel clean
 
 help:
 	@sed -n '2,4s/^# \{0,1\}//p' Makefile
 	@echo "  make check   lint and the fast tests            make lint    ruff and codespell"
 	@echo "  make gpu     the tests that need a GPU          make docs    regenerate docs/configuration.md"
+	@echo "  make wheel   build both wheels and try them"
 	@echo "  make slow    what is too long for make test     make results regenerate every table of the embedded default"
 
 # One stamp per set of extras: a finished set-up costs nothing the next time.
@@ -35,7 +36,7 @@ demo: $(VENV)/.geoalign-base
 lint: setup
 	@$(BIN)/ruff check .
 	@$(BIN)/ruff format --check .
-	@$(BIN)/codespell geoalign kernels csrc configs profiling tests docs *.md
+	@$(BIN)/codespell geoalign kernels csrc configs profiling tests docs examples *.md
 
 format: setup
 	@$(BIN)/ruff check --fix .
@@ -69,5 +70,13 @@ gpu: setup
 docs: setup
 	@$(BIN)/geoalign config docs --out docs/configuration.md
 
+# Both wheels into dist/, each tried in a clean environment by the tests that otherwise build their own.
+wheel: setup
+	@rm -rf build kernels/build dist
+	@$(BIN)/python -m pip wheel --quiet --no-deps --no-build-isolation -w dist . ./kernels
+	@GEOALIGN_WHEELS=$(CURDIR)/dist $(BIN)/python -m pytest -q tests/packaging/test_wheel.py
+	@rm -rf build kernels/build
+	@ls dist
+
 clean:
-	rm -rf build dist *.egg-info .pytest_cache .ruff_cache
+	rm -rf build kernels/build dist *.egg-info kernels/*.egg-info .pytest_cache .ruff_cache

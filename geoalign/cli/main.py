@@ -15,7 +15,7 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from geoalign import __version__
+from geoalign.version import __version__
 from geoalign.errors import UsageError, UserError
 
 DEBUG_VARIABLE = "GEOALIGN_DEBUG"

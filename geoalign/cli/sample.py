@@ -250,7 +250,7 @@ def _write(
 ) -> None:
     import torch
 
-    from geoalign import __version__
+    from geoalign.version import __version__
     from geoalign.data.plots import plot_cameras
     from geoalign.data.video import write_video
     from geoalign.io_utils import atomic_write_json

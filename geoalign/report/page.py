@@ -11,7 +11,7 @@ from typing import Any
 
 import yaml
 
-from geoalign import __version__
+from geoalign.version import __version__
 from geoalign.errors import UsageError
 from geoalign.io_utils import atomic_write_text, check_writable
 from geoalign.report.curves import curves_section, phases_section
