@@ -1,6 +1,6 @@
 """The fused ops in an attention block of your own; needs only `pip install ./kernels`.
 
-    python examples/own_attention.py
+python examples/own_attention.py
 """
 
 import torch

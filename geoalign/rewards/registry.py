@@ -134,7 +134,7 @@ def build_evaluator(name: str, shared: Shared | None = None, /, **options: Any) 
 def build_reward(kind: str, options: Mapping[str, Any], shared: Shared | None = None) -> Reward:
     """Build one reward by registered name; what it needs of evaluators is taken from, and added to, ``shared``."""
     shared = shared or Shared()
-    options, evaluator_options = _check_reward(f"reward {kind}", kind, options)
+    options, evaluator_options = _check_reward(f"reward {kind} options", kind, options)
     if EVALUATOR in options:
         key = f"{options[EVALUATOR]}:{sorted(evaluator_options.items())}"
         if key not in shared.evaluators:
