@@ -33,8 +33,9 @@ geoalign::Pixel pixel_of(const Tensor& video) {
 
 // Shapes and dtypes of everything but the pixels are the Python op's own doing; it builds all tables and outputs.
 geoalign::FramePreprocess pack(const Tensor& video, const Tensor& gx, const Tensor& gxw, const Tensor& gy,
-                               const Tensor& gyw, const Tensor& px, const Tensor& pxw, const Tensor& py,
-                               const Tensor& pyw, const Tensor& slots, const Tensor& levels, const Tensor& geometry,
+                               const Tensor& gyw, const Tensor& cx, const Tensor& cxw, const Tensor& cy,
+                               const Tensor& cyw, const Tensor& sx, const Tensor& sxw, const Tensor& sy,
+                               const Tensor& syw, const Tensor& slots, const Tensor& levels, const Tensor& geometry,
                                const Tensor& clip, const Tensor& still) {
   geoalign::FramePreprocess p{};
   p.video = video.const_data_ptr();
@@ -43,10 +44,9 @@ geoalign::FramePreprocess pack(const Tensor& video, const Tensor& gx, const Tens
   p.frames = static_cast<int32_t>(video.size(1));
   p.height = static_cast<int32_t>(video.size(3));
   p.width = static_cast<int32_t>(video.size(4));
-  p.geometry_x = axis(gx, gxw);
-  p.geometry_y = axis(gy, gyw);
-  p.patch_x = axis(px, pxw);
-  p.patch_y = axis(py, pyw);
+  p.resize[geoalign::kGeometry] = {axis(gx, gxw), axis(gy, gyw)};
+  p.resize[geoalign::kClip] = {axis(cx, cxw), axis(cy, cyw)};
+  p.resize[geoalign::kStill] = {axis(sx, sxw), axis(sy, syw)};
   p.slots = static_cast<const int32_t*>(slots.const_data_ptr());
   p.geometry_frames = static_cast<int32_t>(geometry.size(1));
   p.clip_frames = static_cast<int32_t>(clip.size(1)) * geoalign::kPair;
@@ -59,10 +59,12 @@ geoalign::FramePreprocess pack(const Tensor& video, const Tensor& gx, const Tens
 }
 
 #define GEOALIGN_ARGUMENTS                                                                                       \
-  Tensor video, Tensor gx, Tensor gxw, Tensor gy, Tensor gyw, Tensor px, Tensor pxw, Tensor py, Tensor pyw,      \
-      Tensor slots, Tensor levels, int64_t geometry_rows, int64_t geometry_columns, int64_t patch_rows,          \
-      int64_t patch_columns, int64_t stream, Tensor geometry, Tensor clip, Tensor still
-#define GEOALIGN_PACKED pack(video, gx, gxw, gy, gyw, px, pxw, py, pyw, slots, levels, geometry, clip, still)
+  Tensor video, Tensor gx, Tensor gxw, Tensor gy, Tensor gyw, Tensor cx, Tensor cxw, Tensor cy, Tensor cyw,      \
+      Tensor sx, Tensor sxw, Tensor sy, Tensor syw, Tensor slots, Tensor levels, int64_t geometry_rows,          \
+      int64_t geometry_columns, int64_t clip_rows, int64_t clip_columns, int64_t still_rows,                     \
+      int64_t still_columns, int64_t stream, Tensor geometry, Tensor clip, Tensor still
+#define GEOALIGN_PACKED \
+  pack(video, gx, gxw, gy, gyw, cx, cxw, cy, cyw, sx, sxw, sy, syw, slots, levels, geometry, clip, still)
 
 // Outputs of hundreds of megabytes are fresh memory: with pages of 4 KiB the kernel takes as long to map them as the
 // twin takes to fill them. NumPy asks for huge pages in the same way.
@@ -79,7 +81,8 @@ void ask_for_huge_pages(const Tensor& output) {
 }
 
 void frame_preprocess_cpu(GEOALIGN_ARGUMENTS) {
-  (void)geometry_rows, (void)geometry_columns, (void)patch_rows, (void)patch_columns, (void)stream;
+  (void)geometry_rows, (void)geometry_columns, (void)clip_rows, (void)clip_columns, (void)still_rows;
+  (void)still_columns, (void)stream;
   for (const Tensor& output : {geometry, clip, still}) ask_for_huge_pages(output);
   const geoalign::FramePreprocess p = GEOALIGN_PACKED;
   torch::stable::parallel_for(0, static_cast<int64_t>(p.clips) * p.frames, 1, [&p](int64_t begin, int64_t end) {
@@ -91,8 +94,9 @@ void frame_preprocess_cpu(GEOALIGN_ARGUMENTS) {
 void frame_preprocess_cuda(GEOALIGN_ARGUMENTS) {
   const geoalign::FramePreprocess p = GEOALIGN_PACKED;
   const torch::stable::accelerator::DeviceGuard guard(video.get_device_index());
-  const int32_t reads[4] = {static_cast<int32_t>(geometry_rows), static_cast<int32_t>(geometry_columns),
-                            static_cast<int32_t>(patch_rows), static_cast<int32_t>(patch_columns)};
+  const int32_t reads[2 * geoalign::kTargets] = {
+      static_cast<int32_t>(geometry_rows), static_cast<int32_t>(geometry_columns), static_cast<int32_t>(clip_rows),
+      static_cast<int32_t>(clip_columns),  static_cast<int32_t>(still_rows),       static_cast<int32_t>(still_columns)};
   const int error = geoalign_frame_preprocess_cuda(&p, reads, reinterpret_cast<void*>(stream));
   STD_TORCH_CHECK(error == 0, "frame_preprocess: CUDA launch failed with cudaError ", error);
 }
@@ -104,9 +108,9 @@ void frame_preprocess_cuda(GEOALIGN_ARGUMENTS) {
 // library that also loads into a CPU torch cannot link.
 STABLE_TORCH_LIBRARY(geoalign_native, m) {
   m.def(
-      "frame_preprocess(Tensor video, Tensor gx, Tensor gxw, Tensor gy, Tensor gyw, Tensor px, Tensor pxw, Tensor py, "
-      "Tensor pyw, Tensor slots, Tensor levels, int geometry_rows, int geometry_columns, int patch_rows, "
-      "int patch_columns, int stream, Tensor(a!) geometry, Tensor(b!) clip, Tensor(c!) still) -> ()");
+      "frame_preprocess(Tensor video, Tensor gx, Tensor gxw, Tensor gy, Tensor gyw, Tensor cx, Tensor cxw, Tensor cy, "
+      "Tensor cyw, Tensor sx, Tensor sxw, Tensor sy, Tensor syw, Tensor slots, Tensor levels, int geometry_rows, "
+      "int geometry_columns, int clip_rows, int clip_columns, int still_rows, int still_columns, int stream, Tensor(a!) geometry, Tensor(b!) clip, Tensor(c!) still) -> ()");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(geoalign_native, CPU, m) { m.impl("frame_preprocess", TORCH_BOX(&frame_preprocess_cpu)); }

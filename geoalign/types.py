@@ -103,12 +103,14 @@ class RetakeBatch:
         target_camera: ``[B, F]``, frame 0 is the identity (the first view of the source).
         prompts: B strings.
         encodings: prepared latents and embeddings, or None: the policy encodes the source itself.
+        fps: frames per second of the videos, where a file says so.
     """
 
     source: SourceClip
     target_camera: CameraTrajectory
     prompts: tuple[str, ...]
     encodings: Encodings | None = None
+    fps: float | None = None
 
     def __post_init__(self) -> None:
         if not len(self.source) == len(self.target_camera) == len(self.prompts):
@@ -127,7 +129,7 @@ class RetakeBatch:
         index = torch.as_tensor(index, dtype=torch.long, device=self.source.video.device)
         camera = self.target_camera[index.to(self.target_camera.device)]
         encodings = None if self.encodings is None else self.encodings.select(index)
-        return RetakeBatch(self.source.select(index), camera, _pick(self.prompts, index), encodings)
+        return RetakeBatch(self.source.select(index), camera, _pick(self.prompts, index), encodings, self.fps)
 
     def repeat_interleave(self, repeats: int) -> RetakeBatch:
         """Each condition ``repeats`` times in a row: the layout of a group of rollouts."""
@@ -136,4 +138,4 @@ class RetakeBatch:
     def to(self, device: torch.device | str) -> RetakeBatch:
         """Copy the tensors to ``device``."""
         encodings = None if self.encodings is None else self.encodings.to(device)
-        return RetakeBatch(self.source.to(device), self.target_camera.to(device), self.prompts, encodings)
+        return RetakeBatch(self.source.to(device), self.target_camera.to(device), self.prompts, encodings, self.fps)

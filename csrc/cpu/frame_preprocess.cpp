@@ -35,22 +35,22 @@ struct Vectors {
 };
 
 // One target of one plane at a time.
-template <int kLanes, bool kGeometry>
+template <int kLanes, bool kRoundsTwice>
 class Resampler {
   using Float = typename Vectors<kLanes>::Float;
   using Int = typename Vectors<kLanes>::Int;
 
  public:
   // `kept`: finished rows of levels held until they are stored.
-  Resampler(const Axis& across, const Axis& down, int32_t kept)
-      : across_(across),
-        down_(down),
-        stride_(round_up(across.size, kVectors * kLanes)),
-        slots_(down.taps + kRows - 1),
+  Resampler(const Resize& resize, int32_t kept)
+      : across_(resize.x),
+        down_(resize.y),
+        stride_(round_up(across_.size, kVectors * kLanes)),
+        slots_(down_.taps + kRows - 1),
         kept_(kept),
         ring_(static_cast<size_t>(slots_) * stride_),
         levels_(static_cast<size_t>(kept_) * stride_),
-        taps_(down.taps) {
+        taps_(down_.taps) {
     spread_weights();
   }
 
@@ -78,7 +78,7 @@ class Resampler {
       }
       GEOALIGN_UNROLL
       for (int r = 0; r < kRows; ++r) {
-        if constexpr (kGeometry) sum[r] = __builtin_convertvector(levels_of(sum[r]), Float);
+        if constexpr (kRoundsTwice) sum[r] = __builtin_convertvector(levels_of(sum[r]), Float);
         std::memcpy(out[r] + x, &sum[r], sizeof(Float));
       }
     }
@@ -116,7 +116,7 @@ class Resampler {
   }
 
   static GEOALIGN_INLINE Int levels_of(const Float& sum) {
-    return __builtin_convertvector(kGeometry ? half_up(sum) : half_even(sum), Int);
+    return __builtin_convertvector(kRoundsTwice ? half_up(sum) : half_even(sum), Int);
   }
 
   float* slot(int32_t y) { return ring_.data() + static_cast<int64_t>(y % slots_) * stride_; }
@@ -152,64 +152,69 @@ GEOALIGN_INLINE void look_up(const float* table, const int32_t* levels, int32_t 
 
 __attribute__((noinline)) void store_geometry(const FramePreprocess& p, const Plane& plane, int32_t y,
                                               const int32_t* levels) {
+  const int32_t width = p.resize[kGeometry].x.size;
   float* out = geometry_plane(p, plane.clip, plane.frame, plane.channel);
-  look_up(p.levels + plane.channel * 256, levels, p.geometry_x.size, out + static_cast<int64_t>(y) * p.geometry_x.size);
+  look_up(p.levels + plane.channel * 256, levels, width, out + static_cast<int64_t>(y) * width);
 }
 
-// kPatch rows of levels, the first of them output row y: one contiguous run per patch and copy.
-__attribute__((noinline)) void store_patches(const FramePreprocess& p, const Plane& plane, int32_t y,
+// kPatch rows of levels, the last of them output row y: one contiguous run per patch and copy.
+__attribute__((noinline)) void store_patches(const FramePreprocess& p, const Plane& plane, int32_t target, int32_t y,
                                              const int32_t* levels, int32_t stride) {
+  if (y % kPatch != kPatch - 1) return;
+  const int32_t width = p.resize[target].x.size;
   const float* table = p.levels + (3 + plane.channel) * 256;
-  float* in_clip = clip_slice(p, plane.clip, plane.frame);
-  float* in_still = still_slice(p, plane.clip, plane.frame);
-  for (int32_t x = 0; x < p.patch_x.size; x += kPatch) {
+  float* slice = patch_slice(p, target, plane.clip, plane.frame);
+  for (int32_t x = 0; x < width; x += kPatch) {
     float patch[kPatchArea];
     for (int32_t row = 0; row < kPatch; ++row) look_up(table, levels + row * stride + x, kPatch, patch + row * kPatch);
-    const int64_t offset = patch_offset(plane.channel, y, x, p.patch_x.size);
-    if (in_clip) std::memcpy(in_clip + offset, patch, sizeof(patch));
-    if (in_still) {
-      std::memcpy(in_still + offset, patch, sizeof(patch));
-      std::memcpy(in_still + offset + kPatchArea, patch, sizeof(patch));
-    }
+    float* out = slice + patch_offset(plane.channel, y - (kPatch - 1), x, width);
+    std::memcpy(out, patch, sizeof(patch));
+    if (target == kStill) std::memcpy(out + kPatchArea, patch, sizeof(patch));
   }
 }
 
 template <int kLanes>
 struct Workspace {
-  Resampler<kLanes, true> geometry;
-  Resampler<kLanes, false> patches;
+  Resampler<kLanes, rounds_twice(kGeometry)> geometry;
+  Resampler<kLanes, rounds_twice(kClip)> clip;
+  Resampler<kLanes, rounds_twice(kStill)> still;
   int32_t stride;
   std::vector<float> rows;  // kRows source rows of levels
 
   // The run of the last block may reach past the image, with zero weights; so the rows are padded.
   explicit Workspace(const FramePreprocess& p)
-      : geometry(p.geometry_x, p.geometry_y, 1),
-        patches(p.patch_x, p.patch_y, kPatch),
-        stride(p.width + std::max(geometry.span(), patches.span())),
+      : geometry(p.resize[kGeometry], 1),
+        clip(p.resize[kClip], kPatch),
+        still(p.resize[kStill], kPatch),
+        stride(p.width + std::max({geometry.span(), clip.span(), still.span()})),
         rows(static_cast<size_t>(kRows) * stride) {}
 };
 
 template <Pixel kPixel, int kLanes>
-GEOALIGN_INLINE void resample(const FramePreprocess& p, const Plane& plane, bool geometry, bool patches,
-                              Workspace<kLanes>& work) {
+GEOALIGN_INLINE void resample(const FramePreprocess& p, const Plane& plane, Workspace<kLanes>& work) {
   const int64_t image = static_cast<int64_t>(plane.clip) * p.frames + plane.frame;
   const int64_t first = (image * 3 + plane.channel) * p.height * p.width;
   work.geometry.restart();
-  work.patches.restart();
+  work.clip.restart();
+  work.still.restart();
   for (int32_t y = 0; y < p.height; y += kRows) {
     const int32_t end = std::min(y + kRows, p.height);
     for (int32_t row = y; row < end; ++row)
       for (int32_t x = 0; x < p.width; ++x)
         work.rows[(row - y) * work.stride + x] = read_level<kPixel>(p.video, first + int64_t{row} * p.width + x);
-    if (geometry) {
+    if (shows(p, kGeometry, plane.frame)) {
       work.geometry.across(work.rows.data(), work.stride, y);
       for (int32_t out; (out = work.geometry.down(end)) >= 0;) store_geometry(p, plane, out, work.geometry.levels());
     }
-    if (patches) {
-      work.patches.across(work.rows.data(), work.stride, y);
-      for (int32_t out; (out = work.patches.down(end)) >= 0;)
-        if (out % kPatch == kPatch - 1)
-          store_patches(p, plane, out - (kPatch - 1), work.patches.levels(), work.patches.stride());
+    if (shows(p, kClip, plane.frame)) {
+      work.clip.across(work.rows.data(), work.stride, y);
+      for (int32_t out; (out = work.clip.down(end)) >= 0;)
+        store_patches(p, plane, kClip, out, work.clip.levels(), work.clip.stride());
+    }
+    if (shows(p, kStill, plane.frame)) {
+      work.still.across(work.rows.data(), work.stride, y);
+      for (int32_t out; (out = work.still.down(end)) >= 0;)
+        store_patches(p, plane, kStill, out, work.still.levels(), work.still.stride());
     }
   }
 }
@@ -219,11 +224,8 @@ GEOALIGN_INLINE void images(const FramePreprocess& p, int64_t begin, int64_t end
   Workspace<kLanes> work(p);
   for (int64_t image = begin; image < end; ++image) {
     const int32_t clip = static_cast<int32_t>(image / p.frames), frame = static_cast<int32_t>(image % p.frames);
-    const bool geometry = p.slots[frame] >= 0;
-    const bool patches = p.slots[p.frames + frame] >= 0 || p.slots[2 * p.frames + frame] >= 0;
-    if (!geometry && !patches) continue;
-    for (int32_t channel = 0; channel < 3; ++channel)
-      resample<kPixel>(p, {clip, frame, channel}, geometry, patches, work);
+    if (!shows(p, kGeometry, frame) && !shows(p, kClip, frame) && !shows(p, kStill, frame)) continue;
+    for (int32_t channel = 0; channel < 3; ++channel) resample<kPixel>(p, {clip, frame, channel}, work);
   }
 }
 

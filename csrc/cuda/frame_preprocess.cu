@@ -27,19 +27,21 @@ extern "C" int geoalign_frame_preprocess_cuda(const geoalign::FramePreprocess* p
                                               void* stream) {
   const int64_t images = static_cast<int64_t>(p->clips) * p->frames;
   if (images == 0) return cudaSuccess;
-  const int32_t most_rows = tile_reads[0] > tile_reads[2] ? tile_reads[0] : tile_reads[2];
-  const int32_t geometry_area = tile_reads[0] * tile_reads[1], patch_area = tile_reads[2] * tile_reads[3];
+  int32_t most_rows = 0, most_area = 0;
+  for (int32_t target = 0; target < geoalign::kTargets; ++target) {
+    const int32_t rows = tile_reads[2 * target], area = rows * tile_reads[2 * target + 1];
+    most_rows = rows > most_rows ? rows : most_rows;
+    most_area = area > most_area ? area : most_area;
+  }
   const int32_t row_bytes = most_rows * geoalign::kTileWidth * static_cast<int32_t>(sizeof(float));
-  const int32_t bytes = row_bytes + (geometry_area > patch_area ? geometry_area : patch_area);
+  const int32_t bytes = row_bytes + most_area;
   if (bytes > 48 * 1024) {
     const cudaError_t error =
         cudaFuncSetAttribute(frame_preprocess_kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
     if (error != cudaSuccess) return error;
   }
   // make_tile reads tables in device memory; tile counts need sizes only.
-  const int32_t tiles =
-      geoalign::tiles_of(p->geometry_y, p->geometry_x) + geoalign::tiles_of(p->patch_y, p->patch_x);
-  const dim3 grid(static_cast<unsigned>(images), static_cast<unsigned>(tiles), 3);
+  const dim3 grid(static_cast<unsigned>(images), static_cast<unsigned>(geoalign::all_tiles(*p)), 3);
   frame_preprocess_kernel<<<grid, kThreads, bytes, static_cast<cudaStream_t>(stream)>>>(*p, row_bytes);
   return cudaGetLastError();
 }

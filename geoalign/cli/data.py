@@ -65,6 +65,7 @@ def run_check(args: argparse.Namespace) -> int:
         except DataError as error:
             clips.accepted -= 1
             clips.reject(record.clip_id, cause_of(error, record))
+    clips.remarks.update(loader.remarks())
     print(f"{clips.summary()}\n  {windows:,} windows of {config.num_frames} frames at stride {config.clips.stride}")
     pool = load_pool(config.trajectories_path, config.num_frames, config.trajectories, paths, "all")
     print(f"{paths.summary()}\n  {len(pool):,} windows of {config.num_frames} frames")

@@ -64,6 +64,6 @@ def run_prepare(args: argparse.Namespace) -> int:
     print(
         f"encoded {report.encoded} windows ({bytes_text(report.bytes)}) in {report.seconds:.1f} s, kept {report.reused}"
     )
-    if report.tally is not None and report.tally.rejected:
+    if report.tally is not None and (report.tally.rejected or report.tally.remarks):
         print(report.tally.summary())
     return 0

@@ -203,4 +203,6 @@ def _print_notes(rows: Sequence[dict[str, Any]]) -> None:
 
 
 def _cell(value: Any) -> str:
-    return "-" if value is None else f"{value:.4f}" if isinstance(value, float) else str(value)
+    if value is None or value != value:  # not in this row, or NaN
+        return "-"
+    return f"{value:.4f}" if isinstance(value, float) else str(value)

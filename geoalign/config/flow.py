@@ -8,7 +8,7 @@ from pydantic import Field, field_validator, model_validator
 
 from geoalign.config.base import Section
 
-SdeVariant = Literal["flow", "dance", "cps", "longcat_truncated"]
+SdeVariant = Literal["flow", "dance", "cps", "longcat_truncated", "linear"]
 OdeSolver = Literal["euler", "dpm1", "dpm2m"]
 WindowKind = Literal["progressive", "random", "exp_decay", "fixed"]
 StdMode = Literal["batch_max", "batch_rms", "group_floor", "group", "global"]
@@ -35,7 +35,8 @@ class FlowConfig(Section):
     sde: SdeVariant = Field(
         "flow", json_schema_extra=_assumed("the paper builds on MixGRPO, which uses Flow-SDE; alternatives selectable")
     )
-    """Stochastic step of the window: Flow-SDE, Dance-SDE, coefficient-preserving (CPS), Flow-SDE with capped noise."""
+    """Stochastic step of the window: Flow-SDE, Dance-SDE, coefficient-preserving (CPS), Flow-SDE with capped noise, or
+    noise linear in sigma (flow_grpo's Wan path, there with eta 1)."""
 
     eta: float = Field(0.7, gt=0, json_schema_extra=_assumed("MixGRPO and Flow-GRPO use 0.7; LongCat-Video uses 1"))
     """Noise level of the stochastic step (for CPS at most 1)."""
@@ -73,6 +74,12 @@ class FlowConfig(Section):
     def _consistent(self) -> Self:
         if self.sde == "cps" and max(self.eta, *self.eta_by_step, 0.0) > 1:
             raise ValueError("sde: cps needs eta and eta_by_step in (0, 1]: 1 already replaces all noise")
+        # A resolved configuration names every default, so only another value shows that somebody meant it.
+        if self.sde != "longcat_truncated" and self.noise_cap != type(self).model_fields["noise_cap"].default:
+            raise ValueError(
+                f"noise_cap {self.noise_cap} is read by sde: longcat_truncated only, not by {self.sde}; remove it or "
+                "change sde"
+            )
         if len(self.eta_by_step) > self.steps:
             raise ValueError(f"eta_by_step has {len(self.eta_by_step)} entries for {self.steps} steps")
         return self
@@ -99,7 +106,7 @@ class WindowConfig(Section):
     """Iterations that one position lasts (for ``exp_decay``: at the positions up to ``decay_start``)."""
 
     end: Literal["roll_back", "clip"] = "roll_back"
-    """After the last position: begin again at ``start``, or stay."""
+    """After the last position: begin again at ``start``, or stay at the largest start."""
 
     max_start: int | None = Field(None, ge=0)
     """Largest window start; None: the largest that leaves the last step deterministic."""
@@ -132,11 +139,12 @@ class AdvantageConfig(Section):
             "eq. 5 prints max(sigma_group, eps) but cites LongCat-Video, whose rule is the largest group deviation"
         ),
     )
-    """Denominator: largest or root-mean-square group deviation of the batch, own deviation of the group (with or
-    without a floor), or deviation of the whole batch."""
+    """Denominator: largest or root-mean-square group deviation of the batch, own deviation of the group
+    (``group_floor``: with a floor that must be named), or deviation of the whole batch."""
 
     floor: float | None = Field(None, gt=0)
-    """Smallest denominator; None means 1e-4 and is refused for ``group_floor``, where the floor is the algorithm."""
+    """Smallest denominator, in every mode; None means 1e-4 and is refused for ``group_floor``, where the floor is the
+    algorithm."""
 
     floors: dict[str, float] = Field(default_factory=dict)
     """Smallest denominator of single reward keys, in the unit of that reward."""
@@ -177,7 +185,8 @@ class ObjectiveConfig(Section):
     """Clip range of the probability ratio."""
 
     loss_weight: LossWeight = Field("longcat", json_schema_extra=_assumed("eq. 7 names w_t and cites LongCat-Video"))
-    """Time weight w_t of a window step."""
+    """Time weight w_t of a window step; ``longcat`` is made for ``flow.sde`` ``flow`` and ``longcat_truncated``, and
+    refused for the others."""
 
     weight_norm: Literal["none", "window_mean1"] = "none"
     """Divide w_t by its mean over the window, so that gradient norms are comparable between windows."""

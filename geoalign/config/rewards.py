@@ -43,10 +43,12 @@ class ScoringConfig(Section):
 
 
 class FailureConfig(Section):
-    """What happens when a scorer or a clip fails (rule: masked, counted, never scored 0)."""
+    """What happens when a scorer, a clip or an update fails (rule: masked, counted, never scored 0)."""
 
     max_invalid_fraction: float = Field(0.25, gt=0, le=1)
     """The run stops when more than this share of an iteration's samples is invalid."""
+    max_skipped_updates: int = Field(3, ge=1)
+    """The run stops when every update of this many iterations in a row was skipped, because no gradient was finite."""
     timeout_s: float | None = Field(None, gt=0)
     """Longest time in seconds that one scorer may take for one batch; unset: 600 for workers, none for inline scorers.
     A late worker is killed and started again. A late inline scorer cannot be killed: it stays invalid until it returns,

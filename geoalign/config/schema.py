@@ -72,7 +72,10 @@ class Config(Section):
 
     @model_validator(mode="after")
     def _possible(self) -> Self:
-        for check in (self._window_fits, self._updates_fit, self._streaming_is_exact, self._parallel_fits):
+        checks = (
+            self._window_fits, self._weight_flattens, self._updates_fit, self._streaming_is_exact, self._parallel_fits,
+        )  # fmt: skip
+        for check in checks:
             check()
         if self.flow.guidance > 1 and self.model.text_length == 1:
             raise ValueError("flow.guidance needs a model that reads text (model.text_length above 1)")
@@ -81,6 +84,13 @@ class Config(Section):
     def _window_fits(self) -> None:
         if reason := self.window.misfit(self.flow.steps):
             raise ValueError(reason)
+
+    def _weight_flattens(self) -> None:
+        if self.objective.loss_weight == "longcat" and self.flow.sde in ("dance", "cps"):
+            raise ValueError(
+                f"objective.loss_weight longcat does not even out the steps of flow.sde {self.flow.sde}; set "
+                "objective.loss_weight to exact_inverse, which does so for every sampler"
+            )
 
     def _updates_fit(self) -> None:
         updates, rows = self.optim.updates_per_rollout, self.groups.rows_per_forward

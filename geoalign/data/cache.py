@@ -92,8 +92,8 @@ def settings_hash(settings: Settings) -> str:
     return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:16]
 
 
-def file_facts(path: Path, known: FileFacts | None = None) -> FileFacts:
-    """Facts of a file or folder; where size and time are those of ``known``, its hash is taken and nothing is read."""
+def file_facts(path: Path, *known: FileFacts) -> FileFacts:
+    """Facts of a file or folder; those of ``known`` with its size and time are taken and nothing is read."""
     try:
         # Before the bytes are read: a clip that changes meanwhile is read again next time.
         states = [(file.name, file.stat()) for file in _files(path)]
@@ -104,9 +104,8 @@ def file_facts(path: Path, known: FileFacts | None = None) -> FileFacts:
         listing = repr([(name, state.st_size, state.st_mtime_ns) for name, state in states])
         digest = hashlib.sha256(listing.encode("utf-8", "surrogateescape")).digest()
         time = int.from_bytes(digest[:7], "big")
-    if known is not None and (size, time) == (known.size, known.mtime_ns):
-        return known
-    return FileFacts(content_hash(path), size, time)
+    unchanged = [facts for facts in known if (size, time) == (facts.size, facts.mtime_ns)]
+    return unchanged[0] if unchanged else FileFacts(content_hash(path), size, time)
 
 
 def content_hash(path: Path) -> str:

@@ -34,6 +34,11 @@ def in_split(record: ClipRecord, split: Split, val_fraction: float) -> bool:
     return held_out == (split == "val")
 
 
+def is_frame(file: Path) -> bool:
+    """Whether a file of a folder is one of its frames: an image, but no hidden one (``._0001.jpg``)."""
+    return file.suffix.lower() in IMAGE_SUFFIXES and not file.name.startswith(".")
+
+
 def natural_key(text: str) -> list[tuple[int, str]]:
     """Sort key under which ``frame2`` comes before ``frame10``."""
     return [(int(part), "") if part.isdigit() else (-1, part) for part in re.split(r"([0-9]+)", text)]
@@ -78,7 +83,7 @@ def _list_frame_folders(root: Path, davis: bool, tally: Tally) -> list[ClipRecor
         root = found[0]
     records = []
     for folder in sorted(path for path in root.rglob("*") if path.is_dir()):
-        if any(file.suffix.lower() in IMAGE_SUFFIXES for file in folder.iterdir()):
+        if any(is_frame(file) for file in folder.iterdir()):
             name = folder.relative_to(root).as_posix()
             camera = folder.with_suffix(".npz")
             records.append(ClipRecord(name, name, folder, camera=camera if camera.is_file() else None))

@@ -2,12 +2,14 @@
 
 Bytes and frame numbers come from Python for every call (external source), so that the stateless sampler stays in
 charge; DALI's own readers cannot draw a random start inside a file and split file lists at spaces. Frame indices equal
-those of the PyAV reader; colours differ by chroma interpolation and rounding (see docs/data.md).
+those of the PyAV reader; colours differ by chroma interpolation and rounding (see docs/data.md). DALI knows neither
+display matrices nor pixel shapes, edit lists nor colour matrices: what is not made good here is refused.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -16,10 +18,15 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from geoalign.data.video import PyAVReader, VideoInfo
+from geoalign.data.frames import centre_crop
+from geoalign.data.picture import INTERLACED, Look
+from geoalign.data.timeline import Timeline
+from geoalign.data.video import PyAVReader, VideoInfo, check_indices
 from geoalign.errors import DataError, UsageError
 from geoalign.geometry.lens import cover_size
 
+CLIPPED = "BT.709 through DALI, saturated colours differ from PyAV's by up to 38 of 255 levels"
+_ELSEWHERE = "use data.clips.reader=pyav"
 _CPU_CODECS = frozenset({"vp8", "vp9", "mjpeg"})
 _PIPELINES_KEPT = 4
 
@@ -48,25 +55,29 @@ class DaliReader:
         self._pipeline = lru_cache(maxsize=_PIPELINES_KEPT)(self._build)
 
     def probe(self, path: Path) -> VideoInfo:
-        """Container facts come from FFmpeg, so that both readers agree on the number of frames."""
-        return self._prober.probe(path)
+        """Container facts come from FFmpeg, so that both readers agree on the number of frames; what DALI cannot show
+        is refused here already."""
+        timeline = self._prober.timeline(path)
+        self._check(path, timeline)
+        info = self._prober.probe(path)
+        return replace(info, remarks=(*info.remarks, CLIPPED)) if timeline.look.is_bt709 else info
 
     def read(self, path: Path, indices: Sequence[int], size: tuple[int, int] | None = None) -> Tensor:
         """See :class:`geoalign.data.video.VideoReader`; the result is on the CPU."""
-        if not indices:
-            raise UsageError(f"{path}: no frames asked for")
-        info = self.probe(path)
-        if min(indices) < 0 or max(indices) >= info.frames:
-            raise DataError(f"{path}: frames {min(indices)}..{max(indices)} asked for, but it has {info.frames}")
-        if self._device_id is None and info.codec not in _CPU_CODECS:
-            raise DataError(f"{path}: DALI decodes {info.codec} on a GPU only; use reader=pyav or re-encode to VP9")
-        scaled = None if size is None else cover_size(info.height, info.width, size)
-        pipeline = self._pipeline(scaled, size)
+        timeline = self._prober.timeline(path)
+        check_indices(path, indices, timeline.frames)
+        self._check(path, timeline)
+        look = timeline.look
+        shown = (look.height, look.width)
+        scaled = shown if size is None else cover_size(*shown, size)
+        before = look.turn.size(*scaled)
+        pipeline = self._pipeline(None if before == look.stored else before)
         try:
             pipeline.feed_input("encoded", [np.fromfile(path, dtype=np.uint8)])
             pipeline.feed_input("frames", [np.asarray(indices, dtype=np.int32)])
             (output,) = pipeline.run()
-            frames = torch.from_dlpack(output[0]).cpu().clone()
+            frames = look.turn(torch.from_dlpack(output[0]))
+            frames = _shown(frames if size is None else centre_crop(frames, size), look)
         except (RuntimeError, OSError, ValueError) as error:
             # A failed sample leaves the pipeline unusable: drop it, the next call builds a fresh one.
             self._pipeline.cache_clear()
@@ -76,8 +87,24 @@ class DaliReader:
             raise DataError(f"{path}: DALI returned {len(frames)} of {len(indices)} frames")
         return frames
 
-    def _build(self, scaled: tuple[int, int] | None, size: tuple[int, int] | None) -> Any:
-        """A one-sample pipeline: decode, resize to ``scaled``, cut the centre ``size``; uint8 ``[F, 3, H, W]``."""
+    def _check(self, path: Path, timeline: Timeline) -> None:
+        """Raise DataError for a film that DALI would not show as a player does."""
+        codec, look = timeline.codec, timeline.look
+        if self._device_id is None and codec not in _CPU_CODECS:
+            raise DataError(f"{path}: DALI decodes {codec} on a GPU only; {_ELSEWHERE} or re-encode to VP9")
+        if timeline.tracks > 1:
+            raise DataError(f"{path}: {timeline.tracks} video tracks, of which DALI cannot choose one; {_ELSEWHERE}")
+        if timeline.stamps is None or not timeline.whole:
+            raise DataError(
+                f"{path}: hidden frames or time stamps that do not tell the order of frames; {_ELSEWHERE}, or re-encode"
+            )
+        if INTERLACED in look.remarks:
+            raise DataError(f"{path}: interlaced, which DALI may mix otherwise than PyAV; {_ELSEWHERE}")
+        if not (look.is_bt601 or look.is_bt709):
+            raise DataError(f"{path}: colour matrix {look.matrix} (ITU-T H.273), DALI knows none of it; {_ELSEWHERE}")
+
+    def _build(self, scaled: tuple[int, int] | None) -> Any:
+        """A one-sample pipeline: decode and resize to ``scaled``; uint8 ``[F, 3, H, W]``."""
         from nvidia.dali import Pipeline, fn, types
 
         pipeline = Pipeline(batch_size=1, num_threads=1, device_id=self._device_id, prefetch_queue_depth=1)
@@ -86,10 +113,34 @@ class DaliReader:
             frames = fn.external_source(name="frames", dtype=types.INT32, ndim=1)
             device = "cpu" if self._device_id is None else "mixed"
             video = fn.decoders.video(encoded, frames=frames, device=device, pad_mode="none")
-            if scaled is not None and size is not None:
+            if scaled is not None:
                 video = fn.resize(video, size=scaled, interp_type=types.INTERP_LINEAR, antialias=True)
-                top, left = (scaled[0] - size[0]) // 2, (scaled[1] - size[1]) // 2
-                video = fn.slice(video, (top, left), size, axis_names="HW")
             pipeline.set_outputs(fn.transpose(video, perm=(0, 3, 1, 2)))
         pipeline.build()
         return pipeline
+
+
+def _shown(frames: Tensor, look: Look) -> Tensor:
+    """DALI's frames ``[F, 3, H, W]``, which it always takes for BT.601, in their own matrix and on the CPU.
+
+    What left [0, 255] in DALI's RGB is lost: up to 38 levels (magenta), none between 32 and 223 in all channels.
+    """
+    if not look.is_bt709:
+        return frames.cpu().clone()
+    matrix = _BT601_TO_BT709.to(frames.device)
+    out = torch.empty(frames.shape, dtype=torch.uint8)
+    for target, frame in zip(out, frames, strict=True):  # one by one: float copies of all would be large
+        target.copy_(torch.einsum("ij,jhw->ihw", matrix, frame.float()).round_().clamp_(0, 255))
+    return out
+
+
+def _from_yuv(red: float, blue: float) -> Tensor:
+    """Float64 ``[3, 3]`` from (Y, Cb, Cr) in [0, 1] and [-0.5, 0.5] to RGB, by the weights of red and blue in Y."""
+    green = 1 - red - blue
+    to_yuv = torch.tensor([[red, green, blue], [-red, -green, 1 - blue], [1 - red, -green, -blue]], dtype=torch.float64)
+    to_yuv[1] /= 2 * (1 - blue)
+    to_yuv[2] /= 2 * (1 - red)
+    return torch.linalg.inv(to_yuv)
+
+
+_BT601_TO_BT709 = (_from_yuv(0.2126, 0.0722) @ torch.linalg.inv(_from_yuv(0.299, 0.114))).float()

@@ -9,12 +9,25 @@ from torch import Tensor
 from geoalign.geometry.lens import cover_size
 
 
-def cover_crop(frames: Tensor, size: tuple[int, int]) -> Tensor:
-    """Scale uint8 ``[F, 3, h, w]`` to cover ``size = (H, W)`` (bilinear, antialiased) and cut the centre, uint8."""
-    height, width = cover_size(frames.shape[-2], frames.shape[-1], size)
-    if (height, width) != tuple(frames.shape[-2:]):
-        frames = F.interpolate(frames, size=(height, width), mode="bilinear", antialias=True, align_corners=False)
-    top, left = (height - size[0]) // 2, (width - size[1]) // 2
+def stretch(frames: Tensor, size: tuple[int, int]) -> Tensor:
+    """Scale uint8 ``[F, 3, h, w]`` to exactly ``size = (H, W)`` (bilinear, antialiased), uint8."""
+    if tuple(frames.shape[-2:]) == tuple(size):
+        return frames
+    return F.interpolate(frames, size=size, mode="bilinear", antialias=True, align_corners=False)
+
+
+def cover_crop(frames: Tensor, size: tuple[int, int], shown: tuple[int, int] | None = None) -> Tensor:
+    """Scale uint8 ``[F, 3, h, w]`` to cover ``size = (H, W)`` (bilinear, antialiased) and cut the centre, uint8.
+
+    ``shown`` (height, width) is the size on a screen of frames whose pixels are not square; default h, w.
+    """
+    height, width = shown or frames.shape[-2:]
+    return centre_crop(stretch(frames, cover_size(height, width, size)), size)
+
+
+def centre_crop(frames: Tensor, size: tuple[int, int]) -> Tensor:
+    """The centre ``size = (H, W)`` of ``[..., h, w]``."""
+    top, left = (frames.shape[-2] - size[0]) // 2, (frames.shape[-1] - size[1]) // 2
     return frames[..., top : top + size[0], left : left + size[1]]
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections import OrderedDict
+from collections import Counter, OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -13,13 +13,14 @@ from torch import Tensor
 from geoalign.config.data import DataConfig
 from geoalign.data.clip_record import ClipRecord
 from geoalign.data.frames import to_float
-from geoalign.data.video import VideoInfo, VideoReader
+from geoalign.data.video import VideoInfo, VideoReader, probe_clip
 from geoalign.errors import DataError
 from geoalign.geometry.cameras.camera_file import CameraFile
 from geoalign.geometry.cameras.door import open_camera, split_name
 from geoalign.geometry.lens import cover_crop_intrinsics
 from geoalign.geometry.trajectory import CameraTrajectory
 
+_SAME_RATE = 1.02  # 23.976 and 24 are one rate, 24 and 25 are two
 CameraEstimate = tuple[CameraTrajectory, Tensor | None]
 """Source camera ``[F]`` relative to frame 0, metres, and the ground plane ``[4]`` if known."""
 CameraEstimator = Callable[[Tensor], CameraEstimate | None]
@@ -88,6 +89,23 @@ class ClipLoader:
             raise DataError(f"{record.path}: too short, {max(end - record.start_frame, 0)} of {self.span} frames")
         return range(record.start_frame, record.start_frame + count)
 
+    def remarks(self) -> Counter[str]:
+        """What is odd about the clips seen so far although they are used -> number of clips.
+
+        Different frame rates are one remark: the stride counts frames, so the same window lasts longer at a lower rate.
+        """
+        with self._lock:
+            seen = list(self._info.values())
+        counts = Counter(remark for info in seen for remark in info.remarks)
+        rates = [info.fps for info in seen if info.fps > 0]
+        if rates and max(rates) > _SAME_RATE * min(rates):
+            low, high = (self.span / rate for rate in (max(rates), min(rates)))
+            counts[
+                f"frame rates differ, {min(rates):g} to {max(rates):g} a second: windows of {self._config.num_frames} "
+                f"frames at stride {self._config.clips.stride} last {low:.2f} to {high:.2f} s"
+            ] = len(rates)
+        return counts
+
     def load(self, record: ClipRecord, start: int, camera: CameraTrajectory | None = None) -> LoadedWindow:
         """Decode the window that starts at file frame ``start``; raises DataError if the clip is unusable.
 
@@ -121,9 +139,7 @@ class ClipLoader:
 
     def _probe(self, record: ClipRecord) -> VideoInfo:
         if (info := self._info.get(record.clip_id)) is None:
-            info = self._info[record.clip_id] = self._reader.probe(record.path)
-        if not info.constant_rate:
-            raise DataError(f"{record.path}: variable frame rate; re-encode at a constant rate")
+            info = self._info[record.clip_id] = probe_clip(self._reader, record.path)
         return info
 
     def _decode(self, record: ClipRecord, start: int, camera: CameraTrajectory | None) -> LoadedWindow:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import time
+from collections import defaultdict
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any, Protocol
@@ -12,13 +13,13 @@ import torch
 from torch import Tensor
 
 from geoalign.config.data import DataConfig
-from geoalign.data.cache import CacheFolder, Entry, Settings, file_facts, trim_tokens, window_key
+from geoalign.data.cache import CacheFolder, Entry, FileFacts, Settings, file_facts, trim_tokens, window_key
 from geoalign.data.captions import prompt_of
 from geoalign.data.clip_record import ClipRecord
 from geoalign.data.clips import list_clips
 from geoalign.data.frames import to_float
 from geoalign.data.loader import CameraEstimate, ClipLoader, cause_of
-from geoalign.data.readers import open_reader
+from geoalign.data.readers import READER_VERSION, open_reader
 from geoalign.data.tally import Tally
 from geoalign.errors import ConfigError, DataError
 
@@ -58,14 +59,17 @@ class PrepareReport:
 
 
 def data_settings(config: DataConfig) -> dict[str, Any]:
-    """The data settings that change what is stored; the decoder is one of them (readers differ in colour rounding)."""
+    """The data settings that change what is stored.
+
+    The decoder is one of them (readers differ in colour rounding), and so is what this version makes of a file.
+    """
     clips = config.clips
     return {
         "format": 1,
         "num_frames": config.num_frames,
         "size": [config.height, config.width],
         "stride": clips.stride,
-        "reader": clips.reader,
+        "reader": [clips.reader, READER_VERSION],
         "camera": clips.camera,
         "default_focal": clips.default_focal,
         "caption": [clips.caption, clips.caption_text],
@@ -110,12 +114,14 @@ def prepare(
     tally = Tally("clips", len(records), rejected, listing.remarks)
     loader = ClipLoader(config, open_reader(config.clips.reader, device_id), encoder.estimate_camera)
     entries = folder.entries()
-    hashed = {entry.clip_id: entry.facts for entry in entries.values()}
+    hashed = defaultdict[str, list[FileFacts]](list)  # a clip that changed has entries of its former states too
+    for entry in entries.values():
+        hashed[entry.clip_id].append(entry.facts)
     report, begin = PrepareReport(tally=tally), time.perf_counter()
     for number, record in enumerate(records):
         try:
             starts = chosen_starts(loader.starts(record), config.prepare.windows_per_clip)
-            facts = file_facts(record.path, hashed.get(record.clip_id))
+            facts = file_facts(record.path, *hashed[record.clip_id])
             for start in starts:
                 key = window_key(record, facts.content, start, settings)
                 if key in entries:
@@ -134,6 +140,7 @@ def prepare(
         progress(number + 1, len(records))
         if limit is not None and report.encoded >= limit:
             break
+    tally.remarks.update(loader.remarks())
     if records and not report.encoded + report.reused:
         raise DataError(f"{config.clips_path}: nothing could be prepared\n{tally.summary()}")
     if not dry_run:

@@ -7,6 +7,7 @@ run and any reader see the same conditions. Clips and camera paths are drawn ind
 from __future__ import annotations
 
 import hashlib
+import logging
 import time
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -34,6 +35,7 @@ from geoalign.geometry.trajectory import CameraTrajectory
 from geoalign.types import Encodings, RetakeBatch, SourceClip
 from geoalign_kernels import philox_uniform, streams
 
+logger = logging.getLogger(__name__)
 _CLIP_ATTEMPTS = 32
 
 
@@ -80,6 +82,7 @@ class RetakeDataset:
         self._pending: dict[tuple[int, tuple[int, ...]], Future[RetakeBatch]] = {}
         self._worker = ThreadPoolExecutor(max_workers=1, thread_name_prefix="geoalign-data")
         self._waited = 0.0
+        self._told: set[str] = set()
 
     def batch(self, iteration: int, group_ids: Sequence[int]) -> RetakeBatch:
         """The conditions ``group_ids`` of ``iteration`` on the CPU, one per group, in that order.
@@ -194,8 +197,16 @@ class RetakeDataset:
             self.clip_tally.accepted -= 1
             self.clip_tally.check(self.config.clips.max_bad_fraction)
 
+    def _tell(self) -> None:
+        """Log every kind of remark on the clips (what stands before its comma) when it first appears."""
+        for remark in self.loader.remarks():
+            if (kind := remark.partition(",")[0]) not in self._told:
+                self._told.add(kind)
+                logger.warning("clips used although: %s; `geoalign data check` counts them", remark)
+
     def _assemble(self, iteration: int, group_ids: Sequence[int]) -> RetakeBatch:
         windows = [self.draw_window(iteration, group) for group in group_ids]
+        self._tell()
         paths = [self.draw_path(iteration, group).trajectory for group in group_ids]
         if self.config.trajectories.intrinsics == "source":
             paths = [

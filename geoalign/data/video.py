@@ -1,18 +1,21 @@
 """Video files: exact-frame reading and atomic writing with PyAV.
 
-Frame index i always means the i-th frame in presentation order. The reader takes the time stamps of all packets first
-(no decoding), seeks to the key frame before the wanted frames and identifies every decoded frame by its time stamp;
-where a container has no usable stamps, or a seek lands late, it decodes from the start and counts. Broken streams
-raise ``DataError``; nothing is concealed.
+Frame index i always means the i-th frame in presentation order that a player shows. The reader takes the time stamps
+of all packets first (no decoding), seeks to the key frame before the wanted frames and identifies every decoded frame
+by its time stamp; where stamps cannot be believed (:mod:`geoalign.data.timeline`), or a seek lands late, it decodes
+from the start and counts. Pixels are those that a player shows (:mod:`geoalign.data.picture`). Broken streams raise
+``DataError``; nothing is concealed.
 """
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from dataclasses import dataclass
 from fractions import Fraction
+from functools import cache, lru_cache
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
@@ -21,16 +24,30 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from geoalign.data.frames import cover_crop, to_uint8
+from geoalign.data.container import location, opened
+from geoalign.data.frames import to_uint8
+from geoalign.data.picture import Look
+from geoalign.data.timeline import Timeline, facts, scan
 from geoalign.errors import DataError, UsageError
 from geoalign.io_utils import atomic_path
 
-_THREADED_PIXELS = 640 * 360  # starting decoder threads costs more than decoding a smaller clip
+_LOG = logging.getLogger(__name__)
+_BT709, _LIMITED_RANGE = 1, 1
+_SCANS_KEPT = 64
 
 
 @dataclass(frozen=True, slots=True)
 class VideoInfo:
-    """What a container says about its first video stream."""
+    """What a container says about its film.
+
+    Attributes:
+        frames: number of frames that a player shows.
+        height, width: as shown, turned upright and with square pixels.
+        fps: frames per second, of a variable rate the mean; 0 if unknown.
+        constant_rate: whether frames are evenly spaced.
+        codec: FFmpeg's name.
+        remarks: what is odd about the film although it is read ("interlaced, ...").
+    """
 
     frames: int
     height: int
@@ -38,6 +55,7 @@ class VideoInfo:
     fps: float
     constant_rate: bool
     codec: str
+    remarks: tuple[str, ...] = ()
 
 
 @runtime_checkable
@@ -47,7 +65,11 @@ class VideoReader(Protocol):
     name: str
 
     def probe(self, path: Path) -> VideoInfo:
-        """Count frames and measure the rate without decoding; raise DataError naming ``path`` if it cannot be read."""
+        """Count frames, measure the rate and look at the first frame.
+
+        Raises DataError naming ``path`` if it cannot be read, is cut off, or if its colours or its rotation cannot be
+        shown right.
+        """
         ...
 
     def read(self, path: Path, indices: Sequence[int], size: tuple[int, int] | None = None) -> Tensor:
@@ -64,43 +86,79 @@ class PyAVReader:
 
     name = "pyav"
 
+    def __init__(self) -> None:
+        self._scan = lru_cache(maxsize=_SCANS_KEPT)(lambda path, changed: scan(path))
+
     def probe(self, path: Path) -> VideoInfo:
-        """See :class:`VideoReader`; mp4 and mkv indexes are read without touching the frames."""
-        with _opened(path) as (container, stream):
-            stamps = [entry.timestamp for entry in stream.index_entries]
-            if stream.frames <= 0 or len(stamps) != stream.frames:
-                stamps = _stamps(container, stream, path)[0]
-            codec = stream.codec_context
-            rate = stream.average_rate or stream.guessed_rate or Fraction(0)
-            return VideoInfo(len(stamps), codec.height, codec.width, float(rate), _is_constant(stamps), codec.name)
+        """See :class:`VideoReader`; of an mp4 the index and the first frames are read, of others all packets."""
+        found = facts(path)
+        look = found.look
+        return VideoInfo(
+            found.frames, look.height, look.width, found.fps, found.constant_rate, found.codec, look.remarks
+        )
+
+    def timeline(self, path: Path) -> Timeline:
+        """The frames of the film; remembered until the file changes. Raises DataError if it is damaged."""
+        try:
+            stat = path.stat()
+        except OSError as error:
+            raise DataError(f"{path}: no such video file") from error
+        return self._scan(path, (stat.st_size, stat.st_mtime_ns))
 
     def read(self, path: Path, indices: Sequence[int], size: tuple[int, int] | None = None) -> Tensor:
         """See :class:`VideoReader`. Frames are resized one by one, so memory is that of the result."""
-        if not indices:
-            raise UsageError(f"{path}: no frames asked for")
-        with _opened(path) as (container, stream):
-            stamps, reliable = _stamps(container, stream, path)
-            first, last = min(indices), max(indices)
-            if first < 0 or last >= len(stamps):
-                raise DataError(f"{path}: frames {first}..{last} asked for, but it has {len(stamps)}")
-            wanted, kind = set(indices), container.format.name
-            found: dict[int, Tensor] = {}
+        timeline = self.timeline(path)
+        check_indices(path, indices, timeline.frames)
+        first, last, wanted = min(indices), max(indices), set(indices)
+        stamps, look, found = timeline.stamps, timeline.look, dict[int, Tensor]()
+        if stamps is not None:
             # Transport streams are seeked by decoding time and may land behind the key frame: nothing decodes there.
-            with suppress(av.error.InvalidDataError):
-                if reliable:
-                    container.seek(stamps[first], stream=stream)
-                    index_of = {stamp: index for index, stamp in enumerate(stamps)}
-                    numbered = ((index_of.get(frame.pts, -1), frame) for frame in container.decode(stream))
-                    found = _collect(numbered, wanted, last, size)
+            with opened(path) as film, suppress(av.error.InvalidDataError):
+                film.container.seek(int(stamps[first]), stream=film.stream)
+                index_of = {stamp: index for index, stamp in enumerate(stamps.tolist())}
+                numbered = ((index_of.get(frame.pts, -1), frame) for frame in film.container.decode(film.stream))
+                found = _collect(path, numbered, wanted, last, look, size)
         if len(found) < len(wanted):
-            with _opened(path) as (container, stream):  # from the very first packet, which not every seek reaches
-                found = _collect(enumerate(container.decode(stream)), wanted, last, size)
+            with opened(path) as film:  # from the very first packet, which not every seek reaches
+                found = _collect(path, enumerate(film.container.decode(film.stream)), wanted, last, look, size)
         if len(found) < len(wanted):
             raise DataError(
-                f"{path}: {len(found)} of the {len(wanted)} frames asked for decode, though the {kind} container lists "
-                f"{len(stamps)}; re-download it, or re-encode to mp4"
+                f"{path}: {len(found)} of the {len(wanted)} frames asked for decode, though the container lists "
+                f"{timeline.frames}; re-download it, or re-encode to mp4"
             )
         return torch.stack([found[index] for index in indices])
+
+
+def probe_clip(reader: VideoReader, path: Path) -> VideoInfo:
+    """Probe what a verb is going to use: :meth:`VideoReader.probe`, and the one rule for variable frame rates.
+
+    Camera paths and windows are counted in frames, so a second must hold the same number of them everywhere.
+
+    Raises:
+        DataError: as ``probe``, or the frame rate varies.
+    """
+    info = reader.probe(path)
+    if not info.constant_rate:
+        raise DataError(
+            f"{path}: variable frame rate; re-encode at a constant rate, e.g. ffmpeg -i IN -fps_mode cfr -r "
+            f"{max(round(info.fps), 1)} OUT"
+        )
+    return info
+
+
+@cache
+def warn_once(path: Path, remarks: tuple[str, ...]) -> None:
+    """Log what is odd about a file that is used all the same, once in a process."""
+    for remark in remarks:
+        _LOG.warning("%s: %s", path, remark)
+
+
+def check_indices(path: Path, indices: Sequence[int], frames: int) -> None:
+    """Raise UsageError if no frame is asked for, DataError if one that ``path`` does not have."""
+    if not indices:
+        raise UsageError(f"{path}: no frames asked for")
+    if min(indices) < 0 or max(indices) >= frames:
+        raise DataError(f"{path}: frames {min(indices)}..{max(indices)} asked for, but it has {frames}")
 
 
 def read_video(
@@ -144,6 +202,8 @@ def write_video(
 ) -> None:
     """Write a video atomically; equal input gives equal bytes (one encoder thread).
 
+    Colours are written as limited-range BT.709 and tagged so, whatever the size; lossless files hold RGB.
+
     Args:
         path: destination; the suffix names the container.
         frames: uint8 ``[F, H, W, 3]``, or float in [-1, 1] ``[F, 3, H, W]``.
@@ -164,13 +224,19 @@ def write_video(
         pixel_format, options = "yuv420p", _encoder_options(codec, crf)
         if height % 2 or width % 2:
             raise UsageError(f"{path}: {codec} needs even sizes, got {height} x {width}; use lossless=True")
-    with atomic_path(path) as temporary, av.open(str(temporary), "w") as container:
+    with atomic_path(path) as temporary, av.open(location(temporary), "w") as container:
         stream = container.add_stream(codec, rate=Fraction(fps).limit_denominator(60_000), options=options)
         stream.width, stream.height, stream.pix_fmt = width, height, pixel_format
-        stream.codec_context.gop_size = key_interval
-        stream.codec_context.thread_count = 1
+        context = stream.codec_context
+        context.gop_size, context.thread_count = key_interval, 1
+        if not lossless:  # RGB needs no matrix; x264 says so itself
+            context.colorspace = context.color_primaries = context.color_trc = _BT709
+            context.color_range = _LIMITED_RANGE
         for picture in pixels:
-            container.mux(stream.encode(av.VideoFrame.from_ndarray(picture, format="rgb24")))
+            frame = av.VideoFrame.from_ndarray(picture, format="rgb24")
+            if not lossless:
+                frame = frame.reformat(format=pixel_format, dst_colorspace=_BT709, dst_color_range=_LIMITED_RANGE)
+            container.mux(stream.encode(frame))
         container.mux(stream.encode(None))
 
 
@@ -192,64 +258,23 @@ def _as_uint8(frames: Tensor | np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
     return np.ascontiguousarray(tensor.numpy())
 
 
-@contextmanager
-def _opened(path: Path) -> Iterator[tuple[Any, Any]]:
-    """Open ``path`` and its first video stream; everything FFmpeg raises inside becomes DataError."""
-    try:
-        with av.open(str(path)) as container:
-            if not container.streams.video:
-                raise DataError(f"{path}: no video stream")
-            stream = container.streams.video[0]
-            context = stream.codec_context
-            if context is None or not context.width or not context.height:
-                raise DataError(f"{path}: the video stream has no usable header; re-download or remove it")
-            context.options = {"err_detect": "explode"}
-            context.thread_type = "AUTO"
-            context.thread_count = 1 if context.width * context.height < _THREADED_PIXELS else 0
-            yield container, stream
-    except FileNotFoundError:
-        raise DataError(f"{path}: no such video file") from None
-    except (av.FFmpegError, ValueError, OSError, RuntimeError, OverflowError) as error:
-        raise DataError(f"{path}: cannot be decoded ({error}); re-download or remove it") from error
-
-
-def _stamps(container: Any, stream: Any, path: Path) -> tuple[list[int], bool]:
-    """Time stamps of all frames in presentation order, and whether they identify frames."""
-    total, stamps = 0, []
-    for packet in container.demux(stream):
-        if packet.size == 0:  # the flush packet at the end
-            continue
-        total += 1
-        if not packet.is_discard:
-            stamps.append(packet.pts)
-        if packet.is_corrupt:
-            raise DataError(f"{path}: damaged packet {total - 1}; re-download or remove it")
-    if total < stream.frames:
-        raise DataError(f"{path}: truncated, {total} of {stream.frames} frames are in the file")
-    if not stamps:
-        raise DataError(f"{path}: no frames")
-    if any(stamp is None for stamp in stamps) or len(set(stamps)) < len(stamps):
-        return list(range(len(stamps))), False
-    return sorted(stamps), True
-
-
-def _is_constant(stamps: list[int]) -> bool:
-    """Whether frames are evenly spaced, up to the rounding of stamps (one tick) and a tenth of a frame."""
-    steps = np.diff(np.sort(np.asarray(stamps, dtype=np.int64)))
-    if not len(steps):
-        return True
-    middle = float(np.median(steps))
-    return bool((np.abs(steps - middle) <= max(1.0, 0.1 * middle)).all())
-
-
 def _collect(
-    numbered: Iterator[tuple[int, Any]], wanted: set[int], last: int, size: tuple[int, int] | None
+    path: Path,
+    numbered: Iterator[tuple[int, Any]],
+    wanted: set[int],
+    last: int,
+    look: Look,
+    size: tuple[int, int] | None,
 ) -> dict[int, Tensor]:
+    """Pictures by index up to ``last``; none if the numbers are not those of consecutive frames."""
     found: dict[int, Tensor] = {}
+    previous = -1
     for index, frame in numbered:
+        if index < 0 <= previous or (previous >= 0 and index != previous + 1):
+            return {}
+        previous = index
         if index in wanted and not frame.is_corrupt:
-            picture = torch.from_numpy(frame.to_ndarray(format="rgb24")).permute(2, 0, 1)
-            found[index] = picture if size is None else cover_crop(picture[None], size)[0]
+            found[index] = look.pixels(path, frame, size)
         if index >= last:  # decoders emit in presentation order
             break
     return found

@@ -23,7 +23,7 @@ from geoalign.types import SourceClip
 
 _LUMA = (0.299, 0.587, 0.114)
 _MAX_STEP = 0.35  # of (translation / height, radians): keeps the first steps inside the basin of the blurred level
-_BOUND = (8.0, 8.0, 4.5, 1.2)  # metres along e1, e2, down, and radians: past this the frame counts as lost
+_BOUND = (8.0, 8.0, 4.5, 1.2)  # metres along e1, e2, down, and radians: the search ends here (docs/evaluators.md)
 
 
 @dataclass(frozen=True, slots=True)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -39,6 +40,8 @@ class Rollout:
         table: the step table that was walked.
         group_size: G.
         forwards: network evaluations spent.
+        entered: position: [R, ...] state before a window step that does not follow the window step before it. Empty
+            where the stochastic steps are consecutive, as each then starts from the stored state of the last one.
     """
 
     x_start: Tensor
@@ -48,6 +51,7 @@ class Rollout:
     table: StepTable
     group_size: int
     forwards: ForwardCount
+    entered: Mapping[int, Tensor] = field(default_factory=dict)
 
     @property
     def num_rows(self) -> int:
@@ -66,7 +70,9 @@ class Rollout:
 
     def state(self, position: int) -> Tensor:
         """State before window step ``position``: [M, ...] for the first one of a shared prefix, else [R, ...]."""
-        return self.x_start if position == 0 else self.x_next[position - 1]
+        if position == 0:
+            return self.x_start
+        return self.entered[position] if position in self.entered else self.x_next[position - 1]
 
     def neutralised(self) -> tuple[Rollout, Tensor]:
         """This rollout with every non-finite row set to zero, and which rows were finite ([R] bool).
@@ -87,6 +93,7 @@ class Rollout:
             x_next=torch.stack([_where(finite, state) for state in self.x_next]),
             log_prob=_where(finite, self.log_prob),
             final=_where(finite, self.final),
+            entered={position: _where(finite, state) for position, state in self.entered.items()},
         )
         return cleaned, finite
 

@@ -1,7 +1,8 @@
 """``FlowSampler``: group rollouts with a shared deterministic prefix, their replay in the learner, and plain sampling.
 
 All G members of a group share condition and initial noise, so the steps before the window and the first window forward
-have one result per group. They are computed once; the members part at the noise of the first stochastic step.
+have one result per group. They are computed once; the members part at the noise of the first stochastic step. "Window"
+means the stochastic steps: usually consecutive, else any set, with deterministic steps of the tail policy between them.
 
 Shapes in comments: M conditions (groups), G members of each, R = M * G rows, row i being member i % G of condition
 i // G; K window steps; L lanes, the states that the prefix computes: M of them if it is shared, else R. A slice stands
@@ -13,6 +14,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise
 from typing import NamedTuple
 
 import torch
@@ -23,7 +25,7 @@ from geoalign.flow.policy import Condition, PhasedPolicy, Velocity, VelocityFn
 from geoalign.flow.rollout import ForwardCount, Rollout
 from geoalign.flow.table import StepTable
 from geoalign.perf.timer import phase
-from geoalign_kernels import FlowStep, NoiseKey, flow_log_prob, flow_step, philox_normal, streams
+from geoalign_kernels import FlowStep, NoiseKey, exact_only, flow_log_prob, flow_step, philox_normal, streams
 
 
 class ObservedStep(NamedTuple):
@@ -81,6 +83,7 @@ class _RolloutCall:
     x_next: Tensor  # [K, R, ...]
     log_prob: Tensor  # [R, K]
     final: Tensor  # [R, ...]
+    entered: dict[int, Tensor]  # of positions after a gap: [R, ...]
     forwards: Counter[str] = field(default_factory=Counter)
 
     @property
@@ -148,7 +151,8 @@ class FlowSampler:
                 history = None if m_prev is None else m_prev[local]
                 self._finish(run, _condition(cond, part, size, conditions), x[local], history, part)
         counts = ForwardCount(run.forwards["prefix"], run.forwards["window"], run.forwards["tail"])
-        return Rollout(run.x_start, run.x_next, run.log_prob, run.final, self.table, self.group_size, counts)
+        stored = run.x_start, run.x_next, run.log_prob, run.final
+        return Rollout(*stored, self.table, self.group_size, counts, run.entered)
 
     def replay(
         self,
@@ -178,7 +182,8 @@ class FlowSampler:
         lanes = slice(rows.start // per_lane, -(-rows.stop // per_lane))
         num_conditions = rollout.num_rows // rollout.group_size
         lane_cond = _condition(cond, lanes, rollout.group_size // per_lane, num_conditions)
-        velocity = self._velocity(PhasedPolicy.of(policy).window, state[lanes], step, lane_cond)  # [lanes, ...]
+        with exact_only():
+            velocity = self._velocity(PhasedPolicy.of(policy).window, state[lanes], step, lane_cond)  # [lanes, ...]
         offset = rows.start - lanes.start * per_lane
         members = slice(offset, offset + rows.stop - rows.start)
         v = velocity.map(lambda part: _repeat(_working(part), per_lane)[members])  # [rows, ...]
@@ -207,7 +212,8 @@ class FlowSampler:
         parts = []
         for rows in _split(0, batch, self.rows_per_forward):
             part_cond = _condition(cond, rows, 1, batch)
-            parts.append(self._ode(tail, _working(x_init[rows]), None, steps, part_cond, Counter(), "sample"))
+            x, _ = self._ode(tail, _working(x_init[rows]), None, steps, part_cond, Counter(), "sample")
+            parts.append(x)
         return torch.cat(parts)
 
     # The phases of a rollout, in order.
@@ -231,8 +237,9 @@ class FlowSampler:
                 f"x_init has {x_init.shape[0]} samples and member_ids {member_ids.numel()} entries for {conditions} "
                 f"groups of {size} (share_prefix={self.share_prefix})"
             )
-        num_rows, shape, num_window_steps = conditions * size, x_init.shape[1:], len(self._window_steps)
+        num_rows, shape, steps = conditions * size, x_init.shape[1:], self._window_steps
         like = _working(x_init[:0])
+        gaps = [position for position, (before, step) in enumerate(pairwise(steps), start=1) if step != before + 1]
         return _RolloutCall(
             phases=phases,
             observer=observer,
@@ -241,9 +248,10 @@ class FlowSampler:
             groups=group_ids.repeat_interleave(size),
             members=member_ids.repeat(conditions),
             x_start=like.new_empty(conditions if self.share_prefix else num_rows, *shape),
-            x_next=like.new_empty(num_window_steps, num_rows, *shape),
-            log_prob=like.new_empty(num_rows, num_window_steps),
+            x_next=like.new_empty(len(steps), num_rows, *shape),
+            log_prob=like.new_empty(num_rows, len(steps)),
             final=like.new_empty(num_rows, *shape),
+            entered={position: like.new_empty(num_rows, *shape) for position in gaps},
         )
 
     def _prefix_and_branch(
@@ -252,7 +260,7 @@ class FlowSampler:
         """Steps up to and including the first stochastic one; returns its rows, their states and history."""
         first, per_lane = self._window_steps[0], run.rows_per_lane
         with phase("rollout/prefix"):
-            x = self._ode(run.phases.prefix, x, None, range(first), cond, run.forwards, "prefix")
+            x, _ = self._ode(run.phases.prefix, x, None, range(first), cond, run.forwards, "prefix")
         run.x_start[lanes] = x  # [lanes, ...]
         with phase("rollout/window"):
             velocity = self._window_velocity(run, x, first, cond).map(lambda v: _repeat(_working(v), per_lane))
@@ -260,17 +268,26 @@ class FlowSampler:
             return rows, *self._stochastic(run, 0, _repeat(x, per_lane), velocity, rows, passes)  # [rows, ...]
 
     def _finish(self, run: _RolloutCall, cond: Condition, x: Tensor, m_prev: Tensor | None, rows: slice) -> None:
-        """The other window steps and the deterministic tail of some rows."""
-        with phase("rollout/window"):
-            for position, step in enumerate(self._window_steps[1:], start=1):
+        """The other stochastic steps of some rows, and the deterministic ones between and after them."""
+        steps = self._window_steps
+        for position, step in enumerate(steps[1:], start=1):
+            if position in run.entered:
+                x, m_prev = self._tail(run, x, m_prev, range(steps[position - 1] + 1, step), cond)
+                run.entered[position][rows] = x
+            with phase("rollout/window"):
                 velocity = self._window_velocity(run, x, step, cond)
                 x, m_prev = self._stochastic(run, position, x, velocity, rows, velocity.passes * x.shape[0])
-        tail = range(self._window_steps.stop, self.table.num_steps)
+        run.final[rows], _ = self._tail(run, x, m_prev, range(steps[-1] + 1, self.table.num_steps), cond)
+
+    def _tail(
+        self, run: _RolloutCall, x: Tensor, m_prev: Tensor | None, steps: range, cond: Condition
+    ) -> tuple[Tensor, Tensor | None]:
+        """Deterministic steps after the members have parted."""
         with phase("rollout/tail"):
-            run.final[rows] = self._ode(run.phases.tail, x, m_prev, tail, cond, run.forwards, "tail")
+            return self._ode(run.phases.tail, x, m_prev, steps, cond, run.forwards, "tail")
 
     def _window_velocity(self, run: _RolloutCall, x: Tensor, step: int, cond: Condition) -> Velocity:
-        with torch.set_grad_enabled(self.window_grad or run.observer is not None):
+        with exact_only(), torch.set_grad_enabled(self.window_grad or run.observer is not None):
             velocity = self._velocity(run.phases.window, x, step, cond)
         run.forwards["window"] += x.shape[0] * velocity.passes
         # Without an observer nobody needs the graph, which would stay alive through the next forward.
@@ -305,15 +322,18 @@ class FlowSampler:
         cond: Condition,
         forwards: Counter[str],
         name: str,
-    ) -> Tensor:
-        """Deterministic steps; no log-probability is taken, so never with a graph. Counts into ``forwards[name]``."""
+    ) -> tuple[Tensor, Tensor | None]:
+        """State and history after deterministic steps; no log-probability is taken, so never with a graph.
+
+        Counts into ``forwards[name]``.
+        """
         for step in steps:
             velocity = self._velocity(velocity_fn, x, step, cond)
             forwards[name] += x.shape[0] * velocity.passes
             used = m_prev if self.table.needs_history(step) else None
             m_prev = self._history(x, velocity, step)
             x = self._step(x, velocity, step, m_prev=used).x_next
-        return x
+        return x, m_prev
 
     def _velocity(self, velocity_fn: VelocityFn, x: Tensor, step: int, cond: Condition) -> Velocity:
         timestep = torch.full((x.shape[0],), float(self.table.timesteps[step]), dtype=x.dtype, device=x.device)
@@ -336,7 +356,7 @@ class FlowSampler:
         return x - float(self.table.sigmas[step]) * velocity.combined().to(x.dtype)
 
     @property
-    def _window_steps(self) -> range:
+    def _window_steps(self) -> Sequence[int]:
         if self.table.window is None:
             raise UsageError("this table has no stochastic window; use FlowSampler.sample")
         return self.table.window.steps

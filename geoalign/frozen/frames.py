@@ -90,8 +90,9 @@ class SharedFrames:
 
     def take(self, view: View, videos: Tensor) -> Shown:
         """What ``view`` sees of ``videos``."""
-        ready = self._ready
-        if ready is None or ready[0]() is not videos or view not in ready[1]:
+        ready, chosen = self._ready, tuple(view.choose(videos.shape[1]))
+        made = None if ready is None or ready[0]() is not videos else ready[1].get(view)
+        if ready is None or made is None or made.frames != chosen:
             ready = (weakref.ref(videos, self._forget), self._show(videos))
             self._ready = ready  # in one assignment: a scorer that timed out may still run on a thread of its own
         return ready[1].pop(view)
@@ -122,7 +123,8 @@ class SharedFrames:
         return shown
 
     def _passes_for(self, videos: Tensor) -> list[_Pass]:
-        key = (videos.shape[1], *videos.shape[-2:], videos.device)
+        chosen = tuple(tuple(view.choose(videos.shape[1])) for view in self._views)
+        key = (chosen, *videos.shape[1:], videos.device)
         if self._passes[0] != key:
             self._passes = (key, [_make_pass(views, videos) for views in self._grouped(*videos.shape[-2:])])
         return self._passes[1]

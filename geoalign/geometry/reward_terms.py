@@ -2,7 +2,8 @@
 
 ``D_trans = sum_i w_i |t_i - t*_i|`` in metres and ``D_rot = sum_i w_i angle(R_i^T R*_i)`` in radians, over the
 evaluated frames, both paths relative to frame 0. The rewards are their negatives. The paper prints
-``arccos((tr - 1) / 2)``; the same angle is computed by ``atan2``, which keeps its digits near 0.
+``arccos((tr - 1) / 2)``; the same angle is computed by ``atan2``, which keeps its digits near 0. A rotation error ends
+at pi by itself; a translation error can be bounded (:func:`translation_bound`), which the paper does not do.
 """
 
 from __future__ import annotations
@@ -65,19 +66,32 @@ def temporal_weights(
     return (weights / weights.sum()).to(device=device, dtype=torch.float32)
 
 
-def translation_distance(estimate: Tensor, target: Tensor, weights: Tensor, *, worst_m: float = math.inf) -> Tensor:
+def translation_errors(estimate: Tensor, target: Tensor) -> Tensor:
+    """``[B, K]`` metres between the centres of ``[B, K, 4, 4]`` poses relative to frame 0; float32."""
+    return so3.safe_norm(estimate[..., :3, 3].float() - target[..., :3, 3].float())
+
+
+def translation_bound(target: Tensor, factor: float) -> Tensor:
+    """``[B]`` metres: ``factor`` times the largest distance of ``[B, F, 4, 4]`` poses from their frame 0, at least 1 m.
+
+    One misread frame thus cannot outweigh all others, and a video of up to ``1 + factor`` times the asked motion along
+    a straight path is scored by eq. 3 as printed.
+    """
+    return factor * translation_errors(target, target[..., :1, :, :]).amax(-1).clamp_min(1.0)
+
+
+def translation_distance(
+    estimate: Tensor, target: Tensor, weights: Tensor, bound_m: Tensor | float = math.inf
+) -> Tensor:
     """Eq. 3: ``[B]`` metres from ``[B, K, 4, 4]`` poses relative to frame 0 and ``[K]`` weights; float32.
 
-    Each frame counts at most ``worst_m``, so that a lost track is a bad frame and not an infinite one.
+    Each frame counts at most ``bound_m`` (a number or ``[B]``).
     """
-    difference = estimate[..., :3, 3].float() - target[..., :3, 3].float()
-    return (so3.safe_norm(difference).clamp_max(worst_m) * weights).sum(-1)
+    errors = translation_errors(estimate, target)
+    return (errors.minimum(torch.as_tensor(bound_m).to(errors)[..., None]) * weights).sum(-1)
 
 
-def rotation_distance(estimate: Tensor, target: Tensor, weights: Tensor, *, worst_rad: float = math.inf) -> Tensor:
-    """Eq. 4: ``[B]`` radians from ``[B, K, 4, 4]`` poses relative to frame 0 and ``[K]`` weights; float32, no TF32.
-
-    Each frame counts at most ``worst_rad``.
-    """
+def rotation_distance(estimate: Tensor, target: Tensor, weights: Tensor) -> Tensor:
+    """Eq. 4: ``[B]`` radians from ``[B, K, 4, 4]`` poses relative to frame 0 and ``[K]`` weights; float32, no TF32."""
     angle = so3.relative_angle(estimate[..., :3, :3].float(), target[..., :3, :3].float())
-    return (angle.clamp_max(worst_rad) * weights).sum(-1)
+    return (angle * weights).sum(-1)

@@ -16,7 +16,7 @@ from torch import Tensor
 from geoalign.config.model import ModelConfig
 from geoalign.data.frames import to_float
 from geoalign.data.readers import AnyReader
-from geoalign.data.video import PyAVReader
+from geoalign.data.video import PyAVReader, probe_clip, warn_once
 from geoalign.errors import RewardError, UsageError
 from geoalign.evaluators.base import PoseEvaluator
 from geoalign.geometry.cameras.door import camera_beside, fit_target, open_camera, open_target
@@ -64,7 +64,8 @@ def read_inputs(
     _check_numbers(speed, intrinsics)
     typed = None if ground_plane is None else _unit_plane("--ground-plane", ground_plane)
     reader = AnyReader(PyAVReader())
-    info = reader.probe(video)
+    info = probe_clip(reader, video)
+    warn_once(video, info.remarks)
     most = info.frames if frames == "all" else min(info.frames, MAX_FRAMES)
     count = frames if isinstance(frames, int) else choose_frames(codec, most)
     if count > info.frames:

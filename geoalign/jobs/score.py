@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,7 @@ from torch import Tensor
 from geoalign.data.clip_record import VIDEO_SUFFIXES
 from geoalign.data.frames import to_float
 from geoalign.data.readers import AnyReader
-from geoalign.data.video import PyAVReader, VideoInfo
+from geoalign.data.video import PyAVReader, VideoInfo, probe_clip, warn_once
 from geoalign.errors import DataError, RewardError, UsageError, UserError
 from geoalign.geometry.cameras.content import read_content
 from geoalign.geometry.cameras.door import camera_beside, is_preset, open_camera, split_name
@@ -133,7 +134,7 @@ class ScoringTask:
             clip_ids=("video",),
         )
         wanted = CameraTrajectory.stack([target.to(dtype=video.dtype)])
-        return video, RetakeBatch(clip, wanted, ("",)), info.frames
+        return video, RetakeBatch(clip, wanted, ("",), fps=info.fps), info.frames
 
 
 def read_condition(
@@ -174,8 +175,12 @@ def _check_target(trajectory: str, frames: int | None) -> int | None:
 
 
 def probe(path: Path, frames: int) -> VideoInfo:
-    """What a video's container says; raises DataError if it cannot be read or has fewer frames than the path."""
-    info = AnyReader(PyAVReader()).probe(path)
+    """What a video's container says.
+
+    Raises DataError if it cannot be read, has a variable frame rate, or fewer frames than the path.
+    """
+    info = probe_clip(AnyReader(PyAVReader()), path)
+    warn_once(path, info.remarks)
     if info.frames < frames:
         raise DataError(f"{path}: {info.frames} frames, but the trajectory has {frames}; use --frames {info.frames}")
     return info
@@ -201,7 +206,8 @@ def score_video(path: Path, reward: Reward, task: ScoringTask) -> tuple[dict[str
     """
     video, batch, found = task.read(path)
     row: dict[str, Any] = {"video": str(path), "frames": video.shape[1], "video_frames": found}
-    return row | score_row(judge(reward, video, batch)) | camera_row(reward, video, batch), video, batch
+    output = judge(reward, video, batch)
+    return row | score_row(output) | camera_row(reward, video, batch, output.lost), video, batch
 
 
 def judge(reward: Reward, videos: Tensor, batch: RetakeBatch) -> RewardOutput:
@@ -219,21 +225,23 @@ def judge(reward: Reward, videos: Tensor, batch: RetakeBatch) -> RewardOutput:
 
 
 def score_row(output: RewardOutput) -> dict[str, Any]:
-    """A reward's answer for one video as plain numbers; an invalid video has no scores, whatever stands in them."""
-    valid = bool(output.valid[0])
-    row: dict[str, Any] = {f"score/{name}": float(value[0]) if valid else None for name, value in output.scores.items()}
-    row |= {name: float(value[0]) for name, value in {**output.parts, **output.diagnostics}.items()}
-    return {"valid": valid, **row} if valid else {"valid": valid, "error": "no finite score", **row}
+    """A reward's answer for one video as plain numbers; an invalid or lost video has no scores: they are NaN."""
+    valid, lost = bool(output.valid[0]), bool(output.lost[0])
+    row: dict[str, Any] = {"valid": valid, "lost": lost} | ({} if valid else {"error": "no finite score"})
+    row |= {f"score/{name}": float(value[0]) if valid else math.nan for name, value in output.scores.items()}
+    return row | {name: float(value[0]) for name, value in {**output.parts, **output.diagnostics}.items()}
 
 
-def camera_row(reward: Reward, video: Tensor, batch: RetakeBatch) -> dict[str, float]:
+def camera_row(reward: Reward, video: Tensor, batch: RetakeBatch, lost: Tensor) -> dict[str, float]:
     """All camera errors (:data:`geoalign.geometry.metrics.CAMERA_METRICS`) of the one video that was just scored.
 
-    Empty for a reward without a pose evaluator; the estimate of one with is not made anew. NaN where not defined.
+    Empty for a reward without a pose evaluator; the estimate of one with is not made anew. NaN where not defined, and
+    all of them where the reward lost the camera (``lost`` ``[1]``).
     """
     evaluator = getattr(reward, "evaluator", None)
     if evaluator is None:
         return {}
     estimate = evaluator(video, batch.source)
-    errors = camera_errors(estimate.c2w, batch.target_camera, estimate.frame_indices)
+    poses = estimate.c2w.masked_fill(lost[:, None, None, None], math.nan)
+    errors = camera_errors(poses, batch.target_camera, estimate.frame_indices)
     return {name: float(value[0]) for name, value in errors.items()}

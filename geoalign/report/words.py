@@ -111,9 +111,10 @@ CURVES = (
     CurveGroup(
         "What is not trained on",
         "What the evaluators report beside the scores. The scale ratio is path length over path length, tracked is "
-        "the share of the picture that an estimate explains.",
+        "the share of the picture that an estimate explains, saturated the share of frames whose position error "
+        "reaches the reward's bound, and lost the share of clips in which no camera could be read.",
         "reward/",
-        suffixes=("_ratio", "residual", "/lost", "/tracked", "_fraction"),
+        suffixes=("_ratio", "residual", "/tracked", "_fraction"),
     ),
     CurveGroup(
         "Rewards",

@@ -26,26 +26,34 @@ class RewardOutput:
         valid: ``[B]`` bool; False marks an infrastructure failure, which leaves mean, std and loss (R4).
         parts: unweighted, physical quantities for people (metres, degrees), ``[B]`` each.
         diagnostics: anything else worth logging, ``[B]`` each.
+        lost: ``[B]`` bool; True marks a content failure: the reward ran, but the video shows nothing that it can read
+            (no camera). Scores and parts are NaN there. Such a sample stays valid, leaves mean and std, and gets the
+            lowest advantage of its group (R4). By default none is lost.
     """
 
     scores: Mapping[str, Tensor]
     valid: Tensor
     parts: Mapping[str, Tensor] = field(default_factory=dict)
     diagnostics: Mapping[str, Tensor] = field(default_factory=dict)
+    lost: Tensor = field(default_factory=lambda: torch.zeros((), dtype=torch.bool))
+
+    def __post_init__(self) -> None:
+        if self.lost.dim() == 0:
+            object.__setattr__(self, "lost", self.lost.to(self.valid.device).expand(self.valid.shape))
 
     def masked_by_finite(self) -> RewardOutput:
-        """Turn non-finite scores into invalid samples with score 0, so that NaN never enters a mean."""
+        """Turn non-finite scores of samples that are not lost into invalid samples with score 0."""
         finite = self.valid.clone()
         for score in self.scores.values():
-            finite &= torch.isfinite(score)
+            finite &= torch.isfinite(score) | self.lost
         scores = {key: torch.where(finite, score, torch.zeros_like(score)) for key, score in self.scores.items()}
-        return RewardOutput(scores, finite, self.parts, self.diagnostics)
+        return RewardOutput(scores, finite, self.parts, self.diagnostics, self.lost & finite)
 
     def map(self, change: Callable[[Tensor], Tensor]) -> RewardOutput:
         """The same with every tensor replaced by ``change(tensor)``."""
         groups = (self.scores, self.parts, self.diagnostics)
         scores, parts, diagnostics = ({key: change(value) for key, value in group.items()} for group in groups)
-        return RewardOutput(scores, change(self.valid), parts, diagnostics)
+        return RewardOutput(scores, change(self.valid), parts, diagnostics, change(self.lost))
 
 
 @runtime_checkable

@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
-import math
-
 import torch
 from torch import Tensor
 
 from geoalign.errors import UsageError
 from geoalign.evaluators.base import PoseEvaluator
 from geoalign.geometry.metrics import scale_ratio
-from geoalign.geometry.reward_terms import WeightKind, rotation_distance, temporal_weights, translation_distance
+from geoalign.geometry.reward_terms import (
+    WeightKind,
+    rotation_distance,
+    temporal_weights,
+    translation_bound,
+    translation_distance,
+    translation_errors,
+)
 from geoalign.geometry.trajectory import CameraTrajectory
 from geoalign.rewards.base import RewardOutput
 from geoalign.types import RetakeBatch
@@ -19,15 +24,16 @@ from geoalign.types import RetakeBatch
 class GeometryReward:
     """Paper eq. 3 (translation) and eq. 4 (rotation), negated so that higher is better.
 
-    Errors per frame are clamped (a lost track is the worst error, not infinity), then summed with temporal
-    weights that grow with time. Emits the keys ``trans`` (metres) and ``rot`` (radians); ``parts`` are unweighted.
+    Errors per frame are summed with temporal weights that grow with time. Emits the keys ``trans`` (metres) and ``rot``
+    (radians). ``parts`` are unweighted and without a bound; ``saturated_fraction`` is the share of frames that the
+    bound acted on.
 
     Args:
         evaluator: reads the camera from the video; never sees the target.
         temporal_weights: growth of w_i: linear, power, exponential, or constant (a deviation from the paper).
-        max_translation_m, max_rotation_deg: the clamped worst errors per frame.
-        min_tracked: below this tracked share the video has no readable camera and gets the worst error (content
-            failure: valid, counted in ``diagnostics["lost"]``).
+        translation_bound: in ``trans`` a frame's error counts at most this many times the target's largest distance
+            from its start (at least 1 m). The one deviation from eq. 3; ``inf`` switches it off.
+        min_tracked: below this tracked share the video has no readable camera: it is lost (content failure, R4).
     """
 
     name = "geometry"
@@ -38,44 +44,42 @@ class GeometryReward:
         evaluator: PoseEvaluator,
         *,
         temporal_weights: WeightKind = "linear",
-        max_translation_m: float = 3.0,
-        max_rotation_deg: float = 45.0,
+        translation_bound: float = 4.0,
         min_tracked: float = 0.15,
     ) -> None:
-        if not (0 < max_translation_m < math.inf and 0 < max_rotation_deg <= 180 and 0 <= min_tracked <= 1):
+        if not (translation_bound > 0 and 0 <= min_tracked <= 1):
             raise UsageError(
-                "need max_translation_m > 0, 0 < max_rotation_deg <= 180 and 0 <= min_tracked <= 1, got "
-                f"{max_translation_m}, {max_rotation_deg} and {min_tracked}"
+                f"need translation_bound > 0 and 0 <= min_tracked <= 1, got {translation_bound} and {min_tracked}"
             )
-        self.evaluator, self.temporal_weights, self.min_tracked = evaluator, temporal_weights, min_tracked
-        self.max_translation_m, self.max_rotation_deg = max_translation_m, max_rotation_deg
+        self.evaluator, self.temporal_weights = evaluator, temporal_weights
+        self.translation_bound, self.min_tracked = translation_bound, min_tracked
 
     @torch.no_grad()
     def __call__(self, videos: Tensor, batch: RetakeBatch) -> RewardOutput:
         """Score ``videos`` ``[B, F, 3, H, W]`` against ``batch.target_camera`` re-based to its first frame."""
         estimate = self.evaluator(videos, batch.source)
-        target = batch.target_camera.relative_to_first().c2w[:, estimate.frame_indices].float()
+        path = batch.target_camera.relative_to_first().c2w.float()
+        target, bound = path[:, estimate.frame_indices], translation_bound(path, self.translation_bound)
         lost = estimate.tracked < self.min_tracked
+        # A pose that is not a number is the scorer's failure, or a broken video's; a lost camera has a pose.
+        valid = torch.isfinite(estimate.c2w).flatten(1).all(1)
         later = (estimate.frame_indices > 0).float()  # frame 0 is given
         weight = temporal_weights(videos.shape[1], self.temporal_weights, frame_indices=estimate.frame_indices)
-        translation, rotation = self._distances(estimate.c2w, target, weight * later, lost)
-        mean_m, mean_rad = self._distances(estimate.c2w, target, later / later.sum(), lost)
-        ratio = scale_ratio(CameraTrajectory.build(estimate.c2w), CameraTrajectory.build(target))
-        return RewardOutput(
-            scores={"trans": -translation, "rot": -rotation},
-            # A pose that is not a number is the scorer's failure, or a broken video's; a lost camera has a pose.
-            valid=torch.isfinite(estimate.c2w).flatten(1).all(1),
-            parts={"trans_m": mean_m, "rot_deg": torch.rad2deg(mean_rad), "scale_ratio": ratio},
-            diagnostics={"lost": lost.float(), "tracked": estimate.tracked, **estimate.diagnostics},
+        poses, even = (estimate.c2w, target), later / later.sum()
+        scores = {
+            "trans": -translation_distance(*poses, weight * later, bound),
+            "rot": -rotation_distance(*poses, weight * later),
+        }
+        parts = {
+            "trans_m": translation_distance(*poses, even),
+            "rot_deg": torch.rad2deg(rotation_distance(*poses, even)),
+            "scale_ratio": scale_ratio(CameraTrajectory.build(estimate.c2w), CameraTrajectory.build(target)),
+            "saturated_fraction": ((translation_errors(*poses) > bound[:, None]) * even).sum(-1),
+        }
+        scores, parts = (
+            {key: value.masked_fill(lost, torch.nan) for key, value in values.items()} for values in (scores, parts)
         )
-
-    def _distances(self, estimate: Tensor, target: Tensor, weight: Tensor, lost: Tensor) -> tuple[Tensor, Tensor]:
-        """Weighted metres and radians ``[B]``; a video whose camera was lost has the worst error in every frame."""
-        worst_m, worst_rad = self.max_translation_m, math.radians(self.max_rotation_deg)
-        translation = translation_distance(estimate, target, weight, worst_m=worst_m)
-        rotation = rotation_distance(estimate, target, weight, worst_rad=worst_rad)
-        total = weight.sum()
-        return torch.where(lost, worst_m * total, translation), torch.where(lost, worst_rad * total, rotation)
+        return RewardOutput(scores, valid, parts, {"tracked": estimate.tracked, **estimate.diagnostics}, lost & valid)
 
 
 class SourceConsistencyReward:

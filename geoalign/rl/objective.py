@@ -9,7 +9,7 @@ from torch import Tensor
 
 from geoalign.config.flow import ObjectiveConfig
 from geoalign.errors import UsageError
-from geoalign.flow.table import StepTable
+from geoalign.flow.table import NEARLY_ONE, StepTable
 
 
 def loss_weights(table: StepTable, config: ObjectiveConfig) -> Tensor:
@@ -30,13 +30,13 @@ def loss_weights(table: StepTable, config: ObjectiveConfig) -> Tensor:
     """
     if table.window is None:
         raise UsageError("loss_weights needs a table with a stochastic window")
-    steps = slice(table.window.start, table.window.stop)
+    steps = list(table.window.steps)
     sigma, after = table.sigmas[:-1][steps], table.sigmas[1:][steps]
     delta = sigma - after
     _, b, c, _ = table.coefficients[steps].unbind(1)
     match config.loss_weight:
         case "longcat":
-            headroom = 1.0 - torch.where(sigma < 1.0, sigma, after)
+            headroom = 1.0 - torch.where(sigma < NEARLY_ONE, sigma, after)
             weights = (sigma / (headroom * delta)).sqrt()
         case "exact_inverse":
             weights = c / b.abs()

@@ -16,8 +16,9 @@ class Scores:
     """Scores of R videos.
 
     Attributes:
-        scores: reward key -> ``[R]`` float32, 0 where invalid.
+        scores: reward key -> ``[R]`` float32, 0 where invalid or lost.
         valid: ``[R]`` bool, False if any scorer failed on the sample (infrastructure failures only).
+        lost: ``[R]`` bool, True if some reward could read nothing in a valid sample (content failures).
         parts: physical quantities for people, ``[R]`` each.
         diagnostics: further named ``[R]`` values.
         failures: scorer -> number of samples it failed on; a sample that two scorers failed on counts for both.
@@ -26,6 +27,7 @@ class Scores:
 
     scores: Mapping[str, Tensor]
     valid: Tensor
+    lost: Tensor
     parts: Mapping[str, Tensor]
     diagnostics: Mapping[str, Tensor]
     failures: Mapping[str, int]
@@ -33,7 +35,8 @@ class Scores:
 
 
 def merged(scored: Scored, usable: Tensor | None = None) -> Scores:
-    """What the rewards say of R videos as one table; a sample that any reward failed on is invalid.
+    """What the rewards say of R videos as one table; a sample that any reward failed on is invalid, and one that
+    any reward could not read is lost.
 
     Args:
         scored: the answers of all rewards.
@@ -42,6 +45,7 @@ def merged(scored: Scored, usable: Tensor | None = None) -> Scores:
     outputs = scored.outputs
     device, count = next((o.valid.device, len(o.valid)) for o in outputs.values())
     valid = torch.ones(count, dtype=torch.bool, device=device) if usable is None else usable.to(device, copy=True)
+    lost = torch.zeros_like(valid)
     scores: dict[str, Tensor] = {}
     parts: dict[str, Tensor] = {}
     diagnostics: dict[str, Tensor] = {}
@@ -49,8 +53,10 @@ def merged(scored: Scored, usable: Tensor | None = None) -> Scores:
     for name, output in outputs.items():
         failures[name] = int((~output.valid).sum())
         valid &= output.valid
+        lost |= output.lost
         scores |= output.scores
         parts |= output.parts
         diagnostics |= {f"{name}/{key}": value for key, value in output.diagnostics.items()}
-    scores = {key: torch.where(valid, value, torch.zeros_like(value)) for key, value in scores.items()}
-    return Scores(scores, valid, parts, diagnostics, failures, scored.seconds)
+    lost &= valid
+    scores = {key: torch.where(valid & ~lost, value, torch.zeros_like(value)) for key, value in scores.items()}
+    return Scores(scores, valid, lost, parts, diagnostics, failures, scored.seconds)

@@ -68,7 +68,7 @@ class WindowSchedule:
             if iteration < duration:
                 return position
             iteration -= duration
-        return self._num_positions - 1
+        return self._num_positions  # as progressive windows do: past the last whole stride, at the largest start
 
     def _duration(self, position: int) -> int:
         late = max(0, self.config.start + self.config.stride * position - self.config.decay_start)

@@ -61,9 +61,10 @@ class WorkMeter:
     def predicted(self, table: StepTable) -> PassCount:
         """Passes that the cost model expects of an iteration with this table."""
         assert table.window is not None
-        walk = Walk(table.window.start, table.window.size, table.num_steps - table.window.stop)
-        groups, size = self.rank_rows.group_ids.numel(), self.rank_rows.member_ids.numel()
-        return count_passes(walk, groups, size, self.config.optim.updates_per_rollout, plan_of(self.config))
+        start, size = table.window.start, table.window.size
+        walk = Walk(start, size, table.num_steps - start - size)
+        groups, members = self.rank_rows.group_ids.numel(), self.rank_rows.member_ids.numel()
+        return count_passes(walk, groups, members, self.config.optim.updates_per_rollout, plan_of(self.config))
 
     def metrics(self, spent: PassCount, table: StepTable, seconds: float) -> dict[str, float]:
         """Everything under ``perf/``."""

@@ -41,6 +41,8 @@ from geoalign_kernels import philox_uniform, streams
 logger = logging.getLogger(__name__)
 MODES = "ode_modes"
 """Key of the notes: the attention mode of every block outside the window."""
+SKIPPED = "skipped_iterations"
+"""Key of the notes: iterations in a row, up to now, in which every update was skipped."""
 
 
 class ConditionSource(Protocol):
@@ -108,7 +110,8 @@ class Trainer:
         """One iteration; returns its metrics.
 
         Raises:
-            RunError: too many invalid samples, or log-probabilities of rollout and replay differ beyond the bound.
+            RunError: too many invalid samples, too many iterations without an update, or log-probabilities of rollout
+                and replay that differ beyond the bound.
         """
         config, rank_rows = self.config, self.rank_rows
         window = self.schedule(self.iteration)
@@ -130,6 +133,7 @@ class Trainer:
             values, valid = advantage.values[rows].to(self.device), scores.valid[rows].to(self.device)  # [R]
             update = self.learner.update(sampler, rollout, precomputed, values, valid, self._held(stream))
         self._refuse_drift(update["parity/log_prob_diff_max"])
+        self._refuse_standstill(update)
         self._agree_on_modes()
         self.iteration += 1
         seconds = self.clock.collect() | {f"time/reward/{name}_s": value for name, value in scores.seconds.items()}
@@ -227,7 +231,7 @@ class Trainer:
         """Advantages of all ranks' samples in global order."""
         groups = self.config.groups
         group_ids = torch.arange(groups.conditions).repeat_interleave(groups.size)  # [N]
-        advantage = group_advantage(scores.scores, scores.valid, group_ids, self.config.advantage)
+        advantage = group_advantage(scores.scores, scores.valid, group_ids, self.config.advantage, scores.lost)
         if not self.config.train.shuffle_advantages:
             return advantage
         return Advantage(self._shuffled(advantage.values), advantage.per_key, advantage.metrics)
@@ -283,11 +287,32 @@ class Trainer:
                 "ratio would be wrong"
             )
 
+    def _refuse_standstill(self, update: Mapping[str, float]) -> None:
+        earlier = self.notes.pop(SKIPPED, 0)
+        if update["policy/skipped_updates"] < self.config.optim.updates_per_rollout:
+            return
+        count = self.notes[SKIPPED] = earlier + 1
+        if count >= self.config.failures.max_skipped_updates:
+            raise RunError(
+                f"iteration {self.iteration}: every update of the last {count} iterations was skipped "
+                f"(failures.max_skipped_updates={count}), because the gradient is not finite (norm "
+                f"{update['policy/grad_norm']:g}); {_broken_weights(self.engine.trained)}"
+            )
+
+
+def _broken_weights(trained: Mapping[str, torch.nn.Parameter]) -> str:
+    local = {name: getattr(value.detach(), "to_local", value.detach)() for name, value in trained.items()}
+    broken = [name for name, value in local.items() if not bool(torch.isfinite(value).all())]
+    if not broken:
+        return "the trained weights are finite: the backward overflows, try run.dtype=float32"
+    return f"{len(broken)} of {len(local)} trained weights are not finite, the first is {broken[0]}: start from others"
+
 
 def _reward_metrics(scores: Scores, advantage: Advantage) -> dict[str, float]:
-    valid = scores.valid
-    values = {**scores.scores, **scores.parts, **scores.diagnostics}
-    means = {f"reward/{name}": _mean_of_defined(value, valid) for name, value in values.items()}
+    valid, read = scores.valid, scores.valid & ~scores.lost
+    means = {f"reward/{name}": _mean_of_defined(value, read) for name, value in scores.scores.items()}
+    others = {**scores.parts, **scores.diagnostics, "lost_fraction": scores.lost.double()}
+    means |= {f"reward/{name}": _mean_of_defined(value, valid) for name, value in others.items()}
     means |= {f"advantage/{name}": value for name, value in advantage.metrics.items()}
     means |= {f"failures/{name}": float(number) for name, number in scores.failures.items()}
     means["reward/invalid_fraction"] = 1 - float(valid.float().mean())
@@ -295,6 +320,9 @@ def _reward_metrics(scores: Scores, advantage: Advantage) -> dict[str, float]:
 
 
 def _mean_of_defined(value: Tensor, valid: Tensor) -> float:
-    """Mean over valid samples where the value is defined (a path that stands still has no scale); NaN without any."""
+    """Mean over valid samples where the value is defined; NaN without any.
+
+    A path that stands still has no scale, and a lost camera no errors.
+    """
     counted = valid & ~torch.isnan(value)
     return float(torch.where(counted, value, 0).sum() / counted.sum())

@@ -6,6 +6,7 @@ The package imports torch only (Triton at the first kernel launch) and nothing o
 """
 
 from geoalign_kernels.dispatch import BackendUnavailableError, report, set_backend, use_backend
+from geoalign_kernels.dropin import Handle, UnknownNetwork, accelerate
 from geoalign_kernels.ops.attention import AttentionOutput, attention, exact_only, resolve_attention
 from geoalign_kernels.ops.attention.probe import ProbedInt8Attention
 from geoalign_kernels.ops.flow_step import FlowStep, flow_log_prob, flow_step
@@ -24,8 +25,11 @@ __all__ = [
     "FlowStep",
     "FrameInputs",
     "FramePlan",
+    "Handle",
     "NoiseKey",
     "ProbedInt8Attention",
+    "UnknownNetwork",
+    "accelerate",
     "attention",
     "exact_only",
     "flow_log_prob",

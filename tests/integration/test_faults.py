@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import threading
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -87,6 +88,39 @@ def test_nan_from_the_policy_masks_one_sample(place: str, levers: dict[str, Any]
     assert metrics["failures/policy"] == 1 and metrics["reward/invalid_fraction"] == 1 / ROWS
     assert metrics["policy/skipped_updates"] == 0 and metrics["policy/grad_norm"] > 0
     assert_trained(trainer)
+
+
+def without_updates(trainer: Trainer) -> None:
+    """Every gradient from now on is infinite."""
+    backward = trainer.engine.backward
+    trainer.engine.backward = lambda loss: backward(loss * math.inf)  # type: ignore[method-assign]
+
+
+def test_a_run_that_no_longer_learns_stops_and_says_so() -> None:
+    """Skipped iterations count in a row and over a checkpoint; one update in between begins anew."""
+    trainer = trainer_with({"b": Brightness()}, failures={"max_skipped_updates": 3})
+    healthy = trainer.engine.backward
+    for skipped in (True, False, True, True):
+        trainer.engine.backward = healthy  # type: ignore[method-assign]
+        if skipped:
+            without_updates(trainer)
+        assert trainer.step()["policy/skipped_updates"] == float(skipped)
+    other = trainer_with({"b": Brightness()}, failures={"max_skipped_updates": 3})
+    other.load(trainer.state())
+    for one in (trainer, other):
+        without_updates(one)
+        with pytest.raises(RunError, match=r"iteration 4: every update of the last 3 iterations .* weights are finite"):
+            one.step()
+
+
+def test_weights_that_are_not_finite_are_named() -> None:
+    trainer = trainer_with({"b": Brightness()}, failures={"max_invalid_fraction": 1.0, "max_skipped_updates": 2})
+    name, parameter = next(iter(trainer.engine.trained.items()))
+    with torch.no_grad():
+        parameter.fill_(math.nan)
+    assert trainer.step()["policy/skipped_updates"] == 1
+    with pytest.raises(RunError, match=rf"iteration 1: .*max_skipped_updates=2.* 1 of \d+ .*the first is {name}"):
+        trainer.step()
 
 
 @pytest.fixture

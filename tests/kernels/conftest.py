@@ -7,7 +7,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parent))
 
 # A set-up of this project has these; a machine with torch, Triton and pytest alone may not.
-NEEDS = {"test_frame_preprocess.py": "PIL", "test_philox.py": "scipy", "interpreted": "scipy"}
+NEEDS = {"test_frame_preprocess.py": "PIL", "test_philox.py": "scipy", "interpreted": "scipy", "dropin": "peft"}
 collect_ignore = [name for name, module in NEEDS.items() if importlib.util.find_spec(module) is None]
 
 

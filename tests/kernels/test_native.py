@@ -169,9 +169,8 @@ TILE = """
 #include <vector>
 using namespace geoalign;
 extern "C" void geoalign_frame_preprocess_cpu(const FramePreprocess* p, int64_t begin, int64_t end) {
-  const int32_t tiles = tiles_of(p->geometry_y, p->geometry_x) + tiles_of(p->patch_y, p->patch_x);
   for (int64_t image = begin; image < end; ++image)
-    for (int32_t i = 0; i < tiles; ++i)
+    for (int32_t i = 0; i < all_tiles(*p); ++i)
       for (int32_t c = 0; c < 3; ++c) {
         const Tile t = make_tile(*p, i, c, static_cast<int32_t>(image));
         if (!wanted(*p, t)) continue;

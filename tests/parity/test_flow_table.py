@@ -32,13 +32,15 @@ def noise_std(variant: str, eta: float, sigma: float, after: float) -> float:
     snr_level = eta * math.sqrt(sigma / (1.0 - reference))
     if variant == "dance":
         return eta
+    if variant == "linear":
+        return eta * grid()[1] * sigma
     if variant == "longcat_truncated":
         return min(snr_level * math.sqrt(delta), 0.45) / math.sqrt(delta)
     return snr_level
 
 
 @pytest.mark.parametrize("eta", [0.3, 0.7, 1.0])
-@pytest.mark.parametrize("variant", ["flow", "dance", "longcat_truncated", "cps"])
+@pytest.mark.parametrize("variant", ["flow", "dance", "longcat_truncated", "cps", "linear"])
 def test_stochastic_rows_equal_the_score_form(variant: str, eta: float) -> None:
     """Apply the rows to random (x, v, eps) and compare with the step written in x0, n and score."""
     rows = table(sde=variant, eta=eta).coefficients.numpy()
@@ -77,7 +79,7 @@ def test_noise_levels_equal_published_schedules() -> None:
     assert [abs(value - 0.45) < 1e-12 for value in capped[:5].tolist()] == [True, True, True, False, False]
 
 
-@pytest.mark.parametrize("variant", ["flow", "dance", "longcat_truncated", "cps"])
+@pytest.mark.parametrize("variant", ["flow", "dance", "longcat_truncated", "cps", "linear"])
 def test_vanishing_noise_gives_the_euler_step(variant: str) -> None:
     euler = build_step_table(FlowConfig(steps=STEPS, shift=SHIFT)).coefficients
     for eta in (1e-4, 1e-8):
@@ -178,7 +180,7 @@ def marginal_error(steps: int, variant: str, eta: float) -> float:
     return worst
 
 
-@pytest.mark.parametrize("variant", ["flow", "dance", "longcat_truncated", "cps"])
+@pytest.mark.parametrize("variant", ["flow", "dance", "longcat_truncated", "cps", "linear"])
 def test_stochastic_steps_preserve_marginals(variant: str) -> None:
     """First order in the step size D; CPS replaces a share of the noise per step, which must shrink as sqrt(D)."""
     share = {"cps": lambda steps: 2.0 / math.sqrt(steps)}.get(variant, lambda steps: 0.7)

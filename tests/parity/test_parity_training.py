@@ -142,7 +142,7 @@ class TestFailures:
         metrics = trainer.step()
         assert metrics["failures/geometry"] == 1
         assert all(
-            math.isfinite(metrics[f"reward/{name}"]) for name in ("trans", "trans_m", "rot_deg", "geometry/lost")
+            math.isfinite(metrics[f"reward/{name}"]) for name in ("trans", "trans_m", "rot_deg", "lost_fraction")
         )
 
     def test_failing_scorer_masks_its_samples(self, config: Config) -> None:

@@ -95,8 +95,11 @@ class Brightness:
 
 
 def smoke(preset: str = "smoke", **changes: dict[str, Any]) -> Config:
-    """A preset with sections changed, validated again."""
-    config = load_config(Config, preset)
+    """A preset with sections changed, validated again.
+
+    Untrained policies make noise, in which no camera can be read. Without a bound none is lost, so that all teach.
+    """
+    config = load_config(Config, preset, ["rewards.geometry.options.min_tracked=0"])
     sections = {name: getattr(config, name).model_copy(update=update) for name, update in changes.items()}
     return Config.model_validate(config.model_copy(update=sections).model_dump())
 

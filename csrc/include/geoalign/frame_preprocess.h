@@ -24,20 +24,33 @@ struct Axis {
   int32_t size;
 };
 
+// What is made of a frame: images of MapAnything, patches of VideoAlign's clip, patches of HPSv3's stills.
+enum Target : int32_t { kGeometry = 0, kClip = 1, kStill = 2, kTargets = 3 };
+
+struct Resize {
+  Axis x, y;
+};
+
 // Sizes: clips * frames images of 3 x height x width. A slot is the position of a frame in an output, or -1.
 struct FramePreprocess {
   const void* video;
   Pixel pixel;
   int32_t clips, frames, height, width;
-  Axis geometry_x, geometry_y;  // 8-bit rounding after each pass, ties up (Pillow)
-  Axis patch_x, patch_y;        // rounding at the end only, ties to even (torch)
-  const int32_t* slots;         // [3, frames]: geometry, clip, still
+  Resize resize[kTargets];
+  const int32_t* slots;  // [3, frames]: geometry, clip, still
   int32_t geometry_frames, clip_frames, still_frames;
-  const float* levels;          // [2, 3, 256]: normalised value of each 8-bit level, per target and channel
-  float* geometry;              // [clips, geometry_frames, 3, geometry_y.size, geometry_x.size]
-  float* clip;                  // [clips, clip_frames / 2, patches, 1176]
-  float* still;                 // [clips, still_frames, patches, 1176], every frame shown twice
+  const float* levels;   // [2, 3, 256]: normalised value of each 8-bit level, of images and patches, per channel
+  float* geometry;       // [clips, geometry_frames, 3, height, width] of its target
+  float* clip;           // [clips, clip_frames / 2, patches, 1176]
+  float* still;          // [clips, still_frames, patches, 1176], every frame shown twice
 };
+
+// Pillow rounds to 8 bits after each pass, ties up; torch at the end only, ties to even. Clips are resized by torch.
+GEOALIGN_HD constexpr bool rounds_twice(int32_t target) { return target != kClip; }
+
+GEOALIGN_HD bool shows(const FramePreprocess& p, int32_t target, int32_t frame) {
+  return p.slots[target * p.frames + frame] >= 0;
+}
 
 constexpr int kPatch = 14, kMerge = 2, kPair = 2;  // Qwen2-VL's vision tower
 constexpr int kPatchArea = kPatch * kPatch;
@@ -86,35 +99,17 @@ GEOALIGN_HD int64_t patch_offset(int32_t channel, int32_t y, int32_t x, int32_t 
   return (patch * 3 + channel) * kPair * kPatchArea + (y % kPatch) * kPatch + x % kPatch;
 }
 
-GEOALIGN_HD int64_t slice_values(const FramePreprocess& p) {
-  return static_cast<int64_t>(p.patch_y.size) * p.patch_x.size * 3 * kPair;
-}
-
-// Where the patches of this frame start in an output (patch_offset counts from there), or null if it is not shown.
-GEOALIGN_HD float* clip_slice(const FramePreprocess& p, int32_t clip, int32_t frame) {
-  const int32_t slot = p.slots[p.frames + frame];
-  if (slot < 0) return nullptr;
-  const int64_t slice = static_cast<int64_t>(clip) * (p.clip_frames / kPair) + slot / kPair;
-  return p.clip + slice * slice_values(p) + (slot % kPair) * kPatchArea;
-}
-
-GEOALIGN_HD float* still_slice(const FramePreprocess& p, int32_t clip, int32_t frame) {
-  const int32_t slot = p.slots[2 * p.frames + frame];
-  if (slot < 0) return nullptr;
-  return p.still + (static_cast<int64_t>(clip) * p.still_frames + slot) * slice_values(p);
-}
-
-// Writes one finished level of the patch target to every output that shows this frame.
-GEOALIGN_HD void store_patch(const FramePreprocess& p, int32_t clip, int32_t frame, int64_t offset, float value) {
-  float* in_clip = clip_slice(p, clip, frame);
-  float* in_still = still_slice(p, clip, frame);
-  if (in_clip) in_clip[offset] = value;
-  if (in_still) in_still[offset] = in_still[offset + kPatchArea] = value;
+// Where the patches of a frame that `target` (kClip or kStill) shows start; patch_offset counts from there.
+GEOALIGN_HD float* patch_slice(const FramePreprocess& p, int32_t target, int32_t clip, int32_t frame) {
+  const int64_t values = static_cast<int64_t>(p.resize[target].y.size) * p.resize[target].x.size * 3 * kPair;
+  const int64_t first = clip, slot = p.slots[target * p.frames + frame];
+  if (target == kStill) return p.still + (first * p.still_frames + slot) * values;
+  return p.clip + (first * (p.clip_frames / kPair) + slot / kPair) * values + (slot % kPair) * kPatchArea;
 }
 
 GEOALIGN_HD float* geometry_plane(const FramePreprocess& p, int32_t clip, int32_t frame, int32_t channel) {
   const int64_t image = static_cast<int64_t>(clip) * p.geometry_frames + p.slots[frame];
-  return p.geometry + (image * 3 + channel) * p.geometry_y.size * p.geometry_x.size;
+  return p.geometry + (image * 3 + channel) * p.resize[kGeometry].y.size * p.resize[kGeometry].x.size;
 }
 
 }  // namespace geoalign
@@ -122,7 +117,7 @@ GEOALIGN_HD float* geometry_plane(const FramePreprocess& p, int32_t clip, int32_
 extern "C" {
 // Images [begin, end) of the clips * frames images; host pointers.
 void geoalign_frame_preprocess_cpu(const geoalign::FramePreprocess* p, int64_t begin, int64_t end);
-// All images on `stream`; device pointers. `tile_reads`: source rows and columns that the largest tile reads, per
-// target (geometry rows, geometry columns, patch rows, patch columns). Returns a cudaError_t.
+// All images on `stream`; device pointers. `tile_reads`: source rows and columns that the largest tile of each target
+// reads. Returns a cudaError_t.
 int geoalign_frame_preprocess_cuda(const geoalign::FramePreprocess* p, const int32_t* tile_reads, void* stream);
 }

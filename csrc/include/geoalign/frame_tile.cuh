@@ -9,26 +9,28 @@ namespace geoalign {
 constexpr int kTileHeight = 14, kTileWidth = 84;
 
 struct Tile {
-  bool geometry;  // which target
-  int32_t clip, frame, channel;
+  int32_t target, clip, frame, channel;
   int32_t y, x, height, width;                         // output pixels
   int32_t source_y, source_x, source_rows, source_columns;  // input pixels that they read
 };
 
-GEOALIGN_HD int32_t tiles_of(const Axis& y, const Axis& x) {
-  return ((y.size + kTileHeight - 1) / kTileHeight) * ((x.size + kTileWidth - 1) / kTileWidth);
+GEOALIGN_HD int32_t tiles_of(const Resize& resize) {
+  return ((resize.y.size + kTileHeight - 1) / kTileHeight) * ((resize.x.size + kTileWidth - 1) / kTileWidth);
+}
+
+GEOALIGN_HD int32_t all_tiles(const FramePreprocess& p) {
+  return tiles_of(p.resize[kGeometry]) + tiles_of(p.resize[kClip]) + tiles_of(p.resize[kStill]);
 }
 
 GEOALIGN_HD Tile make_tile(const FramePreprocess& p, int32_t index, int32_t channel, int32_t image) {
-  const int32_t geometry_tiles = tiles_of(p.geometry_y, p.geometry_x);
   Tile t;
-  t.geometry = index < geometry_tiles;
+  t.target = kGeometry;
+  while (index >= tiles_of(p.resize[t.target])) index -= tiles_of(p.resize[t.target++]);
   t.clip = image / p.frames;
   t.frame = image % p.frames;
   t.channel = channel;
-  const Axis& ay = t.geometry ? p.geometry_y : p.patch_y;
-  const Axis& ax = t.geometry ? p.geometry_x : p.patch_x;
-  if (!t.geometry) index -= geometry_tiles;
+  const Axis& ay = p.resize[t.target].y;
+  const Axis& ax = p.resize[t.target].x;
   const int32_t across = (ax.size + kTileWidth - 1) / kTileWidth;
   t.y = index / across * kTileHeight;
   t.x = index % across * kTileWidth;
@@ -41,10 +43,7 @@ GEOALIGN_HD Tile make_tile(const FramePreprocess& p, int32_t index, int32_t chan
   return t;
 }
 
-GEOALIGN_HD bool wanted(const FramePreprocess& p, const Tile& t) {
-  if (t.geometry) return p.slots[t.frame] >= 0;
-  return p.slots[p.frames + t.frame] >= 0 || p.slots[2 * p.frames + t.frame] >= 0;
-}
+GEOALIGN_HD bool wanted(const FramePreprocess& p, const Tile& t) { return shows(p, t.target, t.frame); }
 
 template <Pixel kPixel>
 GEOALIGN_HD void load_tile_of(const FramePreprocess& p, const Tile& t, uint8_t* source, int32_t thread, int32_t threads) {
@@ -66,33 +65,36 @@ GEOALIGN_HD void load_tile(const FramePreprocess& p, const Tile& t, uint8_t* sou
 // Phase 2: horizontal pass to `rows` [source_rows, width].
 GEOALIGN_HD void resample_rows(const FramePreprocess& p, const Tile& t, const uint8_t* source, float* rows,
                                int32_t thread, int32_t threads) {
-  const Axis& axis = t.geometry ? p.geometry_x : p.patch_x;
+  const Axis& axis = p.resize[t.target].x;
   for (int32_t i = thread; i < t.source_rows * t.width; i += threads) {
     const int32_t row = i / t.width, x = t.x + i % t.width;
     const uint8_t* in = source + row * t.source_columns + axis.first[x] - t.source_x;
     const float* weights = axis.weights + static_cast<int64_t>(x) * axis.taps;
     float sum = 0.0f;
     for (int32_t k = 0; k < axis.taps; ++k) sum += weights[k] * static_cast<float>(in[k]);
-    rows[i] = t.geometry ? truncf(half_up(sum)) : sum;
+    rows[i] = rounds_twice(t.target) ? truncf(half_up(sum)) : sum;
   }
 }
 
 // Phase 3: vertical pass, rounding, normalisation, store in the order of the target.
 GEOALIGN_HD void store_tile(const FramePreprocess& p, const Tile& t, const float* rows, int32_t thread,
                             int32_t threads) {
-  const Axis& axis = t.geometry ? p.geometry_y : p.patch_y;
-  const float* levels = p.levels + ((t.geometry ? 0 : 3) + t.channel) * 256;
+  const Axis& axis = p.resize[t.target].y;
+  const float* levels = p.levels + ((t.target == kGeometry ? 0 : 3) + t.channel) * 256;
   for (int32_t i = thread; i < t.height * t.width; i += threads) {
     const int32_t y = t.y + i / t.width, x = t.x + i % t.width;
     const float* in = rows + (axis.first[y] - t.source_y) * t.width + i % t.width;
     const float* weights = axis.weights + static_cast<int64_t>(y) * axis.taps;
     float sum = 0.0f;
     for (int32_t k = 0; k < axis.taps; ++k) sum += weights[k] * in[k * t.width];
-    const float value = levels[static_cast<int32_t>(t.geometry ? half_up(sum) : half_even(sum))];
-    if (t.geometry) {
-      geometry_plane(p, t.clip, t.frame, t.channel)[static_cast<int64_t>(y) * p.geometry_x.size + x] = value;
+    const float value = levels[static_cast<int32_t>(rounds_twice(t.target) ? half_up(sum) : half_even(sum))];
+    if (t.target == kGeometry) {
+      geometry_plane(p, t.clip, t.frame, t.channel)[static_cast<int64_t>(y) * p.resize[kGeometry].x.size + x] = value;
     } else {
-      store_patch(p, t.clip, t.frame, patch_offset(t.channel, y, x, p.patch_x.size), value);
+      const int64_t offset = patch_offset(t.channel, y, x, p.resize[t.target].x.size);
+      float* out = patch_slice(p, t.target, t.clip, t.frame) + offset;
+      *out = value;
+      if (t.target == kStill) out[kPatchArea] = value;
     }
   }
 }

@@ -35,7 +35,7 @@ def check_output(output: RewardOutput, keys: Sequence[str], count: int) -> Rewar
 
     Raises RewardError when keys or shapes differ from what was asked.
     """
-    values = {**output.diagnostics, **output.parts, **output.scores, "valid": output.valid}
+    values = {**output.diagnostics, **output.parts, **output.scores, "valid": output.valid, "lost": output.lost}
     shapes = {key: tuple(value.shape) for key, value in values.items()}
     if set(output.scores) != set(keys) or any(shape != (count,) for shape in shapes.values()):
         raise RewardError(f"expected {count} values for each of {sorted({*keys, *shapes})}, got {shapes}")
@@ -165,5 +165,5 @@ def concatenate(outputs: Sequence[RewardOutput]) -> RewardOutput:
         keys = {key: None for output in outputs for key in getattr(output, name)}
         return {key: torch.cat([getattr(o, name).get(key, o.valid * torch.nan) for o in outputs]) for key in keys}
 
-    valid = torch.cat([output.valid for output in outputs])
-    return RewardOutput(join("scores"), valid, join("parts"), join("diagnostics"))
+    valid, lost = torch.cat([output.valid for output in outputs]), torch.cat([output.lost for output in outputs])
+    return RewardOutput(join("scores"), valid, join("parts"), join("diagnostics"), lost)

@@ -170,7 +170,9 @@ def save_request(stem: Path, videos: Tensor, batch: RetakeBatch) -> None:
         tensors["ground_plane"] = source.ground_plane
     # Cloned: safetensors refuses tensors that share memory, and views of one clip do.
     save_file({key: value.detach().cpu().clone().contiguous() for key, value in tensors.items()}, f"{stem}.safetensors")
-    Path(f"{stem}.json").write_text(json.dumps({"prompts": batch.prompts, "clip_ids": source.clip_ids}))
+    Path(f"{stem}.json").write_text(
+        json.dumps({"prompts": batch.prompts, "clip_ids": source.clip_ids, "fps": batch.fps})
+    )
 
 
 def load_request(stem: Path) -> tuple[Tensor, RetakeBatch]:
@@ -185,7 +187,7 @@ def load_request(stem: Path) -> tuple[Tensor, RetakeBatch]:
         tuple(names["clip_ids"]),
     )
     target = CameraTrajectory(tensors["target_c2w"], tensors["target_intrinsics"])
-    return tensors["videos"], RetakeBatch(source, target, tuple(names["prompts"]))
+    return tensors["videos"], RetakeBatch(source, target, tuple(names["prompts"]), fps=names["fps"])
 
 
 def save_output(path: Path, output: RewardOutput) -> None:
@@ -194,7 +196,7 @@ def save_output(path: Path, output: RewardOutput) -> None:
 
     groups = {"scores": output.scores, "parts": output.parts, "diagnostics": output.diagnostics}
     tensors = {f"{group}/{key}": value for group, values in groups.items() for key, value in values.items()}
-    tensors["valid"] = output.valid
+    tensors |= {"valid": output.valid, "lost": output.lost}
     save_file({key: value.detach().cpu().clone().contiguous() for key, value in tensors.items()}, path)
 
 
@@ -205,11 +207,11 @@ def load_output(path: Path, device: torch.device) -> RewardOutput:
     # Cloned: on the CPU they are views of the file, which the next answer replaces.
     tensors = {name: value.clone() for name, value in load_file(path, device=str(device)).items()}
     groups: dict[str, dict[str, Tensor]] = {"scores": {}, "parts": {}, "diagnostics": {}}
-    valid = tensors.pop("valid")
+    valid, lost = tensors.pop("valid"), tensors.pop("lost")
     for name, value in tensors.items():
         group, key = name.split("/", 1)
         groups[group][key] = value
-    return RewardOutput(groups["scores"], valid, groups["parts"], groups["diagnostics"])
+    return RewardOutput(groups["scores"], valid, groups["parts"], groups["diagnostics"], lost)
 
 
 def serve(setup: Mapping[str, Any], requests: IO[str], answers: IO[str]) -> None:

@@ -233,7 +233,7 @@ class RewardQwen(nn.Module):
             ids: ``[B, L]`` int64; right padding is harmless because attention is causal.
             visual_index: ``[slices * S / merge^2]`` int64, where the visual tokens go (the same for all rows).
             pool_index: ``[B, K]`` int64, read positions.
-            vision, text: the tables of :func:`vision_table`` and :func:``text_table` (for L).
+            vision, text: the tables of :func:`vision_table` and :func:`text_table` (for L).
 
         Returns:
             ``[B, K, head outputs]`` float32.

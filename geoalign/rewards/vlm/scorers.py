@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import math
 from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
@@ -42,6 +43,7 @@ _LORA_SCALE = 2.0  # alpha 128 / rank 64
 _CAPTION_SLOT = "{text_prompt}"
 # Captioned prompts are padded to a multiple of this many tokens, so that few graphs serve all captions.
 _BUCKET = 32
+_FPS = 16.0  # of Wan's videos
 _MOST_BODIES = 4
 
 
@@ -129,7 +131,8 @@ class VideoAlignReward:
         network: loaded weights.
         encode: the release's tokenizer.
         template: the release's prompt, with the slot for the caption.
-        clip_fps: frame rate the clip is said to have. It decides how many frames are seen, so it changes scores.
+        clip_fps: frame rate the clip is said to have. It decides how many frames are seen, so it changes scores. None:
+            the video's own where that is known (``RetakeBatch.fps``), 16 elsewhere.
         text_alignment: also emit ``align``; the prompt then becomes longer and depends on the caption.
         greyscale_motion: show the motion score a grey video (some recipes do); costs a second pass.
         videos_per_forward: bounds the activation memory.
@@ -146,7 +149,7 @@ class VideoAlignReward:
         encode: Encode,
         template: str,
         *,
-        clip_fps: float = 16.0,
+        clip_fps: float | None = None,
         text_alignment: bool = False,
         greyscale_motion: bool = False,
         videos_per_forward: int = 4,
@@ -156,16 +159,20 @@ class VideoAlignReward:
     ) -> None:
         self.parts = ("vq", "mq", "ta") if text_alignment else ("vq", "mq")
         self.keys = tuple(_VIDEOALIGN_KEYS[part] for part in self.parts)
+        if clip_fps is not None and not 0 < clip_fps < math.inf:
+            raise UsageError(f"clip_fps must be positive, got {clip_fps}")
         self.encode, self.template, self.clip_fps = encode, template, clip_fps
+        self._fps = clip_fps or _FPS  # of the batch at hand
         self._run = _Runner(network, videos_per_forward, graphs, memory)
         fit = _fit(network, _VIDEOALIGN_AREA)
-        self._view = (frames or SharedFrames()).clip(lambda count: sample_frames(count, self.clip_fps), fit)
+        self._view = (frames or SharedFrames()).clip(lambda count: sample_frames(count, self._fps), fit)
         # The grey video is another video, of the chosen frames alone.
         self._grey_view = SharedFrames().clip(range, fit) if greyscale_motion else None
 
     @torch.no_grad()
     def __call__(self, videos: Tensor, batch: RetakeBatch) -> RewardOutput:
         """Score ``videos`` ``[B, F, 3, H, W]`` in [-1, 1]; a video with a non-finite pixel is invalid."""
+        self._fps = self.clip_fps or batch.fps or _FPS
         shown = self._view(videos)
         plans = self._plans(shown, batch.prompts)
         raw = self._run(shown.inputs, shown.size, plans)[..., 0]

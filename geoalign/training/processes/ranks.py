@@ -167,22 +167,22 @@ def gather_scores(ranks: Ranks, local: RankRows, scores: Scores) -> Scores:
     tables = ("scores", "parts", "diagnostics")
     columns = {f"{table}/{name}": value for table in tables for name, value in getattr(scores, table).items()}
     names = ranks.union(columns)
-    buffer = torch.zeros(1 + len(names), local.conditions * local.group_size, dtype=torch.float64)
+    buffer = torch.zeros(2 + len(names), local.conditions * local.group_size, dtype=torch.float64)
     rows = local.rows[local.scored]
-    buffer[0, rows] = scores.valid.double().cpu()
-    for number, name in enumerate(names, start=1):
+    buffer[0, rows], buffer[1, rows] = scores.valid.double().cpu(), scores.lost.double().cpu()
+    for number, name in enumerate(names, start=2):
         if name in columns:
-            # Values of failed rows may be NaN, which a sum would spread; they are excluded by ``valid`` everywhere.
-            buffer[number, rows] = torch.nan_to_num(columns[name].double().cpu())
+            buffer[number, rows] = columns[name].double().cpu()  # NaN stays NaN, in its own row: not defined there
     gathered = ranks.all_reduce(buffer, "sum", "scores")
     joined: dict[str, dict[str, Tensor]] = {table: {} for table in tables}
-    for number, name in enumerate(names, start=1):
+    for number, name in enumerate(names, start=2):
         table, _, key = name.partition("/")
         joined[table][key] = gathered[number]
     counts = ranks.all_reduce(torch.tensor([*scores.failures.values()], dtype=torch.float64), "sum", "scores")
     return replace(
         scores,
         valid=gathered[0] > 0,
+        lost=gathered[1] > 0,
         **joined,
         failures=dict(zip(scores.failures, map(int, counts.tolist()), strict=True)),
         seconds={name: ranks.maximum(value) for name, value in scores.seconds.items()},

@@ -168,14 +168,42 @@ def test_a_single_video_without_a_score_ends_with_1(
     assert text in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("fps", [8, 24, 60])
+def test_the_reward_is_told_the_files_own_frame_rate(
+    fps: int, score: Callable, files: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    told: list[float | None] = []
+
+    class Listening(Faulty):
+        def __call__(self, videos: torch.Tensor, batch: RetakeBatch) -> RewardOutput:
+            told.append(batch.fps)
+            return super().__call__(videos, batch)
+
+    write_video(files["retake.mp4"], torch.zeros(5, 3, 48, 64), fps)
+    monkeypatch.setattr(registry, "build_rewards", lambda configs: {"geometry": Listening(0.0)})
+    assert score()[0] == 0 and told == [fps]
+
+
+def test_a_video_without_a_camera_is_lost_and_has_no_numbers(
+    score: Callable, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A bound that no video reaches: what the tracker reads is not enough."""
+    code, (row,) = score("--set", "min_tracked=1.0")
+    assert code == 0 and row["valid"] is True and row["lost"] is True
+    numbers = ("score/trans", "score/rot", "trans_m", "rot_deg", "saturated_fraction", *CAMERA_METRICS)
+    assert all(row[name] is None for name in numbers)
+    assert 0 < row["tracked"] < 1 and "nan" not in capsys.readouterr().out
+
+
 def test_options_reach_the_reward_and_its_evaluator(score: Callable) -> None:
     rows = []
-    for settings in ([], ["max_translation_m=0.001"], ["evaluator_options.levels=[[4.0, 1]]"]):
+    for settings in ([], ["translation_bound=0.001"], ["evaluator_options.levels=[[4.0, 1]]"]):
         code, found = score(*(word for setting in settings for word in ("--set", setting)))
         assert code == 0
         rows += found
-    plain, clamped, coarse = rows
-    assert plain["trans_m"] > 0.002 and clamped["trans_m"] < 0.0011  # the reward's option
+    plain, bounded, coarse = rows
+    assert plain["saturated_fraction"] == 0 and bounded["saturated_fraction"] == 1  # the reward's option
+    assert bounded["score/trans"] > plain["score/trans"] and bounded["trans_m"] == plain["trans_m"]
     assert coarse["trans_m"] > plain["trans_m"]  # the evaluator's: one blurred step reads worse than seven
 
 
@@ -221,8 +249,8 @@ MAPANYTHING = "--evaluator mapanything --set evaluator_options.checkpoint=no --s
         ("--reward geometri", 2, "did you mean 'geometry'"),
         ("--reward hpsv3 --plot", 2, "reward hpsv3 has none"),
         ("--size 0x0", 2, "at least 16 pixels"),
-        ("--set max_translation=1", 2, "did you mean 'max_translation_m'"),
-        ("--set max_translation_m=abc", 2, "options.max_translation_m: input should be a valid number"),
+        ("--set translation_bond=1", 2, "did you mean 'translation_bound'"),
+        ("--set translation_bound=abc", 2, "options.translation_bound: input should be a valid number"),
         ("--set evaluator_options.levels=3", 2, "evaluator_options.levels: input should be a valid tuple"),
         ("--set temporal_weights=foo", 2, "temporal_weights: input should be 'linear'"),
         ("--evaluator mapanything --set evaluator_options.checkpoint=no", 1, "hf download facebook/"),

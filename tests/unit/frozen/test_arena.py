@@ -11,6 +11,7 @@ from tiny_scorers import QWEN, encode, hpsv3, mapanything, random_network, video
 from torch import Tensor, nn
 
 from geoalign.errors import UsageError
+from geoalign.evaluators.mapanything.evaluator import MapAnythingEvaluator
 from geoalign.frozen.arena import ScorerMemory
 from geoalign.geometry.trajectory import CameraTrajectory
 from geoalign.rewards.geometry import GeometryReward
@@ -37,12 +38,17 @@ def size(module: nn.Module) -> int:
     return sum(-(-t.nbytes // 256) * 256 for t in (*module.parameters(), *module.buffers()))
 
 
+def pose_reward(pose: MapAnythingEvaluator | None = None) -> GeometryReward:
+    """Scores what random weights read, of which they are sure nowhere."""
+    return GeometryReward(pose or mapanything(), min_tracked=0.0)
+
+
 def test_scorers_that_take_turns_score_as_those_that_stay() -> None:
     batch = conditions(2)
-    expected = [reward(videos(), batch).scores for reward in (hpsv3(), videoalign(), GeometryReward(mapanything()))]
+    expected = [reward(videos(), batch).scores for reward in (hpsv3(), videoalign(), pose_reward())]
     memory = ScorerMemory(take_turns=True)
     pose = mapanything(memory=memory)
-    rewards = [hpsv3(memory=memory), videoalign(memory=memory), GeometryReward(pose)]
+    rewards = [hpsv3(memory=memory), videoalign(memory=memory), pose_reward(pose)]
     networks = [rewards[0]._run.network, rewards[1]._run.network, pose.network]  # type: ignore[union-attr]
     assert memory.arena is None
     largest = max(map(size, networks))

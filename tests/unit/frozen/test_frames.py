@@ -6,6 +6,7 @@ from __future__ import annotations
 import gc
 import weakref
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -22,6 +23,7 @@ from geoalign.geometry.trajectory import CameraTrajectory
 from geoalign.rewards import registry
 from geoalign.rewards.registry import build_rewards
 from geoalign.rewards.running.worker import WorkerReward
+from geoalign.rewards.vlm.scorers import VideoAlignReward
 from geoalign.rl.score import Scores
 from geoalign.types import RetakeBatch, SourceClip
 
@@ -94,6 +96,28 @@ def test_a_batch_scored_by_three_rewards_is_preprocessed_once(passes, failures: 
         assert len(passes) == count
     # All frames for the camera, 4 of 6 for VideoAlign (2 a second, at least 4), every second one for HPSv3.
     assert [plan.counts for plan, _ in passes] == [(6, 4, 3)] * 2
+
+
+def test_videoalign_is_told_the_videos_own_frame_rate(passes) -> None:
+    """Two frames a second, at least 4: 6 frames are 3 s at 2 a second and under half a second at 16, the default."""
+    rewards, videos, batch = (
+        build_rewards({name: ALL[name] for name in ("videoalign", "hpsv3")}),
+        videos_of(),
+        batch_of(),
+    )
+    for fps in (None, 2.0, 16.0, 2.0):
+        told = replace(batch, fps=fps)
+        assert told.select([0, 1]).to("cpu").repeat_interleave(1).fps == fps
+        assert score_videos(rewards, videos.clone(), told).valid.all()
+    assert [plan.counts[1] for plan, _ in passes] == [4, 6, 4, 6]
+    # Whoever asks first prepares what VideoAlign saw of the batch before; then it has a pass of its own.
+    score_videos(dict(reversed(rewards.items())), videos.clone(), replace(batch, fps=16.0))
+    assert [plan.counts[1] for plan, _ in passes[4:]] == [6, 4]
+    reward = rewards["videoalign"]
+    assert isinstance(reward, VideoAlignReward)
+    reward.clip_fps = 16.0  # what a configuration says wins
+    score_videos(rewards, videos.clone(), replace(batch, fps=2.0))
+    assert passes[-1][0].counts[1] == 4
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,7 @@ import torch
 
 from geoalign.errors import DataError
 from geoalign.geometry import so3
-from geoalign.geometry.reward_terms import rotation_distance, temporal_weights, translation_distance
+from geoalign.geometry.reward_terms import rotation_distance, temporal_weights, translation_bound, translation_distance
 
 
 @pytest.mark.parametrize("kind", ["linear", "power", "exponential", "constant"])
@@ -52,6 +52,22 @@ def test_distances_in_hand_computed_cases() -> None:
     assert abs(float(rotation_distance(estimate, target, weights)) - expected) < 1e-6
     assert float(translation_distance(target, target, weights)) == 0
     assert float(rotation_distance(target, target, weights)) < 1e-7
+
+
+def test_the_bound_follows_the_targets_reach() -> None:
+    """Out to 3 m and back to 1 m: four times 3 m. A camera that stays within 1 m counts as one of 1 m."""
+    paths = torch.cat([poses([0, 0, 0, 0], [0, 2, -3, 1]), poses([0, 0, 0, 0], [0, 0.1, 0.2, 0.3])]).float()
+    torch.testing.assert_close(translation_bound(paths, 4.0), torch.tensor([12.0, 4.0]))
+    moved = paths.clone()
+    moved[:, :, :3, 3] += torch.tensor([5.0, -2.0, 1.0])  # of the distance from the first frame, wherever that is
+    torch.testing.assert_close(translation_bound(moved, 4.0), torch.tensor([12.0, 4.0]))
+    assert translation_bound(paths, math.inf).isinf().all()
+    far = poses([0, 0, 0, 180], [0, 2, -3, 100]).float()
+    weights, bound = temporal_weights(4), translation_bound(paths[:1], 4.0)
+    # Only the last frame, 99 m away, reaches it; half a turn is the largest angle and counts in full.
+    torch.testing.assert_close(translation_distance(far, paths[:1], weights, bound), torch.tensor([0.4 * 12.0]))
+    torch.testing.assert_close(translation_distance(far, paths[:1], weights), torch.tensor([0.4 * 99.0]))
+    torch.testing.assert_close(rotation_distance(far, paths[:1], weights), torch.tensor([0.4 * math.pi]))
 
 
 def test_tiny_rotations_survive_float32() -> None:

@@ -28,6 +28,7 @@ from geoalign.report.paths import choose_plane
 from geoalign.report.run_folder import read_run
 from geoalign.report.samples import choose_samples
 from geoalign.report.svg import number, smooth, ticks
+from geoalign.report.words import CURVES
 
 FRAMES, HEIGHT, WIDTH = 4, 12, 16
 
@@ -231,6 +232,12 @@ def test_curves_that_never_move_are_words(folder: Path) -> None:
     curves = page.partition('id="curves"')[2].partition('id="time"')[0]
     assert "In every iteration: log prob diff max <b>0</b>." in curves
     assert curves.count("<svg") == 3  # reward/trans, reward/trans_m, policy/ratio_max
+
+
+def test_lost_cameras_and_saturated_frames_stand_beside_the_rewards_and_not_among_them() -> None:
+    for key in ("reward/lost_fraction", "reward/saturated_fraction", "reward/geometry/tracked"):
+        assert next(group for group in CURVES if group.takes(key)).title == "What is not trained on"
+    assert next(group for group in CURVES if group.takes("advantage/lost_groups")).title == "Advantages"
 
 
 def test_the_verb_writes_the_file_and_says_where(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:

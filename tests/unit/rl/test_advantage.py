@@ -36,7 +36,9 @@ def values(config: AdvantageConfig, scores: Tensor = SCORES, valid: Tensor = ALL
     ("config", "denominators"),
     [
         (AdvantageConfig(), [math.sqrt(3.5)] * 2),
-        (AdvantageConfig(std="group"), [math.sqrt(3.5) + 1e-8, 1.0 + 1e-8]),
+        (AdvantageConfig(std="group"), [math.sqrt(3.5), 1.0]),
+        (AdvantageConfig(std="group", floor=1.5), [math.sqrt(3.5), 1.5]),
+        (AdvantageConfig(std="group", floors={"r": 4.0}), [4.0] * 2),
         (AdvantageConfig(std="group_floor", floor=1.5), [math.sqrt(3.5), 1.5]),
         (AdvantageConfig(std="group_floor", floor=0.5), [math.sqrt(3.5), 1.0]),
         (AdvantageConfig(std="batch_rms"), [1.5] * 2),
@@ -81,6 +83,69 @@ def test_groups_without_signal_get_zero(std: str, score: float) -> None:
     assert float(result.values[9]) < 0.0
     assert result.metrics["r/zero_variance"] == 1.0  # the group of equal ones; the others are not comparable
     assert result.metrics["valid_fraction"] == pytest.approx(7 / 12)
+
+
+# Three groups of four; what is lost of each.
+LOST = torch.tensor([0, 0, 0, 1, 1, 0, 0, 0, 1, 1, 1, 1], dtype=torch.bool)
+TABLE = torch.tensor([1.0, 2.0, 3.0, 6.0, 10.0, 10.0, 12.0, 12.5, 0.0, 1.0, 2.0, 3.0])
+
+
+@pytest.mark.parametrize("score", [math.nan, -math.inf, 1e9, -1e9])
+@pytest.mark.parametrize("std", ["batch_max", "batch_rms", "group", "group_floor", "global"])
+def test_a_lost_member_changes_no_other_advantage(std: str, score: float) -> None:
+    """Bit for bit those of the batch without it, however bad or good its score would be."""
+    config = AdvantageConfig(std=std, floor=1e-2 if std == "group_floor" else None)
+    groups, valid = torch.arange(3).repeat_interleave(4), torch.ones(12, dtype=torch.bool)
+    scores = {"a": torch.where(LOST, score, TABLE), "b": torch.where(LOST, score, TABLE.square())}
+    found = group_advantage(scores, valid, groups, config, LOST)
+    without = group_advantage({"a": TABLE, "b": TABLE.square()}, ~LOST, groups, config)
+    assert torch.equal(found.values[~LOST], without.values[~LOST])
+    for key in scores:
+        assert torch.equal(found.per_key[key], without.per_key[key])
+    own = {"valid_fraction", "lost_groups"}
+    assert {k: v for k, v in found.metrics.items() if k not in own} == {
+        k: v for k, v in without.metrics.items() if k not in own
+    }
+
+
+def test_a_lost_member_gets_the_lowest_advantage_of_its_group_and_at_most_minus_one() -> None:
+    """By hand, with the denominator 1: scores 1 2 3 give -1 0 1, scores 10 12 12.5 give -1.5 0.5 1."""
+    groups, valid = torch.arange(3).repeat_interleave(4), torch.ones(12, dtype=torch.bool)
+    config = AdvantageConfig(std="group_floor", floor=2.0, weights={"a": 2.0})
+    result = group_advantage({"a": TABLE}, valid, groups, config, LOST)
+    expected = [-1.0, 0.0, 1.0, -1.0, -1.5, -1.5, 0.5, 1.0, 0.0, 0.0, 0.0, 0.0]
+    torch.testing.assert_close(result.values, torch.tensor(expected), **TOLERANCE)
+    assert result.metrics["lost_groups"] == 1
+    # Members that hardly differ: the lost one is still pushed away from, at -1.
+    small = group_advantage({"a": TABLE / 100}, valid, groups, config, LOST).values
+    torch.testing.assert_close(small[[3, 4]], torch.tensor([-1.0, -1.0]), **TOLERANCE)
+    # The clip bounds every advantage, that of a lost member too.
+    tight = config.model_copy(update={"clip": 0.5})
+    assert group_advantage({"a": TABLE}, valid, groups, tight, LOST).values[[3, 4]].tolist() == [-0.5, -0.5]
+
+
+def test_invalid_samples_are_not_lost_and_decide_nothing() -> None:
+    groups, valid = torch.zeros(4, dtype=torch.int64), torch.tensor([1, 0, 1, 0], dtype=torch.bool)
+    lost = torch.tensor([0, 1, 1, 0], dtype=torch.bool)
+    result = group_advantage({"r": torch.tensor([5.0, 0.0, 0.0, -9.0])}, valid, groups, AdvantageConfig(), lost)
+    assert result.values.tolist() == [0.0, 0.0, -1.0, 0.0]
+    assert result.metrics["lost_groups"] == 0
+    nobody = group_advantage({"r": SCORES[:4]}, valid, groups, AdvantageConfig(), valid)
+    assert nobody.values.tolist() == [0.0] * 4 and nobody.metrics["lost_groups"] == 1
+
+
+@pytest.mark.parametrize("std", ["batch_max", "batch_rms", "group", "group_floor", "global"])
+@pytest.mark.parametrize("base", [-3.0, -300.0, -0.3, 7e-5, 1e6])
+def test_rewards_that_differ_by_rounding_teach_nothing(std: str, base: float) -> None:
+    """A few units in the last place of float32 around ``base``; the second group differs by a thousandth."""
+    steps = torch.tensor([0, 1, -1, 2, 0, -2, 3, 1, 0, -1, 0, 2])
+    first = torch.tensor(base) * (1 + steps * torch.finfo(torch.float32).eps)
+    assert first.unique().numel() > 3
+    scores = torch.cat([first, base * (1 + 1e-3 * steps)])
+    groups, config = torch.arange(2).repeat_interleave(12), AdvantageConfig(std=std, floor=1e-9)
+    result = group_advantage({"r": scores}, torch.ones(24, dtype=torch.bool), groups, config)
+    assert result.values[:12].tolist() == [0.0] * 12 and result.metrics["r/zero_variance"] == 1
+    assert float(result.values[12:].abs().max()) > 0.5
 
 
 def test_single_members_do_not_enter_the_median() -> None:
@@ -129,14 +194,17 @@ def test_groups_spread_over_ranks_equal_one_process(std: str, size: int) -> None
     """Bit for bit: ranks gather all scores and normalise them alike, groups whole or split."""
     table, groups = torch.cat([SCORES, 3 * SCORES + 1]), torch.arange(4).repeat_interleave(4)
     valid, config = torch.rand(16, generator=torch.Generator().manual_seed(0)) > 0.2, AdvantageConfig(std=std)
-    alone = group_advantage({"r": table}, valid, groups, config).values
+    lost = torch.arange(16) % 5 == 0
+    assert bool((lost & valid).any())
+    alone = group_advantage({"r": table}, valid, groups, config, lost).values
 
     def work(ranks: Ranks) -> Tensor:
         local = RankRows.of(4, 4, ranks)
-        mine = Scores({"r": table[local.rows]}, valid[local.rows], {}, {}, {"r": 1}, {"r": float(ranks.rank)})
+        rows = local.rows
+        mine = Scores({"r": table[rows]}, valid[rows], lost[rows], {}, {}, {"r": 1}, {"r": float(ranks.rank)})
         found = gather_scores(ranks, local, mine)
         assert found.failures == {"r": size} and found.seconds == {"r": size - 1.0}
-        return group_advantage(found.scores, found.valid, groups, config).values
+        return group_advantage(found.scores, found.valid, groups, config, found.lost).values
 
     assert all(torch.equal(values, alone) for values in on_fake_ranks(size, work))
 

@@ -51,6 +51,27 @@ def test_exp_decay_hurries_through_late_steps() -> None:
     assert starts(config.model_copy(update={"end": "clip"}), 8, range(19, 25)) == [6] * 6
 
 
+def test_exp_decay_ends_where_progressive_does() -> None:
+    """A stride of 2 from 1 stops at 3 within a largest start of 4: `roll_back` begins anew, `clip` goes on to 4."""
+    decaying = {
+        "kind": "exp_decay",
+        "start": 1,
+        "size": 2,
+        "stride": 2,
+        "interval": 2,
+        "max_start": 4,
+        "decay_start": 0,
+    }
+    # Positions 1 and 3 last ceil(2 exp(-1)) = 1 and ceil(2 exp(-3)) = 1 iterations.
+    config = WindowConfig(**decaying, decay_rate=1.0)
+    assert starts(config, 8, range(5)) == [1, 3, 1, 3, 1]
+    assert starts(config.model_copy(update={"end": "clip"}), 8, range(5)) == [1, 3, 4, 4, 4]
+    # Without decay the two schedules are one.
+    for end in ("roll_back", "clip"):
+        even = WindowConfig(**decaying, decay_rate=0.0, end=end)
+        assert starts(even, 8, range(12)) == starts(even.model_copy(update={"kind": "progressive"}), 8, range(12))
+
+
 def test_random_is_counter_based() -> None:
     """Golden sequence of the frozen Philox layout: seed 0, stream 5, T = 25, size 4 (made by this implementation)."""
     config = WindowConfig(kind="random", interval=1)

@@ -57,5 +57,5 @@ def refuse_device(device: Any, reads: list[int]) -> None:
 
 def shared_bytes(reads: list[int]) -> int:
     """Shared memory of a block, as the launcher asks for it: float32 rows as wide as a tile, and source bytes."""
-    rows, columns, patch_rows, patch_columns = reads
-    return 4 * TILE[1] * max(rows, patch_rows) + max(rows * columns, patch_rows * patch_columns)
+    rows, columns = reads[::2], reads[1::2]
+    return 4 * TILE[1] * max(rows) + max(r * c for r, c in zip(rows, columns, strict=True))

@@ -27,9 +27,9 @@ class FrameInputs(NamedTuple):
     geometry: Tensor
     """[B, geometry frames, 3, h, w]: resized with 8-bit rounding after each pass, cropped, normalised."""
     clip: Tensor
-    """[B, clip frames / 2, patches, 1176]: flat patches of frame pairs in Qwen2-VL's order."""
+    """[B, clip frames / 2, patches, 1176]: flat patches of frame pairs in Qwen2-VL's order, resized as by torch."""
     still: Tensor
-    """[B, still frames, patches, 1176]: each frame alone, shown twice."""
+    """[B, still frames, patches, 1176]: each frame alone, shown twice, resized as by Pillow."""
 
 
 def frame_preprocess(video: Tensor, plan: FramePlan) -> FrameInputs:

@@ -2,14 +2,16 @@
 
 Output i of an axis is sum_k weights[i, k] * input[first[i] + k]. Two filters are used, which widen with the scale, drop
 taps outside the image and renormalise the rest. For the cropped image it is Pillow's (Lanczos-3 when shrinking, Keys'
-cubic when enlarging), computed in float64. For the patches it is torch's antialiased bicubic, whose float32 weights are
-read off torch: recomputed ones differ by 1e-5, and that moves one value in two thousand across a rounding tie.
+cubic when enlarging), for the patches of stills Pillow's cubic: computed in float64 and rounded to Pillow's fixed
+point, which float32 holds exactly. For the patches of clips it is torch's antialiased bicubic, whose float32 weights
+are read off torch: recomputed ones differ by 1e-5, and that moves one value in two thousand across a rounding tie.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -20,6 +22,8 @@ TILE = (14, 84)
 PATCH, MERGE, PAIR = 14, 2, 2
 """Pixels per patch side, patches per token side, frames per patch of Qwen2-VL's vision tower."""
 PATCH_VALUES = 3 * PAIR * PATCH * PATCH
+PILLOW_ONE = 1 << 22
+"""A weight of 1 in Pillow's fixed point for 8-bit images."""
 
 Statistics = tuple[tuple[float, float, float], tuple[float, float, float]]
 """(mean, std) per RGB channel, of values in [0, 1]."""
@@ -40,11 +44,11 @@ class FramePlan:
 
     Attributes:
         size: (height, width) of the source frames.
-        axes: (first [n] int32, weights [n, taps] float32) for geometry x, geometry y, patch x, patch y: 8 tensors.
+        axes: (first [n] int32, weights [n, taps] float32) for x and y of geometry, clip and still: 12 tensors.
         slots: [3, frames] int32, the position of a frame among the geometry, clip and still frames, or -1.
         levels: [2, 3, 256] float32, the normalised value of each 8-bit level per target and channel.
         counts: number of geometry, clip and still frames.
-        reads: source rows and columns that the largest CUDA tile reads, geometry then patches.
+        reads: source rows and columns that the largest CUDA tile reads, of geometry, clip and still.
     """
 
     size: tuple[int, int]
@@ -52,7 +56,7 @@ class FramePlan:
     slots: Tensor
     levels: Tensor
     counts: tuple[int, int, int]
-    reads: tuple[int, int, int, int]
+    reads: tuple[int, ...]
 
     def to(self, device: torch.device | str) -> FramePlan:
         """The plan with its tables on ``device``."""
@@ -106,32 +110,35 @@ def frame_plan(
         if len(set(indices)) != len(indices) or any(not 0 <= i < frames for i in indices):
             raise ValueError(f"{name}_frames must be distinct indices below {frames}, got {list(indices)}")
         slots[row, list(indices)] = torch.arange(len(indices), dtype=torch.int32)
-    (top, left), (height, width) = geometry.offset, geometry.output
-    axes = (
-        pillow_taps(size[1], geometry.resized[1], left, width),
-        pillow_taps(size[0], geometry.resized[0], top, height),
-        torch_taps(size[1], patches[1]),
-        torch_taps(size[0], patches[0]),
-    )
-    gx, gy, px, py = axes
+    resizes = [  # (x, y) of geometry, clip and still
+        [
+            pillow_taps(size[side], geometry.resized[side], geometry.offset[side], geometry.output[side], "sharpest")
+            for side in (1, 0)
+        ],
+        [torch_taps(size[side], patches[side]) for side in (1, 0)],
+        [pillow_taps(size[side], patches[side], 0, patches[side], "cubic") for side in (1, 0)],
+    ]
     return FramePlan(
         size,
-        tuple(table for axis in axes for table in axis),
+        tuple(table for axes in resizes for axis in axes for table in axis),
         slots,
         torch.stack([_levels(geometry_statistics), _levels(patch_statistics)]),
         (len(geometry_frames), len(clip_frames), len(still_frames)),
-        (_reads(*gy, TILE[0]), _reads(*gx, TILE[1]), _reads(*py, TILE[0]), _reads(*px, TILE[1])),
+        tuple(_reads(*axis, tile) for x, y in resizes for axis, tile in ((y, TILE[0]), (x, TILE[1]))),
     )
 
 
-def pillow_taps(source: int, target: int, start: int, count: int) -> tuple[Tensor, Tensor]:
+def pillow_taps(
+    source: int, target: int, start: int, count: int, filters: Literal["cubic", "sharpest"]
+) -> tuple[Tensor, Tensor]:
     """(first [count] int32 ascending, weights [count, taps] float32) of outputs ``start`` .. ``start + count - 1``.
 
-    Rows are padded with zero weights; first + taps never exceeds ``source``.
+    "cubic" is Pillow's BICUBIC, "sharpest" its LANCZOS when shrinking and its BICUBIC when enlarging, as MapAnything
+    has it. Rows are padded with zero weights; first + taps never exceeds ``source``.
     """
     scale = source / target
     stretch = max(scale, 1.0)
-    weight, radius = (_lanczos3, 3) if scale > 1 else (_cubic, 2)
+    weight, radius = (_lanczos3, 3) if filters == "sharpest" and scale > 1 else (_cubic, 2)
     centre = (torch.arange(start, start + count, dtype=torch.float64) + 0.5) * scale
     low = (centre - radius * stretch + 0.5).floor().clamp(min=0).long()
     high = (centre + radius * stretch + 0.5).floor().clamp(max=source).long()
@@ -140,7 +147,9 @@ def pillow_taps(source: int, target: int, start: int, count: int) -> tuple[Tenso
     column = first[:, None] + torch.arange(length)
     values = weight((column + 0.5 - centre[:, None]) / stretch)
     values = torch.where((column >= low[:, None]) & (column < high[:, None]), values, 0.0)
-    return first.int(), (values / values.sum(dim=1, keepdim=True)).float().contiguous()
+    fixed = values / values.sum(dim=1, keepdim=True) * PILLOW_ONE
+    fixed = (fixed.abs() + 0.5).floor() * fixed.sign()  # ties away from zero
+    return first.int(), (fixed / PILLOW_ONE).float().contiguous()
 
 
 def torch_taps(source: int, target: int) -> tuple[Tensor, Tensor]:

@@ -20,7 +20,7 @@ def frame_preprocess(
     video: Tensor, axes: list[Tensor], slots: Tensor, levels: Tensor, counts: list[int], reads: list[int]
 ) -> tuple[Tensor, Tensor, Tensor]:
     """See ``op.frame_preprocess``; ``reads`` serves the CUDA kernel only."""
-    matrices = [_matrix(axes[2 * i], axes[2 * i + 1], video.shape[-1 - i % 2]) for i in range(4)]
+    matrices = [_matrix(axes[2 * i], axes[2 * i + 1], video.shape[-1 - i % 2]) for i in range(6)]
     # A frame that an output does not show has slot -1 and sorts first.
     order = slots.argsort(dim=1)
     shown = [order[i, slots.shape[1] - count :] for i, count in enumerate(counts)]
@@ -34,13 +34,20 @@ def frame_preprocess(
 def _one_clip(
     video: Tensor, matrices: list[Tensor], shown: list[Tensor], levels: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
-    across, down, patch_across, patch_down = matrices
-    geometry = _half_up(down @ _half_up(to_levels(video[:, shown[0]]) @ across.T))
-    either = torch.cat(shown[1:]).unique()  # clip and still show the same resized frames
-    resized = (patch_down @ (to_levels(video[:, either]) @ patch_across.T)).round().clamp(0, 255)
-    frames = _normalise(resized, levels[1])
-    clip, still = (frames[:, torch.searchsorted(either, index)] for index in shown[1:])
-    return _normalise(geometry, levels[0]), _patches(clip), _patches(still.repeat_interleave(PAIR, dim=1))
+    frames = [to_levels(video[:, index]) for index in shown]
+    geometry = _pillow(frames[0], *matrices[:2])
+    across, down = matrices[2:4]
+    clip = (down @ (frames[1] @ across.T)).round().clamp(0, 255)
+    still = _pillow(frames[2], *matrices[4:]).repeat_interleave(PAIR, dim=1)
+    return (
+        _normalise(geometry, levels[0]),
+        _patches(_normalise(clip, levels[1])),
+        _patches(_normalise(still, levels[1])),
+    )
+
+
+def _pillow(frames: Tensor, across: Tensor, down: Tensor) -> Tensor:
+    return _half_up(down @ _half_up(frames @ across.T))
 
 
 def _matrix(first: Tensor, weights: Tensor, source: int) -> Tensor:

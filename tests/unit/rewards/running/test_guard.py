@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import threading
 import time
 
@@ -90,6 +91,24 @@ def test_each_scorer_counts_the_samples_that_it_failed_on() -> None:
     scores = merged(score_all(rewards, videos, batch), torch.tensor([False, True, True]))
     assert scores.failures == {"policy": 1, "a": 1, "b": 1}
     assert scores.valid.tolist() == [False, False, True]
+
+
+def test_a_lost_sample_stays_valid_and_a_failed_one_is_not_lost() -> None:
+    """One reward can read nothing in samples 0 and 1; another one fails on sample 1."""
+
+    class Blind(MeanReward):
+        def __call__(self, videos: torch.Tensor, batch: RetakeBatch) -> RewardOutput:
+            out = super().__call__(videos, batch)
+            lost = torch.tensor([True, True, False])[: len(videos)]
+            return RewardOutput({"mean": out.scores["mean"].masked_fill(lost, math.nan)}, out.valid, lost=lost)
+
+    videos, batch = videos_of(3, bad=1), batch_of(3)
+    guarded = GuardedReward(Blind())
+    answers = decode_and_score({"a": guarded, "b": Other("nan")}, lambda rows, part: videos[rows], batch, chunk=3)
+    scores = merged(answers)
+    assert scores.valid.tolist() == [True, False, True] and scores.lost.tolist() == [True, False, False]
+    assert scores.failures == {"policy": 0, "a": 0, "b": 1} and guarded.counts.invalid == 0
+    assert scores.scores["mean"][:2].tolist() == [0.0, 0.0] and scores.scores["mean"][2] != 0
 
 
 class Other(MeanReward):

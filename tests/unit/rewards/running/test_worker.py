@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -15,7 +16,14 @@ from geoalign.rewards.base import RewardOutput
 from geoalign.rewards.registry import build_rewards
 from geoalign.rewards.running.guard import GuardedReward
 from geoalign.rewards.running.turns import score_all
-from geoalign.rewards.running.worker import WorkerReward, choose_device, load_output, save_output
+from geoalign.rewards.running.worker import (
+    WorkerReward,
+    choose_device,
+    load_output,
+    load_request,
+    save_output,
+    save_request,
+)
 
 
 @pytest.fixture(scope="module")
@@ -108,12 +116,19 @@ def test_workers_of_different_rewards_score_at_the_same_time(worker_module: Path
 
 def test_an_answer_stays_when_the_next_one_overwrites_its_file(tmp_path: Path) -> None:
     path, valid = tmp_path / "answer.safetensors", torch.ones(1, dtype=torch.bool)
-    save_output(path, RewardOutput({"s": torch.zeros(1)}, valid, {"part": torch.ones(1)}))
+    save_output(path, RewardOutput({"s": torch.zeros(1)}, valid, {"part": torch.ones(1)}, lost=valid))
     first = load_output(path, torch.device("cpu"))
     save_output(tmp_path / "next", RewardOutput({"s": torch.zeros(1)}, valid, {"part": torch.full((1,), 2.0)}))
     with path.open("r+b") as file:  # the same file, as other versions of the library write it
         file.write((tmp_path / "next").read_bytes())
-    assert float(first.parts["part"]) == 1.0
+    assert float(first.parts["part"]) == 1.0 and first.lost.tolist() == [True]
+    assert load_output(path, torch.device("cpu")).lost.tolist() == [False]
+
+
+@pytest.mark.parametrize("fps", [None, 29.97])
+def test_a_worker_is_told_the_frame_rate(fps: float | None, tmp_path: Path) -> None:
+    save_request(tmp_path / "request", videos_of(2), replace(batch_of(2), fps=fps))
+    assert load_request(tmp_path / "request")[1].fps == fps
 
 
 def test_no_worker_outlives_rewards_that_cannot_be_built(monkeypatch: pytest.MonkeyPatch) -> None:
