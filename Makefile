@@ -12,14 +12,15 @@ GPU_PYTHON ?= $(or $(PYTHON),$(wildcard $(BIN)/python),python3)
 export OMP_NUM_THREADS ?= 1
 
 .NOTPARALLEL:
-.PHONY: help setup demo test check lint format types contracts interpreted slow campaign results gpu multigpu wheels docs \
-	clean
+.PHONY: help setup demo test check lint format types contracts interpreted slow campaign results gpu multigpu wheel wheels \
+	docs clean
 
 help:
 	@sed -n '2,4s/^# \{0,1\}//p' Makefile
 	@echo "  make check   lint and the fast tests            make lint    ruff and codespell"
 	@echo "  make gpu     all a GPU can tell in BUDGET_S=540 make docs    regenerate docs/configuration.md"
 	@echo "  make multigpu  engines on several GPUs          make wheels  a folder of wheels for a machine without network"
+	@echo "  make wheel   build both wheels and try them"
 	@echo "  make slow    what is too long for make test     make results regenerate every table of the embedded default"
 	@echo "  make campaign  kills, full disks, signals at every place (BUDGET_S seconds): docs/reliability.md"
 
@@ -85,5 +86,13 @@ wheels:
 docs: setup
 	@$(BIN)/geoalign config docs --out docs/configuration.md
 
+# Both wheels into dist/, each tried in a clean environment by the tests that otherwise build their own.
+wheel: setup
+	@rm -rf build kernels/build dist
+	@$(BIN)/python -m pip wheel --quiet --no-deps --no-build-isolation -w dist . ./kernels
+	@GEOALIGN_WHEELS=$(CURDIR)/dist $(BIN)/python -m pytest -q tests/packaging/test_wheel.py
+	@rm -rf build kernels/build
+	@ls dist
+
 clean:
-	rm -rf build dist *.egg-info .pytest_cache .ruff_cache
+	rm -rf build kernels/build dist *.egg-info kernels/*.egg-info .pytest_cache .ruff_cache

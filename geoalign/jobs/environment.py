@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from geoalign import __version__
+from geoalign.version import __version__
 
 
 def describe_environment() -> dict[str, Any]:
