@@ -14,7 +14,7 @@ from geoalign.errors import UsageError
 from geoalign.flow.policy import PhasedPolicy
 from geoalign.flow.rollout import ForwardCount, Rollout
 from geoalign.flow.sampler import FlowSampler, ObservedStep, initial_noise
-from geoalign.flow.table import StepTable, StepWindow, build_step_table
+from geoalign.flow.table import StepSet, StepTable, StepWindow, build_step_table
 from geoalign.rl.objective import clipped_surrogate, loss_weights
 from geoalign_kernels import inside_exact_only
 
@@ -59,7 +59,7 @@ class SmallNet(nn.Module):
 WINDOW = StepWindow(2, 5)
 
 
-def table(steps: int = 8, window: StepWindow | None = WINDOW, **fields: object) -> StepTable:
+def table(steps: int = 8, window: StepSet | None = WINDOW, **fields: object) -> StepTable:
     return build_step_table(FlowConfig(steps=steps, shift=3.0, **fields), window)
 
 
@@ -318,8 +318,9 @@ def test_a_table_without_window_cannot_be_rolled_out_and_vice_versa() -> None:
         FlowSampler(table()).sample(elementwise, cond, x)
 
 
+@pytest.mark.parametrize("steps", [WINDOW, StepSet((2, 5))])
 @pytest.mark.parametrize("share", [True, False])
-def test_only_the_window_and_its_replay_are_held_to_exact_kernels(share: bool) -> None:
+def test_only_the_window_and_its_replay_are_held_to_exact_kernels(share: bool, steps: StepSet) -> None:
     seen: dict[str, set[bool]] = {"prefix": set(), "window": set(), "tail": set(), "observer": set()}
 
     def phase(name: str) -> Callable[[Tensor, Tensor, Cond], Tensor]:
@@ -330,7 +331,7 @@ def test_only_the_window_and_its_replay_are_held_to_exact_kernels(share: bool) -
         return velocity
 
     policy = PhasedPolicy(*(phase(name) for name in ("prefix", "window", "tail")))
-    sampler = FlowSampler(table(), GROUP, share_prefix=share)
+    sampler = FlowSampler(table(window=steps), GROUP, share_prefix=share)
     cond, ids = Cond(torch.zeros(CONDITIONS)), GROUP_IDS
     x = torch.randn(CONDITIONS, *SHAPE)
     rollout = sampler.rollout(
