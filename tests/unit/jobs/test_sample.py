@@ -146,7 +146,7 @@ def test_exported_policy_samples_the_same_video(clip: Path, tmp_path: Path, made
     for file in folder.glob("*[!d]"):  # the model cards (README.md) say what each was exported from
         assert (again / file.name).read_bytes() == file.read_bytes()
     assert {file.name for file in folder.iterdir()} == {
-        "config.json", "diffusion_pytorch_model.safetensors", "codec.safetensors",
+        "config.json", "diffusion_pytorch_model.safetensors", "codec.safetensors", "README.md",
     }  # fmt: skip
 
 
