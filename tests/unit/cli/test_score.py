@@ -180,7 +180,7 @@ def test_the_reward_is_told_the_files_own_frame_rate(
             return super().__call__(videos, batch)
 
     write_video(files["retake.mp4"], torch.zeros(5, 3, 48, 64), fps)
-    monkeypatch.setattr(registry, "build_rewards", lambda configs: {"geometry": Listening(0.0)})
+    monkeypatch.setattr(registry, "build_reward", lambda kind, options: Listening(0.0))
     assert score()[0] == 0 and told == [fps]
 
 
