@@ -10,7 +10,7 @@ from types import TracebackType
 from typing import Any
 
 from geoalign.config.training import RunConfig
-from geoalign.errors import ConfigError
+from geoalign.errors import ConfigError, DataError
 from geoalign.io_utils import atomic_write_text, nan_to_none, read_jsonl
 
 
@@ -21,6 +21,7 @@ class MetricsWriter:
 
     Raises:
         ConfigError: ``run.wandb`` is set and the package is missing.
+        DataError: the rows of an earlier part of the run cannot be read.
     """
 
     def __init__(self, folder: Path, run: RunConfig, first_iteration: int = 0) -> None:
@@ -28,10 +29,16 @@ class MetricsWriter:
 
         self.path = folder / "metrics.jsonl"
         if self.path.exists():
-            kept = [row for row in read_jsonl(self.path) if row["iteration"] < first_iteration]
+            kept = [row for row in read_jsonl(self.path) if self._iteration(row) < first_iteration]
             atomic_write_text(self.path, "".join(_line(row) for row in kept))
         self._board = SummaryWriter(str(folder / "tb"), purge_step=first_iteration)
         self._tracker = None if run.wandb is None else _tracker(folder, run)
+
+    def _iteration(self, row: Mapping[str, Any]) -> int:
+        number = row.get("iteration")
+        if not isinstance(number, int):
+            raise DataError(f"{self.path}: a row has no iteration number ({number!r}); delete that line")
+        return number
 
     def write(self, iteration: int, values: Mapping[str, float]) -> None:
         """Record one iteration; a non-finite number becomes null in JSON."""

@@ -28,6 +28,8 @@ from geoalign.policy.safetensors_file import save_safetensors
 # the full state dict. A diffusers folder names its model, and LoRA adds to a model that has its camera; both hold any.
 _CAMERAS = {"redirector": ("learned",), "recammaster": ("modulated",)}
 FORMATS = ("redirector", "recammaster", "diffusers", "lora")
+SUFFIXES = {"redirector": (".safetensors",), "lora": (".safetensors",), "recammaster": (".ckpt", ".pt", ".pth")}
+"""How the file of a format may end: readers choose the parser by it."""
 WEIGHTS_FILE = "diffusion_pytorch_model.safetensors"
 
 
