@@ -18,13 +18,17 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save
 from torch import Tensor
 
 from geoalign.data.clip_record import ClipRecord
 from geoalign.errors import DataError
 from geoalign.geometry.cameras.door import split_name
 from geoalign.io_utils import atomic_write_bytes, atomic_write_json, atomic_write_text
+from geoalign.parsing import parse_json, read_json_object, read_text
+from geoalign.sealed import Seal, digest_of, notice_unsealed, sealed_bytes, skips_checksums
+
+_ROW_SEAL = "sha256"  # in a row of a manifest: of the rest of it
+_MAX_MANIFEST = 256 << 20  # bytes; a row is some hundred
 
 Settings = Mapping[str, Mapping[str, Any]]
 """``{"data": ..., "encoder": ...}``: everything that changes what is stored."""
@@ -161,7 +165,11 @@ class CacheFolder:
         self._parts = self.path / "parts"
 
     def entries(self) -> dict[str, Entry]:
-        """All finished windows by key; a manifest without its shard, or a damaged line, counts as not prepared."""
+        """All finished windows by key; a manifest without its shard counts as not prepared.
+
+        Raises:
+            DataError: a manifest is damaged.
+        """
         found = {}
         for manifest in sorted(self.path.glob("shard-*.jsonl")):
             if manifest.with_suffix(".safetensors").is_file():
@@ -173,9 +181,8 @@ class CacheFolder:
         """Store one window as a part, atomically."""
         if not (self.path / "settings.json").is_file():
             atomic_write_json(self.path / "settings.json", self.settings)
-        payload = save(
-            {name: value.contiguous() for name, value in tensors.items()}, {"entry": json.dumps(asdict(entry))}
-        )
+        plain = {name: value.cpu().contiguous() for name, value in tensors.items()}
+        payload = sealed_bytes(plain, {"entry": json.dumps(asdict(entry))})
         atomic_write_bytes(self._parts / f"{entry.key}.safetensors", payload)
 
     def pack(self, keys: Sequence[str]) -> Path:
@@ -186,14 +193,12 @@ class CacheFolder:
             entries.append(_part_entry(part))
             tensors |= {f"{key}/{name}": value for name, value in _read_tensors(part, "").items()}
         name = f"shard-{hashlib.sha256(''.join(keys).encode()).hexdigest()[:16]}"
-        payload = save(tensors)
+        payload = sealed_bytes(tensors)
         digest = hashlib.sha256(payload).hexdigest()
         shard = self.path / f"{name}.safetensors"
         atomic_write_bytes(shard, payload)
-        lines = [
-            json.dumps(asdict(entry) | {"shard": shard.name, "shard_sha256": digest}, ensure_ascii=False)
-            for entry in entries
-        ]
+        rows = [asdict(entry) | {"shard": shard.name, "shard_sha256": digest} for entry in entries]
+        lines = [json.dumps(row | {_ROW_SEAL: digest_of(row)}, ensure_ascii=False) for row in rows]
         atomic_write_text(self.path / f"{name}.jsonl", "\n".join(lines) + "\n")
         for key in keys:
             (self._parts / f"{key}.safetensors").unlink(missing_ok=True)
@@ -237,9 +242,11 @@ def open_cache(cache: Path, data_settings: Mapping[str, Any], encoder: Mapping[s
     fitting, differences = [], []
     for path in sorted(cache.glob("*/settings.json")):
         try:
-            settings = json.loads(path.read_text())
+            settings = read_json_object(path)
             made_with = settings["data"]
-        except (OSError, ValueError, KeyError, TypeError):
+            if settings_hash(settings) != path.parent.name:  # every entry would be taken for one of other settings
+                raise DataError(f"{path}: damaged")
+        except (DataError, KeyError):
             differences.append(f"{path}: unreadable")
             continue
         keys = sorted(key for key in {*made_with, *data_settings} if made_with.get(key) != data_settings.get(key))
@@ -255,17 +262,29 @@ def open_cache(cache: Path, data_settings: Mapping[str, Any], encoder: Mapping[s
 
 
 def _read_manifest(path: Path) -> list[Entry]:
-    entries = []
-    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
-        with contextlib.suppress(ValueError, TypeError):
-            entries.append(Entry(**json.loads(line)))
+    """The entries of a shard; raises DataError for a damaged line: fewer windows would not show."""
+    entries, fix = [], f"delete it and {path.stem}.safetensors, and run `geoalign prepare`"
+    for number, line in enumerate(read_text(path, limit=_MAX_MANIFEST).removesuffix("\n").split("\n"), 1):
+        where = f"{path}: line {number}"
+        row = parse_json(line, where)
+        sealed = row.pop(_ROW_SEAL, None) if isinstance(row, dict) else None
+        if not isinstance(row, dict) or (sealed and not skips_checksums() and sealed != digest_of(row)):
+            raise DataError(f"{where}: damaged; {fix}")
+        if sealed is None:
+            notice_unsealed(path)
+        try:
+            entries.append(Entry(**row))
+        except TypeError as error:
+            raise DataError(f"{where}: not an entry of this version ({error}); {fix}") from error
     return entries
 
 
 def _part_entry(path: Path) -> Entry:
     try:
         with safe_open(path, framework="pt") as file:
-            facts = json.loads((file.metadata() or {})["entry"])
+            metadata = file.metadata() or {}
+            Seal.read(metadata, file.keys(), path, DataError)
+        facts = parse_json(metadata["entry"], path)
         return Entry(**facts | {"shard": f"parts/{path.name}", "shard_sha256": ""})
     except (OSError, SafetensorError, KeyError, ValueError, TypeError) as error:
         raise DataError(f"{path}: not a prepared window ({error}); delete it and run `geoalign prepare`") from error
@@ -274,7 +293,12 @@ def _part_entry(path: Path) -> Entry:
 def _read_tensors(path: Path, prefix: str) -> dict[str, Tensor]:
     try:
         with safe_open(path, framework="pt") as file:
+            seal = Seal.read(file.metadata() or {}, file.keys(), path, DataError)
             names = [name for name in file.keys() if name.startswith(prefix)]  # noqa: SIM118 - no __iter__
-            return {name.removeprefix(prefix): file.get_tensor(name) for name in names}
-    except (OSError, SafetensorError) as error:
+            found = {name: file.get_tensor(name) for name in names}
+        for name, tensor in found.items():
+            if seal is not None:
+                seal.check(name, tensor)
+        return {name.removeprefix(prefix): tensor for name, tensor in found.items()}
+    except (OSError, SafetensorError, ValueError) as error:
         raise DataError(f"{path}: damaged shard ({error}); delete it and run `geoalign prepare`") from error

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import csv
 import io
-import json
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 from geoalign.errors import DataError, UsageError
 from geoalign.io_utils import atomic_write_text
+from geoalign.parsing import parse_json, read_text
+
+_MAX_TABLE = 256 << 20  # bytes; a row is some hundred
 
 
 def read_rows(path: Path) -> list[dict[str, str]]:
@@ -21,12 +23,7 @@ def read_rows(path: Path) -> list[dict[str, str]]:
     """
     if path.suffix not in (".csv", ".jsonl"):
         raise UsageError(f"{path}: tables are .csv or .jsonl; convert other formats first")
-    try:
-        text = path.read_text(encoding="utf-8-sig")
-    except OSError as error:
-        raise DataError(f"{path}: cannot be read ({error.strerror or error})") from error
-    except UnicodeDecodeError as error:
-        raise DataError(f"{path}: not UTF-8 (byte {error.start}); save it as UTF-8") from error
+    text = read_text(path, limit=_MAX_TABLE)
     return _csv_rows(text, path) if path.suffix == ".csv" else _jsonl_rows(text, path)
 
 
@@ -59,10 +56,7 @@ def _jsonl_rows(text: str, path: Path) -> list[dict[str, str]]:
     for number, line in enumerate(text.splitlines(), start=1):
         if not line.strip():
             continue
-        try:
-            row = json.loads(line)
-        except ValueError as error:
-            raise DataError(f"{path}: line {number}: {error}") from error
+        row = parse_json(line, f"{path}: line {number}")
         if not isinstance(row, dict):
             raise DataError(f"{path}: line {number}: expected an object, got {type(row).__name__}")
         rows.append({key: str(value) for key, value in row.items() if value is not None and str(value).strip()})

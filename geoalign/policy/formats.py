@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor
 
 from geoalign.config.model import ModelConfig
@@ -23,6 +22,8 @@ from geoalign.models.layouts import diffusers_name, is_self_attention
 from geoalign.policy.files import save_codec_file
 from geoalign.policy.open import CODEC_FILE, CONFIG_FILE
 from geoalign.policy.safetensors_file import save_safetensors
+from geoalign.sealed import save_sealed
+from geoalign.weights import require_finite
 
 # Whose camera the readers of a format rebuild: ReDirector's phases lie in the self-attention, ReCamMaster's encoders in
 # the full state dict. A diffusers folder names its model, and LoRA adds to a model that has its camera; both hold any.
@@ -95,7 +96,7 @@ def save_pretrained(
     temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
     try:
         (temporary / CONFIG_FILE).write_text(json.dumps(diffusers_config(model.config), indent=2) + "\n", "utf-8")
-        save_file(tensors, temporary / WEIGHTS_FILE, metadata={"format": "pt"})
+        save_sealed(tensors, temporary / WEIGHTS_FILE, {"format": "pt"})
         if codec is not None:
             save_codec_file(temporary / CODEC_FILE, codec)
         temporary.chmod(0o755)
@@ -146,6 +147,8 @@ def manifest(tensors: Mapping[str, Tensor]) -> dict[str, Any]:
 
 
 def _state(model: RetakeDiT, dtype: torch.dtype | None) -> dict[str, Tensor]:
+    """The parameters as they are written; raises CheckpointError for NaN and infinity, also where rounding made it."""
     return {
-        name: value.detach().cpu().to(dtype or value.dtype).contiguous() for name, value in model.state_dict().items()
+        name: require_finite("the model to export", name, value.detach().cpu().to(dtype or value.dtype).contiguous())
+        for name, value in model.state_dict().items()
     }

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from safetensors.torch import save_file
 from torch import Tensor
 
 from geoalign.errors import UsageError
 from geoalign.io_utils import atomic_path
+from geoalign.sealed import save_sealed
 
 
 def save_safetensors(tensors: dict[str, Tensor], path: Path) -> None:
@@ -16,4 +16,4 @@ def save_safetensors(tensors: dict[str, Tensor], path: Path) -> None:
     if path.suffix != ".safetensors":
         raise UsageError(f"{path}: this format is written as .safetensors")
     with atomic_path(path) as temporary:
-        save_file(tensors, temporary, metadata={"format": "pt"})
+        save_sealed(tensors, temporary, {"format": "pt"})

@@ -15,13 +15,20 @@ from types import TracebackType
 from typing import Any
 
 from safetensors import SafetensorError
-from safetensors.torch import save_file
 from torch import Tensor
 
 from geoalign.config.training import TrainConfig
 from geoalign.errors import CheckpointError, RunError
 from geoalign.io_utils import atomic_write_json
-from geoalign.policy.files import AVERAGE_FILE, CHECKPOINT_FORMAT, CHECKPOINT_NAME, STATE_FILE, read_checkpoint_state
+from geoalign.policy.files import (
+    AVERAGE_FILE,
+    CHECKPOINT_NAME,
+    STATE_FILE,
+    check_part,
+    checkpoint_state,
+    read_checkpoint_state,
+)
+from geoalign.sealed import save_sealed
 from geoalign.training.engines.snapshot import Snapshot
 from geoalign.weights import TensorFile
 
@@ -74,14 +81,13 @@ def save_checkpoint(folder: Path, state: TrainState, *, config: str, keep: int) 
         shutil.rmtree(left_over, ignore_errors=True)
     try:
         temporary.mkdir(parents=True)
-        saved = state.snapshot
+        saved, seals = state.snapshot, dict[str, str]()
         flat = {f"{name}/{key}": value for name, entry in saved.optimizer.items() for key, value in entry.items()}
         for part, tensors in zip(_PARTS, (saved.values, saved.average, flat), strict=True):
             path = temporary / part
-            save_file({name: value.contiguous() for name, value in tensors.items()}, path)
+            seals[part] = save_sealed({name: value.contiguous() for name, value in tensors.items()}, path)
             _flush(path)
-        meta = {"format": CHECKPOINT_FORMAT, "iteration": state.iteration, "config": config, "notes": dict(state.notes)}
-        atomic_write_json(temporary / STATE_FILE, meta)
+        atomic_write_json(temporary / STATE_FILE, checkpoint_state(state.iteration, config, state.notes, seals))
         if final.exists():
             shutil.rmtree(final)
         temporary.rename(final)
@@ -164,7 +170,7 @@ def load_checkpoint(path: Path, *, config: str, allow_config_change: bool = Fals
     """
     meta = read_checkpoint_state(path)
     try:
-        trained, average, flat = (dict(TensorFile(path / part).items()) for part in _PARTS)
+        trained, average, flat = (dict(check_part(meta, TensorFile(path / part)).items()) for part in _PARTS)
     except CheckpointError as error:
         raise CheckpointError(f"{path}: not a readable checkpoint ({error}); delete it and use an older one") from error
     if meta["config"] != config and not allow_config_change:
