@@ -155,7 +155,8 @@ def test_an_unexpected_exception_is_one_line_that_names_the_traceback(
 @pytest.mark.parametrize(
     "setting",
     ["optim.trainable='('", "optim.betas=[.nan,0.9]", "optim.betas=[0.9,1.5]", "eval.noise_seeds=[-1]",
-     "model.layers=1e9",     "model.patch=[0,1,1]", "world.height_m=[12,8]", "world.seed=-1", "codec.patch=100000", "run.name=\"a\\0b\"",
+     "model.layers=1e9",     "model.patch=[0,1,1]", "world.height_m=[12,8]", "world.seed=-1", "codec.patch=100000",
+     "run.name=\"a\\0b\"",
      "optim.lr=!!timestamp x", "optim.lr=!!int x", "run.name=\x01"],
 )  # fmt: skip
 def test_settings_without_sense_are_refused_when_read(setting: str) -> None:
