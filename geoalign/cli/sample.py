@@ -8,7 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from geoalign.cli.options import add_cameras, add_model, four_numbers, frame_size
+from geoalign.cli.options import add_cameras, add_model, four_numbers, frame_size, positive, whole
 from geoalign.config.data import DEFAULT_NEGATIVE_PROMPT
 from geoalign.evaluators.table import EVALUATORS, WITH_WEIGHTS
 
@@ -31,7 +31,7 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
         parser, required=True, target="A file gives its first poses; one shorter than the video is spread over it",
         source="its intrinsics and ground plane are used (default: the camera does not move)",
     )  # fmt: skip
-    add("--speed", type=float, default=1.0, help="multiplies the camera's motion per frame (default 1)")
+    add("--speed", type=positive("--speed"), default=1.0, help="multiplies the camera's motion per frame (default 1)")
     add("--source-estimator", choices=sorted(EVALUATORS), help="estimate the source camera instead (metric)")
     add("--estimator-weights", type=Path, help="of mapanything (model.safetensors or its folder) or depth_anything_3")
     add("--intrinsics", type=four_numbers, metavar="FX,FY,CX,CY", help="of the source frames, fractions of W,H,W,H")
@@ -41,15 +41,19 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
         metavar="NX,NY,NZ,D",
         help="n.X = d in metres (default: the camera file's); for geometric models",
     )
-    add("--frames", type=int, help="length (Wan: 4k + 1; default: the longest that fits, at most 81)")
+    add("--frames", type=whole("--frames", 1), help="length (Wan: 4k + 1; default: the longest that fits, at most 81)")
     add("--size", type=frame_size, metavar="HxW", help="frame size after scale and centre crop (Wan default 480x832)")
     add("--prompt", help="what the video shows, or @FILE with the text")
     add("--captioner", type=Path, metavar="FOLDER", help="BLIP-2 that writes the prompt when --prompt is not given")
     add("--negative-prompt", default=DEFAULT_NEGATIVE_PROMPT, help="text of the second guidance pass, or @FILE")
-    add("--guidance", type=float, help="classifier-free guidance (default 5 with a text encoder, else 1)")
+    add(
+        "--guidance",
+        type=positive("--guidance"),
+        help="classifier-free guidance (default 5 with a text encoder, else 1)",
+    )
     add("--steps", type=int, default=25, help="sampling steps (default 25)")
     add("--shift", type=float, default=5.0, help="time shift of the noise levels (default 5)")
-    add("--seed", type=int, default=0, help="seed of the initial noise")
+    add("--seed", type=whole("--seed", 0), default=0, help="seed of the initial noise")
     add("--device", default="cpu", help="cpu (default), cuda, cuda:N or auto")
     add("--dtype", choices=("float32", "bfloat16"), help="of the weights (default bfloat16 on cuda, float32 on cpu)")
     add("--tiled", action="store_true", help="encode and decode in tiles (less memory, faint borders)")
@@ -216,14 +220,9 @@ def _encodings(
 
 
 def _text(value: str) -> str:
-    from geoalign.errors import DataError
+    from geoalign.parsing import read_text
 
-    if not value.startswith("@"):
-        return value
-    try:
-        return Path(value[1:]).read_text("utf-8").strip()
-    except (OSError, UnicodeDecodeError) as error:
-        raise DataError(f"{value[1:]}: prompt file cannot be read ({error})") from error
+    return read_text(value[1:]).strip() if value.startswith("@") else value
 
 
 def _image_tokens(args: argparse.Namespace, files: ModelFiles, batch: RetakeBatch, dtype: Any) -> Tensor | None:
