@@ -81,8 +81,8 @@ def load_encoder(folder: str, added: Sequence[str]) -> Encode:
         tokenizer: Any = AutoTokenizer.from_pretrained(folder, local_files_only=True)
     except Exception as error:  # of json, the tokenizers library and transformers itself
         raise RewardError(
-            f"no tokenizer at {folder} ({first_line(error)}); download the tokenizer files that the scorer's page names "
-            "into it"
+            f"no tokenizer at {folder} ({first_line(error)}); download the tokenizer files that the scorer's page names"
+            " into it"
         ) from error
     tokenizer.add_special_tokens({"additional_special_tokens": list(added)})
     return lambda text: tokenizer(text, add_special_tokens=False)["input_ids"]
