@@ -12,11 +12,14 @@ import shutil
 import socket
 import tempfile
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from geoalign.errors import DataError, RunError, UsageError
+from geoalign.parsing import parse_json, read_text
+
+_MAX_ROWS = 128 << 20  # bytes of a JSON-lines file: some ten thousand iterations
 
 _OF_ANOTHER_HOST_S = 24 * 3600.0
 """Age at which a temporary of a process on another machine, of which nothing can be asked, counts as left over."""
@@ -146,11 +149,14 @@ def _flush(path: Path) -> None:
         os.close(handle)
 
 
-def check_writable(path: Path) -> None:
+def check_writable(path: Path, suffixes: Sequence[str] = ()) -> None:
     """Make sure, before long work, that :func:`atomic_path` will be able to write ``path``; leaves nothing behind.
 
-    Raises UsageError for a folder, DataError for a place where nothing can be written.
+    Raises UsageError for a folder and for a name that ends in none of ``suffixes`` (if any are given), DataError for a
+    place where nothing can be written.
     """
+    if suffixes and path.suffix.lower() not in suffixes:
+        raise UsageError(f"{path}: must end in {' or '.join(suffixes)}, which says what it is")
     try:
         if path.is_dir():
             raise UsageError(f"{path} is a folder; name a file")
@@ -203,15 +209,18 @@ def read_jsonl(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
     """Rows of a JSON-lines file; a last line cut off by a kill is ignored.
 
     Raises:
-        DataError: a line other than the last is not JSON.
+        DataError: the file cannot be read, or a line other than the last is no JSON object.
     """
     rows = []
-    lines = Path(path).read_text(encoding="utf-8").splitlines()
+    lines = read_text(path, limit=_MAX_ROWS).removesuffix("\n").split("\n")
     for number, line in enumerate(lines, 1):
         try:
-            rows.append(json.loads(line))
-        except json.JSONDecodeError as error:
+            row = parse_json(line, f"{path}: line {number}")
+            if not isinstance(row, dict):
+                raise DataError(f"{path}: line {number}: must be a JSON object, not {type(row).__name__}")
+        except DataError as error:
             if number == len(lines):
                 break
-            raise DataError(f"{path}: line {number} is not JSON ({error}); delete the line") from error
+            raise DataError(f"{error}; delete the line") from error
+        rows.append(row)
     return rows

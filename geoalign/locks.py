@@ -20,8 +20,9 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-from geoalign.errors import UsageError
+from geoalign.errors import UsageError, UserError
 from geoalign.io_utils import disk_errors
+from geoalign.parsing import read_json_object
 
 logger = logging.getLogger(__name__)
 LOCK_NAME = ".lock"
@@ -129,9 +130,8 @@ def _flock(handle: int) -> bool:
 
 def _told(path: Path) -> dict[str, object]:
     try:
-        told = json.loads(path.read_text())
-        return told if isinstance(told, dict) else {}
-    except (OSError, ValueError):
+        return read_json_object(path)
+    except UserError:
         return {}
 
 

@@ -4,26 +4,27 @@ from __future__ import annotations
 
 import copy
 import difflib
-import errno
-import os
-import pickle
-import re
-from collections.abc import Callable, Iterable, Iterator, Mapping
+import zipfile
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from geoalign.errors import CheckpointError
+from geoalign.parsing import first_line
+from geoalign.sealed import SKIP_HINT, Seal, is_sealed, skips_checksums
+from geoalign.weight_files import weight_files
 
 Shapes = Mapping[str, tuple[int, ...]]
 Rename = Callable[[str], str | None]
 _Entry = tuple[tuple[int, ...], str, Callable[[], Tensor]]  # shape, stored type, reader
 
 _FLOATS = {"F32", "BF16", "F16", "float32", "bfloat16", "float16"}
+_CHECKED = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 _SHOWN = 3
 
 
@@ -31,7 +32,9 @@ class TensorFile:
     """One or more weight files seen as a mapping; tensors are read when asked for, never all at once.
 
     Accepts ``.safetensors``, torch-saved ``.pth``, ``.pt``, ``.ckpt``, ``.bin`` (plain state dicts, memory-mapped,
-    weights only) and folders that hold one safetensors file or a set of shards. Each file is opened once.
+    weights only) and folders that hold one safetensors file or a set of shards
+    (:func:`geoalign.weight_files.weight_files`). Each file is opened once. A tensor is compared with the
+    checksum of its file, where there is one, and with NaN and infinity when it is read.
 
     Attributes:
         path: the file or folder.
@@ -40,7 +43,7 @@ class TensorFile:
         metadata: the texts in the header of a safetensors file.
 
     Raises:
-        CheckpointError: missing, empty, truncated, or not a plain state dict.
+        CheckpointError: missing, empty, truncated, a set without one of its shards, or not a plain state dict.
     """
 
     def __init__(self, path: Path) -> None:
@@ -48,13 +51,18 @@ class TensorFile:
         self.shapes: dict[str, tuple[int, ...]] = {}
         self.dtypes: dict[str, str] = {}
         self._read: dict[str, Callable[[], Tensor]] = {}
-        for file in _files(path):
-            self._open(file)
+        for file, names in weight_files(path).items():
+            self._open(file, names)
 
-    def _open(self, file: Path) -> None:
+    def _open(self, file: Path, names: Collection[str] | None) -> None:
         if not file.is_file() or file.stat().st_size == 0:
             raise CheckpointError(f"{file}: no such weight file, or it is empty")
         entries = self._safetensors(file) if file.suffix == ".safetensors" else _torch_state(file)
+        if names is not None and (different := sorted(set(names) ^ entries.keys())):
+            where = "is not in it" if different[0] in names else "is not listed there"
+            raise CheckpointError(
+                f"{file}: differs from the index of its set ({different[0]} {where}); download index and shards again"
+            )
         for name, (shape, dtype, read) in entries.items():
             if name in self.shapes:
                 raise CheckpointError(f"{file}: {name} is also in another file of {self.path}; mixed shards?")
@@ -64,14 +72,25 @@ class TensorFile:
         try:  # the library compares the header with the length of the file: a truncated download ends here
             reader: Any = safe_open(file, framework="pt")
             slices = {name: reader.get_slice(name) for name in reader.keys()}  # noqa: SIM118 - no __iter__
-        except (SafetensorError, OSError) as error:
+        except (SafetensorError, OSError, ValueError) as error:
             text = f"{file}: truncated or not a safetensors file ({error}); delete it and download it again"
             raise CheckpointError(text) from error
-        self.metadata |= reader.metadata() or {}
-        return {
-            name: (tuple(part.get_shape()), part.get_dtype(), lambda name=name: reader.get_tensor(name))
-            for name, part in slices.items()
-        }
+        found = reader.metadata() or {}
+        seal = Seal.read(found, slices.keys(), file, CheckpointError)
+        self.metadata |= found
+
+        def read(name: str) -> Tensor:
+            tensor = reader.get_tensor(name)
+            if seal is not None:
+                seal.check(name, tensor)
+            return require_finite(file, name, tensor)
+
+        return {name: (tuple(part.get_shape()), part.get_dtype(), partial(read, name)) for name, part in slices.items()}
+
+    @property
+    def sealed(self) -> bool:
+        """Whether the file carries checksums (:mod:`geoalign.sealed`), as those that geoalign writes do."""
+        return is_sealed(self.metadata)
 
     def renamed(self, rename: Rename) -> TensorFile:
         """The same tensors under other names, without those whose new name is None.
@@ -113,19 +132,6 @@ class TensorFile:
         return self
 
 
-def write_tensors(tensors: Mapping[str, Tensor], path: Path, metadata: Mapping[str, str] | None = None) -> None:
-    """Write ``tensors`` (contiguous, on the CPU) as safetensors to ``path``, which its caller renames when it is whole.
-
-    Raises OSError when the disk refuses, as every other writer does: safetensors has an error of its own for that.
-    """
-    try:
-        save_file(dict(tensors), path, metadata=None if metadata is None else dict(metadata))
-    except SafetensorError as error:
-        found = re.search(r"os error (\d+)", str(error))
-        number = int(found[1]) if found else errno.EIO
-        raise OSError(number, os.strerror(number) if found else str(error)) from error
-
-
 def shapes_of(tensors: Mapping[str, Tensor]) -> dict[str, tuple[int, ...]]:
     """The shape of every tensor, by name."""
     return {name: tuple(tensor.shape) for name, tensor in tensors.items()}
@@ -165,24 +171,46 @@ def _shorten(names: Iterable[str]) -> str:
     return ", ".join(names[:_SHOWN]) + more
 
 
-def _files(path: Path) -> list[Path]:
-    if not path.is_dir():
-        return [path]
-    found = sorted(path.glob("diffusion_pytorch_model*.safetensors")) or sorted(path.glob("*.safetensors"))
-    if not found:
-        raise CheckpointError(f"{path}: holds no .safetensors file")
-    return found
+def require_finite(source: object, name: str, tensor: Tensor) -> Tensor:
+    """``tensor``, unless it holds NaN or infinity: such weights make every output NaN; raises CheckpointError."""
+    if tensor.dtype in _CHECKED and tensor.numel() and not all(torch.isfinite(end) for end in torch.aminmax(tensor)):
+        bad = int((~torch.isfinite(tensor)).sum())
+        raise CheckpointError(
+            f"{source}: {name} holds {bad:,} numbers that are NaN or infinite (of {tensor.numel():,}); the run that "
+            "made it diverged, or the file is damaged: use an older one"
+        )
+    return tensor
 
 
 def _torch_state(file: Path) -> dict[str, _Entry]:
     try:
         state = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
-    except (RuntimeError, OSError, EOFError, ValueError, pickle.UnpicklingError) as error:
-        first = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise CheckpointError(f"{file}: truncated, or not a torch file of plain tensors ({first})") from error
+    except Exception as error:  # a damaged pickle may raise anything
+        raise CheckpointError(
+            f"{file}: truncated, or not a torch file of plain tensors ({first_line(error)})"
+        ) from error
     if not isinstance(state, Mapping) or not all(isinstance(value, Tensor) for value in state.values()):
         raise CheckpointError(f"{file}: not a plain state dict of tensors; extract the model's state_dict first")
+    verify = cache(partial(_verify_zip, file))
+
+    def read(name: str, value: Tensor) -> Tensor:
+        verify()
+        return require_finite(file, name, value)
+
     return {
-        name: (tuple(value.shape), str(value.dtype).removeprefix("torch."), lambda value=value: value)
+        name: (tuple(value.shape), str(value.dtype).removeprefix("torch."), partial(read, name, value))
         for name, value in state.items()
     }
+
+
+def _verify_zip(file: Path) -> None:
+    """Compare every member with its checksum, which torch writes and does not read; raises CheckpointError."""
+    if skips_checksums():
+        return
+    try:
+        with zipfile.ZipFile(file) as archive:
+            damaged = archive.testzip()
+    except Exception as error:  # zipfile and zlib raise unrelated types
+        raise CheckpointError(f"{file}: damaged ({first_line(error)}); {SKIP_HINT}") from error
+    if damaged:
+        raise CheckpointError(f"{file}: damaged ({damaged} differs from its checksum); {SKIP_HINT}")

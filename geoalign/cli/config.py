@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from geoalign.cli.options import add_config, read_config
+from geoalign.cli.options import add_config, read_config, whole
 from geoalign.config.layout import deal_groups
 from geoalign.config.load import flatten, load_config, to_yaml
 from geoalign.config.source import load_raw, preset_names
@@ -47,7 +47,9 @@ def add_parser(subparsers: Any) -> None:
 
     check = verbs.add_parser("check", help="validate, also against a number of processes")
     add_config(check)
-    check.add_argument("--world-size", type=int, metavar="N", help="number of processes the run will have")
+    check.add_argument(
+        "--world-size", type=whole("--world-size", 1), metavar="N", help="number of processes the run will have"
+    )
     check.set_defaults(run=run_check)
 
     diff = verbs.add_parser("diff", help="keys whose resolved values differ between two configurations")

@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from geoalign.cli.options import add_config, bytes_text, read_config
+from geoalign.cli.options import add_config, bytes_text, read_config, whole
 from geoalign.errors import DataError
 
 if TYPE_CHECKING:
@@ -34,7 +34,9 @@ def add_parser(subparsers: Any) -> None:
     check.set_defaults(run=run_check)
     paths = verbs.add_parser("trajectories", help="statistics of raw and rescaled target paths")
     add_config(paths)
-    paths.add_argument("--count", type=int, default=200, metavar="N", help="paths to draw (default 200)")
+    paths.add_argument(
+        "--count", type=whole("--count", 1), default=200, metavar="N", help="paths to draw (default 200)"
+    )
     paths.add_argument("--plot", type=Path, metavar="FILE", help="write a figure (.png, .svg, .pdf)")
     paths.set_defaults(run=run_trajectories)
 
@@ -89,8 +91,11 @@ def run_trajectories(args: argparse.Namespace) -> int:
     """Draw target paths as training does and show what the rescale did to them."""
     from geoalign.data.tally import Tally
     from geoalign.data.trajectories import load_pool
+    from geoalign.io_utils import check_writable
 
     config = read_config(args)
+    if args.plot is not None:
+        check_writable(args.plot, (".png", ".svg", ".pdf"))
     tally = Tally("camera paths")
     pool = load_pool(config.data.trajectories_path, config.data.num_frames, config.data.trajectories, tally)
     print(tally.summary())

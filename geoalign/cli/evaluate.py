@@ -10,6 +10,7 @@ from geoalign.cli.options import (
     add_json,
     add_model,
     check_json,
+    positive,
     print_held_out,
     read_config,
     write_json,
@@ -23,7 +24,11 @@ def add_parser(subparsers: Any) -> None:
     add_config(parser)
     add_model(parser)
     parser.add_argument(
-        "--condition-scale", type=float, default=1.0, metavar="S", help="oracle: ask for S times the motion"
+        "--condition-scale",
+        type=positive("--condition-scale"),
+        default=1.0,
+        metavar="S",
+        help="oracle: ask for S times the motion",
     )
     add_json(parser, "the numbers")
     parser.set_defaults(run=run_evaluate)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from geoalign.cli.options import add_model
+from geoalign.cli.options import add_model, whole
 
 FORMATS = ("redirector", "recammaster", "diffusers", "lora")
 
@@ -16,7 +16,9 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
     parser.add_argument("--format", required=True, choices=FORMATS, help="layout of the result")
     add_model(parser)
     parser.add_argument("--base", type=Path, help="for lora: checkpoint before training, on the same --model")
-    parser.add_argument("--rank", type=int, default=64, help="for lora: rank of the factors (default 64)")
+    parser.add_argument(
+        "--rank", type=whole("--rank", 1), default=64, help="for lora: rank of the factors (default 64)"
+    )
     parser.add_argument(
         "--dtype", choices=("keep", "bfloat16", "float32"), default="keep",
         help="bfloat16 rounds to 8 significant bits (relative error up to 2^-9); keep is exact",
@@ -34,8 +36,10 @@ def _run(args: argparse.Namespace) -> int:
     from geoalign.policy.open import describe
 
     manifest, beside = (args.out.with_name(args.out.name + end) for end in (".manifest.json", ".card.md"))
-    for path in (manifest,) if args.format == "diffusers" else (manifest, beside, args.out):
-        check_writable(path)
+    check_writable(manifest)
+    if args.format != "diffusers":
+        check_writable(beside)
+        check_writable(args.out, formats.SUFFIXES[args.format])
     loaded = None if args.dtype == "keep" else getattr(torch, args.dtype)
     files = describe(args.model, args.checkpoint)
     formats.require_camera(files.config, args.format)

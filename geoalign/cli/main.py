@@ -11,6 +11,7 @@ import difflib
 import importlib
 import os
 import re
+import shlex
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -69,7 +70,7 @@ examples:
 
 `geoalign VERB --help` explains a verb. Exit codes: 0 done, 1 failed while running, 2 wrong usage or configuration,
 75 training was stopped by a signal and wrote its checkpoint (run it again with --resume auto), 130 interrupted.
-GEOALIGN_DEBUG=1 shows the traceback of an error."""
+An unexpected error leaves its traceback in a file that it names; GEOALIGN_DEBUG=1 shows that of any error."""
 
 
 def help_text() -> str:
@@ -105,13 +106,38 @@ def main(argv: Sequence[str] | None = None) -> int:
         # The reader (``| head``) left: nothing more to say, and the interpreter must not try to flush into the pipe.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
-    except OSError as error:  # of a disk; one without a file is no place that a user could mend
-        if error.filename is None or os.environ.get(DEBUG_VARIABLE) == "1":
+    except Exception as error:
+        if os.environ.get(DEBUG_VARIABLE) == "1":
             raise
+        print(f"{_speaker()}: {_in_one_line(error)}", file=sys.stderr)
+        return UserError.exit_code
+
+
+def _in_one_line(error: Exception) -> str:
+    """What is said of an exception that is no UserError: of a file on a disk, the fix; else where the traceback is."""
+    if isinstance(error, OSError) and error.filename is not None:
         from geoalign.io_utils import fix_of
 
-        print(f"{_speaker()}: error: {error.filename}: {error.strerror}; {fix_of(error)}", file=sys.stderr)
-        return UserError.exit_code
+        return f"error: {error.filename}: {error.strerror}; {fix_of(error)}"
+    return f"unexpected error: {_unexpected(error)}"
+
+
+def _unexpected(error: Exception) -> str:
+    """A fault of geoalign itself in one line, which names the file that holds its traceback."""
+    import tempfile
+    import traceback
+
+    said = f"{type(error).__name__}: {next(iter(str(error).splitlines()), '')}"
+    try:
+        with tempfile.NamedTemporaryFile(
+            "w", prefix="geoalign-", suffix=".txt", errors="replace", delete=False
+        ) as file:
+            file.write(
+                f"geoalign {__version__} {shlex.join(sys.argv[1:])}\n{''.join(traceback.format_exception(error))}"
+            )
+    except OSError as problem:
+        return f"{said} ({DEBUG_VARIABLE}=1 shows the traceback; no file could be written: {problem.strerror})"
+    return f"{said} (traceback in {file.name}; please report it)"
 
 
 def _dispatch(arguments: list[str]) -> int:

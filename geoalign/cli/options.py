@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Mapping
+import math
+import re
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -119,10 +121,7 @@ def frame_count(text: str) -> int | Literal["all"]:
     """A number of frames or "all", as a ``type`` of ``argparse``."""
     if text == "all":
         return "all"
-    try:
-        return int(text)
-    except ValueError as error:
-        raise argparse.ArgumentTypeError(f"a number of frames or all, got {text!r}") from error
+    return whole("--frames", 1)(text)
 
 
 def frame_size(text: str) -> tuple[int, int]:
@@ -136,12 +135,40 @@ def frame_size(text: str) -> tuple[int, int]:
     return height, width
 
 
+def whole(option: str, least: int) -> Callable[[str], int]:
+    """A ``type`` of ``argparse``: a whole number of at least ``least``; raises UsageError, which names ``option``."""
+
+    def parse(text: str) -> int:
+        if not re.fullmatch(r"[+-]?\d{1,18}", text) or int(text) < least:
+            raise UsageError(f"{option} {text}: expected a whole number of at least {least}")
+        return int(text)
+
+    return parse
+
+
+def positive(option: str) -> Callable[[str], float]:
+    """A ``type`` of ``argparse``: a finite number above 0; raises UsageError, which names ``option``."""
+
+    def parse(text: str) -> float:
+        try:
+            value = float(text)
+        except ValueError:
+            value = 0.0
+        if not 0 < value < math.inf:
+            raise UsageError(f"{option} {text}: expected a number above 0")
+        return value
+
+    return parse
+
+
 def four_numbers(text: str) -> tuple[float, float, float, float]:
     """Four numbers separated by commas, as a ``type`` of ``argparse``."""
     try:
         first, second, third, fourth = (float(part) for part in text.split(","))
     except ValueError as error:
         raise argparse.ArgumentTypeError(f"four numbers separated by commas, got {text!r}") from error
+    if not all(map(math.isfinite, (first, second, third, fourth))):
+        raise argparse.ArgumentTypeError(f"four finite numbers, got {text!r}")
     return first, second, third, fourth
 
 

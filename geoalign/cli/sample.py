@@ -15,7 +15,9 @@ from geoalign.cli.options import (
     four_numbers,
     frame_count,
     frame_size,
+    positive,
     read_reward,
+    whole,
 )
 from geoalign.config.data import DEFAULT_NEGATIVE_PROMPT
 from geoalign.evaluators.table import EVALUATORS, WITH_WEIGHTS
@@ -41,7 +43,7 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
         source="its intrinsics and ground plane are used (default: the npz beside the video, which is called like it; "
         "without one the camera does not move)",
     )  # fmt: skip
-    add("--speed", type=float, default=1.0, help="multiplies the camera's motion per frame (default 1)")
+    add("--speed", type=positive("--speed"), default=1.0, help="multiplies the camera's motion per frame (default 1)")
     add(
         "--source-estimator",
         metavar="NAME",
@@ -63,11 +65,21 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
     add("--prompt", help="what the video shows, or @FILE with the text")
     add("--captioner", type=Path, metavar="FOLDER", help="BLIP-2 that writes the prompt when --prompt is not given")
     add("--negative-prompt", default=DEFAULT_NEGATIVE_PROMPT, help="text of the second guidance pass, or @FILE")
-    add("--guidance", type=float, help="classifier-free guidance (default 5 with a text encoder, else 1)")
+    add(
+        "--guidance",
+        type=positive("--guidance"),
+        help="classifier-free guidance (default 5 with a text encoder, else 1)",
+    )
     add("--steps", type=int, default=25, help="sampling steps (default 25)")
     add("--shift", type=float, default=5.0, help="time shift of the noise levels (default 5)")
-    add("--seed", type=int, default=0, help="seed of the initial noise")
-    add("--best-of", type=int, default=1, metavar="N", help="make N retakes (seeds from --seed on) and keep the best")
+    add("--seed", type=whole("--seed", 0), default=0, help="seed of the initial noise")
+    add(
+        "--best-of",
+        type=whole("--best-of", 1),
+        default=1,
+        metavar="N",
+        help="make N retakes (seeds from --seed on) and keep the best",
+    )
     add("--keep-all", action="store_true", help="with --best-of: write the others too, as OUT.seedK.mp4")
     add_reward(parser)
     add("--device", default="cpu", help="cpu (default), cuda, cuda:N or auto")

@@ -8,7 +8,16 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from geoalign.cli.options import add_cameras, add_json, add_reward, check_json, frame_size, read_reward, write_json
+from geoalign.cli.options import (
+    add_cameras,
+    add_json,
+    add_reward,
+    check_json,
+    frame_size,
+    read_reward,
+    whole,
+    write_json,
+)
 from geoalign.errors import RewardError, RunError, UsageError, UserError
 from geoalign.evaluators.table import NEEDS_PLANE
 
@@ -55,7 +64,12 @@ def add_parser(subparsers: Any) -> None:
         parser, target="A file of F poses scores frames 0..F-1, a preset has the length of the video",
         source="with its ground plane for planar and flow_pnp",
     )  # fmt: skip
-    add("--frames", type=int, metavar="F", help="score frames 0..F-1 (default: as many as the path has)")
+    add(
+        "--frames",
+        type=whole("--frames", 1),
+        metavar="F",
+        help="score frames 0..F-1 (default: as many as the path has)",
+    )
     add("--source", type=Path, help="source video, for evaluators that compare with it (planar does)")
     add(
         "--size",

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import json
 import math
 import os
 from typing import TYPE_CHECKING, Any
@@ -58,10 +57,11 @@ def run_train(args: argparse.Namespace) -> int:
     summary = folder / "summary.json"
     if not summary.exists() or os.environ.get("RANK", "0") != "0":
         return 0
+    from geoalign.parsing import read_json_object
     from geoalign.report.page import write_report
 
     report = write_report(folder)
-    _print_comparison(json.loads(summary.read_text()))
+    _print_comparison(read_json_object(summary))
     print(f"report: {report}")
     return 0
 

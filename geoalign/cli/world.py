@@ -33,6 +33,7 @@ def add_parser(subparsers: Any) -> None:
 def run_render(args: argparse.Namespace) -> int:
     """Render the world to ``data.root`` or a contact sheet to ``--sheet``."""
     from geoalign.errors import ConfigError
+    from geoalign.io_utils import check_writable
     from geoalign.world.dataset import is_complete, write_world
     from geoalign.world.sheet import write_sheet
 
@@ -40,6 +41,7 @@ def run_render(args: argparse.Namespace) -> int:
     if config.world is None:
         raise ConfigError(f"{args.config} has no world section; use tiny_cpu")
     if args.sheet:
+        check_writable(args.sheet, (".png",))
         write_sheet(config.world, args.sheet)
         print(f"contact sheet: {args.sheet}")
     elif is_complete(config.data, config.world):

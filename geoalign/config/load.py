@@ -14,6 +14,7 @@ from geoalign.config.source import KeyPath, RawConfig, did_you_mean, dump_yaml, 
 from geoalign.errors import ConfigError
 
 Model = TypeVar("Model", bound=BaseModel)
+_UNWRITABLE = re.compile("[\0\ud800-\udfff]")  # no file name or terminal takes these
 
 
 def load_config(model: type[Model], name: str, overrides: Sequence[str] = ()) -> Model:
@@ -27,6 +28,10 @@ def load_config(model: type[Model], name: str, overrides: Sequence[str] = ()) ->
 
 def validate(model: type[Model], raw: RawConfig) -> Model:
     """Validate merged data; all problems are reported at once, each with its place."""
+    if hidden := [path for path, value in _leaves(raw.data) if isinstance(value, str) and _UNWRITABLE.search(value)]:
+        raise ConfigError(
+            "\n".join(f"{_place(raw, path)}`{'.'.join(path)}` holds a zero byte or half a character" for path in hidden)
+        )
     data = _drop_removed_entries(model, raw.data)
     unknown = [_unknown_key_text(model, raw, path, section) for path, section in _unknown_keys(model, data)]
     if unknown:
@@ -51,6 +56,15 @@ def flatten(value: Any, prefix: str = "") -> dict[str, Any]:
     for key, item in value.items():
         flat.update(flatten(item, f"{prefix}.{key}" if prefix else str(key)))
     return flat
+
+
+def _leaves(value: Any, path: KeyPath = ()) -> Iterator[tuple[KeyPath, Any]]:
+    """Every value that is no mapping and no list, with its place."""
+    if isinstance(value, Mapping | list):
+        for key, item in value.items() if isinstance(value, Mapping) else enumerate(value):
+            yield from _leaves(item, (*path, str(key)))
+    else:
+        yield path, value
 
 
 def _drop_removed_entries(model: type[BaseModel], data: Mapping[str, Any]) -> dict[str, Any]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Literal, Self
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from geoalign.config.base import Section
 
@@ -15,27 +15,27 @@ class ModelConfig(Section):
     The defaults are Wan2.1-T2V-1.3B without a source video. ``geoalign.models.layouts`` holds the published layouts.
     """
 
-    dim: int = Field(1536, gt=0)
+    dim: int = Field(1536, gt=0, le=65536)
     """Width of the token stream."""
-    heads: int = Field(12, gt=0)
+    heads: int = Field(12, gt=0, le=1024)
     """Attention heads; ``dim / heads`` must be even and split into three rotary axes (24, 32 and 128 do)."""
-    layers: int = Field(30, gt=0)
+    layers: int = Field(30, gt=0, le=1024)
     """Transformer blocks."""
-    ffn_dim: int = Field(8960, gt=0)
+    ffn_dim: int = Field(8960, gt=0, le=262144)
     """Hidden width of the feed-forward part."""
-    in_channels: int = Field(16, gt=0)
+    in_channels: int = Field(16, gt=0, le=4096)
     """Channels of the patch embedding; latents with fewer channels are padded with zeros."""
-    out_channels: int = Field(16, gt=0)
+    out_channels: int = Field(16, gt=0, le=4096)
     """Latent channels of the predicted velocity."""
     patch: tuple[int, int, int] = (1, 2, 2)
     """Latent frames, rows and columns of one token."""
-    text_dim: int = Field(4096, gt=0)
+    text_dim: int = Field(4096, gt=0, le=65536)
     """Width of the text encoder's output; without a text encoder one zero token of this width is used."""
-    text_length: int = Field(512, gt=0)
+    text_length: int = Field(512, gt=0, le=65536)
     """Text tokens; shorter prompts are padded with zero vectors, which take part in attention."""
-    freq_dim: int = Field(256, gt=0)
+    freq_dim: int = Field(256, gt=0, le=65536)
     """Width of the sinusoidal time embedding."""
-    image_dim: int | None = Field(None, gt=0)
+    image_dim: int | None = Field(None, gt=0, le=65536)
     """Width of CLIP image tokens (1280); None: no image branch."""
     eps: float = Field(1e-6, gt=0)
     """Epsilon of all norms outside the image projector."""
@@ -59,7 +59,7 @@ class ModelConfig(Section):
     """Whether the Pluecker adapter of Wan-Fun-Control-Camera adds camera tokens to the patch embedding."""
     time_stride: Literal[1, 4] = 4
     """Video frames per latent frame after the first (4 for the Wan VAE)."""
-    space_stride: int = Field(8, gt=0)
+    space_stride: int = Field(8, gt=0, le=1024)
     """Pixels per latent row and column (8 for the Wan VAE)."""
     timestep_dtype: Literal["float32", "bfloat16"] = "float32"
     """Rounding of the timestep where it enters the network; ReDirector was trained with bfloat16-rounded timesteps."""
@@ -78,6 +78,13 @@ class ModelConfig(Section):
     def head_dim(self) -> int:
         """Channels of one attention head."""
         return self.dim // self.heads
+
+    @field_validator("patch", "rope_theta", "rope_scale")
+    @classmethod
+    def _positive(cls, value: tuple[float, ...]) -> tuple[float, ...]:
+        if not all(0 < number < 2**40 for number in value):
+            raise ValueError(f"must hold positive numbers, got {list(value)}")
+        return value
 
     @model_validator(mode="after")
     def _possible(self) -> Self:

@@ -19,6 +19,7 @@ from typing import Any
 import yaml
 
 from geoalign.errors import ConfigError
+from geoalign.parsing import MAX_YAML, parse_yaml, read_text
 
 MAX_EXTENDS = 2
 COMMAND_LINE = "command line"
@@ -160,25 +161,12 @@ def _read_chain(path: Path, children: tuple[Path, ...]) -> RawConfig:
 
 
 def _read_file(path: Path) -> RawConfig:
-    try:
-        text = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{_show(path)}: cannot be read ({error}).") from None
-    loader = _Loader(text)
-    try:
-        node = loader.get_single_node()
-        origins: dict[KeyPath, str] = {}
-        if node is not None:
-            _note_origins(node, (), _show(path), origins)
-        data = {} if node is None else loader.construct_document(node)
-    except yaml.MarkedYAMLError as error:
-        mark = error.problem_mark
-        line = f":{mark.line + 1}" if mark else ""
-        raise ConfigError(f"{_show(path)}{line}: not valid YAML: {error.problem or error.context}.") from None
-    except yaml.YAMLError as error:
-        raise ConfigError(f"{_show(path)}: not valid YAML: {error}.") from None
-    finally:
-        loader.dispose()
+    text = read_text(path, limit=MAX_YAML, failure=ConfigError)
+    node, data = parse_yaml(text, _show(path), ConfigError, _Loader)
+    origins: dict[KeyPath, str] = {}
+    if node is None:
+        return RawConfig({}, origins)
+    _note_origins(node, (), _show(path), origins)
     if not isinstance(data, dict):
         raise ConfigError(f"{_show(path)}: expected sections such as `run:` at the top, got {type(data).__name__}.")
     return RawConfig(data, origins)
@@ -216,13 +204,9 @@ def _apply_override(raw: RawConfig, text: str) -> None:
     path = tuple(part.strip() for part in key.split("."))
     if not equals or not all(path):
         raise ConfigError(f"{COMMAND_LINE}: {text!r} is not an override; write section.key=value, e.g. optim.lr=1e-4.")
-    loader = _Loader(written)
-    try:
-        value = loader.get_single_data()
-    except yaml.YAMLError:
-        raise ConfigError(f"{COMMAND_LINE}: the value of {text!r} is not valid YAML; quote it.") from None
-    finally:
-        loader.dispose()
+    value = parse_yaml(written, f"{COMMAND_LINE}: the value of {text!r}, which may need quotes", ConfigError, _Loader)[
+        1
+    ]
     nested: Any = value
     for part in reversed(path):
         nested = {part: nested}

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Field, field_validator
 
 from geoalign.config.base import Section
+
+Seed = Annotated[int, Field(ge=0, lt=2**32)]
 
 
 def _published(why: str) -> dict[str, Any]:
@@ -26,7 +28,7 @@ class RunConfig(Section):
     """Name of the run."""
     dir: Path = Path("runs/{name}")
     """Run folder; ``{name}`` is replaced by the run's name."""
-    seed: int = Field(0, ge=0, lt=2**32)
+    seed: Seed = 0
     """Seed of every random draw (counter-based: equal on any number of ranks)."""
     threads: int = Field(0, ge=0)
     """Intra-op CPU threads; 0 leaves PyTorch's choice (one thread is fastest for the embedded model)."""
@@ -59,11 +61,11 @@ class CodecConfig(Section):
 
     kind: Literal["patch", "wan_vae"] = "patch"
     """``patch``: fixed orthonormal lapped patch transform (embedded default); ``wan_vae``: the Wan 2.1 VAE."""
-    patch: int = Field(16, gt=0)
+    patch: int = Field(16, gt=0, le=256)
     """Patch size of the patch codec in pixels."""
-    luma: int = Field(5, gt=0)
+    luma: int = Field(5, gt=0, le=256)
     """Lowest luma coefficients kept per axis and patch."""
-    chroma: int = Field(3, gt=0)
+    chroma: int = Field(3, gt=0, le=256)
     """Lowest coefficients kept per axis and patch of each colour plane."""
 
 
@@ -81,6 +83,15 @@ class GroupsConfig(Section):
     a GPU alone, and memory holds one. Part of what rollout and learner share, because batch shapes round apart."""
 
 
+def compiles(value: str) -> str:
+    """``value`` if it is a regular expression; raises ValueError."""
+    try:
+        re.compile(value)
+    except (re.error, RecursionError, OverflowError) as error:
+        raise ValueError(f"not a regular expression: {error}") from error
+    return value
+
+
 class ParameterGroup(Section):
     """Parameters with their own learning rate."""
 
@@ -91,14 +102,7 @@ class ParameterGroup(Section):
     weight_decay: float = Field(0.0, ge=0)
     """Decoupled weight decay."""
 
-    @field_validator("pattern")
-    @classmethod
-    def _compiles(cls, value: str) -> str:
-        try:
-            re.compile(value)
-        except re.error as error:
-            raise ValueError(f"not a regular expression: {error}") from error
-        return value
+    _compiles = field_validator("pattern")(compiles)
 
 
 class OptimConfig(Section):
@@ -129,6 +133,15 @@ class OptimConfig(Section):
     states: Literal["float32", "int8"] = "float32"
     """Type of AdamW's moments; ``int8`` (torchao, block-wise scales) saves 6 bytes per trained parameter and CHANGES
     rounding of the updates."""
+
+    _compiles = field_validator("trainable")(compiles)
+
+    @field_validator("betas")
+    @classmethod
+    def _decays(cls, value: tuple[float, float]) -> tuple[float, float]:
+        if not all(0 <= beta < 1 for beta in value):
+            raise ValueError(f"betas must lie in [0, 1), got {list(value)}")
+        return value
 
 
 class LeversConfig(Section):
@@ -207,9 +220,9 @@ class EvalConfig(Section):
     """Iterations between evaluations on the way; 0: only before and after."""
     samples: int = Field(40, gt=0)
     """Held-out conditions of each kind (presets, random curves)."""
-    noise_seeds: tuple[int, ...] = Field((11, 12, 13), min_length=1)
+    noise_seeds: tuple[Seed, ...] = Field((11, 12, 13), min_length=1)
     """Noise seeds; the spread over them is reported."""
-    seed: int = 777
+    seed: Seed = 777
     """Seed of the held-out scenes and paths."""
 
 

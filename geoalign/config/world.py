@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from pydantic import Field
+from pydantic import Field, field_validator
 
 from geoalign.config.base import Section
 
@@ -28,5 +28,12 @@ class WorldConfig(Section):
     """Target camera paths written for RL (unpaired with the clips)."""
     fps: float = Field(12.0, gt=0)
     """Frame rate of the clips; only playback and the unit of speed depend on it."""
-    seed: int = 0
+    seed: int = Field(0, ge=0, lt=2**32)
     """Seed of the scenes and paths on disk."""
+
+    @field_validator("height_m")
+    @classmethod
+    def _above_ground(cls, value: tuple[float, float]) -> tuple[float, float]:
+        if not 0 < value[0] <= value[1]:
+            raise ValueError(f"height_m must be a lowest and a highest height above 0, got {list(value)}")
+        return value

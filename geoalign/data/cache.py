@@ -22,7 +22,6 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save
 from torch import Tensor
 
 from geoalign.data.clip_record import ClipRecord
@@ -30,6 +29,11 @@ from geoalign.data.folders import visible
 from geoalign.errors import DataError
 from geoalign.geometry.cameras.door import files_of, split_name
 from geoalign.io_utils import atomic_write_bytes, atomic_write_json, atomic_write_text
+from geoalign.parsing import parse_json, read_json_object, read_text
+from geoalign.sealed import Seal, digest_of, notice_unsealed, sealed_bytes, skips_checksums
+
+_ROW_SEAL = "sha256"  # in a row of a manifest: of the rest of it
+_MAX_MANIFEST = 256 << 20  # bytes; a row is some hundred
 
 Settings = Mapping[str, Mapping[str, Any]]
 """``{"data": ..., "encoder": ...}``: everything that changes what is stored."""
@@ -197,8 +201,8 @@ class CacheFolder:
             if _cause(_shard_keys, shard):
                 yield shard, "damaged shard"
             elif manifest in manifests:
-                if _cause(_read_manifest, manifest):
-                    yield manifest, "damaged manifest"
+                if cause := _cause(_read_manifest, manifest):
+                    yield manifest, f"damaged manifest ({cause})"
                 elif _shard_keys(shard) != {entry.key for entry in _read_manifest(manifest)}:
                     yield manifest, "does not list the windows of its shard"
             elif not (self._unpacked(shard) or manifest.is_file()):  # again: it may have been finished just now
@@ -221,9 +225,8 @@ class CacheFolder:
         """Store one window as a part, atomically."""
         if not (self.path / "settings.json").is_file():
             atomic_write_json(self.path / "settings.json", self.settings)
-        payload = save(
-            {name: value.contiguous() for name, value in tensors.items()}, {"entry": json.dumps(asdict(entry))}
-        )
+        plain = {name: value.cpu().contiguous() for name, value in tensors.items()}
+        payload = sealed_bytes(plain, {"entry": json.dumps(asdict(entry))})
         atomic_write_bytes(self._parts / f"{entry.key}.safetensors", payload)
 
     def pack(self, keys: Sequence[str]) -> Path:
@@ -235,14 +238,12 @@ class CacheFolder:
             tensors |= {f"{key}/{name}": value for name, value in _read_tensors(part, "").items()}
         self._discard_unfinished(set(keys))
         name = f"shard-{hashlib.sha256(''.join(keys).encode()).hexdigest()[:16]}"
-        payload = save(tensors)
+        payload = sealed_bytes(tensors)
         digest = hashlib.sha256(payload).hexdigest()
         shard = self.path / f"{name}.safetensors"
         atomic_write_bytes(shard, payload)
-        lines = [
-            json.dumps(asdict(entry) | {"shard": shard.name, "shard_sha256": digest}, ensure_ascii=False)
-            for entry in entries
-        ]
+        rows = [asdict(entry) | {"shard": shard.name, "shard_sha256": digest} for entry in entries]
+        lines = [json.dumps(row | {_ROW_SEAL: digest_of(row)}, ensure_ascii=False) for row in rows]
         atomic_write_text(self.path / f"{name}.jsonl", "\n".join(lines) + "\n")
         for key in keys:
             (self._parts / f"{key}.safetensors").unlink(missing_ok=True)
@@ -300,9 +301,11 @@ def open_cache(cache: Path, data_settings: Mapping[str, Any], encoder: Mapping[s
         folder / "settings.json" for folder in visible(cache.glob("*")) if (folder / "settings.json").is_file()
     ):
         try:
-            settings = json.loads(path.read_text())
+            settings = read_json_object(path)
             made_with = settings["data"]
-        except (OSError, ValueError, KeyError, TypeError):
+            if settings_hash(settings) != path.parent.name:  # every entry would be taken for one of other settings
+                raise DataError(f"{path}: damaged")
+        except (DataError, KeyError):
             differences.append(f"{path}: unreadable")
             continue
         keys = sorted(key for key in {*made_with, *data_settings} if made_with.get(key) != data_settings.get(key))
@@ -318,26 +321,37 @@ def open_cache(cache: Path, data_settings: Mapping[str, Any], encoder: Mapping[s
 
 
 def _cause(read: Callable[[Path], object], path: Path) -> str:
-    """Why ``read`` cannot read ``path``; empty if it can."""
+    """Why ``read`` cannot read ``path``, without its name; empty if it can."""
     try:
         read(path)
     except DataError as error:
-        return str(error)
+        return str(error).removeprefix(f"{path}: ")
     return ""
 
 
 def _read_manifest(path: Path) -> list[Entry]:
-    try:
-        lines = path.read_text(encoding="utf-8").rstrip("\n").split("\n")  # captions may hold U+2028
-        return [Entry(**json.loads(line)) for line in lines]
-    except (OSError, ValueError, TypeError) as error:
-        raise DataError(f"{path}: damaged manifest ({error})") from error
+    """The entries of a shard; raises DataError for a damaged line: fewer windows would not show."""
+    entries = []
+    for number, line in enumerate(read_text(path, limit=_MAX_MANIFEST).removesuffix("\n").split("\n"), 1):
+        where = f"{path}: line {number}"
+        row = parse_json(line, where)
+        sealed = row.pop(_ROW_SEAL, None) if isinstance(row, dict) else None
+        if not isinstance(row, dict) or (sealed and not skips_checksums() and sealed != digest_of(row)):
+            raise DataError(f"{where}: differs from its checksum")
+        if sealed is None:
+            notice_unsealed(path)
+        try:
+            entries.append(Entry(**row))
+        except TypeError as error:
+            raise DataError(f"{where}: not an entry of this version ({error})") from error
+    return entries
 
 
 def _shard_keys(path: Path) -> set[str]:
-    """Keys of the windows in a shard; raises DataError if it cannot be read."""
+    """Keys of the windows in a shard; raises DataError if its header is damaged."""
     try:
         with safe_open(path, framework="pt") as file:
+            Seal.read(file.metadata() or {}, file.keys(), path, DataError)
             return {name.partition("/")[0] for name in file.keys()}  # noqa: SIM118 - no __iter__
     except (OSError, SafetensorError) as error:
         raise DataError(f"{path}: damaged shard ({error})") from error
@@ -346,7 +360,9 @@ def _shard_keys(path: Path) -> set[str]:
 def _part_entry(path: Path) -> Entry:
     try:
         with safe_open(path, framework="pt") as file:
-            facts = json.loads((file.metadata() or {})["entry"])
+            metadata = file.metadata() or {}
+            Seal.read(metadata, file.keys(), path, DataError)
+        facts = parse_json(metadata["entry"], path)
         if facts["key"] != path.stem:
             raise ValueError(f"it holds the window {facts['key']}")
         return Entry(**facts | {"shard": f"parts/{path.name}", "shard_sha256": ""})
@@ -357,7 +373,12 @@ def _part_entry(path: Path) -> Entry:
 def _read_tensors(path: Path, prefix: str) -> dict[str, Tensor]:
     try:
         with safe_open(path, framework="pt") as file:
+            seal = Seal.read(file.metadata() or {}, file.keys(), path, DataError)
             names = [name for name in file.keys() if name.startswith(prefix)]  # noqa: SIM118 - no __iter__
-            return {name.removeprefix(prefix): file.get_tensor(name) for name in names}
-    except (OSError, SafetensorError) as error:
+            found = {name: file.get_tensor(name) for name in names}
+        for name, tensor in found.items():
+            if seal is not None:
+                seal.check(name, tensor)
+        return {name.removeprefix(prefix): tensor for name, tensor in found.items()}
+    except (OSError, SafetensorError, ValueError) as error:
         raise DataError(f"{path}: damaged shard ({error}); delete it and run `geoalign prepare`") from error

@@ -14,11 +14,10 @@ import json
 import math
 import re
 import tarfile
-import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
-from typing import Any
+from typing import IO, Any, cast
 
 import numpy as np
 import torch
@@ -33,12 +32,15 @@ from geoalign.errors import DataError, UsageError
 from geoalign.geometry import so3
 from geoalign.geometry.trajectory import LARGEST, CameraTrajectory
 from geoalign.io_utils import atomic_write_bytes
+from geoalign.parsing import check_regular, read_bytes
 
 ARCHIVE_SUFFIX = "_others.tar.gz"
 QUATERNION_TOLERANCE = 0.01
 """Quaternions whose norm is further than this from 1 mark a failed pose (stored ones carry six digits or more)."""
 _DEFAULT_FPS = 24.0
-_MAX_MEMBER = 64 << 20  # no camera or text file comes near; a larger one is damage
+_MAX_MEMBER = 32 << 20  # bytes; no camera or text file comes near, a larger one is damage
+_MAX_MEMBERS = 100_000
+_SLACK, _RATIO = 256 << 20, 100  # inflated bytes that any archive may have, and more per stored byte
 _WANTED = re.compile(r"(?:^|.*/)(split_info\.json|fps\.txt|camera/split_\d+\.json|text/\d+_\d+\.json)$")
 
 
@@ -252,17 +254,54 @@ def _read_members(path: Path) -> dict[str, bytes]:
     try:
         if path.is_dir():
             found = {file.relative_to(path).as_posix(): file for file in walk(path) if file.is_file()}
-            return {match[1]: file.read_bytes() for name, file in found.items() if (match := _WANTED.match(name))}
-        members = {}
-        with tarfile.open(path, "r:*") as archive:
-            for member in archive:
+            wanted = {match[1]: file for name, file in found.items() if (match := _WANTED.match(name))}
+            return {name: read_bytes(file, limit=_MAX_MEMBER) for name, file in wanted.items()}
+        return _unpack(path)
+    except DataError:
+        raise
+    except Exception as error:  # of gzip, zlib and tarfile on damaged bytes
+        raise DataError(f"{path}: cannot be unpacked ({error}); download it again") from error
+
+
+def _unpack(path: Path) -> dict[str, bytes]:
+    members, size = {}, check_regular(path)
+    with gzip.open(path) as inflated:
+        stream = _Bounded(inflated, path, _SLACK + _RATIO * size)
+        with tarfile.open(fileobj=cast(IO[bytes], stream), mode="r:") as archive:
+            for count, member in enumerate(archive):
+                if count >= _MAX_MEMBERS:
+                    raise DataError(f"{path}: more than {_MAX_MEMBERS:,} files; not an archive of this kind")
                 match = _WANTED.match(member.name)
                 if match and member.isfile() and member.size <= _MAX_MEMBER:
-                    stream = archive.extractfile(member)
-                    members[match[1]] = stream.read() if stream else b""
-        return members
-    except (OSError, EOFError, tarfile.TarError, zlib.error, ValueError, OverflowError) as error:
-        raise DataError(f"{path}: cannot be unpacked ({error}); download it again") from error
+                    content = archive.extractfile(member)
+                    members[match[1]] = content.read() if content else b""
+        while stream.read(1 << 20):  # to the end of the file, where gzip compares its checksum
+            pass
+    return members
+
+
+class _Bounded:
+    """What tarfile needs of a stream, refusing single reads and totals that no archive of this kind asks for."""
+
+    def __init__(self, stream: gzip.GzipFile, path: Path, limit: int) -> None:
+        self._stream, self._path, self._limit = stream, path, limit
+
+    def read(self, size: int) -> bytes:
+        self._check(size <= _MAX_MEMBER and self.tell() + size <= self._limit + _MAX_MEMBER)
+        data = self._stream.read(size)
+        self._check(self.tell() <= self._limit)
+        return data
+
+    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
+        self._check(whence == io.SEEK_SET and offset <= self._limit)
+        return self._stream.seek(offset)
+
+    def tell(self) -> int:
+        return self._stream.tell()
+
+    def _check(self, within: bool) -> None:
+        if not within:
+            raise DataError(f"{self._path}: inflates beyond {self._limit:,} bytes or holds a file beyond all measure")
 
 
 def _split_ids(members: Mapping[str, bytes], path: Path) -> list[list[int]]:

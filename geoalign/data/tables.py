@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import csv
 import io
-import json
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -17,6 +16,10 @@ from typing import Any
 
 from geoalign.errors import DataError, UsageError
 from geoalign.io_utils import atomic_write_text
+from geoalign.parsing import check_regular, parse_json, read_text
+
+_MAX_TABLE = 256 << 20  # bytes; a row is some hundred
+_MAX_HEADER = 1 << 20
 
 _FILE_NAME = re.compile(r"[^,\s][^,]*\.[A-Za-z0-9]{2,5}")
 _SEPARATORS = ";\t|"
@@ -61,23 +64,18 @@ def read_table(path: Path) -> Table:
     """
     if path.suffix not in (".csv", ".jsonl"):
         raise UsageError(f"{path}: tables are .csv or .jsonl; convert other formats first")
-    try:
-        raw = path.read_bytes()
-    except OSError as error:
-        raise DataError(f"{path}: cannot be read ({error.strerror or error})") from error
-    try:
-        lines = [line.removesuffix("\r") for line in raw.decode("utf-8-sig").split("\n")]
-    except UnicodeDecodeError as error:
-        raise DataError(f"{path}: not UTF-8 (byte {error.start}); save it as UTF-8") from error
-    return _csv_table(lines, path) if path.suffix == ".csv" else _jsonl_table(lines)
+    lines = [line.removesuffix("\r") for line in read_text(path, limit=_MAX_TABLE).split("\n")]
+    return _csv_table(lines, path) if path.suffix == ".csv" else _jsonl_table(lines, path)
 
 
 def read_columns(path: Path) -> list[str]:
     """Column names of a csv file; [] if it cannot be read."""
     try:
+        check_regular(path)
         with path.open("rb") as stream:
-            return [name.strip() for name in _cells(stream.readline().decode("utf-8-sig", "replace").strip("\r\n"))]
-    except (OSError, csv.Error):
+            header = stream.readline(_MAX_HEADER).decode("utf-8-sig", "replace")
+        return [name.strip() for name in _cells(header.strip("\r\n"))]
+    except (OSError, DataError, csv.Error):
         return []
 
 
@@ -158,15 +156,15 @@ def _looks_like_row(line: str, columns: int) -> bool:
     return len(cells) == columns > 1 and any(_FILE_NAME.fullmatch(cell.strip()) for cell in cells)
 
 
-def _jsonl_table(lines: list[str]) -> Table:
+def _jsonl_table(lines: list[str], path: Path) -> Table:
     columns: dict[str, None] = {}
     rows, misfits = [], []
     for number, line in enumerate(lines, start=1):
         if not line.strip():
             continue
         try:
-            row = json.loads(line, object_pairs_hook=_unique)
-        except (ValueError, RecursionError):
+            row = parse_json(line, f"{path}: line {number}", pairs=_unique)
+        except DataError:
             misfits.append((number, "not JSON, or a key twice"))
             continue
         if not isinstance(row, dict):

@@ -7,7 +7,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from geoalign.errors import DataError, UsageError
+from geoalign import parsing
+from geoalign.errors import UsageError
 from geoalign.models.encoders import load_image_encoder, load_text_encoder
 from geoalign.policy.open import ModelFiles
 from geoalign.types import Encodings, RetakeBatch
@@ -77,9 +78,4 @@ def _image_tokens(
 
 def read_text(value: str) -> str:
     """A text, or the contents of the file in ``@FILE``; raises DataError if it cannot be read."""
-    if not value.startswith("@"):
-        return value
-    try:
-        return Path(value[1:]).read_text("utf-8").strip()
-    except (OSError, UnicodeDecodeError) as error:
-        raise DataError(f"{value[1:]}: prompt file cannot be read ({error})") from error
+    return parsing.read_text(value[1:]).strip() if value.startswith("@") else value

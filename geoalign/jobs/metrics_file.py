@@ -12,7 +12,7 @@ from types import TracebackType
 from typing import Any
 
 from geoalign.config.training import RunConfig
-from geoalign.errors import ConfigError
+from geoalign.errors import ConfigError, DataError
 from geoalign.io_utils import append_text, atomic_write_text, disk_errors, nan_to_none, read_jsonl
 
 _FIX = "free disk space or bring the folder back, then --resume auto"
@@ -25,6 +25,7 @@ class MetricsWriter:
 
     Raises:
         ConfigError: ``run.wandb`` is set and the package is missing.
+        DataError: the rows of an earlier part of the run cannot be read.
     """
 
     def __init__(self, folder: Path, run: RunConfig, first_iteration: int = 0) -> None:
@@ -32,12 +33,18 @@ class MetricsWriter:
 
         self.path, self._events = folder / "metrics.jsonl", folder / "tb"
         if self.path.exists():
-            kept = [row for row in read_jsonl(self.path) if row["iteration"] < first_iteration]
+            kept = [row for row in read_jsonl(self.path) if self._iteration(row) < first_iteration]
             atomic_write_text(self.path, "".join(_line(row) for row in kept))
         with disk_errors(self._events, _FIX):
             self._board = SummaryWriter(str(self._events), purge_step=first_iteration)
         self._hook, threading.excepthook = threading.excepthook, self._of_a_thread
         self._tracker = None if run.wandb is None else _tracker(folder, run)
+
+    def _iteration(self, row: Mapping[str, Any]) -> int:
+        number = row.get("iteration")
+        if not isinstance(number, int):
+            raise DataError(f"{self.path}: a row has no iteration number ({number!r}); delete that line")
+        return number
 
     def write(self, iteration: int, values: Mapping[str, float]) -> None:
         """Record one iteration; a non-finite number becomes null in JSON.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from PIL import Image
@@ -11,6 +11,8 @@ from torch import Tensor
 
 from geoalign.errors import CheckpointError, DataError
 from geoalign.models.encoders import clean_text
+from geoalign.models.pretrained import open_pretrained
+from geoalign.parsing import first_line
 
 if TYPE_CHECKING:
     from transformers import Blip2ForConditionalGeneration, Blip2Processor
@@ -63,7 +65,6 @@ def load_captioner(
             f"{folder}: no BLIP-2 folder (config.json is missing); get one with: "
             f"hf download {PUBLISHED} --local-dir {folder}"
         )
-    from safetensors import SafetensorError
     from transformers import AutoConfig, Blip2ForConditionalGeneration, Blip2Processor
 
     try:
@@ -72,8 +73,10 @@ def load_captioner(
             raise CheckpointError(
                 f"{folder}: a {config.model_type} model; needed is BLIP-2 whose config.json has an image_token_index"
             )
-        model = Blip2ForConditionalGeneration.from_pretrained(folder, dtype=dtype, local_files_only=True)
+        model: Any = open_pretrained(Blip2ForConditionalGeneration, folder, "BLIP-2 folder", dtype=dtype)
         processor = Blip2Processor.from_pretrained(folder, local_files_only=True)
-    except (OSError, ValueError, RuntimeError, KeyError, SafetensorError) as error:
-        raise CheckpointError(f"{folder}: captioner cannot be read ({error})") from error
+    except CheckpointError:
+        raise
+    except Exception as error:  # of json, the tokenizers library and transformers itself
+        raise CheckpointError(f"{folder}: captioner cannot be read ({first_line(error)})") from error
     return Captioner(model.to(device), processor, folder)

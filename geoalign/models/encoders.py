@@ -15,6 +15,8 @@ from torch import Tensor
 
 from geoalign.errors import CheckpointError
 from geoalign.models.checkpoint import place
+from geoalign.models.pretrained import open_pretrained
+from geoalign.parsing import first_line
 from geoalign.weights import TensorFile, shapes_of
 
 if TYPE_CHECKING:
@@ -114,11 +116,11 @@ def load_text_encoder(
 
     try:
         words = AutoTokenizer.from_pretrained(tokenizer, local_files_only=True)
-        if weights.is_dir():
-            network = UMT5EncoderModel.from_pretrained(weights, dtype=dtype, local_files_only=True)
-            return TextEncoder(network.to(device), words)
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"{weights}: text encoder or tokenizer cannot be read ({error})") from error
+    except Exception as error:  # of json, the tokenizers library and transformers itself
+        raise CheckpointError(f"{tokenizer}: tokenizer cannot be read ({first_line(error)})") from error
+    if weights.is_dir():
+        network: Any = open_pretrained(UMT5EncoderModel, weights, "umT5 text encoder folder", dtype=dtype)
+        return TextEncoder(network.to(device), words)
     with torch.device("meta"):
         model = UMT5EncoderModel(umt5_xxl_config())
     fill_text_encoder(model, weights, dtype, device)
@@ -179,10 +181,8 @@ def load_image_encoder(
     from transformers import CLIPVisionConfig, CLIPVisionModel
 
     if path.is_dir():
-        try:
-            return ImageEncoder(CLIPVisionModel.from_pretrained(path, dtype=dtype, local_files_only=True).to(device))
-        except (OSError, ValueError) as error:
-            raise CheckpointError(f"{path}: not a CLIP vision folder ({error})") from error
+        vision: Any = open_pretrained(CLIPVisionModel, path, "CLIP vision folder", dtype=dtype)
+        return ImageEncoder(vision.to(device))
     settings: dict[str, Any] = {"hidden_size": 1280, "intermediate_size": 5120, "num_hidden_layers": 32}
     config = CLIPVisionConfig(**settings, num_attention_heads=16, image_size=224, patch_size=14, hidden_act="gelu")
     with torch.device("meta"):

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from geoalign.errors import CheckpointError, UsageError
+from geoalign.errors import UsageError
 from geoalign.models.checkpoint import place
+from geoalign.models.pretrained import open_pretrained
 from geoalign.weights import TensorFile, shapes_of
 
 if TYPE_CHECKING:
@@ -100,10 +101,7 @@ def load_wan_codec(
     from diffusers import AutoencoderKLWan
 
     if path.is_dir():
-        try:
-            vae = AutoencoderKLWan.from_pretrained(path, torch_dtype=dtype, local_files_only=True)
-        except (OSError, ValueError) as error:
-            raise CheckpointError(f"{path}: not a diffusers AutoencoderKLWan folder ({error})") from error
+        vae: Any = open_pretrained(AutoencoderKLWan, path, "diffusers AutoencoderKLWan folder", torch_dtype=dtype)
         return WanCodec(vae.to(device), tiled=tiled)
     with torch.device("meta"):
         vae = AutoencoderKLWan()

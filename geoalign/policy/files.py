@@ -24,14 +24,17 @@ from geoalign.models.checkpoint import resemblance
 from geoalign.models.codec import PatchCodec
 from geoalign.models.dit import RetakeDiT, init_tiny_
 from geoalign.models.layouts import is_self_attention, model_shapes
+from geoalign.parsing import parse_json, read_json_object
 from geoalign.policy.policy import RetakePolicy
-from geoalign.weights import TensorFile, shapes_of, write_tensors
+from geoalign.sealed import SKIP_HINT, digest_of, header_digest, notice_unsealed, save_sealed, skips_checksums
+from geoalign.weights import TensorFile, require_finite, shapes_of
 
 # In a run folder.
 RUN_CONFIG, POLICY_FILE, DELTA_FILE = "config.yaml", "policy.safetensors", "delta.safetensors"
 # In a checkpoint folder.
 CHECKPOINT_NAME = re.compile(r"step_(\d{6})$")
 CHECKPOINT_FORMAT, STATE_FILE, AVERAGE_FILE = 1, "state.json", "average.safetensors"
+_PARTS_KEY, _SEAL_KEY = "parts", "sha256"  # in the state: of the files beside it, and of the state itself
 
 _KIND = "geoalign-policy"
 Settings = TypeVar("Settings", bound=BaseModel)
@@ -76,11 +79,16 @@ def check_policy_file(file: TensorFile) -> PolicyFile:
     if not is_policy_file(file):
         delta = "a delta; " if all(map(is_self_attention, file.shapes)) else ""
         raise CheckpointError(f"{path}: {delta}not a geoalign policy file (header kind {kind!r}); {_ON_TOP}")
+    if not file.sealed:
+        notice_unsealed(path)
     config = _settings(file, "model", ModelConfig)
     weights = file.part("model.").require(model_shapes(config), "is not a geoalign policy", resemblance)
     if strangers := [name for name in file.shapes if not name.startswith(("model.", "codec."))]:
         raise CheckpointError(f"{path}: {len(strangers)} unexpected tensors: {', '.join(strangers[:3])}")
-    return PolicyFile(config, weights, _codec(file), json.loads(file.metadata.get("notes", "{}")))
+    notes = parse_json(file.metadata.get("notes", "{}"), f"{path}: notes in its header", CheckpointError)
+    if not isinstance(notes, dict):
+        raise CheckpointError(f"{path}: notes in its header are no JSON object")
+    return PolicyFile(config, weights, _codec(file), notes)
 
 
 _ON_TOP = "weights trained on top of a model are given with --checkpoint (train.delta), that model with --model"
@@ -107,8 +115,10 @@ def save_policy(
         "codec": codec.model_dump_json(),
         "notes": json.dumps(dict(notes)),
     }
+    for name, value in tensors.items():
+        require_finite(path, name, value)
     with atomic_path(path) as temporary:
-        write_tensors(tensors, temporary, header)
+        save_sealed(tensors, temporary, header)
 
 
 def read_codec_file(path: Path) -> PatchCodec | None:
@@ -124,7 +134,7 @@ def save_codec_file(path: Path, codec: PatchCodec) -> None:
     """Write what :func:`read_codec_file` reads."""
     settings = CodecConfig(kind="patch", patch=codec.patch, luma=codec.luma, chroma=codec.chroma)
     buffers = {f"codec.{name}": value.cpu() for name, value in codec.named_buffers()}
-    write_tensors(buffers, path, {"codec": settings.model_dump_json()})
+    save_sealed(buffers, path, {"codec": settings.model_dump_json()})
 
 
 def _codec(file: TensorFile) -> PatchCodec | None:
@@ -161,15 +171,53 @@ def read_checkpoint_state(folder: Path) -> dict[str, Any]:
         CheckpointError: missing, damaged or of another format.
     """
     try:
-        state = json.loads((folder / STATE_FILE).read_text(encoding="utf-8"))
-        found = state.get("format")
-    except (OSError, ValueError, AttributeError) as error:
-        raise CheckpointError(
-            f"{folder}: not a readable checkpoint ({error}); delete it and use an older one"
-        ) from error
-    if found != CHECKPOINT_FORMAT:
+        state = read_json_object(folder / STATE_FILE, CheckpointError)
+    except CheckpointError as error:
+        raise CheckpointError(f"{folder}: not a readable checkpoint ({error}); delete it, use an older one") from error
+    if (found := state.get("format")) != CHECKPOINT_FORMAT:
         raise CheckpointError(f"{folder}: checkpoint format {found!r}, this version reads {CHECKPOINT_FORMAT}")
+    types = {"iteration": int, "config": str, "settings": dict, "notes": dict}
+    told = {"settings": {}, **state}  # older states have none
+    wrong = [key for key, kind in types.items() if not isinstance(told.get(key), kind)]
+    if wrong or state["iteration"] < 0:
+        raise CheckpointError(
+            f"{folder / STATE_FILE}: no usable {', '.join(wrong) or 'iteration'}; use an older checkpoint"
+        )
+    if not {_PARTS_KEY, _SEAL_KEY} & state.keys():
+        notice_unsealed(folder)
+    elif not skips_checksums() and state.get(_SEAL_KEY) != digest_of(_unsealed(state)):
+        raise CheckpointError(f"{folder / STATE_FILE}: damaged (it differs from its checksum); {SKIP_HINT}")
     return state
+
+
+def checkpoint_state(
+    iteration: int, config: str, settings: Mapping[str, Any], notes: Mapping[str, Any], parts: Mapping[str, str]
+) -> dict[str, Any]:
+    """What :func:`read_checkpoint_state` reads.
+
+    Args:
+        iteration: iterations done.
+        config: hash of ``settings``.
+        settings: of the run, by dotted key.
+        notes: JSON values carried along.
+        parts: header checksums of the files beside it, by name.
+    """
+    state: dict[str, Any] = {"format": CHECKPOINT_FORMAT, "iteration": iteration, "config": config}
+    state |= json.loads(json.dumps({"settings": dict(settings), "notes": dict(notes)}))  # keys as they will be read
+    state[_PARTS_KEY] = dict(parts)
+    return state | {_SEAL_KEY: digest_of(state)}
+
+
+def check_part(state: Mapping[str, Any], file: TensorFile) -> TensorFile:
+    """The file if it is the one that was written beside ``state``; raises CheckpointError."""
+    listed = state.get(_PARTS_KEY, {})
+    if listed and not skips_checksums() and listed.get(file.path.name) != header_digest(file.metadata):
+        raise CheckpointError(f"{file.path}: belongs to another checkpoint than {STATE_FILE} beside it; {SKIP_HINT}")
+    return file
+
+
+def _unsealed(state: Mapping[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in state.items() if key != _SEAL_KEY}
 
 
 def build_codec(config: CodecConfig) -> PatchCodec:

@@ -20,12 +20,15 @@ from geoalign.models.layouts import diffusers_name, is_self_attention
 from geoalign.policy.files import save_codec_file
 from geoalign.policy.open import CODEC_FILE, CONFIG_FILE
 from geoalign.policy.safetensors_file import save_safetensors
-from geoalign.weights import write_tensors
+from geoalign.sealed import save_sealed
+from geoalign.weights import require_finite
 
 # Whose camera the readers of a format rebuild: ReDirector's phases lie in the self-attention, ReCamMaster's encoders in
 # the full state dict. A diffusers folder names its model, and LoRA adds to a model that has its camera; both hold any.
 _CAMERAS = {"redirector": ("learned",), "recammaster": ("modulated",)}
 FORMATS = ("redirector", "recammaster", "diffusers", "lora")
+SUFFIXES = {"redirector": (".safetensors",), "lora": (".safetensors",), "recammaster": (".ckpt", ".pt", ".pth")}
+"""How the file of a format may end: readers choose the parser by it."""
 WEIGHTS_FILE, CARD_FILE = "diffusion_pytorch_model.safetensors", "README.md"
 
 
@@ -97,7 +100,7 @@ def save_pretrained(
     tensors = {diffusers_name(name): value for name, value in _state(model, dtype).items()}
     with atomic_folder(folder) as temporary:
         (temporary / CONFIG_FILE).write_text(json.dumps(diffusers_config(model.config), indent=2) + "\n", "utf-8")
-        write_tensors(tensors, temporary / WEIGHTS_FILE, {"format": "pt"})
+        save_sealed(tensors, temporary / WEIGHTS_FILE, {"format": "pt"})
         if codec is not None:
             save_codec_file(temporary / CODEC_FILE, codec)
         if card is not None:
@@ -146,6 +149,8 @@ def manifest(tensors: Mapping[str, Tensor]) -> dict[str, Any]:
 
 
 def _state(model: RetakeDiT, dtype: torch.dtype | None) -> dict[str, Tensor]:
+    """The parameters as they are written; raises CheckpointError for NaN and infinity, also where rounding made it."""
     return {
-        name: value.detach().cpu().to(dtype or value.dtype).contiguous() for name, value in model.state_dict().items()
+        name: require_finite("the model to export", name, value.detach().cpu().to(dtype or value.dtype).contiguous())
+        for name, value in model.state_dict().items()
     }

@@ -7,7 +7,6 @@ what was trained on top of them.
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -16,11 +15,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 from pydantic import ValidationError
 
 from geoalign.config.model import ModelConfig
 from geoalign.config.schema import Config
+from geoalign.config.training import compiles
 from geoalign.errors import CheckpointError, ConfigError, UsageError
 from geoalign.models.checkpoint import (
     LoadReport,
@@ -35,6 +34,7 @@ from geoalign.models.codec_base import LatentCodec
 from geoalign.models.dit import RetakeDiT
 from geoalign.models.layouts import LAYOUTS, RECAMMASTER, REDIRECTOR, count, identify, is_self_attention, model_shapes
 from geoalign.models.wan_vae import load_wan_codec
+from geoalign.parsing import read_json_object, read_yaml
 from geoalign.policy.files import (
     AVERAGE_FILE,
     CHECKPOINT_NAME,
@@ -256,9 +256,11 @@ def _on_its_base(run: Path, trained: Path, what: str) -> Location:
     """Trained weights on the base that the settings of their run name."""
     settings = run / RUN_CONFIG
     try:
-        raw = yaml.safe_load(settings.read_text(encoding="utf-8"))
-        base, delta, pattern = raw["train"]["base"], raw["train"].get("delta"), raw["optim"]["trainable"]
-    except (OSError, yaml.YAMLError, KeyError, TypeError, AttributeError) as error:
+        raw = read_yaml(settings, CheckpointError)
+        base, delta, pattern = raw["train"]["base"], raw["train"].get("delta"), compiles(raw["optim"]["trainable"])
+        if not isinstance(base, str) or not isinstance(delta, str | None):
+            raise TypeError("train.base and train.delta must be names")
+    except (CheckpointError, KeyError, TypeError, AttributeError, ValueError) as error:
         raise CheckpointError(
             f"{trained}: needs the settings of its run, which name the base it was trained on, but {settings} cannot "
             f"be read ({error})"
@@ -362,13 +364,11 @@ def read_config(folder: Path) -> ModelConfig | None:
         if not path.is_file():
             continue
         try:
-            settings = json.loads(path.read_text("utf-8"))
+            settings = read_json_object(path, CheckpointError)
             if "retake" in settings:
                 return ModelConfig.model_validate(settings["retake"])
         except ValidationError as error:
             raise CheckpointError(f"{path}: not a readable model configuration ({first_problem(error)})") from None
-        except (ValueError, TypeError) as error:
-            raise CheckpointError(f"{path}: not a readable model configuration ({error})") from error
     return None
 
 

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from geoalign.errors import UsageError
 from geoalign.io_utils import atomic_path
-from geoalign.weights import write_tensors
+from geoalign.sealed import save_sealed
 
 
 def save_safetensors(tensors: dict[str, Tensor], path: Path) -> None:
@@ -16,4 +16,4 @@ def save_safetensors(tensors: dict[str, Tensor], path: Path) -> None:
     if path.suffix != ".safetensors":
         raise UsageError(f"{path}: this format is written as .safetensors")
     with atomic_path(path) as temporary:
-        write_tensors(tensors, temporary, {"format": "pt"})
+        save_sealed(tensors, temporary, {"format": "pt"})

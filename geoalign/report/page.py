@@ -217,6 +217,6 @@ def write_report(folder: str | Path, output: Path | None = None, *, samples: int
     if samples < 0:
         raise UsageError(f"--samples {samples}: 0 or more held-out samples can be shown")
     path, found = output or Path(folder) / "report.html", read_run(folder)
-    check_writable(path)
+    check_writable(path, (".html", ".htm"))
     atomic_write_text(path, report_page(found, samples))
     return path

@@ -2,21 +2,21 @@
 
 from __future__ import annotations
 
-import json
-import zipfile
-import zlib
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import yaml
 
+from geoalign.array_files import read_arrays
 from geoalign.errors import DataError, UsageError
 from geoalign.io_utils import read_jsonl
+from geoalign.parsing import read_json, read_yaml
 
 Array = np.ndarray[Any, np.dtype[Any]]
 STAGES = ("before", "after")
+_MAX_CLIPS = 8 << 30  # bytes of an evaluation archive in memory
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,36 +83,27 @@ def read_run(folder: str | Path) -> RunRecord:
         raise UsageError(f"no run folder at {path}; give the folder that `geoalign train` printed, such as runs/NAME.")
     if not any((path / name).is_file() for name in ("metrics.jsonl", "summary.json", "config.yaml")):
         raise UsageError(f"{path} is not a run folder: it has no metrics.jsonl, summary.json or config.yaml.")
-    config = _read_yaml(path / "config.yaml")
+    config, summary = _optional(path / "config.yaml", read_yaml), _optional(path / "summary.json", read_json)
     _mapping(path / "config.yaml", config.get("run", {}), "run")
+    for key in ("held_out", "held_out_per_noise_seed"):
+        _check_stages(path / "summary.json", key, summary.get(key))
+    metrics = path / "metrics.jsonl"
     return RunRecord(
         folder=path,
         config=config,
-        environment=_read_json(path / "env.json"),
-        summary=_read_json(path / "summary.json"),
-        metrics=_read_jsonl(path / "metrics.jsonl"),
+        environment=_optional(path / "env.json", read_json),
+        summary=summary,
+        metrics=read_jsonl(metrics) if metrics.exists() else [],
         clips={stage: clips for stage in STAGES if (clips := _read_clips(path / "eval" / f"{stage}.npz"))},
     )
 
 
-def _read_json(path: Path) -> dict[str, Any]:
-    if not path.is_file():
+def _optional(path: Path, read: Callable[[Path], Any]) -> dict[str, Any]:
+    """The mapping in a file; an empty one where there is no file."""
+    if not path.exists():
         return {}
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise DataError(f"{path}: not valid JSON ({error}); delete or restore the file.") from None
-    return _mapping(path, value)
-
-
-def _read_yaml(path: Path) -> dict[str, Any]:
-    if not path.is_file():
-        return {}
-    try:
-        value = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise DataError(f"{path}: not valid YAML ({error}); delete or restore the file.") from None
-    return _mapping(path, value)
+    value = read(path)
+    return {} if value is None else _mapping(path, value)
 
 
 def _mapping(path: Path, value: Any, section: str = "the file") -> dict[str, Any]:
@@ -121,32 +112,56 @@ def _mapping(path: Path, value: Any, section: str = "the file") -> dict[str, Any
     return value
 
 
-def _read_jsonl(path: Path) -> list[dict[str, Any]]:
-    if not path.is_file():
-        return []
-    try:
-        return [_mapping(path, row) for row in read_jsonl(path)]
-    except UnicodeDecodeError as error:
-        raise DataError(f"{path}: not text ({error}); restore the file or delete it.") from None
+def _check_stages(path: Path, key: str, value: Any, depth: int = 3) -> None:
+    """Held-out numbers are mappings by set, stage and metric, with a number, a list of numbers or null in them."""
+    if depth and value is not None:
+        for name, inner in _mapping(path, value, key).items():
+            _check_stages(path, f"{key}.{name}", inner, depth - 1)
+    elif not all(entry is None or isinstance(entry, int | float) for entry in _listed(value)):
+        raise DataError(f"{path}: {key} must be a number or a list of numbers; restore or delete the file.")
+
+
+def _listed(value: Any) -> list[Any]:
+    return value if isinstance(value, list) else [value]
+
+
+_SHAPES: dict[str, tuple[str, tuple[int | None, ...]]] = {
+    "names": ("U", (None,)),
+    "source": ("u", (None, None, 3, None, None)),
+    "generated": ("u", (None, None, 3, None, None)),
+    "target_c2w": ("f", (None, None, 4, 4)),
+    "estimated_c2w": ("f", (None, None, 4, 4)),
+}
+"""Kind and shape of the arrays of an evaluation archive; None fits any length above 0."""
 
 
 def _read_clips(path: Path) -> EvaluationClips | None:
-    if not path.is_file():
+    if not path.exists():
         return None
-    try:
-        with np.load(path, allow_pickle=False) as archive:
-            arrays = {key: archive[key] for key in archive.files}
-        return EvaluationClips(
-            names=tuple(str(name) for name in arrays["names"]),
-            source=arrays["source"],
-            generated=arrays["generated"],
-            truth=arrays.get("truth"),
-            target_c2w=arrays["target_c2w"],
-            estimated_c2w=arrays["estimated_c2w"],
-        )
-    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile, zlib.error) as error:
-        raise DataError(
-            f"{path}: not a readable evaluation archive ({error}); run `geoalign evaluate` again."
-        ) from None
-    except Exception as error:  # numpy lets zipfile's own errors through (BadZipFile derives from Exception only)
-        raise DataError(f"{path}: damaged archive ({error}); run `geoalign evaluate` again.") from None
+    arrays = read_arrays(path, DataError, limit=_MAX_CLIPS)
+    if not isinstance(arrays, dict):
+        raise DataError(f"{path}: not an evaluation archive; run `geoalign evaluate` again.")
+    shapes = _SHAPES | ({"truth": _SHAPES["generated"]} if "truth" in arrays else {})
+    for name, (kind, wanted) in shapes.items():
+        found = arrays.get(name)
+        if found is None or found.dtype.kind != kind or not _fits(found.shape, wanted):
+            got = "missing" if found is None else f"{found.dtype} {list(found.shape)}"
+            raise DataError(
+                f"{path}: not a readable evaluation archive ({name}: {got}); run `geoalign evaluate` again."
+            )
+    if len({(len(arrays[name]), *arrays[name].shape[1:2]) for name in shapes if name != "names"}) > 1 or len(
+        arrays["names"]
+    ) != len(arrays["source"]):
+        raise DataError(f"{path}: its arrays hold unequal numbers of samples or frames; run `geoalign evaluate` again.")
+    return EvaluationClips(
+        names=tuple(str(name) for name in arrays["names"]),
+        source=arrays["source"],
+        generated=arrays["generated"],
+        truth=arrays.get("truth"),
+        target_c2w=arrays["target_c2w"],
+        estimated_c2w=arrays["estimated_c2w"],
+    )
+
+
+def _fits(shape: Sequence[int], wanted: Sequence[int | None]) -> bool:
+    return len(shape) == len(wanted) and all(s == w or (w is None and s) for s, w in zip(shape, wanted, strict=True))

@@ -19,9 +19,17 @@ from geoalign.config.load import flatten
 from geoalign.config.training import TrainConfig
 from geoalign.errors import CheckpointError, ConfigError, RunError
 from geoalign.io_utils import atomic_folder, remove_folder
-from geoalign.policy.files import AVERAGE_FILE, CHECKPOINT_FORMAT, CHECKPOINT_NAME, STATE_FILE, read_checkpoint_state
+from geoalign.policy.files import (
+    AVERAGE_FILE,
+    CHECKPOINT_NAME,
+    STATE_FILE,
+    check_part,
+    checkpoint_state,
+    read_checkpoint_state,
+)
+from geoalign.sealed import save_sealed
 from geoalign.training.engines.snapshot import Snapshot
-from geoalign.weights import TensorFile, write_tensors
+from geoalign.weights import TensorFile
 
 _PARTS = ("trained.safetensors", AVERAGE_FILE, "optimizer.safetensors")
 _OPERATION = ("checkpoint_every", "keep_checkpoints", "async_checkpoints", "rank_timeout_s")
@@ -96,12 +104,13 @@ def save_checkpoint(folder: Path, state: TrainState, *, config: RunSettings, kee
     final = folder / f"step_{state.iteration:06d}"
     saved = state.snapshot
     flat = {f"{name}/{key}": value for name, entry in saved.optimizer.items() for key, value in entry.items()}
-    meta = {"format": CHECKPOINT_FORMAT, "iteration": state.iteration, "config": config.hash}
-    meta |= {"settings": dict(config.values), "notes": dict(state.notes)}
     try:
         with atomic_folder(final, "free disk space, then --resume auto") as temporary:
+            seals = {}
             for part, tensors in zip(_PARTS, (saved.values, saved.average, flat), strict=True):
-                write_tensors({name: value.contiguous() for name, value in tensors.items()}, temporary / part)
+                whole = {name: value.contiguous() for name, value in tensors.items()}
+                seals[part] = save_sealed(whole, temporary / part)
+            meta = checkpoint_state(state.iteration, config.hash, config.values, state.notes, seals)
             (temporary / STATE_FILE).write_text(json.dumps(meta, indent=2, allow_nan=False) + "\n", encoding="utf-8")
     except RunError as error:
         raise CheckpointError(f"checkpoint {error}") from error
@@ -173,10 +182,10 @@ def load_checkpoint(path: Path, *, config: RunSettings, allow_config_change: boo
     """
     meta = read_checkpoint_state(path)
     try:
-        trained, average, flat = (dict(TensorFile(path / part).items()) for part in _PARTS)
-        found, iteration, notes = meta["config"], int(meta["iteration"]), meta["notes"]
-    except (CheckpointError, KeyError, TypeError, ValueError) as error:
+        trained, average, flat = (dict(check_part(meta, TensorFile(path / part)).items()) for part in _PARTS)
+    except CheckpointError as error:
         raise CheckpointError(f"{path}: not a readable checkpoint ({error}); delete it and use an older one") from error
+    found = meta["config"]
     if found != config.hash and not allow_config_change:
         changed = differences(meta["settings"], config.values) if "settings" in meta else f"{found}, now {config.hash}"
         raise ConfigError(
@@ -186,4 +195,4 @@ def load_checkpoint(path: Path, *, config: RunSettings, allow_config_change: boo
     for key, value in flat.items():
         name, _, part = key.rpartition("/")
         optimizer.setdefault(name, {})[part] = value
-    return TrainState(iteration, Snapshot(trained, average, optimizer), notes)
+    return TrainState(meta["iteration"], Snapshot(trained, average, optimizer), meta["notes"])

@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 
@@ -25,6 +26,7 @@ from geoalign.geometry.cameras.camera_file import write_clip_camera
 from geoalign.geometry.trajectory import CameraTrajectory
 from geoalign.io_utils import atomic_write_json, is_temporary
 from geoalign.locks import LOCK_NAME, writer_lock
+from geoalign.parsing import read_json_object
 from geoalign.world.motion import ground_plane, random_curves, source_drift, to_c2w
 from geoalign.world.pairs import PROMPT
 from geoalign.world.render import intrinsics, render
@@ -32,6 +34,10 @@ from geoalign.world.scene import sample_scenes
 
 _STAMP, _UNFINISHED = "world.json", ".writing"
 _CHUNK, _SPLITS_PER_ARCHIVE = 64, 64
+_WRITTEN = re.compile(
+    rf"/(metadata\.csv|files/(drone\d+)/\2_\d+_\d+\.(mp4|npz)|([0-9a-f]{{12,}})/\4{re.escape(ARCHIVE_SUFFIX)})$"
+)
+"""The files of a world, wherever ``data.clips.path`` and ``data.trajectories.path`` put them."""
 
 
 def _fingerprint(world: WorldConfig) -> str:
@@ -41,11 +47,11 @@ def _fingerprint(world: WorldConfig) -> str:
 def is_complete(data: DataConfig, world: WorldConfig) -> bool:
     """Whether ``data.root`` holds exactly this world, completely written, and no file of it is gone or empty."""
     try:
-        stamp = json.loads((data.root / _STAMP).read_text())
+        stamp = read_json_object(data.root / _STAMP)
         return stamp["fingerprint"] == _fingerprint(world) and all(
             (data.root / file).stat().st_size > 0 for file in stamp["files"]
         )
-    except (OSError, ValueError, KeyError, TypeError):  # write_world says what is wrong with a damaged stamp
+    except (DataError, OSError, ValueError, KeyError, TypeError):  # write_world says what is wrong with a stamp
         return False
 
 
@@ -63,7 +69,7 @@ def write_world(data: DataConfig, world: WorldConfig, progress: Callable[[int], 
         DataError: the folder holds another data set, which is never overwritten.
         UsageError: another process is rendering there.
     """
-    _earlier_files(data.root)  # a folder that is not ours gets no lock either
+    _earlier_files(data)  # a folder that is not ours gets no lock either
     with writer_lock(data.root, "world"):
         if not is_complete(data, world):  # by another process, in the meantime
             _render_all(data, world, progress)
@@ -72,13 +78,13 @@ def write_world(data: DataConfig, world: WorldConfig, progress: Callable[[int], 
 def _render_all(data: DataConfig, world: WorldConfig, progress: Callable[[int], object]) -> None:
     root = data.root
     stamp, unfinished = root / _STAMP, root / _UNFINISHED
-    earlier = _earlier_files(root)
+    earlier = _earlier_files(data)
     clips, archives = _clip_files(data, world), _archive_files(data, world)
     listed = [data.clips_path / "metadata.csv", *archives, *clips, *(clip.with_suffix(".npz") for clip in clips)]
     files = [str(file.relative_to(root) if file.is_relative_to(root) else file) for file in listed]
     atomic_write_json(unfinished, {"files": sorted({*earlier, *files})})  # a killed run leaves no file unlisted
     stamp.unlink(missing_ok=True)
-    _delete(root, earlier)
+    _delete(data, earlier)
     _write_paths(archives, world)
     _write_clips(data, clips, world, progress)
     settings = world.model_dump(mode="json")
@@ -86,15 +92,26 @@ def _render_all(data: DataConfig, world: WorldConfig, progress: Callable[[int], 
     unfinished.unlink()
 
 
-def _earlier_files(root: Path) -> list[str]:
-    """Files that earlier renders wrote, finished or not; relative to ``root`` where they lie inside."""
+def _earlier_files(data: DataConfig) -> list[str]:
+    """Files that earlier renders wrote, finished or not; relative to ``data.root`` where they lie inside.
+
+    A stamp is a file like any other: what it names is believed only where a world could have written it.
+    """
+    root = data.root
     stamps = [stamp for name in (_STAMP, _UNFINISHED) if (stamp := root / name).exists()]
     if not stamps and root.exists() and any(not _is_of_a_writer(file) for file in root.iterdir()):
         raise DataError(f"{root}: not empty and not an embedded world; choose another data.root or empty the folder")
     try:
-        return sorted({file for stamp in stamps for file in json.loads(stamp.read_text())["files"]})
-    except (ValueError, KeyError, TypeError):
+        files = sorted({file for stamp in stamps for file in read_json_object(stamp)["files"]})
+        strangers = [file for file in files if _owner(data, file) is None]
+    except (DataError, ValueError, KeyError, TypeError):
         raise DataError(f"{root}: its stamp does not list the files of the world in it; empty the folder") from None
+    if strangers:
+        raise DataError(
+            f"{root}: its stamp lists {strangers[0]}, which no world writes or which lies outside of the data; nothing "
+            "was deleted; empty the folder yourself"
+        )
+    return files
 
 
 def _is_of_a_writer(file: Path) -> bool:
@@ -102,13 +119,28 @@ def _is_of_a_writer(file: Path) -> bool:
     return is_temporary(file) or file.name == LOCK_NAME
 
 
-def _delete(root: Path, files: list[str]) -> None:
-    """Delete ``files`` and the folders that are empty without them."""
+def _owner(data: DataConfig, file: str) -> Path | None:
+    """The folder of this data set that ``file`` lies in after links are followed, if a world may have written it."""
+    path = data.root / file
+    if not _WRITTEN.search(path.as_posix()):
+        return None
+    owners = [folder.resolve() for folder in (data.root, data.clips_path, data.trajectories_path)]
+    return next((owner for owner in owners if path.parent.resolve().is_relative_to(owner)), None)
+
+
+def _delete(data: DataConfig, files: list[str]) -> None:
+    """Delete ``files`` and the folders below the owned ones that are empty without them."""
+    folders = set()
     for file in files:
-        (root / file).unlink(missing_ok=True)
-    for folder in sorted({parent for file in files for parent in Path(file).parents[:-1]}, reverse=True):
+        owner, path = _owner(data, file), data.root / file
+        if owner is None:
+            continue
+        path.unlink(missing_ok=True)
+        parents = [path.parent.resolve(), *path.parent.resolve().parents]
+        folders |= {parent for parent in parents if parent.is_relative_to(owner) and parent != owner}
+    for folder in sorted(folders, reverse=True):
         with contextlib.suppress(OSError):  # holds other files, or is gone
-            (root / folder).rmdir()
+            folder.rmdir()
 
 
 def _clip_files(data: DataConfig, world: WorldConfig) -> list[Path]:

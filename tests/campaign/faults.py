@@ -111,17 +111,17 @@ def run(arguments: Sequence[str], folder: Path, fault: Fault = Fault()) -> Ended
 
 
 def _child(arguments: Sequence[str], folder: Path, fault: Fault, count: int) -> int:
-    import geoalign.weights
+    import geoalign.sealed
     from geoalign.cli.main import main
 
     os.chdir(folder)
     if fault.bytes:
         resource.setrlimit(resource.RLIMIT_FSIZE, (fault.bytes, fault.bytes))
-    _inject(fault, str(folder), count, geoalign.weights)
+    _inject(fault, str(folder), count, geoalign.sealed)
     return main(list(arguments))
 
 
-def _inject(fault: Fault, folder: str, count: int, weights: Any) -> None:
+def _inject(fault: Fault, folder: str, count: int, sealed: Any) -> None:
     seen, busy = [0], [False]
 
     def operation(path: str, makes: bool, torn: Callable[[], None] = lambda: None) -> None:
@@ -158,7 +158,7 @@ def _inject(fault: Fault, folder: str, count: int, weights: Any) -> None:
         finally:
             busy[0] = False
 
-    save_file = weights.save_file
+    save_file = sealed.save_file
 
     def watched(tensors: Any, path: Any, **options: Any) -> None:
         def torn() -> None:  # what a writer leaves that is killed in the middle
@@ -172,5 +172,5 @@ def _inject(fault: Fault, folder: str, count: int, weights: Any) -> None:
         finally:
             busy[0] = False
 
-    weights.save_file = watched
+    sealed.save_file = watched
     sys.addaudithook(hook)

@@ -245,19 +245,19 @@ def test_a_clip_that_disappears_is_drawn_again_and_counted(
 
 def test_a_full_disk_stops_the_run_and_keeps_what_was_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    original, calls = checkpoints.write_tensors, []
+    original, calls = checkpoints.save_sealed, []
 
-    def full(*args: Any, **options: Any) -> None:
+    def full(*args: Any, **options: Any) -> str:
         calls.append(1)
         if len(calls) > 3:  # the first checkpoint has three files
             raise OSError(28, "No space left on device")
-        original(*args, **options)
+        return original(*args, **options)
 
     config = smoke(
         run={"dir": tmp_path / "run"}, data={"root": tmp_path / "data"}, train={"iterations": 4, "checkpoint_every": 1}
     )
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(checkpoints, "write_tensors", full)
+        patch.setattr(checkpoints, "save_sealed", full)
         with pytest.raises(CheckpointError, match="No space left on device\); free disk space, then --resume auto"):
             run_training(config)
     found = checkpoints.list_checkpoints(tmp_path / "run" / "checkpoints")

@@ -24,7 +24,7 @@ PLACES = {
     "rollout": ("geoalign.policy.policy.RetakePolicy", "fast_velocity", 8),
     "reward": ("geoalign.training.trainer", "decode_and_score", 2),
     "update": ("geoalign.training.learner", "clipped_surrogate", 2),
-    "checkpoint": ("geoalign.training.checkpoint", "write_tensors", 5),
+    "checkpoint": ("geoalign.training.checkpoint", "save_sealed", 5),
 }
 
 

@@ -22,7 +22,7 @@ from geoalign import io_utils, locks
 from geoalign.errors import RunError, UsageError
 from geoalign.io_utils import append_text, atomic_folder, atomic_path, atomic_write_text, remove_folder
 from geoalign.locks import private_folder, writer_lock
-from geoalign.weights import write_tensors
+from geoalign.sealed import write_tensors
 
 
 @pytest.fixture(params=[0o022, 0o027, 0o002, 0o077])

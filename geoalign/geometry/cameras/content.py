@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import codecs
-import io
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,7 +11,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from geoalign.array_files import read_arrays
 from geoalign.errors import DataError
+from geoalign.parsing import check_regular, parse_json, read_text
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -59,7 +59,7 @@ class Content:
             raise self.error(f"the key {name} is missing (found {', '.join(map(str, self.data)) or 'nothing'})")
         try:
             found = np.asarray(self.data[name] if value is None else value, dtype=np.float64)
-        except (ValueError, TypeError, OverflowError) as error:
+        except (ValueError, TypeError, OverflowError, RecursionError) as error:
             raise self.error(f"{name} is not an array of numbers") from error
         if not any(_fits(found.shape, shape) for shape in shapes):
             wanted = " or ".join(str(["F" if size is None else size for size in shape]) for shape in shapes)
@@ -77,52 +77,41 @@ def read_content(path: Path) -> Content:
     Raises:
         DataError: missing, damaged, or none of npz, npy, JSON and text of numbers.
     """
-    if not path.is_file():
+    if not path.exists():
         raise DataError(f"{path}: no such camera file")
+    check_regular(path)
     try:
         with path.open("rb") as stream:
             head = stream.read(64)
-        if (kind := _kind(head)) is None:
-            raise DataError(
-                f"{path}: not a camera file, which is an npz, an npy, a JSON object or list, or a text of numbers"
-            )
-        raw = path.read_bytes()
     except OSError as error:
         raise DataError(f"{path}: cannot be read ({error.strerror or error})") from error
-    try:
-        return Content(path, _parse(raw, kind))
-    except DataError as error:
-        raise DataError(f"{path}: {error}") from error
-    except Exception as error:  # numpy, zipfile and zlib raise a dozen unrelated types on damaged input
-        raise DataError(f"{path}: damaged {kind} ({type(error).__name__}: {error}); write it again") from error
+    kind = _kind(head)
+    if kind is None:
+        raise DataError(
+            f"{path}: not a camera file, which is an npz, an npy, a JSON object or list, or a text of numbers"
+        )
+    if kind == "arrays":
+        return Content(path, read_arrays(path, DataError))
+    text = read_text(path)
+    return Content(path, parse_json(text, path) if kind == "JSON" else _number_lines(text, path))
 
 
 def _kind(head: bytes) -> str | None:
     if head.startswith((b"PK", b"\x93NUMPY")):
-        return "npz" if head.startswith(b"PK") else "npy"
+        return "arrays"
     text = head.removeprefix(codecs.BOM_UTF8).lstrip()
     if text.startswith((b"{", b"[")):
         return "JSON"
     return "text" if text and all(byte >= 32 or byte in b"\t\r\n" for byte in text) else None
 
 
-def _parse(raw: bytes, kind: str) -> Any:
-    if kind in ("JSON", "text"):
-        text = raw.decode("utf-8-sig")
-        return json.loads(text) if kind == "JSON" else _number_lines(text)
-    loaded = np.load(io.BytesIO(raw), allow_pickle=False)
-    if isinstance(loaded, np.ndarray):
-        return loaded
-    with loaded as archive:
-        return {key: archive[key] for key in archive.files}
-
-
 def looks_like_numbers(path: Path) -> bool:
     """Whether a text begins like one of poses: numbers on the first or second line that is no comment."""
     try:
+        check_regular(path)
         with path.open("rb") as stream:
             lines = stream.read(4096).decode("utf-8-sig", "replace").split("\n")
-    except OSError:
+    except (OSError, DataError):
         return True  # the door tells why
     told = [line.split() for line in lines if line.strip() and not line.lstrip().startswith("#")][:2]
     return any(len(words) > 1 and all(_is_number(word) for word in words[:8]) for words in told)
@@ -136,7 +125,7 @@ def _is_number(word: str) -> bool:
     return True
 
 
-def _number_lines(text: str) -> NumberLines:
+def _number_lines(text: str, path: Path) -> NumberLines:
     """Parse a text of numbers; only a newline ends a line. Raises DataError with the line."""
     rows: list[list[float]] = []
     lines: list[int] = []
@@ -148,11 +137,11 @@ def _number_lines(text: str) -> NumberLines:
         except ValueError as error:
             if number == 1:  # RealEstate10K's address of the video
                 continue
-            raise DataError(f"line {number}: {error}; one pose a line is expected") from error
+            raise DataError(f"{path}: line {number}: {error}; one pose a line is expected") from error
         if rows and len(row) != len(rows[0]):
-            raise DataError(f"line {number}: {len(row)} numbers, the lines before it have {len(rows[0])}")
+            raise DataError(f"{path}: line {number}: {len(row)} numbers, the lines before it have {len(rows[0])}")
         rows.append(row)
         lines.append(number)
     if not rows:
-        raise DataError("not a camera file: a text without numbers")
+        raise DataError(f"{path}: not a camera file: a text without numbers")
     return NumberLines(np.array(rows), tuple(lines))

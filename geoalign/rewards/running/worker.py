@@ -22,8 +22,8 @@ from geoalign.errors import RewardError, UsageError
 from geoalign.geometry.trajectory import CameraTrajectory
 from geoalign.locks import private_folder
 from geoalign.rewards.base import Reward, RewardOutput, ScorerTimeoutError
+from geoalign.sealed import write_tensors
 from geoalign.types import RetakeBatch, SourceClip
-from geoalign.weights import write_tensors
 
 _START_TIMEOUT_S = 600.0  # imports and gigabytes of weights
 

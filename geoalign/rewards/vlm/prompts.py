@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from geoalign.errors import RewardError
+from geoalign.parsing import first_line
 
 Encode = Callable[[str], list[int]]
 
@@ -78,9 +79,10 @@ def load_encoder(folder: str, added: Sequence[str]) -> Encode:
 
     try:
         tokenizer: Any = AutoTokenizer.from_pretrained(folder, local_files_only=True)
-    except (OSError, ValueError) as error:
+    except Exception as error:  # of json, the tokenizers library and transformers itself
         raise RewardError(
-            f"no tokenizer at {folder} ({error}); download the tokenizer files that the scorer's page names into it"
+            f"no tokenizer at {folder} ({first_line(error)}); download the tokenizer files that the scorer's page names"
+            " into it"
         ) from error
     tokenizer.add_special_tokens({"additional_special_tokens": list(added)})
     return lambda text: tokenizer(text, add_special_tokens=False)["input_ids"]

@@ -176,7 +176,7 @@ KINDS = {
     "long_plane.npz": Kind(refused=r"\|n\| = 1"),
     "nan.npy": Kind(refused="frame 4: NaN"),
     "mirror.npy": Kind(refused="reflection"),
-    "pickled.npy": Kind(refused="damaged npy"),
+    "pickled.npy": Kind(refused="holds Python objects"),
     "cut.npz": Kind(refused="damaged npz"),
     "vipe/pose/gap.npz": Kind(refused="ViPE lost frames"),
     "split.json": Kind(refused="not a known camera file .has the keys quats.*; known: npy, npz or JSON with c2w"),

@@ -37,11 +37,12 @@ def test_a_place_that_cannot_be_written_is_refused_before_the_work(
     (tmp_path / "file").write_text("in the way")
     monkeypatch.setattr(work, lambda *_, **__: pytest.fail("worked before the check"))
     command = verb.format(run=tmp_path).split()
-    assert main([*command, option, str(tmp_path / "file" / "result.safetensors")]) == 1
+    suffix = "html" if command[0] == "report" else "safetensors"
+    assert main([*command, option, str(tmp_path / "file" / f"result.{suffix}")]) == 1
     message = capsys.readouterr().err
     assert "cannot be written" in message and len(message.splitlines()) == 1
-    (tmp_path / "folder.safetensors").mkdir()
-    assert main([*command, option, str(tmp_path / "folder.safetensors")]) == 2
+    (tmp_path / f"folder.{suffix}").mkdir()
+    assert main([*command, option, str(tmp_path / f"folder.{suffix}")]) == 2
     assert "is a folder" in capsys.readouterr().err
     assert (tmp_path / "file").read_text() == "in the way"
 

@@ -141,7 +141,7 @@ def test_all_problems_are_reported_at_once(tmp_path: Path) -> None:
 
 def test_unreadable_and_unknown_names(tmp_path: Path) -> None:
     (tmp_path / "binary.yaml").write_bytes(b"\xff\xfe\x00")
-    assert "cannot be read" in error_of(str(tmp_path / "binary.yaml"))
+    assert "not UTF-8" in error_of(str(tmp_path / "binary.yaml"))
     assert "no such configuration file" in error_of(str(tmp_path / "none.yaml"))
     assert "no preset is called" in error_of("no_such_preset")
 

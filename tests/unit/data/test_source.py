@@ -149,7 +149,7 @@ def test_stale_and_damaged_caches_are_noticed(world: DataConfig) -> None:
     assert [defect for _, defect in folder.verify()] == ["bytes differ from the manifest"]
     manifest = next(folder.path.glob("*.jsonl"))
     manifest.write_text(manifest.read_text() + "{torn line\n" + json.dumps({"key": 1}) + "\n")
-    with pytest.raises(DataError, match="damaged manifest; run `geoalign prepare` again"):
+    with pytest.raises(DataError, match=r"damaged manifest \(line \d+: .*\); run `geoalign prepare` again"):
         folder.entries()
     again = prepare(world, Encoder())
     assert again.encoded >= 1 and again.encoded + again.reused == 12

@@ -177,13 +177,13 @@ class TestCheckpointWriter:
         self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         gate, order = threading.Event(), []
-        original = checkpoints.write_tensors
+        original = checkpoints.save_sealed
 
-        def slow(*args: Any, **options: Any) -> None:
+        def slow(*args: Any, **options: Any) -> str:
             assert gate.wait(30)
-            original(*args, **options)
+            return original(*args, **options)
 
-        monkeypatch.setattr(checkpoints, "write_tensors", slow)
+        monkeypatch.setattr(checkpoints, "save_sealed", slow)
         with checkpoints.CheckpointWriter(tmp_path, checkpoints.RunSettings("x", {}), TrainConfig()) as writer:
             writer.save(self.state)
             order.append("training")  # reached although nothing is written yet
@@ -202,7 +202,7 @@ class TestCheckpointWriter:
         def full(*_: Any, **__: Any) -> None:
             raise OSError(28, "No space left on device")
 
-        monkeypatch.setattr(checkpoints, "write_tensors", full)
+        monkeypatch.setattr(checkpoints, "save_sealed", full)
         with (
             pytest.raises(CheckpointError, match=r"No space left on device\); free disk space, then --resume auto"),
             checkpoints.CheckpointWriter(tmp_path, checkpoints.RunSettings("x", {}), settings) as writer,

@@ -1,0 +1,42 @@
+"""Folders that diffusers and transformers read: their exceptions become ours, and no tensor is drawn at random."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from geoalign.errors import CheckpointError
+from geoalign.parsing import first_line
+from geoalign.weight_files import weight_files
+from geoalign.weights import require_finite
+
+
+def open_pretrained(network: Any, folder: Path, what: str, **options: Any) -> nn.Module:
+    """``network.from_pretrained(folder)``, complete or not at all.
+
+    Args:
+        network: a class of diffusers or transformers.
+        folder: as published; nothing is downloaded.
+        what: what it should be, for messages.
+        options: passed on.
+
+    Raises:
+        CheckpointError: missing or damaged files, a missing shard, tensors that the network needs and the files lack,
+            or NaN.
+    """
+    if not any(folder.glob("*.bin*")):  # both libraries also read those
+        weight_files(folder)
+    try:
+        model, told = network.from_pretrained(folder, local_files_only=True, output_loading_info=True, **options)
+    except Exception as error:  # of json, safetensors, pickle, torch and of the library itself
+        raise CheckpointError(f"{folder}: not a {what} ({first_line(error)})") from error
+    lacking = sorted(map(str, (*told["missing_keys"], *told["mismatched_keys"])))
+    if lacking:
+        raise CheckpointError(
+            f"{folder}: not a {what} ({len(lacking)} tensors are missing or of another shape, first {lacking[0]})"
+        )
+    for name, tensor in model.state_dict().items():
+        require_finite(folder, name, tensor)
+    return model
