@@ -162,7 +162,7 @@ def positive(option: str) -> Callable[[str], float]:
 
 
 def four_numbers(option: str) -> Callable[[str], tuple[float, float, float, float]]:
-    """A ``type`` of ``argparse``: four finite numbers with commas between; raises UsageError, which names ``option``."""
+    """A ``type`` of ``argparse``: four finite numbers, comma-separated; raises UsageError, which names ``option``."""
 
     def parse(text: str) -> tuple[float, float, float, float]:
         try:
