@@ -12,7 +12,7 @@ ROOT = Path(__file__).parents[2]
 # A number that changes gives every seed other noise, data or evaluation; a purpose that joins gets a line here.
 FROZEN = {"SDE": 0, "INITIAL_NOISE": 1, "CLIP": 2, "PATH": 3, "EVALUATION": 4, "WINDOW": 5, "SHUFFLE": 6}
 # Where the stream stands among the positional arguments.
-POSITION = {"philox_uniform": 6, "NoiseKey": 5, "initial_noise": None}
+POSITION = {"philox_uniform": 6, "NoiseKey": 5, "initial_noise": None, "retake": None}
 
 
 def test_numbers_are_frozen_and_distinct() -> None:

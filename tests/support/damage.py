@@ -146,7 +146,7 @@ def _camera(folder: Path) -> Any:
 
 def _make_video(folder: Path) -> None:
     noise = torch.randint(0, 256, (8, 6, 8, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
-    write_video(folder / "clip.mp4", noise.repeat_interleave(8, 1).repeat_interleave(8, 2), 12)
+    write_video(folder / "clip.mp4", noise.repeat_interleave(8, 1).repeat_interleave(8, 2), 12, lossless=True)
 
 
 def _read_video(folder: Path) -> Any:
