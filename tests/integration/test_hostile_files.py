@@ -26,7 +26,7 @@ from geoalign.config.model import ModelConfig
 from geoalign.config.schema import Config
 from geoalign.config.world import WorldConfig
 from geoalign.data.omniworld import load_scene
-from geoalign.data.tables import read_rows
+from geoalign.data.tables import read_table
 from geoalign.data.tally import Tally
 from geoalign.errors import CheckpointError, ConfigError, DataError
 from geoalign.geometry.cameras.door import open_camera
@@ -101,7 +101,7 @@ def test_pipes_and_devices_are_refused(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="not a regular file"):
         open_camera(tmp_path / "camera.npz")
     with pytest.raises(DataError, match="not a regular file"):
-        read_rows(tmp_path / "table.csv")
+        read_table(tmp_path / "table.csv")
     with pytest.raises(CheckpointError):
         TensorFile(tmp_path / "weights.safetensors")
     assert load_scene(tmp_path / "x_others.tar.gz", 4, TrajectoriesConfig(), tally := Tally("camera paths")) == []

@@ -28,7 +28,7 @@ from geoalign.config.schema import Config
 from geoalign.config.training import CodecConfig
 from geoalign.data.cache import CacheFolder, Entry, open_cache
 from geoalign.data.omniworld import load_scene, split_record, write_archive
-from geoalign.data.tables import read_rows
+from geoalign.data.tables import read_table
 from geoalign.data.tally import Tally
 from geoalign.data.video import read_video, write_video
 from geoalign.errors import DataError, UserError
@@ -208,8 +208,8 @@ CASES: dict[str, Case] = {
         _write("c.yaml", "extends: smoke\nrun:\n  seed: 3\noptim: &o\n  lr: 1.0e-4\n  trainable: 'attn'\n"),
         "c.yaml", lambda folder: load_config(Config, str(folder / "c.yaml")),
     ),
-    "csv": Case(_write("t.csv", 'videoFile,caption\na.mp4,"a, b"\n'), "t.csv", lambda f: read_rows(f / "t.csv")),
-    "jsonl": Case(_write("t.jsonl", '{"path": "a.mp4", "n": 1}\n' * 4), "t.jsonl", lambda f: read_rows(f / "t.jsonl")),
+    "csv": Case(_write("t.csv", 'videoFile,caption\na.mp4,"a, b"\n'), "t.csv", lambda f: read_table(f / "t.csv")),
+    "jsonl": Case(_write("t.jsonl", '{"path": "a.mp4", "n": 1}\n' * 4), "t.jsonl", lambda f: read_table(f / "t.jsonl")),
     "report metrics": Case(_make_run, "metrics.jsonl", _read_report),
     "report summary": Case(_make_run, "summary.json", _read_report),
     "report environment": Case(_make_run, "env.json", _read_report),
