@@ -7,15 +7,20 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 INPUTS := pyproject.toml setup.py constraints/ci-cpu.txt .ci/setup
 WORKERS ?= 2
+BUDGET_S ?= 540
+GPU_PYTHON ?= $(or $(PYTHON),$(wildcard $(BIN)/python),python3)
 export OMP_NUM_THREADS ?= 1
 
 .NOTPARALLEL:
-.PHONY: help setup demo test check lint format types contracts interpreted slow campaign results gpu docs clean
+.PHONY: help setup demo test check lint format types contracts interpreted slow campaign results gpu multigpu wheel wheels \
+	docs clean
 
 help:
 	@sed -n '2,4s/^# \{0,1\}//p' Makefile
 	@echo "  make check   lint and the fast tests            make lint    ruff and codespell"
-	@echo "  make gpu     the tests that need a GPU          make docs    regenerate docs/configuration.md"
+	@echo "  make gpu     all a GPU can tell in BUDGET_S=540 make docs    regenerate docs/configuration.md"
+	@echo "  make multigpu  engines on several GPUs          make wheels  a folder of wheels for a machine without network"
+	@echo "  make wheel   build both wheels and try them"
 	@echo "  make slow    what is too long for make test     make results regenerate every table of the embedded default"
 	@echo "  make campaign  kills, full disks, signals at every place (BUDGET_S seconds): docs/reliability.md"
 
@@ -68,11 +73,26 @@ campaign: setup
 results: setup
 	@$(BIN)/python profiling/studies/results.py $(ARGS)
 
-gpu: setup
-	@$(BIN)/python -m pytest -q -m "gpu or multigpu"
+# On a rented machine: no set-up, no network, the torch that is there. docs/profiling.md says what to bring.
+gpu:
+	@$(GPU_PYTHON) profiling/gpu.py --budget-s $(BUDGET_S) $(ARGS)
+
+multigpu:
+	@$(GPU_PYTHON) profiling/gpu.py --multi --budget-s $(BUDGET_S) $(ARGS)
+
+wheels:
+	@profiling/wheels.sh $(ARGS)
 
 docs: setup
 	@$(BIN)/geoalign config docs --out docs/configuration.md
 
+# Both wheels into dist/, each tried in a clean environment by the tests that otherwise build their own.
+wheel: setup
+	@rm -rf build kernels/build dist
+	@$(BIN)/python -m pip wheel --quiet --no-deps --no-build-isolation -w dist . ./kernels
+	@GEOALIGN_WHEELS=$(CURDIR)/dist $(BIN)/python -m pytest -q tests/packaging/test_wheel.py
+	@rm -rf build kernels/build
+	@ls dist
+
 clean:
-	rm -rf build dist *.egg-info .pytest_cache .ruff_cache
+	rm -rf build kernels/build dist *.egg-info kernels/*.egg-info .pytest_cache .ruff_cache

@@ -1,4 +1,4 @@
-"""Table and roofline of a result file of `bench_ops.py`, `bench_rewards.py` or `bench_depth.py`.
+"""Table and roofline of a result file of `make gpu`, or of one benchmark; also of a file that was cut short.
 
     python profiling/figures.py RESULTS.jsonl [--out FOLDER]
 
@@ -34,12 +34,19 @@ TOKENS = 65_520
 
 
 def load(path: Path) -> list[Row]:
-    """The rows of a result file.
+    """The rows of a result file; a last line that was cut off in the middle is left out.
 
     Raises:
-        ValueError: the file does not start with an environment row.
+        ValueError: the file does not start with an environment row, or a line before the last is no row.
     """
-    rows = [json.loads(line) for line in path.read_text().splitlines() if line.strip()]
+    lines = [line for line in path.read_text().splitlines() if line.strip()]
+    rows = []
+    for number, line in enumerate(lines, 1):
+        try:
+            rows.append(json.loads(line))
+        except ValueError:
+            if number < len(lines):
+                raise ValueError(f"{path}, line {number}: not a row of a result file") from None
     if not rows or rows[0].get("kind") != "environment":
         raise ValueError(f"{path} is not a result file: its first line must be the environment row")
     return rows
@@ -63,7 +70,7 @@ def _of(row: Row) -> tuple[Any, ...]:
 
 
 def markdown(rows: list[Row]) -> str:
-    """The report: environment, ceilings, targets, kernels, missed predictions, what was not run."""
+    """The report: environment, ceilings, targets, kernels, stages, failures, missed predictions, what was not run."""
     environment, kernels = rows[0], [row for row in rows if row["kind"] == "kernel"]
     timed = [row for row in kernels if row["status"] == "ok"]
     versions = ", ".join(f"{name} {version}" for name, version in environment["versions"].items() if version)
@@ -93,6 +100,12 @@ def markdown(rows: list[Row]) -> str:
     phases = [row for row in rows if row["kind"] in ("phase", "iteration")]
     if phases:
         text += ["", "## One iteration at reduced depth", "", *_iterations(phases)]
+    stages = [row for row in rows if row["kind"] == "stage"]
+    if stages:
+        text += ["", "## Stages", "", *_table(["stage", "", ""], [[r["name"], r["status"], r["note"]] for r in stages])]
+    broken = [row for row in rows[1:] if row.get("status") == "failed" and row["kind"] != "stage"]
+    text += ["", "## Failed", ""]
+    text += [f"- {_title(r)}: {r['note']}" for r in broken] or ["nothing"]
     text += ["", "## Predictions missed by more than 25 %", ""]
     missed = [
         r
@@ -104,12 +117,18 @@ def markdown(rows: list[Row]) -> str:
     ] or ["none"]  # fmt: skip
     absent = sorted({(r["impl"], r["name"], r["direction"], r["note"]) for r in kernels if r["status"] == "not run"})
     text += ["", "## Not run", ""]
-    text += [f"- {impl}, {name} {direction}: {note}" for impl, name, direction, note in absent] or ["nothing"]
+    text += [f"- {impl}, {name} {direction}: {note}" for impl, name, direction, note in absent]
+    tests = [row for row in rows if row["kind"] == "test" and row["status"] == "not run"]
+    reasons = sorted({row["note"] for row in tests})
+    text += [f"- {sum(row['note'] == reason for row in tests)} tests: {reason}" for reason in reasons]
+    if text[-1] == "":
+        text.append("nothing")
     return "\n".join(text) + "\n"
 
 
 def _title(row: Row) -> str:
-    return " ".join(filter(None, (row["name"], row["variant"], row["direction"], _shape(row)))) + f", {row['impl']}"
+    parts = (row["name"], row.get("variant"), row.get("direction"), _shape(row))
+    return " ".join(filter(None, parts)) + (f", {row['impl']}" if row.get("impl") else "")
 
 
 def _kernel_table(timed: list[Row]) -> list[str]:
@@ -117,7 +136,8 @@ def _kernel_table(timed: list[Row]) -> list[str]:
     ours = {_of(r): r["t_ms_median"] for r in timed if r["impl"] == "ours"}
     plain = {(r["name"], tuple(r["shape"])): r["t_ms_median"] for r in timed if r["variant"] == "plain"}
     header = ["op", "direction", "shape", "implementation", "ms", "p20-p80", "GB/s", "% copy", "TFLOP/s", "% matmul",
-              "rel. error", "launches", "registers", "predicted ms", "time over ours or plain"]  # fmt: skip
+              "rel. error", "launches", "registers", "predicted ms", "time over ours or plain", "version",
+              "level"]  # fmt: skip
     lines = []
     for r in timed:
         base = ours.get(_of(r)) or plain.get((r["name"], tuple(r["shape"])))
@@ -126,7 +146,7 @@ def _kernel_table(timed: list[Row]) -> list[str]:
             f"{_number(r['t_ms_p20'], 4)}-{_number(r['t_ms_p80'], 4)}", _number(r["gbps"]), _number(r["pct_copy"]),
             _number(r["tflops"]), _number(r["pct_matmul"]), "-" if r["rel_l2"] is None else f"{r['rel_l2']:.1e}",
             _number(r["launches"]), _number(r["regs"]), _number(r["predicted_ms"], 4),
-            "-" if base is None else f"{r['t_ms_median'] / base:.2f}",
+            "-" if base is None else f"{r['t_ms_median'] / base:.2f}", r.get("version") or "-", r.get("level") or "-",
         ])  # fmt: skip
     return _table(header, lines)
 
@@ -200,13 +220,16 @@ def _models(rows: list[Row]) -> list[str]:
 def roofline(rows: list[Row]) -> str:
     """SVG: achieved GFLOP/s or GB/s-equivalents over arithmetic intensity under the two ceilings of the run.
 
-    Streaming ops carry no FLOP count: they stand at the left edge as a share of the copy ceiling.
+    Streaming ops carry no FLOP count: they stand at the left edge as a share of the copy ceiling. Empty where the file
+    ends before its ceilings.
     """
     first = {row["name"]: row for row in reversed(rows) if row["kind"] == "ceiling" and row["impl"] == "first"}
+    if not {"copy", "matmul"} <= set(first):
+        return ""
     copy, matmul = first["copy"]["gbps"], 1e3 * first["matmul"]["tflops"]
     points = []
     for row in rows:
-        if row["kind"] != "kernel" or row["status"] != "ok" or not row["bytes_min"]:
+        if row["kind"] != "kernel" or row["status"] != "ok" or not (row["bytes_min"] and row["gbps"]):
             continue
         intensity = row["flops"] / row["bytes_min"] if row["flops"] else 1.0
         points.append((intensity, intensity * row["gbps"], row))
@@ -271,8 +294,12 @@ def main() -> int:
     folder = options.out or options.results.parent
     folder.mkdir(parents=True, exist_ok=True)
     _write(folder / f"{options.results.stem}.md", markdown(rows))
-    _write(folder / f"{options.results.stem}.svg", roofline(rows))
-    print(f"wrote {folder / options.results.stem}.md and .svg")
+    drawing = roofline(rows)
+    if drawing:
+        _write(folder / f"{options.results.stem}.svg", drawing)
+    print(
+        f"wrote {folder / options.results.stem}.md" + (" and .svg" if drawing else "; no ceilings, hence no roofline")
+    )
     return 0
 
 

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import argparse
+import json
 from collections import Counter
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from geoalign.cli.options import add_config, add_json, check_json, read_config, write_json
 from geoalign.errors import UsageError
 from geoalign.perf.budget import Ladder, Plan, RunCost, Walk, climb
-from geoalign.perf.cost import DEVICES, TransformerCost, VideoCost, video_cost
+from geoalign.perf.cost import TransformerCost, VideoCost, video_cost
+from geoalign.perf.devices import DEVICES, INT8_WORTH, DeviceProfile, core_rates, profile_of
 from geoalign.perf.memory import reward_models
 
 if TYPE_CHECKING:
@@ -27,8 +30,11 @@ examples:
   geoalign budget --config paper_64xa800 --device h200 --devices 32
   geoalign budget --config paper_64xa800 optim.updates_per_rollout=4 levers.streaming=off
   geoalign budget --config node_8gpu --json budget.json
+  geoalign budget --config paper_64xa800 --device h200 --core sdpa_flash
+  geoalign budget --config paper_64xa800 --device h200 --results profiling/results/FILE.jsonl
 
-All numbers are predictions from published rates of the device, none is a measurement.
+All numbers are predictions from rates of the device; each carries the kind of the rate it rests on: measured here (by
+`make gpu`, with --results), published for that very kernel, modelled from our compiled kernels, or assumed.
 EXACT levers keep algorithm and distribution; CHANGES levers do not, and are off by default."""
 
 
@@ -43,6 +49,8 @@ def add_parser(subparsers: Any) -> None:
     )
     add_config(parser)
     parser.add_argument("--device", choices=sorted(DEVICES), default="a800", help="device profile (default: a800)")
+    parser.add_argument("--core", help="exact attention core (default: run.attention, else the one chosen there)")
+    parser.add_argument("--results", type=Path, metavar="FILE", help="result file of `make gpu` on such a card")
     parser.add_argument("--devices", type=int, metavar="N", help="number of devices (default: one per condition)")
     add_json(parser, "the numbers")
     parser.set_defaults(run=run_budget)
@@ -60,11 +68,32 @@ def run_budget(args: argparse.Namespace) -> int:
     check_json(args)
     run, coarse, left_out = describe(config)
     guidance = 2 if config.flow.guidance > 1 else 1
-    ladder = climb(run, coarse, DEVICES[args.device], devices, guidance)
-    numbers = _numbers(run, coarse, ladder, args.device, devices, guidance)
+    named = config.run.attention if config.run.attention in core_rates(DEVICES[args.device].target) else None
+    profile = _profile(args.device, args.core or named, args.results)
+    ladder = climb(run, coarse, profile, devices, guidance)
+    numbers = _numbers(run, coarse, ladder, profile, devices, guidance)
     if write_json(args, numbers):
         print(_text(numbers, ladder, args.config, left_out))
     return 0
+
+
+def _profile(device: str, core: str | None, results: Path | None) -> DeviceProfile:
+    """The card with the core and the measurements that the command line names."""
+    profile = DEVICES[device]
+    known = core_rates(profile.target)
+    if core is not None and core not in known:
+        raise UsageError(f"--core {core}: rates are known of {', '.join(known)} on {profile.name}")
+    profile = profile.with_core(core or profile.core)
+    if results is None:
+        return profile
+    try:
+        rows = [json.loads(line) for line in results.read_text().splitlines() if line.strip()]
+    except (OSError, ValueError) as error:
+        raise UsageError(f"--results {results}: not a result file of `make gpu` ({error})") from error
+    measured = profile_of(str(rows[0].get("device", ""))) if rows else None
+    if measured is None or measured.target != profile.target:
+        raise UsageError(f"--results {results}: its first line does not name a card like --device {device}")
+    return profile.measured(rows[1:])
 
 
 def describe(config: Config) -> tuple[RunCost, RunCost, list[str]]:
@@ -108,13 +137,22 @@ def _video(config: Config) -> tuple[VideoCost, list[str]]:
     return video_cost(*config.data.video, scorers), left_out
 
 
-def _numbers(run: RunCost, coarse: RunCost, ladder: Ladder, device: str, devices: int, guidance: int) -> dict[str, Any]:
-    profile, start = DEVICES[device], Plan(guidance=guidance)
+def _numbers(
+    run: RunCost, coarse: RunCost, ladder: Ladder, profile: DeviceProfile, devices: int, guidance: int
+) -> dict[str, Any]:
+    start = Plan(guidance=guidance)
     phases = run.seconds(profile, start)
     passes = [(count, run.walks[walk]) for walk, count in run.passes(start).items()]
     return {
         "predicted": True,
         "device": profile.name,
+        "core": profile.core,
+        "rates": {
+            name: {"tera_per_s": getattr(profile, name) / 1e12, "kind": kind}
+            for name, kind in profile.kinds.items()
+            if getattr(profile, name) is not None
+        },
+        "int8_used": profile.int8_pays(),
         "devices": devices,
         "tokens": run.transformer.tokens,
         "forward_tflop": run.transformer.forward_flops() / 1e12,
@@ -144,6 +182,8 @@ def _numbers(run: RunCost, coarse: RunCost, ladder: Ladder, device: str, devices
                 "kind": rung.lever.kind,
                 "alone_h": rung.alone_hours,
                 "cumulative_h": rung.cumulative_hours,
+                "alone_rests_on": rung.alone_kind,
+                "cumulative_rests_on": rung.cumulative_kind,
             }
             for rung in ladder.rungs
         ],
@@ -153,8 +193,10 @@ def _numbers(run: RunCost, coarse: RunCost, ladder: Ladder, device: str, devices
 def _text(numbers: dict[str, Any], ladder: Ladder, name: str, left_out: list[str]) -> str:
     share, hours = numbers["share"], numbers["hours"]
     lines = [
-        f"{name} on {numbers['devices']} x {numbers['device']} (all seconds and hours are predicted, none is measured)",
+        f"{name} on {numbers['devices']} x {numbers['device']}, attention by {numbers['core']} "
+        "(all seconds and hours are predicted)",
         "",
+        *_rates(numbers),
         f"  {numbers['iterations']} iterations of {numbers['conditions']} conditions x {numbers['group_size']} "
         f"rollouts, {numbers['updates_per_rollout']} optimizer update(s) each",
         f"  {numbers['tokens']:,} tokens: {numbers['forward_tflop']:.3g} TFLOP and {numbers['forward_s']:.3g} s a "
@@ -167,18 +209,31 @@ def _text(numbers: dict[str, Any], ladder: Ladder, name: str, left_out: list[str
         lines.append("  so small a model waits for kernel launches: read the ratios of the counts, not the seconds")
     if left_out:
         lines.append(f"  counted as free, because no cost is known: rewards {', '.join(left_out)}")
-    lines += ["", f"  {'lever':<54}{'kind':<9}{'alone':>10}{'so far':>10}"]
-    lines.append(f"  {'none: eager kernels, nothing shared':<63}{'':>10}{_hours(hours['reference']):>10}")
+    lines += ["", f"  {'lever':<48}{'kind':<9}{'alone':>10}{'rests on':>15}{'so far':>10}{'rests on':>15}"]
+    basis = numbers["rates"]["attention"]["kind"]
+    lines.append(f"  {'none: eager kernels, nothing shared':<57}{'':>25}{_hours(hours['reference']):>10}{basis:>15}")
     lines += [
-        f"  {rung.lever.name:<54}{rung.lever.kind:<9}{_hours(rung.alone_hours):>10}{_hours(rung.cumulative_hours):>10}"
+        f"  {rung.lever.name:<48}{rung.lever.kind:<9}{_hours(rung.alone_hours):>10}{rung.alone_kind:>15}"
+        f"{_hours(rung.cumulative_hours):>10}{rung.cumulative_kind:>15}"
         for rung in ladder.rungs
     ]
+    if not numbers["int8_used"]:
+        lines.append(f"  int8 attention is left out: not {INT8_WORTH} times as fast as {numbers['core']} here")
     lines += [
         "",
         f"  EXACT levers together:        {_hours(hours['exact'])}  (x{hours['reference'] / hours['exact']:.2f})",
         f"  with the CHANGES levers too:  {_hours(hours['changes'])}  (x{hours['reference'] / hours['changes']:.2f})",
     ]
     return "\n".join(lines)
+
+
+def _rates(numbers: dict[str, Any]) -> list[str]:
+    """The rates behind the seconds, by their kind."""
+    by_kind: dict[str, list[str]] = {}
+    for name, rate in numbers["rates"].items():
+        by_kind.setdefault(rate["kind"], []).append(f"{name.replace('_', ' ')} {rate['tera_per_s']:.3g}")
+    lines = [f"  {kind}: {', '.join(names)}" for kind, names in by_kind.items()]
+    return ["  rates in TFLOP/s, bandwidth in TB/s; of the whole, attention decides most", *lines]
 
 
 def _hours(hours: float) -> str:

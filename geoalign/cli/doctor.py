@@ -14,8 +14,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from geoalign import __version__
 from geoalign.cli.options import add_json, check_json, write_json
+from geoalign.version import __version__
 
 # Versions on which the whole test suite has been run; other versions from ``requires-python`` on are expected to work.
 PYTHON_TRIED = ("3.11",)

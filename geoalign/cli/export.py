@@ -30,18 +30,24 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
 def _run(args: argparse.Namespace) -> int:
     import torch
 
-    from geoalign.io_utils import atomic_write_json, check_writable
+    from geoalign.io_utils import atomic_write_json, atomic_write_text, check_writable
+    from geoalign.jobs.model_card import model_card
     from geoalign.policy import formats, lora
     from geoalign.policy.open import describe
 
-    manifest = args.out.with_name(args.out.name + ".manifest.json")
+    manifest, beside = (args.out.with_name(args.out.name + end) for end in (".manifest.json", ".card.md"))
     check_writable(manifest)
     if args.format != "diffusers":
+        check_writable(beside)
         check_writable(args.out, formats.SUFFIXES[args.format])
     loaded = None if args.dtype == "keep" else getattr(torch, args.dtype)
     files = describe(args.model, args.checkpoint)
     formats.require_camera(files.config, args.format)
     model, _ = files.network(dtype=None)
+    rounding = "every bit kept" if args.dtype == "keep" else f"rounded to {args.dtype}"
+    if args.format == "lora":
+        rounding = f"factors in {'float32' if args.dtype == 'keep' else args.dtype}"
+    card = model_card(args.model, files, layout=args.format, rounding=rounding)
     if args.format == "lora":
         base, _ = describe(args.model, args.base).network(dtype=None)
         report = lora.export_lora(base, model, args.out, args.rank, loaded or torch.float32)
@@ -52,15 +58,14 @@ def _run(args: argparse.Namespace) -> int:
             )
         tensors = report.tensors
     elif args.format == "diffusers":
-        tensors = formats.save_pretrained(model, args.out, loaded, files.patch)
+        tensors = formats.save_pretrained(model, args.out, loaded, files.patch, card)
     elif args.format == "recammaster":
         tensors = formats.export_recammaster(model, args.out, loaded)
     else:
         tensors = formats.export_redirector(model, args.out, loaded)
     summary = formats.manifest(tensors)
     atomic_write_json(manifest, summary)
-    rounding = "every bit kept" if args.dtype == "keep" else f"rounded to {args.dtype}"
-    if args.format == "lora":
-        rounding = f"factors in {'float32' if args.dtype == 'keep' else args.dtype}"
+    if args.format != "diffusers":
+        atomic_write_text(beside, card)
     print(f"{args.out}: {summary['tensors']} tensors, {summary['parameters']:,} parameters, {rounding}")
     return 0

@@ -16,8 +16,8 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from geoalign import __version__
 from geoalign.errors import Stopped, UsageError, UserError
+from geoalign.version import __version__
 
 DEBUG_VARIABLE = "GEOALIGN_DEBUG"
 INTERRUPTED = 130

@@ -8,7 +8,7 @@ import math
 import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from geoalign.errors import UsageError
 
@@ -63,6 +63,27 @@ def add_model(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def add_reward(parser: argparse.ArgumentParser) -> None:
+    """Add ``--reward``, ``--evaluator`` and ``--set``, which :func:`read_reward` reads."""
+    own = "or package.module:Class of your own code, which is run"
+    parser.add_argument("--reward", help=f"registered reward (default geometry), {own}")
+    parser.add_argument("--evaluator", help=f"pose evaluator of a reward that is built on one (default planar), {own}")
+    parser.add_argument(
+        "--set", action="append", default=[], metavar="OPTION=VALUE",
+        help="option of the reward, named as under rewards.NAME.options in a configuration (repeatable)",
+    )  # fmt: skip
+
+
+def read_reward(args: argparse.Namespace) -> tuple[str, dict[str, Any]]:
+    """Kind and options of the reward that the options of :func:`add_reward` name; raises ConfigError."""
+    from geoalign.config.source import parse_settings
+    from geoalign.rewards.registry import takes_evaluator
+
+    kind = args.reward or "geometry"
+    evaluator = {"evaluator": args.evaluator or "planar"} if takes_evaluator(kind) else {}
+    return kind, evaluator | parse_settings(args.set)
+
+
 def read_config(args: argparse.Namespace) -> Config:
     """The configuration that the options of :func:`add_config` name; raises ConfigError."""
     from geoalign.config.load import load_config
@@ -94,6 +115,13 @@ def write_json(args: argparse.Namespace, data: Any) -> bool:
     if args.json is not None:
         atomic_write_json(Path(args.json), nan_to_none(data))
     return True
+
+
+def frame_count(text: str) -> int | Literal["all"]:
+    """A number of frames or "all", as a ``type`` of ``argparse``."""
+    if text == "all":
+        return "all"
+    return whole("--frames", 1)(text)
 
 
 def frame_size(text: str) -> tuple[int, int]:

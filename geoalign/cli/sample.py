@@ -8,7 +8,17 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from geoalign.cli.options import add_cameras, add_model, four_numbers, frame_size, positive, whole
+from geoalign.cli.options import (
+    add_cameras,
+    add_model,
+    add_reward,
+    four_numbers,
+    frame_count,
+    frame_size,
+    positive,
+    read_reward,
+    whole,
+)
 from geoalign.config.data import DEFAULT_NEGATIVE_PROMPT
 from geoalign.evaluators.table import EVALUATORS, WITH_WEIGHTS
 
@@ -17,8 +27,9 @@ if TYPE_CHECKING:
 
     from geoalign.config.flow import FlowConfig
     from geoalign.jobs.sample import CostEstimate
-    from geoalign.policy.open import ModelFiles
-    from geoalign.types import Encodings, RetakeBatch
+    from geoalign.policy.policy import RetakePolicy
+    from geoalign.rewards.base import Reward
+    from geoalign.types import RetakeBatch
 
 
 def add_parser(subparsers: argparse._SubParsersAction) -> None:
@@ -29,10 +40,15 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
     add("--video", type=Path, required=True, help="source video file, or a folder of frames")
     add_cameras(
         parser, required=True, target="A file gives its first poses; one shorter than the video is spread over it",
-        source="its intrinsics and ground plane are used (default: the camera does not move)",
+        source="its intrinsics and ground plane are used (default: the npz beside the video, which is called like it; "
+        "without one the camera does not move)",
     )  # fmt: skip
     add("--speed", type=positive("--speed"), default=1.0, help="multiplies the camera's motion per frame (default 1)")
-    add("--source-estimator", choices=sorted(EVALUATORS), help="estimate the source camera instead (metric)")
+    add(
+        "--source-estimator",
+        metavar="NAME",
+        help=f"estimate the source camera: {', '.join(sorted(EVALUATORS))}, or your own (docs/api.md)",
+    )
     add("--estimator-weights", type=Path, help="of mapanything (model.safetensors or its folder) or depth_anything_3")
     add("--intrinsics", type=four_numbers, metavar="FX,FY,CX,CY", help="of the source frames, fractions of W,H,W,H")
     add(
@@ -41,7 +57,10 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
         metavar="NX,NY,NZ,D",
         help="n.X = d in metres (default: the camera file's); for geometric models",
     )
-    add("--frames", type=whole("--frames", 1), help="length (Wan: 4k + 1; default: the longest that fits, at most 81)")
+    add(
+        "--frames", type=frame_count, metavar="N|all",
+        help="length (Wan: 4k + 1); all: the longest of the video that fits; default: that, but at most 81",
+    )  # fmt: skip
     add("--size", type=frame_size, metavar="HxW", help="frame size after scale and centre crop (Wan default 480x832)")
     add("--prompt", help="what the video shows, or @FILE with the text")
     add("--captioner", type=Path, metavar="FOLDER", help="BLIP-2 that writes the prompt when --prompt is not given")
@@ -54,6 +73,15 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
     add("--steps", type=int, default=25, help="sampling steps (default 25)")
     add("--shift", type=float, default=5.0, help="time shift of the noise levels (default 5)")
     add("--seed", type=whole("--seed", 0), default=0, help="seed of the initial noise")
+    add(
+        "--best-of",
+        type=whole("--best-of", 1),
+        default=1,
+        metavar="N",
+        help="make N retakes (seeds from --seed on) and keep the best",
+    )
+    add("--keep-all", action="store_true", help="with --best-of: write the others too, as OUT.seedK.mp4")
+    add_reward(parser)
     add("--device", default="cpu", help="cpu (default), cuda, cuda:N or auto")
     add("--dtype", choices=("float32", "bfloat16"), help="of the weights (default bfloat16 on cuda, float32 on cpu)")
     add("--tiled", action="store_true", help="encode and decode in tiles (less memory, faint borders)")
@@ -65,57 +93,80 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
 def _run(args: argparse.Namespace) -> int:
     import torch
 
-    from geoalign.errors import UsageError
     from geoalign.frozen.device import named_device
     from geoalign.io_utils import check_writable
+    from geoalign.jobs.encode import choose_guidance, encode, read_text, reads_text_of
     from geoalign.jobs.sample import estimate, read_inputs
+    from geoalign.jobs.sample_files import outputs, write_retake
     from geoalign.policy.open import describe
     from geoalign.policy.policy import RetakePolicy
-    from geoalign.policy.retake import retake
 
     _check_arguments(args)
+    paths = outputs(args.out)
     device = named_device(args.device, "--device")
     args.device = str(device)
     dtype = getattr(torch, args.dtype or ("bfloat16" if device.type == "cuda" else "float32"))
     flow = _flow(args)
     files = describe(args.model, args.checkpoint)
     codec = files.codec(dtype=dtype, device=args.device, tiled=args.tiled)
+    camera, told = _source_camera(args)
     batch, fps = read_inputs(
         args.video, args.trajectory, codec=codec, speed=args.speed, frames=args.frames, size=args.size,
-        source_camera=args.source_camera, intrinsics=args.intrinsics, ground_plane=args.ground_plane,
+        source_camera=camera, intrinsics=args.intrinsics, ground_plane=args.ground_plane,
     )  # fmt: skip
-    encoder = _find_text_encoder(args, files)
-    guidance = args.guidance if args.guidance is not None else (5.0 if encoder else 1.0)
-    if guidance != 1.0 and not encoder:
-        raise UsageError(f"--guidance {guidance} needs a text encoder, and {args.model} has none; use --guidance 1")
+    reads_text = reads_text_of(files)
+    _check_prompt(args, reads_text)
+    guidance = choose_guidance(args.guidance, reads_text, args.model)
     forwards = args.steps * (1 if guidance == 1.0 else 2)
-    shape = batch.source.video.shape
-    cost = estimate(files.config, files.parameters, codec, shape, forwards, dtype, args.device)
+    cost = estimate(files.config, files.parameters, codec, batch.source.video.shape, forwards, dtype, args.device)
     print(f"model    {files.location.what}: {files.title}")
-    _print_cost(batch, fps, cost)
+    if told:
+        print(f"camera   {told}")
+    _print_cost(args, batch, fps, cost)
     if args.dry_run:
         return 0
-    for path in _outputs(args.out).values():
+    for path in (*paths.values(), *_kept(args)):
         check_writable(path)
     batch, prompt = _estimate_camera(args, batch), _prompt(args, batch, dtype)
-    batch = replace(batch, encodings=_encodings(args, files, batch, encoder, prompt, dtype))
+    reward = _reward(args, batch)
+    encodings = encode(files, batch, prompt, read_text(args.negative_prompt), dtype=dtype, device=args.device)
+    batch = replace(batch, encodings=encodings)
     model, _ = files.network(dtype=dtype, device=args.device)
     policy = RetakePolicy(model.requires_grad_(False), codec, guidance)  # nothing is trained, so text may be missing
-    with _progress(forwards) as bar:
-        video = retake(policy, batch, flow, seed=args.seed, on_pass=bar.update, strict=True)
-    _write(args, batch, video.cpu(), cost, {"guidance": guidance, "prompt": prompt, "fps": fps})
+    video, record = _sample(args, policy, batch, flow, reward, fps, forwards)
+    given = {name: str(v) if isinstance(v, Path) else v for name, v in vars(args).items() if _plain(v)}
+    record |= {"arguments": given, "tokens": cost.tokens, "forwards": cost.forwards}
+    used = {"guidance": guidance, "prompt": prompt, "source_camera": camera}
+    written = write_retake(args.out, batch, video, fps, record, used)
+    print("\n".join(f"{name:13}{path}" for name, path in written.items()))
     return 0
 
 
 def _check_arguments(args: argparse.Namespace) -> None:
     from geoalign.errors import UsageError
 
-    if args.out.suffix != ".mp4":
-        raise UsageError(f"--out {args.out} must end in .mp4")
     if args.source_camera and args.source_estimator:
         raise UsageError("--source-camera gives the camera that --source-estimator would estimate; use one of them")
     if (args.source_estimator in WITH_WEIGHTS) != (args.estimator_weights is not None):
         raise UsageError(f"--source-estimator {' or '.join(WITH_WEIGHTS)} and --estimator-weights PATH go together")
+    if args.best_of < 1:
+        raise UsageError(f"--best-of {args.best_of}: at least 1")
+    if args.best_of == 1 and (args.keep_all or args.reward or args.evaluator or args.set):
+        raise UsageError("--keep-all, --reward, --evaluator and --set choose among several: give --best-of N")
+
+
+def _kept(args: argparse.Namespace) -> list[Path]:
+    """What ``--keep-all`` writes beside the best."""
+    from geoalign.jobs.sample_files import candidate_path
+
+    return [candidate_path(args.out, args.seed + i) for i in range(args.best_of)] if args.keep_all else []
+
+
+def _source_camera(args: argparse.Namespace) -> tuple[str | None, str]:
+    """The camera of the source, given or found beside it, and what to say of one that was found."""
+    from geoalign.jobs.sample import find_source_camera
+
+    return (args.source_camera, "") if args.source_camera else find_source_camera(args.video)
 
 
 def _flow(args: argparse.Namespace) -> FlowConfig:
@@ -130,12 +181,6 @@ def _flow(args: argparse.Namespace) -> FlowConfig:
         found = error.errors()[0]
         name = ".".join(map(str, found["loc"])) or "steps, shift"
         raise ConfigError(f"--{name} {found['input']}: {found['msg'][:1].lower()}{found['msg'][1:]}") from None
-
-
-def _outputs(out: Path) -> dict[str, Path]:
-    """Everything that is written, by what it is."""
-    suffixes = {"video": ".mp4", "side_by_side": ".side_by_side.mp4", "cameras": ".cameras.png", "settings": ".json"}
-    return {name: out.with_suffix(suffix) for name, suffix in suffixes.items()}
 
 
 def _estimate_camera(args: argparse.Namespace, batch: RetakeBatch) -> RetakeBatch:
@@ -157,130 +202,97 @@ def _estimate_camera(args: argparse.Namespace, batch: RetakeBatch) -> RetakeBatc
     return batch
 
 
-def _find_text_encoder(args: argparse.Namespace, files: ModelFiles) -> tuple[Path, Path] | None:
-    """Weights and tokenizer of the model's text encoder, or None for a model that reads no text.
-
-    Raises:
-        UsageError: a model that reads text without its encoder or without a prompt, or a prompt for one that does not.
-    """
+def _check_prompt(args: argparse.Namespace, reads_text: bool) -> None:
     from geoalign.errors import UsageError
 
-    home = files.location.home
-    pairs = (
-        (home / "text_encoder", home / "tokenizer"),
-        (home / "models_t5_umt5-xxl-enc-bf16.pth", home / "google" / "umt5-xxl"),
-    )
-    found = [pair for pair in pairs if pair[0].exists()]
-    if not found and files.config.text_length > 1:
-        raise UsageError(
-            f"{args.model} reads text, and {home} holds no text encoder; put text_encoder/ with tokenizer/, or "
-            f"{pairs[1][0].name} with google/umt5-xxl/, there"
-        )
-    if not found and (args.prompt or args.captioner):
+    if not reads_text and (args.prompt or args.captioner):
         raise UsageError(f"a prompt needs a text encoder, and {args.model} has none; drop --prompt and --captioner")
-    if found and args.prompt is None and args.captioner is None:
+    if reads_text and args.prompt is None and args.captioner is None:
         raise UsageError(
             "this model reads text: say what the video shows with --prompt TEXT or @FILE, or give --captioner FOLDER"
         )
-    return found[0] if found else None
 
 
 def _prompt(args: argparse.Namespace, batch: RetakeBatch, dtype: Any) -> str | None:
     """The given prompt, else a generated one without sentences about the source's camera motion."""
-    if args.prompt is not None or args.captioner is None:
-        return None if args.prompt is None else _text(args.prompt)
     from geoalign.data.captions import remove_camera_motion
+    from geoalign.jobs.encode import read_text
     from geoalign.models.captions import load_captioner
 
+    if args.prompt is not None or args.captioner is None:
+        return None if args.prompt is None else read_text(args.prompt)
     caption = load_captioner(args.captioner, dtype=dtype, device=args.device).caption(batch.source.video[0])
     prompt = remove_camera_motion(caption) or caption
     print(f"prompt   {prompt}")
     return prompt
 
 
-def _encodings(
-    args: argparse.Namespace,
-    files: ModelFiles,
-    batch: RetakeBatch,
-    encoder: tuple[Path, Path] | None,
-    prompt: str | None,
-    dtype: Any,
-) -> Encodings | None:
-    """What the encoders make of the prompts and of the first source frame; None for a model without encoders."""
-    from geoalign.models.encoders import load_text_encoder
-    from geoalign.types import Encodings
-
-    context = negative = None
-    if encoder is not None and prompt is not None:
-        text = load_text_encoder(*encoder, dtype=dtype, device=args.device)
-        text.length = files.config.text_length
-        context, negative = text([prompt, _text(args.negative_prompt)]).split(1)
-    found = Encodings(context=context, negative=negative, image_tokens=_image_tokens(args, files, batch, dtype))
-    return found if len(found) else None
-
-
-def _text(value: str) -> str:
-    from geoalign.parsing import read_text
-
-    return read_text(value[1:]).strip() if value.startswith("@") else value
-
-
-def _image_tokens(args: argparse.Namespace, files: ModelFiles, batch: RetakeBatch, dtype: Any) -> Tensor | None:
-    if files.config.image_dim is None:
+def _reward(args: argparse.Namespace, batch: RetakeBatch) -> Reward | None:
+    """What chooses among several retakes; None for one."""
+    if args.best_of == 1:
         return None
-    from geoalign.models.encoders import load_image_encoder
+    from geoalign.jobs.best_of import check_reward
+    from geoalign.rewards.registry import build_reward
 
-    names = ("image_encoder", "models_clip_open-clip-xlm-roberta-large-vit-huge-14.pth")
-    for path in (files.location.home / name for name in names):
-        if path.exists():
-            first = batch.source.video[:, 0].to(args.device)
-            return load_image_encoder(path, dtype=dtype, device=args.device)(first)
-    return None
+    kind, options = read_reward(args)
+    check_reward(options.get("evaluator"), batch)
+    return build_reward(kind, options)
 
 
-def _print_cost(batch: RetakeBatch, fps: float, cost: CostEstimate) -> None:
+def _sample(
+    args: argparse.Namespace,
+    policy: RetakePolicy,
+    batch: RetakeBatch,
+    flow: FlowConfig,
+    reward: Reward | None,
+    fps: float,
+    forwards: int,
+) -> tuple[Tensor, dict[str, Any]]:
+    """The video ``[1, F, 3, H, W]``, the best of several with ``reward``, and what to record of the choice."""
+    from geoalign.data.video import write_video
+    from geoalign.jobs.best_of import best_of
+    from geoalign.jobs.sample_files import candidate_path
+    from geoalign.policy.retake import retake
+
+    with _progress(args.best_of * forwards) as bar:
+
+        def make(seed: int) -> Tensor:
+            return retake(policy, batch, flow, seed=seed, on_pass=bar.update, strict=True)
+
+        def keep(seed: int, video: Tensor) -> None:
+            if args.keep_all:
+                write_video(candidate_path(args.out, seed), video[0], fps)
+
+        if reward is None:
+            return make(args.seed), {}
+        seeds = range(args.seed, args.seed + args.best_of)
+        best, video, rows = best_of(seeds, make, reward, batch, keep)
+    for row in rows:
+        total = "invalid" if row["total"] is None else f"{row['total']:.4f}"
+        print(f"seed {row['seed']:<4} {total}{'  best' if row['seed'] == best else ''}")
+    return video, {"best_of": {"reward": reward.name, "seed": best, "scores": rows}}
+
+
+def _print_cost(args: argparse.Namespace, batch: RetakeBatch, fps: float, cost: CostEstimate) -> None:
+    from geoalign.jobs.sample import device_memory_gb
+
     _, frames, _, height, width = batch.source.video.shape
     print(f"video    {frames} frames of {height} x {width} at {fps:g} fps")
     print(
         f"latents  {' x '.join(map(str, cost.latent_shape))} (channels, frames, rows, columns), {cost.tokens:,} tokens"
     )
-    print(f"work     {cost.forwards} forwards, {cost.tflop:,.3g} TFLOP, about {cost.memory_gb:.3g} GB")
-    print(f"time     about {cost.seconds:,.3g} s of denoising (predicted from a matrix product on this device)")
+    each = f", {args.best_of} times" if args.best_of > 1 else ""
+    print(f"work     {cost.forwards} forwards, {cost.tflop:,.3g} TFLOP{each}")
+    limit = device_memory_gb(args.device)
+    over = "; it will not fit: use fewer --frames or a smaller --size" if cost.memory_gb > limit else ""
+    print(f"memory   about {cost.memory_gb:.3g} GB of the {limit:.3g} GB of {args.device}{over}")
+    print(f"time     about {cost.seconds:,.3g} s of denoising{each} (predicted from a matrix product on this device)")
 
 
 def _progress(total: int) -> Any:
     from tqdm import tqdm
 
     return tqdm(total=total, desc="sampling", unit="forward", file=sys.stderr, disable=None)
-
-
-def _write(
-    args: argparse.Namespace, batch: RetakeBatch, video: Tensor, cost: CostEstimate, used: dict[str, Any]
-) -> None:
-    import torch
-
-    from geoalign import __version__
-    from geoalign.data.plots import plot_cameras
-    from geoalign.data.video import write_video
-    from geoalign.io_utils import atomic_write_json
-
-    beside = _outputs(args.out)
-    write_video(beside["video"], video[0], used["fps"])
-    write_video(beside["side_by_side"], torch.cat([batch.source.video[0], video[0]], -1), used["fps"])
-    cameras = {"source": batch.source.camera.c2w[0], "target": batch.target_camera.c2w[0]}
-    plot_cameras(beside["cameras"], cameras)
-    settings = {name: str(v) if isinstance(v, Path) else v for name, v in vars(args).items() if _plain(v)}
-    plane = batch.source.ground_plane
-    used |= {"frames": video.shape[1], "size": list(video.shape[-2:])}
-    record = {
-        "geoalign": __version__, "torch": torch.__version__, "arguments": settings, "used": used,
-        "tokens": cost.tokens, "forwards": cost.forwards, "files": {k: str(v) for k, v in beside.items()},
-        "target_c2w": batch.target_camera.c2w[0].tolist(), "source_c2w": batch.source.camera.c2w[0].tolist(),
-        "intrinsics": batch.target_camera.intrinsics[0, 0].tolist(),
-        "ground_plane": None if plane is None else plane[0].tolist(),
-    }  # fmt: skip
-    atomic_write_json(beside["settings"], record)
-    print("\n".join(f"{name:13}{path}" for name, path in beside.items()))
 
 
 def _plain(value: object) -> bool:

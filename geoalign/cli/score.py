@@ -8,12 +8,21 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from geoalign.cli.options import add_cameras, add_json, check_json, frame_size, whole, write_json
-from geoalign.errors import DataError, RewardError, RunError, UsageError, UserError
+from geoalign.cli.options import (
+    add_cameras,
+    add_json,
+    add_reward,
+    check_json,
+    frame_size,
+    read_reward,
+    whole,
+    write_json,
+)
+from geoalign.errors import RewardError, RunError, UsageError, UserError
 from geoalign.evaluators.table import NEEDS_PLANE
 
 if TYPE_CHECKING:
-    from geoalign.jobs.score import ScoringTask
+    from geoalign.jobs.score import ScoringTask, Source
     from geoalign.rewards.base import Reward
 
 EPILOG = """\
@@ -25,10 +34,12 @@ Exit codes: 0 all scored (probes: no cheat came out ahead), 1 a video failed or 
 What an evaluator needs:
   planar (default)        --source and --source-camera with ground_plane; compares with the source frame by frame
   flow_pnp                --source-camera with ground_plane; reads frame 0 and the video
+                          of a retake by `geoalign sample` its JSON tells both; a camera npz beside --source is found
   mapanything             --set evaluator_options.checkpoint=FOLDER; any video, nothing else
   depth_anything_3        the same
 
 examples:
+  geoalign score --video out.mp4 --trajectory arc_left                    of `geoalign sample`, with out.json beside it
   geoalign score --video retakes/ --trajectory target.json --source in.mp4 --source-camera in.npz --json scores.json
   geoalign score --evaluator mapanything --set evaluator_options.checkpoint=weights/map-anything-apache \\
                  --video out.mp4 --trajectory target.json --plot
@@ -47,12 +58,7 @@ def add_parser(subparsers: Any) -> None:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     add = parser.add_argument
-    add("--reward", default="geometry", help="registered reward (default geometry)")
-    add("--evaluator", default="planar", help="pose evaluator of the geometry reward (default planar)")
-    add(
-        "--set", action="append", default=[], metavar="OPTION=VALUE",
-        help="option of the reward, named as under rewards.NAME.options in a configuration (repeatable)",
-    )  # fmt: skip
+    add_reward(parser)
     add("--video", type=Path, help="video file, or a folder of them")
     add_cameras(
         parser, target="A file of F poses scores frames 0..F-1, a preset has the length of the video",
@@ -83,17 +89,13 @@ def add_parser(subparsers: Any) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Score videos or run the probes; everything that can be refused is refused before a reward is built."""
-    from geoalign.config.source import parse_settings
-    from geoalign.rewards.registry import takes_evaluator
-
-    estimates = takes_evaluator(args.reward)
-    options = ({"evaluator": args.evaluator} if estimates else {}) | parse_settings(args.set)
-    _check_usage(args, estimates)
+    kind, options = read_reward(args)
+    _check_usage(args, kind, estimates="evaluator" in options)
     check_json(args)
-    return _probe(args, options) if args.probes else _score(args, options)
+    return _probe(args, kind, options) if args.probes else _score(args, kind, options)
 
 
-def _check_usage(args: argparse.Namespace, estimates: bool) -> None:
+def _check_usage(args: argparse.Namespace, kind: str, *, estimates: bool) -> None:
     if args.probes:
         files = ("video", "trajectory", "source", "source_camera", "frames", "plot")
         given = ", ".join(f"--{name.replace('_', '-')}" for name in files if getattr(args, name))
@@ -102,88 +104,87 @@ def _check_usage(args: argparse.Namespace, estimates: bool) -> None:
     elif args.video is None or args.trajectory is None:
         raise UsageError("score needs --video and --trajectory (or --probes); `geoalign score --help` has examples")
     if args.plot and not estimates:
-        raise UsageError(f"--plot draws the path that a pose evaluator reads, and reward {args.reward} has none")
+        raise UsageError(f"--plot draws the path that a pose evaluator reads, and reward {kind} has none")
 
 
-def _check_source(evaluator: Any, args: argparse.Namespace) -> None:
-    """Refuse what would fail for every video, or score against a source that was not given."""
-    if evaluator in NEEDS_PLANE and args.source_camera is None:
-        source = "--source FILE and --source-camera FILE" if evaluator == "planar" else "--source-camera FILE"
+def _check_source(evaluator: Any, video: Path, source: Source) -> None:
+    """Refuse what would fail, or score against a source that is not there."""
+    if evaluator in NEEDS_PLANE and source.camera is None:
+        files = "--source FILE and --source-camera FILE" if evaluator == "planar" else "--source-camera FILE"
         raise UsageError(
-            f"the {evaluator} evaluator needs the source's ground plane: give {source} (with its ground plane), "
-            "or use --evaluator mapanything --set evaluator_options.checkpoint=FOLDER, which reads any video"
+            f"{video}: the {evaluator} evaluator needs the source's ground plane: give {files} (with its ground plane; "
+            "the JSON of `geoalign sample` beside a retake, or an npz beside the source, is found), or use --evaluator "
+            "mapanything --set evaluator_options.checkpoint=FOLDER, which reads any video"
         )
-    if evaluator == "planar" and args.source is None:
+    if evaluator == "planar" and source.video is None:
         raise UsageError("the planar evaluator compares with the source frame by frame: give --source FILE as well")
 
 
-def _build(name: str, options: dict[str, Any]) -> Reward:
-    from geoalign.config.rewards import RewardConfig
-    from geoalign.rewards import registry
+def _build(kind: str, options: dict[str, Any]) -> Reward:
+    from geoalign.rewards.registry import build_reward
 
-    return registry.build_rewards({name: RewardConfig(kind=name, options=options)})[name]
+    return build_reward(kind, options)
 
 
-def _probe(args: argparse.Namespace, options: dict[str, Any]) -> int:
+def _probe(args: argparse.Namespace, kind: str, options: dict[str, Any]) -> int:
     from geoalign.jobs.score_probes import PROBE_SIZES, print_probes, probe_table, resists
 
-    rows = probe_table(_build(args.reward, options), size=args.size or PROBE_SIZES.get(options.get("evaluator", "")))
+    rows = probe_table(_build(kind, options), size=args.size or PROBE_SIZES.get(options.get("evaluator", "")))
     if write_json(args, rows):
         print_probes(rows)
     return 0 if resists(rows) else 1
 
 
-def _score(args: argparse.Namespace, options: dict[str, Any]) -> int:
-    from geoalign.jobs.score import read_condition
+def _score(args: argparse.Namespace, kind: str, options: dict[str, Any]) -> int:
+    from geoalign.jobs.score import list_videos
     from geoalign.jobs.score_plot import check_plot
 
-    evaluator = options.get("evaluator")
-    videos = _videos(args.video)
-    _check_source(evaluator, args)
-    planes = evaluator in NEEDS_PLANE
-    task = read_condition(args.trajectory, args.source, args.source_camera, args.size, planes, args.frames)
+    videos = list_videos(args.video)
+    tasks = _tasks(args, videos, options.get("evaluator"))
     if args.plot:
         for path in videos:
             check_plot(path)
-    reward = _build(args.reward, options)
-    rows = [_row(path, reward, task, plot=args.plot, alone=path == args.video) for path in videos]
+    reward = _build(kind, options)
+    rows = [_row(path, reward, tasks[path], plot=args.plot, alone=path == args.video) for path in videos]
     if write_json(args, rows):
         _print_table(rows)
     _print_notes(rows)
     return 1 if any("error" in row for row in rows) else 0
 
 
-def _videos(path: Path) -> list[Path]:
-    from geoalign.data.clip_record import VIDEO_SUFFIXES
+def _tasks(args: argparse.Namespace, videos: Sequence[Path], evaluator: Any) -> dict[Path, ScoringTask]:
+    """What each video is compared with; says where a source was found that nobody gave."""
+    from geoalign.jobs.score import find_source, read_condition
 
-    if path.is_dir():
-        files = (file for file in path.iterdir() if file.is_file() and not file.name.startswith("."))
-        found = sorted(file for file in files if file.suffix.lower() in VIDEO_SUFFIXES)
-        if not found:
-            raise DataError(f"{path}: no video in this folder (looked for {', '.join(sorted(VIDEO_SUFFIXES))})")
-        return found
-    if not path.exists():
-        raise DataError(f"{path}: no such video")
-    return [path]
+    tasks: dict[Source, ScoringTask] = {}
+    found = {}
+    for path in videos:
+        source = find_source(path, args.trajectory, args.source, args.source_camera)
+        if source not in tasks:
+            _check_source(evaluator, path, source)
+            planes = evaluator in NEEDS_PLANE
+            tasks[source] = read_condition(
+                args.trajectory, source.video, source.camera, args.size, planes, args.frames
+            )  # fmt: skip
+            if source.told_by:
+                print(f"source   {source.video}, its camera told by {source.told_by}", file=sys.stderr)
+        found[path] = tasks[source]
+    return found
 
 
 def _row(path: Path, reward: Reward, task: ScoringTask, *, plot: bool, alone: bool) -> dict[str, Any]:
     """Score one video of several: what fails is noted in its row. A single video that cannot be scored raises."""
-    from geoalign.jobs.score import camera_row, judge, score_row
+    from geoalign.jobs.score import score_video
     from geoalign.jobs.score_plot import plot_scored
 
-    row: dict[str, Any] = {"video": str(path), "valid": False}
     try:
-        video, batch, found = task.read(path)
-        row |= {"frames": video.shape[1], "video_frames": found}
-        output = judge(reward, video, batch)
-        row |= score_row(output) | camera_row(reward, video, batch, output.lost)
+        row, video, batch = score_video(path, reward, task)
     except Exception as error:  # whatever it is, it must not take the other videos with it
         if alone and isinstance(error, UserError):
             raise
         if alone:
             raise RewardError(f"{path}: {_told(error)}") from error
-        return row | {"error": _told(error)}
+        return {"video": str(path), "valid": False, "error": _told(error)}
     if plot and row["valid"]:
         try:
             plot_scored(path, reward, video, batch)

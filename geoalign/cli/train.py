@@ -8,6 +8,7 @@ import os
 from typing import TYPE_CHECKING, Any
 
 from geoalign.cli.options import add_config, read_config
+from geoalign.errors import UsageError
 
 if TYPE_CHECKING:
     from geoalign.config.schema import Config
@@ -36,6 +37,7 @@ def add_parser(subparsers: Any) -> None:
         "--resume", metavar="auto|latest|PATH", help="continue from a checkpoint (auto: if there is one)"
     )
     parser.add_argument("--allow-config-change", action="store_true", help="resume although settings changed")
+    parser.add_argument("--profile", type=int, metavar="N", help="write a trace of iteration N into the run folder")
     parser.add_argument("--dry-run", action="store_true", help="print what would run, then stop")
     parser.set_defaults(run=run_train)
 
@@ -47,7 +49,11 @@ def run_train(args: argparse.Namespace) -> int:
 
     if args.dry_run:
         return _dry_run(config)
-    folder = run_training(config, resume=args.resume, allow_config_change=args.allow_config_change)
+    if args.profile is not None and not 0 <= args.profile < config.train.iterations:
+        raise UsageError(f"--profile {args.profile}: iterations are 0 to {config.train.iterations - 1}")
+    folder = run_training(
+        config, resume=args.resume, allow_config_change=args.allow_config_change, profile=args.profile
+    )
     summary = folder / "summary.json"
     if not summary.exists() or os.environ.get("RANK", "0") != "0":
         return 0

@@ -13,7 +13,8 @@ class RewardConfig(Section):
     """One scorer."""
 
     kind: str
-    """Registered scorer: ``geometry``, ``source_consistency``, ``videoalign``, ``hpsv3``."""
+    """Registered scorer: ``geometry``, ``source_consistency``, ``videoalign``, ``hpsv3``; ``package.module:Class`` or
+    the name of an entry point in ``geoalign.rewards``: your own code, which is run (docs/api.md)."""
     options: dict[str, Any] = Field(default_factory=dict)
     """Arguments of the scorer; an unknown one is an error that lists the known ones."""
     placement: Literal["inline", "worker"] = "inline"

@@ -41,6 +41,14 @@ class RunConfig(Section):
     """Weights & Biases project that gets the metrics too (extra ``wandb``; WANDB_MODE=offline needs no network)."""
     compile: bool = False
     """Run the network's blocks through ``torch.compile``, one graph for all, in rollout and learner alike."""
+    attention: Literal[
+        "auto", "measured", "reference", "sdpa_flash", "sdpa_cudnn", "flash2", "flash3", "flash4", "triton"
+    ] = "auto"
+    """Exact attention core of rollout and learner; ``auto``: the fastest by published rates that is installed here;
+    ``measured``: settled by a short measurement before the first iteration, equal on all ranks, kept by checkpoints.
+    8-bit attention (``ode.attention``) that does not beat the core is then not used."""
+    deterministic: bool = False
+    """Make every backward of the network repeat bit for bit on one device, or refuse what cannot; slower on CUDA."""
 
     @property
     def folder(self) -> Path:

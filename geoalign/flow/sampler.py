@@ -262,7 +262,7 @@ class FlowSampler:
         with phase("rollout/prefix"):
             x, _ = self._ode(run.phases.prefix, x, None, range(first), cond, run.forwards, "prefix")
         run.x_start[lanes] = x  # [lanes, ...]
-        with phase("rollout/window"):
+        with phase("rollout/window"), exact_only():
             velocity = self._window_velocity(run, x, first, cond).map(lambda v: _repeat(_working(v), per_lane))
             rows, passes = slice(lanes.start * per_lane, lanes.stop * per_lane), velocity.passes * x.shape[0]
             return rows, *self._stochastic(run, 0, _repeat(x, per_lane), velocity, rows, passes)  # [rows, ...]
@@ -274,7 +274,7 @@ class FlowSampler:
             if position in run.entered:
                 x, m_prev = self._tail(run, x, m_prev, range(steps[position - 1] + 1, step), cond)
                 run.entered[position][rows] = x
-            with phase("rollout/window"):
+            with phase("rollout/window"), exact_only():
                 velocity = self._window_velocity(run, x, step, cond)
                 x, m_prev = self._stochastic(run, position, x, velocity, rows, velocity.passes * x.shape[0])
         run.final[rows], _ = self._tail(run, x, m_prev, range(steps[-1] + 1, self.table.num_steps), cond)
@@ -287,7 +287,7 @@ class FlowSampler:
             return self._ode(run.phases.tail, x, m_prev, steps, cond, run.forwards, "tail")
 
     def _window_velocity(self, run: _RolloutCall, x: Tensor, step: int, cond: Condition) -> Velocity:
-        with exact_only(), torch.set_grad_enabled(self.window_grad or run.observer is not None):
+        with torch.set_grad_enabled(self.window_grad or run.observer is not None):
             velocity = self._velocity(run.phases.window, x, step, cond)
         run.forwards["window"] += x.shape[0] * velocity.passes
         # Without an observer nobody needs the graph, which would stay alive through the next forward.

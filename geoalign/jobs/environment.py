@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from geoalign import __version__
+from geoalign.version import __version__
 
 
 def describe_environment() -> dict[str, Any]:
@@ -41,12 +41,16 @@ def _cpu_name() -> str:
 
 
 def source_commit() -> str:
-    """Commit of the source tree the package runs from (with ``-dirty``), or "installed" for a wheel."""
+    """Commit of the source tree the package runs from (with ``-dirty``), or "installed" for a wheel.
+
+    Changed documents and result files do not count: one run of a study must not mark the next one.
+    """
     root = Path(__file__).parents[2]
     if not (root / ".git").exists():
         return "installed"
     call: Callable[..., str] = lambda *args: subprocess.run(  # noqa: E731 - two calls of one command
         ["git", "-C", str(root), *args], capture_output=True, text=True, check=False
     ).stdout.strip()
-    dirty = call("status", "--porcelain", "--untracked-files=no")
+    code = (".", ":!docs", ":!profiling/results")
+    dirty = call("status", "--porcelain", "--untracked-files=no", "--", *code)
     return call("rev-parse", "--short=12", "HEAD") + ("-dirty" if dirty else "")

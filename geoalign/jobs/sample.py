@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import math
+import os
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -17,7 +19,7 @@ from geoalign.data.readers import AnyReader
 from geoalign.data.video import PyAVReader, probe_clip, warn_once
 from geoalign.errors import RewardError, UsageError
 from geoalign.evaluators.base import PoseEvaluator
-from geoalign.geometry.cameras.door import open_camera, open_target
+from geoalign.geometry.cameras.door import camera_beside, fit_target, open_camera, open_target
 from geoalign.geometry.lens import cover_crop_intrinsics, lens_fault
 from geoalign.geometry.trajectory import DEFAULT_INTRINSICS, LARGEST, CameraTrajectory
 from geoalign.models.codec_base import LatentCodec
@@ -29,13 +31,13 @@ WAN_SIZE, MAX_FRAMES = (480, 832), 81
 
 def read_inputs(
     video: Path,
-    trajectory: str,
+    trajectory: str | Path | CameraTrajectory,
     *,
     codec: LatentCodec,
     speed: float = 1.0,
-    frames: int | None = None,
+    frames: int | Literal["all"] | None = None,
     size: tuple[int, int] | None = None,
-    source_camera: str | None = None,
+    source_camera: str | Path | None = None,
     intrinsics: tuple[float, float, float, float] | None = None,
     ground_plane: tuple[float, float, float, float] | None = None,
 ) -> tuple[RetakeBatch, float]:
@@ -43,12 +45,13 @@ def read_inputs(
 
     Args:
         video: a video file or a folder of frames.
-        trajectory: a preset or a camera file: its first poses, or all of them spread over a longer video.
+        trajectory: a preset, a camera file or a path: its first poses, or all of them spread over a longer video.
         codec: decides which lengths and sizes are possible.
         speed: multiplies the camera's motion per frame.
-        frames: length; default: the longest that fits the codec, at most 81.
+        frames: length; "all": the longest of the video that fits the codec; default: that, but at most 81.
         size: (H, W) to scale to cover and centre-crop to; default 480 x 832 for the Wan VAE, else the video's own.
-        source_camera: camera of the source, a file or a preset; None: its camera does not move.
+        source_camera: camera of the source, a file or a preset (:func:`find_source_camera` looks for one); None: its
+            camera does not move.
         intrinsics: of the original frames, as fractions of (W, H, W, H); default: the camera file's, else 60 degrees.
         ground_plane: for models with geometric camera phases; default: the camera file's.
 
@@ -63,7 +66,8 @@ def read_inputs(
     reader = AnyReader(PyAVReader())
     info = probe_clip(reader, video)
     warn_once(video, info.remarks)
-    count = choose_frames(codec, info.frames) if frames is None else frames
+    most = info.frames if frames == "all" else min(info.frames, MAX_FRAMES)
+    count = frames if isinstance(frames, int) else choose_frames(codec, most)
     if count > info.frames:
         raise UsageError(f"{video} has {info.frames} frames, --frames {count} asks for more")
     size = size or (WAN_SIZE if codec.name == "wan_vae" else (info.height, info.width))
@@ -71,7 +75,10 @@ def read_inputs(
     source, plane = _source_camera(source_camera, count, (info.height, info.width), intrinsics)
     lens = cover_crop_intrinsics(source.intrinsics, info.height, info.width, size)
     source = source.with_intrinsics(lens)
-    target = open_target(trajectory, count, speed=speed, intrinsics=lens[0])
+    if isinstance(trajectory, CameraTrajectory):
+        target = fit_target(trajectory.with_intrinsics(lens[0]), count, speed)
+    else:
+        target = open_target(trajectory, count, speed=speed, intrinsics=lens[0])
     pixels = to_float(reader.read(video, range(count), size))
     fps = info.fps if info.fps > 0 else 24.0
     clip = SourceClip(pixels[None], _batch(source), plane if typed is None else typed, ("source",))
@@ -79,14 +86,33 @@ def read_inputs(
 
 
 def choose_frames(codec: LatentCodec, available: int) -> int:
-    """The largest length up to 81 that the codec takes; 81 gives 81 and 70 gives 69 if it must be 4k + 1."""
-    for count in range(min(available, MAX_FRAMES), 0, -1):
+    """The largest length up to ``available`` that the codec takes; 70 gives 69 if it must be 4k + 1."""
+    for count in range(available, 0, -1):
         try:
             codec.check_frames(count)
         except UsageError:
             continue
         return count
     raise UsageError(f"no length up to {available} fits the frame rule {codec.frame_rule}")
+
+
+def find_source_camera(video: Path) -> tuple[str | None, str]:
+    """The camera file beside a video, if its lengths are metres, and what to tell the user of it ("" if there is none).
+
+    Raises:
+        DataError: the file is damaged or no camera file.
+    """
+    found = camera_beside(video)
+    if found is None:
+        return None, ""
+    if not found.metric:
+        return None, f"{found.name} is not used, as it does not say that it is in metres; --source-camera uses it"
+    parts = [
+        "poses",
+        *(["lens"] if found.has_lens else []),
+        *(["ground plane"] if found.ground_plane is not None else []),
+    ]
+    return found.name, f"{', '.join(parts)} from {found.name}, found beside the video"
 
 
 def with_estimated_camera(batch: RetakeBatch, evaluator: PoseEvaluator) -> tuple[RetakeBatch, float]:
@@ -137,10 +163,20 @@ def estimate(
     # The adapter runs once: its output is kept with the condition.
     flop = forwards * (work.forward_flops() - work.adapter_flops()) + work.adapter_flops()
     size = torch.empty(0, dtype=dtype).element_size()
-    # Parameters, plus at the widest point the float32 residual stream, q, k, v and the hidden feed-forward activations.
+    # Parameters, plus at the widest point the float32 residual stream, q, k, v and the hidden feed-forward activations;
+    # and the source and the decoded video in float32, which long videos are made of.
     memory = parameters * size + work.tokens * (2 * 4 * config.dim + size * (4 * config.dim + 2 * config.ffn_dim))
+    memory += 2 * 4 * math.prod(video_shape)
     latent = codec.latent_shape(frames, height, width)
     return CostEstimate(latent, work.tokens, forwards, flop / 1e12, memory / 1e9, flop / _throughput(dtype, device))
+
+
+def device_memory_gb(device: torch.device | str) -> float:
+    """All memory of a CUDA device, or of the host."""
+    device = torch.device(device)
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[1] / 1e9
+    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 1e9
 
 
 def _throughput(dtype: torch.dtype, device: str) -> float:
@@ -155,7 +191,7 @@ def _throughput(dtype: torch.dtype, device: str) -> float:
 
 
 def _source_camera(
-    name: str | None, count: int, image_size: tuple[int, int], intrinsics: tuple[float, ...] | None
+    name: str | Path | None, count: int, image_size: tuple[int, int], intrinsics: tuple[float, ...] | None
 ) -> tuple[CameraTrajectory, Tensor | None]:
     """Camera ``[F]`` and ground plane ``[1, 4]`` (None if the file has none) of the source, float32."""
     if name is None:

@@ -9,16 +9,88 @@ from typing import Any
 
 from torch import Tensor
 
+from geoalign.data.clip_record import VIDEO_SUFFIXES
 from geoalign.data.frames import to_float
+from geoalign.data.readers import AnyReader
 from geoalign.data.video import PyAVReader, VideoInfo, probe_clip, warn_once
 from geoalign.errors import DataError, RewardError, UsageError, UserError
-from geoalign.geometry.cameras.door import is_preset, open_camera
+from geoalign.geometry.cameras.content import read_content
+from geoalign.geometry.cameras.door import camera_beside, is_preset, open_camera, split_name
 from geoalign.geometry.lens import cover_crop_intrinsics
 from geoalign.geometry.metrics import camera_errors
 from geoalign.geometry.trajectory import DEFAULT_INTRINSICS, CameraTrajectory
+from geoalign.jobs.sample_files import SIDE_BY_SIDE
 from geoalign.rewards.base import Reward, RewardOutput
 from geoalign.rewards.running.guard import check_output
 from geoalign.types import RetakeBatch, SourceClip
+
+
+def list_videos(path: Path) -> list[Path]:
+    """A video, or those of a folder by name, without the side-by-side videos of ``geoalign sample``.
+
+    Raises:
+        DataError: there is none.
+    """
+    if not path.is_dir():
+        if not path.exists():
+            raise DataError(f"{path}: no such video")
+        return [path]
+    files = (file for file in path.iterdir() if file.is_file() and not file.name.startswith("."))
+    files = (file for file in files if not file.name.endswith(SIDE_BY_SIDE))
+    found = sorted(file for file in files if file.suffix.lower() in VIDEO_SUFFIXES)
+    if not found:
+        raise DataError(f"{path}: no video in this folder (looked for {', '.join(sorted(VIDEO_SUFFIXES))})")
+    return found
+
+
+@dataclass(frozen=True, slots=True)
+class Source:
+    """The video that a retake was made from, and its camera, as ``told_by`` says.
+
+    Attributes:
+        video: a file, or a folder of frames.
+        camera: a file or ``FILE#CAMERA``.
+        told_by: what named both, in words.
+    """
+
+    video: Path | None
+    camera: str | None
+    told_by: str = ""
+
+
+def find_source(video: Path, trajectory: str, source: Path | None, camera: str | None) -> Source:
+    """The given source; what is not given is looked for.
+
+    The camera of a given source may lie beside it (``clip.npz`` of ``clip.mp4``). Of a retake that ``geoalign sample``
+    wrote, its JSON tells both: given as the trajectory, or lying beside ``video``.
+
+    Raises:
+        DataError: a camera file beside the source is damaged.
+    """
+    if camera is not None:
+        return Source(source, camera)
+    if source is not None:
+        found = camera_beside(source)
+        usable = found is not None and found.metric
+        return Source(source, found.name, f"{found.name} beside it") if found and usable else Source(source, None)
+    given = None if is_preset(trajectory) else split_name(trajectory)[0]
+    for record in (given, video.with_suffix(".json")):
+        if record is not None and record.is_file() and (told := _recorded(record)):
+            return told
+    return Source(None, None)
+
+
+def _recorded(record: Path) -> Source | None:
+    """What the JSON of ``geoalign sample`` says of its source; None of any other file."""
+    try:
+        content = read_content(record)
+    except DataError:
+        return None
+    if not content.has("source_c2w", "target_c2w", "arguments") or "video" not in content.data["arguments"]:
+        return None
+    named = Path(content.data["arguments"]["video"])
+    beside = record.parent / named.name  # the folder was moved, or the path counted from elsewhere
+    return Source(named if named.exists() else beside, f"{record}#source", str(record))
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -106,7 +178,7 @@ def probe(path: Path, frames: int) -> VideoInfo:
 
     Raises DataError if it cannot be read, has a variable frame rate, or fewer frames than the path.
     """
-    info = probe_clip(PyAVReader(), path)
+    info = probe_clip(AnyReader(PyAVReader()), path)
     warn_once(path, info.remarks)
     if info.frames < frames:
         raise DataError(f"{path}: {info.frames} frames, but the trajectory has {frames}; use --frames {info.frames}")
@@ -121,7 +193,20 @@ def read_camera(
 
 
 def _pixels(path: Path, frames: int, size: tuple[int, int]) -> Tensor:
-    return to_float(PyAVReader().read(path, range(frames), size))[None]
+    return to_float(AnyReader(PyAVReader()).read(path, range(frames), size))[None]
+
+
+def score_video(path: Path, reward: Reward, task: ScoringTask) -> tuple[dict[str, Any], Tensor, RetakeBatch]:
+    """All numbers of one video by name, and the tensors that were scored (:meth:`ScoringTask.read`).
+
+    Raises:
+        UserError: the video cannot be read, or lacks what the reward reads.
+        RewardError: the reward failed.
+    """
+    video, batch, found = task.read(path)
+    row: dict[str, Any] = {"video": str(path), "frames": video.shape[1], "video_frames": found}
+    output = judge(reward, video, batch)
+    return row | score_row(output) | camera_row(reward, video, batch, output.lost), video, batch
 
 
 def judge(reward: Reward, videos: Tensor, batch: RetakeBatch) -> RewardOutput:

@@ -22,6 +22,7 @@ from geoalign.jobs.prepare import encoder_identity, render_missing_data
 from geoalign.jobs.progress import bar
 from geoalign.jobs.stop import StopRequest
 from geoalign.jobs.train_held_out import RunEvaluator, conditions_of, held_out_summary
+from geoalign.jobs.train_profile import profiled
 from geoalign.jobs.train_resume import (
     refuse_disagreement,
     refuse_other_conditions,
@@ -37,7 +38,7 @@ from geoalign.policy.safetensors_file import save_safetensors
 from geoalign.rewards.registry import build_rewards, close_rewards
 from geoalign.training.checkpoint import CheckpointWriter, RunSettings, TrainState
 from geoalign.training.engines.snapshot import whole_on_cpu
-from geoalign.training.processes.device import device_of, dtype_of
+from geoalign.training.processes.device import device_of, dtype_of, repeat_exactly
 from geoalign.training.processes.ranks import Ranks
 from geoalign.training.processes.torchrun import ranks_of_environment
 from geoalign.training.trainer import Trainer
@@ -45,13 +46,16 @@ from geoalign.training.trainer import Trainer
 logger = logging.getLogger(__name__)
 
 
-def run_training(config: Config, *, resume: str | None = None, allow_config_change: bool = False) -> Path:
+def run_training(
+    config: Config, *, resume: str | None = None, allow_config_change: bool = False, profile: int | None = None
+) -> Path:
     """Train as configured; returns the run folder.
 
     Args:
         config: resolved configuration.
         resume: "auto" (continue if there is a checkpoint), "latest" (there must be one) or a checkpoint path.
         allow_config_change: continue although the configuration differs from the checkpoint's.
+        profile: iteration of which rank 0 writes a trace.
 
     Raises:
         Stopped: a signal stopped it; a checkpoint of the last iteration is written.
@@ -60,19 +64,28 @@ def run_training(config: Config, *, resume: str | None = None, allow_config_chan
     device, folder = device_of(config.run), config.run.folder
     settings = RunSettings.of(config.model_dump(mode="json"))
     cuda = device.type == "cuda"
+    if config.run.deterministic:
+        repeat_exactly()
     if cuda:
         torch.cuda.set_device(device)
     with (
         ranks_of_environment(config.parallel.sequence, config.train.rank_timeout_s, cuda=cuda) as ranks,
         writer_lock(folder, "run") if ranks.rank == 0 else nullcontext(),
     ):
-        done = _run(config, ranks, settings, resume, allow_config_change)
+        done = _run(config, ranks, settings, resume, allow_config_change, profile)
     if done < config.train.iterations:
         raise Stopped(f"stopped after iteration {done} of {config.train.iterations}; continue with --resume auto")
     return folder
 
 
-def _run(config: Config, ranks: Ranks, settings: RunSettings, resume: str | None, allow_config_change: bool) -> int:
+def _run(
+    config: Config,
+    ranks: Ranks,
+    settings: RunSettings,
+    resume: str | None,
+    allow_config_change: bool,
+    profile: int | None,
+) -> int:
     """The run as one rank does it; the iterations that are done, fewer than wanted after a stop."""
     main, folder = ranks.rank == 0, config.run.folder  # main alone writes
     state = state_to_resume(folder, resume, settings, allow_config_change)
@@ -87,7 +100,7 @@ def _run(config: Config, ranks: Ranks, settings: RunSettings, resume: str | None
         evaluation, clock = RunEvaluator.of(config, trainer, folder), _Clock()
         if state is None:
             trainer.notes |= {"before": evaluation.keep("before"), "conditions": conditions_of(config)}
-        _iterate(config, trainer, evaluation, clock, settings)
+        _iterate(config, trainer, evaluation, clock, settings, profile)
         if trainer.iteration < config.train.iterations:
             return trainer.iteration
         _save_result(config, trainer, folder)
@@ -168,7 +181,14 @@ class _Clock:
         return float(notes.get("cpu_s", 0.0)) + time.process_time() - self._cpu
 
 
-def _iterate(config: Config, trainer: Trainer, evaluation: RunEvaluator, clock: _Clock, settings: RunSettings) -> None:
+def _iterate(
+    config: Config,
+    trainer: Trainer,
+    evaluation: RunEvaluator,
+    clock: _Clock,
+    settings: RunSettings,
+    profile: int | None,
+) -> None:
     """Iterate to the end or to a stop request; always leaves a checkpoint of the last iteration."""
     total, main, folder = config.train.iterations, trainer.ranks.rank == 0, config.run.folder
     base_notes = dict(trainer.notes)
@@ -179,7 +199,8 @@ def _iterate(config: Config, trainer: Trainer, evaluation: RunEvaluator, clock: 
         bar(total, "training", "it", trainer.iteration) as progress,
     ):
         while trainer.iteration < total:
-            numbers = trainer.step()
+            with profiled(trainer, folder) if main and trainer.iteration == profile else nullcontext():
+                numbers = trainer.step()
             if config.eval.every and trainer.iteration % config.eval.every == 0:
                 numbers |= evaluation.on_the_way()
             if writer is not None:

@@ -9,13 +9,16 @@ import torch
 
 from geoalign.config.layout import deal_groups
 from geoalign.config.schema import Config
+from geoalign.errors import UsageError
 from geoalign.flow.table import StepWindow, build_step_table
 from geoalign.models.dit import RetakeDiT
 from geoalign.perf.budget import Walk, count_passes
 from geoalign.perf.memory import predict_memory
 from geoalign.rl.window import WindowSchedule
 from geoalign.training.engines.optim import freeze_all_but
+from geoalign.training.processes.device import device_of, dtype_of
 from geoalign.training.telemetry import plan_of
+from geoalign_kernels import resolve_attention
 
 
 def describe_run(config: Config) -> Mapping[str, object]:
@@ -58,11 +61,24 @@ def _passes(config: Config, window: StepWindow) -> str:
 def _execution(config: Config) -> str:
     run, levers, ode = config.run, config.levers, config.ode
     parts = [f"device {run.device}", f"matrices {run.dtype}", "compiled blocks" if run.compile else "eager blocks"]
+    parts += [f"attention core {_core(config)}"] + ["repeatable backwards"] * run.deterministic
     parts += [f"recompute {levers.recompute}", f"streaming {levers.streaming}"]
     changes = [f"ode.{name} {value}" for name, value in (("attention", ode.attention), ("linears", ode.linears))]
     approximate = [text for text in changes if not text.endswith("exact")]
     approximate += [f"tail_ratio {config.flow.tail_ratio}"] if config.flow.tail_ratio < 1 else []
     return ", ".join(parts) + (f"; CHANGES samples: {', '.join(approximate)}" if approximate else "; all EXACT")
+
+
+def _core(config: Config) -> str:
+    """The core that is resolved on this machine, where nothing has to be measured."""
+    if config.run.attention != "auto":
+        return config.run.attention
+    try:
+        device = device_of(config.run)
+    except UsageError:  # the run is meant for another machine
+        return "of the card"
+    core = resolve_attention(device, dtype_of(config.run, device), deterministic=config.run.deterministic)
+    return f"{core} (on this machine)"
 
 
 def _memory(config: Config, parameters: int, trained: int) -> str:

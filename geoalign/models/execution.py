@@ -45,7 +45,8 @@ class Execution:
 
     def run(self, block: Block, *args: Any) -> Tensor:
         """``block.compute(*args)``, computed again in its backward and compiled as configured."""
-        unknown = self.probe is not None and block.self_attn.mode is None  # a measurement cannot be compiled
+        # A measurement cannot be compiled.
+        unknown = self.probe is not None and self.probe.measures(block.self_attn.layer)
         step = _compiled if self.compiled and not unknown else _eager
         return step(block, self.recompute if torch.is_grad_enabled() else "none", args)
 

@@ -53,6 +53,7 @@ def set_attention_modes(twin: RetakeDiT, modes: Sequence[str]) -> bool:
     probe = twin.execution.probe
     if probe is None or len(modes) != len(twin.blocks) or not {*modes} <= {*probe.modes, "exact"}:
         return False
+    probe.settle(cast(list[Mode], modes))
     for block, mode in zip(cast("list[Block]", twin.blocks), modes, strict=True):
         block.self_attn.mode = cast(Mode, mode)
     return True

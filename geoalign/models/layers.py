@@ -12,7 +12,15 @@ from geoalign.config.model import ModelConfig
 from geoalign.models.conditioning import CrossKeys, Phases
 from geoalign.models.execution import Execution
 from geoalign.models.rope import axis_pairs
-from geoalign_kernels import attention, gated_residual, modulated_norm, qk_norm_rotary, rms_norm, unrotate_gate_norm
+from geoalign_kernels import (
+    attention,
+    gated_residual,
+    inside_exact_only,
+    modulated_norm,
+    qk_norm_rotary,
+    rms_norm,
+    unrotate_gate_norm,
+)
 from geoalign_kernels.ops.attention.probe import Mode
 
 
@@ -27,6 +35,13 @@ def sinusoid(timestep: Tensor, dim: int) -> Tensor:
     frequency = torch.exp(torch.arange(half, device=timestep.device, dtype=torch.float32) * (-math.log(10000.0) / half))
     angle = timestep.float()[:, None] * frequency
     return torch.cat([angle.cos(), angle.sin()], -1)
+
+
+def gelu_in_product(weight: Tensor, u: Tensor) -> bool:
+    """Whether a feed-forward of ``u`` may take its GELU into the product: another rounding than the learner's."""
+    approximate = not (torch.is_grad_enabled() or inside_exact_only())
+    plain = type(weight) is nn.Parameter  # not one that torchao or FSDP2 has replaced
+    return approximate and plain and u.is_cuda and u.dtype == torch.bfloat16
 
 
 class PatchEmbedding(nn.Module):
@@ -124,7 +139,7 @@ class SelfAttention(nn.Module):
         sequence, probe, core = self.execution.sequence, self.execution.probe, self.execution.core
         if sequence is not None:
             q, k, v = (sequence.to_heads(part) for part in (q, k, v))
-        if probe is not None and self.mode is None:
+        if probe is not None and probe.measures(self.layer):
             y = probe(self.layer, q, k, v, core=core)
             self.mode = probe.chosen[self.layer]
         else:
@@ -276,9 +291,17 @@ class Block(nn.Module):
         else:
             weight, bias = wide(self.norm3.weight), wide(self.norm3.bias)
             x, u = unrotate_gate_norm(y, x, gate_a, weight - 1, bias, **common)
-            x = x + wide(self.cross_attn(u, keys))
-            u = modulated_norm(x, scale_f, shift_f, eps, dtype=dtype)
-        return gated_residual(x, self.ffn(u), gate_f)
+            one = torch.ones_like(bias)
+            x, u = unrotate_gate_norm(self.cross_attn(u, keys), x, one, scale_f, shift_f, eps=eps, dtype=dtype)
+        return gated_residual(x, self._feed_forward(u), gate_f)
+
+    def _feed_forward(self, u: Tensor) -> Tensor:
+        """``self.ffn``; in steps that take no log-probability its GELU runs inside the product (cuBLASLt)."""
+        into, _, out = self.ffn
+        if not gelu_in_product(into.weight, u):
+            return self.ffn(u)
+        hidden = torch._addmm_activation(into.bias, u.flatten(0, 1), into.weight.T, use_gelu=True)
+        return out(hidden.unflatten(0, u.shape[:2]))
 
 
 class Head(nn.Module):

@@ -11,7 +11,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
-from geoalign.perf.cost import DeviceProfile, Speedups, TransformerCost, VideoCost
+from geoalign.perf.cost import Speedups, TransformerCost, VideoCost
+from geoalign.perf.devices import CERTAINTY, DeviceProfile, Kind
 
 BACKWARD_EQUIVALENT = 2
 """A backward counts as two forwards, the usual convention (in FLOPs it is 2.3 here, because attention dominates)."""
@@ -167,7 +168,9 @@ class RunCost:
     def seconds(self, device: DeviceProfile, plan: Plan) -> PhaseSeconds:
         """Predicted device seconds of the whole run."""
         forward = self.transformer.forward(device, plan.speedups)
-        outside = self.transformer.forward(device, plan.speedups, int8_attention=plan.int8_attention).total
+        outside = self.transformer.forward(
+            device, plan.speedups, int8_attention=plan.int8_attention, no_gradient=True
+        ).total
         backward = self.transformer.backward(device, plan.speedups).total
         recompute = forward.total - (forward.attention if plan.keep_attention else 0.0)
         rollout = learner = 0.0
@@ -198,6 +201,7 @@ class Lever:
         speedups: fields of ``Speedups`` that it sets.
         coarse_tail: whether it shortens the walk after the window.
         one_update: whether it needs a single optimizer update per rollout.
+        rate: the rate of a device profile that its worth rests on; empty: an assumption of this model.
     """
 
     name: str
@@ -206,6 +210,11 @@ class Lever:
     speedups: Mapping[str, Any] = field(default_factory=dict)
     coarse_tail: bool = False
     one_update: bool = False
+    rate: str = "attention"
+
+    def kind_of_hours(self, device: DeviceProfile) -> Kind:
+        """How well founded its worth on ``device`` is."""
+        return device.kinds.get(self.rate, "assumed")
 
     def apply(self, plan: Plan) -> Plan:
         """``plan`` with this lever pulled."""
@@ -213,32 +222,34 @@ class Lever:
 
 
 LEVERS: tuple[Lever, ...] = (
-    Lever("fused norm, rotary, gate and GELU kernels", "EXACT", speedups={"kernels": "fused"}),
-    Lever("camera adapter and phases cached per condition", "EXACT", speedups={"cached": True}),
+    Lever("fused norm, rotary, gate and GELU kernels", "EXACT", speedups={"kernels": "fused"}, rate="bandwidth"),
+    Lever("camera adapter and phases cached per condition", "EXACT", speedups={"cached": True}, rate="convolution"),
     Lever("source tokens pruned in the last block", "EXACT", speedups={"pruned": True}),
     Lever("attention output kept, the rest recomputed", "EXACT", plan={"keep_attention": True}),
     Lever("shared prefix and first window forward", "EXACT", plan={"share_prefix": True}),
     Lever("merged first learner step", "EXACT", plan={"merge_first": True}),
-    Lever("reward host work off the critical path", "EXACT", plan={"hide_host": True}),
+    Lever("reward host work off the critical path", "EXACT", plan={"hide_host": True}, rate=""),
     Lever(
         "backward streamed from the rollout",
         "EXACT",
         plan={"stream_backward": True, "replay_first": True},
         one_update=True,
     ),
-    Lever("int8 attention outside the window", "CHANGES", plan={"int8_attention": True}),
-    Lever("int8 frozen linears", "CHANGES", speedups={"int8_linear": True}),
+    Lever("int8 attention outside the window", "CHANGES", plan={"int8_attention": True}, rate="attention_int8"),
+    Lever("int8 frozen linears", "CHANGES", speedups={"int8_linear": True}, rate="matmul_int8"),
     Lever("coarser tail (MixGRPO-Flash)", "CHANGES", coarse_tail=True),
 )
 
 
 @dataclass(frozen=True, slots=True)
 class Rung:
-    """A lever on a run: predicted hours with it alone, and with all rungs up to it."""
+    """A lever on a run: predicted hours with it alone, and with all rungs up to it; the kinds of both."""
 
     lever: Lever
     alone_hours: float
     cumulative_hours: float
+    alone_kind: Kind
+    cumulative_kind: Kind
 
 
 @dataclass(frozen=True, slots=True)
@@ -255,18 +266,24 @@ class Ladder:
 
 
 def climb(run: RunCost, coarse: RunCost, device: DeviceProfile, devices: int, guidance: int = 1) -> Ladder:
-    """The ladder of a run; ``coarse`` is the same run with the coarser tail, read by the lever that asks for it."""
+    """The ladder of a run; ``coarse`` is the same run with the coarser tail, read by the lever that asks for it.
+
+    A quantised mode that does not beat the device's exact core is left out: it would not be used.
+    """
     start = Plan(guidance=guidance)
     plan, current = start, run
-    rungs = []
+    rungs: list[Rung] = []
+    kind = device.kinds.get("attention", "assumed")
     for lever in LEVERS:
-        if lever.one_update and run.updates > 1:
+        if (lever.one_update and run.updates > 1) or ("int8_attention" in lever.plan and not device.int8_pays()):
             continue
         changed = coarse if lever.coarse_tail else run
         current = coarse if lever.coarse_tail else current
         plan = lever.apply(plan)
         alone = changed.hours(device, lever.apply(start), devices)
-        rungs.append(Rung(lever, alone, current.hours(device, plan, devices)))
+        own = lever.kind_of_hours(device)
+        kind = max(kind, own, key=CERTAINTY.index)
+        rungs.append(Rung(lever, alone, current.hours(device, plan, devices), own, kind))
     return Ladder(run.hours(device, start, devices), tuple(rungs))
 
 

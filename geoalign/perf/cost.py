@@ -1,7 +1,7 @@
 """Analytic cost of the network: FLOPs, memory traffic, activation bytes and seconds of one forward or backward.
 
-Nothing here is a measurement. The rates of a device profile are taken from published charts and data sheets and named
-there; every second that follows from them is a *prediction*. One FLOP is half a multiply-add; traffic counts reads and
+Nothing here is a measurement: every second is a *prediction* from the rates of a device profile
+(:mod:`geoalign.perf.devices`). One FLOP is half a multiply-add; traffic counts reads and
 writes of device memory, every operand once per pass.
 """
 
@@ -10,13 +10,14 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal, Self
 
+from geoalign.perf.devices import DeviceProfile
+
 if TYPE_CHECKING:  # the benchmarks run where pydantic is not installed
     from geoalign.config.model import ModelConfig
 
 Kernels = Literal["eager", "compiled", "fused"]
 Saved = Literal["inputs", "attention", "all"]
 
-_TERA, _GIGA = 1e12, 1e9
 _BF16_BYTES, _LSE_BYTES = 2, 4
 _CLIP_TOKENS = 257
 _ADAPTER_CHANNELS = 24 * 64
@@ -28,74 +29,6 @@ _BACKWARD_OF_ATTENTION = 2.5
 _BACKWARD_OF_ELEMENTWISE = 2.0
 _KEPT_BY_EAGER, _HELD_BY_BACKWARD = 27.2, 36.0
 """In bf16 [tokens, dim] tensors: kept per block without recomputation, and alive while one block goes backward."""
-
-
-@dataclass(frozen=True, slots=True)
-class DeviceProfile:
-    """Achieved rates of one accelerator: FLOP/s unless said otherwise.
-
-    Attributes:
-        peak: dense bf16, data sheet.
-        attention, attention_backward: head dimension 128, long sequences, not causal.
-        attention_int8: int8 scores, equivalent FLOP/s.
-        matmul, matmul_int8: large products, bf16 and W8A8 including the quantisation of activations.
-        convolution: causal 3-D convolutions of the video autoencoder.
-        reward: transformers of the reward models.
-        bandwidth: streaming, bytes per second.
-    """
-
-    name: str
-    peak: float
-    attention: float
-    attention_backward: float
-    attention_int8: float
-    matmul: float
-    matmul_int8: float
-    convolution: float
-    reward: float
-    bandwidth: float
-
-
-# A800: SageAttention's chart for that card (FlashAttention-2 and int8); backward by the FlashAttention-2 paper's ratio
-# on A100; 80 % of the data sheet's bandwidth. H200: attention of FlashAttention-3 or cuDNN class; ``h200_fa2`` has the
-# rates of FlashAttention-2 there. H100 (SXM): peak by the data sheet and 80 % of its bandwidth; the other rates are
-# assumed to be the H200's, whose chip it is. Convolution and reward rates are assumed shares of the peak.
-DEVICES: dict[str, DeviceProfile] = {
-    "a800": DeviceProfile(
-        "A800 80 GB", 312 * _TERA, 188 * _TERA, 165 * _TERA, 266 * _TERA, 225 * _TERA, 330 * _TERA,
-        80 * _TERA, 140 * _TERA, 0.80 * 2039 * _GIGA,
-    ),
-    "h200": DeviceProfile(
-        "H200 141 GB", 989 * _TERA, 600 * _TERA, 530 * _TERA, 880 * _TERA, 700 * _TERA, 1100 * _TERA,
-        240 * _TERA, 380 * _TERA, 0.90 * 4300 * _GIGA,
-    ),
-    "h100": DeviceProfile(
-        "H100 80 GB", 989 * _TERA, 600 * _TERA, 530 * _TERA, 880 * _TERA, 700 * _TERA, 1100 * _TERA,
-        240 * _TERA, 380 * _TERA, 0.80 * 3350 * _GIGA,
-    ),
-    "h200_fa2": DeviceProfile(
-        "H200 141 GB (FlashAttention-2)", 989 * _TERA, 370 * _TERA, 322 * _TERA, 880 * _TERA, 700 * _TERA, 1100 * _TERA,
-        240 * _TERA, 380 * _TERA, 0.90 * 4300 * _GIGA,
-    ),
-}  # fmt: skip
-
-
-def profile_of(name: str) -> DeviceProfile | None:
-    """Profile of a CUDA device by the name its driver gives; None for devices that no profile covers.
-
-    Hopper boards other than SXM ("PCIe", "NVL") have other clocks and memory.
-    """
-    families = {"A100": "a800", "A800": "a800", "H100": "h100", "H800": "h100", "H200": "h200"}
-    known = next((profile for part, profile in families.items() if part in name), None)
-    if known is None or (known != "a800" and any(board in name for board in ("PCIe", "NVL"))):
-        return None
-    return DEVICES[known]
-
-
-def peak_flops(name: str) -> float | None:
-    """Dense bf16 peak of a CUDA device by the name its driver gives; None for devices that no profile covers."""
-    known = profile_of(name)
-    return None if known is None else known.peak
 
 
 @dataclass(frozen=True, slots=True)
@@ -217,17 +150,18 @@ class TransformerCost:
         return self.layers * (attention + 2 * part["qkvo"] + part["camera_phases"] + part["cross_linear"] + part["ffn"])
 
     def passes(self) -> tuple[Pass, ...]:
-        """Memory-bound passes of one block.
+        """Memory-bound passes of one block; the residual stream is float32, two units a pass.
 
         Eager counts follow the published code: rotary embedding in complex128 with its casts, RMSNorm through float32,
-        one kernel per operation. Fused counts read inputs and write outputs once.
+        one kernel per operation, everything in bfloat16. Fused counts are those of ``models/layers.py``: every input
+        read and every output written once.
         """
         widening = self.ffn_dim / self.dim
         phases = self.phase_channels / self.dim
         camera = self.phase_channels > 0
         rotary, rotary_with_camera, rotary_value = 22.0, 35.7, 27.3  # passes per tensor in complex128
         return (
-            Pass("LayerNorm and modulation (three per block)", 14.0, 4.0),
+            Pass("norm and modulation before attention; others eager", 14.0, 3.0),
             Pass("q and k RMSNorm", 36.0, 0.0),
             Pass("rotary phases of q and k", 2 * (rotary_with_camera if camera else rotary), 4.0 + phases),
             Pass(
@@ -235,14 +169,16 @@ class TransformerCost:
                 2 * rotary_value + 4 if camera else 0.0,
                 2 + 2 * phases if camera else 0.0,
             ),
-            Pass("gates and residuals", 13.0, 9.0),
+            Pass("gates, residuals and the norms behind them", 13.0, 6.0 + 6.0 + 5.0),
             Pass("cross-attention norm, sum and copies", 25.0, 7.0),
-            Pass("GELU of the feed-forward hidden layer", 2 * widening, 0.0),
+            Pass("GELU of the feed-forward hidden layer", 2 * widening, 2 * widening),
         )
 
-    def traffic_bytes(self, kernels: Kernels) -> float:
-        """Bytes that the memory-bound passes of one forward move."""
+    def traffic_bytes(self, kernels: Kernels, *, no_gradient: bool = False) -> float:
+        """Bytes that the memory-bound passes of one forward move; ``no_gradient``: as :meth:`forward`."""
         fused = sum(item.fused for item in self.passes())
+        if no_gradient:
+            fused -= 2 * self.ffn_dim / self.dim
         units = {
             "eager": sum(item.eager for item in self.passes()),
             "compiled": _COMPILED_TRAFFIC * fused,
@@ -250,8 +186,16 @@ class TransformerCost:
         }
         return self.layers * units[kernels] * self.stream_bytes
 
-    def forward(self, device: DeviceProfile, speedups: Speedups, *, int8_attention: bool = False) -> Seconds:
-        """Predicted seconds of one forward of one sample."""
+    def forward(
+        self, device: DeviceProfile, speedups: Speedups, *, int8_attention: bool = False, no_gradient: bool = False
+    ) -> Seconds:
+        """Predicted seconds of one forward of one sample.
+
+        Args:
+            device, speedups: where and how.
+            int8_attention: int8 scores.
+            no_gradient: a step outside the window, whose fused feed-forward has its GELU in the product's epilogue.
+        """
         part = self.block_flops()
         frozen = part["cross_linear"] + part["ffn"]
         trained = part["qkvo"] + (0.0 if speedups.cached else part["camera_phases"])
@@ -261,7 +205,7 @@ class TransformerCost:
         linear = self.layers * (
             trained / device.matmul + frozen / (device.matmul_int8 if speedups.int8_linear else device.matmul)
         )
-        elementwise = self.traffic_bytes(speedups.kernels) / device.bandwidth
+        elementwise = self.traffic_bytes(speedups.kernels, no_gradient=no_gradient) / device.bandwidth
         # Source keys and values of the last block are still needed: about four fifths of its source work falls away.
         kept = 1.0 - self._unused_share if speedups.pruned else 1.0
         linear_kept = 1.0 - 0.8 * self._unused_share if speedups.pruned else 1.0

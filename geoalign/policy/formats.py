@@ -29,7 +29,7 @@ _CAMERAS = {"redirector": ("learned",), "recammaster": ("modulated",)}
 FORMATS = ("redirector", "recammaster", "diffusers", "lora")
 SUFFIXES = {"redirector": (".safetensors",), "lora": (".safetensors",), "recammaster": (".ckpt", ".pt", ".pth")}
 """How the file of a format may end: readers choose the parser by it."""
-WEIGHTS_FILE = "diffusion_pytorch_model.safetensors"
+WEIGHTS_FILE, CARD_FILE = "diffusion_pytorch_model.safetensors", "README.md"
 
 
 def require_camera(config: ModelConfig, kind: str) -> None:
@@ -79,11 +79,16 @@ def export_recammaster(model: RetakeDiT, path: Path, dtype: torch.dtype | None =
 
 
 def save_pretrained(
-    model: RetakeDiT, folder: Path, dtype: torch.dtype | None = None, codec: PatchCodec | None = None
+    model: RetakeDiT,
+    folder: Path,
+    dtype: torch.dtype | None = None,
+    codec: PatchCodec | None = None,
+    card: str | None = None,
 ) -> dict[str, Tensor]:
     """Write a folder with ``config.json`` and safetensors in diffusers' names; appears complete or not at all.
 
-    A patch codec lies beside them in ``codec.safetensors``, which diffusers does not look at; a VAE is not copied.
+    A patch codec lies beside them in ``codec.safetensors``, which diffusers does not look at; a VAE is not copied. A
+    model ``card`` is its ``README.md``.
     A model without source video and cameras is a stock ``WanTransformer3DModel`` and loads as one. Camera modules have
     no home in that class: they keep their own names, and the door (:func:`geoalign.policy.open.describe`) reads them.
 
@@ -98,6 +103,8 @@ def save_pretrained(
         save_sealed(tensors, temporary / WEIGHTS_FILE, {"format": "pt"})
         if codec is not None:
             save_codec_file(temporary / CODEC_FILE, codec)
+        if card is not None:
+            (temporary / CARD_FILE).write_text(card, "utf-8")
     return tensors
 
 

@@ -132,6 +132,9 @@ class RetakePolicy:
 
     def fast_velocity(self, x: Tensor, timestep: Tensor, precomputed: Precomputed) -> Velocity:
         """:meth:`velocity` by the approximate twin, if there is one."""
+        probe = None if self.fast is None else self.fast.execution.probe
+        if probe is not None and not probe.settled:
+            probe.at(float(timestep[0]) / 1000.0)
         return self._velocity(self.fast or self.model, x, timestep, precomputed)
 
     def phased(self) -> PhasedPolicy:

@@ -11,7 +11,6 @@ from typing import Any
 
 import yaml
 
-from geoalign import __version__
 from geoalign.errors import UsageError
 from geoalign.io_utils import atomic_write_text, check_writable
 from geoalign.report.curves import curves_section, phases_section
@@ -21,6 +20,7 @@ from geoalign.report.run_folder import RunRecord, read_run
 from geoalign.report.samples import samples_section
 from geoalign.report.svg import number
 from geoalign.report.words import SETS
+from geoalign.version import __version__
 
 CARD_METRICS = ("translation_error_m", "rotation_error_deg", "translation_gain", "psnr_db")
 

@@ -11,6 +11,7 @@ import weakref
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import partial
+from importlib.metadata import entry_points
 from typing import Any, get_type_hints
 
 from pydantic import TypeAdapter, ValidationError
@@ -27,6 +28,8 @@ from geoalign.rewards.running.guard import GuardedReward
 from geoalign.rewards.running.worker import WorkerReward
 from geoalign.types import SourceClip
 
+# Entry points by which an installed package registers its own, as name = "package.module:Class".
+GROUPS = {"reward": "geoalign.rewards", "pose evaluator": "geoalign.evaluators"}
 # As evaluators.table.EVALUATORS.
 REWARDS = {
     "geometry": "geoalign.rewards.geometry:GeometryReward",
@@ -76,13 +79,44 @@ class Shared:
 
 
 def _resolve(table: Mapping[str, str], name: Any, what: str) -> Callable[..., Any]:
+    """The callable of a registered name, of an entry point, or of ``package.module:attribute``: the user's code."""
     name = str(name)
-    if name not in table:
-        near = difflib.get_close_matches(name, table, n=1)
-        hint = f"; did you mean {near[0]!r}?" if near else ""
-        raise ConfigError(f"unknown {what} {name!r}{hint} (known: {', '.join(sorted(table))})")
-    module, attribute = table[name].split(":")
-    return getattr(importlib.import_module(module), attribute)
+    if name in table or ":" in name:
+        return _imported(table.get(name, name), f"{what} {name}")
+    for point in entry_points(group=GROUPS[what], name=name):
+        return _imported(
+            point.value, f"{what} {name} (entry point of {point.dist.name if point.dist else 'a package'})"
+        )
+    known = sorted({*table, *entry_points(group=GROUPS[what]).names})
+    near = difflib.get_close_matches(name, known, n=1)
+    hint = f"; did you mean {near[0]!r}?" if near else ""
+    raise ConfigError(f"unknown {what} {name!r}{hint} (known: {', '.join(known)}, and your own package.module:Class)")
+
+
+def _imported(place: str, what: str) -> Callable[..., Any]:
+    module, _, attribute = place.partition(":")
+    try:
+        found = getattr(importlib.import_module(module), attribute)
+    except ModuleNotFoundError as error:
+        if place.startswith("geoalign."):
+            raise  # a requirement of ours, which the message names
+        raise ConfigError(
+            f"{what}: no module {error.name!r}; install it, or run with PYTHONPATH=FOLDER of the folder it lies in"
+        ) from error
+    except AttributeError as error:
+        raise ConfigError(f"{what}: {module} has no {attribute!r}") from error
+    if not callable(found):
+        raise ConfigError(
+            f"{what}: {place} is a {type(found).__name__}; a class or a function that builds one is needed"
+        )
+    return found
+
+
+def _require(made: Any, protocol: type, what: str, needs: str) -> Any:
+    """``made`` if it is what it has to be; what is not ours may be anything."""
+    if not isinstance(made, protocol) or not callable(made):
+        raise ConfigError(f"{what} gave a {type(made).__name__}, which needs {needs} (docs/api.md)")
+    return made
 
 
 def takes_evaluator(kind: str) -> bool:
@@ -108,7 +142,10 @@ def _checked(factory: Callable[..., Any], options: Mapping[str, Any], where: str
     missing = [name for name, p in parameters.items() if p.default is p.empty and name not in options]
     if missing:
         raise ConfigError(f"{where}: needs {', '.join(missing)}")
-    hints = get_type_hints(factory.__init__ if inspect.isclass(factory) else factory)
+    try:
+        hints = get_type_hints(factory.__init__ if inspect.isclass(factory) else factory)
+    except NameError as error:  # imported for a type checker alone
+        raise ConfigError(f"{where}: the type of an option cannot be read ({error}); import it at run time") from error
     return {
         name: value if name == EVALUATOR else _typed(hints.get(name, Any), value, f"{where}.{name}")
         for name, value in options.items()
@@ -126,22 +163,34 @@ def _typed(hint: Any, value: Any, where: str) -> Any:
 
 
 def build_evaluator(name: str, shared: Shared | None = None, /, **options: Any) -> PoseEvaluator:
-    """Build a pose evaluator by registered name."""
+    """Build a pose evaluator; names, options and errors are like those of :func:`build_reward`."""
     factory = _resolve(EVALUATORS, name, "pose evaluator")
-    return (shared or Shared()).build(factory, _checked(factory, options, f"pose evaluator {name}"))
+    made = (shared or Shared()).build(factory, _checked(factory, options, f"pose evaluator {name}"))
+    return _require(made, PoseEvaluator, f"pose evaluator {name}", "a name, and a call of (video, source)")
 
 
 def build_reward(kind: str, options: Mapping[str, Any], shared: Shared | None = None) -> Reward:
-    """Build one reward by registered name; what it needs of evaluators is taken from, and added to, ``shared``."""
+    """Build one reward; what it needs of evaluators is taken from, and added to, ``shared``.
+
+    Args:
+        kind: a registered name, the name of an entry point, or ``package.module:Class`` of the user's own code.
+        options: arguments of the reward, checked against its annotations; ``evaluator`` names a pose evaluator and
+            ``evaluator_options`` are the arguments of that.
+        shared: what the rewards of a run have in common.
+
+    Raises:
+        ConfigError: an unknown name or option, a value of another type, or something built that is no reward.
+    """
     shared = shared or Shared()
-    options, evaluator_options = _check_reward(f"reward {kind}", kind, options)
+    options, evaluator_options = _check_reward(f"reward {kind} options", kind, options)
     if EVALUATOR in options:
         key = f"{options[EVALUATOR]}:{sorted(evaluator_options.items())}"
         if key not in shared.evaluators:
             evaluator = build_evaluator(options[EVALUATOR], shared, **evaluator_options)
             shared.evaluators[key] = LastResult(evaluator)
         options[EVALUATOR] = shared.evaluators[key]
-    return shared.build(_resolve(REWARDS, kind, "reward"), options)
+    made = shared.build(_resolve(REWARDS, kind, "reward"), options)
+    return _require(made, Reward, f"reward {kind}", "a name, keys, and a call of (videos, batch)")
 
 
 def build_rewards(

@@ -25,6 +25,7 @@ from geoalign.training.engines.base import Engine
 from geoalign.training.processes.ranks import Ranks
 from geoalign.training.reference import ReferencePolicy
 from geoalign.training.streaming import StreamingBackward
+from geoalign_kernels import exact_only
 
 
 @dataclass(slots=True, kw_only=True)
@@ -83,11 +84,12 @@ class Learner:
             count = self.ranks.sum(float(keep.sum())) * rollout.num_window_steps
             share = _Share(advantage, keep, valid, mine, max(count, 1.0), self.objective)
             self.engine.begin()
-            if stream is None:
-                result = self._replay(sampler, rollout, precomputed, share, range(rollout.num_window_steps))
-            else:
-                result = self._replay(sampler, rollout, precomputed, share, sorted(stream.left))
-                self._stream(sampler, stream, rollout, share, result)
+            with exact_only():  # forwards, and what backwards compute again
+                if stream is None:
+                    result = self._replay(sampler, rollout, precomputed, share, range(rollout.num_window_steps))
+                else:
+                    result = self._replay(sampler, rollout, precomputed, share, sorted(stream.left))
+                    self._stream(sampler, stream, rollout, share, result)
             with phase("update/optimizer"):
                 norm = self.engine.step()
             if part == 0:

@@ -13,13 +13,13 @@ from geoalign.models.dit import RetakeDiT
 from geoalign.models.execution import Execution, allow_graphs
 from geoalign.models.fast import fast_twin
 from geoalign.policy.policy import RetakePolicy
+from geoalign.training.attention_choice import choose
 from geoalign.training.engines.base import Engine, build_engine
 from geoalign.training.engines.optim import freeze_all_but
-from geoalign.training.processes.device import device_of, dtype_of
+from geoalign.training.processes.device import device_of, dtype_of, repeat_exactly
 from geoalign.training.processes.ranks import Ranks
 from geoalign.training.reference import ReferencePolicy
-from geoalign_kernels import resolve_attention
-from geoalign_kernels.ops.attention.cores import why_not_fp8
+from geoalign_kernels.ops.attention.fp8_support import why_not_fp8
 from geoalign_kernels.ops.attention.probe import Mode
 
 logger = logging.getLogger(__name__)
@@ -27,7 +27,7 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True, slots=True)
 class Parts:
-    """A policy on its device, the engine that trains it, and the reference of a KL term (None without one)."""
+    """A policy on its device, the engine that trains it, the reference of a KL term (None without one)."""
 
     policy: RetakePolicy
     engine: Engine
@@ -50,39 +50,44 @@ def ready(config: Config, policy: RetakePolicy, ranks: Ranks) -> Parts:
         dtype = torch.float64
     model.to(device)
     trained = freeze_all_but(model, config.optim.trainable)
-    configure(model.execution, config, device, dtype, ranks)
+    if config.run.deterministic:
+        repeat_exactly()
+    choice = choose(config, device, dtype, ranks)
+    configure(model.execution, config, dtype, ranks, choice.core)
+    logger.info("%s; matrices in %s on %s", choice.why, dtype, device)
     engine = build_engine(config, model, trained, ranks, dtype)
     if config.parallel.engine != "fsdp":  # which casts where it gathers
         model.to(dtype)
-    policy = replace(policy, codec=policy.codec.to(device), guidance=config.flow.guidance, fast=_twin(config, model))
+    twin = _twin(config, model, choice.int8)
+    policy = replace(policy, codec=policy.codec.to(device), guidance=config.flow.guidance, fast=twin)
     reference = ReferencePolicy(engine.trained) if config.objective.kl_weight > 0 else None
     return Parts(policy, engine, device, reference)
 
 
-def configure(execution: Execution, config: Config, device: torch.device, dtype: torch.dtype, ranks: Ranks) -> None:
+def configure(execution: Execution, config: Config, dtype: torch.dtype, ranks: Ranks, core: str) -> None:
     """Apply the switches of a configuration; every choice is made once, so that window and learner share it."""
     execution.prune_source = config.levers.prune_source
     execution.recompute = config.levers.recompute
     execution.cache_phases = config.levers.cache_phases
-    execution.core = resolve_attention(device, dtype)
+    execution.core = core
     execution.sequence = ranks.sequence_group()
     execution.dtype = dtype
     execution.compiled = config.run.compile
     if config.run.compile:
         allow_graphs()
-    logger.info("attention core %s, matrices in %s on %s", execution.core, dtype, device)
 
 
-def _twin(config: Config, model: RetakeDiT) -> RetakeDiT | None:
-    if config.ode.attention == "exact" and config.ode.linears == "exact":
+def _twin(config: Config, model: RetakeDiT, int8: bool) -> RetakeDiT | None:
+    kind = config.ode.attention if int8 else "exact"
+    if kind == "exact" and config.ode.linears == "exact":
         return None
     device = next(model.parameters()).device
-    if config.ode.attention == "int8_fp8" and device.type == "cuda" and (reason := why_not_fp8(device)):
+    if kind == "int8_fp8" and device.type == "cuda" and (reason := why_not_fp8(device)):
         raise ConfigError(f"ode.attention=int8_fp8 cannot run here: {reason}; use ode.attention=int8")
     modes: dict[str, tuple[Mode, ...]] = {"exact": (), "int8": ("int8",), "int8_fp8": ("int8_fp8", "int8")}
     return fast_twin(
         model,
-        attention=modes[config.ode.attention],
+        attention=modes[kind],
         threshold=config.ode.int8_threshold,
         linears=config.ode.linears == "int8",
     )

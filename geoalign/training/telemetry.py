@@ -12,7 +12,8 @@ from geoalign.config.schema import Config
 from geoalign.flow.rollout import Rollout
 from geoalign.flow.table import StepTable
 from geoalign.perf.budget import PassCount, Plan, Walk, count_passes
-from geoalign.perf.cost import TransformerCost, peak_flops
+from geoalign.perf.cost import TransformerCost
+from geoalign.perf.devices import peak_flops
 from geoalign.training.processes.ranks import RankRows
 
 

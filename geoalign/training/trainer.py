@@ -37,12 +37,15 @@ from geoalign.training.streaming import RowGradients, StreamingBackward
 from geoalign.training.telemetry import WorkMeter
 from geoalign.types import RetakeBatch
 from geoalign_kernels import philox_uniform, streams
+from geoalign_kernels.ops.attention.cores import why_not
 
 logger = logging.getLogger(__name__)
 MODES = "ode_modes"
 """Key of the notes: the attention mode of every block outside the window."""
 SKIPPED = "skipped_iterations"
 """Key of the notes: iterations in a row, up to now, in which every update was skipped."""
+CORE = "attention_core"
+"""Key of the notes: the exact attention core."""
 
 
 class ConditionSource(Protocol):
@@ -104,7 +107,7 @@ class Trainer:
         self.meter = WorkMeter(config, self.rank_rows, self.device)
         self.clock = PhaseTimer(self.device)
         self.iteration = 0
-        self.notes: dict[str, Any] = {}
+        self.notes: dict[str, Any] = {CORE: self.policy.model.execution.core}
 
     def step(self) -> dict[str, float]:
         """One iteration; returns its metrics.
@@ -243,10 +246,26 @@ class Trainer:
     def load(self, state: TrainState) -> None:
         """Continue from a checkpoint; raises CheckpointError if it does not fit."""
         self.engine.restore(state.snapshot)
-        self.iteration, self.notes = state.iteration, dict(state.notes)
+        self.iteration, chosen = state.iteration, self.notes[CORE]
+        self.notes = {CORE: chosen, **state.notes}
+        self._keep_core(self.notes[CORE], chosen)
         modes = self.notes.pop(MODES, None)
         if modes and self.policy.fast is not None and set_attention_modes(self.policy.fast, modes):
             self.notes[MODES] = modes
+
+    def _keep_core(self, before: str, chosen: str) -> None:
+        """Go on with the attention core of the checkpoint, where it was found by a measurement and runs here."""
+        if before == chosen or self.config.run.attention != "measured":
+            self.notes[CORE] = chosen
+            return
+        model = self.policy.model
+        reason = why_not(before, self.device, model.execution.dtype or self.policy.dtype)
+        if reason:
+            logger.warning("attention core %s of the checkpoint cannot run here (%s): %s", before, reason, chosen)
+            self.notes[CORE] = chosen
+            return
+        for network in filter(None, (model, self.policy.fast)):
+            network.execution.core = before
 
     def _agree_on_modes(self) -> None:
         """After the first iteration: where ranks measured other 8-bit modes for a layer, the most exact one is kept."""

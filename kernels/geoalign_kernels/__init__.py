@@ -7,7 +7,13 @@ The package imports torch only (Triton at the first kernel launch) and nothing o
 
 from geoalign_kernels.dispatch import BackendUnavailableError, report, set_backend, use_backend
 from geoalign_kernels.dropin import Handle, UnknownNetwork, accelerate
-from geoalign_kernels.ops.attention import AttentionOutput, attention, exact_only, resolve_attention
+from geoalign_kernels.ops.attention import (
+    AttentionOutput,
+    attention,
+    exact_only,
+    inside_exact_only,
+    resolve_attention,
+)
 from geoalign_kernels.ops.attention.probe import ProbedInt8Attention
 from geoalign_kernels.ops.flow_step import FlowStep, flow_log_prob, flow_step
 from geoalign_kernels.ops.frame_preprocess import CropTarget, FrameInputs, FramePlan, frame_plan, frame_preprocess
@@ -37,6 +43,7 @@ __all__ = [
     "frame_plan",
     "frame_preprocess",
     "gated_residual",
+    "inside_exact_only",
     "modulated_norm",
     "philox_normal",
     "philox_uniform",

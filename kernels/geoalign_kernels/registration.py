@@ -32,15 +32,19 @@ def define(
     fake: Callable[..., Any],
     backward: Callable[..., Any] | None = None,
     setup_context: Callable[..., None] | None = None,
+    guard: Callable[[], None] | None = None,
 ) -> None:
     """Defines ``geoalign::name`` for CPU and CUDA; ``dispatch`` chooses the implementation at each call.
 
-    The first tensor argument decides the device. ``backward`` and ``setup_context`` are those of
+    The first tensor argument decides the device. ``guard`` may refuse a call by raising, also one of a compiled graph,
+    which no check in Python around the op would see. ``backward`` and ``setup_context`` are those of
     ``torch.library.register_autograd``.
     """
     library.define(f"{name}{schema}", tags=(torch.Tag.pt2_compliant_tag,))
 
     def run(first: torch.Tensor, *args: Any) -> Any:
+        if guard is not None:
+            guard()
         return on_device(first.device, dispatch.run, name, first.device, (first, *args))
 
     for key in ("CPU", "CUDA"):

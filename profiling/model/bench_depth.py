@@ -1,6 +1,7 @@
 """One RL iteration of the 1.3B model on fewer blocks, extrapolated to all of them and checked against a whole pass.
 
     python profiling/model/bench_depth.py [--quick] [--out FILE.jsonl]       on a CUDA device; --quick: depths 1, 2, 4
+    python profiling/model/bench_depth.py --one [--out FILE.jsonl]           one iteration of 2 blocks, all exact levers
     python profiling/model/bench_depth.py --plan                             predicted seconds, any machine
     python profiling/model/bench_depth.py --self-check [--out FILE.jsonl]    any machine, a tiny model
 
@@ -31,7 +32,9 @@ from geoalign.geometry.trajectory import CameraTrajectory
 from geoalign.models.dit import RetakeDiT
 from geoalign.models.wan_vae import WanCodec
 from geoalign.perf.budget import Plan, Walk, count_passes
-from geoalign.perf.cost import DEVICES, DeviceProfile, Speedups, TransformerCost
+from geoalign.perf.cost import Speedups, TransformerCost
+from geoalign.perf.devices import DEVICES, DeviceProfile
+from geoalign.perf.phases import phase_work
 from geoalign.policy.policy import RetakePolicy
 from geoalign.rewards.base import RewardOutput
 from geoalign.training.telemetry import plan_of
@@ -187,21 +190,9 @@ def predicted_ms(config: Config, layers: int, setting: str, profile: DeviceProfi
     plan, window = plan_of(config), config.window
     speedups = Speedups() if setting == "off" else Speedups(kernels="fused", cached=True, pruned=True)
     walk = Walk(window.start, window.size, config.flow.steps - window.start - window.size)
-    count = count_passes(walk, 1, config.groups.size, 1, plan)
-    forward, backward = work.forward(profile, speedups), work.backward(profile, speedups).total
-    outside = work.forward(profile, speedups, int8_attention=setting == "int8").total
-    again = forward.total - (forward.attention if plan.keep_attention else 0.0)
-    learner = count.recompute * again + count.backward * backward
-    # Streamed backwards run inside the window; only the merged first step is left to the update.
-    streamed = learner * (1 - count.replay / count.backward) if plan.stream_backward else 0.0
-    seconds = {
-        "rollout/prefix": count.prefix * outside,
-        "rollout/window": count.window * forward.total + streamed,
-        "rollout/tail": count.tail * outside,
-        "update/forward": count.replay * forward.total,
-        "update/backward": learner - streamed,
-    }
-    return {name: 1e3 * value for name, value in seconds.items()}
+    plan = replace(plan, speedups=speedups, int8_attention=setting == "int8")
+    found = phase_work(work, plan, walk, 1, config.groups.size, 1, profile)
+    return {name: 1e3 * phase.seconds for name, phase in found.items() if phase.seconds is not None}
 
 
 def iteration(bench: Bench, scene: Scene, layers: int, setting: str) -> tuple[dict[str, float], Tensor]:
@@ -214,12 +205,14 @@ def iteration(bench: Bench, scene: Scene, layers: int, setting: str) -> tuple[di
         metrics = trainer.step()
         total = 1e3 * (time.perf_counter() - began)
     assert metrics["perf/forward_equivalents"] == metrics["perf/predicted_forward_equivalents"]
-    expected = predicted_ms(scene.config, layers, setting, bench.profile) if bench.profile else {}
+    core = trainer.policy.model.execution.core or ""
+    profile = bench.profile.with_core(core) if bench.profile else None
+    expected = predicted_ms(scene.config, layers, setting, profile) if profile else {}
     times = {name: 1e3 * metrics.get(f"time/{name}_s", 0.0) for name in PHASES}
     common = {"variant": f"{layers} blocks", "direction": "", "shape": [layers], "n_warm": 1, "n_rep": 1}
     for name, value in times.items():
         bench.add("phase", name, setting, t_ms_median=value, predicted_ms=expected.get(name), **common)
-    note = f"{metrics['perf/forward_equivalents']:.0f} forward equivalents"
+    note = f"{metrics['perf/forward_equivalents']:.0f} forward equivalents, attention core {core}"
     peak = int(1e9 * metrics["perf/peak_memory_gb"])
     bench.add("iteration", "iteration", setting, t_ms_median=total, peak_mem_bytes=peak, note=note,
               predicted_ms=sum(expected.values()) or None, **common)  # fmt: skip
@@ -305,6 +298,14 @@ def plan() -> None:
             print(f"{setting:8s} {layers:6d}  " + "  ".join(f"{value:9.1f}" for value in seconds))
 
 
+def one(bench: Bench, scene: Scene) -> list[str]:
+    """The rows of one iteration with the exact levers; nothing is extrapolated."""
+    bench.ceilings("first")
+    iteration(bench, scene, scene.compared, "exact")
+    bench.ceilings("last")
+    return []
+
+
 def run(bench: Bench, scene: Scene) -> list[str]:
     """All rows; what was not as it must be (tiny sizes: times are not judged)."""
     bench.ceilings("first")
@@ -329,6 +330,7 @@ def run(bench: Bench, scene: Scene) -> list[str]:
 def main() -> int:
     """Entry point; 2 without a device, 1 if a check fails."""
     parser = options_parser(__doc__, None, "depths 1, 2 and 4")
+    parser.add_argument("--one", action="store_true", help="only one iteration of the second depth, all exact levers")
     parser.add_argument("--plan", action="store_true", help="print predictions, measure nothing")
     options = parser.parse_args()
     if options.plan:
@@ -337,7 +339,8 @@ def main() -> int:
     bench = bench_of(options, "--plan or --self-check")
     if bench is None:
         return 2
-    wrong = run(bench, Scene.of(bench.small, bench.quick, bench.device))
+    scene = Scene.of(bench.small, bench.quick or options.one, bench.device)
+    wrong = one(bench, scene) if options.one else run(bench, scene)
     if bench.file.path:
         print(f"wrote {bench.file.path}")
     for text in wrong:

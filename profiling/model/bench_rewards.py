@@ -7,7 +7,8 @@
 Rows go where `bench_ops.py` puts its own, in the same schema, between the same ceilings. What is timed is the captured
 body of a scorer (prepared pixels in, poses or raw scores out), eagerly and as a replayed graph, which includes copying
 the inputs in and the outputs out. Weights do not change the time. `predicted_ms` is FLOPs over the device profile's
-rate for reward models and is printed before anything is timed. Exit code: 0, or 1 if a replay differs from eager.
+rate for reward models and is printed before anything is timed. Exit code: 0, or 1 if a
+model failed or a replay differs from eager.
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ from geoalign.frozen.graphed import CudaGraphBackend, GraphedScorer
 from geoalign.frozen.mapanything_images import plan_resize
 from geoalign.frozen.precision import exactly
 from geoalign.frozen.qwen_patches import fit_size
-from geoalign.perf.cost import DEVICES
+from geoalign.perf.devices import DEVICES
 from geoalign.perf.reward_cost import pose_path_flops, qwen_flops
 from geoalign.rewards.vlm.body import RewardQwen, hpsv3_head, videoalign_head
 from geoalign.rewards.vlm.layout import HPSV3_BODY, VIDEOALIGN_BODY, QwenLayout
@@ -39,7 +40,7 @@ from geoalign.rewards.vlm.scorers import StaticBody
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "ops"))  # scripts of one checkout, not a package
 
-from bench_ops import Bench, bench_of, options_parser
+from bench_ops import Bench, bench_of, chosen, lost_device, options_parser
 from bench_timing import count_launches, measure
 
 FRAME = (480, 832)
@@ -201,6 +202,10 @@ def bench_case(bench: Bench, case: RewardCase) -> None:
         bench.file.amend(bitwise_equal=equal and later, graph=graphed.counts.captures > 0)
     except torch.OutOfMemoryError as error:
         bench.not_run(case.name, "ours", "fwd", case.shape, f"out of memory: {str(error).splitlines()[0]}")
+    except Exception as error:  # costs this model only
+        note = f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
+        bench.add("reward", case.name, "ours", direction="fwd", shape=list(case.shape), status="failed", note=note)
+        bench.lost = lost_device(bench.device)
 
 
 def time_row(bench: Bench, case: RewardCase, impl: str, call: Callable[[int], Any], equal: bool, fields: Row) -> None:
@@ -286,23 +291,31 @@ def main() -> int:
     bench = bench_of(options, "--plan or --self-check")
     if bench is None:
         return 2
-    chosen = [c for c in (tiny_cases() if bench.small else cases(bench.quick)) if options.only in c.name]
+    chosen_cases = [c for c in (tiny_cases() if bench.small else cases(bench.quick)) if chosen(c.name, options.only)]
     bench.ceilings("first")
-    for case in chosen:
+    for case in chosen_cases:
         release_memory()
-        bench_case(bench, case)
+        late = "the run was out of time" if bench.clock() > bench.ends else ""
+        if late or bench.lost:
+            bench.not_run(case.name, "ours", "fwd", case.shape, late or bench.lost)
+        else:
+            bench_case(bench, case)
     release_memory()
-    turns = {case.name: case for case in chosen if case.name in ("mapanything_v1.1", "videoalign")}
-    if len(turns) == 2 and not bench.quick:
+    turns = {case.name: case for case in chosen_cases if case.name in ("mapanything_v1.1", "videoalign")}
+    if len(turns) == 2 and not (bench.quick or bench.lost):
         bench_turns(bench, list(turns.values()))
     release_memory()
-    bench.ceilings("last")
+    if not bench.lost:
+        bench.ceilings("last")
     if bench.file.path:
         print(f"wrote {bench.file.path}")
     unequal = [row for row in bench.rows if row.get("bitwise_equal") is False]
     for row in unequal:
         print(f"FAILED {row['name']} {row['impl']} {row['shape']}: not equal bit for bit", file=sys.stderr)
-    return 1 if unequal else 0
+    failed = [row for row in bench.rows if row.get("status") == "failed"]
+    for row in failed:
+        print(f"FAILED {row['name']} {row['shape']}: {row['note']}", file=sys.stderr)
+    return 1 if unequal or failed else 0
 
 
 if __name__ == "__main__":

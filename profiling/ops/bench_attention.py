@@ -6,14 +6,16 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
 
+import bench_libraries as libraries
 import torch
 from bench_cases import SAMPLED, Check, Work, sets
 from bench_timing import Call, errors, on_poison
 from torch import Tensor
 
 import geoalign_kernels as gk
-from geoalign.perf.cost import DeviceProfile
-from geoalign_kernels.ops.attention.cores import CORES, why_not, why_not_fp8
+from geoalign.perf.devices import DeviceProfile, core_rates
+from geoalign_kernels.ops.attention.cores import CORES, why_not
+from geoalign_kernels.ops.attention.fp8_support import why_not_fp8
 
 HEADS, HEAD = 12, 128
 CHUNK = 1024
@@ -66,24 +68,25 @@ class AttentionCase:
             reasons["reference"] = f"plain softmax is not timed above {MATRIX_LIMIT} queries"
         # on a CPU the self-check runs the reference of the quantised modes
         reasons |= {"int8": "", "int8_fp8": why_not_fp8(q.device) if q.device.type == "cuda" else ""}
-        return reasons | {"sage": "SageAttention has no adapter here; its published charts are the comparison"}
+        return reasons | {name: libraries.attention_absent(name, q.device) for name in libraries.ATTENTION}
 
     @property
     def rows(self) -> list[tuple[str, str]]:
-        """(implementation, direction) of every row; the quantised modes have no backward."""
-        return [(impl, d) for impl in self.implementations for d in self.work if d == "fwd" or impl not in QUANTISED]
+        """(implementation, direction) of every row; quantised modes and rivals have no backward here."""
+        return [(impl, d) for impl in self.implementations for d in self.work if d == "fwd" or impl in CORES]
 
     def absent(self, impl: str) -> str:
         """Why an implementation is not there; empty if it is."""
         return self.implementations[impl]
 
     def predicted_ms(self, profile: DeviceProfile, impl: str, direction: str) -> float | None:
-        """By the rates of the cost model; the class of the core is that of the profile."""
-        quantised = impl in QUANTISED
-        rate = profile.attention_int8 if quantised else profile.attention
+        """By the rates of the cost model for that very core; None where it has none."""
+        modes = {"int8": profile.attention_int8, "int8_fp8": profile.attention_int8_fp8}
+        core = core_rates(profile.target).get(impl)
+        rate = modes.get(impl) if core is None else core.forward if direction == "fwd" else core.backward
         flops = self.work[direction].flops
         assert flops is not None
-        return 1e3 * flops / (rate if direction == "fwd" else profile.attention_backward)
+        return 1e3 * flops / rate if rate else None
 
     def prepare(self, impl: str, direction: str) -> tuple[Call, Check]:
         """(what to time, what gives its errors) of one row."""
@@ -138,6 +141,10 @@ def attention_cases(
 
 def forward(name: str, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """Output by the named row of `AttentionCase.implementations`."""
+    if name in libraries.ATTENTION:
+        rival = libraries.ATTENTION[name]()
+        assert not isinstance(rival, str)
+        return rival(q, k, v)
     if name in QUANTISED:
         return gk.attention(q, k, v, mode=name).out
     return gk.attention(q, k, v, core=name).out

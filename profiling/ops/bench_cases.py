@@ -6,13 +6,14 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
+import bench_libraries as libraries
 import bench_rivals as rivals
 import torch
 from bench_timing import Call, buffers_for, errors, on_poison
 from torch import Tensor
 
 import geoalign_kernels as gk
-from geoalign.perf.cost import DeviceProfile
+from geoalign.perf.devices import DeviceProfile
 
 HEADS, HEAD, PAIRS = 12, 128, 42
 WIDTH = HEADS * HEAD
@@ -20,6 +21,7 @@ TABLE = (0.98, -0.04, 0.3, 0.0)
 """(a, b, c, d) of a stochastic step."""
 SAMPLED = 256
 """Tokens whose results are compared with float64."""
+FORWARD_ONLY = ("flashinfer", "sgl_kernel", "sglang")
 Implementation = rivals.Implementation
 Check = Callable[[], dict[str, float | None]]
 
@@ -79,8 +81,13 @@ class Case:
 
     @property
     def rows(self) -> list[tuple[str, str]]:
-        """(implementation, direction) of every row."""
-        return [(impl, direction) for impl in self.implementations for direction in self.work]
+        """(implementation, direction) of every row; some libraries have no backward."""
+        return [
+            (impl, direction)
+            for impl in self.implementations
+            for direction in self.work
+            if direction == "fwd" or impl not in FORWARD_ONLY
+        ]
 
     def absent(self, impl: str) -> str:
         """Why an implementation is not there; empty if it is."""
@@ -198,7 +205,8 @@ def row_cases(
             "ours": gk.rms_norm, "eager": rivals.published_rms_norm,
             "compiled": rivals.compiled(rivals.rewritten_rms_norm, device),
             "torch": lambda x, w: torch.nn.functional.rms_norm(x, (WIDTH,), w, rivals.EPS),
-            "liger": rivals.liger_rms_norm(),
+            "liger": libraries.liger_rms_norm(rivals.EPS), "flashinfer": libraries.flashinfer_rms_norm(rivals.EPS),
+            "sgl_kernel": libraries.sgl_rms_norm(rivals.EPS),
         },
         rivals.rewritten_rms_norm, {"fwd": Work(2 * row), "bwd": Work(3 * row)}, (1, None),
         differentiable=(0,), traffic=known | {"eager": 9.0},
@@ -216,7 +224,7 @@ def _stream_cases(
 
     row, long = (tokens * WIDTH * kind.itemsize for kind in (dtype, stream))
     angles = tokens * HEADS * PAIRS * dtype.itemsize
-    variant = "float32 stream" if stream != dtype else ""
+    same, variant = stream == dtype, "float32 stream" if stream != dtype else ""
     yield Case(
         "unrotate_gate_norm", variant, (tokens, WIDTH, PAIRS),
         sets(lambda: (rand(1, tokens, WIDTH), rand(1, tokens, WIDTH, kind=stream), vector(), vector(), vector(),
@@ -237,7 +245,8 @@ def _stream_cases(
             "ours": lambda x, a, b: gk.modulated_norm(x, a, b, dtype=dtype),
             "eager": lambda x, a, b: rivals.published_norm(x, a, b, dtype),
             "compiled": rivals.compiled(rivals.rewritten_norm(dtype), device),
-            "liger": rivals.liger_norm() if stream == dtype else "Liger's LayerNorm returns the dtype it reads",
+            "liger": libraries.liger_norm(rivals.EPS) if same else "Liger's LayerNorm returns the dtype it reads",
+            "sglang": libraries.sglang_norm(rivals.EPS) if same else "SGLang's modulation returns the dtype it reads",
         },
         rivals.rewritten_norm(torch.float64), {"fwd": Work(row + long), "bwd": Work(row + 2 * long)}, (1, None, None),
         differentiable=(0,), traffic=known,

@@ -8,8 +8,9 @@ to be quoted. Inputs are random; sets of them are used in turn so that nothing s
 the error of that implementation against float64 on sampled rows, taken in the same run. A rival that is absent has a
 row with `status` "not run". `predicted_ms` is what the cost model said before the run.
 
-`--quick` takes the shapes of a run only and ends within ten minutes on one GPU: what does not fit any more becomes a
-"not run" row. Exit code: 0, or 1 if an exact row misses its error gate.
+`--quick` takes the shapes of a run only and ends within ten minutes on one GPU; `--budget-s` sets another limit. What
+does not fit any more becomes a "not run" row. A row that fails is a "failed" row with its error, and the run goes on.
+Exit code: 0, or 1 if a row failed or an exact row misses its error gate.
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ from typing import Any
 
 import bench_attention as attention
 import bench_cases as cases
+import bench_libraries as libraries
 import bench_products as products
 import torch
 from bench_timing import (
@@ -42,7 +44,8 @@ from bench_timing import (
 )
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from geoalign.perf.cost import DEVICES, TransformerCost, profile_of
+from geoalign.perf.cost import TransformerCost
+from geoalign.perf.devices import DEVICES, profile_of
 from geoalign_kernels.static.check import EXPECTATIONS
 
 GATE = 1e-2
@@ -51,7 +54,7 @@ STEADY = 0.03
 GEMMS = ((65_520, 1536, 1536), (65_520, 1536, 4608), (65_520, 1536, 8960), (65_520, 8960, 1536))  # rows, in, out
 RESULTS = Path(__file__).parents[1] / "results"
 QUICK_S = 540.0
-"""Seconds after which a quick run measures nothing more but its last ceilings."""
+"""Seconds after which a quick run starts no row any more, only its last ceilings."""
 COMPILE_S, CASE_S = 15.0, 2.0
 """Assumed for the estimate: a compiled implementation and direction; making operands and exact results of a case."""
 Row = dict[str, Any]
@@ -61,9 +64,13 @@ AnyCase = cases.Case | attention.AttentionCase
 class Bench:
     """One run: the device, how often to repeat, the ceilings found so far, the rows."""
 
-    def __init__(self, device: torch.device, out: Path | None, *, quick: bool, small: bool) -> None:
-        self.device, self.small, self.quick = device, small, quick
-        self.started = time.monotonic()
+    def __init__(
+        self, device: torch.device, out: Path | None, *, quick: bool, small: bool, budget_s: float | None = None,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:  # fmt: skip
+        self.device, self.small, self.quick, self.clock = device, small, quick, clock
+        self.ends = clock() + (budget_s or (QUICK_S if quick else float("inf")))
+        self.lost = ""
         self.repeats = 5 if small else 30
         self.dtype = torch.float32 if small else torch.bfloat16
         self.run_id = datetime.datetime.now(datetime.UTC).strftime("%Y%m%dT%H%M%SZ")
@@ -85,6 +92,9 @@ class Bench:
             "name": name,
             "impl": impl,
         }
+        if kind == "kernel":
+            level = libraries.level_of(impl, fields.get("variant", ""))
+            row |= {"version": libraries.version_of(impl), "level": level}
         row |= {"status": "ok", "dtype": str(self.dtype).removeprefix("torch."), "variant": "", "note": "", **fields}
         assert kind == "reward" or set(row) == set(FIELDS), set(row) ^ set(FIELDS)
         time_ms = row["t_ms_median"]
@@ -158,18 +168,24 @@ class Bench:
     def case(self, case: AnyCase) -> None:
         """All rows of a case."""
         for impl, direction in case.rows:
-            late = self.quick and time.monotonic() - self.started > QUICK_S
-            reason = case.absent(impl) or ("a quick run was out of time" if late else "")
+            reason = case.absent(impl) or self.lost or self.too_late(case, impl, direction)
             if reason:
                 self.not_run(case.name, impl, direction, case.shape, reason, case.variant)
                 continue
             try:
                 self.time(case, impl, direction)
-            except Exception as error:  # a rival that fails to compile or to run is a "not run" row; ours is an error
-                if impl == "ours" and not isinstance(error, torch.OutOfMemoryError):
-                    raise
-                reason = f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
-                self.not_run(case.name, impl, direction, case.shape, reason, case.variant)
+            except torch.OutOfMemoryError as error:
+                self.not_run(case.name, impl, direction, case.shape, _first_line(error), case.variant)
+            except Exception as error:  # whatever it is, it costs this row only
+                self.add("kernel", case.name, impl, variant=case.variant, direction=direction,
+                         shape=list(case.shape), status="failed", note=_first_line(error))  # fmt: skip
+                self.lost = lost_device(self.device)
+
+    def too_late(self, case: AnyCase, impl: str, direction: str) -> str:
+        """Why a row is not started any more: what it is predicted to take does not fit into the budget."""
+        predicted = case.predicted_ms(self.profile, impl, direction) if self.profile else None
+        seconds = 1e-3 * (predicted or 0.0) * (WARM_UPS + self.repeats) + COMPILE_S * (impl == "compiled")
+        return "the run was out of time" if self.clock() + seconds > self.ends else ""
 
     def time(self, case: AnyCase, impl: str, direction: str) -> None:
         """Checks one implementation, times it, adds its row."""
@@ -190,6 +206,26 @@ class Bench:
         )  # fmt: skip
         if impl in case.gated and (row["rel_l2"] or 0.0) > GATE:
             self.missed.append(row)
+
+
+def _first_line(error: Exception) -> str:
+    return f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
+
+
+def lost_device(device: torch.device) -> str:
+    """Why nothing more can run in this process: after an illegal access a CUDA context refuses everything."""
+    if device.type != "cuda":
+        return ""
+    try:
+        torch.cuda.synchronize(device)
+    except Exception as error:
+        return f"the device was lost to an earlier row ({_first_line(error)})"
+    return ""
+
+
+def chosen(name: str, only: str) -> bool:
+    """Whether `--only` (parts of names, separated by commas) asks for a name."""
+    return any(part in name for part in only.split(","))
 
 
 def groups(bench: Bench) -> list[tuple[str, Callable[[], Iterator[AnyCase]]]]:
@@ -240,8 +276,8 @@ def estimate(bench: Bench, only: str) -> tuple[float, float]:
 def all_cases(bench: Bench, only: str) -> Iterator[AnyCase]:
     """The cases of a run whose name contains `only`, one at a time."""
     for names, make in groups(bench):
-        if any(only in name for name in names.split()):
-            yield from (case for case in make() if only in case.name)
+        if any(chosen(name, only) for name in names.split()):
+            yield from (case for case in make() if chosen(case.name, only))
 
 
 def run(bench: Bench, only: str) -> None:
@@ -250,7 +286,8 @@ def run(bench: Bench, only: str) -> None:
         bench.ceilings("first")
         for case in all_cases(bench, only):
             bench.case(case)
-        bench.ceilings("last")
+        if not bench.lost:
+            bench.ceilings("last")
 
 
 def options_parser(doc: str | None, things: str | None, quick: str) -> argparse.ArgumentParser:
@@ -258,7 +295,8 @@ def options_parser(doc: str | None, things: str | None, quick: str) -> argparse.
     parser = argparse.ArgumentParser(description=(doc or "").partition("\n")[0])
     parser.add_argument("--out", type=Path, help="default: profiling/results/<utc>-<device>-<commit>.jsonl")
     if things:
-        parser.add_argument("--only", default="", help=f"{things} whose name contains this")
+        parser.add_argument("--only", default="", help=f"{things} whose name contains one of these parts (a,b)")
+    parser.add_argument("--budget-s", type=float, help="start nothing that would end after so many seconds")
     parser.add_argument("--quick", action="store_true", help=quick)
     parser.add_argument("--self-check", action="store_true", help="tiny sizes on the CPU: exercises the harness only")
     return parser
@@ -270,7 +308,7 @@ def bench_of(options: argparse.Namespace, instead: str) -> Bench | None:
         print(f"no CUDA device: use {instead}", file=sys.stderr)
         return None
     device = torch.device("cpu" if options.self_check else "cuda")
-    return Bench(device, options.out, quick=options.quick, small=options.self_check)
+    return Bench(device, options.out, quick=options.quick, small=options.self_check, budget_s=options.budget_s)
 
 
 def main() -> int:
@@ -286,10 +324,11 @@ def main() -> int:
     run(bench, options.only)
     if bench.file.path:
         print(f"wrote {bench.file.path}")
-    for row in bench.missed:
-        print(f"FAILED {row['name']} {row['variant']} {row['direction']} {row['shape']}: error {row['rel_l2']:.3e}",
-              file=sys.stderr)  # fmt: skip
-    return 1 if bench.missed else 0
+    failed = [row for row in bench.rows if row.get("status") == "failed"]
+    for row in [*bench.missed, *failed]:
+        what = row["note"] if row in failed else f"error {row['rel_l2']:.3e}"
+        print(f"FAILED {row['name']} {row['variant']} {row['direction']} {row['shape']}: {what}", file=sys.stderr)
+    return 1 if bench.missed or failed else 0
 
 
 if __name__ == "__main__":

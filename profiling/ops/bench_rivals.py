@@ -1,17 +1,15 @@
 """What the kernels are compared with: the published formulation, a compiled real-valued rewrite, libraries.
 
-Every function takes the operands of the op in the order of its case in `bench_cases.py`. An absent library is the
-reason (a string) in place of a function, and becomes a "not run" row.
+Every function takes the operands of the op in the order of its case in `bench_cases.py`. Libraries have their
+adapters in `bench_libraries.py`.
 """
 
 from __future__ import annotations
 
-import importlib
 from collections.abc import Callable
 from typing import Any
 
 import torch
-from bench_timing import installed
 from torch import Tensor
 from torch._functorch import config as functorch_config
 from torch.nn import functional
@@ -106,19 +104,3 @@ def rewritten_rms_norm(x: Tensor, weight: Tensor) -> Tensor:
 
 
 rewritten_gate = gate_reference.gated_residual
-
-
-def liger_norm() -> Implementation | str:
-    """Liger's LayerNorm with weight 1 + scale and bias shift: the same function for one sample."""
-    if not installed("liger_kernel"):
-        return "liger-kernel is not installed"
-    layer_norm = importlib.import_module("liger_kernel.ops.layer_norm").LigerLayerNormFunction
-    return lambda x, scale, shift: layer_norm.apply(x, (1.0 + scale[0]).to(x.dtype), shift[0].to(x.dtype), EPS)
-
-
-def liger_rms_norm() -> Implementation | str:
-    """Liger's RMSNorm with float32 statistics."""
-    if not installed("liger_kernel"):
-        return "liger-kernel is not installed"
-    rms_norm = importlib.import_module("liger_kernel.ops.rms_norm").LigerRMSNormFunction
-    return lambda x, weight: rms_norm.apply(x, weight, EPS, 0.0, "gemma", False)

@@ -17,11 +17,12 @@ from typing import Any
 
 import torch
 
-SCHEMA = 2
+SCHEMA = 3
 FIELDS = (
     "schema", "run_id", "kind", "name", "variant", "impl", "status", "dtype", "shape", "direction", "n_warm", "n_rep",
     "t_ms_median", "t_ms_p20", "t_ms_p80", "bytes_min", "flops", "gbps", "tflops", "pct_copy", "pct_matmul", "rel_l2",
-    "max_abs", "regs", "spill_bytes", "smem_bytes", "launches", "peak_mem_bytes", "graph", "predicted_ms", "note",
+    "max_abs", "version", "level", "regs", "spill_bytes", "smem_bytes", "launches", "peak_mem_bytes", "graph",
+    "predicted_ms", "note",
 )  # fmt: skip
 """Every row but the first, which is the environment, has these; rows of reward models have more."""
 L2_BYTES = 60 << 20
@@ -32,7 +33,10 @@ SHORT_MS = 0.05
 """Below this the gaps between launches count: the time is taken from a graph of `REPLAYS` calls."""
 AHEAD_CYCLES = 2_500_000
 """1.3 to 1.8 ms of a GPU's clock, in which Python enqueues the timed call."""
-RIVAL_PACKAGES = ("flash-attn", "flash-attn-4", "liger-kernel", "sageattention", "quack-kernels", "torchao")
+RIVAL_PACKAGES = (
+    "flash-attn", "flash-attn-3", "flash-attn-4", "liger-kernel", "sageattention", "flashinfer-python", "sglang",
+    "sgl-kernel", "quack-kernels", "torchao",
+)  # fmt: skip
 
 Call = Callable[[int], Any]
 

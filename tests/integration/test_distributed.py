@@ -117,7 +117,9 @@ def test_a_hung_rank_ends_the_run_with_a_message(train: Launch, tmp_path: Path) 
 
 
 @pytest.mark.dist(groups=1)
-@pytest.mark.parametrize("delay", [0.0, 0.05, 0.3, 2.0])
+@pytest.mark.parametrize(
+    "delay", [0.0, pytest.param(0.05, marks=pytest.mark.slow), 0.3, pytest.param(2.0, marks=pytest.mark.slow)]
+)
 def test_a_stop_signal_to_every_process_of_a_job_is_one(delay: float, train: Launch, tmp_path: Path) -> None:
     """A scheduler signals torchrun and its workers; torchrun passes on to them what they already have, when it can."""
     folder = tmp_path / "run"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -42,11 +43,11 @@ def test_the_kernel_package_alone_runs_its_example(tmp_path: Path) -> None:
     """Installed by itself into a folder; beside it only what it depends on is importable, and nothing else is used."""
     options = ["--quiet", "--no-deps", "--no-build-isolation", "--target", str(tmp_path / "site")]
     copy = tmp_path / "repository"
-    for part in ("kernels", "csrc"):
+    for part in ("kernels", "csrc", "setup.py", "geoalign/version.py"):
         files = subprocess.run(["git", "ls-files", part], cwd=ROOT, capture_output=True, text=True, check=True).stdout
         for file in files.split():
             (copy / file).parent.mkdir(parents=True, exist_ok=True)
-            (copy / file).write_bytes((ROOT / file).read_bytes())
+            shutil.copy(ROOT / file, copy / file, follow_symlinks=False)
     subprocess.run([sys.executable, "-m", "pip", "install", *options, str(copy / "kernels")], check=True, timeout=300)
     installed = {path.name for path in (tmp_path / "site").iterdir()}
     assert "geoalign_kernels" in installed and "geoalign" not in installed

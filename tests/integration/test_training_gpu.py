@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -94,3 +95,31 @@ def test_a_whole_run_with_the_tracker(tmp_path: Path) -> None:
     rows = read_jsonl(tmp_path / "run" / "metrics.jsonl")
     assert len(rows) == 2 and all(row["reward/invalid_fraction"] == 0 for row in rows)
     assert (tmp_path / "run" / "summary.json").exists()
+
+
+def test_the_gelu_in_the_product_is_that_of_the_module() -> None:
+    """cuBLASLt's tanh against torch's: both within a rounding of bfloat16 of float64."""
+    block = on_gpu().policy.model.blocks[0].bfloat16()
+    u = torch.randn(2, 64, block.config.dim, device="cuda").bfloat16()
+    with torch.no_grad():
+        inside, apart = block._feed_forward(u), block.ffn(u)
+    assert relative(inside.double(), apart.double()) <= 2.0**-7
+
+
+@pytest.fixture
+def torch_as_before() -> Iterator[None]:
+    """`run.deterministic` sets switches of the whole process."""
+    yield
+    torch.use_deterministic_algorithms(False)
+    torch.backends.cuda.enable_mem_efficient_sdp(True)
+    torch.backends.cuda.enable_cudnn_sdp(True)
+
+
+@pytest.mark.usefixtures("torch_as_before")
+@pytest.mark.parametrize("streaming", ["off", "graphs"])
+def test_a_deterministic_run_repeats_bit_for_bit(streaming: str) -> None:
+    """Backwards included: two trainers, two iterations; attention longer than a block of keys: tests/kernels."""
+    first, second = (on_gpu(run={"deterministic": True}, levers={"streaming": streaming}) for _ in range(2))
+    for _ in range(2):
+        a, b = first.step(), second.step()
+        assert a["policy/grad_norm"] == b["policy/grad_norm"] and a["policy/loss"] == b["policy/loss"]

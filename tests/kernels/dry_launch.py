@@ -24,7 +24,7 @@ from triton.runtime.jit import JITFunction
 
 import geoalign_kernels as gk
 from geoalign_kernels import dispatch
-from geoalign_kernels.ops.attention import cores, triton_impl
+from geoalign_kernels.ops.attention import fp8_support, triton_impl
 from geoalign_kernels.testing import run_with_gradients
 
 ONE_TOKEN, ONE_QUERY = (1, 1, 2, 16, 4), (1, 3, 1, 16, 5)  # batch, tokens, heads, head size, phases; two queries fewer
@@ -101,12 +101,13 @@ def attempts(target: int) -> Iterator[dict[str, Any]]:
         launches.append((self.fn.__name__, compiled.metadata.shared))
         return compiled
 
+    tiles = triton_impl.TILES
     triton.runtime.driver.set_active(Driver(target))
     with (
         mock.patch.object(JITFunction, "run", compile_only),
         mock.patch.object(dispatch, "_why_not", lambda *_: ""),
-        mock.patch.object(triton_impl, "key_block", lambda _: triton_impl.KEY_BLOCK[target]),
-        mock.patch.object(cores, "why_not_fp8", lambda _: ""),
+        mock.patch.object(triton_impl, "tile", lambda _, fp8: triton_impl.FP8_TILE if fp8 else tiles[target]),
+        mock.patch.object(fp8_support, "why_not_fp8", lambda _: ""),
         gk.use_backend("triton"),
     ):
         for name, case in (*row_cases(), *flow_cases(), *attention_cases(target)):

@@ -53,6 +53,20 @@ def test_int8_is_close_and_refused_where_it_would_bias_the_ratio() -> None:
         gk.attention(q.requires_grad_(), k, v, mode="int8")
 
 
+def test_the_guard_of_the_window_holds_in_a_graph_compiled_outside_of_it() -> None:
+    function = torch.compile(
+        lambda *t: gk.attention(*t, mode="int8").out, backend="aot_eager", fullgraph=True, dynamic=False
+    )
+    q = torch.randn(1, 8, 1, 32)
+    assert not gk.inside_exact_only()
+    expected = function(q, q, q)
+    with gk.exact_only():
+        assert gk.inside_exact_only()
+        with pytest.raises(RuntimeError, match="SDE window"):
+            function(q, q, q)
+    assert torch.equal(function(q, q, q), expected)
+
+
 def test_fp8_values_are_as_close_as_their_three_bits_allow_and_refused_likewise() -> None:
     """e4m3 keeps three bits behind the leading one: rounding errs by 2^-4 / sqrt(3) of the binade, 2.55 % of the value
     in the root mean square. Probabilities and values err independently: 3.6 %, and 3.9 % with int8's 1.4 %."""
@@ -73,17 +87,17 @@ def test_fp8_values_are_as_close_as_their_three_bits_allow_and_refused_likewise(
 
 
 def test_fp8_is_refused_where_the_device_has_none(monkeypatch: pytest.MonkeyPatch) -> None:
-    from geoalign_kernels.ops.attention import cores, triton_impl
+    from geoalign_kernels.ops.attention import fp8_support, triton_impl
 
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (8, 0))
-    assert "8.0" in cores.why_not_fp8(torch.device("cuda"))
-    assert cores.report_fp8(torch.device("cuda"))["backend"].startswith("error: ")
+    assert "8.0" in fp8_support.why_not_fp8(torch.device("cuda"))
+    assert fp8_support.report_fp8(torch.device("cuda"))["backend"].startswith("error: ")
     q = torch.randn(1, 4, 1, 32)
     with monkeypatch.context() as patch, pytest.raises(gk.BackendUnavailableError, match="use mode='int8'"):
-        patch.setattr(cores, "why_not_fp8", lambda device: "no fp8")
+        patch.setattr(fp8_support, "why_not_fp8", lambda device: "no fp8")
         triton_impl.attention_int8_fp8(q, q, q, 0.25)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (9, 0))
-    assert cores.report_fp8(torch.device("cuda"))["backend"] == "triton"
+    assert fp8_support.report_fp8(torch.device("cuda"))["backend"] == "triton"
 
 
 def test_heads_too_small_for_8_bit_products_are_left_to_the_reference() -> None:
@@ -169,6 +183,24 @@ def test_probe_keeps_layers_exact_that_int8_would_spoil() -> None:
     assert probe.errors[0] == pytest.approx(((approximate - exact).norm() / exact.norm()).item(), rel=1e-3)
     with gk.exact_only(), pytest.raises(RuntimeError, match="SDE window"):
         probe(0, q, k, v)
+
+
+def test_probe_lets_the_worst_of_early_middle_and_late_steps_count() -> None:
+    q, k, v = torch.randn(1, 300, 2, 64), torch.randn(1, 190, 2, 64), torch.randn(1, 190, 2, 64)
+    spoiled = q.clone()
+    spoiled[:, ::7, :, 0] *= 3000.0
+    probe = ProbedInt8Attention(threshold=2e-2)
+    for noise, inputs, measures, expected in (
+        (1.0, q, True, "int8"), (0.9, spoiled, False, "int8"),  # a second early step is not measured
+        (0.5, q, True, "int8"), (0.1, spoiled, True, "exact"), (0.0, q, False, "exact"), (1.0, q, False, "exact"),
+    ):  # fmt: skip
+        probe.at(noise)
+        assert probe.measures(0) == measures
+        assert torch.equal(probe(0, inputs, k, v), gk.attention(inputs, k, v, mode=expected).out)
+    probe.at(1.0)
+    assert probe.measures(1)
+    probe.settle(["exact", "int8"])
+    assert not probe.measures(1) and torch.equal(probe(1, spoiled, k, v), gk.attention(spoiled, k, v, mode="int8").out)
 
 
 def test_probe_takes_the_first_mode_that_a_layer_tolerates() -> None:

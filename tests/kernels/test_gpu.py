@@ -6,15 +6,18 @@ the dtype of K; the factor is 2 for outputs and 3 for gradients (`geoalign_kerne
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
 import torch
 from kernel_cases import NAMES, op_cases
 from philox_kernel import assert_words_equal
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import geoalign_kernels as gk
-from geoalign_kernels.ops.attention.cores import CORES, why_not, why_not_fp8
+from geoalign_kernels.ops.attention.cores import CORES, REPEATABLE, why_not
+from geoalign_kernels.ops.attention.fp8_support import why_not_fp8
 from geoalign_kernels.philox import NORMAL_ATOL
 from geoalign_kernels.testing import assert_gradients_match, assert_matches_reference, run_with_gradients
 
@@ -235,3 +238,72 @@ def test_default_core_is_exact_and_repeats_bit_for_bit() -> None:
     core = gk.resolve_attention("cuda", torch.bfloat16)
     first, second = (gk.attention(q, k, v, core=core) for _ in range(2))
     assert torch.equal(first.out, second.out) and torch.equal(first.lse, second.lse), core
+
+
+@pytest.fixture
+def repeatable() -> Iterator[None]:
+    """Torch's deterministic mode, as `run.deterministic` sets it."""
+    before = torch.are_deterministic_algorithms_enabled()
+    torch.use_deterministic_algorithms(True, warn_only=True)  # cuBLAS's workspace is not this test's matter
+    yield
+    torch.use_deterministic_algorithms(before)
+
+
+@pytest.mark.parametrize("keys", [1030, 769], ids=["self", "cross"])
+@pytest.mark.parametrize("core", sorted(REPEATABLE - {"reference"}))
+@pytest.mark.usefixtures("repeatable")
+def test_backward_of_a_repeatable_core_repeats_over_several_key_blocks(core: str, keys: int) -> None:
+    if why_not(core, torch.device("cuda"), torch.bfloat16):
+        pytest.skip(f"{core} is not installed")
+    q, k, v = (torch.randn(1, n, 12, 128, device="cuda").bfloat16() for n in (1030, keys, keys))
+    runs = [run_with_gradients(lambda *t: gk.attention(*t, core=core).out, [q, k, v])[1] for _ in range(5)]
+    assert all(torch.equal(a, b) for run in runs[1:] for a, b in zip(runs[0], run, strict=True))
+
+
+@pytest.mark.usefixtures("repeatable")
+def test_cross_attention_of_torch_repeats_where_its_other_kernels_are_off() -> None:
+    """What `run.deterministic` leaves on: the flash kernel and plain products."""
+    q, k, v = (torch.randn(1, 12, n, 128, device="cuda").bfloat16().requires_grad_() for n in (1030, 769, 769))
+    with sdpa_kernel([SDPBackend.FLASH_ATTENTION, SDPBackend.MATH]):
+        out = [torch.nn.functional.scaled_dot_product_attention(q, k, v) for _ in range(5)]
+        gradients = [torch.autograd.grad(o, (q, k, v), torch.ones_like(o)) for o in out]
+    assert all(torch.equal(a, b) for run in gradients[1:] for a, b in zip(gradients[0], run, strict=True))
+
+
+@pytest.mark.parametrize("mode", ["triton", "int8", "default"])
+def test_attention_at_the_length_of_a_run(mode: str) -> None:
+    """65,520 tokens: offsets beyond 2^31 bytes, a last block that is not full on either architecture."""
+    q, k, v = (torch.randn(1, 65_520, 12, 128, device="cuda").bfloat16() for _ in range(3))
+    options: dict[str, Any] = {"mode": "int8"} if mode == "int8" else {"core": None if mode == "default" else mode}
+    got = gk.attention(q, k, v, **options).out
+    rows = torch.cat([torch.arange(32), torch.randperm(65_520)[:32], torch.arange(65_520 - 32, 65_520)]).cuda()
+    truth = torch.cat([attention_rows(*(t[:, :, h : h + 1] for t in (q, k, v)), rows) for h in range(12)], dim=2)
+    assert (got[:, rows].double() - truth).norm() <= (2e-2 if mode == "int8" else 1e-2) * truth.norm()
+
+
+def test_row_ops_at_the_length_of_a_run() -> None:
+    """The last tokens of 65,520 equal those of a short call: offsets do not overflow."""
+    tokens, tail = 65_520, 37
+    q, k, v = (torch.randn(1, tokens, 12, 128, device="cuda").bfloat16() for _ in range(3))
+    weight, position = torch.rand(1536, device="cuda").bfloat16(), 20.0 * torch.rand(tokens, 64, device="cuda")
+    phase = torch.randn(1, tokens, 12, 42, device="cuda").bfloat16()
+    whole = gk.qk_norm_rotary(q, k, v, weight, weight, position, phase_qk=phase, phase_vo=phase)
+    last = gk.qk_norm_rotary(
+        *(t[:, -tail:] for t in (q, k, v)), weight, weight, position[-tail:],
+        phase_qk=phase[:, -tail:], phase_vo=phase[:, -tail:],
+    )  # fmt: skip
+    # Strides that are no multiples of 16 may compile to another contraction: an ulp of float32, one step of bfloat16.
+    assert all(relative(a[:, -tail:], b) <= 2.0**-8 for a, b in zip(whole, last, strict=True))
+    y, stream = q.flatten(2), torch.randn(1, tokens, 1536, device="cuda")
+    vectors = [torch.randn(1, 1536, device="cuda") for _ in range(3)]
+    for turn in (phase, None):
+        cut = None if turn is None else turn[:, -tail:]
+        whole = gk.unrotate_gate_norm(y, stream, *vectors, phase=turn, heads=12, dtype=torch.bfloat16)
+        last = gk.unrotate_gate_norm(
+            y[:, -tail:], stream[:, -tail:], *vectors, phase=cut, heads=12, dtype=torch.bfloat16
+        )  # fmt: skip
+        assert all(relative(a[:, -tail:], b) <= 2.0**-8 for a, b in zip(whole, last, strict=True))
+
+
+def relative(a: torch.Tensor, b: torch.Tensor) -> float:
+    return float((a.double() - b.double()).norm() / b.double().norm())

@@ -36,7 +36,10 @@ def check(folder: Path, *arguments: str) -> tuple[subprocess.CompletedProcess[st
 def test_every_kernel_passes_its_gates(tmp_path: Path) -> None:
     done, rows = check(tmp_path)
     assert done.returncode == 0, done.stderr
-    assert all(row["spill_bytes"] == 0 for row in rows)
+    spilled = {(row["kernel"], row["config"], row["target"]): row["spill_bytes"] for row in rows if row["spill_bytes"]}
+    assert set(spilled) <= {("attention.attention", "exact bf16", "sm_80")} and max(spilled.values(), default=0) <= 64
+    a800 = [row for row in rows if row["kernel"] == "attention.attention" and row["target"] == "sm_80"]
+    assert len(a800) == 2 and all(row["shared_cycles"] <= row["tensor_cycles"] for row in a800)
     assert all(isinstance(row[column], str if column in ("kernel", "target", "mma") else int)
                for row in rows for column in COLUMNS)  # fmt: skip
     for name in MANDATORY:
@@ -78,19 +81,24 @@ def test_a_changed_kernel_is_noticed(tmp_path: Path, monkeypatch: pytest.MonkeyP
 def _row_of(table: dict[str, Any], config: Any, target: int, like: dict[str, Any]) -> dict[str, Any]:
     """The row that the checked-in table promises for a configuration, in place of a compilation."""
     head = {"kernel": config.kernel_name, "config": config.label, "target": f"sm_{target}"}
-    narrow = [item._asdict() for item in config.narrow]
-    return {**like, **head, **table["rows"][static._key(head)], "narrow": narrow, "expected_mma": config.mma}
+    narrow = [item._asdict() for item in (*config.narrow, *config.narrow_by_target.get(target, ()))]
+    spill = config.spills[head["target"]]._asdict() if head["target"] in config.spills else None
+    given = {"narrow": narrow, "expected_mma": config.mma, "spill": spill}
+    return {**like, **head, **table["rows"][static._key(head)], **given}
 
 
 def test_gates_catch_spills_missing_tensor_cores_and_drift() -> None:
     row = {
         "kernel": "k", "config": "c", "target": "sm_80", "registers": 255, "warps": 16, "spill_bytes": 8,
         "stack_bytes": 0, "shared_bytes": 170_000, "fp64": 1, "mma": "", "expected_mma": {"sm_80": "HMMA"},
-        "mma_in_series": 1,
+        "mma_in_series": 1, "spill": None,
     }  # fmt: skip
     text = " ".join(static.violations(row))
     for word in ("spill_bytes", "fp64", "shared memory", "register file", "HMMA", "mma_in_series"):
         assert word in text
+    listed = {**row, "spill": {"reason": "worth it", "bytes": 8}}
+    assert "spill_bytes" not in " ".join(static.violations(listed))
+    assert "at most 8" in " ".join(static.violations({**listed, "spill_bytes": 9}))
     full = row | dict.fromkeys(static.FIELDS, 0) | {"mma": ""}
     table = {"rows": {"k / c / sm_80": {**full, "global_loads_128": 3}}}
     assert static.drift(full, table) == ["global_loads_128: 3 -> 0"]

@@ -10,6 +10,7 @@ from repository import ROOT
 
 PACKAGE = ROOT / "geoalign"
 BY_NAME = {
+    "geoalign/__init__.py": "the public face, each name at its first use",
     "geoalign/cli/main.py": "the table of verbs",
     "geoalign/rewards/registry.py": "the tables of rewards and pose evaluators",
     "geoalign/rewards/running/worker.py": "what the registry tells another process to build",

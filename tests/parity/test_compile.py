@@ -63,7 +63,7 @@ def test_ratio_is_one_under_compile_in_float32_with_attention_kept(monkeypatch: 
 
 
 def plain_epilogue(
-    y: Tensor, x: Tensor, *vectors: Tensor, phase: Tensor | None, heads: int, eps: float, dtype: torch.dtype
+    y: Tensor, x: Tensor, *vectors: Tensor, phase: Tensor | None = None, heads: int = 1, eps: float, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor]:
     """What follows attention as plain operations, which the compiler fuses and reorders as it likes."""
     return reference.unrotate_gate_norm(y, x, *vectors, phase, heads, eps, dtype)

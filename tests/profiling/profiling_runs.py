@@ -12,7 +12,7 @@ from typing import Any
 ROOT = Path(__file__).parents[2]
 SCHEMA = (
     "schema run_id kind name variant impl status dtype shape direction n_warm n_rep t_ms_median t_ms_p20 t_ms_p80 "
-    "bytes_min flops gbps tflops pct_copy pct_matmul rel_l2 max_abs regs spill_bytes smem_bytes launches "
+    "bytes_min flops gbps tflops pct_copy pct_matmul rel_l2 max_abs version level regs spill_bytes smem_bytes launches "
     "peak_mem_bytes graph predicted_ms note"
 )  # fmt: skip
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from profiling_runs import SCHEMA, rows_of, script
 
-from geoalign.perf.cost import DEVICES
+from geoalign.perf.devices import DEVICES
 
 
 def test_an_iteration_at_reduced_depth_is_extrapolated_and_its_gradients_agree(tmp_path: Path) -> None:
@@ -39,6 +39,7 @@ def test_predicted_iterations_at_reduced_depth() -> None:
     import bench_depth
 
     config = bench_depth.paper()
-    for name, expected in (("h200", (26, 48, 92)), ("h200_fa2", (36, 68, 132))):
-        found = [sum(bench_depth.predicted_ms(config, n, "off", DEVICES[name]).values()) / 1e3 for n in (2, 4, 8)]
+    for core, expected in (("flash3", (26, 48, 92)), ("sdpa_flash", (36, 68, 132))):
+        profile = DEVICES["h200"].with_core(core)
+        found = [sum(bench_depth.predicted_ms(config, n, "off", profile).values()) / 1e3 for n in (2, 4, 8)]
         assert found == pytest.approx(expected, abs=0.5)

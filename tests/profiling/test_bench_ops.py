@@ -32,7 +32,14 @@ def test_self_check_writes_every_kind_of_row_with_every_field(results: Path) -> 
     assert 1e-3 < products["int8", "torch"]["rel_l2"] < 2e-2 < products["fp8", "torch"]["rel_l2"] < 6e-2
     modes = {row["impl"]: row["rel_l2"] for row in kernels if row["name"] == "attention" and row["direction"] == "fwd"}
     assert modes["sdpa_flash"] <= 1e-5 < modes["int8"] < modes["int8_fp8"] < 0.1
+    levels = {(row["impl"], row["variant"]): row["level"] for row in kernels}
+    assert levels["ours", ""] == levels["compiled", ""] == "rounding" and levels["eager", ""] == "lossless"
+    assert levels["int8", ""] == levels["sage", ""] == levels["torch", "int8"] == "changing"
+    assert None not in levels.values() and {row["version"] for row in kernels if row["impl"] == "compiled"} == {
+        first["versions"]["torch"]
+    }
     absent = {row["impl"] for row in kernels if row["status"] == "not run"}
+    assert {"sage", "flashinfer", "sglang", "sgl_kernel", "liger", "flash3", "flash4"} <= absent
     assert "sdpa_cudnn" in absent and all(row["note"] for row in kernels if row["status"] == "not run")
 
 

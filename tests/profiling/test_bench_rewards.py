@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from profiling_runs import script
 
-from geoalign.perf.cost import DEVICES
+from geoalign.perf.devices import DEVICES
 
 
 def linear(inputs: int, outputs: int) -> int:

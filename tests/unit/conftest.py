@@ -1,19 +1,23 @@
-"""Small data sets in the published layouts, sound and with every known defect."""
+"""Small data sets in the published layouts, sound and with every known defect.
+
+Every test below this folder loads this file, also on a GPU machine without pydantic and PyAV: what needs them is
+imported where it is used.
+"""
 
 from __future__ import annotations
 
 import math
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
 import torch
 
-from geoalign.config.data import ClipsConfig, DataConfig
-from geoalign.data.citywalk import write_metadata
-from geoalign.data.omniworld import split_record, write_archive
-from geoalign.data.video import write_video
 from geoalign.geometry.cameras.camera_file import write_clip_camera
 from geoalign.geometry.trajectory import CameraTrajectory
+
+if TYPE_CHECKING:
+    from geoalign.config.data import DataConfig
 
 LENS = (52 / 64, 52 / 48, 0.5, 0.5)
 
@@ -34,6 +38,11 @@ def walk(frames: int, *, yaw_deg: float = 1.0, step: float = 0.05) -> CameraTraj
 @pytest.fixture
 def world(tmp_path: Path) -> DataConfig:
     """Twelve sound clips of 9 frames and 24 sound camera paths of 7 frames."""
+    from geoalign.config.data import ClipsConfig, DataConfig
+    from geoalign.data.citywalk import write_metadata
+    from geoalign.data.omniworld import split_record, write_archive
+    from geoalign.data.video import write_video
+
     rows = []
     for index in range(12):
         stem = f"vid{index:02d}_{0:07d}_{9:07d}"

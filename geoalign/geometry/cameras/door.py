@@ -83,7 +83,11 @@ def open_target(name: Name, frames: int, *, speed: float = 1.0, intrinsics: Lens
     if _names_preset(name):
         lens = DEFAULT_INTRINSICS if intrinsics is None else intrinsics
         return _within_reach(name, speed, preset(preset_name(os.fspath(name)), frames, speed=speed, intrinsics=lens))
-    path = open_camera(name, intrinsics=intrinsics, prefer="target").path
+    return fit_target(open_camera(name, intrinsics=intrinsics, prefer="target").path, frames, speed, name)
+
+
+def fit_target(path: CameraTrajectory, frames: int, speed: float = 1.0, name: Name = "the path") -> CameraTrajectory:
+    """A given ``path`` as the target of a video: what :func:`open_target` makes of the path in the file ``name``."""
     path = path.frames(slice(0, frames)) if path.num_frames >= frames else path.resample(frames)
     path = path.relative_to_first()
     if speed != 1.0:
@@ -97,6 +101,19 @@ def _within_reach(name: Name, speed: float, path: CameraTrajectory) -> CameraTra
     if not bool((path.c2w.abs() <= LARGEST).all()):
         raise UsageError(f"{os.fspath(name)}: speed {speed:g} moves the camera by more than {LARGEST:g} m; lower it")
     return path
+
+
+def camera_beside(video: Path) -> CameraFile | None:
+    """The camera that lies beside a video under its name, ``clip.npz`` of ``clip.mp4`` or of a folder ``clip``.
+
+    It is opened for what it says of poses, metres and plane; its lens, which may depend on the video's size, is not to
+    be used. None if there is no such file.
+
+    Raises:
+        DataError: the file is damaged or no camera file.
+    """
+    path = video.with_suffix(".npz")
+    return open_camera(path, image_size=(1, 1)) if path.is_file() else None
 
 
 def is_preset(name: Name) -> bool:

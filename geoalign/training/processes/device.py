@@ -32,6 +32,18 @@ def device_of(config: RunConfig) -> torch.device:
     return torch.device("cuda", local)
 
 
+def repeat_exactly() -> None:
+    """Make torch use repeatable kernels or raise; before the first product on CUDA, whose workspaces it fixes.
+
+    Cross-attention is torch's own operator: of its kernels, flash repeats in this mode, the memory-efficient one and
+    cuDNN's do not.
+    """
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    torch.use_deterministic_algorithms(True)
+    torch.backends.cuda.enable_mem_efficient_sdp(False)
+    torch.backends.cuda.enable_cudnn_sdp(False)
+
+
 def dtype_of(config: RunConfig, device: torch.device) -> torch.dtype:
     """Type of the network's matrices."""
     if config.dtype == "auto":

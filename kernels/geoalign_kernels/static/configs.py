@@ -7,18 +7,21 @@ the modulation, which are float32. Tiles and warps come from the launchers' own 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 from geoalign_kernels.ops.attention import triton_impl as attention
 from geoalign_kernels.ops.flow_step import triton_impl as flow
 from geoalign_kernels.ops.qk_norm_rotary import triton_impl as prologue
 from geoalign_kernels.ops.rms_norm import triton_impl as rms
-from geoalign_kernels.static.types import DENSE, PHASE, KernelConfig, Narrow, Type, each
+from geoalign_kernels.static.types import DENSE, PHASE, KernelConfig, Narrow, Spill, Type, each
 from geoalign_kernels.triton_rows import plan_rows
 
 WIDTH, HEAD, PAIRS = 1536, 128, 42
 ROW = {name: value for name, value in plan_rows(WIDTH, HEAD).constants.items() if name != "num_warps"}
 ROW_WARPS = {"num_warps": plan_rows(WIDTH, HEAD).warps}
 HEADS = {"HEAD": HEAD, "VECTOR": 2}
+NO_PHASE = {"HEAD": WIDTH, "PAIRS": 1, "VECTOR": 2}
+"""What a launch without a phase passes: cross-attention's residual sum with the norm behind it."""
 FLOW = {"num_warps": flow.WARPS, "enable_fp_fusion": False}
 PHASES = "42 phases a head put every other head off a 16-byte boundary"
 STREAMS: tuple[tuple[str, str, str], ...] = (
@@ -84,6 +87,8 @@ def _epilogue() -> Iterator[KernelConfig]:
         yield KernelConfig(
             f"{path}forward_kernel", label, forward, rotated, ROW_WARPS, narrow=(Narrow(PHASES, 6),)
         )  # fmt: skip
+        plain = {**forward, "Phase": None, "phase_strides": ("i32", "i32", "i32")}
+        yield KernelConfig(f"{path}forward_kernel", f"{label}; no phase", plain, {**rotated, **NO_PHASE}, ROW_WARPS)
         backward: dict[str, Type] = {
             **each(stream, "DStream", "Stream", "DX"),
             **each(branch, "DNormed", "Y", "DY"),
@@ -97,6 +102,10 @@ def _epilogue() -> Iterator[KernelConfig]:
         yield KernelConfig(
             f"{path}backward_kernel", f"{label}; all gradients", backward, rotated, ROW_WARPS,
             narrow=(Narrow(PHASES, 6, 6),),
+        )  # fmt: skip
+        plain = {**backward, **each(None, "Y", "Phase", "DPhase")}
+        yield KernelConfig(
+            f"{path}backward_kernel", f"{label}; no phase", plain, {**rotated, **NO_PHASE}, ROW_WARPS
         )  # fmt: skip
         yield KernelConfig(
             f"{path}backward_kernel", f"{label}; frozen phase", {**backward, **each(None, "Y", "DPhase")}, rotated,
@@ -175,30 +184,37 @@ def _attention() -> Iterator[KernelConfig]:
     exact: dict[str, Type] = {
         **each("*bf16", "Q", "K", "V", "Out"),
         "Lse": "*fp32",
-        **each(None, "QScale", "KScale", "VScale", "VMean"),
-        **each(DENSE, "q_strides", "k_strides", "v_strides"),
+        **each(None, "QScale", "KScale", "VScale", "VMean", "v_strides"),
+        **each(DENSE, "q_strides", "k_strides"),
         **each("i32/16", "tokens_q", "tokens_k"),
         "scale_log2": "fp32",
         "heads": "i32",
     }
     tile = {"HEAD": HEAD, "BM": attention.QUERY_BLOCK}
-    keys = {target: {"BN": block} for target, block in attention.KEY_BLOCK.items()}
-    options = {"num_warps": attention.WARPS, "num_stages": attention.STAGES}
+    options = {"num_stages": attention.STAGES}
+    tiles: dict[str, Any] = {
+        "by_target": {target: {"BN": of.keys, "AHEAD": of.ahead} for target, of in attention.TILES.items()},
+        "options_by_target": {target: {"num_warps": of.warps} for target, of in attention.TILES.items()},
+    }
     yield KernelConfig(
         f"{path}attention_kernel", "exact bf16", exact, tile, options, {"sm_80": "HMMA", "sm_90": "HGMMA"},
-        (Narrow("log-sum-exp, one number a query", 0, 1),), keys,
+        (Narrow("log-sum-exp, one number a query", 0, 1),), **tiles,
+        spills={"sm_80": Spill("32 rows a warp halve the reads of shared memory, which bound the kernel", 64)},
     )  # fmt: skip
     int8 = {**exact, **each("*i8", "Q", "K"), "Lse": None, **each("*fp32", "QScale", "KScale")}
-    scale = Narrow("scale of the queries", 1)
+    scale, ahead = Narrow("scale of the queries", 1), "scales of key blocks before the loop"
     yield KernelConfig(
         f"{path}attention_kernel", "int8 scores, bf16 values", int8, tile, options,
-        {"sm_80": "HMMA+IMMA", "sm_90": "HGMMA+IGMMA"}, (scale,), keys,
+        {"sm_80": "HMMA+IMMA", "sm_90": "HGMMA+IGMMA"}, (scale,), **tiles,
+        narrow_by_target={80: (Narrow(ahead, 1),), 90: (Narrow(ahead, 3),)},
     )  # fmt: skip
-    fp8 = {**int8, "V": "*fp8e4nv", **each("*fp32", "VScale", "VMean")}
+    fp8 = {**int8, "V": "*fp8e4nv", **each("*fp32", "VScale", "VMean"), "v_strides": DENSE}
     yield KernelConfig(
-        f"{path}attention_kernel", "int8 scores, fp8 values", fp8, tile, options, {"sm_90": "IGMMA+QGMMA"},
-        (scale, Narrow("scale and mean of the value channels, once a program", 32)), keys,
-        {80: "no fp8 tensor cores and no e4m3 conversion; the mode is refused there"},
+        f"{path}attention_kernel", "int8 scores, fp8 values", fp8,
+        {**tile, "BN": attention.FP8_TILE.keys, "AHEAD": attention.FP8_TILE.ahead},
+        {**options, "num_warps": attention.FP8_TILE.warps}, {"sm_90": "IGMMA+QGMMA"},
+        (scale, Narrow(ahead, 1), Narrow("scale and mean of the value channels, once a program", 32)),
+        not_applicable={80: "no fp8 tensor cores and no e4m3 conversion; the mode is refused there"},
     )  # fmt: skip
     tokens: dict[str, Type] = {
         "X": "*bf16", **each("*fp32", "Mean", "Scale"), "Out": "*i8", "strides": DENSE,

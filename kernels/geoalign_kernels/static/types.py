@@ -16,6 +16,13 @@ DENSE = ("i32/16", "i32/16")  # batch and token strides of [B, S, 1536]
 PHASE = ("i32", "i32", "i32")  # batch, token and head strides of [B, S, 12, 42]
 
 
+class Spill(NamedTuple):
+    """Bytes of spill stores and loads that ptxas may need, and why they are worth it."""
+
+    reason: str
+    bytes: int
+
+
 class Narrow(NamedTuple):
     """Global memory instructions that cannot move 16 bytes a lane, and why."""
 
@@ -38,8 +45,14 @@ class KernelConfig:
     """Tensor-core opcodes that must appear, per target, joined by +."""
     narrow: tuple[Narrow, ...] = ()
     """Accesses below 16 bytes; all others must be full."""
+    narrow_by_target: Mapping[int, tuple[Narrow, ...]] = field(default_factory=dict)
+    """More of them at some targets."""
     by_target: Mapping[int, Mapping[str, Any]] = field(default_factory=dict)
     """Constants that differ between targets."""
+    options_by_target: Mapping[int, Mapping[str, Any]] = field(default_factory=dict)
+    """Launch options that differ between targets."""
+    spills: Mapping[str, Spill] = field(default_factory=dict)
+    """Targets at which registers may spill, none unless listed."""
     not_applicable: Mapping[int, str] = field(default_factory=dict)
     """Targets that this kernel is not made for, and why."""
 
@@ -54,6 +67,19 @@ class KernelConfig:
         module, _, kernel = self.path.partition(":")
         return f"{module.partition('.')[0]}.{kernel.removesuffix('_kernel')}"
 
+    def launch_options(self, target: int) -> dict[str, Any]:
+        """Warps, stages and compiler options of a launch on ``target``."""
+        return {**self.options, **self.options_by_target.get(target, {})}
+
+    def constants_for(self, target: int) -> dict[str, Any]:
+        """Compile-time arguments of a launch on ``target``."""
+        return {**self.constants, **self.by_target.get(target, {})}
+
+    def flops(self, target: int) -> float:
+        """Of one iteration of the main loop, by the convention of attention kernels; 0 for kernels of rows."""
+        given = self.constants_for(target)
+        return 4.0 * given["BM"] * given["BN"] * given["HEAD"] if self.mma else 0.0
+
     def kernel(self) -> Any:
         """The jitted function."""
         module, _, kernel = self.path.partition(":")
@@ -61,7 +87,7 @@ class KernelConfig:
 
     def source_arguments(self, target: int) -> tuple[dict[str, Any], dict[Any, Any], dict[Any, Any]]:
         """(signature, constants, attributes) as ``triton.compiler.ASTSource`` wants them, in the kernel's order."""
-        given = {**self.constants, **self.by_target.get(target, {})}
+        given = self.constants_for(target)
         signature: dict[str, Any] = {}
         constants: dict[Any, Any] = {}
         attributes: dict[Any, Any] = {}

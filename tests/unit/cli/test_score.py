@@ -144,7 +144,7 @@ def test_a_failing_reward_costs_one_row(
 ) -> None:
     shutil.copy(files["retake.mp4"], files["broken"])
     reward = Faulty(fault)
-    monkeypatch.setattr(registry, "build_rewards", lambda configs: {"geometry": reward})
+    monkeypatch.setattr(registry, "build_reward", lambda kind, options: reward)
     code, rows = score(video="folder")
     assert code == 1 and [row["valid"] for row in rows] == [True, False, True]
     assert text in rows[1]["error"] and rows[1].get("score/all") is None
@@ -160,7 +160,7 @@ def test_a_single_video_without_a_score_ends_with_1(
 ) -> None:
     reward = Faulty(fault)
     reward.calls = 1
-    monkeypatch.setattr(registry, "build_rewards", lambda configs: {"geometry": reward})
+    monkeypatch.setattr(registry, "build_reward", lambda kind, options: reward)
     given = [f"--{name}={files[file]}" for name, file in (("video", "retake.mp4"), ("trajectory", "target.json"))]
     given += [f"--source={files['source.mp4']}", f"--source-camera={files['source.npz']}"]
     assert main(["score", *given]) == 1
@@ -180,7 +180,7 @@ def test_the_reward_is_told_the_files_own_frame_rate(
             return super().__call__(videos, batch)
 
     write_video(files["retake.mp4"], torch.zeros(5, 3, 48, 64), fps)
-    monkeypatch.setattr(registry, "build_rewards", lambda configs: {"geometry": Listening(0.0)})
+    monkeypatch.setattr(registry, "build_reward", lambda kind, options: Listening(0.0))
     assert score()[0] == 0 and told == [fps]
 
 
@@ -215,7 +215,7 @@ def test_plots_replace_their_like_and_nothing_else(
     first = ours.stat().st_ino
     assert score("--plot")[0] == 0 and ours.stat().st_ino != first
     Image.new("RGB", (4, 4)).save(ours)
-    monkeypatch.setattr(registry, "build_rewards", lambda configs: pytest.fail("built before the check"))
+    monkeypatch.setattr(registry, "build_reward", lambda *_: pytest.fail("built before the check"))
     assert score("--plot")[0] == 1
     assert "not written by geoalign" in capsys.readouterr().err
     with Image.open(ours) as picture:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import pytest
@@ -13,8 +14,9 @@ from geoalign.errors import UsageError
 from geoalign.flow.policy import PhasedPolicy
 from geoalign.flow.rollout import ForwardCount, Rollout
 from geoalign.flow.sampler import FlowSampler, ObservedStep, initial_noise
-from geoalign.flow.table import StepTable, StepWindow, build_step_table
+from geoalign.flow.table import StepSet, StepTable, StepWindow, build_step_table
 from geoalign.rl.objective import clipped_surrogate, loss_weights
+from geoalign_kernels import inside_exact_only
 
 CONDITIONS, GROUP, SHAPE = 3, 4, (2, 3, 5)
 SEED, ITERATION = 11, 6
@@ -57,7 +59,7 @@ class SmallNet(nn.Module):
 WINDOW = StepWindow(2, 5)
 
 
-def table(steps: int = 8, window: StepWindow | None = WINDOW, **fields: object) -> StepTable:
+def table(steps: int = 8, window: StepSet | None = WINDOW, **fields: object) -> StepTable:
     return build_step_table(FlowConfig(steps=steps, shift=3.0, **fields), window)
 
 
@@ -314,3 +316,29 @@ def test_a_table_without_window_cannot_be_rolled_out_and_vice_versa() -> None:
         roll(FlowSampler(table(window=None), GROUP), elementwise)
     with pytest.raises(UsageError, match="without window"):
         FlowSampler(table()).sample(elementwise, cond, x)
+
+
+@pytest.mark.parametrize("steps", [WINDOW, StepSet((2, 5))])
+@pytest.mark.parametrize("share", [True, False])
+def test_only_the_window_and_its_replay_are_held_to_exact_kernels(share: bool, steps: StepSet) -> None:
+    seen: dict[str, set[bool]] = {"prefix": set(), "window": set(), "tail": set(), "observer": set()}
+
+    def phase(name: str) -> Callable[[Tensor, Tensor, Cond], Tensor]:
+        def velocity(x: Tensor, timestep: Tensor, cond: Cond) -> Tensor:
+            seen[name].add(inside_exact_only())
+            return elementwise(x, timestep, cond)
+
+        return velocity
+
+    policy = PhasedPolicy(*(phase(name) for name in ("prefix", "window", "tail")))
+    sampler = FlowSampler(table(window=steps), GROUP, share_prefix=share)
+    cond, ids = Cond(torch.zeros(CONDITIONS)), GROUP_IDS
+    x = torch.randn(CONDITIONS, *SHAPE)
+    rollout = sampler.rollout(
+        policy, cond, x, seed=SEED, iteration=ITERATION, group_ids=ids,
+        observer=lambda step: seen["observer"].add(inside_exact_only()),
+    )  # fmt: skip
+    assert seen == {"prefix": {False}, "window": {True}, "tail": {False}, "observer": {True}}
+    seen["window"].clear()
+    sampler.replay(policy, rollout, 1, cond)
+    assert seen["window"] == {True} and not inside_exact_only()

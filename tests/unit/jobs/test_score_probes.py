@@ -70,7 +70,7 @@ class Stub:
 
 
 def test_a_reward_that_a_cheat_can_fool_ends_with_exit_code_1(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(registry, "build_rewards", lambda configs: {"geometry": Stub()})
+    monkeypatch.setattr(registry, "build_reward", lambda kind, options: Stub())
     assert main(["score", "--probes", "--json", str(tmp_path / "p.json")]) == 1
     assert {row["margin"] for row in json.loads((tmp_path / "p.json").read_text())} == {0.0}
 
@@ -88,7 +88,7 @@ def test_probes_without_a_valid_sample_are_null_and_end_with_1(
 ) -> None:
     honest, lost = [1.0] * 40, [math.nan] * 40
     stub = Stub(honest, lost, *[[0.0] * 40] * len(PROBES))
-    monkeypatch.setattr(registry, "build_rewards", lambda configs: {"geometry": stub})
+    monkeypatch.setattr(registry, "build_reward", lambda kind, options: stub)
     assert main(["score", "--probes", "--json", str(tmp_path / "p.json")]) == 1
     row = json.loads((tmp_path / "p.json").read_text())[1]
     nothing = dict.fromkeys(("score", "margin", "advantage"))

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import math
 from collections import Counter
+from contextlib import nullcontext
 from dataclasses import replace
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -383,3 +386,28 @@ def test_adapter_reads_ray_maps_in_the_published_channel_order() -> None:
     expected = rays[1 + sub_frame, pluecker, 8 + 2 * ky + dy, 4 + 2 * kx + dx]
     assert tokens.shape == (1, 3 * 3 * 2, 96)
     torch.testing.assert_close(tokens[0, 6 + 2 * 2 + 1, 5], expected)
+
+
+def test_the_gelu_runs_in_the_product_only_where_no_log_probability_is_taken(monkeypatch: pytest.MonkeyPatch) -> None:
+    from geoalign.models import layers
+    from geoalign.models.execution import Execution
+    from geoalign_kernels import exact_only
+
+    weight = torch.nn.Parameter(torch.empty(1))
+    on_card: Any = SimpleNamespace(is_cuda=True, dtype=torch.bfloat16)
+    for grad, window, tensor, fused in (
+        (False, False, on_card, True), (True, False, on_card, False), (False, True, on_card, False),
+        (False, False, SimpleNamespace(is_cuda=True, dtype=torch.float32), False),
+        (False, False, torch.empty(1, dtype=torch.bfloat16), False),
+    ):  # fmt: skip
+        with torch.set_grad_enabled(grad), exact_only() if window else nullcontext():
+            assert layers.gelu_in_product(weight, tensor) == fused
+    with torch.no_grad():
+        assert not layers.gelu_in_product(torch.empty(1), on_card)  # a weight that torchao or FSDP2 has replaced
+        block = layers.Block(ModelConfig(dim=48, heads=2, ffn_dim=96), 0, Execution())
+        u = torch.randn(2, 5, 48)
+        expected = block._feed_forward(u)
+        assert torch.equal(expected, block.ffn(u))
+        monkeypatch.setattr(layers, "gelu_in_product", lambda *_: True)
+        # The library's tanh is its own.
+        torch.testing.assert_close(block._feed_forward(u), expected, rtol=0, atol=2e-3 * float(expected.abs().max()))

@@ -166,13 +166,13 @@ def test_image_encoder_mapping_takes_the_layer_before_the_last() -> None:
 
 def test_clean_text() -> None:
     assert clean_text("  a &amp;amp; b\n\tc ") == "a & b c"
-    assert clean_text("caf\u00c3\u00a9 \u201cNo.\u00a05\u201d \ufb01ne") == 'caf\u00e9 "No. 5" fine'
+    assert clean_text("\u00c3\u00a9t\u00c3\u00a9 \u201cNo.\u00a05\u201d \ufb01ne") == '\u00e9t\u00e9 "No. 5" fine'
 
 
 @pytest.mark.parametrize(
     "text",
     [
-        "plain words", "caf\u00c3\u00a9 &eacute; &amp;eacute; &amp;amp;eacute;",
+        "plain words", "\u00c3\u00a9t\u00c3\u00a9 &eacute; &amp;eacute; &amp;amp;eacute;",
         "\u201cquoted\u201d \u2018it\u2019s\u2019",
         "zero\u200bwidth\u2028line\u2029 \u3000wide", "\uff26\uff35\uff2c\uff2c width \ufb01gure", "nul \x00 bell \x07",
         "&lt;b&gt;bold&lt;/b&gt;", "\u8857\u9053 \u3002\u591c\u665a", "a\r\nb\tc  d", "\ud83d\ude00 \U0001f600", "",

@@ -9,7 +9,8 @@ import torch
 
 from geoalign.config.model import ModelConfig
 from geoalign.perf.budget import LEVERS, PassCount, Plan, RunCost, Walk, climb, count_passes
-from geoalign.perf.cost import DEVICES, Speedups, TransformerCost, peak_flops, profile_of, video_cost
+from geoalign.perf.cost import Speedups, TransformerCost, video_cost
+from geoalign.perf.devices import DEVICES, core_rates, own_rate, peak_flops, profile_of
 
 A800, H200 = DEVICES["a800"], DEVICES["h200"]
 FASTEST = Speedups(kernels="fused", cached=True, pruned=True)
@@ -119,7 +120,10 @@ def test_seconds_add_up_from_flops_and_rates() -> None:
     assert eager.elementwise == pytest.approx(cost.traffic_bytes("eager") / A800.bandwidth)
     assert eager.total == pytest.approx(eager.attention + eager.matmul + eager.elementwise + eager.adapter)
     quantised = cost.forward(A800, Speedups(), int8_attention=True)
-    assert quantised.attention == pytest.approx(30 * part["self_attention"] / 266e12)
+    assert quantised.attention == pytest.approx(30 * part["self_attention"] / own_rate("int8 scores, bf16 values", 80))
+    # The GELU's hidden layer, read and written, is what an epilogue saves.
+    apart, inside = (cost.traffic_bytes("fused", no_gradient=flag) for flag in (False, True))
+    assert apart - inside == pytest.approx(30 * 2 * 65_520 * 8960 * 2)
     assert cost.forward(A800, Speedups(int8_linear=True)).matmul < eager.matmul
     assert cost.backward(A800, Speedups()).attention == pytest.approx(2.5 * 30 * part["self_attention"] / 165e12)
 
@@ -132,6 +136,46 @@ def test_every_speedup_saves_time(device) -> None:  # type: ignore[no-untyped-de
         assert cost.forward(device, Speedups(**lever)).total < eager
     assert cost.traffic_bytes("fused") < cost.traffic_bytes("compiled") < cost.traffic_bytes("eager")
     assert cost.backward(device, FASTEST).total < cost.backward(device, Speedups()).total
+
+
+def test_fused_traffic_is_that_of_the_blocks_arithmetic() -> None:
+    """Counted by hand from models/layers.py at 1.3B, in bf16 tensors; the float32 residual stream counts twice: norm 3,
+    q and k 4, v 2, epilogue 6, cross-attention 7, its residual with the norm behind it 6, the last residual 5, GELU."""
+    cost = TransformerCost()
+    phases = 504 / 1536
+    tensors = 3 + 4 + 2 + 6 + 7 + 6 + 5 + 3 * phases + 2 * 8960 / 1536
+    assert cost.traffic_bytes("fused") == pytest.approx(30 * tensors * 65_520 * 1536 * 2)
+
+
+def test_a_core_brings_its_rates_and_a_measurement_replaces_them() -> None:
+    flash2 = H200.with_core("sdpa_flash")
+    assert (flash2.attention, flash2.attention_backward) == (370e12, 322e12)
+    assert flash2.kinds["attention"] == "published" and H200.with_core("triton").kinds["attention"] == "modelled"
+    assert set(core_rates(80)) == {"flash2", "sdpa_flash", "triton"} and H200.with_core("reference") is H200
+    assert not H200.int8_pays() and flash2.int8_pays() and A800.int8_pays()
+
+    def row(name: str, impl: str, direction: str, tflops: float, tokens: int = 65_520) -> dict[str, object]:
+        return {"kind": "kernel", "name": name, "impl": impl, "direction": direction, "tflops": tflops, "gbps": None,
+                "shape": [tokens], "t_ms_median": 1.0, "status": "ok"}  # fmt: skip
+
+    rows = [row("attention", "flash3", "fwd", 655.0), row("attention", "int8", "fwd", 801.0),
+            row("attention", "flash3", "fwd", 1.0, tokens=16_384), row("attention", "sdpa_flash", "fwd", 2.0),
+            {"kind": "kernel", "status": "failed", "t_ms_median": None}]  # fmt: skip
+    found = H200.measured(rows)
+    assert (found.attention, found.attention_int8) == (655e12, 801e12) and found.int8_pays()
+    assert found.kinds["attention"] == "measured here" and found.kinds["attention_backward"] == "published"
+    assert found.attention_backward == H200.attention_backward and found.matmul == H200.matmul
+
+
+def test_hours_say_what_they_rest_on() -> None:
+    ladder = climb(paper_run(), paper_run(tail=7), A800, 64)
+    kinds = {rung.lever.name: (rung.alone_kind, rung.cumulative_kind) for rung in ladder.rungs}
+    assert kinds["shared prefix and first window forward"][0] == "published"
+    assert kinds["int8 attention outside the window"][0] == "modelled"
+    assert kinds["fused norm, rotary, gate and GELU kernels"] == ("modelled", "modelled")
+    assert ladder.rungs[-1].cumulative_kind == "assumed"  # a sum is no better founded than its worst part
+    named = {rung.lever.name for rung in climb(paper_run(), paper_run(tail=7), H200, 64).rungs}
+    assert "int8 attention outside the window" not in named
 
 
 def test_pass_counts_by_hand() -> None:

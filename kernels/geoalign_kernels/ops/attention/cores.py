@@ -22,6 +22,10 @@ ENV = "GEOALIGN_ATTENTION"
 FLASH2 = (2, 7)
 """The first flash-attn whose inner functions take their arguments in the order used here."""
 CORES = ("reference", "sdpa_flash", "sdpa_cudnn", "flash2", "flash3", "flash4", "triton")
+REPEATABLE = {"reference", "sdpa_flash", "flash2", "triton"}
+"""Cores whose backward can be made to repeat bit for bit; torch's flash operator needs torch's deterministic mode."""
+ORDER = {90: ("flash3", "sdpa_cudnn", "flash2", "sdpa_flash")}
+"""Cores in the order of their published rates at long sequences, by compute capability."""
 aten = torch.ops.aten
 
 
@@ -42,7 +46,19 @@ def why_not(core: str, device: torch.device, dtype: torch.dtype) -> str:
         return f"it needs flash-attn >= {_dotted(FLASH2)}, installed is {_dotted(_flash2_version()) or 'none'}"
     if core == "flash3" and torch.cuda.get_device_capability(device) != (9, 0):
         return "FlashAttention 3 is for sm_90"
+    if core == "sdpa_cudnn" and not (torch.backends.cudnn.is_available() and _capability(device) >= 80):
+        return "it needs cuDNN and compute capability 8.0"
     return ""
+
+
+def why_not_repeatable(core: str) -> str:
+    """Empty if the backward of ``core`` can be made to repeat bit for bit, else the reason."""
+    return "" if core in REPEATABLE else f"the backward of '{core}' does not repeat bit for bit (run.deterministic)"
+
+
+def _capability(device: torch.device) -> int:
+    major, minor = torch.cuda.get_device_capability(device)
+    return 10 * major + minor
 
 
 def report(device: torch.device) -> dict[str, str]:
@@ -54,25 +70,6 @@ def report(device: torch.device) -> dict[str, str]:
     except (dispatch.BackendUnavailableError, ValueError) as error:
         chosen = f"error: {error}"
     return dispatch.row("attention", chosen, reasons)
-
-
-def why_not_fp8(device: torch.device) -> str:
-    """Empty if the Triton kernel of mode int8_fp8 can run on ``device``, else the reason."""
-    if device.type != "cuda":
-        return "" if dispatch.interpreting() else f"it needs CUDA, not '{device.type}'"
-    major, minor = torch.cuda.get_device_capability(device)
-    if (major, minor) != (9, 0):
-        return f"its fp8 tensor cores are those of compute capability 9.0 (H100, H200), this device has {major}.{minor}"
-    return ""
-
-
-def report_fp8(device: torch.device) -> dict[str, str]:
-    """Row of ``dispatch.report`` of mode int8_fp8, which no reference replaces on a GPU that lacks fp8."""
-    reasons = {"reference": "", "triton": why_not_fp8(device)}
-    wanted = dispatch.wanted("attention_int8_fp8")
-    if wanted == "auto":
-        wanted = "reference" if device.type == "cpu" else "triton"
-    return dispatch.row("attention_int8_fp8", f"error: {reasons[wanted]}" if reasons[wanted] else wanted, reasons)
 
 
 @functools.lru_cache(maxsize=1)
@@ -95,11 +92,11 @@ def _importable(module: str) -> bool:
         return False
 
 
-def resolve(device: torch.device, dtype: torch.dtype) -> str:
-    """The core of this run: GEOALIGN_ATTENTION, else what ``use_backend`` names, else the first that is there.
+def resolve(device: torch.device, dtype: torch.dtype, *, deterministic: bool = False) -> str:
+    """The core of this run: GEOALIGN_ATTENTION, else what ``use_backend`` names, else the fastest that is there.
 
     Raises:
-        BackendUnavailableError: a core named explicitly cannot run.
+        BackendUnavailableError: a core named explicitly cannot run, or not repeat where that is asked for.
     """
     named = os.environ.get(ENV, "")
     if not named:
@@ -108,12 +105,14 @@ def resolve(device: torch.device, dtype: torch.dtype) -> str:
     if named:
         if named not in CORES:
             raise ValueError(f"{ENV}={named!r}: the attention cores are {', '.join(CORES)}")
-        reason = why_not(named, device, dtype)
+        reason = why_not(named, device, dtype) or (why_not_repeatable(named) if deterministic else "")
         if reason:
             raise dispatch.BackendUnavailableError(f"attention core '{named}' was asked for: {reason}")
         return named
-    order = ("flash3", "flash2", "sdpa_flash") if device.type == "cuda" else ("sdpa_flash",)
-    return next((core for core in order if not why_not(core, device, dtype)), "reference")
+    usual = ("flash2", "sdpa_flash")
+    order = ORDER.get(_capability(device), usual) if device.type == "cuda" else ("sdpa_flash",)
+    fit = (core for core in order if not (deterministic and why_not_repeatable(core)))
+    return next((core for core in fit if not why_not(core, device, dtype)), "reference")
 
 
 def forward(core: str, q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tensor]:

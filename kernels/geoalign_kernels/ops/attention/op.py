@@ -7,6 +7,7 @@ rest. Its core is an argument of the operator, so a compiled or recomputed graph
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Iterator
 from typing import Any, Literal, NamedTuple
 
@@ -27,7 +28,7 @@ dispatch.register(
     triton=f"{_HERE}.triton_impl:forward",
 )
 QUANTISED = ("int8", "int8_fp8")
-for _name, _reporter in (("attention_int8", ""), ("attention_int8_fp8", f"{_HERE}.cores:report_fp8")):
+for _name, _reporter in (("attention_int8", ""), ("attention_int8_fp8", f"{_HERE}.fp8_support:report_fp8")):
     dispatch.register(
         _name, reporter=_reporter, reference=f"{_HERE}.reference:{_name}", triton=f"{_HERE}.triton_impl:{_name}"
     )
@@ -43,9 +44,17 @@ class AttentionOutput(NamedTuple):
     """[B, H, Sq] float32, natural logarithm of the summed exponentials; None for the quantised modes."""
 
 
+def inside_exact_only() -> bool:
+    """Whether this code runs inside ``exact_only()``; a compiled graph is kept for each answer."""
+    return _exact_only
+
+
 @contextlib.contextmanager
 def exact_only() -> Iterator[None]:
-    """Inside (the SDE window of a rollout, the learner) quantised attention is refused: it would break the ratio."""
+    """Inside (the SDE window of a rollout, the learner) nothing may replace the exact kernels, which the ratio needs.
+
+    Quantised attention is refused there, also by graphs that were compiled outside.
+    """
     global _exact_only
     before, _exact_only = _exact_only, True
     try:
@@ -54,13 +63,16 @@ def exact_only() -> Iterator[None]:
         _exact_only = before
 
 
-def resolve_attention(device: torch.device | str, dtype: torch.dtype) -> str:
+def resolve_attention(device: torch.device | str, dtype: torch.dtype, *, deterministic: bool = False) -> str:
     """Name of the exact core for this device and dtype; resolve it once and pass it to rollout and learner alike.
+
+    On compute capability 9.0 FlashAttention 3, cuDNN, FlashAttention 2, torch's flash operator, in this order,
+    whichever is there; elsewhere the last two. ``deterministic`` leaves out those whose backward does not repeat.
 
     Raises:
         BackendUnavailableError: the core that GEOALIGN_ATTENTION or ``use_backend`` names cannot run.
     """
-    return cores.resolve(torch.device(device), dtype)
+    return cores.resolve(torch.device(device), dtype, deterministic=deterministic)
 
 
 def attention(
@@ -92,11 +104,8 @@ def attention(
         raise ValueError(f"q must be [B, Sq, H, hd] and k, v [B, Sk, H, hd]: {q.shape}, {k.shape}, {v.shape}")
     scale = q.shape[3] ** -0.5 if scale is None else scale
     if mode in QUANTISED:
-        if _exact_only or (torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)):
-            raise RuntimeError(
-                f"{mode} attention inside the SDE window or where a gradient is needed: its error exceeds the clip "
-                "range of the policy ratio; use mode='exact' there"
-            )
+        if torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad):
+            raise RuntimeError(f"{mode} attention has no gradient; use mode='exact' where one is needed")
         return AttentionOutput(getattr(torch.ops.geoalign, f"attention_{mode}")(q, k, v, scale), None)
     if mode != "exact":
         raise ValueError(f"attention mode '{mode}': choose one of exact, {', '.join(QUANTISED)}")
@@ -149,11 +158,22 @@ for _key in ("CPU", "CUDA"):
 torch.library.register_fake(f"{NAMESPACE}::attention", _fake, lib=library)
 torch.library.register_fake(f"{NAMESPACE}::attention_backward", _backward_fake, lib=library)
 torch.library.register_autograd(f"{NAMESPACE}::attention", _backward, setup_context=_setup_context, lib=library)
-for _name in (f"attention_{mode}" for mode in QUANTISED):
+
+
+def _refuse(mode: str) -> None:
+    if _exact_only:
+        raise RuntimeError(
+            f"{mode} attention inside the SDE window or the learner: its error exceeds the clip range of the policy "
+            "ratio; use mode='exact' there"
+        )
+
+
+for _mode in QUANTISED:
     define(
-        _name,
+        f"attention_{_mode}",
         "(Tensor q, Tensor k, Tensor v, float scale) -> Tensor",
         fake=lambda q, *_: torch.empty_like(q, memory_format=torch.contiguous_format),
+        guard=functools.partial(_refuse, _mode),
     )
 
 

@@ -2,7 +2,8 @@
 
 Activations of some layers have outliers that int8 scores do not survive (SageAttention, arXiv 2410.02367, reports such
 layers), and fp8 values cost more accuracy again. The probe compares the modes on a few blocks of queries of real
-inputs, once per layer: less than one percent of the work of the layer at 65,520 tokens.
+inputs, less than one percent of the work of the layer at 65,520 tokens. Activations change along the denoising, too: a
+layer is measured in an early, a middle and a late step, and the worst of them counts.
 """
 
 from __future__ import annotations
@@ -19,6 +20,8 @@ from geoalign_kernels.ops.attention.reference import SCALE_BLOCK
 
 logger = logging.getLogger("geoalign_kernels")
 Mode = Literal["exact", "int8", "int8_fp8"]
+STAGES = 3
+"""Early, middle and late steps, by their share of noise."""
 
 
 class ProbedInt8Attention:
@@ -34,9 +37,10 @@ class ProbedInt8Attention:
             stays exact.
 
     Attributes:
-        errors: ``{layer: relative L2 error of the mode measured last}`` of the layers seen so far: the chosen one, or
-            the last that was refused.
-        chosen: ``{layer: mode}`` likewise.
+        errors: ``{layer: worst relative L2 error of the mode measured last}`` of the layers seen so far: the chosen
+            one, or the last that was refused.
+        chosen: ``{layer: mode}`` likewise; a later step can only make it more exact.
+        settled: nothing is measured any more.
     """
 
     def __init__(self, threshold: float = 2e-2, blocks: int = 2, modes: Sequence[Mode] = ("int8",)) -> None:
@@ -47,16 +51,31 @@ class ProbedInt8Attention:
         self.threshold, self.modes = threshold, tuple(modes)
         self.errors: dict[int, float] = {}
         self.chosen: dict[int, Mode] = {}
-        self._blocks = blocks
+        self.settled = False
+        self._blocks, self._stage = blocks, 0
+        self._worst: dict[tuple[int, Mode], float] = {}
+        self._seen: set[tuple[int, int]] = set()
+
+    def at(self, noise: float) -> None:
+        """Say where the next calls stand: the share of noise in their latents, from 1 to 0."""
+        self._stage = min(int((1.0 - noise) * STAGES), STAGES - 1)
+
+    def measures(self, layer: int) -> bool:
+        """Whether the next call of a layer measures it: the first one of an early, a middle and a late step."""
+        return not self.settled and (layer, self._stage) not in self._seen and self.chosen.get(layer) != "exact"
+
+    def settle(self, modes: Sequence[Mode]) -> None:
+        """Take these modes, one per layer, and measure nothing any more."""
+        self.chosen, self.settled = dict(enumerate(modes)), True
 
     def __call__(
         self, layer: int, q: Tensor, k: Tensor, v: Tensor, *, scale: float | None = None, core: str | None = None
     ) -> Tensor:
         """Output [B, Sq, H, hd] of layer number ``layer``; the other arguments as in ``attention``.
 
-        The first call of a layer measures it, which waits for the device once per mode.
+        A call that ``measures`` waits for the device once per mode.
         """
-        if layer not in self.chosen:
+        if self.measures(layer):
             self._choose(layer, q, k, v, {"scale": scale, "core": core})
         return attention(q, k, v, mode=self.chosen[layer], scale=scale, core=core).out
 
@@ -73,9 +92,13 @@ class ProbedInt8Attention:
         some = sorted({i * count // self._blocks for i in range(min(self._blocks, count))})
         sample = torch.cat([q[:, i * SCALE_BLOCK : (i + 1) * SCALE_BLOCK] for i in some], dim=1) if some else q
         exact = attention(sample, k, v, **options).out.float()
+        self._seen.add((layer, self._stage))
         for mode in self.modes:
             difference = attention(sample, k, v, mode=mode, **options).out.float() - exact
-            self.errors[layer] = float(difference.norm() / exact.norm().clamp_min(1e-30))
+            error = float(difference.norm() / exact.norm().clamp_min(1e-30))
+            before = self._worst.get((layer, mode), 0.0)
+            # A comparison with NaN is false: one that was found stays.
+            self.errors[layer] = self._worst[layer, mode] = before if before >= error or before != before else error
             if self.errors[layer] <= self.threshold:  # false for NaN as well
                 self.chosen[layer] = mode
                 return

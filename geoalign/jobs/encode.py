@@ -1,0 +1,81 @@
+"""What a retake of one video needs of text and image encoders: where they lie, and what they make of the inputs."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from geoalign import parsing
+from geoalign.errors import UsageError
+from geoalign.models.encoders import load_image_encoder, load_text_encoder
+from geoalign.policy.open import ModelFiles
+from geoalign.types import Encodings, RetakeBatch
+
+GUIDANCE = 5.0
+"""Scale of classifier-free guidance where there is a text encoder and none was asked for."""
+_TEXT = (("text_encoder", "tokenizer"), ("models_t5_umt5-xxl-enc-bf16.pth", "google/umt5-xxl"))
+_IMAGE = ("image_encoder", "models_clip_open-clip-xlm-roberta-large-vit-huge-14.pth")
+
+
+def find_text_encoder(home: Path) -> tuple[Path, Path] | None:
+    """Weights and tokenizer of the text encoder beside a model, or None for a model that reads no text."""
+    return next(((home / w, home / t) for w, t in _TEXT if (home / w).exists()), None)
+
+
+def reads_text_of(files: ModelFiles) -> bool:
+    """Whether a model reads text; raises UsageError for one that does without a text encoder beside it."""
+    home = files.location.home
+    if find_text_encoder(home) is not None:
+        return True
+    if files.config.text_length > 1:
+        (diffusers, its_tokenizer), (published, other_tokenizer) = _TEXT
+        raise UsageError(
+            f"this model reads text, and {home} holds no text encoder; put {diffusers}/ with "
+            f"{its_tokenizer}/, or {published} with {other_tokenizer}/, there"
+        )
+    return False
+
+
+def choose_guidance(given: float | None, reads_text: bool, model: object) -> float:
+    """The scale to use; raises UsageError for guidance of a ``model`` without text encoder."""
+    if given not in (None, 1.0) and not reads_text:
+        raise UsageError(f"--guidance {given} needs a text encoder, and {model} has none; use --guidance 1")
+    return given if given is not None else (GUIDANCE if reads_text else 1.0)
+
+
+def encode(
+    files: ModelFiles,
+    batch: RetakeBatch,
+    prompt: str | None,
+    negative_prompt: str,
+    *,
+    dtype: torch.dtype,
+    device: torch.device | str,
+) -> Encodings | None:
+    """What the encoders make of the prompts and of the first source frame; None for a model without encoders."""
+    context = negative = None
+    encoder = find_text_encoder(files.location.home)
+    if encoder is not None and prompt is not None:
+        text = load_text_encoder(*encoder, dtype=dtype, device=str(device))
+        text.length = files.config.text_length
+        context, negative = text([prompt, negative_prompt]).split(1)
+    found = Encodings(context=context, negative=negative, image_tokens=_image_tokens(files, batch, dtype, device))
+    return found if len(found) else None
+
+
+def _image_tokens(
+    files: ModelFiles, batch: RetakeBatch, dtype: torch.dtype, device: torch.device | str
+) -> Tensor | None:
+    if files.config.image_dim is None:
+        return None
+    for path in (files.location.home / name for name in _IMAGE):
+        if path.exists():
+            return load_image_encoder(path, dtype=dtype, device=str(device))(batch.source.video[:, 0].to(device))
+    return None
+
+
+def read_text(value: str) -> str:
+    """A text, or the contents of the file in ``@FILE``; raises DataError if it cannot be read."""
+    return parsing.read_text(value[1:]).strip() if value.startswith("@") else value

@@ -1,0 +1,94 @@
+"""The model card that lies with an export: base and its licence, settings, numbers with their spread, commit."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from geoalign.models.layouts import RECAMMASTER, REDIRECTOR
+from geoalign.policy.files import CHECKPOINT_NAME, RUN_CONFIG
+from geoalign.policy.open import ModelFiles
+from geoalign.report.held_out import Value, comparisons
+from geoalign.version import __version__
+
+_NOT_KNOWN = "not known to geoalign: state that of the weights you trained on"
+_PUBLISHED = (
+    (REDIRECTOR, "Apache-2.0 (code of ReDirector and Wan2.1; see the files you downloaded)"),
+    (RECAMMASTER, "MIT (code of ReCamMaster) on Apache-2.0 (Wan2.1; see the files you downloaded)"),
+)
+
+
+def model_card(name: Path | str, files: ModelFiles, *, layout: str, rounding: str) -> str:
+    """Markdown, with the metadata block that model hubs read.
+
+    Args:
+        name: what was exported, as :func:`geoalign.policy.open.describe` took it.
+        files: its files.
+        layout: the format of the export.
+        rounding: what became of the bits, in words.
+    """
+    run = _run_of(Path(name))
+    summary = _summary(run)
+    base = str(summary.get("base") or files.notes.get("base") or files.location.home)
+    lines = [
+        "---", "library_name: geoalign", "pipeline_tag: video-to-video", "tags: [camera-control, grpo]", "---", "",
+        "# A retake model", "",
+        f"{files.title}, written by `geoalign export --format {layout}`; {rounding}.", "",
+        "| what | value |", "| --- | --- |",
+        f"| trained on top of | `{base}` |",
+        f"| licence of the base | {_licence(base, files)} |",
+        f"| exported from | {files.location.what} |",
+        f"| geoalign | {__version__} |",
+        f"| commit of the training | {summary.get('commit', 'not recorded')} |",
+    ]  # fmt: skip
+    if summary:
+        lines += [f"| seed, iterations | {summary['seed']}, {summary['iterations']} |"]
+    return "\n".join([*lines, *_numbers(summary), *_settings(run, files), ""])
+
+
+def _run_of(path: Path) -> Path | None:
+    """The run folder that was named, or that a checkpoint or policy file lies in."""
+    parents = (path, path.parent.parent if CHECKPOINT_NAME.search(path.name) else path.parent)
+    return next((folder for folder in parents if (folder / RUN_CONFIG).is_file()), None)
+
+
+def _summary(run: Path | None) -> dict[str, Any]:
+    try:
+        return {} if run is None else json.loads((run / "summary.json").read_text("utf-8"))
+    except (OSError, ValueError):
+        return {}  # a run that did not end has none
+
+
+def _licence(base: str, files: ModelFiles) -> str:
+    if base.startswith("builtin:") or "_assets" in base:
+        return "Apache-2.0 (ships with geoalign)"
+    return next((licence for config, licence in _PUBLISHED if config == files.config), _NOT_KNOWN)
+
+
+def _numbers(summary: dict[str, Any]) -> Iterator[str]:
+    """Held-out metrics before and after, with their deviation over noise seeds."""
+    yield from ("", "## Held-out metrics", "")
+    if not summary.get("held_out"):
+        yield "None were recorded with these weights."
+        return
+    yield "Mean over held-out pairs; +- is the standard deviation over noise seeds, where there are several."
+    for kind in summary["held_out"]:
+        yield from ("", f"### {kind}", "", "| metric | before | after |", "| --- | --- | --- |")
+        for row in comparisons(summary, kind):
+            unit = f" ({row.metric.unit})" if row.metric.unit else ""
+            yield f"| {row.metric.title}{unit} | {_cell(row.before)} | {_cell(row.after)} |"
+
+
+def _cell(value: Value) -> str:
+    return f"{value.mean:.3f}" + ("" if value.spread is None else f" +- {value.spread:.3f}")
+
+
+def _settings(run: Path | None, files: ModelFiles) -> Iterator[str]:
+    yield from ("", "## Settings", "")
+    if run is not None:
+        yield from ("```yaml", (run / RUN_CONFIG).read_text("utf-8").rstrip(), "```")
+        return
+    found = {"model": files.config.model_dump(mode="json"), "notes": dict(files.notes)}
+    yield from ("```json", json.dumps(found, indent=2), "```")

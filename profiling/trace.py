@@ -1,0 +1,291 @@
+"""One table of a trace: spans, the kernels under them, launches, gaps, and all of it against the cost model.
+
+    python profiling/trace.py TRACE.json[.gz] [--work FILE.work.json]        of `geoalign train --profile N`
+    python profiling/trace.py REPORT.sqlite   [--work FILE.work.json]        nsys export --type sqlite REPORT.nsys-rep
+
+Any machine; a trace of a CPU run shows operators in place of kernels. A kernel belongs to the innermost span that was
+open on its thread when it was launched, or, launched by the autograd engine's thread, on any thread. `busy` is the time
+in which some kernel of the span ran, `gaps` the idle time between them. `--work` (default: beside the trace) holds what
+the cost model expects of every phase; without it FLOPs are those of the products whose shapes the trace has.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gzip
+import json
+import math
+import re
+import sqlite3
+import sys
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, NamedTuple
+
+DOMAIN = "geoalign"
+ROOTS = ("data", "rollout", "reward", "scoring", "advantage", "update", "sync", "eval")
+"""First parts of the names of our spans."""
+PUSH_POP, DOMAIN_CREATE = 59, 75
+"""Event types of NVTX_EVENTS in an nsys export."""
+WORST = 10
+
+
+class Span(NamedTuple):
+    """A named stretch of one thread, in microseconds."""
+
+    name: str
+    start: float
+    end: float
+    thread: Any
+
+
+class Kernel(NamedTuple):
+    """A piece of work, in microseconds; `launched` is when its thread asked for it."""
+
+    name: str
+    start: float
+    end: float
+    launched: float
+    thread: Any
+    flops: float = 0.0
+
+
+@dataclass
+class Node:
+    """What belongs to all spans of one name, the spans inside them included."""
+
+    calls: int = 0
+    wall: float = 0.0
+    kernels: list[Kernel] = field(default_factory=list)
+    names: Counter[str] = field(default_factory=Counter)
+
+
+def load(path: Path) -> tuple[list[Span], list[Kernel]]:
+    """Spans and kernels of a torch trace or an nsys export.
+
+    Raises:
+        ValueError: it is neither.
+    """
+    head = path.read_bytes()[:16]
+    if head.startswith(b"SQLite format 3"):
+        return from_nsys(path)
+    try:
+        text = gzip.decompress(path.read_bytes()) if head.startswith(b"\x1f\x8b") else path.read_bytes()
+        events = json.loads(text)["traceEvents"]
+    except (ValueError, KeyError, TypeError, OSError) as error:
+        raise ValueError(f"{path}: neither a torch trace nor an nsys export (nsys export --type sqlite)") from error
+    return from_torch(events)
+
+
+def from_torch(events: Iterable[Mapping[str, Any]]) -> tuple[list[Span], list[Kernel]]:
+    """Of the events of a torch-profiler trace; leaf operators stand for kernels where no device ran any."""
+    complete = [event for event in events if event.get("ph") == "X" and "ts" in event]
+    spans, device, launches, operators = [], [], {}, []
+    for event in complete:
+        kind, start = event.get("cat", ""), float(event["ts"])
+        end, arguments = start + float(event.get("dur", 0.0)), event.get("args", {})
+        if kind == "user_annotation" and event["name"].partition("/")[0] in ROOTS:
+            spans.append(Span(event["name"], start, end, event["tid"]))
+        elif kind in ("kernel", "gpu_memcpy", "gpu_memset"):
+            device.append((event["name"], start, end, arguments.get("correlation")))
+        elif kind in ("cuda_runtime", "cuda_driver"):
+            launches[arguments.get("correlation")] = (start, event["tid"])
+        elif kind == "cpu_op":
+            operators.append(Kernel(event["name"], start, end, start, event["tid"], flops_of(event["name"], arguments)))
+    if not device:
+        return spans, leaves(operators)
+    kernels = [Kernel(name, start, end, *launches.get(key, (start, None))) for name, start, end, key in device]
+    # FLOPs are known of operators only: they count where the operator ran, as work of no duration.
+    kernels += [k._replace(end=k.start) for k in leaves(operators) if k.flops]
+    return spans, kernels
+
+
+def leaves(operators: Iterable[Kernel]) -> list[Kernel]:
+    """Operators that are not inside another counted one: attention is one operator, whatever it calls."""
+    found: list[Kernel] = []
+    inside: dict[Any, list[Kernel]] = defaultdict(list)
+    for operator in sorted(operators, key=lambda k: (k.start, -k.end)):
+        stack = inside[operator.thread]
+        while stack and stack[-1].end <= operator.start:
+            found.append(stack.pop())
+        if stack and stack[-1].flops:
+            continue  # part of an operator whose work is known
+        if stack:
+            stack.pop()  # its parts are listed in its place
+        stack.append(operator)
+    return found + [operator for stack in inside.values() for operator in stack]
+
+
+def flops_of(name: str, arguments: Mapping[str, Any]) -> float:
+    """FLOPs of a product or an attention by the shapes of its inputs; 0 for everything else."""
+    dims = [shape for shape in arguments.get("Input Dims", []) if shape]
+    plain = name.rpartition("::")[2]
+    if plain in ("mm", "addmm", "bmm", "baddbmm", "_addmm_activation", "_int_mm") and len(dims) >= 2:
+        left, right = dims[-2:] if plain in ("addmm", "baddbmm", "_addmm_activation") and len(dims) > 2 else dims[:2]
+        return 2.0 * math.prod(left) * right[-1]
+    if name.startswith("geoalign::attention") and len(dims) >= 3:
+        q, k = (dims[1], dims[2]) if plain == "attention_backward" else (dims[0], dims[1])
+        forward = 4.0 * q[0] * q[1] * k[1] * q[2] * q[3]
+        return 2.5 * forward if plain == "attention_backward" else forward
+    return 0.0
+
+
+def from_nsys(path: Path) -> tuple[list[Span], list[Kernel]]:
+    """Of the sqlite file that `nsys export` writes: ranges of our NVTX domain, kernels and copies by their launch."""
+    with sqlite3.connect(f"file:{path}?mode=ro", uri=True) as base:
+        tables = {row[0] for row in base.execute("SELECT name FROM sqlite_master WHERE type = 'table'")}
+        strings = dict(base.execute("SELECT id, value FROM StringIds"))
+        spans: list[Span] = []
+        if "NVTX_EVENTS" in tables:
+            events = base.execute("SELECT start, end, eventType, text, textId, globalTid, domainId FROM NVTX_EVENTS")
+            rows = [(*row[:3], row[3] or strings.get(row[4], ""), *row[5:]) for row in events]
+            ours = {domain for _, _, kind, text, _, domain in rows if kind == DOMAIN_CREATE and text == DOMAIN}
+            spans = [Span(text, start / 1e3, end / 1e3, thread) for start, end, kind, text, thread, domain in rows
+                     if kind == PUSH_POP and domain in ours and end is not None]  # fmt: skip
+        launches: dict[int, tuple[float, Any]] = {}
+        if "CUPTI_ACTIVITY_KIND_RUNTIME" in tables:
+            query = "SELECT correlationId, start, globalTid FROM CUPTI_ACTIVITY_KIND_RUNTIME"
+            launches = {key: (start / 1e3, thread) for key, start, thread in base.execute(query)}
+        kernels: list[Kernel] = []
+
+        def add(query: str, name: Any) -> None:
+            for start, end, key, what in base.execute(query):
+                kernels.append(Kernel(name(what), start / 1e3, end / 1e3, *launches.get(key, (start / 1e3, None))))
+
+        if "CUPTI_ACTIVITY_KIND_KERNEL" in tables:
+            query = "SELECT start, end, correlationId, shortName FROM CUPTI_ACTIVITY_KIND_KERNEL"
+            add(query, lambda key: strings.get(key, str(key)))
+        for kind in ("MEMCPY", "MEMSET"):
+            if f"CUPTI_ACTIVITY_KIND_{kind}" in tables:
+                query = f"SELECT start, end, correlationId, bytes FROM CUPTI_ACTIVITY_KIND_{kind}"
+                add(query, lambda _, kind=kind: kind.lower())
+    return spans, kernels
+
+
+def tree(spans: list[Span], kernels: list[Kernel]) -> dict[str, Node]:
+    """What belongs to every span name, in the order of their first start; kernels outside of all under ``(none)``."""
+    nodes: dict[str, Node] = {}
+    for span in sorted(spans, key=lambda s: (s.start, -s.end)):
+        node = nodes.setdefault(span.name, Node())
+        node.calls += 1
+        node.wall += span.end - span.start
+    waiting, now_open = sorted(spans, key=lambda s: -s.start), list[Span]()
+    for kernel in sorted(kernels, key=lambda k: k.launched):
+        while waiting and waiting[-1].start <= kernel.launched:
+            now_open.append(waiting.pop())
+        now_open = [s for s in now_open if s.end >= kernel.launched]
+        mine = [s for s in now_open if s.thread == kernel.thread] or now_open
+        for name in dict.fromkeys(s.name for s in mine) or ["(none)"]:
+            node = nodes.setdefault(name, Node())
+            node.kernels.append(kernel)
+            node.names[short(kernel.name)] += int(kernel.end > kernel.start)
+    return nodes
+
+
+def short(name: str) -> str:
+    """A kernel's name without its template and argument lists."""
+    plain = re.sub(r"^void ", "", name)
+    return re.split(r"[<(]", plain)[0][:60] or plain[:60]
+
+
+def busy_and_gaps(kernels: list[Kernel]) -> tuple[float, float]:
+    """(microseconds in which something ran, idle ones between the first start and the last end)."""
+    intervals = sorted((k.start, k.end) for k in kernels if k.end > k.start)
+    if not intervals:
+        return 0.0, 0.0
+    busy, reach = 0.0, intervals[0][0]
+    for start, end in intervals:
+        busy += max(0.0, end - max(start, reach))
+        reach = max(reach, end)
+    return busy, reach - intervals[0][0] - busy
+
+
+def rows(nodes: Mapping[str, Node], work: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """One row per span name: seconds, launches, gaps, FLOPs, bytes, MFU, prediction."""
+    expected, peak = work.get("phases", {}), work.get("peak_flops")
+    found = []
+    for name, node in nodes.items():
+        busy, gaps = busy_and_gaps(node.kernels)
+        phase = expected.get(name, {})
+        flops = phase.get("flops") or sum(k.flops for k in node.kernels)
+        seconds = 1e-6 * busy
+        time_by: Counter[str] = Counter()
+        for kernel in node.kernels:
+            time_by[short(kernel.name)] += kernel.end - kernel.start
+        found.append({
+            "span": name, "calls": node.calls, "wall_s": 1e-6 * node.wall, "busy_s": seconds, "gaps_s": 1e-6 * gaps,
+            "launches": sum(node.names.values()), "tflop": flops / 1e12, "gb": phase.get("bytes", 0.0) / 1e9,
+            "mfu": flops / seconds / peak if peak and seconds and flops else None,
+            "predicted_s": phase.get("seconds"), "top": time_by.most_common(3),
+        })  # fmt: skip
+    return found
+
+
+def disagreements(found: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The rows furthest from their prediction, by the factor either way."""
+    known = [row for row in found if row["predicted_s"] and row["busy_s"]]
+    return sorted(known, key=lambda row: -abs(math.log(row["busy_s"] / row["predicted_s"])))[:WORST]
+
+
+def markdown(found: list[dict[str, Any]], work: Mapping[str, Any]) -> str:
+    """The report."""
+    text = [f"# Trace on {work.get('device', 'an unnamed device')}, attention core {work.get('core', 'not known')}", ""]
+    header = [
+        "span",
+        "calls",
+        "wall s",
+        "busy s",
+        "gaps s",
+        "launches",
+        "TFLOP",
+        "GB",
+        "MFU",
+        "predicted s",
+        "most time in",
+    ]
+    text += [f"| {' | '.join(cells)} |" for cells in (header, ["---"] * len(header))]
+    for row in found:
+        label = "&nbsp;&nbsp;" * row["span"].count("/") + row["span"]
+        top = ", ".join(f"{name} {1e-6 * spent:.3g} s" for name, spent in row["top"])
+        mfu = "-" if row["mfu"] is None else f"{100 * row['mfu']:.0f} %"
+        cells = [label, str(row["calls"]), *(_number(row[key]) for key in ("wall_s", "busy_s", "gaps_s")),
+                 str(row["launches"]), _number(row["tflop"]), _number(row["gb"]), mfu, _number(row["predicted_s"]),
+                 top]  # fmt: skip
+        text.append(f"| {' | '.join(cells)} |")
+    text += ["", "## Furthest from the prediction", ""]
+    far = [(row["span"], row["busy_s"] / row["predicted_s"], row["predicted_s"]) for row in disagreements(found)]
+    text += [f"- {span}: {ratio:.2f} of the predicted {_number(seconds)} s" for span, ratio, seconds in far]
+    if not far:
+        text.append("nothing was predicted")
+    return "\n".join(text) + "\n"
+
+
+def _number(value: float | None) -> str:
+    return "-" if not value else f"{value:.3g}"
+
+
+def main() -> int:
+    """Entry point; 2 for a file that is no trace."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("trace", type=Path)
+    parser.add_argument("--work", type=Path, help="what the cost model expects (default: beside the trace)")
+    parser.add_argument("--json", type=Path, help="also write the rows to this file")
+    options = parser.parse_args()
+    beside = options.trace.with_name(options.trace.name.partition(".")[0] + ".work.json")
+    path = options.work or beside
+    try:
+        work = json.loads(path.read_text()) if options.work or path.exists() else {}
+        found = rows(tree(*load(options.trace)), work)
+    except (OSError, ValueError, sqlite3.Error) as error:
+        print(error, file=sys.stderr)
+        return 2
+    print(markdown(found, work), end="")
+    if options.json:
+        options.json.write_text(json.dumps(found, indent=1) + "\n")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

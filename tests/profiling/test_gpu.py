@@ -1,0 +1,217 @@
+"""`make gpu`: a bare machine, failures that cost one row each, a budget that is kept, a file that is cut short."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+from profiling_runs import ROOT, rows_of, script
+
+HIDING = """
+import os, sys
+HIDDEN = os.environ["HIDE_MODULES"].split(",")
+class Without:
+    def __init__(self, finder): self.finder = finder
+    def __getattr__(self, name): return getattr(self.finder, name)
+    def find_spec(self, name, path=None, target=None):
+        return None if name.partition(".")[0] in HIDDEN else self.finder.find_spec(name, path, target)
+sys.meta_path[:] = [Without(finder) for finder in sys.meta_path]
+"""
+BARE = ("pydantic,pydantic_core,yaml,av,diffusers,transformers,nvtx,roma,deepspeed,torchao,nvidia,scipy,PIL,cv2,"
+        "matplotlib,tensorboard,hypothesis,xdist,pytest_timeout")  # fmt: skip
+"""What a rented machine with torch, Triton and pytest lacks."""
+
+
+class Machine:
+    """Stands for processes and time: every stage takes the seconds and leaves the rows that it is told to."""
+
+    def __init__(self, seconds: dict[str, float], codes: dict[str, int] | None = None) -> None:
+        self.now, self.seconds, self.codes = 100.0, seconds, codes or {}
+        self.started: list[tuple[str, float]] = []
+
+    def clock(self) -> float:
+        return self.now
+
+    def start(self, command: Sequence[str], limit_s: float) -> int | None:
+        out = Path(command[command.index("--out") + 1])
+        name = out.stem
+        self.started.append((name, limit_s))
+        code = self.codes.get(name, 0)
+        rows = [
+            {"kind": "environment", "device": "X", "steady": True, "versions": {"torch": "1"}, "clocks_after": {}},
+            {"kind": "kernel", "name": name, "status": "failed" if code == 1 else "ok", "note": "boom"},
+        ]
+        out.write_text("".join(json.dumps(row) + "\n" for row in rows) + '{"kind": "ker')  # killed while it wrote
+        took = self.seconds.get(name, 10.0)
+        self.now += min(took, limit_s)
+        return None if took > limit_s else code
+
+
+def session_of(gpu: Any, tmp_path: Path, machine: Machine, budget_s: float, missing: tuple[str, ...] = ()) -> Any:
+    first = {"kind": "environment", "run_id": "r", "command": "gpu.py", "device": "X", "commit": "c", "steady": None}
+    return gpu.Session(
+        tmp_path / "all.jsonl", budget_s, first, start=machine.start, clock=machine.clock,
+        importable=lambda module: module not in missing,
+    )  # fmt: skip
+
+
+@pytest.mark.usefixtures("profiling")
+@pytest.mark.parametrize("budget_s", [60.0, 200.0, 540.0, 900.0])
+@pytest.mark.parametrize("slow", [0.1, 1.0, 100.0])
+def test_the_budget_is_kept_however_slow_the_stages_are(tmp_path: Path, budget_s: float, slow: float) -> None:
+    import gpu
+
+    machine = Machine(dict.fromkeys(("tests", "attention", "prologue-and-epilogue", "iteration"), 60.0 * slow))
+    session = session_of(gpu, tmp_path, machine, budget_s)
+    assert session.run(gpu.STAGES) == 0  # being out of time is no failure
+    assert machine.now - 100.0 <= budget_s
+    assert machine.started[0][0] == "tests" and all(limit >= 20 for _, limit in machine.started)
+    rows = rows_of(tmp_path / "all.jsonl")
+    assert rows[0]["steady"] is True and rows[0]["command"] == "gpu.py" and rows[0]["versions"] == {"torch": "1"}
+    stages = [row for row in rows if row["kind"] == "stage"]
+    assert [row["name"] for row in stages] == [stage.name for stage in gpu.STAGES]
+    if budget_s >= 540 and slow <= 1:
+        assert all(row["status"] == "ok" for row in stages)
+    if budget_s == 60 and slow > 1:
+        assert "out of time" in stages[-2]["note"]
+    if slow == 100.0:
+        assert "ended by the budget" in stages[0]["note"]
+
+
+@pytest.mark.usefixtures("profiling")
+def test_a_failing_stage_costs_its_own_rows_and_a_missing_package_its_stage(tmp_path: Path) -> None:
+    import gpu
+
+    machine = Machine({}, {"attention": 1, "rewards": -11})
+    session = session_of(gpu, tmp_path, machine, 540.0, missing=("diffusers",))
+    assert session.run(gpu.STAGES) == 1
+    rows = rows_of(tmp_path / "all.jsonl")
+    stages = {row["name"]: row for row in rows if row["kind"] == "stage"}
+    assert [name for name, row in stages.items() if row["status"] == "failed"] == ["attention", "rewards"]
+    assert stages["iteration"]["status"] == "not run" and "diffusers" in stages["iteration"]["note"]
+    assert "exit code -11" in stages["rewards"]["note"]
+    kernels = [row for row in rows if row["kind"] == "kernel"]
+    assert [row["stage"] for row in kernels if row["status"] == "failed"] == ["attention"]
+    assert len(kernels) == 5 == len(machine.started)
+
+
+@pytest.mark.usefixtures("profiling")
+def test_a_stage_that_hangs_is_ended(tmp_path: Path) -> None:
+    import gpu
+
+    assert gpu.run_process([sys.executable, "-c", "raise SystemExit(3)"], 60.0) == 3
+    assert gpu.run_process([sys.executable, "-c", "import time; time.sleep(60)"], 0.2) is None
+
+
+def test_a_bare_machine_collects_what_it_can_and_lists_the_rest(tmp_path: Path) -> None:
+    """Packages hidden by an import hook, no CUDA: the tests are found and skipped, files that need more are named."""
+    (tmp_path / "sitecustomize.py").write_text(HIDING)
+    path = ":".join([str(tmp_path), str(ROOT), str(ROOT / "kernels")])
+    environment = {"HIDE_MODULES": BARE, "PYTHONPATH": path, "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1"}
+    out = tmp_path / "all.jsonl"
+    done = script("profiling/gpu.py", "--self-check", "--only", "tests,iteration", "--out", str(out), **environment)
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    first, *rows = rows_of(out)
+    assert first["kind"] == "environment"
+    tests = [row for row in rows if row["kind"] == "test"]
+    needs_gpu = {row["name"] for row in tests if "CUDA device" in row["note"]}
+    assert len(needs_gpu) > 90 and not any(row["status"] == "failed" for row in tests)
+    named = {row["name"]: row["note"] for row in tests if "is not installed" in row["note"]}
+    assert named["tests/integration/test_training_gpu.py"] == "the package 'pydantic' is not installed"
+    (iteration,) = [row for row in rows if row["kind"] == "stage" and row["name"] == "iteration"]
+    assert iteration["status"] == "not run" and "pydantic" in iteration["note"]
+    report = script("profiling/figures.py", str(out))
+    assert report.returncode == 0 and "no roofline" in report.stdout
+    assert "pydantic" in out.with_suffix(".md").read_text()
+
+
+def test_tests_that_fail_or_do_not_fit_are_a_row_each(tmp_path: Path) -> None:
+    file = tmp_path / "test_sample.py"
+    file.write_text(
+        "import pytest\npytestmark = pytest.mark.gpu\n"
+        "@pytest.fixture(autouse=True)\ndef there(): pass\n"
+        "def test_good(): pass\ndef test_bad(): assert 1 == 2, 'one is not two'\n"
+        "def test_good_again(): pass\n"
+    )
+    broken = tmp_path / "test_broken.py"
+    broken.write_text("import geoalign_kernels.nonsense\n")
+    conftest = tmp_path / "pytest.ini"
+    conftest.write_text("[pytest]\nmarkers = gpu\n")
+
+    def run(*arguments: str) -> tuple[int, list[dict[str, Any]]]:
+        out = tmp_path / "out.jsonl"
+        done = script("profiling/gpu_tests.py", "--out", str(out), "--workers", "2", *arguments, str(file), str(broken))
+        return done.returncode, rows_of(out)
+
+    code, rows = run()
+    assert code == 1 and rows[-1]["note"] == "2 tests passed"
+    failed = {row["name"].rpartition("::")[2] or row["name"]: row["note"] for row in rows if row["status"] == "failed"}
+    assert "one is not two" in failed["test_bad"] and len(failed) == 2
+    assert any("nonsense" in note for note in failed.values())  # a module of ours that is missing is a failure
+    code, rows = run("--budget-s", "-1")
+    late = [row for row in rows if row["note"] == "the run was out of time"]
+    assert len(late) == 3 and rows[-1]["note"] == "0 tests passed"
+
+
+@pytest.mark.usefixtures("profiling")
+def test_a_row_that_fails_or_does_not_fit_costs_only_itself(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import bench_attention
+    import bench_ops
+    import torch
+
+    now = [0.0]
+    bench = bench_ops.Bench(
+        torch.device("cpu"), tmp_path / "r.jsonl", quick=True, small=True, budget_s=100.0, clock=lambda: now[0]
+    )
+    forward = bench_attention.forward
+
+    def broken(name: str, *operands: torch.Tensor) -> torch.Tensor:
+        if name == "int8":
+            raise RuntimeError("injected\nsecond line")
+        if name == "int8_fp8":
+            now[0] = 101.0
+        return forward(name, *operands)
+
+    monkeypatch.setattr(bench_attention, "forward", broken)
+    first, second = bench_attention.attention_cases([(40, 40), (40, 24)], 2, 16, bench.device, bench.dtype)
+    for case in (first, second):
+        bench.case(case)
+    rows = rows_of(tmp_path / "r.jsonl")[1:]
+    of = {(row["name"], row["impl"], row["direction"]): row for row in rows}
+    assert of["attention", "int8", "fwd"]["status"] == "failed"
+    assert of["attention", "int8", "fwd"]["note"] == "RuntimeError: injected"
+    assert of["attention", "int8_fp8", "fwd"]["status"] == "ok" == of["attention", "sdpa_flash", "bwd"]["status"]
+    assert "out of time" in of["cross_attention", "sdpa_flash", "fwd"]["note"]
+    assert sum(row["status"] == "failed" for row in rows) == 1
+
+
+@pytest.mark.usefixtures("profiling")
+def test_a_file_that_was_cut_short_is_read(results: Path, tmp_path: Path) -> None:
+    import compare
+    import figures
+
+    whole = results.read_text().splitlines(keepends=True)
+    for keep in (1, 2, 20):
+        cut = tmp_path / f"cut{keep}.jsonl"
+        cut.write_text("".join(whole[:keep]) + whole[keep][: len(whole[keep]) // 2])
+        rows = figures.load(cut)
+        assert len(rows) == keep
+        assert figures.markdown(rows) and isinstance(figures.roofline(rows), str)
+        assert compare.cohorts(rows) is not None
+    (tmp_path / "bad.jsonl").write_text(whole[0] + "{\n" + whole[1])
+    with pytest.raises(ValueError, match="line 2"):
+        figures.load(tmp_path / "bad.jsonl")
+
+
+def test_make_runs_it_without_a_set_up() -> None:
+    for target in ("gpu", "multigpu"):
+        command = ["make", "-n", target, "PYTHON=some-python", "BUDGET_S=77"]
+        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+        (line,) = done.stdout.strip().splitlines()
+        assert line.startswith("some-python profiling/gpu.py") and "--budget-s 77" in line
+        assert ("--multi" in line) == (target == "multigpu")
