@@ -161,15 +161,19 @@ def positive(option: str) -> Callable[[str], float]:
     return parse
 
 
-def four_numbers(text: str) -> tuple[float, float, float, float]:
-    """Four numbers separated by commas, as a ``type`` of ``argparse``."""
-    try:
-        first, second, third, fourth = (float(part) for part in text.split(","))
-    except ValueError as error:
-        raise argparse.ArgumentTypeError(f"four numbers separated by commas, got {text!r}") from error
-    if not all(map(math.isfinite, (first, second, third, fourth))):
-        raise argparse.ArgumentTypeError(f"four finite numbers, got {text!r}")
-    return first, second, third, fourth
+def four_numbers(option: str) -> Callable[[str], tuple[float, float, float, float]]:
+    """A ``type`` of ``argparse``: four finite numbers, comma-separated; raises UsageError, which names ``option``."""
+
+    def parse(text: str) -> tuple[float, float, float, float]:
+        try:
+            first, second, third, fourth = (float(part) for part in text.split(","))
+        except ValueError:
+            first = second = third = fourth = math.nan
+        if not all(map(math.isfinite, (first, second, third, fourth))):
+            raise UsageError(f"{option} {text}: expected four numbers separated by commas")
+        return first, second, third, fourth
+
+    return parse
 
 
 def print_held_out(numbers: Mapping[str, Mapping[str, list[float]]]) -> None:

@@ -50,10 +50,15 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
         help=f"estimate the source camera: {', '.join(sorted(EVALUATORS))}, or your own (docs/api.md)",
     )
     add("--estimator-weights", type=Path, help="of mapanything (model.safetensors or its folder) or depth_anything_3")
-    add("--intrinsics", type=four_numbers, metavar="FX,FY,CX,CY", help="of the source frames, fractions of W,H,W,H")
+    add(
+        "--intrinsics",
+        type=four_numbers("--intrinsics"),
+        metavar="FX,FY,CX,CY",
+        help="of the source frames, fractions of W,H,W,H",
+    )
     add(
         "--ground-plane",
-        type=four_numbers,
+        type=four_numbers("--ground-plane"),
         metavar="NX,NY,NZ,D",
         help="n.X = d in metres (default: the camera file's); for geometric models",
     )

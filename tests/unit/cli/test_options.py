@@ -85,10 +85,10 @@ def test_sizes_and_four_numbers() -> None:
     for text, said in (("480", "HEIGHTxWIDTH"), ("4x5x6", "HEIGHTxWIDTH"), ("15x16", "at least 16"), ("axb", "HEIGHT")):
         with pytest.raises(UsageError, match=said):
             frame_size(text)
-    assert four_numbers("0,1.5,-2,3") == (0.0, 1.5, -2.0, 3.0)
+    assert four_numbers("--intrinsics")("0,1.5,-2,3") == (0.0, 1.5, -2.0, 3.0)
     for text in ("1,2,3", "1,2,3,4,5", "a,b,c,d"):
-        with pytest.raises(argparse.ArgumentTypeError, match="four numbers"):
-            four_numbers(text)
+        with pytest.raises(UsageError, match="four numbers"):
+            four_numbers("--intrinsics")(text)
 
 
 def test_the_table_of_evaluators_is_of_evaluators() -> None:

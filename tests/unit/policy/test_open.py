@@ -15,6 +15,7 @@ import pytest
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
+from sealed_files import unsealed
 from training_cases import smoke
 
 from geoalign import weights
@@ -147,7 +148,7 @@ def write_run(folder: Path, config: Config, trained: dict[str, torch.Tensor]) ->
 def write_damaged(folder: Path) -> None:
     """Copies of the shipped policy with one fault each."""
     with safe_open(TINY_BASE, framework="pt") as file:
-        header = {key: text for key, text in file.metadata().items() if not key.endswith("_sha256")}  # others are tried
+        header = unsealed(file.metadata())  # others are tried
     name = "model.head.head.bias"
     faults: dict[str, Callable[[dict[str, Any]], object]] = {
         "unexpected": lambda tensors: tensors.update({"model.extra": torch.ones(1)}),
@@ -229,7 +230,7 @@ def small_layouts(models: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("geoalign.jobs.evaluate.evaluate", lambda *_, **__: Evaluation({}, {}, {}))
     monkeypatch.setattr("geoalign.jobs.evaluate.HeldOut.build", lambda *_: None)
     # None of these folders holds the 11 GB of a text encoder, without which `sample` refuses them.
-    monkeypatch.setattr("geoalign.cli.sample._find_text_encoder", lambda *_: None)
+    monkeypatch.setattr("geoalign.jobs.encode.reads_text_of", lambda *_: False)
 
     def opened(*arguments: Any) -> None:
         door.open_base(*arguments)
