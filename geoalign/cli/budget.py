@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import argparse
-import json
 from collections import Counter
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from geoalign.cli.options import add_config, add_json, check_json, read_config, write_json
-from geoalign.errors import UsageError
+from geoalign.errors import DataError, UsageError
+from geoalign.parsing import parse_json, read_text
 from geoalign.perf.budget import Ladder, Plan, RunCost, Walk, climb
 from geoalign.perf.cost import TransformerCost, VideoCost, video_cost
 from geoalign.perf.devices import DEVICES, INT8_WORTH, DeviceProfile, core_rates, profile_of
@@ -87,10 +87,10 @@ def _profile(device: str, core: str | None, results: Path | None) -> DeviceProfi
     if results is None:
         return profile
     try:
-        rows = [json.loads(line) for line in results.read_text().splitlines() if line.strip()]
-    except (OSError, ValueError) as error:
+        rows = [parse_json(line, results) for line in read_text(results).split("\n") if line.strip()]
+    except DataError as error:
         raise UsageError(f"--results {results}: not a result file of `make gpu` ({error})") from error
-    measured = profile_of(str(rows[0].get("device", ""))) if rows else None
+    measured = profile_of(str(rows[0].get("device", ""))) if rows and isinstance(rows[0], dict) else None
     if measured is None or measured.target != profile.target:
         raise UsageError(f"--results {results}: its first line does not name a card like --device {device}")
     return profile.measured(rows[1:])

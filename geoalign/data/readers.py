@@ -140,3 +140,9 @@ def open_reader(name: str, device_id: int | None = None) -> VideoReader:
     if name != "pyav":
         raise UsageError(f"unknown video reader '{name}'; known: pyav, dali")
     return AnyReader(PyAVReader())
+
+
+def shown_size(path: Path) -> tuple[int, int]:
+    """(H, W) of a video or a folder of pictures as shown; raises DataError if it cannot be read."""
+    info = AnyReader(PyAVReader()).probe(path)
+    return info.height, info.width

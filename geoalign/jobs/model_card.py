@@ -7,7 +7,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from geoalign.errors import DataError
 from geoalign.models.layouts import RECAMMASTER, REDIRECTOR
+from geoalign.parsing import MAX_YAML, read_json_object, read_text
 from geoalign.policy.files import CHECKPOINT_NAME, RUN_CONFIG
 from geoalign.policy.open import ModelFiles
 from geoalign.report.held_out import Value, comparisons
@@ -56,8 +58,8 @@ def _run_of(path: Path) -> Path | None:
 
 def _summary(run: Path | None) -> dict[str, Any]:
     try:
-        return {} if run is None else json.loads((run / "summary.json").read_text("utf-8"))
-    except (OSError, ValueError):
+        return {} if run is None else read_json_object(run / "summary.json")
+    except DataError:
         return {}  # a run that did not end has none
 
 
@@ -88,7 +90,7 @@ def _cell(value: Value) -> str:
 def _settings(run: Path | None, files: ModelFiles) -> Iterator[str]:
     yield from ("", "## Settings", "")
     if run is not None:
-        yield from ("```yaml", (run / RUN_CONFIG).read_text("utf-8").rstrip(), "```")
+        yield from ("```yaml", read_text(run / RUN_CONFIG, limit=MAX_YAML).rstrip(), "```")
         return
     found = {"model": files.config.model_dump(mode="json"), "notes": dict(files.notes)}
     yield from ("```json", json.dumps(found, indent=2), "```")

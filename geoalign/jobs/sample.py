@@ -15,7 +15,7 @@ from torch import Tensor
 
 from geoalign.config.model import ModelConfig
 from geoalign.data.frames import to_float
-from geoalign.data.readers import AnyReader
+from geoalign.data.readers import AnyReader, shown_size
 from geoalign.data.video import PyAVReader, probe_clip, warn_once
 from geoalign.errors import RewardError, UsageError
 from geoalign.evaluators.base import PoseEvaluator
@@ -102,7 +102,7 @@ def find_source_camera(video: Path) -> tuple[str | None, str]:
     Raises:
         DataError: the file is damaged or no camera file.
     """
-    found = camera_beside(video)
+    found = camera_beside(video, shown_size)
     if found is None:
         return None, ""
     if not found.metric:

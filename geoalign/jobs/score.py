@@ -11,7 +11,7 @@ from torch import Tensor
 
 from geoalign.data.clip_record import VIDEO_SUFFIXES
 from geoalign.data.frames import to_float
-from geoalign.data.readers import AnyReader
+from geoalign.data.readers import AnyReader, shown_size
 from geoalign.data.video import PyAVReader, VideoInfo, probe_clip, warn_once
 from geoalign.errors import DataError, RewardError, UsageError, UserError
 from geoalign.geometry.cameras.content import read_content
@@ -70,7 +70,7 @@ def find_source(video: Path, trajectory: str, source: Path | None, camera: str |
     if camera is not None:
         return Source(source, camera)
     if source is not None:
-        found = camera_beside(source)
+        found = camera_beside(source, shown_size)
         usable = found is not None and found.metric
         return Source(source, found.name, f"{found.name} beside it") if found and usable else Source(source, None)
     given = None if is_preset(trajectory) else split_name(trajectory)[0]

@@ -258,7 +258,7 @@ def test_a_full_disk_stops_the_run_and_keeps_what_was_written(tmp_path: Path, mo
     )
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(checkpoints, "save_sealed", full)
-        with pytest.raises(CheckpointError, match="No space left on device\); free disk space, then --resume auto"):
+        with pytest.raises(CheckpointError, match=r"No space left on device\); free disk space, then --resume auto"):
             run_training(config)
     found = checkpoints.list_checkpoints(tmp_path / "run" / "checkpoints")
     assert [path.name for path in found] == ["step_000001"]

@@ -8,7 +8,7 @@ and frame size follows as options (``poses.npy#axes=opengl:unit=cm``, :mod:`geoa
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -103,17 +103,16 @@ def _within_reach(name: Name, speed: float, path: CameraTrajectory) -> CameraTra
     return path
 
 
-def camera_beside(video: Path) -> CameraFile | None:
+def camera_beside(video: Path, size_of: Callable[[Path], tuple[int, int]]) -> CameraFile | None:
     """The camera that lies beside a video under its name, ``clip.npz`` of ``clip.mp4`` or of a folder ``clip``.
 
-    It is opened for what it says of poses, metres and plane; its lens, which may depend on the video's size, is not to
-    be used. None if there is no such file.
+    None if there is no such file; only for one is ``size_of`` asked for (H, W) of the video, which its lens depends on.
 
     Raises:
-        DataError: the file is damaged or no camera file.
+        DataError: the file is damaged, no camera file, or one of frames of another shape.
     """
     path = video.with_suffix(".npz")
-    return open_camera(path, image_size=(1, 1)) if path.is_file() else None
+    return open_camera(path, image_size=size_of(video)) if path.is_file() else None
 
 
 def is_preset(name: Name) -> bool:
