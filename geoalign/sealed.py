@@ -27,6 +27,7 @@ from geoalign.parsing import Failure, parse_json
 SKIP_VARIABLE = "GEOALIGN_SKIP_CHECKSUMS"
 SKIP_HINT = f"restore it from a copy, or set {SKIP_VARIABLE}=1 to read it as it is"
 _TENSORS, _HEADER = "tensors_sha256", "header_sha256"
+_LENGTH = 8  # bytes in front of a safetensors header that say how long it is
 _noticed: set[str] = set()
 
 
@@ -73,6 +74,10 @@ def write_tensors(tensors: Mapping[str, Tensor], path: Path, metadata: Mapping[s
     """
     try:
         save_file(dict(tensors), path, metadata=None if metadata is None else dict(metadata))
+        with path.open("r+b") as file:
+            header = file.read(int.from_bytes(file.read(_LENGTH), "little"))
+            file.seek(_LENGTH)
+            file.write(_in_order(header))
     except SafetensorError as error:
         found = re.search(r"os error (\d+)", str(error))
         number = int(found[1]) if found else errno.EIO
@@ -81,7 +86,21 @@ def write_tensors(tensors: Mapping[str, Tensor], path: Path, metadata: Mapping[s
 
 def sealed_bytes(tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> bytes:
     """The bytes that :func:`save_sealed` writes."""
-    return save(dict(tensors), seal(tensors, metadata or {}))
+    data = save(dict(tensors), seal(tensors, metadata or {}))
+    end = _LENGTH + int.from_bytes(data[:_LENGTH], "little")
+    return data[:_LENGTH] + _in_order(data[_LENGTH:end]) + data[end:]
+
+
+def _in_order(header: bytes) -> bytes:
+    """A safetensors header of the same length with its metadata sorted by name.
+
+    The library lists them in another order every time, and equal contents are to give equal files.
+    """
+    facts = json.loads(header)
+    if "__metadata__" in facts:
+        facts["__metadata__"] = dict(sorted(facts["__metadata__"].items()))
+    text = json.dumps(facts, separators=(",", ":"), ensure_ascii=False).encode()
+    return text.ljust(len(header)) if len(text) <= len(header) else header
 
 
 def is_sealed(metadata: Mapping[str, str]) -> bool:

@@ -34,7 +34,7 @@ from geoalign.models.codec_base import LatentCodec
 from geoalign.models.dit import RetakeDiT
 from geoalign.models.layouts import LAYOUTS, RECAMMASTER, REDIRECTOR, count, identify, is_self_attention, model_shapes
 from geoalign.models.wan_vae import load_wan_codec
-from geoalign.parsing import read_json_object, read_yaml
+from geoalign.parsing import read_json_object
 from geoalign.policy.files import (
     AVERAGE_FILE,
     CHECKPOINT_NAME,
@@ -51,6 +51,7 @@ from geoalign.policy.files import (
 )
 from geoalign.policy.policy import RetakePolicy
 from geoalign.weights import Shapes, TensorFile
+from geoalign.yaml_text import read_yaml
 
 CONFIG_FILE = "config.json"
 CODEC_FILE = "codec.safetensors"

@@ -16,7 +16,7 @@ from geoalign.errors import RunError
 from geoalign.models import layers
 from geoalign.training.trainer import Trainer
 from geoalign.types import Encodings, RetakeBatch
-from geoalign_kernels.ops.unrotate_gate_norm import reference
+from geoalign_kernels.ops.modulated_norm import reference
 
 
 class Texts(Conditions):
@@ -62,11 +62,9 @@ def test_ratio_is_one_under_compile_in_float32_with_attention_kept(monkeypatch: 
     assert metrics["perf/forwards_recomputed"] == metrics["perf/backwards"] > 0
 
 
-def plain_epilogue(
-    y: Tensor, x: Tensor, *vectors: Tensor, phase: Tensor | None = None, heads: int = 1, eps: float, dtype: torch.dtype
-) -> tuple[Tensor, Tensor]:
-    """What follows attention as plain operations, which the compiler fuses and reorders as it likes."""
-    return reference.unrotate_gate_norm(y, x, *vectors, phase, heads, eps, dtype)
+def plain_norm(x: Tensor, scale: Tensor, shift: Tensor, eps: float, *, dtype: torch.dtype | None = None) -> Tensor:
+    """A block's first norm as plain operations, which the compiler fuses and reorders as it likes."""
+    return reference.modulated_norm(x, scale, shift, eps, dtype)
 
 
 def test_ratio_under_compile_in_bfloat16_and_a_rollout_by_another_graph(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -76,7 +74,7 @@ def test_ratio_under_compile_in_bfloat16_and_a_rollout_by_another_graph(monkeypa
     """
     trainer = compiled("bfloat16", "none")
     assert_exact(trainer.step())
-    monkeypatch.setattr(layers, "unrotate_gate_norm", plain_epilogue)
+    monkeypatch.setattr(layers, "modulated_norm", plain_norm)
     trainer = compiled("bfloat16", "none")
     assert_exact(trainer.step())
     sampler = trainer._sampler
