@@ -62,9 +62,14 @@ def test_ratio_is_one_under_compile_in_float32_with_attention_kept(monkeypatch: 
     assert metrics["perf/forwards_recomputed"] == metrics["perf/backwards"] > 0
 
 
-def plain_norm(x: Tensor, scale: Tensor, shift: Tensor, eps: float, *, dtype: torch.dtype | None = None) -> Tensor:
-    """A block's first norm as plain operations, which the compiler fuses and reorders as it likes."""
-    return reference.modulated_norm(x, scale, shift, eps, dtype)
+def rounding_norm(x: Tensor, scale: Tensor, shift: Tensor, eps: float, *, dtype: torch.dtype | None = None) -> Tensor:
+    """A block's first norm that rounds once more without gradients, as a compiler may that fuses another graph.
+
+    What the compiler itself does with plain operations differs between its versions and graphs; some agree by luck.
+    """
+    if not torch.is_grad_enabled():
+        x = x.to(torch.bfloat16)
+    return reference.modulated_norm(x.float(), scale, shift, eps, dtype)
 
 
 def test_ratio_under_compile_in_bfloat16_and_a_rollout_by_another_graph(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -74,7 +79,7 @@ def test_ratio_under_compile_in_bfloat16_and_a_rollout_by_another_graph(monkeypa
     """
     trainer = compiled("bfloat16", "none")
     assert_exact(trainer.step())
-    monkeypatch.setattr(layers, "modulated_norm", plain_norm)
+    monkeypatch.setattr(layers, "modulated_norm", rounding_norm)
     trainer = compiled("bfloat16", "none")
     assert_exact(trainer.step())
     sampler = trainer._sampler
