@@ -26,8 +26,6 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 BROKEN = (pytest.ExitCode.INTERRUPTED, pytest.ExitCode.INTERNAL_ERROR, pytest.ExitCode.USAGE_ERROR)
-GRACE_S = 15.0
-"""What a test may take beyond the budget: it is not interrupted by its own process, but ended from outside."""
 
 
 class Recorder:
@@ -129,7 +127,7 @@ def run_all(options: argparse.Namespace) -> int:
         workers.append(subprocess.Popen(command, cwd=ROOT, env=environment()))
     for share, worker in enumerate(workers):
         try:
-            worker.wait(max(1.0, options.budget_s + GRACE_S - (time.monotonic() - began)))
+            worker.wait(max(1.0, options.budget_s + options.grace_s - (time.monotonic() - began)))
         except subprocess.TimeoutExpired:
             worker.kill()
             worker.wait()
@@ -160,6 +158,12 @@ def main() -> int:
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--workers", type=int, default=min(8, os.cpu_count() or 1))
     parser.add_argument("--budget-s", type=float, default=3600.0)
+    parser.add_argument(
+        "--grace-s",
+        type=float,
+        default=15.0,
+        help="a test that runs so long beyond the budget is ended",
+    )
     parser.add_argument("--marker", choices=("gpu", "multigpu"), default="gpu")
     parser.add_argument("--share", default="", help=argparse.SUPPRESS)
     parser.add_argument("paths", nargs="*", type=Path, help="test files (default: all that carry the marker)")
