@@ -253,3 +253,14 @@ def test_checkpoint_policy_sees_the_op() -> None:
     direct = q.detach().clone().requires_grad_()
     gk.attention(direct, direct, direct).out.sin().sum().backward()
     assert op in seen and torch.equal(q.grad, direct.grad)
+
+
+def test_blocks_of_threads_that_overlap_end_with_the_last() -> None:
+    """Ranks simulated by threads once left the guard closed: each restored what it had found."""
+    first, second = gk.exact_only(), gk.exact_only()
+    first.__enter__()
+    second.__enter__()
+    first.__exit__(None, None, None)
+    assert gk.inside_exact_only()
+    second.__exit__(None, None, None)
+    assert not gk.inside_exact_only()

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import threading
 from collections.abc import Iterator
 from typing import Any, Literal, NamedTuple
 
@@ -33,6 +34,7 @@ for _name, _reporter in (("attention_int8", ""), ("attention_int8_fp8", f"{_HERE
         _name, reporter=_reporter, reference=f"{_HERE}.reference:{_name}", triton=f"{_HERE}.triton_impl:{_name}"
     )
 _exact_only = False
+_inside, _inside_lock = 0, threading.Lock()  # how many blocks are open, in all threads
 
 
 class AttentionOutput(NamedTuple):
@@ -53,14 +55,21 @@ def inside_exact_only() -> bool:
 def exact_only() -> Iterator[None]:
     """Inside (the SDE window of a rollout, the learner) nothing may replace the exact kernels, which the ratio needs.
 
-    Quantised attention is refused there, also by graphs that were compiled outside.
+    Quantised attention is refused there, also by graphs that were compiled outside. It holds for the whole process:
+    blocks of several threads may overlap, and it ends with the last of them.
     """
-    global _exact_only
-    before, _exact_only = _exact_only, True
+    _count_inside(1)
     try:
         yield
     finally:
-        _exact_only = before
+        _count_inside(-1)
+
+
+def _count_inside(change: int) -> None:
+    global _exact_only, _inside
+    with _inside_lock:
+        _inside += change
+        _exact_only = _inside > 0
 
 
 def resolve_attention(device: torch.device | str, dtype: torch.dtype, *, deterministic: bool = False) -> str:
