@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -211,7 +212,8 @@ def test_a_file_that_was_cut_short_is_read(results: Path, tmp_path: Path) -> Non
 def test_make_runs_it_without_a_set_up() -> None:
     for target in ("gpu", "multigpu"):
         command = ["make", "-n", target, "PYTHON=some-python", "BUDGET_S=77"]
-        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+        outside = {key: value for key, value in os.environ.items() if key not in ("MAKEFLAGS", "MFLAGS", "MAKELEVEL")}
+        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=outside)
         (line,) = done.stdout.strip().splitlines()
         assert line.startswith("some-python profiling/gpu.py") and "--budget-s 77" in line
         assert ("--multi" in line) == (target == "multigpu")
