@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from geoalign.cli.options import add_config, add_json, check_json, read_config, write_json
 from geoalign.errors import DataError, UsageError
-from geoalign.parsing import parse_json, read_text
+from geoalign.files.parsing import parse_json, read_text
 from geoalign.perf.budget import Ladder, Plan, RunCost, Walk, climb
 from geoalign.perf.cost import TransformerCost, VideoCost, video_cost
 from geoalign.perf.devices import DEVICES, INT8_WORTH, DeviceProfile, core_rates, profile_of

@@ -120,7 +120,7 @@ def run_schema(args: argparse.Namespace) -> int:
 def run_docs(args: argparse.Namespace) -> int:
     """Print or write the reference page."""
     from geoalign.config.docs import reference_page
-    from geoalign.io_utils import atomic_write_text, check_writable
+    from geoalign.files.atomic import atomic_write_text, check_writable
 
     if args.out:
         check_writable(args.out)

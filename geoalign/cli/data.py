@@ -91,7 +91,7 @@ def run_trajectories(args: argparse.Namespace) -> int:
     """Draw target paths as training does and show what the rescale did to them."""
     from geoalign.data.tally import Tally
     from geoalign.data.trajectories import load_pool
-    from geoalign.io_utils import check_writable
+    from geoalign.files.atomic import check_writable
 
     config = read_config(args)
     if args.plot is not None:

@@ -30,7 +30,7 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
 def _run(args: argparse.Namespace) -> int:
     import torch
 
-    from geoalign.io_utils import atomic_write_json, atomic_write_text, check_writable
+    from geoalign.files.atomic import atomic_write_json, atomic_write_text, check_writable
     from geoalign.jobs.model_card import model_card
     from geoalign.policy import formats, lora
     from geoalign.policy.open import describe

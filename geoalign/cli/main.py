@@ -116,7 +116,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _in_one_line(error: Exception) -> str:
     """What is said of an exception that is no UserError: of a file on a disk, the fix; else where the traceback is."""
     if isinstance(error, OSError) and error.filename is not None:
-        from geoalign.io_utils import fix_of
+        from geoalign.files.atomic import fix_of
 
         return f"error: {error.filename}: {error.strerror}; {fix_of(error)}"
     return f"unexpected error: {_unexpected(error)}"

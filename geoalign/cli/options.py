@@ -99,7 +99,7 @@ def add_json(parser: argparse.ArgumentParser, what: str) -> None:
 
 def check_json(args: argparse.Namespace) -> None:
     """Refuse a ``--json`` that cannot be written, before the work; raises UsageError or DataError."""
-    from geoalign.io_utils import check_writable
+    from geoalign.files.atomic import check_writable
 
     if args.json not in (None, STDOUT):
         check_writable(Path(args.json))
@@ -107,7 +107,7 @@ def check_json(args: argparse.Namespace) -> None:
 
 def write_json(args: argparse.Namespace, data: Any) -> bool:
     """Write ``data`` to where ``--json`` says, NaN as null; whether the text is still to be printed."""
-    from geoalign.io_utils import atomic_write_json, nan_to_none
+    from geoalign.files.atomic import atomic_write_json, nan_to_none
 
     if args.json == STDOUT:
         print(json.dumps(nan_to_none(data), indent=2))

@@ -23,7 +23,7 @@ def run_pretrain(args: argparse.Namespace) -> int:
     """Pre-train a base policy and print its held-out numbers."""
     config = read_config(args)
     from geoalign.errors import UsageError
-    from geoalign.io_utils import check_writable, nan_to_none
+    from geoalign.files.atomic import check_writable, nan_to_none
     from geoalign.jobs.environment import describe_environment
     from geoalign.jobs.evaluate import HeldOut, evaluate
     from geoalign.jobs.pretrain import pretrain

@@ -98,8 +98,8 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
 def _run(args: argparse.Namespace) -> int:
     import torch
 
+    from geoalign.files.atomic import check_writable
     from geoalign.frozen.device import named_device
-    from geoalign.io_utils import check_writable
     from geoalign.jobs.encode import choose_guidance, encode, read_text, reads_text_of
     from geoalign.jobs.sample import estimate, read_inputs
     from geoalign.jobs.sample_files import outputs, write_retake

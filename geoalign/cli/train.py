@@ -57,7 +57,7 @@ def run_train(args: argparse.Namespace) -> int:
     summary = folder / "summary.json"
     if not summary.exists() or os.environ.get("RANK", "0") != "0":
         return 0
-    from geoalign.parsing import read_json_object
+    from geoalign.files.parsing import read_json_object
     from geoalign.report.page import write_report
 
     report = write_report(folder)

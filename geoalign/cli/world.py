@@ -33,7 +33,7 @@ def add_parser(subparsers: Any) -> None:
 def run_render(args: argparse.Namespace) -> int:
     """Render the world to ``data.root`` or a contact sheet to ``--sheet``."""
     from geoalign.errors import ConfigError
-    from geoalign.io_utils import check_writable
+    from geoalign.files.atomic import check_writable
     from geoalign.world.dataset import is_complete, write_world
     from geoalign.world.sheet import write_sheet
 

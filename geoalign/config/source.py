@@ -19,8 +19,8 @@ from typing import Any
 import yaml
 
 from geoalign.errors import ConfigError
-from geoalign.parsing import read_text
-from geoalign.yaml_text import MAX_YAML, parse_yaml
+from geoalign.files.parsing import read_text
+from geoalign.files.yaml_text import MAX_YAML, parse_yaml
 
 MAX_EXTENDS = 2
 COMMAND_LINE = "command line"

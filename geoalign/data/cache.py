@@ -27,10 +27,10 @@ from torch import Tensor
 from geoalign.data.clip_record import ClipRecord
 from geoalign.data.folders import visible
 from geoalign.errors import DataError
+from geoalign.files.atomic import atomic_write_bytes, atomic_write_json, atomic_write_text
+from geoalign.files.parsing import parse_json, read_json_object, read_text
+from geoalign.files.sealed import Seal, digest_of, notice_unsealed, sealed_bytes, skips_checksums
 from geoalign.geometry.cameras.door import files_of, split_name
-from geoalign.io_utils import atomic_write_bytes, atomic_write_json, atomic_write_text
-from geoalign.parsing import parse_json, read_json_object, read_text
-from geoalign.sealed import Seal, digest_of, notice_unsealed, sealed_bytes, skips_checksums
 
 _ROW_SEAL = "sha256"  # in a row of a manifest: of the rest of it
 _MAX_MANIFEST = 256 << 20  # bytes; a row is some hundred

@@ -29,10 +29,10 @@ from geoalign.data.tables import read_columns, read_table
 from geoalign.data.tally import Tally
 from geoalign.data.tracks import CameraTrack, valid_runs, window_starts
 from geoalign.errors import DataError, UsageError
+from geoalign.files.atomic import atomic_write_bytes
+from geoalign.files.parsing import check_regular, read_bytes
 from geoalign.geometry import so3
 from geoalign.geometry.trajectory import LARGEST, CameraTrajectory
-from geoalign.io_utils import atomic_write_bytes
-from geoalign.parsing import check_regular, read_bytes
 
 ARCHIVE_SUFFIX = "_others.tar.gz"
 QUATERNION_TOLERANCE = 0.01

@@ -11,9 +11,9 @@ import numpy as np
 from torch import Tensor
 
 from geoalign.config.data import RescaleConfig, TruncatedGaussian
+from geoalign.files.atomic import atomic_path
 from geoalign.geometry.rescale import RescaleResult, truncated_gaussian
 from geoalign.geometry.trajectory import CameraTrajectory
-from geoalign.io_utils import atomic_path
 
 _SHOWN = 24
 _COLOURS = ("#777777", "#c2410c")

@@ -24,7 +24,7 @@ from geoalign.data.loader import CameraEstimate, ClipLoader, cause_of
 from geoalign.data.readers import READER_VERSION, open_reader
 from geoalign.data.tally import Tally
 from geoalign.errors import ConfigError, DataError, UsageError
-from geoalign.locks import is_locked, writer_lock
+from geoalign.files.locks import is_locked, writer_lock
 
 logger = logging.getLogger(__name__)
 

@@ -15,8 +15,8 @@ from pathlib import Path
 from typing import Any
 
 from geoalign.errors import DataError, UsageError
-from geoalign.io_utils import atomic_write_text
-from geoalign.parsing import check_regular, parse_json, read_text
+from geoalign.files.atomic import atomic_write_text
+from geoalign.files.parsing import check_regular, parse_json, read_text
 
 _MAX_TABLE = 256 << 20  # bytes; a row is some hundred
 _MAX_HEADER = 1 << 20

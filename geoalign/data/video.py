@@ -29,7 +29,7 @@ from geoalign.data.frames import to_uint8
 from geoalign.data.picture import Look
 from geoalign.data.timeline import Timeline, facts, scan
 from geoalign.errors import DataError, UsageError
-from geoalign.io_utils import atomic_path
+from geoalign.files.atomic import atomic_path
 
 _LOG = logging.getLogger(__name__)
 _BT709, _LIMITED_RANGE = 1, 1

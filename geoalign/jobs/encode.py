@@ -7,8 +7,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from geoalign import parsing
 from geoalign.errors import UsageError
+from geoalign.files import parsing
 from geoalign.models.encoders import load_image_encoder, load_text_encoder
 from geoalign.policy.open import ModelFiles
 from geoalign.types import Encodings, RetakeBatch

@@ -13,7 +13,7 @@ from typing import Any
 
 from geoalign.config.training import RunConfig
 from geoalign.errors import ConfigError, DataError
-from geoalign.io_utils import append_text, atomic_write_text, disk_errors, nan_to_none, read_jsonl
+from geoalign.files.atomic import append_text, atomic_write_text, disk_errors, nan_to_none, read_jsonl
 
 _FIX = "free disk space or bring the folder back, then --resume auto"
 

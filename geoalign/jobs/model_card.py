@@ -8,13 +8,13 @@ from pathlib import Path
 from typing import Any
 
 from geoalign.errors import DataError
+from geoalign.files.parsing import read_json_object, read_text
+from geoalign.files.yaml_text import MAX_YAML
 from geoalign.models.layouts import RECAMMASTER, REDIRECTOR
-from geoalign.parsing import read_json_object, read_text
 from geoalign.policy.files import CHECKPOINT_NAME, RUN_CONFIG
 from geoalign.policy.open import ModelFiles
 from geoalign.report.held_out import Value, comparisons
 from geoalign.version import __version__
-from geoalign.yaml_text import MAX_YAML
 
 _NOT_KNOWN = "not known to geoalign: state that of the weights you trained on"
 _PUBLISHED = (

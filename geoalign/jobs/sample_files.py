@@ -12,7 +12,7 @@ from torch import Tensor
 from geoalign.data.plots import plot_cameras
 from geoalign.data.video import write_video
 from geoalign.errors import UsageError
-from geoalign.io_utils import atomic_write_json, nan_to_none
+from geoalign.files.atomic import atomic_write_json, nan_to_none
 from geoalign.types import RetakeBatch
 from geoalign.version import __version__
 

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from geoalign.data.plots import PNG_MARK, plot_cameras
 from geoalign.errors import DataError
-from geoalign.io_utils import check_writable
+from geoalign.files.atomic import check_writable
 from geoalign.types import RetakeBatch
 
 

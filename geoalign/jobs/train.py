@@ -15,7 +15,8 @@ from geoalign.config.load import to_yaml
 from geoalign.config.schema import Config
 from geoalign.data.source import RetakeDataset
 from geoalign.errors import Stopped
-from geoalign.io_utils import atomic_write_json, atomic_write_text, nan_to_none
+from geoalign.files.atomic import atomic_write_json, atomic_write_text, nan_to_none
+from geoalign.files.locks import writer_lock
 from geoalign.jobs.environment import describe_environment
 from geoalign.jobs.metrics_file import MetricsWriter
 from geoalign.jobs.prepare import encoder_identity, render_missing_data
@@ -30,7 +31,6 @@ from geoalign.jobs.train_resume import (
     set_newer_aside,
     state_to_resume,
 )
-from geoalign.locks import writer_lock
 from geoalign.models.codec import PatchCodec
 from geoalign.policy.files import DELTA_FILE, POLICY_FILE, RUN_CONFIG, save_policy
 from geoalign.policy.open import open_base

@@ -12,7 +12,7 @@ import torch
 
 from geoalign.config.load import flatten
 from geoalign.config.schema import Config
-from geoalign.io_utils import atomic_path, nan_to_none
+from geoalign.files.atomic import atomic_path, nan_to_none
 from geoalign.jobs.evaluate import METRICS, Evaluation, HeldOut, evaluate, mean_of_defined
 from geoalign.report.held_out import present_names
 from geoalign.training.trainer import Trainer

@@ -10,8 +10,8 @@ from pathlib import Path
 import torch
 
 from geoalign.config.schema import Config
+from geoalign.files.atomic import atomic_write_json
 from geoalign.flow.table import build_step_table
-from geoalign.io_utils import atomic_write_json
 from geoalign.perf.budget import Walk
 from geoalign.perf.cost import Speedups, TransformerCost
 from geoalign.perf.devices import profile_of

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from geoalign.errors import CheckpointError, ConfigError, RunError, UsageError
-from geoalign.io_utils import disk_errors
+from geoalign.files.atomic import disk_errors
 from geoalign.policy.files import DELTA_FILE, POLICY_FILE
 from geoalign.training.checkpoint import (
     RunSettings,

@@ -10,9 +10,9 @@ from PIL import Image
 from torch import Tensor
 
 from geoalign.errors import CheckpointError, DataError
+from geoalign.files.parsing import first_line
 from geoalign.models.encoders import clean_text
 from geoalign.models.pretrained import open_pretrained
-from geoalign.parsing import first_line
 
 if TYPE_CHECKING:
     from transformers import Blip2ForConditionalGeneration, Blip2Processor

@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from geoalign.config.model import ModelConfig
+from geoalign.files.weights import Shapes, TensorFile
 from geoalign.models.dit import RetakeDiT
 from geoalign.models.layouts import (
     LAYOUTS,
@@ -23,7 +24,6 @@ from geoalign.models.layouts import (
     model_shapes,
     original_names,
 )
-from geoalign.weights import Shapes, TensorFile
 
 
 @dataclass(frozen=True, slots=True)

@@ -14,10 +14,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from geoalign.errors import CheckpointError
+from geoalign.files.parsing import first_line
+from geoalign.files.weights import TensorFile, shapes_of
 from geoalign.models.checkpoint import place
 from geoalign.models.pretrained import open_pretrained
-from geoalign.parsing import first_line
-from geoalign.weights import TensorFile, shapes_of
 
 if TYPE_CHECKING:
     from transformers import CLIPVisionModel, PreTrainedTokenizerBase, UMT5Config, UMT5EncoderModel

@@ -14,8 +14,8 @@ from functools import lru_cache
 import torch
 
 from geoalign.config.model import ModelConfig
+from geoalign.files.weights import Shapes, shapes_of
 from geoalign.models.dit import RetakeDiT
-from geoalign.weights import Shapes, shapes_of
 
 WAN_T2V = ModelConfig()
 WAN_FUN_INPAINT = ModelConfig(in_channels=36, image_dim=1280)

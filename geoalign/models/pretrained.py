@@ -8,9 +8,9 @@ from typing import Any
 from torch import nn
 
 from geoalign.errors import CheckpointError
-from geoalign.parsing import first_line
-from geoalign.weight_files import weight_files
-from geoalign.weights import require_finite
+from geoalign.files.parsing import first_line
+from geoalign.files.shards import weight_files
+from geoalign.files.weights import require_finite
 
 
 def open_pretrained(network: Any, folder: Path, what: str, **options: Any) -> nn.Module:

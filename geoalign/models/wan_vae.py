@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 
 from geoalign.errors import UsageError
+from geoalign.files.weights import TensorFile, shapes_of
 from geoalign.models.checkpoint import place
 from geoalign.models.pretrained import open_pretrained
-from geoalign.weights import TensorFile, shapes_of
 
 if TYPE_CHECKING:
     from diffusers import AutoencoderKLWan

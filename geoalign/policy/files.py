@@ -19,15 +19,15 @@ from torch import Tensor
 from geoalign.config.model import ModelConfig
 from geoalign.config.training import CodecConfig
 from geoalign.errors import CheckpointError, ConfigError
-from geoalign.io_utils import atomic_path
+from geoalign.files.atomic import atomic_path
+from geoalign.files.parsing import parse_json, read_json_object
+from geoalign.files.sealed import SKIP_HINT, digest_of, header_digest, notice_unsealed, save_sealed, skips_checksums
+from geoalign.files.weights import TensorFile, require_finite, shapes_of
 from geoalign.models.checkpoint import resemblance
 from geoalign.models.codec import PatchCodec
 from geoalign.models.dit import RetakeDiT, init_tiny_
 from geoalign.models.layouts import is_self_attention, model_shapes
-from geoalign.parsing import parse_json, read_json_object
 from geoalign.policy.policy import RetakePolicy
-from geoalign.sealed import SKIP_HINT, digest_of, header_digest, notice_unsealed, save_sealed, skips_checksums
-from geoalign.weights import TensorFile, require_finite, shapes_of
 
 # In a run folder.
 RUN_CONFIG, POLICY_FILE, DELTA_FILE = "config.yaml", "policy.safetensors", "delta.safetensors"

@@ -13,15 +13,15 @@ from torch import Tensor
 
 from geoalign.config.model import ModelConfig
 from geoalign.errors import CheckpointError, UsageError
-from geoalign.io_utils import atomic_folder, atomic_path
+from geoalign.files.atomic import atomic_folder, atomic_path
+from geoalign.files.sealed import save_sealed
+from geoalign.files.weights import require_finite
 from geoalign.models.codec import PatchCodec
 from geoalign.models.dit import RetakeDiT
 from geoalign.models.layouts import diffusers_name, is_self_attention
 from geoalign.policy.files import save_codec_file
 from geoalign.policy.open import CODEC_FILE, CONFIG_FILE
 from geoalign.policy.safetensors_file import save_safetensors
-from geoalign.sealed import save_sealed
-from geoalign.weights import require_finite
 
 # Whose camera the readers of a format rebuild: ReDirector's phases lie in the self-attention, ReCamMaster's encoders in
 # the full state dict. A diffusers folder names its model, and LoRA adds to a model that has its camera; both hold any.

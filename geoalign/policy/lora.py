@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 
 from geoalign.errors import CheckpointError, UsageError
+from geoalign.files.weights import require, shapes_of
 from geoalign.models.dit import RetakeDiT
 from geoalign.policy.safetensors_file import save_safetensors
-from geoalign.weights import require, shapes_of
 
 PREFIX = "diffusion_model."
 _FACTORED = re.compile(r"blocks\.\d+\.self_attn\.[qkvo]\.weight$")

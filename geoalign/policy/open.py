@@ -21,6 +21,9 @@ from geoalign.config.model import ModelConfig
 from geoalign.config.schema import Config
 from geoalign.config.training import compiles
 from geoalign.errors import CheckpointError, ConfigError, UsageError
+from geoalign.files.parsing import read_json_object
+from geoalign.files.weights import Shapes, TensorFile
+from geoalign.files.yaml_text import read_yaml
 from geoalign.models.checkpoint import (
     LoadReport,
     complete_weights,
@@ -34,7 +37,6 @@ from geoalign.models.codec_base import LatentCodec
 from geoalign.models.dit import RetakeDiT
 from geoalign.models.layouts import LAYOUTS, RECAMMASTER, REDIRECTOR, count, identify, is_self_attention, model_shapes
 from geoalign.models.wan_vae import load_wan_codec
-from geoalign.parsing import read_json_object
 from geoalign.policy.files import (
     AVERAGE_FILE,
     CHECKPOINT_NAME,
@@ -50,8 +52,6 @@ from geoalign.policy.files import (
     read_policy_file,
 )
 from geoalign.policy.policy import RetakePolicy
-from geoalign.weights import Shapes, TensorFile
-from geoalign.yaml_text import read_yaml
 
 CONFIG_FILE = "config.json"
 CODEC_FILE = "codec.safetensors"

@@ -7,8 +7,8 @@ from pathlib import Path
 from torch import Tensor
 
 from geoalign.errors import UsageError
-from geoalign.io_utils import atomic_path
-from geoalign.sealed import save_sealed
+from geoalign.files.atomic import atomic_path
+from geoalign.files.sealed import save_sealed
 
 
 def save_safetensors(tensors: dict[str, Tensor], path: Path) -> None:

@@ -12,7 +12,7 @@ from typing import Any
 import yaml
 
 from geoalign.errors import UsageError
-from geoalign.io_utils import atomic_write_text, check_writable
+from geoalign.files.atomic import atomic_write_text, check_writable
 from geoalign.report.curves import curves_section, phases_section
 from geoalign.report.figure import LOOP_FIGURE
 from geoalign.report.held_out import Comparison, Value, comparisons

@@ -9,11 +9,11 @@ from typing import Any
 
 import numpy as np
 
-from geoalign.array_files import read_arrays
 from geoalign.errors import DataError, UsageError
-from geoalign.io_utils import read_jsonl
-from geoalign.parsing import read_json
-from geoalign.yaml_text import read_yaml
+from geoalign.files.arrays import read_arrays
+from geoalign.files.atomic import read_jsonl
+from geoalign.files.parsing import read_json
+from geoalign.files.yaml_text import read_yaml
 
 Array = np.ndarray[Any, np.dtype[Any]]
 STAGES = ("before", "after")

@@ -18,7 +18,9 @@ from torch import Tensor
 from geoalign.config.load import flatten
 from geoalign.config.training import TrainConfig
 from geoalign.errors import CheckpointError, ConfigError, RunError
-from geoalign.io_utils import atomic_folder, remove_folder
+from geoalign.files.atomic import atomic_folder, remove_folder
+from geoalign.files.sealed import save_sealed
+from geoalign.files.weights import TensorFile
 from geoalign.policy.files import (
     AVERAGE_FILE,
     CHECKPOINT_NAME,
@@ -27,9 +29,7 @@ from geoalign.policy.files import (
     checkpoint_state,
     read_checkpoint_state,
 )
-from geoalign.sealed import save_sealed
 from geoalign.training.engines.snapshot import Snapshot
-from geoalign.weights import TensorFile
 
 _PARTS = ("trained.safetensors", AVERAGE_FILE, "optimizer.safetensors")
 _OPERATION = ("checkpoint_every", "keep_checkpoints", "async_checkpoints", "rank_timeout_s")

@@ -22,11 +22,11 @@ from geoalign.data.citywalk import write_metadata
 from geoalign.data.omniworld import ARCHIVE_SUFFIX, split_record, write_archive
 from geoalign.data.video import write_video
 from geoalign.errors import DataError
+from geoalign.files.atomic import atomic_write_json, is_temporary
+from geoalign.files.locks import LOCK_NAME, writer_lock
+from geoalign.files.parsing import read_json_object
 from geoalign.geometry.cameras.camera_file import write_clip_camera
 from geoalign.geometry.trajectory import CameraTrajectory
-from geoalign.io_utils import atomic_write_json, is_temporary
-from geoalign.locks import LOCK_NAME, writer_lock
-from geoalign.parsing import read_json_object
 from geoalign.world.motion import ground_plane, random_curves, source_drift, to_c2w
 from geoalign.world.pairs import PROMPT
 from geoalign.world.render import intrinsics, render

@@ -8,7 +8,7 @@ import torch
 from PIL import Image, ImageDraw
 
 from geoalign.config.world import WorldConfig
-from geoalign.io_utils import atomic_path
+from geoalign.files.atomic import atomic_path
 from geoalign.world.pairs import paired_videos
 
 _ENLARGED, _HEADER, _GAP = 3, 24, 4  # times, pixels, pixels before enlarging

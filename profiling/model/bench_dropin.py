@@ -22,10 +22,10 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from geoalign.files.atomic import atomic_write_json
 from geoalign.flow.sampler import initial_noise
 from geoalign.flow.table import StepTable
 from geoalign.integrations import GroupRollout, GroupSamples
-from geoalign.io_utils import atomic_write_json
 from geoalign.jobs.environment import describe_environment
 from geoalign_kernels import NoiseKey, accelerate, philox_normal
 

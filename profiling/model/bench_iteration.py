@@ -15,7 +15,7 @@ import torch
 
 from geoalign.config.load import load_config
 from geoalign.config.schema import Config
-from geoalign.io_utils import atomic_write_json
+from geoalign.files.atomic import atomic_write_json
 from geoalign.jobs.environment import describe_environment
 from geoalign.policy.open import open_policy
 from geoalign.rewards.registry import build_rewards

@@ -290,7 +290,7 @@ def main() -> int:
     until, facts = time.monotonic() + budget, machine()
     result = {"campaigns": {}, "problems": [], "seconds": 0.0} if args.again else load(args.out, facts.get("commit"))
     result |= facts
-    from geoalign.io_utils import atomic_write_json
+    from geoalign.files.atomic import atomic_write_json
 
     with tempfile.TemporaryDirectory(prefix="geoalign-campaign-") as work:
         campaign = Campaign(Path(work))

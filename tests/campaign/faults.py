@@ -111,13 +111,13 @@ def run(arguments: Sequence[str], folder: Path, fault: Fault = Fault()) -> Ended
 
 
 def _child(arguments: Sequence[str], folder: Path, fault: Fault, count: int) -> int:
-    import geoalign.sealed
+    import geoalign.files.sealed
     from geoalign.cli.main import main
 
     os.chdir(folder)
     if fault.bytes:
         resource.setrlimit(resource.RLIMIT_FSIZE, (fault.bytes, fault.bytes))
-    _inject(fault, str(folder), count, geoalign.sealed)
+    _inject(fault, str(folder), count, geoalign.files.sealed)
     return main(list(arguments))
 
 

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from geoalign.io_utils import atomic_write_text
+from geoalign.files.atomic import atomic_write_text
 
 WHAT = {
     "kills": "SIGKILL before each file operation in turn and at random ones, some in the middle of a safetensors file",

@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from geoalign.io_utils import is_temporary, read_jsonl
+from geoalign.files.atomic import is_temporary, read_jsonl
 
 SMALL = (
     "--config", "smoke", "data.root=data", "data.cache=cache", "run.dir=run", "world.clips=6", "world.trajectories=8",

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 from seams import seam_ratio
 
-from geoalign.io_utils import read_jsonl
+from geoalign.files.atomic import read_jsonl
 from geoalign.policy.open import describe, open_policy
 
 ROOT = Path(__file__).parents[2]

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from geoalign.io_utils import read_jsonl
+from geoalign.files.atomic import read_jsonl
 from geoalign.policy.open import open_policy
 from geoalign.training.checkpoint import list_checkpoints
 

@@ -15,7 +15,7 @@ from training_cases import Brightness, gradient_of, on_fake_ranks, smoke, traine
 
 from geoalign.cli.main import main
 from geoalign.errors import CheckpointError, RunError
-from geoalign.io_utils import read_jsonl
+from geoalign.files.atomic import read_jsonl
 from geoalign.jobs.train import run_training
 from geoalign.policy.policy import RetakePolicy
 from geoalign.rewards.base import Reward, RewardOutput

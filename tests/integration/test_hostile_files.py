@@ -18,7 +18,6 @@ import torch
 from damage import CASES, classify
 from safetensors.torch import save_file
 
-from geoalign.array_files import read_arrays
 from geoalign.cli import main as cli
 from geoalign.config.data import DataConfig, TrajectoriesConfig
 from geoalign.config.load import load_config
@@ -29,9 +28,10 @@ from geoalign.data.omniworld import load_scene
 from geoalign.data.tables import read_table
 from geoalign.data.tally import Tally
 from geoalign.errors import CheckpointError, ConfigError, DataError
+from geoalign.files.arrays import read_arrays
+from geoalign.files.weights import TensorFile
 from geoalign.geometry.cameras.door import open_camera
 from geoalign.policy.files import read_policy_file
-from geoalign.weights import TensorFile
 from geoalign.world.dataset import write_world
 
 

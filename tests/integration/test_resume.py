@@ -12,8 +12,8 @@ import pytest
 from safetensors.torch import load_file
 
 from geoalign.cli.main import main
-from geoalign.io_utils import read_jsonl
-from geoalign.locks import writer_lock
+from geoalign.files.atomic import read_jsonl
+from geoalign.files.locks import writer_lock
 
 ITERATIONS = 3
 

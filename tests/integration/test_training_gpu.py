@@ -10,7 +10,7 @@ import pytest
 import torch
 from training_cases import Brightness, gradient_of, smoke, trainer_of
 
-from geoalign.io_utils import read_jsonl
+from geoalign.files.atomic import read_jsonl
 from geoalign.jobs.train import run_training
 from geoalign.training.trainer import Trainer
 

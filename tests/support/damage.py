@@ -32,6 +32,7 @@ from geoalign.data.tables import read_table
 from geoalign.data.tally import Tally
 from geoalign.data.video import read_video, write_video
 from geoalign.errors import DataError, UserError
+from geoalign.files.weights import TensorFile
 from geoalign.geometry.cameras.camera_file import write_clip_camera
 from geoalign.geometry.cameras.door import open_camera
 from geoalign.geometry.trajectory import CameraTrajectory
@@ -40,7 +41,6 @@ from geoalign.report.page import report_page
 from geoalign.report.run_folder import read_run
 from geoalign.training.checkpoint import RunSettings, TrainState, load_checkpoint, save_checkpoint
 from geoalign.training.engines.snapshot import Snapshot
-from geoalign.weights import TensorFile
 
 Outcome = Literal["clear_error", "accepted_rightly", "accepted_wrongly", "traceback", "hang"]
 MAX_SECONDS, MAX_BYTES = 10.0, 1 << 30

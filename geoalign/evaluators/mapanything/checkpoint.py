@@ -9,7 +9,7 @@ import torch
 from geoalign.errors import CheckpointError, RewardError, UsageError
 from geoalign.evaluators.mapanything.layout import HUB_IDS, LAYOUTS, PoseNetworkLayout
 from geoalign.evaluators.mapanything.network import PoseNetwork
-from geoalign.weights import Shapes, TensorFile, shapes_of
+from geoalign.files.weights import Shapes, TensorFile, shapes_of
 
 SKIPPED_MODULES = (
     # Encoders of geometric inputs (rays, depth, poses): the reward feeds images only, and they then add exactly zero.

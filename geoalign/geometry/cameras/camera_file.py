@@ -11,9 +11,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from geoalign.files.atomic import atomic_path
 from geoalign.geometry import so3
 from geoalign.geometry.trajectory import CameraTrajectory
-from geoalign.io_utils import atomic_path
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -11,9 +11,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from geoalign.array_files import read_arrays
 from geoalign.errors import DataError
-from geoalign.parsing import check_regular, parse_json, read_text
+from geoalign.files.arrays import read_arrays
+from geoalign.files.parsing import check_regular, parse_json, read_text
 
 
 @dataclass(frozen=True, slots=True, eq=False)

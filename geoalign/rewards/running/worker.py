@@ -19,10 +19,10 @@ import torch
 from torch import Tensor
 
 from geoalign.errors import RewardError, UsageError
+from geoalign.files.locks import private_folder
+from geoalign.files.sealed import write_tensors
 from geoalign.geometry.trajectory import CameraTrajectory
-from geoalign.locks import private_folder
 from geoalign.rewards.base import Reward, RewardOutput, ScorerTimeoutError
-from geoalign.sealed import write_tensors
 from geoalign.types import RetakeBatch, SourceClip
 
 _START_TIMEOUT_S = 600.0  # imports and gigabytes of weights

@@ -9,9 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from geoalign.errors import CheckpointError, RewardError
+from geoalign.files.weights import TensorFile, require, shapes_of
 from geoalign.rewards.vlm.body import RewardQwen
 from geoalign.rewards.vlm.layout import QwenLayout
-from geoalign.weights import TensorFile, require, shapes_of
 
 PEFT_PREFIX = "base_model.model."
 # The language head is never run: the reward head reads hidden states.

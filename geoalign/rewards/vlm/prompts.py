@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from geoalign.errors import RewardError
-from geoalign.parsing import first_line
+from geoalign.files.parsing import first_line
 
 Encode = Callable[[str], list[int]]
 

@@ -20,7 +20,7 @@ from pathlib import Path
 from types import MappingProxyType
 
 from geoalign.errors import RewardError
-from geoalign.io_utils import atomic_write_bytes
+from geoalign.files.atomic import atomic_write_bytes
 
 FOLDER_VARIABLE = "GEOALIGN_REWARD_TEMPLATES"
 _TIMEOUT_S = 120.0

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor, distribute_tensor
 
-from geoalign.weights import require, shapes_of
+from geoalign.files.weights import require, shapes_of
 
 
 @dataclass(frozen=True, slots=True)

@@ -9,7 +9,7 @@ import pytest
 
 from geoalign.cli.main import main
 from geoalign.errors import DataError, RunError, UsageError
-from geoalign.io_utils import atomic_path, atomic_write_text, check_writable
+from geoalign.files.atomic import atomic_path, atomic_write_text, check_writable
 from geoalign.jobs.evaluate import Evaluation
 
 

@@ -16,7 +16,7 @@ from geoalign.data.prepare import chosen_starts, data_settings, owner, prepare
 from geoalign.data.source import RetakeDataset
 from geoalign.data.video import write_video
 from geoalign.errors import DataError, UsageError
-from geoalign.locks import writer_lock
+from geoalign.files.locks import writer_lock
 from geoalign.types import RetakeBatch
 
 

@@ -16,13 +16,13 @@ from safetensors.torch import load_file, save_file
 from geoalign.cli.main import main
 from geoalign.config.model import ModelConfig
 from geoalign.errors import CheckpointError, UsageError
+from geoalign.files.weights import TensorFile
 from geoalign.models.checkpoint import LoadReport, complete_weights, load_dit, redirector_weights
 from geoalign.models.dit import RetakeDiT
 from geoalign.models.layouts import LAYOUTS, diffusers_name, model_shapes
 from geoalign.policy.formats import export_recammaster, export_redirector, manifest, save_pretrained
 from geoalign.policy.lora import PREFIX, export_lora
 from geoalign.policy.open import describe
-from geoalign.weights import TensorFile
 
 BASE = ModelConfig(
     dim=48, heads=2, layers=2, ffn_dim=64, in_channels=32, text_dim=16, freq_dim=32, image_dim=1280,
@@ -232,7 +232,7 @@ import resource, torch
 from pathlib import Path
 from geoalign.config.model import ModelConfig
 from geoalign.models.checkpoint import complete_weights, load_dit
-from geoalign.weights import TensorFile
+from geoalign.files.weights import TensorFile
 config = ModelConfig.model_validate_json({config.model_dump_json()!r})
 from geoalign.models.layouts import model_shapes; model_shapes(config)
 before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss

@@ -18,13 +18,13 @@ from safetensors.torch import load_file, save_file
 from sealed_files import unsealed
 from training_cases import smoke
 
-from geoalign import weights
 from geoalign.cli.main import main
 from geoalign.config.load import load_config, to_yaml
 from geoalign.config.model import ModelConfig
 from geoalign.config.schema import Config
 from geoalign.data.video import write_video
 from geoalign.errors import UserError
+from geoalign.files import weights
 from geoalign.jobs.evaluate import Evaluation
 from geoalign.jobs.prepare import encoder_identity
 from geoalign.models.dit import RetakeDiT
@@ -373,14 +373,14 @@ def test_fingerprint_says_what_a_run_holds(capsys: pytest.CaptureFixture[str]) -
 
 
 READERS = {
-    "geoalign/weights.py": "the one reader of weight files",
+    "geoalign/files/weights.py": "the one reader of weight files",
     "geoalign/data/cache.py": "prepared windows: shards of many samples, of which a few tensors are read at a time",
     "geoalign/rewards/running/worker.py": "messages between a run and its own worker processes",
 }
 
 
 def test_no_verb_reads_weights_on_its_own() -> None:
-    """Whoever needs weights asks :mod:`geoalign.weights` or the door."""
+    """Whoever needs weights asks :mod:`geoalign.files.weights` or the door."""
     root = Path(door.__file__).parents[2]
     reading = re.compile(r"\b(safe_open|torch\.load|load_file|pickle\.loads?|_load_state|torch\.jit\.load)\b")
     found = {

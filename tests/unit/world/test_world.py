@@ -15,9 +15,9 @@ from geoalign.config.data import DataConfig
 from geoalign.config.world import WorldConfig
 from geoalign.data.source import RetakeDataset
 from geoalign.errors import DataError, UsageError
+from geoalign.files.locks import writer_lock
 from geoalign.geometry import so3
 from geoalign.geometry.plane import ground_axes, intersect_plane, pixel_grid, pixel_rays
-from geoalign.locks import writer_lock
 from geoalign.models.codec import PatchCodec, lapped_transform
 from geoalign.world.dataset import is_complete, write_world
 from geoalign.world.motion import PRESETS, ground_normal, ground_plane, preset_motions, random_curves, to_c2w

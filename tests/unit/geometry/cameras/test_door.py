@@ -31,7 +31,7 @@ def test_nothing_else_loads_arrays() -> None:
             loads = isinstance(node, ast.Attribute) and node.attr in ("load", "loadtxt", "genfromtxt")
             numpy = loads and isinstance(node.value, ast.Name) and node.value.id in ("np", "numpy")
             imported = isinstance(node, ast.ImportFrom) and node.module == "numpy"
-            bounded = isinstance(node, ast.ImportFrom) and node.module == "geoalign.array_files"
+            bounded = isinstance(node, ast.ImportFrom) and node.module == "geoalign.files.arrays"
             if bounded or numpy or (imported and any(name.name.startswith("load") for name in node.names)):
                 found.add(file.relative_to(ROOT).as_posix())
     assert found == set(ARRAY_READERS)

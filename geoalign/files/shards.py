@@ -7,7 +7,7 @@ from collections.abc import Collection
 from pathlib import Path
 
 from geoalign.errors import CheckpointError
-from geoalign.parsing import read_json_object
+from geoalign.files.parsing import read_json_object
 
 INDEX = ".safetensors.index.json"
 _SHARD = re.compile(r"(?P<stem>.+)-(?P<number>\d{5})-of-(?P<total>\d{5})\.safetensors")

@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import save_file
 
 from geoalign.errors import CheckpointError
-from geoalign.weights import TensorFile, require, shapes_of
+from geoalign.files.weights import TensorFile, require, shapes_of
 
 WANTED = {"a.weight": (2, 3), "a.bias": (2,), "b": (), "c": (1,), "d": (1,)}
 

@@ -21,8 +21,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from geoalign.errors import UsageError, UserError
-from geoalign.io_utils import disk_errors
-from geoalign.parsing import read_json_object
+from geoalign.files.atomic import disk_errors
+from geoalign.files.parsing import read_json_object
 
 logger = logging.getLogger(__name__)
 LOCK_NAME = ".lock"

@@ -22,7 +22,7 @@ from safetensors.torch import save, save_file
 from torch import Tensor
 
 from geoalign.errors import UserError
-from geoalign.parsing import Failure, parse_json
+from geoalign.files.parsing import Failure, parse_json
 
 SKIP_VARIABLE = "GEOALIGN_SKIP_CHECKSUMS"
 SKIP_HINT = f"restore it from a copy, or set {SKIP_VARIABLE}=1 to read it as it is"

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from geoalign.errors import DataError, RunError, UsageError
-from geoalign.parsing import parse_json, read_text
+from geoalign.files.parsing import parse_json, read_text
 
 _MAX_ROWS = 128 << 20  # bytes of a JSON-lines file: some ten thousand iterations
 

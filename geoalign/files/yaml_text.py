@@ -1,4 +1,4 @@
-"""YAML that others wrote, within the bounds of :mod:`geoalign.parsing` (which bare machines import without PyYAML)."""
+"""YAML that others wrote, within the bounds of :mod:`geoalign.files.parsing`, which is imported without PyYAML."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 import yaml
 
 from geoalign.errors import DataError
-from geoalign.parsing import Failure, first_line, read_text
+from geoalign.files.parsing import Failure, first_line, read_text
 
 MAX_YAML = 256 << 10
 """Bytes of a YAML file: PyYAML reads about 100 kB a second."""

@@ -12,9 +12,9 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from geoalign import sealed
 from geoalign.errors import CheckpointError
-from geoalign.weights import TensorFile
+from geoalign.files import sealed
+from geoalign.files.weights import TensorFile
 
 STATE = {f"blocks.{k}.weight": torch.full((2, 3), float(k + 1)) for k in range(6)}
 NAME = "diffusion_pytorch_model"
@@ -133,7 +133,7 @@ def test_a_file_without_checksums_is_noticed_once(monkeypatch: pytest.MonkeyPatc
 
 
 def test_the_builtin_policy_is_sealed() -> None:
-    path = Path(sealed.__file__).parent / "_assets" / "tiny_base.safetensors"
+    path = Path(sealed.__file__).parents[1] / "_assets" / "tiny_base.safetensors"
     with safe_open(path, framework="pt") as file:
         assert sealed.is_sealed(file.metadata())
 

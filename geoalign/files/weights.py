@@ -15,9 +15,9 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from geoalign.errors import CheckpointError
-from geoalign.parsing import first_line
-from geoalign.sealed import SKIP_HINT, Seal, is_sealed, skips_checksums
-from geoalign.weight_files import weight_files
+from geoalign.files.parsing import first_line
+from geoalign.files.sealed import SKIP_HINT, Seal, is_sealed, skips_checksums
+from geoalign.files.shards import weight_files
 
 Shapes = Mapping[str, tuple[int, ...]]
 Rename = Callable[[str], str | None]
@@ -33,7 +33,7 @@ class TensorFile:
 
     Accepts ``.safetensors``, torch-saved ``.pth``, ``.pt``, ``.ckpt``, ``.bin`` (plain state dicts, memory-mapped,
     weights only) and folders that hold one safetensors file or a set of shards
-    (:func:`geoalign.weight_files.weight_files`). Each file is opened once. A tensor is compared with the
+    (:func:`geoalign.files.shards.weight_files`). Each file is opened once. A tensor is compared with the
     checksum of its file, where there is one, and with NaN and infinity when it is read.
 
     Attributes:
@@ -89,7 +89,7 @@ class TensorFile:
 
     @property
     def sealed(self) -> bool:
-        """Whether the file carries checksums (:mod:`geoalign.sealed`), as those that geoalign writes do."""
+        """Whether the file carries checksums (:mod:`geoalign.files.sealed`), as those that geoalign writes do."""
         return is_sealed(self.metadata)
 
     def renamed(self, rename: Rename) -> TensorFile:

@@ -18,11 +18,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from geoalign import io_utils, locks
 from geoalign.errors import RunError, UsageError
-from geoalign.io_utils import append_text, atomic_folder, atomic_path, atomic_write_text, remove_folder
-from geoalign.locks import private_folder, writer_lock
-from geoalign.sealed import write_tensors
+from geoalign.files import atomic, locks
+from geoalign.files.atomic import append_text, atomic_folder, atomic_path, atomic_write_text, remove_folder
+from geoalign.files.locks import private_folder, writer_lock
+from geoalign.files.sealed import write_tensors
 
 
 @pytest.fixture(params=[0o022, 0o027, 0o002, 0o077])
@@ -109,7 +109,7 @@ def test_a_full_disk_inside_tensorboard_is_one_line(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("number", [errno.ENOSPC, errno.EROFS, errno.EACCES, errno.ENOENT])
 def test_errors_of_a_disk_name_the_place_and_the_fix(number: int, tmp_path: Path) -> None:
-    with pytest.raises(RunError) as caught, io_utils.disk_errors(tmp_path / "x"):
+    with pytest.raises(RunError) as caught, atomic.disk_errors(tmp_path / "x"):
         raise OSError(number, os.strerror(number))
     text = str(caught.value)
     assert text.startswith(f"{tmp_path / 'x'}: cannot be written ({os.strerror(number)}); ") and "\n" not in text
@@ -142,7 +142,7 @@ def test_what_dead_processes_left_is_deleted_by_the_next_writer(tmp_path: Path) 
 def test_a_removed_folder_is_whole_or_gone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "step").mkdir()
     (tmp_path / "step" / "a").touch()
-    monkeypatch.setattr(io_utils.shutil, "rmtree", lambda *_, **__: None)  # killed before it deleted anything
+    monkeypatch.setattr(atomic.shutil, "rmtree", lambda *_, **__: None)  # killed before it deleted anything
     remove_folder(tmp_path / "step")
     assert not (tmp_path / "step").exists()
 
@@ -150,7 +150,7 @@ def test_a_removed_folder_is_whole_or_gone(tmp_path: Path, monkeypatch: pytest.M
 HOLD = """
 import sys, time
 from pathlib import Path
-from geoalign.locks import writer_lock
+from geoalign.files.locks import writer_lock
 with writer_lock(Path(sys.argv[1]), "run"):
     print("held", flush=True)
     time.sleep(60)

@@ -13,7 +13,7 @@ from typing import IO, Any
 import numpy as np
 
 from geoalign.errors import UserError
-from geoalign.parsing import Failure, check_regular, first_line
+from geoalign.files.parsing import Failure, check_regular, first_line
 
 MAX_ARRAYS = 256 << 20
 """Bytes of all arrays of a file, unless a caller knows better."""
