@@ -91,7 +91,7 @@ def test_far_rays_have_finite_gradients() -> None:
 
 def test_label_bias_scales_the_true_motion_only() -> None:
     plain = paired_videos(WORLD, 6, generator(3))
-    biased = paired_videos(WORLD, 6, generator(3), bias=LabelBias(0.34, 0.0, 0.0, 0.0))
+    biased = paired_videos(WORLD, 6, generator(3), bias=LabelBias.translation(1.4))
     assert torch.equal(plain.batch.target_camera.c2w, biased.batch.target_camera.c2w)
     assert torch.equal(plain.truth[:, 0], biased.truth[:, 0]) and not torch.equal(plain.truth, biased.truth)
     assert torch.equal(plain.truth[:, 0], plain.batch.source.video[:, 0])  # frame 0 is given
