@@ -22,7 +22,7 @@ from geoalign.world.motion import (
     to_c2w,
 )
 from geoalign.world.render import intrinsics, render
-from geoalign.world.scene import sample_scenes
+from geoalign.world.scene import Scene, sample_scenes
 
 PROMPT = "an aerial view of a landscape"
 
@@ -61,11 +61,20 @@ class PairedVideos:
         batch: conditions; ``batch.target_camera`` is the *label*, which equals the truth only without label bias.
         truth: ``[B, F, 3, H, W]`` true render along the true path; frame 0 equals the source's frame 0.
         names: what each path is.
+        scenes, world: what was filmed, and with which camera.
     """
 
     batch: RetakeBatch
     truth: Tensor
     names: tuple[str, ...]
+    scenes: Scene
+    world: WorldConfig
+
+    def along(self, c2w: Tensor) -> Tensor:
+        """True renders ``[B, K, 3, H, W]`` along other cameras ``[B, K, 4, 4]``, relative to the first source frame."""
+        plane = self.batch.source.ground_plane
+        assert plane is not None
+        return render(self.scenes, c2w, plane, self.world)
 
 
 def paired_videos(
@@ -98,4 +107,4 @@ def paired_videos(
         target_camera=CameraTrajectory(to_c2w(label, world), lens),
         prompts=(PROMPT,) * count,
     )
-    return PairedVideos(batch, torch.cat([source[:, :1], target], dim=1), names)
+    return PairedVideos(batch, torch.cat([source[:, :1], target], dim=1), names, scenes, world)

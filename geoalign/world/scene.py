@@ -101,10 +101,13 @@ def _street_grid(streets: Tensor, ground: Tensor) -> tuple[Tensor, Tensor]:
     """How much street there is at ground points ``[B, N, 2]`` (``[B, N, 1]``), and the centre of their block."""
     direction, offset, distance = streets[:, None].split([1, 2, 2], dim=-1)
     cos, sin = direction.cos(), direction.sin()
-    along = torch.cat([ground[..., :1] * cos + ground[..., 1:] * sin, ground[..., 1:] * cos - ground[..., :1] * sin], -1)
-    place = (along - offset) / distance  # whole numbers are the middle of a street
+    place = (_turned(ground, cos, sin) - offset) / distance  # whole numbers are the middle of a street
     nearest = ((place - place.round()).abs() * distance).amin(-1, keepdim=True)
     street = torch.sigmoid((_HALF_WIDTH_M - nearest) / _SOFTNESS_M)
-    centre = (place.floor() + 0.5) * distance + offset
-    centre = torch.cat([centre[..., :1] * cos - centre[..., 1:] * sin, centre[..., :1] * sin + centre[..., 1:] * cos], -1)
-    return street, centre
+    return street, _turned((place.floor() + 0.5) * distance + offset, cos, -sin)
+
+
+def _turned(points: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Coordinates of points ``[B, N, 2]`` along axes that are turned by an angle."""
+    x, y = points[..., :1], points[..., 1:]
+    return torch.cat([x * cos + y * sin, y * cos - x * sin], -1)
