@@ -50,17 +50,15 @@ def test_errors_of_a_subset_of_frames_are_means_over_the_defined_videos() -> Non
     assert numbers["rotation_error_deg"] == pytest.approx(0, abs=1e-3) == numbers["rot_err_deg"]
     assert numbers["trans_err"] == pytest.approx(0, abs=1e-5)
     # At the end of the clip the two readable videos are one and four times their reach off.
-    reach = target.position[:2, 4].norm(dim=-1)
-    assert numbers["last_translation_error_m"] == pytest.approx(
-        float((reach * torch.tensor([1.0, 4.0])).mean()), rel=1e-5
-    )
+    late = (target.position[:2, 4].norm(dim=-1) * torch.tensor([1.0, 4.0])).mean()
+    assert numbers["last_translation_error_m"] == pytest.approx(float(late), rel=1e-5)
     assert numbers["last_rotation_error_deg"] == pytest.approx(0, abs=1e-3)
     seconds = {f"second_{name}" for name in metrics.CAMERA_METRICS[:4]}
     assert numbers.keys() == set(job.METRICS) | seconds and set(job.METRICS) >= set(metrics.CAMERA_METRICS)
 
 
 def test_the_picture_is_judged_along_its_own_camera() -> None:
-    """A true render along a wrong path: far from the truth, perfect along its own camera; a flat one has no gradients."""
+    """A true render along a wrong path: far from the truth, perfect along its own camera; flat ones have no gradients."""
     config = load_config(Config, "smoke", ["eval.samples=4"])
     pairs = job.HeldOut.build(config).sets["presets"]
     asked = job.scaled_request(pairs.batch, torch.tensor([0.5, 0.5, 0.5, 0.5])).target_camera.c2w
