@@ -58,7 +58,7 @@ def test_errors_of_a_subset_of_frames_are_means_over_the_defined_videos() -> Non
 
 
 def test_the_picture_is_judged_along_its_own_camera() -> None:
-    """A true render along a wrong path: far from the truth, perfect along its own camera; flat ones have no gradients."""
+    """A true render along a wrong path: far from the truth, perfect along its own camera; a flat one is flat."""
     config = load_config(Config, "smoke", ["eval.samples=4"])
     pairs = job.HeldOut.build(config).sets["presets"]
     asked = job.scaled_request(pairs.batch, torch.tensor([0.5, 0.5, 0.5, 0.5])).target_camera.c2w
