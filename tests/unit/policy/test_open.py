@@ -96,7 +96,7 @@ CASES = {
     ),
     "checkpoint of another model": Case(
         "runs/foreign/checkpoints/step_000002", accepted=CODEC,
-        refused="is not the trained part (\\.self_attn\\.) of a model of 130 tensors, 613,835 parameters: 4",
+        refused="is not the trained part (\\.self_attn\\.) of a model of 130 tensors, 621,169 parameters: 4",
     ),
     "checkpoint on an earlier base of that name": Case(
         "runs/earlier/checkpoints/step_000002", accepted=CODEC,
@@ -120,7 +120,7 @@ CASES = {
     "unexpected tensor": Case("unexpected.safetensors", refused="1 unexpected: extra"),
     "unexpected part": Case("stranger.safetensors", refused="1 unexpected tensors: optimizer.step"),
     "missing tensor": Case("missing.safetensors", refused="1 missing: head.head.bias"),
-    "reshaped tensor": Case("reshaped.safetensors", refused="1 of another shape: head.head.bias [3] (expected [43])"),
+    "reshaped tensor": Case("reshaped.safetensors", refused="1 of another shape: head.head.bias [3] (expected [81])"),
     "quantised tensor": Case("quantised.safetensors", refused="first head.head.bias (I8); quantised files cannot be"),
     "missing path": Case("none", refused="none: no such model file or folder; `geoalign pretrain`"),
     "unknown builtin": Case("builtin:huge", refused="no such built-in policy (there are: builtin:tiny_base)"),
@@ -169,7 +169,7 @@ def write_damaged(folder: Path) -> None:
         "stranger": lambda tensors: tensors.update({"optimizer.step": torch.ones(1)}),
         "missing": lambda tensors: tensors.pop(name),
         "reshaped": lambda tensors: tensors.update({name: torch.ones(3)}),
-        "quantised": lambda tensors: tensors.update({name: torch.ones(43, dtype=torch.int8)}),
+        "quantised": lambda tensors: tensors.update({name: torch.ones(81, dtype=torch.int8)}),
         "kind": lambda tensors: header.update({"kind": "geoalign-window"}),
     }
     for fault, harm in faults.items():
@@ -332,7 +332,7 @@ def test_the_weights_are_those_of_the_files(kind: str) -> None:
     expected, found = expected_weights(case), files.network()[0].state_dict()
     assert found.keys() == expected.keys() and all(torch.equal(found[name], expected[name]) for name in expected)
     assert files.parameters == sum(value.numel() for value in expected.values())
-    assert files.codec().latent_channels == (43 if case.settings == "embedded.yaml" else 16)
+    assert files.codec().latent_channels == (81 if case.settings == "embedded.yaml" else 16)
 
 
 def test_a_policy_file_of_the_first_edition_is_opened_and_samples(tmp_path: Path) -> None:
