@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 import oracles
 import torch
-from record import config_settings, fingerprint, shipped_base, write_result
+from record import config_settings, fingerprint, section_settings, shipped_base, write_result
 
 from geoalign.config.load import load_config
 from geoalign.config.schema import Config
@@ -84,7 +84,9 @@ def slug(name: str) -> str:
 
 def base_settings(base: str, config: str) -> Any:
     """What a base depends on."""
-    return shipped_base() if base == "shipped" else config_settings(config, BASES[base])
+    if base == "shipped":
+        return shipped_base()
+    return section_settings(config, BASES[base], ("world", "model", "codec", "flow", "pretrain"))
 
 
 def settings(study: Study, config: str) -> dict[str, Any]:
@@ -109,7 +111,7 @@ def base_policy(name: str, work: Path, config: str) -> str:
     """Path of a base policy; trained here when it is not the shipped one and not there yet."""
     if name == "shipped":
         return "builtin:tiny_base"
-    path = work / f"base_{name}_{fingerprint(config_settings(config, BASES[name]))}.safetensors"
+    path = work / f"base_{name}_{fingerprint(base_settings(name, config))}.safetensors"
     with _BASE_LOCKS[name]:
         if not path.exists():
             geoalign("pretrain", "--config", config, *BASES[name], "--out", str(path))
