@@ -76,10 +76,15 @@ def _write_clips(path: Path, held_out: HeldOut, result: Evaluation) -> None:
         "source": _bytes(torch.cat([p.batch.source.video for p in pairs])),
         "generated": _bytes(torch.cat(list(result.videos.values()))),
         "truth": _bytes(torch.cat([p.truth for p in pairs])),
+        "source_c2w": torch.cat([p.batch.source.camera.c2w for p in pairs]).numpy(),
         "target_c2w": torch.cat([p.batch.target_camera.c2w for p in pairs]).numpy(),
         "estimated_c2w": torch.cat(list(result.estimated.values())).numpy(),
+        "intrinsics": torch.cat([p.batch.target_camera.intrinsics for p in pairs]).numpy(),
         "names": np.array([name for p in pairs for name in p.names]),
     }
+    planes = [p.batch.source.ground_plane for p in pairs]
+    if all(plane is not None for plane in planes):
+        arrays["ground_plane"] = torch.cat([plane for plane in planes if plane is not None]).numpy()
     with atomic_path(path) as temporary, temporary.open("wb") as file:  # of a name it would make another
         np.savez_compressed(file, **arrays)
 

@@ -1,11 +1,10 @@
-"""Compose the report of a run: one HTML file, no scripts, no network, readable by someone new to the project."""
+"""Compose the report of a run: one HTML file that needs no network, readable by someone new to the project."""
 
 from __future__ import annotations
 
 import math
 import shlex
 from html import escape
-from importlib import resources
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +13,7 @@ import yaml
 from geoalign.errors import UsageError
 from geoalign.files.atomic import atomic_write_text, check_writable
 from geoalign.report.curves import curves_section, phases_section
+from geoalign.report.document import document
 from geoalign.report.figure import LOOP_FIGURE
 from geoalign.report.held_out import Comparison, Value, comparisons
 from geoalign.report.run_folder import RunRecord, read_run
@@ -32,8 +32,6 @@ def report_page(run: RunRecord, samples: int = 4) -> str:
         run: what :func:`geoalign.report.run_folder.read_run` found.
         samples: held-out samples to show with clips and paths.
     """
-    style = resources.files("geoalign.report").joinpath("style.css").read_text(encoding="utf-8")
-    title = escape(run.name)
     body = [
         _header(run),
         "<main>",
@@ -46,12 +44,7 @@ def report_page(run: RunRecord, samples: int = 4) -> str:
         "</main>",
         f"<footer>Written by geoalign {__version__}. This file needs no network.</footer>",
     ]
-    return (
-        f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><title>{title} - geoalign report</title>'
-        f'<meta name="viewport" content="width=device-width, initial-scale=1"><style>{style}</style></head>\n<body>'
-        + "\n".join(part for part in body if part)
-        + "</body></html>\n"
-    )
+    return document(f"{run.name} - geoalign report", "\n".join(part for part in body if part))
 
 
 def _header(run: RunRecord) -> str:

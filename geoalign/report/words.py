@@ -75,11 +75,14 @@ SETS = {
     "mean": "Mean of both",
 }
 
-STAGES = {
-    "source": ("Source", "what the model is given"),
-    "before": ("Before", "base model"),
-    "after": ("After", "after training"),
-    "truth": ("Truth", "true render"),
+STAGES = {"source": "Source", "before": "Before", "after": "After", "truth": "Truth"}
+"""Takes of a held-out film, as a viewer reads them; the truth is a render along the path asked for."""
+
+PATHS = {
+    "target": "path asked for",
+    "source": "camera of the source",
+    "before": "camera read before",
+    "after": "camera read after",
 }
 
 
