@@ -12,8 +12,8 @@ from geoalign.report.svg import number
 from geoalign.report.words import PATHS, STAGES
 
 HOW_TO_LOOK = """<p class="note">Switch between the takes in place: what jumps is what differs. <em>Ground lines</em>
-lie on the ground as a camera would see them; a retake that follows its path keeps to the lines of the path asked for. Drag
-the view in space to turn it.</p>"""
+lie on the ground as a camera would see them; a retake that follows its path keeps to the lines of the path asked for.
+Drag the view in space to turn it.</p>"""
 
 
 def samples_section(run: RunRecord, count: int) -> str:
