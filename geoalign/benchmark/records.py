@@ -40,7 +40,8 @@ class ToolResult:
         cause: one line that says why it failed, "" otherwise.
         metrics: finite numbers by the names in :attr:`Tool.metrics`.
         poses: npz of the camera read from the retake, or None for a tool that reads none: ``c2w`` ``[K, 4, 4]`` float64
-            camera-to-world in metres, any world frame, and ``frames`` ``[K]`` int64, strictly increasing, from 0.
+            camera-to-world in metres, any world frame, and ``frames`` ``[K]`` int64, strictly increasing, from 0; where
+            the tool finds the lens, ``intrinsics`` ``[K, 4]`` float64: fx, fy, cx, cy as fractions of (W, H, W, H).
     """
 
     status: Status
