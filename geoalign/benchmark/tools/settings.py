@@ -96,8 +96,8 @@ def read_tool(name: str) -> tuple[str, ToolSettings]:
         if name not in builtin_tools():
             known = builtin_tools()
             raise ConfigError(
-                f"benchmark.tools: no tool is called {name!r}{did_you_mean(name, known)}; known: {', '.join(known)}, or "
-                "give a .yaml file"
+                f"benchmark.tools: no tool is called {name!r}{did_you_mean(name, known)}; known: {', '.join(known)}; "
+                "or give a .yaml file"
             )
         file = _DEFINITIONS / f"{name}.yaml"
     settings = load_config(ToolSettings, str(file.absolute()))

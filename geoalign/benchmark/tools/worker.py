@@ -33,7 +33,7 @@ _AGAIN: frozenset[Kind] = frozenset({"raised", "died", "incomplete output"})
 _ABOUT_TIMEOUT_S = 60.0
 _LAST_BREATH_S = 5.0
 _MAX_FAILED_STARTS = 3
-"""After as many starts in a row that failed, a tool is taken for broken: weights take minutes to load, in every case."""
+"""After as many starts in a row that failed, a tool is taken for broken: loading may take minutes, in every case."""
 _TAIL_BYTES, _TAIL_LINES, _LINE = 1 << 16, 2, 200
 _OURS = ("PYTHONPATH", "PYTHONHOME", "VIRTUAL_ENV", "RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE",
          "MASTER_ADDR", "MASTER_PORT")  # fmt: skip
@@ -97,9 +97,7 @@ class ToolWorker:
         if self._process is not None and self._process.poll() is None:
             return
         if self._failed_starts >= _MAX_FAILED_STARTS:
-            raise ToolFailure(
-                "absent", f"{self.name} failed to start {self._failed_starts} times in a row; see its log"
-            )
+            raise ToolFailure("absent", f"given up after {self._failed_starts} starts in a row that failed")
         self._launch()
         self._failed_starts += 1
         try:
@@ -183,7 +181,7 @@ def check_about(told: Mapping[str, Any], name: str, environment: EnvironmentSett
         raise ToolFailure("absent", f"the environment {name} has no {wanted}")
     if not environment.accepts(version):
         raise ToolFailure(
-            "wrong version", f"the environment {name} has {environment.distribution} {version}, not {wanted}"
+            "wrong version", f"{environment.distribution} {version} in the environment {name}, not {wanted}"
         )
     if told["missing"]:
         raise ToolFailure("wrong version", f"{environment.distribution} {version} lacks {', '.join(told['missing'])}")

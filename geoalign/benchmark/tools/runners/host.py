@@ -1,7 +1,7 @@
 """The process in a tool's environment: serves one runner script, a JSON line in, a JSON line out.
 
-Python 3.10 or later and the standard library. What runner and tool print goes to stderr, for stdout carries the answers;
-nothing that the tool starts inherits either end of the conversation.
+Python 3.10 or later and the standard library. What runner and tool print goes to stderr, for stdout carries the
+answers; nothing that the tool starts inherits either end of the conversation.
 """
 
 from __future__ import annotations
@@ -15,7 +15,6 @@ import sys
 import threading
 import time
 import traceback
-from pathlib import Path
 from typing import Any
 
 _WATCH_S = 2.0
@@ -27,7 +26,8 @@ def about(distribution: str, files: list[str]) -> dict[str, Any]:
         found = importlib.metadata.distribution(distribution)
     except importlib.metadata.PackageNotFoundError:
         return {"version": None, "missing": []}
-    return {"version": found.version, "missing": [name for name in files if not Path(found.locate_file(name)).exists()]}
+    missing = [name for name in files if not os.path.exists(str(found.locate_file(name)))]
+    return {"version": found.version, "missing": missing}
 
 
 def load_script(path: str) -> Any:
@@ -84,7 +84,6 @@ def serve(setup: dict[str, Any]) -> None:
 
 if __name__ == "__main__":
     # Beside this file lie scripts named for their tools, and an import must find the tools.
-    sys.path[:] = [
-        place for place in sys.path if os.path.realpath(place) != os.path.dirname(os.path.realpath(__file__))
-    ]
+    beside = os.path.dirname(os.path.realpath(__file__))
+    sys.path[:] = [place for place in sys.path if os.path.realpath(place) != beside]
     serve(json.loads(sys.argv[1]))
