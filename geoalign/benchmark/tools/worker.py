@@ -32,8 +32,8 @@ Kind = Literal["absent", "wrong version", "raised", "died", "timed out", "incomp
 _AGAIN: frozenset[Kind] = frozenset({"raised", "died", "incomplete output"})
 _ABOUT_TIMEOUT_S = 60.0
 _LAST_BREATH_S = 5.0
-_MAX_FAILED_STARTS = 3
-"""After as many starts in a row that failed, a tool is taken for broken: loading may take minutes, in every case."""
+_MAX_FAILED_LOADS = 4
+"""After as many in a row a tool is taken for broken: loading may take minutes, and would again in every case."""
 _TAIL_BYTES, _TAIL_LINES, _LINE = 1 << 16, 2, 200
 _OURS = ("PYTHONPATH", "PYTHONHOME", "VIRTUAL_ENV", "RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE",
          "MASTER_ADDR", "MASTER_PORT")  # fmt: skip
@@ -66,7 +66,7 @@ class ToolWorker:
         self.name, self.settings, self.environment = name, settings, environment
         self.starts = 0
         self.log = ""
-        self._failed_starts = 0
+        self._failed_loads: list[ToolFailure] = []
         self._process: subprocess.Popen[str] | None = None
         self._errors: IO[bytes] | None = None
         self._end: Callable[[], Any] = lambda: None
@@ -78,7 +78,7 @@ class ToolWorker:
             request: JSON-able; ``folder`` is added.
             read: raises ToolFailure for an output that is not whole.
 
-        Raises ToolFailure when no try succeeds. :attr:`log` is then what the tool printed.
+        Raises ToolFailure when no try succeeds. :attr:`log` is then what the tool printed in the last.
         """
         for again in range(self.settings.retries, -1, -1):
             shutil.rmtree(folder, ignore_errors=True)
@@ -96,22 +96,29 @@ class ToolWorker:
         """Start the process unless it runs, and load the tool. Raises ToolFailure when that cannot be."""
         if self._process is not None and self._process.poll() is None:
             return
-        if self._failed_starts >= _MAX_FAILED_STARTS:
-            raise ToolFailure("absent", f"given up after {self._failed_starts} starts in a row that failed")
+        if len(self._failed_loads) >= _MAX_FAILED_LOADS:
+            last = self._failed_loads[-1]
+            raise ToolFailure(last.kind, f"not tried again after {_MAX_FAILED_LOADS} starts that ended so: {last}")
         self._launch()
-        self._failed_starts += 1
         try:
             check_about(self._send({"do": "about"}, _ABOUT_TIMEOUT_S), self.name, self.environment)
-            self._send({"do": "load"}, self.settings.start_timeout_s)
+            self._load()
         except ToolFailure:  # what cannot be loaded leaves no process behind
             self.close()
             raise
-        self._failed_starts = 0
+        self._failed_loads.clear()
 
     def close(self) -> None:
         """Kill the process, with all that it started, if it runs."""
         self._end()
         self._process = None
+
+    def _load(self) -> None:
+        try:
+            self._send({"do": "load"}, self.settings.start_timeout_s)
+        except ToolFailure as failure:
+            self._failed_loads.append(failure)
+            raise
 
     def _launch(self) -> None:
         self.close()
@@ -159,10 +166,10 @@ class ToolWorker:
         finally:
             timer.cancel()
         told = parse_json(line, f"answer of {self.name}") if line.endswith("\n") else None
+        code = None if told is not None else _exit_code(process)
+        self.log = _printed(errors)
         if told is not None and "error" not in told:
             return told
-        code = None if told else _exit_code(process)
-        self.log = _printed(errors)
         tail = last_lines(self.log)
         if told is not None:
             self.log += f"\n{told['traceback']}"

@@ -20,7 +20,7 @@ def load(options: dict[str, Any]) -> Callable[[dict[str, Any]], dict[str, Any]]:
     device = options["device"]
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
-    network = torch.hub.load("mhamilton723/FeatUp", "dino16", use_norm=True).eval().to(device)
+    network = torch.hub.load("mhamilton723/FeatUp", "dino16", use_norm=True, trust_repo=True).eval().to(device)
 
     def measure(request: dict[str, Any]) -> dict[str, Any]:
         import av

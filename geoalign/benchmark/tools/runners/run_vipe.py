@@ -25,7 +25,7 @@ def load(options: dict[str, Any]) -> Callable[[dict[str, Any]], dict[str, Any]]:
     """Nothing stays loaded: the command line takes one video a process."""
     program = shutil.which("vipe")
     if program is None:
-        raise FileNotFoundError("no program vipe in the environment")
+        raise FileNotFoundError("no program vipe in PATH")
 
     def measure(request: dict[str, Any]) -> dict[str, Any]:
         folder = Path(request["folder"])
