@@ -20,11 +20,11 @@ LEAST_SIDE = 16
 STDOUT = "-"
 
 
-def add_config(parser: argparse.ArgumentParser) -> None:
+def add_config(parser: argparse.ArgumentParser, *, required: bool = True) -> None:
     """Add ``--config`` and the settings that replace those of the file."""
     parser.add_argument(
         "--config",
-        required=True,
+        required=required,
         metavar="NAME|FILE",
         help="preset or .yaml file (`geoalign config print --config NAME`)",
     )

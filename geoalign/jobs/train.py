@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
@@ -17,6 +18,7 @@ from geoalign.data.source import RetakeDataset
 from geoalign.errors import Stopped
 from geoalign.files.atomic import atomic_write_json, atomic_write_text, nan_to_none
 from geoalign.files.locks import writer_lock
+from geoalign.jobs.checks import require_inputs
 from geoalign.jobs.environment import describe_environment
 from geoalign.jobs.metrics_file import MetricsWriter
 from geoalign.jobs.prepare import encoder_identity, render_missing_data
@@ -61,6 +63,8 @@ def run_training(
         Stopped: a signal stopped it; a checkpoint of the last iteration is written.
         UserError: any set-up that cannot work; nothing is left half-written.
     """
+    if os.environ.get("RANK", "0") == "0":  # the others wait for it, or end with it
+        require_inputs(config, "train")
     device, folder = device_of(config.run), config.run.folder
     settings = RunSettings.of(config.model_dump(mode="json"))
     cuda = device.type == "cuda"
