@@ -229,19 +229,21 @@ class EvalConfig(Section):
 class PretrainConfig(Section):
     """Supervised flow matching of the embedded base policy, with mis-scaled labels on purpose."""
 
-    steps: int = Field(2000, gt=0)
+    steps: int = Field(1800, gt=0)
     """Optimizer steps."""
     batch: int = Field(32, gt=0)
     """Samples per step."""
-    pool: int = Field(8192, gt=0)
+    pool: int = Field(5120, gt=0)
     """Rendered pairs that the batches are drawn from."""
     lr: float = Field(2e-3, gt=0)
     """Peak learning rate (cosine decay)."""
     gain_lr: float = Field(6e-3, gt=0)
     """Peak learning rate of the camera gains."""
-    translation_bias: tuple[float, float] = (0.34, 0.35)
-    """Mean and spread of the log factor from label to true translation; (0, s) is an unbiased control."""
-    rotation_bias: tuple[float, float] = (0.0, 0.2)
-    """Mean and spread of the log factor from label to true yaw."""
+    bias_mean: tuple[float, float, float, float] = (-0.33, 0.5, -0.36, -0.3)
+    """Mean log factor from label to true motion: sideways, forward, vertical, yaw; zeros make an unbiased control."""
+    bias_std: tuple[float, float, float, float] = (0.25, 0.25, 0.25, 0.2)
+    """Spread of that log factor over videos, per axis."""
+    bias_growth: tuple[float, float] = (0.4, 0.8)
+    """The log factor is multiplied by the first number plus the second times the progress (0 to 1) over the clip."""
     ema: float = Field(0.995, ge=0, lt=1)
     """Decay of the weight average that becomes the checkpoint."""
