@@ -1,4 +1,4 @@
-"""How many ranks a run starts on this machine: the cores that it may use, and a number that the groups can be dealt to."""
+"""How many ranks a run starts on this machine: one per core that it may use, if the groups can be dealt to so many."""
 
 from __future__ import annotations
 

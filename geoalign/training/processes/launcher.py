@@ -130,15 +130,9 @@ def _started(count: int, arguments: Sequence[str], folder: str) -> Iterator[list
     try:
         for rank in range(count):
             environment = os.environ | shared | {"RANK": str(rank), "LOCAL_RANK": str(rank)}
-            # A process group of its own: a terminal's Ctrl-C reaches the ranks once, from here.
-            ranks.append(
-                subprocess.Popen(
-                    [sys.executable, "-m", "geoalign", *arguments],
-                    env=environment,
-                    stdin=subprocess.PIPE,
-                    process_group=0,
-                )  # fmt: skip
-            )
+            command = [sys.executable, "-m", "geoalign", *arguments]
+            # In a process group of its own, a rank gets a terminal's Ctrl-C once: from here.
+            ranks.append(subprocess.Popen(command, env=environment, stdin=subprocess.PIPE, process_group=0))
         yield ranks
     finally:
         for process in ranks:
