@@ -32,6 +32,9 @@ class RunConfig(Section):
     """Seed of every random draw (counter-based: equal on any number of ranks)."""
     threads: int = Field(0, ge=0)
     """Intra-op CPU threads; 0 leaves PyTorch's choice (one thread is fastest for the embedded model)."""
+    ranks: Annotated[int, Field(ge=1)] | Literal["auto"] = 1
+    """Processes that `geoalign train` starts on this machine; ``auto``: one per usable core, at most one per condition,
+    and one where ``run.device`` may be a GPU. Without effect under torchrun, which has started them."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Where policy and scorers run; ``auto``: a CUDA device if there is one (each process takes its own)."""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
@@ -79,8 +82,9 @@ class GroupsConfig(Section):
     size: int = Field(12, gt=1, json_schema_extra=_published("G = 12"))
     """Rollouts per group, which share condition, initial noise and window."""
     rows_per_forward: int | None = Field(None, gt=0)
-    """Largest batch of one network forward; None: all rollouts of a rank at once. 1 is right for long videos: they fill
-    a GPU alone, and memory holds one. Part of what rollout and learner share, because batch shapes round apart."""
+    """Largest batch of one network forward; None: the rollouts of one group, so that numbers do not depend on how many
+    groups a rank has. 1 is right for long videos: they fill a GPU alone, and memory holds one. Part of what rollout and
+    learner share, because batch shapes round apart."""
 
 
 def compiles(value: str) -> str:
