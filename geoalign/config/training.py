@@ -181,7 +181,7 @@ class OdeConfig(Section):
 
 
 class ParallelConfig(Section):
-    """How the processes of torchrun share the work."""
+    """How the ranks share the work (``run.ranks`` or torchrun)."""
 
     engine: Literal["ddp", "deepspeed", "fsdp"] = "ddp"
     """``ddp``: parameters and optimizer on every rank, the fastest at this size. ``deepspeed``: DeepSpeed owns the

@@ -20,13 +20,14 @@ def said(rank: int, text: str, code: int) -> dict[str, object]:
     return {"rank": rank, "text": text, "exit_code": code}
 
 
+FIRST = said(1, "error: x", 1)
 LOST = said(0, "error: rank 0 of 2: another rank died or hangs", 1)
 KILLED = Ending("error: rank 1 of 2 was ended by SIGKILL (is memory short?); continue with --resume auto", 1)
 CASES = {
     "all done": ([(1, 0), (0, 0)], [], set(), Ending("", 0)),
     "all stopped": ([(0, 75), (1, 75)], [said(0, "stopped", 75)] * 2, {signal.SIGTERM}, Ending("stopped", 75)),
     "all refuse": ([(0, 2), (1, 2)], [said(1, "error: no", 2), said(0, "error: no", 2)], set(), Ending("error: no", 2)),
-    "the first that failed is the cause": ([(1, 1), (0, 1)], [said(1, "error: x", 1), LOST], set(), Ending("error: x", 1)),
+    "the first that failed is the cause": ([(1, 1), (0, 1)], [FIRST, LOST], set(), Ending("error: x", 1)),
     "killed from outside": ([(1, -9), (0, 1)], [LOST], set(), KILLED),
     "killed here, for it hung": ([(0, 1), (1, None)], [LOST], set(), Ending(LOST["text"], 1)),
     "killed after a stop": ([(1, -9), (0, 75)], [said(0, "stopped", 75)], {signal.SIGTERM}, KILLED),
@@ -68,7 +69,7 @@ def machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         ({"membership": "0::/\n", "cpu.max": "350000 100000\n"}, 3),  # what a container sees of its own group
         ({"membership": "0::/a/b\n", "a/cpu.max": "250000 100000\n", "a/b/cpu.max": "max 100000\n"}, 2),
         ({"membership": "0::/\n", "cpu.max": "50000 100000\n"}, 1),
-        ({"membership": "4:cpu,cpuacct:/d\n", "cpu/d/cpu.cfs_quota_us": "400000", "cpu/d/cpu.cfs_period_us": "100000"}, 4),
+        ({"membership": "4:cpu,x:/d\n", "cpu/d/cpu.cfs_quota_us": "400000", "cpu/d/cpu.cfs_period_us": "100000"}, 4),
         ({"membership": "4:cpu:/\n2:memory:/\n", "cpu/cpu.cfs_quota_us": "-1", "cpu/cpu.cfs_period_us": "100000"}, 8),
         ({"membership": "0::/\n", "cpu.max": "what\n"}, 8),
     ],
