@@ -33,8 +33,8 @@ class RunConfig(Section):
     threads: int = Field(0, ge=0)
     """Intra-op CPU threads; 0 leaves PyTorch's choice (one thread is fastest for the embedded model)."""
     ranks: Annotated[int, Field(ge=1)] | Literal["auto"] = 1
-    """Processes that `geoalign train` starts on this machine; ``auto``: one per usable core, at most one per condition,
-    and one where ``run.device`` may be a GPU. Without effect under torchrun, which has started them."""
+    """Processes that `geoalign train` starts here; ``auto``: one per usable core, at most one per condition, and one
+    where ``run.device`` may be a GPU. Without effect under torchrun, which has started them."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Where policy and scorers run; ``auto``: a CUDA device if there is one (each process takes its own)."""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
@@ -181,7 +181,7 @@ class OdeConfig(Section):
 
 
 class ParallelConfig(Section):
-    """How the processes of torchrun share the work."""
+    """How the ranks share the work (``run.ranks`` or torchrun)."""
 
     engine: Literal["ddp", "deepspeed", "fsdp"] = "ddp"
     """``ddp``: parameters and optimizer on every rank, the fastest at this size. ``deepspeed``: DeepSpeed owns the
