@@ -7,6 +7,7 @@ from typing import Self
 from pydantic import Field, model_validator
 
 from geoalign.config.base import Section
+from geoalign.config.benchmark import BenchmarkConfig
 from geoalign.config.data import DataConfig
 from geoalign.config.flow import AdvantageConfig, FlowConfig, ObjectiveConfig, WindowConfig
 from geoalign.config.model import ModelConfig
@@ -69,6 +70,8 @@ class Config(Section):
     """Held-out evaluation."""
     pretrain: PretrainConfig = PretrainConfig()
     """Supervised base policy of the embedded world."""
+    benchmark: BenchmarkConfig = BenchmarkConfig()
+    """Clips, paths and metrics of ``geoalign benchmark``."""
 
     @model_validator(mode="after")
     def _possible(self) -> Self:

@@ -18,6 +18,15 @@ class Metric:
     meaning: str
 
 
+def _gain(direction: str) -> Metric:
+    return Metric(
+        f"Travelled over asked, {direction}",
+        "\N{MULTIPLICATION SIGN}",
+        "one",
+        "The factor that fits the motion asked for best to the one travelled, over all clips.",
+    )
+
+
 HELD_OUT = {
     "translation_error_m": Metric(
         "Position error", "m", "lower", "How far the camera of the generated clip is from where it was asked to be."
@@ -49,8 +58,30 @@ HELD_OUT = {
     "trans_err": Metric(
         "TransErr", "", "lower", "As published for ReDirector: after a fit of scale, so blind to a wrong scale."
     ),
+    "gain_sideways": _gain("to the sides"),
+    "gain_forward": _gain("forward and backward over the ground"),
+    "gain_vertical": _gain("up and down"),
+    "gain_yaw": _gain("while turning"),
+    "last_translation_error_m": Metric(
+        "Position error, last frame", "m", "lower", "As the position error, at the end of the clip."
+    ),
+    "last_rotation_error_deg": Metric(
+        "Rotation error, last frame", "\N{DEGREE SIGN}", "lower", "As the rotation error, at the end of the clip."
+    ),
     "psnr_db": Metric(
         "Likeness to the truth", "dB", "higher", "PSNR against the true render; it is never part of a reward."
+    ),
+    "own_camera_psnr_db": Metric(
+        "Likeness along its own camera",
+        "dB",
+        "higher",
+        "PSNR against the true render along the camera that was read from the clip: the picture without the camera.",
+    ),
+    "explained_share": Metric(
+        "Explained share", "", "higher", "The share of the picture that the source, moved by the camera, explains."
+    ),
+    "gradient_energy": Metric(
+        "Gradient energy", "\N{MULTIPLICATION SIGN}", "one", "Sharpness over that of the truth; noise raises it too."
     ),
     "second_translation_error_m": Metric(
         "Position error, second evaluator", "m", "lower", "Read by another estimator that no reward uses."
