@@ -25,16 +25,17 @@ def document(
         body: markup.
         styles: further style sheets of this package, by file name.
         scripts: further scripts of this package, by file name.
-        refresh_s: the page loads itself anew after so many seconds; None: never.
+        refresh_s: the page loads itself anew after so many seconds in which nobody touched it; None: never.
     """
     films = f'class="{FILM_CLASS}' in body
     css = "".join(_asset(name) for name in ("style.css", *(["film.css"] if films else []), *styles))
     parts = "".join(f"<script>{_asset(name)}</script>" for name in (*(["film.js"] if films else []), *scripts))
-    refresh = f'<meta http-equiv="refresh" content="{refresh_s}">' if refresh_s else ""
+    if refresh_s:
+        parts += f"<script>const geoalignRefresh = {refresh_s};{_asset('refresh.js')}</script>"
     return (
         f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><title>{escape(title)}</title>'
         f'<meta http-equiv="Content-Security-Policy" content="{_POLICY}">'
-        f'<meta name="viewport" content="width=device-width, initial-scale=1">{refresh}<style>{css}</style></head>\n'
+        f'<meta name="viewport" content="width=device-width, initial-scale=1"><style>{css}</style></head>\n'
         f"<body>{body}{parts}</body></html>\n"
     )
 

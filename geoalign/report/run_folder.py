@@ -13,6 +13,7 @@ import numpy as np
 from geoalign.errors import DataError, UsageError
 from geoalign.files.arrays import read_arrays
 from geoalign.files.atomic import read_jsonl
+from geoalign.files.locks import LOCK_NAME, held_by
 from geoalign.files.parsing import read_json
 from geoalign.files.yaml_text import read_yaml
 
@@ -58,7 +59,7 @@ class EvaluationClips:
 
 @dataclass(frozen=True, slots=True)
 class RunRecord:
-    """Everything the report shows."""
+    """Everything the report shows; ``live``: a process is writing the run."""
 
     folder: Path
     config: dict[str, Any]
@@ -66,11 +67,19 @@ class RunRecord:
     summary: dict[str, Any]
     metrics: list[dict[str, Any]]
     clips: dict[str, EvaluationClips] = field(default_factory=dict)
+    live: bool = False
 
     @property
     def name(self) -> str:
         """The name given in the configuration, else the folder's name."""
         return str(self.config.get("run", {}).get("name") or self.folder.name)
+
+    def setting(self, key: str) -> Any:
+        """A value of the resolved configuration by its dotted key; None where there is none."""
+        value: Any = self.config
+        for part in key.split("."):
+            value = value.get(part) if isinstance(value, dict) else None
+        return value
 
     def series(self, key: str) -> tuple[list[float], list[float]]:
         """Return iterations and values of one metric, leaving out rows without a finite value of it."""
@@ -111,6 +120,7 @@ def read_run(folder: str | Path) -> RunRecord:
         summary=summary,
         metrics=read_jsonl(metrics) if metrics.exists() else [],
         clips={stage: clips for stage in STAGES if (clips := _read_clips(path / "eval" / f"{stage}.npz"))},
+        live=bool(held_by(path / LOCK_NAME)),
     )
 
 

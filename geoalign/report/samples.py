@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from html import escape
 
 import numpy as np
 
@@ -22,11 +23,18 @@ def samples_section(run: RunRecord, count: int) -> str:
         return ""
     last = run.clips.get("after") or run.clips["before"]
     chosen = choose_samples(last.translation_errors(), count)
-    films = "".join(film_html(held_out_film(run.clips, index, rank)) for index, rank in chosen)
+    first, *others = (held_out_film(run.clips, index, rank) for index, rank in chosen)
+    films = film_html(first) + "".join(folded_film(film) for film in others)
     return f"""<section id="samples"><h2>See for yourself</h2>
 <p>Held-out scenes and paths, which no training step saw. These are not picked by taste: samples are ordered by their
 position error {"after training" if "after" in run.clips else "so far"} and taken at even ranks, from the best to the
 worst.</p>{HOW_TO_LOOK}{films}</section>"""
+
+
+def folded_film(film: Film) -> str:
+    """A film behind a fold, whose line is its heading: a page of many films stays short."""
+    note = f' <span class="note">{escape(film.note)}</span>' if film.note else ""
+    return f'<details class="fold"><summary>{escape(film.title)}{note}</summary>{film_html(film)}</details>'
 
 
 def choose_samples(errors: Array, count: int) -> list[tuple[int, str]]:
