@@ -151,9 +151,8 @@ def test_a_wrong_environment_is_named(environments: Path, case_files: CaseFiles,
     (folder / "bin" / "vipe").unlink()
     (folder / "site" / "vipe" / "_configs" / "pipeline" / "only_pose.yaml").touch()
     for _ in range(2):
-        assert (
-            measured(vipe, case_files, tmp_path / "out").cause == "raised: FileNotFoundError: no program vipe in PATH"
-        )
+        cause = measured(vipe, case_files, tmp_path / "out").cause
+        assert cause == "raised: FileNotFoundError: no program vipe in PATH"
     starts = vipe._worker.starts
     result = measured(vipe, case_files, tmp_path / "out")  # loading may take minutes: broken is broken
     assert result.cause.startswith("raised: not tried again after 4 starts") and vipe._worker.starts == starts
