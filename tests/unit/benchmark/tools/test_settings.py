@@ -6,16 +6,18 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from typing import get_args
 
 import foreign_tools
 import pytest
 import torch
+from repository import ROOT
 
 from geoalign.benchmark.records import CaseFiles
 from geoalign.benchmark.tools.checks import tool_environments
 from geoalign.benchmark.tools.load import load_tools
 from geoalign.benchmark.tools.settings import RUNNERS, builtin_tools, read_tool
-from geoalign.benchmark.tools.worker import child_environment, last_lines
+from geoalign.benchmark.tools.worker import Kind, child_environment, last_lines
 from geoalign.config.benchmark import BenchmarkConfig
 from geoalign.config.schema import Config
 from geoalign.errors import ConfigError
@@ -36,6 +38,17 @@ def test_every_built_in_tool_has_its_script_its_licence_and_its_commands() -> No
     assert "nvidia-vipe==1.2.0" in commands and "install vipe" not in commands
     # The metrics that our own code gives are those that its definition announces.
     assert load_tools(config("dyn_met3r").benchmark)[0].metrics == read_tool("dyn_met3r")[1].metrics
+
+
+def test_the_docs_tell_of_every_tool_and_every_kind_of_failure() -> None:
+    text = (ROOT / "docs" / "benchmark-tools.md").read_text()
+    for name in builtin_tools():
+        settings = read_tool(name)[1]
+        (row,) = (line for line in text.splitlines() if line.startswith(f"| `{name}` |"))
+        assert all(f"`{worker.environment}`" in row for worker in settings.workers.values())
+    for kind in get_args(Kind):
+        assert f"\n| `{kind}` |" in text
+    assert all(f"`{metric}`" in text for metric in (*read_tool("dyn_met3r")[1].metrics, "met3r"))
 
 
 def test_runners_import_nothing_of_ours() -> None:
