@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Self
+from typing import Any, Self
 
 from pydantic import Field, model_validator
 
@@ -69,6 +69,17 @@ class Config(Section):
     """Held-out evaluation."""
     pretrain: PretrainConfig = PretrainConfig()
     """Supervised base policy of the embedded world."""
+
+    def approximations(self) -> dict[str, Any]:
+        """Settings, by dotted name, by which the steps outside the window differ from exact ones on the full grid."""
+        exact = {"flow": FlowConfig(), "ode": OdeConfig()}
+        names = {"flow": FlowConfig.TAIL, "ode": tuple(OdeConfig.model_fields)}
+        return {
+            f"{section}.{name}": value
+            for section, default in exact.items()
+            for name in names[section]
+            if (value := getattr(getattr(self, section), name)) != getattr(default, name)
+        }
 
     @model_validator(mode="after")
     def _possible(self) -> Self:

@@ -59,13 +59,11 @@ def _passes(config: Config, window: StepWindow) -> str:
 
 
 def _execution(config: Config) -> str:
-    run, levers, ode = config.run, config.levers, config.ode
+    run, levers = config.run, config.levers
     parts = [f"device {run.device}", f"matrices {run.dtype}", "compiled blocks" if run.compile else "eager blocks"]
     parts += [f"attention core {_core(config)}"] + ["repeatable backwards"] * run.deterministic
     parts += [f"recompute {levers.recompute}", f"streaming {levers.streaming}"]
-    changes = [f"ode.{name} {value}" for name, value in (("attention", ode.attention), ("linears", ode.linears))]
-    approximate = [text for text in changes if not text.endswith("exact")]
-    approximate += [f"tail_ratio {config.flow.tail_ratio}"] if config.flow.tail_ratio < 1 else []
+    approximate = [f"{name} {value}" for name, value in config.approximations().items()]
     return ", ".join(parts) + (f"; CHANGES samples: {', '.join(approximate)}" if approximate else "; all EXACT")
 
 
