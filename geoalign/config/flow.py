@@ -52,8 +52,7 @@ class FlowConfig(Section):
     """Largest noise standard deviation of one step, for ``sde: longcat_truncated``."""
 
     tail_grid: TailGrid = "schedule"
-    """Where the steps after the window lie: on the time grid, or uniform in sigma. ``sigma`` CHANGES the videos that are
-    rewarded."""
+    """Where the steps after the window lie: on the time grid, or uniform in sigma, which CHANGES the videos."""
 
     tail_ratio: float = Field(1.0, gt=0, le=1)
     """Share of the time grid kept after the window (MixGRPO-Flash). Below 1 it CHANGES the videos that are rewarded."""
@@ -85,6 +84,10 @@ class FlowConfig(Section):
         # of products such as 20 * 0.4 that fall just below an integer.
         return max(int((full + 1) * self.tail_ratio * (1 + 1e-12)) - 1, 1)
 
+    def with_exact_tail(self) -> Self:
+        """The same sampler with the whole time grid after the window, in Euler steps."""
+        return self.model_copy(update={name: type(self).model_fields[name].default for name in self.TAIL})
+
     @field_validator("eta_by_step")
     @classmethod
     def _positive(cls, value: tuple[float, ...]) -> tuple[float, ...]:
@@ -104,7 +107,7 @@ class FlowConfig(Section):
             )
         if self.tail_steps is not None and self.tail_ratio < 1:
             raise ValueError(
-                f"tail_steps {self.tail_steps} and tail_ratio {self.tail_ratio} both say how long the tail is; remove one"
+                f"tail_steps {self.tail_steps} and tail_ratio {self.tail_ratio} both set the tail's length; remove one"
             )
         if len(self.eta_by_step) > self.steps:
             raise ValueError(f"eta_by_step has {len(self.eta_by_step)} entries for {self.steps} steps")

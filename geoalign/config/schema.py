@@ -72,19 +72,19 @@ class Config(Section):
 
     def approximations(self) -> dict[str, Any]:
         """Settings, by dotted name, by which the steps outside the window differ from exact ones on the full grid."""
-        exact = {"flow": FlowConfig(), "ode": OdeConfig()}
-        names = {"flow": FlowConfig.TAIL, "ode": tuple(OdeConfig.model_fields)}
-        return {
+        changed = {
             f"{section}.{name}": value
-            for section, default in exact.items()
-            for name in names[section]
-            if (value := getattr(getattr(self, section), name)) != getattr(default, name)
+            for section, names in (("flow", FlowConfig.TAIL), ("ode", OdeConfig.APPROXIMATE))
+            for name in names
+            if (value := getattr(settings := getattr(self, section), name)) != type(settings).model_fields[name].default
         }
+        return changed | ({"ode.reuse_share": self.ode.reuse_share} if "ode.reuse" in changed else {})
 
     @model_validator(mode="after")
     def _possible(self) -> Self:
         checks = (
             self._window_fits, self._weight_flattens, self._updates_fit, self._streaming_is_exact, self._parallel_fits,
+            self._audit_has_work,
         )  # fmt: skip
         for check in checks:
             check()
@@ -137,6 +137,10 @@ class Config(Section):
             if self.parallel.engine == "fsdp":
                 raise ValueError("levers.streaming with a gradient per rollout needs whole parameters, not fsdp's")
 
+    def _audit_has_work(self) -> None:
+        if self.ode.audit_every and not self.approximations():
+            raise ValueError("ode.audit_every watches approximate tails, but every step is exact: set it to 0")
+
     def _parallel_fits(self) -> None:
         parallel = self.parallel
         if self.model.heads % parallel.sequence:
@@ -150,6 +154,6 @@ class Config(Section):
                     "share tokens; change data.num_frames, data.height or data.width"
                 )
         if parallel.engine == "fsdp" and self.ode != OdeConfig():
-            raise ValueError("parallel.engine=fsdp has no second network for ode.*: set them to exact")
+            raise ValueError("parallel.engine=fsdp runs one network, the exact one: remove the settings of ode")
         if parallel.engine != "ddp" and self.optim.states != "float32":
             raise ValueError(f"parallel.engine={parallel.engine} shards float32 states: set optim.states=float32")

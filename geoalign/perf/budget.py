@@ -70,6 +70,7 @@ class PassCount:
         recompute: forwards repeated for the backward.
         backward: backwards.
         reference: forwards of a reference policy.
+        audit: rollout forwards of a group that is also finished exactly.
     """
 
     prefix: int = 0
@@ -79,6 +80,7 @@ class PassCount:
     recompute: int = 0
     backward: int = 0
     reference: int = 0
+    audit: int = 0
 
     @property
     def rollout(self) -> int:
@@ -88,7 +90,7 @@ class PassCount:
     @property
     def forwards(self) -> int:
         """All forwards, recomputation included."""
-        return self.rollout + self.replay + self.recompute + self.reference
+        return self.rollout + self.replay + self.recompute + self.reference + self.audit
 
     @property
     def forward_equivalents(self) -> int:

@@ -59,7 +59,9 @@ def ready(config: Config, policy: RetakePolicy, ranks: Ranks) -> Parts:
     if config.parallel.engine != "fsdp":  # which casts where it gathers
         model.to(dtype)
     twin = _twin(config, model, choice.int8)
-    policy = replace(policy, codec=policy.codec.to(device), guidance=config.flow.guidance, fast=twin)
+    policy = replace(
+        policy, codec=policy.codec.to(device), guidance=config.flow.guidance, fast=twin, reuse=config.ode.reuse
+    )
     reference = ReferencePolicy(engine.trained) if config.objective.kl_weight > 0 else None
     return Parts(policy, engine, device, reference)
 
