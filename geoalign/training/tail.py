@@ -25,10 +25,10 @@ from geoalign.flow.table import build_step_table
 from geoalign.perf.timer import phase
 from geoalign.policy.policy import Precomputed, RetakePolicy
 from geoalign.rewards.base import Reward
-from geoalign.rewards.running.turns import decode_and_score
 from geoalign.rl.advantage import group_advantage
-from geoalign.rl.fidelity import GroupFidelity, Outcome, compare, mean_square
-from geoalign.rl.score import Scores, merged
+from geoalign.rl.fidelity import GroupFidelity, Outcome, compare
+from geoalign.rl.score import Scores
+from geoalign.training.judged import judge
 from geoalign.training.processes.ranks import RankRows, Ranks
 from geoalign.types import RetakeBatch
 
@@ -146,7 +146,7 @@ class Auditor:
             scores={key: _with(scores.scores[key], rows, found[3 + n]) for n, key in enumerate(keys)},
         )
         distance = float(pairs[0] / pairs[1])  # NaN without a pair
-        outcomes = (_outcome(each, self.config, size).select(rows) for each in (exact, scores))
+        outcomes = (outcome_of(each, self.config, size).select(rows) for each in (exact, scores))
         return compare(*outcomes, error=found[2], distance=distance), spent
 
     def _finish(
@@ -183,29 +183,22 @@ class Auditor:
         mine = scored[(scored >= first) & (scored < first + members)].to(self.device)  # [n] among the local rows
         if not len(mine):
             return
-        errors: list[Tensor] = []
-        last: list[Tensor] = []
-
-        def decode(rows: Tensor, conditions: RetakeBatch) -> Tensor:
-            source = conditions.source.video
-            video = policy.decode(final[mine[rows] - first].float(), source)
-            errors.append(mean_square(policy.decode(rollout.final[mine[rows]].float(), source), video).cpu())
-            seen = torch.cat([*last, video]) if last else video
-            distance = mean_square(seen[1:], seen[:-1])
-            pairs.add_(torch.tensor([float(distance.sum()), distance.numel()], dtype=torch.float64))
-            last[:] = [video[-1:]]
-            return video
-
-        scored_now = decode_and_score(
-            self.rewards, decode, batch, torch.full_like(mine, place), chunk=self.config.scoring.chunk
+        local = mine - first
+        judged = judge(
+            policy,
+            self.rewards,
+            final[local],
+            batch,
+            torch.full_like(mine, place),
+            chunk=self.config.scoring.chunk,
+            beside=rollout.final[mine],
         )
-        usable = torch.isfinite(final[mine - first]).flatten(1).all(1)
-        table = merged(scored_now, usable)
-        columns = self.rank_rows.member_ids[mine.cpu() - first]
+        columns, table = self.rank_rows.member_ids[local.cpu()], judged.scores
         found[0, columns], found[1, columns] = table.valid.double().cpu(), table.lost.double().cpu()
-        found[2, columns] = torch.cat(errors)
+        found[2, columns] = judged.error
         for number, key in enumerate(keys):
             found[3 + number, columns] = table.scores[key].double().cpu()
+        pairs += torch.tensor([float(judged.neighbours[1:].sum()), len(mine) - 1], dtype=torch.float64)
 
     def refuse(self, numbers: Mapping[str, float], iteration: int) -> bool:
         """Whether the run goes on with exact tails, which is noted in the log.
@@ -233,7 +226,7 @@ class Auditor:
         return True
 
 
-def _outcome(scores: Scores, config: Config, size: int) -> Outcome:
+def outcome_of(scores: Scores, config: Config, size: int) -> Outcome:
     """What all samples of an iteration are worth, in groups of ``size`` rows."""
     groups = torch.arange(len(scores.valid)) // size
     advantage = group_advantage(scores.scores, scores.valid, groups, config.advantage, scores.lost)
