@@ -11,13 +11,13 @@ from geoalign.config.schema import Config
 from geoalign.errors import UsageError
 from geoalign.flow.table import StepWindow, build_step_table
 from geoalign.models.dit import RetakeDiT
-from geoalign.perf.budget import Walk, count_passes
+from geoalign.perf.budget import count_passes
 from geoalign.perf.memory import predict_memory
 from geoalign.rl.window import WindowSchedule
 from geoalign.training.engines.optim import freeze_all_but
 from geoalign.training.processes.cores import ranks_of
 from geoalign.training.processes.device import device_of, dtype_of
-from geoalign.training.telemetry import plan_of
+from geoalign.training.telemetry import plan_of, walk_of
 from geoalign_kernels import resolve_attention
 
 
@@ -52,20 +52,18 @@ def describe_run(config: Config) -> Mapping[str, object]:
 
 def _passes(config: Config, window: StepWindow) -> str:
     table, groups = build_step_table(config.flow, window), config.groups
-    walk = Walk(window.start, window.size, table.num_steps - window.stop)
+    walk = walk_of(config, table)
     count = count_passes(walk, groups.conditions, groups.size, config.optim.updates_per_rollout, plan_of(config))
     learner = f"{count.replay + count.reference:,} learner forwards, {count.backward:,} backwards"
     return f"{count.rollout:,} rollout forwards, {learner}, {count.recompute:,} recomputed (first window, all ranks)"
 
 
 def _execution(config: Config) -> str:
-    run, levers, ode = config.run, config.levers, config.ode
+    run, levers = config.run, config.levers
     parts = [f"device {run.device}", f"matrices {run.dtype}", "compiled blocks" if run.compile else "eager blocks"]
     parts += [f"attention core {_core(config)}"] + ["repeatable backwards"] * run.deterministic
     parts += [f"recompute {levers.recompute}", f"streaming {levers.streaming}"]
-    changes = [f"ode.{name} {value}" for name, value in (("attention", ode.attention), ("linears", ode.linears))]
-    approximate = [text for text in changes if not text.endswith("exact")]
-    approximate += [f"tail_ratio {config.flow.tail_ratio}"] if config.flow.tail_ratio < 1 else []
+    approximate = [f"{name} {value}" for name, value in config.approximations().items()]
     return ", ".join(parts) + (f"; CHANGES samples: {', '.join(approximate)}" if approximate else "; all EXACT")
 
 
