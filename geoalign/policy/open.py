@@ -159,11 +159,16 @@ def open_base(config: Config, device: torch.device, dtype: torch.dtype) -> Retak
         ConfigError: no base is named, or the model section describes another model than the weights are.
         CheckpointError: files that are missing, damaged or do not belong together.
     """
+    return describe_base(config).policy(dtype=None, codec_dtype=dtype, device=device)
+
+
+def describe_base(config: Config) -> ModelFiles:
+    """The opened files of the policy that a run starts from; arguments and errors are those of :func:`open_base`."""
     if config.train.base is None:
-        raise ConfigError(
-            "train.base is not set: give a policy file (geoalign pretrain makes one), a folder of published weights "
-            "with train.delta, or builtin:tiny_base"
-        )
+        example = "a folder of published weights with train.delta (docs/real-weights.md)"
+        if config.codec.kind == "patch":
+            example = "builtin:tiny_base, or a policy file (geoalign pretrain makes one)"
+        raise ConfigError(f"train.base is not set: give {example}")
     files = describe(config.train.base, config.train.delta)
     wanted, found = config.model.model_dump(), files.config.model_dump()
     if different := [key for key, value in wanted.items() if found[key] != value]:
@@ -171,7 +176,7 @@ def open_base(config: Config, device: torch.device, dtype: torch.dtype) -> Retak
         raise ConfigError(
             f"{files.location.home}: the weights are of another model than the configuration describes: {listed}"
         )
-    return files.policy(dtype=None, codec_dtype=dtype, device=device)
+    return files
 
 
 def describe(name: Path | str, delta: Path | None = None) -> ModelFiles:
@@ -244,8 +249,8 @@ def _existing(name: Path | str) -> Path:
     path = Path(name)
     if not path.exists():
         raise CheckpointError(
-            f"{path}: no such model file or folder; `geoalign pretrain` and `geoalign train` make some, and "
-            "builtin:tiny_base ships with geoalign"
+            f"{path}: no such model file or folder; `geoalign train` makes run folders, and docs/real-weights.md says "
+            "where published weights come from"
         )
     return path
 

@@ -103,14 +103,17 @@ HELD_OUT = {
 SETS = {
     "presets": "Named movements (pan, arc, dolly, ...)",
     "random": "Unseen random curves",
-    "mean": "Mean of both",
+    "mean": "Mean of named movements and random curves",
 }
 
-STAGES = {
-    "source": ("Source", "what the model is given"),
-    "before": ("Before", "base model"),
-    "after": ("After", "after training"),
-    "truth": ("Truth", "true render"),
+STAGES = {"source": "Source", "before": "Before", "after": "After", "truth": "Truth"}
+"""Takes of a held-out film, as a viewer reads them; the truth is a render along the path asked for."""
+
+PATHS = {
+    "target": "path asked for",
+    "source": "camera of the source",
+    "before": "camera read before",
+    "after": "camera read after",
 }
 
 
@@ -124,11 +127,22 @@ class CurveGroup:
     suffixes: tuple[str, ...] = ()
     with_zero: bool = False
     hide_zeros: bool = False
+    folded: bool = False
 
     def takes(self, key: str) -> bool:
         """Say whether a metric key belongs here."""
         return key.startswith(self.prefix) and (not self.suffixes or key.endswith(self.suffixes))
 
+
+CURVE_NAMES = {
+    "trans_m": "Position error (m)",
+    "rot_deg": "Rotation error (\N{DEGREE SIGN})",
+    "scale_ratio": "Scale ratio",
+    "lost_fraction": "Lost cameras (share)",
+    "saturated_fraction": "Saturated frames (share)",
+    "invalid_fraction": "Masked samples (share)",
+}
+"""Curves that a reader should not have to decode, by what follows the prefix of their group."""
 
 # A key goes to the first group that takes it.
 CURVES = (
@@ -146,6 +160,7 @@ CURVES = (
         "reaches the reward's bound, and lost the share of clips in which no camera could be read.",
         "reward/",
         suffixes=("_ratio", "residual", "/tracked", "_fraction"),
+        folded=True,
     ),
     CurveGroup(
         "Rewards",
@@ -159,17 +174,26 @@ CURVES = (
         "learning agree bit by bit, so that every later change of the ratio comes from learning.",
         "parity/",
         with_zero=True,
+        folded=True,
     ),
     CurveGroup(
         "Policy update",
         "How far one update moves the policy. The ratio is new over old probability of the same samples and should "
         "stay near 1; the clipped share says how often the safety limit acted.",
         "policy/",
+        folded=True,
     ),
     CurveGroup(
         "Advantages",
         "How the samples of a group compare with each other; without spread nothing is learnt.",
         "advantage/",
+        folded=True,
     ),
-    CurveGroup("Samples left out", "Failures by cause; they are masked, never scored 0.", "failures/", hide_zeros=True),
+    CurveGroup(
+        "Samples left out",
+        "Failures by cause; they are masked, never scored 0.",
+        "failures/",
+        hide_zeros=True,
+        folded=True,
+    ),
 )

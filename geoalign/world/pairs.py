@@ -70,6 +70,11 @@ class PairedVideos:
     scenes: Scene
     world: WorldConfig
 
+    def select(self, rows: Tensor) -> PairedVideos:
+        """The pairs at ``rows`` (int64)."""
+        names = tuple(self.names[row] for row in rows.tolist())
+        return PairedVideos(self.batch.select(rows), self.truth[rows], names, self.scenes[rows], self.world)
+
     def along(self, c2w: Tensor) -> Tensor:
         """True renders ``[B, K, 3, H, W]`` along other cameras ``[B, K, 4, 4]``, relative to the first source frame."""
         plane = self.batch.source.ground_plane

@@ -131,7 +131,7 @@ def run_study(study: Study, result: Path, work: Path, config: str) -> None:
     base, made_with = base_policy(study.base, work, config), settings(study, config)
     folder, world = work / f"{slug(study.name)}_{fingerprint(made_with)}", render_world(work, config)
     overrides = [f"train.base={base}", f"run.dir={folder}", f"data.root={world}", *study.overrides]
-    geoalign("train", "--config", config, "--resume", "auto", *overrides)
+    geoalign("train", "--config", config, "run.ranks=1", "--resume", "auto", *overrides)  # studies share the cores
     summary = json.loads((folder / "summary.json").read_text())
     summary |= {"study": study.name, "base": study.base, "overrides": list(study.overrides)}
     write_result(result, summary | {"by_frame": _errors_by_frame(folder)}, made_with)

@@ -10,7 +10,7 @@ from typing import Any
 from learning import ORACLES, RESULTS, STUDIES, Study, slug
 from oracles import STAGES
 
-from geoalign.jobs.evaluate import AXIS_METRICS, mean_of_defined
+from geoalign.jobs.evaluation_table import AXIS_METRICS, mean_of_defined
 
 PAGE = Path("docs/learning.md")
 KINDS = ("presets", "random")

@@ -36,7 +36,7 @@ def geoalign(*arguments: str, cwd: Path) -> subprocess.CompletedProcess[str]:
 def demo(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """One full demo run, another seed than the committed study."""
     folder = tmp_path_factory.mktemp("demo")
-    done = geoalign("train", "--config", "tiny_cpu", "run.seed=5", cwd=folder)
+    done = geoalign("train", "--config", "tiny_cpu", "run.seed=5", "run.ranks=1", cwd=folder)
     assert done.returncode == 0, done.stderr
     assert "report:" in done.stdout
     return folder / "runs" / "tiny_cpu"

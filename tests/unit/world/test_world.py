@@ -172,7 +172,7 @@ class TestCodec:
         pairs = paired_videos(CITY, 8, generator(), style="real")
         codec = PatchCodec(16, 7, 4).fit(pairs.truth)
         video = codec.decode(codec.encode(pairs.truth))
-        assert seam_ratio(video, 16) < 1.15 and psnr_db(video, pairs.truth) > 37  # what the demo's films need
+        assert seam_ratio(video, 16) < 1.15 and psnr_db(video, pairs.truth).mean() > 37  # what the demo's films need
         stripes = torch.zeros(1, 1, 3, 32, 32)
         stripes[..., 16:] = 1
         assert seam_ratio(stripes, 16) == float("inf")
