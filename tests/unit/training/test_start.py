@@ -32,7 +32,7 @@ class TestStart:
         monkeypatch.delenv("MASTER_ADDR", raising=False)
         for missing in ("MASTER_ADDR", "127.0.0.1"):  # not set; nobody listens there
             with (
-                pytest.raises(RunError, match=rf"rank 1 of 2: the ranks did not meet \(.*{missing}.*torchrun"),
+                pytest.raises(RunError, match=rf"rank 1 of 2: the ranks did not meet \(.*{missing}.*start all"),
                 ranks_of_environment(1, 0.2, cuda=False),
             ):
                 raise AssertionError("it went on alone")
