@@ -100,7 +100,7 @@ def _run(args: argparse.Namespace) -> int:
 
     from geoalign.files.atomic import check_writable
     from geoalign.frozen.device import named_device
-    from geoalign.jobs.encode import choose_guidance, encode, read_text, reads_text_of
+    from geoalign.jobs.encode import Encoders, choose_guidance, read_text, reads_text_of
     from geoalign.jobs.sample import estimate, read_inputs
     from geoalign.jobs.sample_files import outputs, write_retake
     from geoalign.policy.open import describe
@@ -134,7 +134,8 @@ def _run(args: argparse.Namespace) -> int:
         check_writable(path)
     batch, prompt = _estimate_camera(args, batch), _prompt(args, batch, dtype)
     reward = _reward(args, batch)
-    encodings = encode(files, batch, prompt, read_text(args.negative_prompt), dtype=dtype, device=args.device)
+    encoders = Encoders(files, dtype=dtype, device=args.device)
+    encodings = encoders(batch, prompt, read_text(args.negative_prompt))
     batch = replace(batch, encodings=encodings)
     model, _ = files.network(dtype=dtype, device=args.device)
     policy = RetakePolicy(model.requires_grad_(False), codec, guidance)  # nothing is trained, so text may be missing

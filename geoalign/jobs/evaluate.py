@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
+from geoalign.config.flow import FlowConfig
 from geoalign.config.schema import Config
 from geoalign.errors import ConfigError
 from geoalign.evaluators.base import PoseEstimate, PoseEvaluator
@@ -17,6 +18,7 @@ from geoalign.geometry.metrics import CAMERA_METRICS, camera_errors
 from geoalign.geometry.trajectory import CameraTrajectory
 from geoalign.policy.policy import RetakePolicy
 from geoalign.policy.retake import retake
+from geoalign.types import RetakeBatch
 from geoalign.world.pairs import PairedVideos, paired_videos
 from geoalign_kernels import streams
 
@@ -71,6 +73,26 @@ def second_evaluator() -> PlanarAligner:
     return PlanarAligner(levels=((3.0, 5), (1.5, 3)), step=5, offset=1, reference="first")
 
 
+def held_out_retake(
+    policy: RetakePolicy,
+    batch: RetakeBatch,
+    flow: FlowConfig,
+    *,
+    seed: int,
+    condition_scale: float = 1.0,
+    rows: Sequence[int] | None = None,
+) -> Tensor:
+    """The retakes ``[B, F, 3, H, W]`` of an evaluation, on the CPU: its own stream of noise, and its oracle.
+
+    Args:
+        condition_scale: multiplies the translation that the policy is asked for (an oracle that knows the scale error
+            of a base); errors are always against the true target.
+        rows: of the noise, as in :func:`geoalign.policy.retake.retake`.
+    """
+    asked = replace(batch, target_camera=batch.target_camera.scale_translation(condition_scale))
+    return retake(policy, asked, flow, seed=seed, stream=streams.EVALUATION, rows=rows).cpu()
+
+
 @torch.no_grad()
 def evaluate(
     policy: RetakePolicy,
@@ -85,8 +107,7 @@ def evaluate(
         policy: model and codec.
         config: its sampler settings and noise seeds; sampling is deterministic.
         held_out: conditions and truth.
-        condition_scale: multiplies the translation that the policy is asked for (an oracle that knows the scale error
-            of a base); errors are always against the true target.
+        condition_scale: as in :func:`held_out_retake`.
         evaluator: reads the cameras; default: the reward's planar aligner. The second evaluator always runs beside it.
     """
     primary, second = evaluator or PlanarAligner(), second_evaluator()
@@ -95,9 +116,8 @@ def evaluate(
     estimated: dict[str, Tensor] = {}
     for kind, pairs in held_out.sets.items():
         rows: dict[str, list[float]] = {}
-        asked = replace(pairs.batch, target_camera=pairs.batch.target_camera.scale_translation(condition_scale))
         for number, noise_seed in enumerate(config.eval.noise_seeds):
-            video = retake(policy, asked, config.flow, seed=noise_seed, stream=streams.EVALUATION).cpu()
+            video = held_out_retake(policy, pairs.batch, config.flow, seed=noise_seed, condition_scale=condition_scale)
             pose = primary(video, pairs.batch.source)
             row = _mean_errors(pose, pairs.batch.target_camera)
             other = _mean_errors(second(video, pairs.batch.source), pairs.batch.target_camera)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -25,6 +25,7 @@ def retake(
     *,
     seed: int,
     stream: int = streams.INITIAL_NOISE,
+    rows: Sequence[int] | None = None,
     on_pass: Callable[[int], object] = lambda passes: None,
     strict: bool = False,
 ) -> Tensor:
@@ -34,7 +35,7 @@ def retake(
         policy: model, codec and guidance.
         batch: B conditions, on any device.
         flow: sampler settings; its stochastic part is not used.
-        seed, stream: name the initial noise, which is a function of both and of the row.
+        seed, stream, rows: name the initial noise, which is a function of all three; rows: 0..B-1 by default.
         on_pass: told after each step how many passes of the network it took (two under guidance).
         strict: raise for values that are not finite, which are returned otherwise (an evaluation counts them).
 
@@ -49,18 +50,19 @@ def retake(
         return answer
 
     precomputed = policy.precompute(policy.condition(batch))
-    rows = torch.arange(len(batch), device=policy.device)
-    noise = initial_noise(policy.latent_shape(batch), seed, 0, rows, stream=stream)
+    ids = torch.as_tensor(range(len(batch)) if rows is None else rows, device=policy.device)
+    noise = initial_noise(policy.latent_shape(batch), seed, 0, ids, stream=stream)
     latents = FlowSampler(build_step_table(flow)).sample(velocity, precomputed, noise)
     if strict:
-        _refuse_non_finite(latents, "the model")
+        refuse_non_finite(latents, "the model")
     video = policy.decode(latents, batch.source.video)
     if strict:
-        _refuse_non_finite(video, "the autoencoder")
+        refuse_non_finite(video, "the autoencoder")
     return video
 
 
-def _refuse_non_finite(values: Tensor, maker: str) -> None:
+def refuse_non_finite(values: Tensor, maker: str) -> None:
+    """Raise RunError, which names the ``maker``, for values that are not finite."""
     if not torch.isfinite(values).all():
         share = float((~torch.isfinite(values)).float().mean())
         raise RunError(
