@@ -7,6 +7,7 @@ from typing import Any, Self
 from pydantic import Field, model_validator
 
 from geoalign.config.base import Section
+from geoalign.config.benchmark import BenchmarkConfig
 from geoalign.config.data import DataConfig
 from geoalign.config.flow import AdvantageConfig, FlowConfig, ObjectiveConfig, WindowConfig
 from geoalign.config.model import ModelConfig
@@ -72,6 +73,8 @@ class Config(Section):
     """Held-out evaluation."""
     pretrain: PretrainConfig = PretrainConfig()
     """Supervised base policy of the embedded world."""
+    benchmark: BenchmarkConfig = BenchmarkConfig()
+    """Clips, paths and metrics of ``geoalign benchmark``."""
 
     def approximations(self) -> dict[str, Any]:
         """Settings, by dotted name, by which the steps outside the window differ from exact ones on the full grid."""

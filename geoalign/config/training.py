@@ -33,6 +33,9 @@ class RunConfig(Section):
     """Seed of every random draw (counter-based: equal on any number of ranks)."""
     threads: int = Field(0, ge=0)
     """Intra-op CPU threads; 0 leaves PyTorch's choice (one thread is fastest for the embedded model)."""
+    ranks: Annotated[int, Field(ge=1)] | Literal["auto"] = 1
+    """Processes that `geoalign train` starts here; ``auto``: one per usable core, at most one per condition, and one
+    where ``run.device`` may be a GPU. Without effect under torchrun, which has started them."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Where policy and scorers run; ``auto``: a CUDA device if there is one (each process takes its own)."""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
@@ -80,8 +83,9 @@ class GroupsConfig(Section):
     size: int = Field(12, gt=1, json_schema_extra=_published("G = 12"))
     """Rollouts per group, which share condition, initial noise and window."""
     rows_per_forward: int | None = Field(None, gt=0)
-    """Largest batch of one network forward; None: all rollouts of a rank at once. 1 is right for long videos: they fill
-    a GPU alone, and memory holds one. Part of what rollout and learner share, because batch shapes round apart."""
+    """Largest batch of one network forward; None: the rollouts of one group, so that numbers do not depend on how many
+    groups a rank has. 1 is right for long videos: they fill a GPU alone, and memory holds one. Part of what rollout and
+    learner share, because batch shapes round apart."""
 
 
 def compiles(value: str) -> str:
@@ -225,7 +229,7 @@ class LearnConfig(Section):
 
 
 class ParallelConfig(Section):
-    """How the processes of torchrun share the work."""
+    """How the ranks share the work (``run.ranks`` or torchrun)."""
 
     engine: Literal["ddp", "deepspeed", "fsdp"] = "ddp"
     """``ddp``: parameters and optimizer on every rank, the fastest at this size. ``deepspeed``: DeepSpeed owns the
@@ -277,19 +281,21 @@ class EvalConfig(Section):
 class PretrainConfig(Section):
     """Supervised flow matching of the embedded base policy, with mis-scaled labels on purpose."""
 
-    steps: int = Field(2000, gt=0)
+    steps: int = Field(1800, gt=0)
     """Optimizer steps."""
     batch: int = Field(32, gt=0)
     """Samples per step."""
-    pool: int = Field(8192, gt=0)
+    pool: int = Field(5120, gt=0)
     """Rendered pairs that the batches are drawn from."""
     lr: float = Field(2e-3, gt=0)
     """Peak learning rate (cosine decay)."""
     gain_lr: float = Field(6e-3, gt=0)
     """Peak learning rate of the camera gains."""
-    translation_bias: tuple[float, float] = (0.34, 0.35)
-    """Mean and spread of the log factor from label to true translation; (0, s) is an unbiased control."""
-    rotation_bias: tuple[float, float] = (0.0, 0.2)
-    """Mean and spread of the log factor from label to true yaw."""
+    bias_mean: tuple[float, float, float, float] = (-0.33, 0.5, -0.36, -0.3)
+    """Mean log factor from label to true motion: sideways, forward, vertical, yaw; zeros make an unbiased control."""
+    bias_std: tuple[float, float, float, float] = (0.25, 0.25, 0.25, 0.2)
+    """Spread of that log factor over videos, per axis."""
+    bias_growth: tuple[float, float] = (0.4, 0.8)
+    """The log factor is multiplied by the first number plus the second times the progress (0 to 1) over the clip."""
     ema: float = Field(0.995, ge=0, lt=1)
     """Decay of the weight average that becomes the checkpoint."""

@@ -104,6 +104,8 @@ class FlowSampler:
             gives the same numbers (the exactness test).
         rows_per_forward: largest batch of one network forward; None: all rows at once. Part of the artefact that
             rollout and learner must share, because kernels round differently at other batch shapes.
+        groups_per_forward: most groups that one network forward serves; None: as many as there are. With 1 a group's
+            numbers do not depend on which other groups are here.
         window_grad: run window forwards with gradients enabled even if nobody observes them, for compiled policies
             whose graphs differ between the two modes.
         reused: steps after the window that are not evaluated (:func:`geoalign.flow.reuse.reused_steps`).
@@ -114,6 +116,7 @@ class FlowSampler:
     group_size: int = 1
     share_prefix: bool = True
     rows_per_forward: int | None = None
+    groups_per_forward: int | None = None
     window_grad: bool = False
     reused: frozenset[int] = frozenset()
     drift: DriftMeter | None = None
@@ -148,7 +151,7 @@ class FlowSampler:
         run = self._begin(PhasedPolicy.of(policy), observer, x_init, seed, iteration, group_ids, member_ids)
         conditions, size = group_ids.numel(), self.group_size
         x_init = _repeat(_working(x_init), run.x_start.shape[0] // x_init.shape[0])  # [L, ...]
-        for lanes in _split(0, run.x_start.shape[0], self.rows_per_forward):
+        for lanes in self._lane_batches(run.x_start.shape[0], conditions):
             lane_cond = _condition(cond, lanes, size // run.rows_per_lane, conditions)
             rows, x, m_prev = self._prefix_and_branch(run, lane_cond, x_init[lanes], lanes)  # x: [rows, ...]
             for part in _split(rows.start, rows.stop, self.rows_per_forward):
@@ -199,7 +202,7 @@ class FlowSampler:
         """The row batches whose forwards have the shapes that the rollout had."""
         num_lanes = rollout.state(position).shape[0]
         per_lane = rollout.num_rows // num_lanes
-        lanes = _split(0, num_lanes, self.rows_per_forward)
+        lanes = self._lane_batches(num_lanes, rollout.num_rows // rollout.group_size)
         return [slice(lane.start * per_lane, lane.stop * per_lane) for lane in lanes]
 
     @torch.no_grad()
@@ -220,6 +223,12 @@ class FlowSampler:
             x, _ = self._ode(tail, _working(x_init[rows]), None, steps, part_cond, Counter(), "sample")
             parts.append(x)
         return torch.cat(parts)
+
+    def _lane_batches(self, num_lanes: int, conditions: int) -> Iterator[slice]:
+        """The lanes of one forward after the other: whole groups, or parts of them."""
+        together = self.groups_per_forward
+        for groups in _split(0, num_lanes, together and together * (num_lanes // conditions)):
+            yield from _split(groups.start, groups.stop, self.rows_per_forward)
 
     # The phases of a rollout, in order.
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping
 
 import torch
@@ -16,6 +15,7 @@ from geoalign.perf.budget import count_passes
 from geoalign.perf.memory import predict_memory
 from geoalign.rl.window import WindowSchedule
 from geoalign.training.engines.optim import freeze_all_but
+from geoalign.training.processes.cores import ranks_of
 from geoalign.training.processes.device import device_of, dtype_of
 from geoalign.training.telemetry import plan_of, walk_of
 from geoalign_kernels import resolve_attention
@@ -83,7 +83,7 @@ def _memory(config: Config, parameters: int, trained: int) -> str:
     if config.run.device == "cpu":
         return "that of a small model; predicted for GPUs only"
     matrix_bytes = 4 if config.run.dtype == "float32" else 2
-    plan = predict_memory(config, parameters, trained, _world_size(), matrix_bytes=matrix_bytes)
+    plan = predict_memory(config, parameters, trained, ranks_of(config), matrix_bytes=matrix_bytes)
     parts = ", ".join(f"{name} {_gb(size)}" for name, size in plan.device.items() if size)
     host = "".join(f"; page-locked on the host: {name} {_gb(size)}" for name, size in plan.host.items())
     return f"{_gb(plan.device_total)} a process, predicted, without video decoder and workspaces: {parts}{host}"
@@ -93,12 +93,8 @@ def _gb(size: float) -> str:
     return f"{size / 1e9:.1f} GB" if size >= 1e8 else f"{size / 1e6:.1f} MB"
 
 
-def _world_size() -> int:
-    return int(os.environ.get("WORLD_SIZE", "1"))
-
-
 def _processes(config: Config) -> str:
-    size, parallel = _world_size(), config.parallel
+    size, parallel = ranks_of(config), config.parallel
     share = deal_groups(config.groups.conditions, config.groups.size, size, parallel.sequence)
     shared = f", {parallel.sequence} ranks share each video" if parallel.sequence > 1 else ""
     rollouts = f"{share.groups} groups x {share.members} rollouts each"

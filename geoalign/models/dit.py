@@ -17,7 +17,7 @@ from geoalign.errors import UsageError
 from geoalign.geometry.plane import pixel_grid
 from geoalign.geometry.trajectory import CameraTrajectory
 from geoalign.models import camera as cameras
-from geoalign.models.conditioning import ConditionCache, Conditioning, CrossKeys, Phases, on_tensors, repeated
+from geoalign.models.conditioning import ConditionCache, Conditioning, CrossKeys, Phases, joined, on_tensors, repeated
 from geoalign.models.execution import Execution
 from geoalign.models.layers import Block, Head, ImageProjector, PatchEmbedding, sinusoid, wide
 from geoalign.models.rope import frame_indices, grid_angles
@@ -132,7 +132,7 @@ class RetakeDiT(nn.Module):
             keep = count if last and self.execution.prune_source else h.shape[1]
             keys = cache.cross[layer]
             if cache.negative:
-                keys = keys.joined(cache.negative[layer])
+                keys = joined([keys, cache.negative[layer]])
             h = block(h, time, position, _camera(cache, layer), keys, cache.poses, keep)
             if cache.negative and layer == 0:  # from here on both halves are computed
                 time, cache = torch.cat([time, time]), _doubled(cache)

@@ -12,7 +12,7 @@ from geoalign.errors import ConfigError, DataError, UsageError
 from geoalign.flow.policy import PhasedPolicy, Velocity
 from geoalign.flow.reuse import Reuse
 from geoalign.models.codec_base import LatentCodec
-from geoalign.models.conditioning import ConditionCache, Conditioning
+from geoalign.models.conditioning import ConditionCache, Conditioning, joined
 from geoalign.models.dit import BlockResidual, RetakeDiT
 from geoalign.types import Encodings, RetakeBatch
 
@@ -129,6 +129,13 @@ class RetakePolicy:
         Trained parameters in it (camera phases) are computed again by every forward that needs their gradient.
         """
         return Precomputed(conditioning, self.model.precompute(conditioning))
+
+    def prepare(self, batch: RetakeBatch) -> Precomputed:
+        """:meth:`condition` and :meth:`precompute` of B conditions, one after another.
+
+        The numbers of a condition then do not depend on the others, which another number of ranks would change.
+        """
+        return joined([self.precompute(self.condition(batch.select([row]))) for row in range(len(batch))])
 
     def velocity(self, x: Tensor, timestep: Tensor, precomputed: Precomputed) -> Velocity:
         """Velocity like ``x`` ``[B, C, T, h, w]`` at ``timestep`` ``[B]`` in [0, 1000]."""

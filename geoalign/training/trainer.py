@@ -136,7 +136,7 @@ class Trainer:
                 batch = self._draw(rank_rows.group_ids.tolist()).to(self.device)
                 frames = batch.source.video.shape[1]
             with phase("rollout/encode"):
-                precomputed = self.policy.precompute(self.policy.condition(batch))
+                precomputed = self.policy.prepare(batch)
             positions = learned_positions(window.size, config.learn.window_steps, config.run.seed, self.iteration)
             stream = self._stream(sampler, positions)
             self.ranks.check_alive()
@@ -183,9 +183,12 @@ class Trainer:
 
         With several updates per rollout, forwards run in batches of at most one update's members: rollout and learner
         then have equal batch shapes (the ratio stays exactly 1) although every update replays only its own rows.
+        Unless ``groups.rows_per_forward`` says otherwise, a forward serves one group: its numbers are then the same
+        whatever other groups this rank has.
         """
         config, updates = self.config, self.config.optim.updates_per_rollout
         rows = config.groups.rows_per_forward
+        groups = 1 if rows is None else None
         if updates > 1:
             rows = rows or max(config.groups.size // updates, 1)
         exact = EXACT in self.notes
@@ -194,6 +197,7 @@ class Trainer:
             self.rank_rows.member_ids.numel(),
             share_prefix=config.levers.share_prefix,
             rows_per_forward=rows,
+            groups_per_forward=groups,
             window_grad=True,
         )
         return sampler if exact else with_reuse(sampler, config, self.notes)
@@ -241,7 +245,7 @@ class Trainer:
         with phase("scoring"):  # decoding, and the scorers beside or after it
             scored = decode_and_score(
                 self.rewards, decode, batch, mine // self.rank_rows.member_ids.numel(),
-                chunk=layout.chunk, beside=layout.beside_decode,
+                chunk=layout.chunk or self.rank_rows.member_ids.numel(), beside=layout.beside_decode,
             )  # fmt: skip
         scores = gather_scores(self.ranks, self.rank_rows, merged(scored, usable[mine]))
         self._refuse_too_many_failures(scores)
