@@ -81,7 +81,8 @@ def add_parser(subparsers: Any) -> None:
     parser.add_argument(
         "--fetch-rewards",
         action="store_true",
-        help="download the prompt templates of VideoAlign and HPSv3, verify them by checksum, and print their paths",
+        help="download the prompt templates of VideoAlign and HPSv3 and Wan's negative prompt, verify them by checksum "
+        "and print their paths",
     )
     add_config(parser, required=False)
     parser.set_defaults(run=run)

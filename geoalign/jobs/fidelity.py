@@ -185,7 +185,7 @@ class _Round:
         config, policy = bench.config, bench.policy
         ids = list(range(config.groups.conditions))
         batch = bench.source.batch(iteration, ids).to(bench.device)
-        precomputed = policy.precompute(policy.condition(batch))
+        precomputed = policy.prepare(batch)
         sampler = FlowSampler(
             build_step_table(config.flow, window), config.groups.size, rows_per_forward=config.groups.rows_per_forward
         )
@@ -210,7 +210,7 @@ class _Round:
         """The latents under ``setting``; the first time, a tail that is evaluated whole shows the drift of reuse."""
         policy, config = self.bench.policy_of(setting), setting.config
         same = policy.dtype == self.bench.policy.dtype
-        precomputed = self.precomputed if same else policy.precompute(policy.condition(self.batch))
+        precomputed = self.precomputed if same else policy.prepare(self.batch)
         sampler = replace(self.sampler, table=build_step_table(config.flow, self.sampler.table.window))
         states = policy.phased(), precomputed, self.rollout.x_next[-1], self.history
         chosen = with_reuse(sampler, config, setting.notes)

@@ -45,6 +45,8 @@ class Plan:
         int8_attention, int8_linears: int8 scores and W8A8 products of frozen linears in steps outside the window.
         guidance: forwards per velocity (2 with classifier-free guidance), in rollout and learner.
         reference: whether a KL term needs one forward of a reference policy per learner pass.
+        learned_steps: window steps, drawn at random, that are learned from; None: all.
+        learned_members: members of every group that are learned from; None: all.
     """
 
     speedups: Speedups = field(default_factory=Speedups)
@@ -59,6 +61,8 @@ class Plan:
     int8_linears: bool = False
     guidance: int = 1
     reference: bool = False
+    learned_steps: int | None = None
+    learned_members: int | None = None
 
     def with_int8(self, *, attention: bool, linears: bool) -> Plan:
         """The same with 8-bit steps outside the window."""
@@ -103,19 +107,23 @@ class PassCount:
         return self.forwards + BACKWARD_EQUIVALENT * self.backward
 
 
-def count_passes(walk: Walk, conditions: int, group_size: int, updates: int, plan: Plan) -> PassCount:
-    """Passes of one iteration of ``conditions`` groups.
+def count_passes(
+    walk: Walk, conditions: int, group_size: int, updates: int, plan: Plan, positions: Sequence[int] | None = None
+) -> PassCount:
+    """Passes of one iteration of ``conditions`` groups that learns from ``positions`` of the window (None: all).
 
     ``updates`` optimizer updates split the members of every group into equal parts; the first window step can be merged
     inside a part only, because the weights change between parts.
     """
     rows, guidance = conditions * group_size, plan.guidance
     lanes = conditions if plan.share_prefix else rows
-    first = conditions * updates if plan.merge_first else rows
-    learned = first + rows * (walk.window - 1)
+    chosen = conditions * (plan.learned_members or group_size)
+    positions = range(walk.window) if positions is None else positions
+    first = (conditions * updates if plan.merge_first else chosen) * (0 in positions)
+    learned = first + chosen * (len(positions) - (0 in positions))
     replayed = learned
     if plan.stream_backward:
-        replayed = conditions if plan.replay_first and plan.merge_first and group_size > 1 else 0
+        replayed = first if plan.replay_first and plan.merge_first and group_size > 1 else 0
     return PassCount(
         prefix=guidance * lanes * walk.prefix,
         window=guidance * (lanes + rows * (walk.window - 1)),
@@ -182,8 +190,10 @@ class RunCost:
         for walk, count in self.passes(plan).items():
             times = self.walks[walk]
             rollout += times * (count.window * forward.total + (count.prefix + count.tail) * outside)
-            learner += times * ((count.replay + count.reference) * forward.total + count.recompute * recompute)
-            learner += times * count.backward * backward
+            # Any subset of steps is equally likely, so each is learned from in that share of the iterations.
+            share = times * (1.0 if plan.learned_steps is None else min(1.0, plan.learned_steps / walk.window))
+            learner += share * ((count.replay + count.reference) * forward.total + count.recompute * recompute)
+            learner += share * count.backward * backward
         per_video = self.video.seconds(device, hide_host=plan.hide_host)
         encode = self.video.encode / device.convolution
         reward = self.iterations * self.conditions * (self.group_size * per_video + encode)
