@@ -107,9 +107,10 @@ def run(args: argparse.Namespace) -> int:
         if write_json(args, report):
             print(render(report))
         return 0
+    from geoalign.benchmark.tools.checks import SOURCE
     from geoalign.jobs import checks
 
-    found = checks.collect(read_config(args))
+    found = checks.collect(read_config(args), more=(SOURCE,))
     bad = sum(check.state != "present" for check in found)
     rows = [{name: getattr(check, name) for name in CHECKED} for check in found]
     if write_json(args, report | {"config": args.config, "checks": rows}):

@@ -53,6 +53,12 @@ VERBS = (
     Verb("config", "geoalign.cli.config", "Inspect", "print, check and compare configurations; schema for editors"),
     Verb("budget", "geoalign.cli.budget", "Inspect", "predicted hours of a configuration, lever by lever"),
     Verb(
+        "fidelity",
+        "geoalign.cli.fidelity",
+        "Inspect",
+        "what approximate tails do to the order of a group, and what they save",
+    ),
+    Verb(
         "doctor",
         "geoalign.cli.doctor",
         "Inspect",

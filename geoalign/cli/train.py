@@ -5,11 +5,11 @@ from __future__ import annotations
 import argparse
 import math
 import os
-import sys
 from typing import TYPE_CHECKING, Any
 
 from geoalign.cli.options import add_config, read_config
 from geoalign.errors import UsageError
+from geoalign.jobs.progress import say
 from geoalign.training.processes.launcher import run_ranks, started_by_launcher
 
 if TYPE_CHECKING:
@@ -47,16 +47,16 @@ def add_parser(subparsers: Any) -> None:
 def run_train(args: argparse.Namespace) -> int:
     """Train; prints the held-out improvement and where the report lies."""
     config = read_config(args)
-    from geoalign.training.processes.cores import ranks_to_start
+    from geoalign.training.processes.cores import ranks_of, under_launcher
 
     if args.dry_run:
         return _dry_run(config)
     if args.profile is not None and not 0 <= args.profile < config.train.iterations:
         raise UsageError(f"--profile {args.profile}: iterations are 0 to {config.train.iterations - 1}")
-    ranks = ranks_to_start(config)
-    if os.environ.get("RANK", "0") == "0" and not started_by_launcher():
+    ranks = ranks_of(config)
+    if not started_by_launcher():
         _announce(config, ranks)
-    if ranks > 1:
+    if ranks > 1 and not under_launcher():
         return run_ranks(ranks, _arguments(args))
     from geoalign.jobs.train import run_training
 
@@ -77,10 +77,9 @@ def run_train(args: argparse.Namespace) -> int:
 
 def _announce(config: Config, ranks: int) -> None:
     """The first line, before PyTorch is imported, which takes seconds."""
-    processes = int(os.environ.get("WORLD_SIZE", ranks))
-    what = f"{config.train.iterations} iterations of {config.groups.conditions} groups of {config.groups.size}"
-    on = f"{processes} processes" if processes > 1 else "one process"
-    print(f"{config.run.name}: {what} rollouts on {on}; loading", file=sys.stderr, flush=True)
+    train, groups = config.train, config.groups
+    on = f"{ranks} processes" if ranks > 1 else "one process"
+    say(f"{config.run.name}: {train.iterations} iterations of {groups.conditions} x {groups.size} rollouts on {on}")
 
 
 def _arguments(args: argparse.Namespace) -> list[str]:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import math
 import re
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field, field_validator
 
@@ -33,8 +34,8 @@ class RunConfig(Section):
     threads: int = Field(0, ge=0)
     """Intra-op CPU threads; 0 leaves PyTorch's choice (one thread is fastest for the embedded model)."""
     ranks: Annotated[int, Field(ge=1)] | Literal["auto"] = 1
-    """Processes that `geoalign train` starts on this machine; ``auto``: one per usable core, at most one per condition,
-    and one where ``run.device`` may be a GPU. Without effect under torchrun, which has started them."""
+    """Processes that `geoalign train` starts here; ``auto``: one per usable core, at most one per condition, and one
+    where ``run.device`` may be a GPU. Without effect under torchrun, which has started them."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Where policy and scorers run; ``auto``: a CUDA device if there is one (each process takes its own)."""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
@@ -167,9 +168,15 @@ class LeversConfig(Section):
     """What a block's backward computes again: nothing, all but attention's output and log-sum-exp, or everything."""
 
 
+TailReuse = Literal["off", "residual", "velocity"]
+
+
 class OdeConfig(Section):
     """Approximations of deterministic steps outside the window: each CHANGES which videos are sampled, by rounding of
     its kind, and leaves the probability ratio unbiased, because no log-probability is taken there."""
+
+    APPROXIMATE: ClassVar[tuple[str, ...]] = ("attention", "linears", "reuse")
+    """Fields that, if they are not at their defaults, make steps approximate."""
 
     attention: Literal["exact", "int8", "int8_fp8"] = "exact"
     """``int8``: int8 scores, layer by layer where a probe of real inputs finds the error below ``int8_threshold``;
@@ -178,10 +185,32 @@ class OdeConfig(Section):
     """Relative error of attention's output above which a layer stays exact."""
     linears: Literal["exact", "int8"] = "exact"
     """``int8``: frozen linears with 8-bit weights and activations (torchao)."""
+    reuse: TailReuse = "off"
+    """Steps after the window that are not evaluated take from the last evaluated one what all blocks together added
+    (``residual``), or its velocity. Which steps those are is chosen once, by the drift along an exact tail."""
+    reuse_share: float = Field(0.5, gt=0, le=1)
+    """Share of the steps after the window that ``reuse`` evaluates, rounded up."""
+    reuse_profile: Path | None = None
+    """Drift measured by `geoalign fidelity choose`; None: measured in the first iteration, which evaluates all steps.
+    """
+    audit_every: int = Field(0, ge=0)
+    """Iterations between audits, which finish one group exactly as well and log ``fidelity/*``; 0: none. They see what
+    the probability ratio cannot: what approximate tails do to the order of a group."""
+    audit_spearman: float = Field(0.8, ge=-1, le=1)
+    """Smallest rank correlation of the advantages under exact and approximate tail that an audit lets pass."""
+    audit_bias: float = Field(1.0, gt=0)
+    """Largest change of a reward's group mean, in deviations inside the group, that an audit lets pass."""
+    audit_action: Literal["stop", "exact", "report"] = "stop"
+    """After a bad audit: stop the run before its update, go on with exact tails, or only log it."""
+
+    def evaluated(self, tail_steps: int) -> int:
+        """How many of so many steps after the window are evaluated."""
+        # The slack undoes the rounding of products such as 20 * 0.3 that fall just above an integer.
+        return tail_steps if self.reuse == "off" else max(1, math.ceil(self.reuse_share * tail_steps * (1 - 1e-12)))
 
 
 class ParallelConfig(Section):
-    """How the processes of torchrun share the work."""
+    """How the ranks share the work (``run.ranks`` or torchrun)."""
 
     engine: Literal["ddp", "deepspeed", "fsdp"] = "ddp"
     """``ddp``: parameters and optimizer on every rank, the fastest at this size. ``deepspeed``: DeepSpeed owns the

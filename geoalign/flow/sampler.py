@@ -22,6 +22,7 @@ from torch import Tensor
 
 from geoalign.errors import UsageError
 from geoalign.flow.policy import Condition, PhasedPolicy, Velocity, VelocityFn
+from geoalign.flow.reuse import DriftMeter, TailSource
 from geoalign.flow.rollout import ForwardCount, Rollout
 from geoalign.flow.table import StepTable
 from geoalign.perf.timer import phase
@@ -107,6 +108,8 @@ class FlowSampler:
             numbers do not depend on which other groups are here.
         window_grad: run window forwards with gradients enabled even if nobody observes them, for compiled policies
             whose graphs differ between the two modes.
+        reused: steps after the window that are not evaluated (:func:`geoalign.flow.reuse.reused_steps`).
+        drift: measures, in a tail that is evaluated, how far reuse would be off.
     """
 
     table: StepTable
@@ -115,6 +118,8 @@ class FlowSampler:
     rows_per_forward: int | None = None
     groups_per_forward: int | None = None
     window_grad: bool = False
+    reused: frozenset[int] = frozenset()
+    drift: DriftMeter | None = None
 
     def rollout(
         self,
@@ -141,7 +146,7 @@ class FlowSampler:
                 (streaming backward); it decides how long the graph lives.
 
         Raises:
-            UsageError: the table has no window, or batch sizes do not fit.
+            UsageError: the table has no window, batch sizes do not fit, or steps are reused of a policy that cannot.
         """
         run = self._begin(PhasedPolicy.of(policy), observer, x_init, seed, iteration, group_ids, member_ids)
         conditions, size = group_ids.numel(), self.group_size
@@ -153,7 +158,7 @@ class FlowSampler:
                 local = slice(part.start - rows.start, part.stop - rows.start)
                 history = None if m_prev is None else m_prev[local]
                 self._finish(run, _condition(cond, part, size, conditions), x[local], history, part)
-        counts = ForwardCount(run.forwards["prefix"], run.forwards["window"], run.forwards["tail"])
+        counts = ForwardCount(*(run.forwards[name] for name in ("prefix", "window", "tail", "reused")))
         stored = run.x_start, run.x_next, run.log_prob, run.final
         return Rollout(*stored, self.table, self.group_size, counts, run.entered)
 
@@ -288,12 +293,48 @@ class FlowSampler:
                 x, m_prev = self._stochastic(run, position, x, velocity, rows, velocity.passes * x.shape[0])
         run.final[rows], _ = self._tail(run, x, m_prev, range(steps[-1] + 1, self.table.num_steps), cond)
 
+    @torch.no_grad()
+    def finish(
+        self, policy: VelocityFn | PhasedPolicy, cond: Condition, x: Tensor, m_prev: Tensor | None = None
+    ) -> tuple[Tensor, ForwardCount]:
+        """The steps after the window alone, from states that were stored.
+
+        Args:
+            policy: its ``tail`` (or ``reuse``) is run.
+            cond: the M conditions of the R rows.
+            x: [R, ...] states after the last window step.
+            m_prev: [R, ...] predicted clean latents of that step, where the table's first tail step reads them.
+
+        Returns:
+            Latents [R, ...] at sigma = 0, and the evaluations spent.
+
+        Raises:
+            UsageError: the history is missing, or steps are reused of a policy that cannot.
+        """
+        first, counts = self._window_steps[-1] + 1, Counter[str]()
+        if self.table.needs_history(first) and m_prev is None:
+            raise UsageError("this tail's solver needs the predicted clean latents of the last window step (m_prev)")
+        phases, conditions, final = PhasedPolicy.of(policy), x.shape[0] // self.group_size, torch.empty_like(x)
+        for rows in _split(0, x.shape[0], self.rows_per_forward):
+            part = _condition(cond, rows, self.group_size, conditions)
+            history = None if m_prev is None else m_prev[rows]
+            steps = range(first, self.table.num_steps)
+            final[rows], _ = self._ode(self._source(phases), x[rows], history, steps, part, counts, "tail")
+        return final, ForwardCount(tail=counts["tail"], reused=counts["reused"])
+
     def _tail(
         self, run: _RolloutCall, x: Tensor, m_prev: Tensor | None, steps: range, cond: Condition
     ) -> tuple[Tensor, Tensor | None]:
         """Deterministic steps after the members have parted."""
         with phase("rollout/tail"):
-            return self._ode(run.phases.tail, x, m_prev, steps, cond, run.forwards, "tail")
+            return self._ode(self._source(run.phases), x, m_prev, steps, cond, run.forwards, "tail")
+
+    def _source(self, phases: PhasedPolicy) -> VelocityFn | TailSource:
+        if not self.reused and self.drift is None:
+            return phases.tail
+        if phases.reuse is None:
+            raise UsageError("this policy leaves nothing behind that a step of the tail could reuse")
+        return TailSource(phases.reuse, self.reused, self.drift)
 
     def _window_velocity(self, run: _RolloutCall, x: Tensor, step: int, cond: Condition) -> Velocity:
         with torch.set_grad_enabled(self.window_grad or run.observer is not None):
@@ -324,7 +365,7 @@ class FlowSampler:
     @torch.no_grad()
     def _ode(
         self,
-        velocity_fn: VelocityFn,
+        source: VelocityFn | TailSource,
         x: Tensor,
         m_prev: Tensor | None,
         steps: range,
@@ -334,19 +375,24 @@ class FlowSampler:
     ) -> tuple[Tensor, Tensor | None]:
         """State and history after deterministic steps; no log-probability is taken, so never with a graph.
 
-        Counts into ``forwards[name]``.
+        Counts into ``forwards[name]``, and steps that were not evaluated into ``forwards["reused"]``.
         """
         for step in steps:
-            velocity = self._velocity(velocity_fn, x, step, cond)
-            forwards[name] += x.shape[0] * velocity.passes
+            if isinstance(source, TailSource):
+                velocity, evaluated = source.at(step, x, self._timestep(x, step), cond)
+            else:
+                velocity, evaluated = self._velocity(source, x, step, cond), True
+            forwards[name if evaluated else "reused"] += x.shape[0] * velocity.passes
             used = m_prev if self.table.needs_history(step) else None
             m_prev = self._history(x, velocity, step)
             x = self._step(x, velocity, step, m_prev=used).x_next
         return x, m_prev
 
     def _velocity(self, velocity_fn: VelocityFn, x: Tensor, step: int, cond: Condition) -> Velocity:
-        timestep = torch.full((x.shape[0],), float(self.table.timesteps[step]), dtype=x.dtype, device=x.device)
-        return Velocity.of(velocity_fn(x, timestep, cond))
+        return Velocity.of(velocity_fn(x, self._timestep(x, step), cond))
+
+    def _timestep(self, x: Tensor, step: int) -> Tensor:
+        return torch.full((x.shape[0],), float(self.table.timesteps[step]), dtype=x.dtype, device=x.device)
 
     def _step(
         self, x: Tensor, v: Velocity, step: int, *, key: NoiseKey | None = None, m_prev: Tensor | None = None

@@ -22,7 +22,7 @@ from geoalign.jobs.checks import require_inputs
 from geoalign.jobs.environment import describe_environment
 from geoalign.jobs.metrics_file import MetricsWriter
 from geoalign.jobs.prepare import encoder_identity, render_missing_data
-from geoalign.jobs.progress import bar
+from geoalign.jobs.progress import bar, say
 from geoalign.jobs.stop import StopRequest
 from geoalign.jobs.train_held_out import RunEvaluator, conditions_of, held_out_summary
 from geoalign.jobs.train_profile import profiled
@@ -103,6 +103,8 @@ def _run(
             atomic_write_json(folder / "env.json", environment)
         evaluation, clock = RunEvaluator.of(config, trainer, folder), _Clock(ranks)
         if state is None:
+            if config.world is not None:
+                say("evaluating the base on held-out scenes")
             trainer.notes |= {"before": evaluation.keep("before"), "conditions": conditions_of(config)}
         _iterate(config, trainer, evaluation, clock, settings, profile)
         if trainer.iteration < config.train.iterations:

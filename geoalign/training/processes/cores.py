@@ -1,4 +1,4 @@
-"""How many ranks a run starts on this machine: one per core that it may use, if the groups can be dealt to so many."""
+"""How many ranks a run has: those of torchrun, or one per core of this machine that it may use."""
 
 from __future__ import annotations
 
@@ -7,27 +7,36 @@ import os
 from collections.abc import Iterator
 from pathlib import Path
 
-from geoalign.config.layout import deals
+from geoalign.config.layout import deal_groups, deals
 from geoalign.config.schema import Config
 
 CGROUPS = Path("/sys/fs/cgroup")
 MEMBERSHIP = Path("/proc/self/cgroup")
 
 
-def ranks_to_start(config: Config) -> int:
-    """Processes that ``run.ranks`` asks for here; 1 under torchrun, which has started them already.
+def under_launcher() -> bool:
+    """Whether the ranks are there already, started by torchrun or by ``run.ranks``."""
+    return "WORLD_SIZE" in os.environ
+
+
+def ranks_of(config: Config) -> int:
+    """Processes of the run: as many as were started, else as many as ``run.ranks`` asks for here.
 
     ``auto`` takes the largest number of at most one per core and per condition that the groups can be dealt to, and one
     process where ``run.device`` may be a GPU, of which a process takes one.
+
+    Raises:
+        ConfigError: the groups cannot be dealt to ``run.ranks`` processes.
     """
-    if "WORLD_SIZE" in os.environ:
-        return 1
-    wanted = config.run.ranks
+    groups, sequence, wanted = config.groups, config.parallel.sequence, config.run.ranks
+    if under_launcher():
+        return int(os.environ["WORLD_SIZE"])
     if wanted != "auto":
+        if wanted > 1:
+            deal_groups(groups.conditions, groups.size, wanted, sequence)
         return wanted
     if config.run.device != "cpu":
         return 1
-    groups, sequence = config.groups, config.parallel.sequence
     most = min(usable_cores(), groups.conditions * sequence)
     dealt = (ranks for ranks in range(most, 1, -1) if deals(groups.conditions, groups.size, ranks, sequence))
     return next(dealt, 1)
