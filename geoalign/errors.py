@@ -39,3 +39,7 @@ class RewardError(UserError):
 
 class RunError(UserError):
     """A run that had to stop (too many invalid samples, parity broken, disk full)."""
+
+
+class MissingInputsError(UserError):
+    """What a run reads is missing or another thing; a line for each, so that all can be fetched at once."""

@@ -162,7 +162,12 @@ class ModelMethod:
         else:
             seed = self._config.benchmark.seed
             made = held_out_retake(
-                self.policy, batch, self._config.flow, seed=seed, condition_scale=scale, rows=[condition.noise_row]
+                self.policy,
+                batch,
+                self._config.flow,
+                seed=seed,
+                condition_scale=scale,
+                rows=torch.tensor([condition.noise_row]),
             )
             if not torch.isfinite(made).all():
                 raise DataError("the model gave NaN or infinity")

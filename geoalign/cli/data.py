@@ -1,4 +1,4 @@
-"""``geoalign data check | trajectories``."""
+"""``geoalign data check | trajectories | subset``."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from geoalign.cli.options import add_config, bytes_text, read_config, whole
+from geoalign.cli.options import add_config, bytes_text, positive, read_config, whole
 from geoalign.errors import DataError
 
 if TYPE_CHECKING:
@@ -17,6 +17,7 @@ EXAMPLES = """\
 examples:
   geoalign data check --config tiny_cpu                    what is usable, what is not and why; cache intact?
   geoalign data trajectories --config tiny_cpu --plot paths.png
+  geoalign data subset --table sekai-real-walking-hq.csv --hours 5 --out data/citywalk/clips
 """
 
 
@@ -28,7 +29,7 @@ def add_parser(subparsers: Any) -> None:
         epilog=EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    verbs = data.add_subparsers(dest="data_verb", required=True, metavar="check|trajectories")
+    verbs = data.add_subparsers(dest="data_verb", required=True, metavar="check|trajectories|subset")
     check = verbs.add_parser("check", help="count usable clips, camera paths and cache entries; list defects")
     add_config(check)
     check.set_defaults(run=run_check)
@@ -39,6 +40,19 @@ def add_parser(subparsers: Any) -> None:
     )
     paths.add_argument("--plot", type=Path, metavar="FILE", help="write a figure (.png, .svg, .pdf)")
     paths.set_defaults(run=run_trajectories)
+    subset = verbs.add_parser(
+        "subset",
+        help="list what to fetch of a published data set; downloads nothing",
+        description="List what to fetch for some hours of Sekai, OmniWorld-CityWalk or OmniWorld-Game.",
+    )
+    subset.add_argument(
+        "--table", type=Path, action="append", required=True, metavar="FILE",
+        help="published csv or jsonl; given twice: only clips that both list, with the cells of the first",
+    )  # fmt: skip
+    subset.add_argument("--hours", type=positive("--hours"), required=True, metavar="N", help="hours of video to reach")
+    subset.add_argument("--seed", type=whole("--seed", 0), default=0, help="another choice (default 0)")
+    subset.add_argument("--out", type=Path, required=True, metavar="FOLDER", help="where the lists are written")
+    subset.set_defaults(run=run_subset)
 
 
 def run_check(args: argparse.Namespace) -> int:
@@ -84,6 +98,25 @@ def run_check(args: argparse.Namespace) -> int:
     clips.check(config.clips.max_bad_fraction)
     if damaged:
         raise DataError(f"{config.cache}: delete the damaged files above and run `geoalign prepare` again")
+    return 0
+
+
+def run_subset(args: argparse.Namespace) -> int:
+    """Choose whole videos or scenes and write what to fetch."""
+    from geoalign.data.subset import choose
+
+    found = choose(args.table, args.hours, args.seed)
+    if found.hours < args.hours:
+        print(f"the table holds no more than {found.hours:.2f} hours")
+    files = found.write(args.out)
+    what = "clips of" if found.kind == "clips" else "scenes,"
+    print(
+        f"{found.hours:.2f} hours: {len(found.items):,} {what} {len(found.sources):,} "
+        f"{'videos' if found.kind == 'clips' else 'archives'}, about {found.gigabytes:.2g} GB"
+    )
+    if found.left_out:
+        print(f"{found.left_out:,} rows name neither a clip nor a scene, or are listed twice")
+    print("\n".join(f"wrote {file}" for file in files))
     return 0
 
 

@@ -14,9 +14,11 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from geoalign.cli.options import add_json, check_json, write_json
+from geoalign.cli.options import add_config, add_json, check_json, read_config, write_json
+from geoalign.errors import UsageError
 from geoalign.version import __version__
 
+CHECKED = ("name", "state", "what", "fix")
 # Versions on which the whole test suite has been run; other versions from ``requires-python`` on are expected to work.
 PYTHON_TRIED = ("3.11",)
 SHOWN_PACKAGES = (
@@ -30,6 +32,14 @@ SHOWN_PACKAGES = (
     "pydantic",
     "av",
 )
+
+
+EXAMPLES = """\
+examples:
+  geoalign doctor                                this machine: packages, devices, kernels
+  geoalign doctor --config single_gpu            weights, data, disk and device that this run needs, and how to get them
+  geoalign doctor --fetch-rewards                the prompts of VideoAlign and HPSv3, from their packages
+"""
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,8 +72,10 @@ def add_parser(subparsers: Any) -> None:
     """Add ``doctor``."""
     parser = subparsers.add_parser(
         "doctor",
-        help="versions, devices and kernel backends",
+        help="versions, devices and kernel backends; what a configuration needs and has",
         description="Print what this machine has and what is missing. Put the output into bug reports.",
+        epilog=EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     add_json(parser, "one object")
     parser.add_argument(
@@ -72,14 +84,17 @@ def add_parser(subparsers: Any) -> None:
         help="download the prompt templates of VideoAlign and HPSv3 and Wan's negative prompt, verify them by checksum "
         "and print their paths",
     )
+    add_config(parser, required=False)
     parser.set_defaults(run=run)
 
 
 def run(args: argparse.Namespace) -> int:
-    """Print the report; always exit code 0, since a missing extra is no error.
+    """Print the report; exit code 1 if a run with the ``--config`` could not start. A missing extra is no error.
 
     With ``--fetch-rewards`` fetch prompt templates instead; raises RewardError when one cannot be had.
     """
+    if args.overrides and args.config is None:
+        raise UsageError(f"{args.overrides[0]} changes a configuration; name it with --config")
     check_json(args)
     if args.fetch_rewards:
         from geoalign.rewards.vlm.templates import fetch
@@ -89,9 +104,20 @@ def run(args: argparse.Namespace) -> int:
             print("\n".join(f"{name:<20}{path}" for name, path in paths.items()))
         return 0
     report = collect()
-    if write_json(args, report):
-        print(render(report))
-    return 0
+    if args.config is None:
+        if write_json(args, report):
+            print(render(report))
+        return 0
+    from geoalign.benchmark.tools.checks import SOURCE
+    from geoalign.jobs import checks
+
+    found = checks.collect(read_config(args), more=(SOURCE,))
+    bad = sum(check.state != "present" for check in found)
+    rows = [{name: getattr(check, name) for name in CHECKED} for check in found]
+    if write_json(args, report | {"config": args.config, "checks": rows}):
+        state = f"{bad} of {len(found)} are missing or wrong: a run could not start" if bad else "a run can start"
+        print("\n".join([render(report), "", f"Configuration {args.config}: {state}", *checks.lines_of(found)]))
+    return int(bad > 0)
 
 
 def collect() -> dict[str, Any]:

@@ -20,11 +20,11 @@ LEAST_SIDE = 16
 STDOUT = "-"
 
 
-def add_config(parser: argparse.ArgumentParser) -> None:
+def add_config(parser: argparse.ArgumentParser, *, required: bool = True) -> None:
     """Add ``--config`` and the settings that replace those of the file."""
     parser.add_argument(
         "--config",
-        required=True,
+        required=required,
         metavar="NAME|FILE",
         help="preset or .yaml file (`geoalign config print --config NAME`)",
     )
@@ -178,7 +178,7 @@ def four_numbers(option: str) -> Callable[[str], tuple[float, float, float, floa
 
 def print_held_out(numbers: Mapping[str, Mapping[str, list[float]]]) -> None:
     """Print each metric's mean over noise seeds, by kind of path."""
-    from geoalign.jobs.evaluate import mean_of_defined
+    from geoalign.jobs.evaluation_table import mean_of_defined
 
     for kind, rows in numbers.items():
         print(kind)

@@ -34,10 +34,13 @@ def run_prepare(args: argparse.Namespace) -> int:
     from geoalign.data.clips import list_clips
     from geoalign.data.prepare import prepare
     from geoalign.data.tally import Tally
+    from geoalign.jobs.checks import require_inputs
     from geoalign.jobs.prepare import build_encoder, claim_device, render_missing_data
 
     config = read_config(args)
     rank, world_size = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+    if rank == 0:
+        require_inputs(config, "prepare")
     render_missing_data(config, rank)
     device_id = claim_device(config).index
     encoder = build_encoder(config)

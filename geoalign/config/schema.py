@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Self
+from typing import Any, Self
 
 from pydantic import Field, model_validator
 
@@ -73,10 +73,21 @@ class Config(Section):
     benchmark: BenchmarkConfig = BenchmarkConfig()
     """Clips, paths and metrics of ``geoalign benchmark``."""
 
+    def approximations(self) -> dict[str, Any]:
+        """Settings, by dotted name, by which the steps outside the window differ from exact ones on the full grid."""
+        changed = {
+            f"{section}.{name}": value
+            for section, names in (("flow", FlowConfig.TAIL), ("ode", OdeConfig.APPROXIMATE))
+            for name in names
+            if (value := getattr(settings := getattr(self, section), name)) != type(settings).model_fields[name].default
+        }
+        return changed | ({"ode.reuse_share": self.ode.reuse_share} if "ode.reuse" in changed else {})
+
     @model_validator(mode="after")
     def _possible(self) -> Self:
         checks = (
             self._window_fits, self._weight_flattens, self._updates_fit, self._streaming_is_exact, self._parallel_fits,
+            self._audit_has_work,
         )  # fmt: skip
         for check in checks:
             check()
@@ -129,6 +140,10 @@ class Config(Section):
             if self.parallel.engine == "fsdp":
                 raise ValueError("levers.streaming with a gradient per rollout needs whole parameters, not fsdp's")
 
+    def _audit_has_work(self) -> None:
+        if self.ode.audit_every and not self.approximations():
+            raise ValueError("ode.audit_every watches approximate tails, but every step is exact: set it to 0")
+
     def _parallel_fits(self) -> None:
         parallel = self.parallel
         if self.model.heads % parallel.sequence:
@@ -142,6 +157,6 @@ class Config(Section):
                     "share tokens; change data.num_frames, data.height or data.width"
                 )
         if parallel.engine == "fsdp" and self.ode != OdeConfig():
-            raise ValueError("parallel.engine=fsdp has no second network for ode.*: set them to exact")
+            raise ValueError("parallel.engine=fsdp runs one network, the exact one: remove the settings of ode")
         if parallel.engine != "ddp" and self.optim.states != "float32":
             raise ValueError(f"parallel.engine={parallel.engine} shards float32 states: set optim.states=float32")

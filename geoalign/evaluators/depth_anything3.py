@@ -9,18 +9,24 @@ Python environment of its own (``placement: worker``, ``python``).
 from __future__ import annotations
 
 import importlib
+from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from geoalign.errors import RewardError, UsageError
+from geoalign.config.published import DEPTH_ANYTHING
+from geoalign.errors import CheckpointError, RewardError, UsageError
 from geoalign.evaluators.base import PoseEstimate
 from geoalign.evaluators.mapanything.evaluator import coherent_share, frame_subset
+from geoalign.files.need import Need
+from geoalign.files.parsing import read_json_object
+from geoalign.files.weights import TensorFile
 from geoalign.frozen.device import named_device
 from geoalign.frozen.qwen_patches import to_uint8
 from geoalign.geometry.trajectory import CameraTrajectory
+from geoalign.models.layouts import summary
 from geoalign.types import SourceClip
 
 # The package asks for numpy < 2 and a viewer's worth of others; these are what its inference imports.
@@ -28,7 +34,7 @@ INSTALL = (
     "pip install --no-deps depth-anything-3==0.1.1 && pip install addict einops evo huggingface_hub imageio "
     "moviepy==1.0.3 omegaconf opencv-python-headless plyfile pycolmap torchvision trimesh"
 )
-DOWNLOAD = "hf download depth-anything/DA3NESTED-GIANT-LARGE-1.1 --local-dir weights/da3"
+DOWNLOAD = DEPTH_ANYTHING.line()
 # What the nested model raises when a video shows (almost) nothing but sky: there is no depth to scale by.
 _NO_DEPTH = "non-sky"
 
@@ -122,6 +128,17 @@ class DepthAnything3Evaluator:
                 f"one: {DOWNLOAD}"
             )
         return found
+
+
+def needs(checkpoint: str, **_: Any) -> tuple[Need, ...]:
+    """What the evaluator with these options reads."""
+    path = Path(checkpoint).expanduser()
+    return (Need("Depth Anything 3 weights", path, DEPTH_ANYTHING.line(path), _verified),)
+
+
+def _verified(folder: Path) -> str:
+    read_json_object(folder / "config.json", CheckpointError)
+    return summary(TensorFile(folder).shapes)
 
 
 def build_evaluator(

@@ -9,15 +9,15 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from geoalign.config.published import BLIP2
 from geoalign.errors import CheckpointError, DataError
 from geoalign.files.parsing import first_line
 from geoalign.models.encoders import clean_text
-from geoalign.models.pretrained import open_pretrained
+from geoalign.models.pretrained import check_pretrained, open_pretrained
 
 if TYPE_CHECKING:
     from transformers import Blip2ForConditionalGeneration, Blip2Processor
 
-PUBLISHED = "Salesforce/blip2-opt-2.7b"
 _MAX_NEW_TOKENS = 40  # published captions are one clause; OPT goes on to invent a second one
 
 
@@ -62,8 +62,7 @@ def load_captioner(
     """
     if not (folder / "config.json").is_file():
         raise CheckpointError(
-            f"{folder}: no BLIP-2 folder (config.json is missing); get one with: "
-            f"hf download {PUBLISHED} --local-dir {folder}"
+            f"{folder}: no BLIP-2 folder (config.json is missing); get one with: {BLIP2.line(folder)}"
         )
     from transformers import AutoConfig, Blip2ForConditionalGeneration, Blip2Processor
 
@@ -80,3 +79,8 @@ def load_captioner(
     except Exception as error:  # of json, the tokenizers library and transformers itself
         raise CheckpointError(f"{folder}: captioner cannot be read ({first_line(error)})") from error
     return Captioner(model.to(device), processor, folder)
+
+
+def check_captioner(folder: Path) -> str:
+    """Look at what :func:`load_captioner` would load, by headers; a few words, and the same errors."""
+    return check_pretrained(folder, "BLIP-2 folder", ("blip-2",))

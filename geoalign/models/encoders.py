@@ -17,7 +17,8 @@ from geoalign.errors import CheckpointError
 from geoalign.files.parsing import first_line
 from geoalign.files.weights import TensorFile, shapes_of
 from geoalign.models.checkpoint import place
-from geoalign.models.pretrained import open_pretrained
+from geoalign.models.layouts import summary
+from geoalign.models.pretrained import check_pretrained, open_pretrained
 
 if TYPE_CHECKING:
     from transformers import CLIPVisionModel, PreTrainedTokenizerBase, UMT5Config, UMT5EncoderModel
@@ -57,11 +58,41 @@ def original_text_name(name: str) -> str:
 
 def fill_text_encoder(model: UMT5EncoderModel, path: Path, dtype: torch.dtype, device: torch.device | str) -> None:
     """Place an original umT5 file into transformers' encoder, strictly."""
+    place(model, [_opened_text(model, path)], dtype, device)
+    model.encoder.embed_tokens = model.shared
+
+
+def _opened_text(model: UMT5EncoderModel, path: Path) -> TensorFile:
+    """The file's tensors under the names of ``model``, which they fit."""
     shapes = shapes_of(dict(model.named_parameters()))  # tied parameters appear once
     names = {original_text_name(name): name for name in shapes}
     source = TensorFile(path).renamed(lambda name: names.get(name, name))
-    place(model, [source.require(shapes, "is not the umT5 encoder of Wan2.1")], dtype, device)
-    model.encoder.embed_tokens = model.shared
+    return source.require(shapes, "is not the umT5 encoder of Wan2.1")
+
+
+def _umt5_on_meta() -> UMT5EncoderModel:
+    from transformers import UMT5EncoderModel
+
+    with torch.device("meta"):
+        return UMT5EncoderModel(umt5_xxl_config())
+
+
+def check_text_encoder(path: Path) -> str:
+    """Look at the weights that :func:`load_text_encoder` would load, by headers; a few words, and the same errors."""
+    if path.is_dir():
+        return check_pretrained(path, "umT5 text encoder folder", ("umt5",))
+    return summary(_opened_text(_umt5_on_meta(), path).shapes)
+
+
+def check_image_encoder(path: Path) -> str:
+    """Look at what :func:`load_image_encoder` would load, by headers; a few words, and the same errors."""
+    if path.is_dir():
+        return check_pretrained(path, "CLIP vision folder", ("clip", "clip_vision_model"))
+    shapes = TensorFile(path).shapes
+    blocks = {name.split(".")[2] for name in shapes if name.startswith("visual.transformer.")}
+    if shapes.get("visual.patch_embedding.weight") != (1280, 3, 14, 14) or len(blocks) != 32:
+        raise CheckpointError(f"{path}: not the open-clip ViT-H/14 file of Wan2.1 ({len(blocks)} vision blocks)")
+    return summary(shapes)
 
 
 class TextEncoder:
@@ -121,8 +152,7 @@ def load_text_encoder(
     if weights.is_dir():
         network: Any = open_pretrained(UMT5EncoderModel, weights, "umT5 text encoder folder", dtype=dtype)
         return TextEncoder(network.to(device), words)
-    with torch.device("meta"):
-        model = UMT5EncoderModel(umt5_xxl_config())
+    model = _umt5_on_meta()
     fill_text_encoder(model, weights, dtype, device)
     return TextEncoder(model, words)
 

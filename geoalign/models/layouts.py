@@ -77,6 +77,11 @@ def fingerprint(shapes: Shapes) -> str:
     return hashlib.md5(",".join(sorted([*names, *shapes])).encode()).hexdigest()
 
 
+def summary(shapes: Shapes) -> str:
+    """Number of tensors and the start of their fingerprint, for people."""
+    return f"{len(shapes):,} tensors, fingerprint {fingerprint(shapes)[:8]}"
+
+
 def identify(shapes: Shapes) -> tuple[str, float]:
     """The published layout that a file resembles most, and the share of tensors that agree by name and shape."""
     best = ("", 0.0)

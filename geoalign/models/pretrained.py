@@ -2,15 +2,39 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
 from torch import nn
 
 from geoalign.errors import CheckpointError
-from geoalign.files.parsing import first_line
+from geoalign.files.parsing import first_line, read_json_object
 from geoalign.files.shards import weight_files
-from geoalign.files.weights import require_finite
+from geoalign.files.weights import TensorFile, require_finite
+from geoalign.models.layouts import summary
+
+
+def check_pretrained(folder: Path, what: str, kinds: Collection[str]) -> str:
+    """Look at a folder of diffusers or transformers without reading weights: its class, its files, their headers.
+
+    Args:
+        folder: as published.
+        what: what it should be, for messages.
+        kinds: the ``_class_name`` or ``model_type`` that its config.json may state.
+
+    Returns a few words about it.
+
+    Raises:
+        CheckpointError: another kind of model, or missing or damaged files.
+    """
+    config = read_json_object(folder / "config.json", CheckpointError)
+    kind = config.get("_class_name") or config.get("model_type")
+    if kind not in kinds:
+        raise CheckpointError(f"{folder}: not a {what} (config.json says {kind!r})")
+    if any(folder.glob("*.bin*")):
+        return f"{kind}, weights in .bin"
+    return f"{kind}, {summary(TensorFile(folder).shapes)}"
 
 
 def open_pretrained(network: Any, folder: Path, what: str, **options: Any) -> nn.Module:

@@ -12,7 +12,8 @@ from torch import Tensor
 from geoalign.errors import UsageError
 from geoalign.files.weights import TensorFile, shapes_of
 from geoalign.models.checkpoint import place
-from geoalign.models.pretrained import open_pretrained
+from geoalign.models.layouts import summary
+from geoalign.models.pretrained import check_pretrained, open_pretrained
 
 if TYPE_CHECKING:
     from diffusers import AutoencoderKLWan
@@ -98,20 +99,38 @@ def load_wan_codec(
     Raises:
         CheckpointError: missing, damaged, or another model's weights.
     """
-    from diffusers import AutoencoderKLWan
-
     if path.is_dir():
+        from diffusers import AutoencoderKLWan
+
         vae: Any = open_pretrained(AutoencoderKLWan, path, "diffusers AutoencoderKLWan folder", torch_dtype=dtype)
         return WanCodec(vae.to(device), tiled=tiled)
-    with torch.device("meta"):
-        vae = AutoencoderKLWan()
+    vae = _on_meta()
     fill_vae(vae, path, dtype, device)
     return WanCodec(vae, tiled=tiled)
 
 
+def check_wan_codec(path: Path) -> str:
+    """Look at what :func:`load_wan_codec` would load, by headers; a few words about it, and the same errors."""
+    if path.is_dir():
+        return check_pretrained(path, "diffusers AutoencoderKLWan folder", ("AutoencoderKLWan",))
+    return summary(_opened(_on_meta(), path).shapes)
+
+
 def fill_vae(vae: AutoencoderKLWan, path: Path, dtype: torch.dtype, device: torch.device | str = "cpu") -> None:
     """Place the tensors of an original-layout file into a diffusers autoencoder, strictly."""
+    place(vae, [_opened(vae, path)], dtype, device)
+
+
+def _on_meta() -> AutoencoderKLWan:
+    from diffusers import AutoencoderKLWan
+
+    with torch.device("meta"):
+        return AutoencoderKLWan()
+
+
+def _opened(vae: AutoencoderKLWan, path: Path) -> TensorFile:
+    """The file's tensors under the names of ``vae``, which they fit."""
     blocks = int(vae.config.num_res_blocks)
     names = {original_name(name, blocks): name for name in vae.state_dict()}
     source = TensorFile(path).renamed(lambda name: names.get(name, name))
-    place(vae, [source.require(shapes_of(vae.state_dict()), "is not a Wan2.1 VAE")], dtype, device)
+    return source.require(shapes_of(vae.state_dict()), "is not a Wan2.1 VAE")

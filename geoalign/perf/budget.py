@@ -42,7 +42,7 @@ class Plan:
         stream_backward: the backward starts from the rollout's graph; no learner forward (one update per rollout).
         replay_first: with it, a first window step that serves a group is replayed, so that no graph waits for rewards.
         hide_host: host code of the rewards off the critical path.
-        int8_attention: int8 scores in steps outside the window.
+        int8_attention, int8_linears: int8 scores and W8A8 products of frozen linears in steps outside the window.
         guidance: forwards per velocity (2 with classifier-free guidance), in rollout and learner.
         reference: whether a KL term needs one forward of a reference policy per learner pass.
     """
@@ -56,8 +56,13 @@ class Plan:
     replay_first: bool = False
     hide_host: bool = False
     int8_attention: bool = False
+    int8_linears: bool = False
     guidance: int = 1
     reference: bool = False
+
+    def with_int8(self, *, attention: bool, linears: bool) -> Plan:
+        """The same with 8-bit steps outside the window."""
+        return replace(self, int8_attention=attention, int8_linears=linears)
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,6 +75,7 @@ class PassCount:
         recompute: forwards repeated for the backward.
         backward: backwards.
         reference: forwards of a reference policy.
+        audit: rollout forwards of a group that is also finished exactly.
     """
 
     prefix: int = 0
@@ -79,6 +85,7 @@ class PassCount:
     recompute: int = 0
     backward: int = 0
     reference: int = 0
+    audit: int = 0
 
     @property
     def rollout(self) -> int:
@@ -88,7 +95,7 @@ class PassCount:
     @property
     def forwards(self) -> int:
         """All forwards, recomputation included."""
-        return self.rollout + self.replay + self.recompute + self.reference
+        return self.rollout + self.replay + self.recompute + self.reference + self.audit
 
     @property
     def forward_equivalents(self) -> int:
@@ -168,9 +175,7 @@ class RunCost:
     def seconds(self, device: DeviceProfile, plan: Plan) -> PhaseSeconds:
         """Predicted device seconds of the whole run."""
         forward = self.transformer.forward(device, plan.speedups)
-        outside = self.transformer.forward(
-            device, plan.speedups, int8_attention=plan.int8_attention, no_gradient=True
-        ).total
+        outside = self.outside(device, plan)
         backward = self.transformer.backward(device, plan.speedups).total
         recompute = forward.total - (forward.attention if plan.keep_attention else 0.0)
         rollout = learner = 0.0
@@ -183,6 +188,12 @@ class RunCost:
         encode = self.video.encode / device.convolution
         reward = self.iterations * self.conditions * (self.group_size * per_video + encode)
         return PhaseSeconds(rollout, learner, reward)
+
+    def outside(self, device: DeviceProfile, plan: Plan) -> float:
+        """Predicted seconds of one forward outside the window."""
+        speedups = replace(plan.speedups, int8_linear=plan.int8_linears)
+        int8 = plan.int8_attention and device.int8_pays()
+        return self.transformer.forward(device, speedups, int8_attention=int8, no_gradient=True).total
 
     def hours(self, device: DeviceProfile, plan: Plan, devices: int) -> float:
         """Predicted wall hours on ``devices`` equal devices, each with whole groups: the fullest one sets the pace."""
@@ -236,9 +247,18 @@ LEVERS: tuple[Lever, ...] = (
         one_update=True,
     ),
     Lever("int8 attention outside the window", "CHANGES", plan={"int8_attention": True}, rate="attention_int8"),
-    Lever("int8 frozen linears", "CHANGES", speedups={"int8_linear": True}, rate="matmul_int8"),
+    Lever("int8 frozen linears", "CHANGES", plan={"int8_linears": True}, rate="matmul_int8"),
     Lever("coarser tail (MixGRPO-Flash)", "CHANGES", coarse_tail=True),
 )
+
+
+def exact_plan(updates: int, guidance: int = 1) -> Plan:
+    """All EXACT levers that a run with that many optimizer updates per rollout can have."""
+    plan = Plan(guidance=guidance)
+    for lever in LEVERS:
+        if lever.kind == "EXACT" and not (lever.one_update and updates > 1):
+            plan = lever.apply(plan)
+    return plan
 
 
 @dataclass(frozen=True, slots=True)

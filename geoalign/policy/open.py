@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -75,12 +75,14 @@ class Location:
         home: a policy file, or the folder with base weights, autoencoder, text and image encoder.
         steps: what was trained on top, first to last.
         exported: the model settings of an exported folder.
+        trained_as: the model settings of the run that trained the last step, by name; empty if there was none.
     """
 
     what: str
     home: Path
     steps: tuple[Step, ...] = ()
     exported: ModelConfig | None = None
+    trained_as: Mapping[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -157,11 +159,16 @@ def open_base(config: Config, device: torch.device, dtype: torch.dtype) -> Retak
         ConfigError: no base is named, or the model section describes another model than the weights are.
         CheckpointError: files that are missing, damaged or do not belong together.
     """
+    return describe_base(config).policy(dtype=None, codec_dtype=dtype, device=device)
+
+
+def describe_base(config: Config) -> ModelFiles:
+    """The opened files of the policy that a run starts from; arguments and errors are those of :func:`open_base`."""
     if config.train.base is None:
-        raise ConfigError(
-            "train.base is not set: give a policy file (geoalign pretrain makes one), a folder of published weights "
-            "with train.delta, or builtin:tiny_base"
-        )
+        example = "a folder of published weights with train.delta (docs/real-weights.md)"
+        if config.codec.kind == "patch":
+            example = "builtin:tiny_base, or a policy file (geoalign pretrain makes one)"
+        raise ConfigError(f"train.base is not set: give {example}")
     files = describe(config.train.base, config.train.delta)
     wanted, found = config.model.model_dump(), files.config.model_dump()
     if different := [key for key, value in wanted.items() if found[key] != value]:
@@ -169,7 +176,7 @@ def open_base(config: Config, device: torch.device, dtype: torch.dtype) -> Retak
         raise ConfigError(
             f"{files.location.home}: the weights are of another model than the configuration describes: {listed}"
         )
-    return files.policy(dtype=None, codec_dtype=dtype, device=device)
+    return files
 
 
 def describe(name: Path | str, delta: Path | None = None) -> ModelFiles:
@@ -195,6 +202,13 @@ def describe(name: Path | str, delta: Path | None = None) -> ModelFiles:
         parts = [complete_weights(config, TensorFile(weights_folder(home)))]
     else:
         config, parts = _published(home, steps.pop(0).file if steps else None)
+    found = config.model_dump(mode="json")
+    if different := [key for key, value in location.trained_as.items() if found.get(key, value) != value]:
+        listed = ", ".join(f"{key} was {location.trained_as[key]!r} and is {found[key]!r}" for key in different[:3])
+        raise CheckpointError(
+            f"{location.steps[-1].file}: was trained on another model than {home} is by now: {listed}; give a policy "
+            "file, which holds all weights"
+        )
     for step in steps:
         trained = {n: shape for n, shape in model_shapes(config).items() if re.search(step.pattern, n)}
         verdict = f"is not the trained part ({step.pattern}) of {title_of(config)}"
@@ -235,8 +249,8 @@ def _existing(name: Path | str) -> Path:
     path = Path(name)
     if not path.exists():
         raise CheckpointError(
-            f"{path}: no such model file or folder; `geoalign pretrain` and `geoalign train` make some, and "
-            "builtin:tiny_base ships with geoalign"
+            f"{path}: no such model file or folder; `geoalign train` makes run folders, and docs/real-weights.md says "
+            "where published weights come from"
         )
     return path
 
@@ -259,8 +273,9 @@ def _on_its_base(run: Path, trained: Path, what: str) -> Location:
     try:
         raw = read_yaml(settings, CheckpointError)
         base, delta, pattern = raw["train"]["base"], raw["train"].get("delta"), compiles(raw["optim"]["trainable"])
-        if not isinstance(base, str) or not isinstance(delta, str | None):
-            raise TypeError("train.base and train.delta must be names")
+        model = raw.get("model", {})
+        if not (isinstance(base, str) and isinstance(delta, str | None) and isinstance(model, Mapping)):
+            raise TypeError("train.base and train.delta must be names, and model a section")
     except (CheckpointError, KeyError, TypeError, AttributeError, ValueError) as error:
         raise CheckpointError(
             f"{trained}: needs the settings of its run, which name the base it was trained on, but {settings} cannot "
@@ -272,7 +287,7 @@ def _on_its_base(run: Path, trained: Path, what: str) -> Location:
             "the folder where the run was started"
         )
     below = locate(base, None if delta is None else Path(delta))
-    return replace(below, what=what, steps=(*below.steps, Step(trained, pattern)))
+    return replace(below, what=what, steps=(*below.steps, Step(trained, pattern)), trained_as=model)
 
 
 def _published(folder: Path, trained: Path | None) -> tuple[ModelConfig, list[TensorFile]]:

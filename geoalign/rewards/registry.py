@@ -21,6 +21,7 @@ from geoalign.config.rewards import FailureConfig, RewardConfig
 from geoalign.errors import ConfigError
 from geoalign.evaluators.base import PoseEstimate, PoseEvaluator
 from geoalign.evaluators.table import EVALUATORS, WITHOUT_RESIDUAL
+from geoalign.files.need import Need
 from geoalign.frozen.arena import ScorerMemory
 from geoalign.frozen.frames import SharedFrames
 from geoalign.rewards.base import Reward
@@ -36,6 +37,14 @@ REWARDS = {
     "source_consistency": "geoalign.rewards.geometry:SourceConsistencyReward",
     "videoalign": "geoalign.rewards.vlm.scorers:build_videoalign",
     "hpsv3": "geoalign.rewards.vlm.scorers:build_hpsv3",
+}
+# What each of these reads from the disk: the callable takes the same options and returns Needs. Names of both tables
+# that are missing here read nothing, and of a user's own code nothing is known.
+NEEDS = {
+    "mapanything": "geoalign.evaluators.mapanything.checkpoint:needs",
+    "depth_anything_3": "geoalign.evaluators.depth_anything3:needs",
+    "videoalign": "geoalign.rewards.vlm.needs:videoalign",
+    "hpsv3": "geoalign.rewards.vlm.needs:hpsv3",
 }
 # A reward's parameter of this name is given as the name of an evaluator, beside ``evaluator_options`` to build it with.
 EVALUATOR = "evaluator"
@@ -191,6 +200,21 @@ def build_reward(kind: str, options: Mapping[str, Any], shared: Shared | None = 
         options[EVALUATOR] = shared.evaluators[key]
     made = shared.build(_resolve(REWARDS, kind, "reward"), options)
     return _require(made, Reward, f"reward {kind}", "a name, keys, and a call of (videos, batch)")
+
+
+def evaluator_needs(name: str, options: Mapping[str, Any]) -> tuple[Need, ...]:
+    """What a registered pose evaluator with these options reads from the disk."""
+    return _imported(NEEDS[name], name)(**options) if name in NEEDS else ()
+
+
+def reward_needs(where: str, kind: str, options: Mapping[str, Any]) -> tuple[Need, ...]:
+    """What a reward and its evaluator read from the disk; nothing is built.
+
+    Raises ConfigError, which names ``where``, for options that the reward or its evaluator does not take.
+    """
+    own, of_evaluator = _check_reward(where, kind, options)
+    evaluator = evaluator_needs(str(own[EVALUATOR]), of_evaluator) if EVALUATOR in own else ()
+    return evaluator + (_imported(NEEDS[kind], kind)(**own) if kind in NEEDS else ())
 
 
 def build_rewards(

@@ -234,7 +234,7 @@ class _Result:
     def zero(device: torch.device) -> _Result:
         """Nothing yet."""
         zero = torch.zeros((), device=device)
-        return _Result(zero, zero, zero, RatioStats.empty(device))
+        return _Result(zero.double(), zero.double(), zero, RatioStats.empty(device))
 
     def add(self, loss: Tensor, output: LossOutput, drift: Tensor) -> None:
         """Add one batch; a drift that is NaN stays."""

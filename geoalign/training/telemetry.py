@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import resource
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
 from geoalign.config.schema import Config
 from geoalign.flow.rollout import Rollout
+from geoalign.flow.sampler import FlowSampler
 from geoalign.flow.table import StepTable
 from geoalign.perf.budget import PassCount, Plan, Walk, count_passes
 from geoalign.perf.cost import TransformerCost
@@ -32,6 +33,14 @@ def plan_of(config: Config) -> Plan:
     )
 
 
+def walk_of(config: Config, table: StepTable, reused: int | None = None) -> Walk:
+    """The evaluated steps of a table; ``reused`` of its tail are not: by default as many as ``ode.reuse`` says."""
+    assert table.window is not None
+    start, size = table.window.start, table.window.size
+    tail = table.num_steps - start - size
+    return Walk(start, size, config.ode.evaluated(tail) if reused is None else tail - reused)
+
+
 @dataclass(frozen=True, slots=True)
 class WorkMeter:
     """Counts and rates of one rank.
@@ -46,7 +55,7 @@ class WorkMeter:
     rank_rows: RankRows
     device: torch.device
 
-    def passes(self, rollout: Rollout, learned: Counter[str]) -> PassCount:
+    def passes(self, rollout: Rollout, learned: Counter[str], audited: int = 0) -> PassCount:
         """Passes that were run, counted where the forwards are."""
         backward = learned["backward"]
         return PassCount(
@@ -57,25 +66,26 @@ class WorkMeter:
             backward if self.config.levers.recompute != "none" else 0,
             backward,
             learned["reference"],
+            audited,
         )
 
-    def predicted(self, table: StepTable) -> PassCount:
-        """Passes that the cost model expects of an iteration with this table."""
-        assert table.window is not None
-        start, size = table.window.start, table.window.size
-        walk = Walk(start, size, table.num_steps - start - size)
+    def predicted(self, sampler: FlowSampler, audit: int) -> PassCount:
+        """Passes that the cost model expects of an iteration with this sampler, ``audit`` of them of an audit."""
+        walk = walk_of(self.config, sampler.table, len(sampler.reused))
         groups, members = self.rank_rows.group_ids.numel(), self.rank_rows.member_ids.numel()
-        return count_passes(walk, groups, members, self.config.optim.updates_per_rollout, plan_of(self.config))
+        plan, updates = plan_of(self.config), self.config.optim.updates_per_rollout
+        return replace(count_passes(walk, groups, members, updates, plan), audit=audit)
 
-    def metrics(self, spent: PassCount, table: StepTable, seconds: float) -> dict[str, float]:
+    def metrics(self, spent: PassCount, sampler: FlowSampler, audit: int, seconds: float) -> dict[str, float]:
         """Everything under ``perf/``."""
         numbers = {
             "perf/forwards_rollout": float(spent.rollout),
             "perf/forwards_learner": float(spent.replay + spent.reference),
             "perf/forwards_recomputed": float(spent.recompute),
+            "perf/forwards_audit": float(spent.audit),
             "perf/backwards": float(spent.backward),
             "perf/forward_equivalents": float(spent.forward_equivalents),
-            "perf/predicted_forward_equivalents": float(self.predicted(table).forward_equivalents),
+            "perf/predicted_forward_equivalents": float(self.predicted(sampler, audit).forward_equivalents),
             "perf/peak_memory_gb": self._peak_memory() / 1e9,
         }
         rate = self._model_flops(spent) / seconds

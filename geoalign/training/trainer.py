@@ -34,6 +34,7 @@ from geoalign.training.learner import Learner
 from geoalign.training.processes.ranks import LocalRanks, RankRows, Ranks, gather_scores
 from geoalign.training.setup import ready
 from geoalign.training.streaming import RowGradients, StreamingBackward
+from geoalign.training.tail import EXACT, Auditor, agree_on_drift, with_reuse
 from geoalign.training.telemetry import WorkMeter
 from geoalign.types import RetakeBatch
 from geoalign_kernels import philox_uniform, streams
@@ -104,6 +105,7 @@ class Trainer:
         self._row_gradients = (
             RowGradients(self.engine.trained, self.rank_rows.rows.numel(), mode) if mode in ("device", "host") else None
         )
+        self.auditor = Auditor(config, self.ranks, self.rank_rows, rewards, self.device)
         self.meter = WorkMeter(config, self.rank_rows, self.device)
         self.clock = PhaseTimer(self.device)
         self.iteration = 0
@@ -113,23 +115,26 @@ class Trainer:
         """One iteration; returns its metrics.
 
         Raises:
-            RunError: too many invalid samples, too many iterations without an update, or log-probabilities of rollout
-                and replay that differ beyond the bound.
+            RunError: too many invalid samples, too many iterations without an update, log-probabilities of rollout and
+                replay that differ beyond the bound, or an approximate tail that an audit refuses.
         """
         config, rank_rows = self.config, self.rank_rows
         window = self.schedule(self.iteration)
-        sampler = self._sampler(window)
+        sampler, audited = self._sampler(window), self.auditor.due(self.iteration, self.notes)
         with self.clock.active():
             with phase("data"):
                 batch = self._draw(rank_rows.group_ids.tolist()).to(self.device)
             with phase("rollout/encode"):
-                precomputed = self.policy.precompute(self.policy.condition(batch))
+                precomputed = self.policy.prepare(batch)
             stream = self._stream(sampler)
             self.ranks.check_alive()
             rollout, usable = self._rollout(sampler, batch, precomputed, stream)
             scores = self._score(rollout, batch, usable)
             with phase("advantage"):
                 advantage = self._advantage(scores)
+            fidelity, spent_on_audit = {}, 0
+            if audited is not None:
+                fidelity, spent_on_audit = self._audit(audited, sampler, rollout, batch, precomputed, scores)
             self.ranks.check_alive()
             factor = set_learning_rate(self.engine.optimizer, config.optim, self.iteration, config.train.iterations)
             rows = rank_rows.rows  # [R] among N
@@ -138,14 +143,16 @@ class Trainer:
         self._refuse_drift(update["parity/log_prob_diff_max"])
         self._refuse_standstill(update)
         self._agree_on_modes()
+        agree_on_drift(sampler, self.ranks, self.notes)
         self.iteration += 1
         seconds = self.clock.collect() | {f"time/reward/{name}_s": value for name, value in scores.seconds.items()}
-        spent = self.meter.passes(rollout, self.learner.passes)
-        work = self.meter.metrics(spent, sampler.table, seconds["time/iteration_s"])
+        spent = self.meter.passes(rollout, self.learner.passes, spent_on_audit)
+        predicted = self.auditor.passes(audited, sampler)
+        work = self.meter.metrics(spent, sampler, predicted, seconds["time/iteration_s"])
         where = {"window/start": float(window.start), "optim/lr_factor": factor}
         data = self.source.telemetry() if isinstance(self.source, PrefetchingSource) else {}
         counts = self._failure_counts()
-        return _reward_metrics(scores, advantage) | counts | update | work | seconds | where | data
+        return _reward_metrics(scores, advantage) | counts | fidelity | update | work | seconds | where | data
 
     def _draw(self, group_ids: list[int]) -> RetakeBatch:
         """The batch of this iteration; the next one is assembled while this one trains."""
@@ -159,18 +166,24 @@ class Trainer:
 
         With several updates per rollout, forwards run in batches of at most one update's members: rollout and learner
         then have equal batch shapes (the ratio stays exactly 1) although every update replays only its own rows.
+        Unless ``groups.rows_per_forward`` says otherwise, a forward serves one group: its numbers are then the same
+        whatever other groups this rank has.
         """
         config, updates = self.config, self.config.optim.updates_per_rollout
         rows = config.groups.rows_per_forward
+        groups = 1 if rows is None else None
         if updates > 1:
             rows = rows or max(config.groups.size // updates, 1)
-        return FlowSampler(
-            build_step_table(config.flow, window),
+        exact = EXACT in self.notes
+        sampler = FlowSampler(
+            build_step_table(config.flow.with_exact_tail() if exact else config.flow, window),
             self.rank_rows.member_ids.numel(),
             share_prefix=config.levers.share_prefix,
             rows_per_forward=rows,
+            groups_per_forward=groups,
             window_grad=True,
         )
+        return sampler if exact else with_reuse(sampler, config, self.notes)
 
     def _stream(self, sampler: FlowSampler) -> StreamingBackward | None:
         if self.config.levers.streaming == "off":
@@ -215,11 +228,28 @@ class Trainer:
         with phase("scoring"):  # decoding, and the scorers beside or after it
             scored = decode_and_score(
                 self.rewards, decode, batch, mine // self.rank_rows.member_ids.numel(),
-                chunk=layout.chunk, beside=layout.beside_decode,
+                chunk=layout.chunk or self.rank_rows.member_ids.numel(), beside=layout.beside_decode,
             )  # fmt: skip
         scores = gather_scores(self.ranks, self.rank_rows, merged(scored, usable[mine]))
         self._refuse_too_many_failures(scores)
         return scores
+
+    def _audit(
+        self,
+        group: int,
+        sampler: FlowSampler,
+        rollout: Rollout,
+        batch: RetakeBatch,
+        precomputed: Precomputed,
+        scores: Scores,
+    ) -> tuple[dict[str, float], int]:
+        """What the exact tail of one group says of the approximate one, and the passes that it took here."""
+        fidelity, spent = self.auditor.audit(group, sampler, rollout, self.policy, precomputed, batch, scores)
+        numbers = fidelity.numbers()
+        if self.auditor.refuse(numbers, self.iteration):
+            self.notes[EXACT] = self.iteration
+            self.policy = self.policy.exact()
+        return {f"fidelity/{name}": value for name, value in numbers.items()}, spent
 
     def _failure_counts(self) -> dict[str, float]:
         """What the guards of all ranks counted since the start of the process."""
@@ -249,6 +279,8 @@ class Trainer:
         self.iteration, chosen = state.iteration, self.notes[CORE]
         self.notes = {CORE: chosen, **state.notes}
         self._keep_core(self.notes[CORE], chosen)
+        if EXACT in self.notes:
+            self.policy = self.policy.exact()
         modes = self.notes.pop(MODES, None)
         if modes and self.policy.fast is not None and set_attention_modes(self.policy.fast, modes):
             self.notes[MODES] = modes

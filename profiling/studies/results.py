@@ -23,12 +23,13 @@ from typing import Any
 
 import evaluators
 import learning
+import learning_tables
 import levers
 from record import state, write_generated
 
 ROOT = Path(__file__).parents[2]
 PAGES: dict[Path, Callable[[Path], str]] = {
-    learning.PAGE: learning.page,
+    learning_tables.PAGE: learning_tables.page,
     evaluators.PAGE: evaluators.page,
     levers.PAGE: levers.page,
 }
@@ -63,6 +64,15 @@ def runs(config: str, timed: str, repeats: int, work: Path) -> list[Run]:
             partial(learning.run_study, study, work=work, config=config),
         )
         for study in learning.STUDIES
+    ]
+    found += [
+        Run(
+            name,
+            learning.RESULTS / f"{learning.slug(name)}.json",
+            learning.oracle_settings(base, config),
+            partial(learning.run_oracles, base, work=work, config=config),
+        )
+        for base, name in learning.ORACLES.items()
     ]
     found.append(Run("evaluators", evaluators.RESULT, evaluators.settings(), evaluators.run))
     timing = partial(levers.run, config=timed, repeats=repeats)

@@ -7,44 +7,22 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
+from tiny_base import MODEL, write_base
 from training_cases import smoke
 
 from geoalign.cli.main import main
 from geoalign.config.schema import Config
 from geoalign.errors import ConfigError
 from geoalign.jobs.train import run_training
-from geoalign.models.dit import RetakeDiT
 from geoalign.models.layouts import is_self_attention
-from geoalign.policy.formats import save_pretrained, save_safetensors
 from geoalign.policy.open import describe
 from geoalign.training.checkpoint import RunSettings, list_checkpoints, load_checkpoint
-
-MODEL = {
-    "dim": 96, "heads": 4, "layers": 2, "ffn_dim": 128, "in_channels": 32, "out_channels": 16, "patch": (1, 2, 2),
-    "text_dim": 16, "text_length": 8, "freq_dim": 32, "rope_theta": (1e4, 1e4), "rope_scale": (1.0, 1.0),
-    "source": "frames", "first_frame_given": False, "camera": "learned", "pluecker_adapter": True, "time_stride": 4,
-    "space_stride": 8, "data_variance": None, "timestep_dtype": "bfloat16",
-}  # fmt: skip
 
 
 @pytest.fixture(scope="module")
 def weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A scaled-down model and autoencoder, and a delta that was "trained" on top, all in bfloat16 as published."""
-    from diffusers import AutoencoderKLWan
-
-    torch.manual_seed(0)
     folder = tmp_path_factory.mktemp("weights")
-    model = RetakeDiT(smoke(model=MODEL, codec={"kind": "wan_vae"}).model)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.add_(0.05 * torch.randn_like(parameter))
-    model.bfloat16()
-    save_pretrained(model, folder / "base")
-    vae = AutoencoderKLWan(base_dim=3, z_dim=16, dim_mult=[1, 1, 1, 1], num_res_blocks=1,
-                           temperal_downsample=[False, True, True])  # fmt: skip
-    vae.save_pretrained(folder / "base" / "vae")
-    delta = {n: (p + 0.01).contiguous() for n, p in model.state_dict().items() if is_self_attention(n)}
-    save_safetensors(delta, folder / "delta.safetensors")
+    write_base(folder / "base", folder / "delta.safetensors")
     return folder
 
 

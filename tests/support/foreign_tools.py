@@ -14,11 +14,8 @@ import exr
 
 VIPE = '''
 """The command line of ViPE 1.2: infer VIDEO --output DIR --pipeline NAME."""
-import argparse, subprocess, sys, time, zipfile
+import argparse, os, subprocess, sys, time, zipfile
 from pathlib import Path
-import cv2
-import numpy as np
-from OpenEXR import encode
 
 parser = argparse.ArgumentParser()
 infer = parser.add_subparsers().add_parser("infer")
@@ -38,8 +35,13 @@ if behaviour in ("raise", "once"):
     raise RuntimeError("CUDA out of memory. Tried to allocate 9.00 GiB")
 if behaviour == "hang":
     child = subprocess.Popen([sys.executable, "-S", "-c", "import time; time.sleep(600)"])
-    (root / "child").write_text(str(child.pid))
+    (root / "child.part").write_text(str(child.pid))
+    os.replace(root / "child.part", root / "child")
     time.sleep(600)
+import cv2
+import numpy as np
+from OpenEXR import encode
+
 film, frames = cv2.VideoCapture(str(asked.video)), []
 while (read := film.read())[0]:
     frames.append(read[1])

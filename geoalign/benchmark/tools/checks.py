@@ -5,9 +5,8 @@ from __future__ import annotations
 import json
 import os
 import subprocess
-from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Literal
+from collections.abc import Iterator
+from typing import Any
 
 from geoalign.benchmark.tools.settings import (
     RUNNERS,
@@ -17,50 +16,42 @@ from geoalign.benchmark.tools.settings import (
     read_tool,
 )
 from geoalign.benchmark.tools.worker import ToolFailure, check_about, child_environment
+from geoalign.config.schema import Config
+from geoalign.errors import ConfigError
+from geoalign.jobs.checks import Check, Source
 
 _TIMEOUT_S = 30.0
 
 
-@dataclass(frozen=True, slots=True)
-class ToolCheck:
-    """The state of one environment.
-
-    Attributes:
-        name: ``tool NAME``, the name of the environment.
-        state: whether it is there, and as it must be.
-        what: what was found, or what is wrong.
-        fix: the commands that make it, one a line; "" if it is there.
-    """
-
-    name: str
-    state: Literal["present", "absent", "wrong"]
-    what: str
-    fix: str
-
-
-def tool_checks(names: Sequence[str]) -> list[ToolCheck]:
-    """The environments that the tools ``names`` (as in ``benchmark.tools``) run in, each once.
-
-    Raises ConfigError as :func:`read_tool`.
-    """
+def tool_environments(config: Config) -> Iterator[Check]:
+    """The environments that the tools of ``benchmark.tools`` run in, each once; the fix of one is to make it."""
     environments: dict[str, EnvironmentSettings] = {}
-    for name in names:
-        environments |= read_tool(name)[1].environments
-    return [_check(name, environment) for name, environment in environments.items()]
+    for name in config.benchmark.tools:
+        try:
+            environments |= read_tool(name)[1].environments
+        except ConfigError as error:
+            yield Check(f"tool {name}", "wrong", str(error), "correct benchmark.tools, or that file", error)
+    for name, environment in environments.items():
+        yield _check(name, environment)
 
 
-def _check(name: str, environment: EnvironmentSettings) -> ToolCheck:
-    fix = "\n".join(command.replace("{folder}", str(environment_folder(name))) for command in environment.commands)
+SOURCE = Source("tools", (), tool_environments)
+"""For the registry of checks. No verb refuses to start without a tool: its cases are then counted as failed."""
+
+
+def _check(name: str, environment: EnvironmentSettings) -> Check:
     python = interpreter(name, environment)
     try:
         told = _about(name, environment)
         check_about(told, name, environment)
     except ToolFailure as failure:
-        return ToolCheck(f"tool {name}", "absent" if failure.kind == "absent" else "wrong", str(failure), fix)
-    return ToolCheck(f"tool {name}", "present", f"{environment.distribution} {told['version']} in {python}", "")
+        commands = (command.replace("{folder}", str(environment_folder(name))) for command in environment.commands)
+        state = "absent" if failure.kind == "absent" else "wrong"
+        return Check(f"environment {name}", state, failure.text, "\n".join(commands))
+    return Check(f"environment {name}", "present", f"{environment.distribution} {told['version']} in {python}")
 
 
-def _about(name: str, environment: EnvironmentSettings) -> dict[str, object]:
+def _about(name: str, environment: EnvironmentSettings) -> dict[str, Any]:
     """What the environment says of itself; raises ToolFailure where it cannot be asked."""
     python = interpreter(name, environment)
     if not python.exists():

@@ -42,7 +42,7 @@ class WorkerSettings(Section):
     """One process of a tool."""
 
     runner: Path
-    """Script that serves it, with ``load(options)`` that returns ``measure(request)``; a name means one of ours."""
+    """Script with ``load(options)``, which returns ``measure(request)``; beside the YAML file, or one of ours."""
     environment: str
     """Name of its environment: one of ``environments`` here, or that of the built-in tool of this name."""
     options: dict[str, Any] = Field(default_factory=dict)
@@ -89,7 +89,8 @@ def builtin_tools() -> tuple[str, ...]:
 def read_tool(name: str) -> tuple[str, ToolSettings]:
     """Name and settings of a built-in tool or of a YAML file, with every environment that its workers name.
 
-    Raises ConfigError for an unknown name, a file with problems, and an environment that nothing describes.
+    The runners are then absolute paths. Raises ConfigError for an unknown name, a file with problems, an environment
+    that nothing describes, and a runner that is not there.
     """
     file = Path(name).expanduser()
     if file.suffix not in (".yaml", ".yml"):
@@ -101,11 +102,19 @@ def read_tool(name: str) -> tuple[str, ToolSettings]:
             )
         file = _DEFINITIONS / f"{name}.yaml"
     settings = load_config(ToolSettings, str(file.absolute()))
-    environments = dict(settings.environments)
-    for worker in settings.workers.values():
+    environments, workers = dict(settings.environments), dict(settings.workers)
+    for name, worker in settings.workers.items():
+        workers[name] = worker.model_copy(update={"runner": _runner(worker.runner.expanduser(), file)})
         if worker.environment not in environments:
             environments[worker.environment] = _environment(worker.environment, file)
-    return file.stem, settings.model_copy(update={"environments": environments})
+    return file.stem, settings.model_copy(update={"environments": environments, "workers": workers})
+
+
+def _runner(runner: Path, file: Path) -> Path:
+    found = next((path for path in (file.absolute().parent / runner, RUNNERS / runner) if path.is_file()), None)
+    if found is None:
+        raise ConfigError(f"{file}: no runner {runner}, neither beside it nor among ours ({RUNNERS})")
+    return found
 
 
 def _environment(name: str, file: Path) -> EnvironmentSettings:
@@ -125,9 +134,3 @@ def interpreter(name: str, environment: EnvironmentSettings) -> Path:
     if environment.python is not None:
         return environment.python.expanduser()
     return environment_folder(name) / "bin" / "python"
-
-
-def runner_file(worker: WorkerSettings) -> Path:
-    """The script of a worker: one of ours by its name, or any other by its path."""
-    own = worker.runner.expanduser()
-    return own if own.is_absolute() or len(own.parts) > 1 else RUNNERS / own

@@ -22,7 +22,6 @@ from geoalign.benchmark.tools.settings import (
     EnvironmentSettings,
     WorkerSettings,
     interpreter,
-    runner_file,
 )
 from geoalign.errors import UserError
 from geoalign.files.parsing import parse_json
@@ -46,11 +45,13 @@ class ToolFailure(UserError):
 
     Attributes:
         kind: what failures are counted by.
+        text: the rest.
     """
 
     def __init__(self, kind: Kind, text: str) -> None:
         super().__init__(f"{kind}: {text}")
         self.kind: Kind = kind
+        self.text = text
 
 
 class ToolWorker:
@@ -98,7 +99,7 @@ class ToolWorker:
             return
         if len(self._failed_loads) >= _MAX_FAILED_LOADS:
             last = self._failed_loads[-1]
-            raise ToolFailure(last.kind, f"not tried again after {_MAX_FAILED_LOADS} starts that ended so: {last}")
+            raise ToolFailure(last.kind, f"not tried again after {_MAX_FAILED_LOADS} starts that ended so: {last.text}")
         self._launch()
         try:
             check_about(self._send({"do": "about"}, _ABOUT_TIMEOUT_S), self.name, self.environment)
@@ -126,7 +127,7 @@ class ToolWorker:
         if not python.exists():
             raise ToolFailure("absent", f"no {python}; `geoalign doctor` tells the commands that make it")
         setup = {
-            "runner": str(runner_file(self.settings)),
+            "runner": str(self.settings.runner),
             "options": self.settings.options,
             "distribution": self.environment.distribution,
             "files": list(self.environment.files),

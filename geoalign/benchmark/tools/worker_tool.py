@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import shutil
+import traceback
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -76,16 +77,21 @@ def workplace(out: Path) -> Iterator[Path]:
 def caught(out: Path, *workers: ToolWorker) -> Iterator[list[ToolResult]]:
     """A list for the result, which gets the failed one when the block fails; what the workers printed is then kept.
 
-    Failures of this machine (a full disk) are failures of the case too: the next case may succeed.
+    What fails on our side (memory of the device, a full disk) is a failure of the case too: the next may succeed.
     """
     outcome: list[ToolResult] = []
     for worker in workers:
         worker.log = ""
     try:
         yield outcome
-    except (UserError, OSError) as error:
-        outcome.append(ToolResult("failed", str(error) if isinstance(error, ToolFailure) else f"raised: {error}"))
-        log = "\n".join(worker.log for worker in workers if worker.log)
+    except Exception as error:  # told in the result and, with its place, in the log
+        told = isinstance(error, ToolFailure)
+        outcome.append(ToolResult("failed", str(error) if told else f"raised: {type(error).__name__}: {_line(error)}"))
+        log = [worker.log for worker in workers if worker.log] + ([] if told else [traceback.format_exc()])
         if log:
             with contextlib.suppress(UserError):
-                atomic_write_text(out / "failure.log", log)
+                atomic_write_text(out / "failure.log", "\n".join(log))
+
+
+def _line(error: Exception) -> str:
+    return " ".join(str(error).split())[:400]

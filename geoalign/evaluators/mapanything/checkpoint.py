@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import torch
 
+from geoalign.config.published import MAPANYTHING, MAPANYTHING_V1
 from geoalign.errors import CheckpointError, RewardError, UsageError
 from geoalign.evaluators.mapanything.layout import HUB_IDS, LAYOUTS, PoseNetworkLayout
 from geoalign.evaluators.mapanything.network import PoseNetwork
+from geoalign.files.need import Need
 from geoalign.files.weights import Shapes, TensorFile, shapes_of
+from geoalign.models.layouts import summary
 
 SKIPPED_MODULES = (
     # Encoders of geometric inputs (rays, depth, poses): the reward feeds images only, and they then add exactly zero.
@@ -27,6 +31,7 @@ SKIPPED_MODULES = (
 """Top-level modules of the published network that the pose path does not read. Any other unknown tensor is an error."""
 
 WEIGHTS_NAME = "model.safetensors"
+PUBLISHED = {"v1.1": MAPANYTHING, "v1": MAPANYTHING_V1}
 
 
 def find_weights(path: str | Path, layout_name: str) -> Path:
@@ -39,15 +44,27 @@ def find_weights(path: str | Path, layout_name: str) -> Path:
     found = Path(path).expanduser()
     found = found / WEIGHTS_NAME if found.is_dir() else found
     if not found.is_file():
-        hub_id = HUB_IDS[layout_name, "apache-2.0"]
-        folder = found.parent if found.suffix else found
         raise RewardError(
             f"MapAnything weights not found at {found}. On a machine with a network run: "
-            f"pip install huggingface_hub && hf download {hub_id} {WEIGHTS_NAME} --local-dir {folder}"
+            f"{_download(found, layout_name)}"
         )
     if found.suffix != ".safetensors":
         raise CheckpointError(f"{found}: only .safetensors is read (pickled files can run code); use {WEIGHTS_NAME}")
     return found
+
+
+def _download(path: Path, layout_name: str) -> str:
+    return PUBLISHED[layout_name].line(path.parent if path.suffix else path)
+
+
+def needs(checkpoint: str, *, layout: str = "v1.1", backend: str = "native", **_: Any) -> tuple[Need, ...]:
+    """What the evaluator with these options reads; the published backend resolves its name by itself."""
+    path = Path(checkpoint).expanduser()
+
+    def verify(path: Path) -> str:
+        return summary(_opened(find_weights(path, layout), LAYOUTS[layout]).shapes)
+
+    return (Need("MapAnything weights", path, _download(path, layout), verify),) if backend == "native" else ()
 
 
 def load_pose_network(
@@ -74,15 +91,23 @@ def load_layout(
     weights: Path, layout: PoseNetworkLayout, *, device: torch.device | str, matrix_dtype: torch.dtype
 ) -> PoseNetwork:
     """Read a safetensors file in the published key layout into a network of any size (see ``load_pose_network``)."""
-    with torch.device("meta"):
-        network = PoseNetwork(layout).use_matrix_dtype(matrix_dtype)
-    wanted = network.state_dict()
-    source = TensorFile(weights).renamed(lambda name: None if name.split(".", 1)[0] in SKIPPED_MODULES else name)
-    source.require(shapes_of(wanted), "does not fit", _layout_hint)
+    network = _on_meta(layout).use_matrix_dtype(matrix_dtype)
+    wanted, source = network.state_dict(), _opened(weights, layout)
     # Cast on the host: half the bytes cross the bus, and the device never holds both precisions.
     loaded = {name: tensor.to(wanted[name].dtype).to(device) for name, tensor in source.items()}
     network.load_state_dict(loaded, strict=True, assign=True)
     return network.eval().requires_grad_(False)
+
+
+def _on_meta(layout: PoseNetworkLayout) -> PoseNetwork:
+    with torch.device("meta"):
+        return PoseNetwork(layout)
+
+
+def _opened(weights: Path, layout: PoseNetworkLayout) -> TensorFile:
+    """The tensors of the pose path, whose names and shapes are those of the layout."""
+    source = TensorFile(weights).renamed(lambda name: None if name.split(".", 1)[0] in SKIPPED_MODULES else name)
+    return source.require(shapes_of(_on_meta(layout).state_dict()), "does not fit", _layout_hint)
 
 
 def _layout_hint(found: Shapes) -> str:

@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
 from geoalign.errors import CheckpointError, RewardError
-from geoalign.files.weights import TensorFile, require, shapes_of
+from geoalign.files.weights import Shapes, TensorFile, require, shapes_of
 from geoalign.rewards.vlm.body import RewardQwen
 from geoalign.rewards.vlm.layout import QwenLayout
 
+Head = Callable[[QwenLayout], nn.Module]
 PEFT_PREFIX = "base_model.model."
 # The language head is never run: the reward head reads hidden states.
 DROPPED = ("lm_head.weight",)
@@ -65,9 +66,37 @@ def fold_lora(state: Mapping[str, Tensor], scale: float) -> dict[str, Tensor]:
     return out
 
 
+def check_headers(file: TensorFile, prefix: str, layout: QwenLayout, head: Head) -> None:
+    """Compare the names and shapes of a published file with a scorer of ``layout``, without reading a tensor.
+
+    Args:
+        prefix: of every name; with one the file holds unmerged low-rank updates, whose own tensors are not compared.
+        head: makes the reward head.
+
+    Raises CheckpointError for a missing, unknown or wrongly shaped tensor.
+    """
+    found: dict[str, tuple[int, ...]] = {}
+    for name, shape in file.shapes.items():
+        if not name.startswith(prefix):
+            raise CheckpointError(f"{file.path}: its key {name} lacks the prefix {prefix!r}")
+        if not name.endswith((_DOWN, _UP)):
+            found[name[len(prefix) :].replace(_BASE, ".")] = shape
+    _require(file.path, found, _on_meta(layout, head))
+
+
+def _on_meta(layout: QwenLayout, head: Head) -> RewardQwen:
+    with torch.device("meta"):
+        return RewardQwen(layout, head(layout))
+
+
+def _require(source: str | Path, found: Shapes, network: RewardQwen) -> None:
+    expected = shapes_of(network.state_dict()) | {name: found.get(name, ()) for name in DROPPED}  # there, in any shape
+    require(source, found, expected, "does not fit", lambda _: "Download the published file again.")
+
+
 def load_scorer(
     layout: QwenLayout,
-    head: nn.Module,
+    head: Head,
     state: Mapping[str, Tensor],
     *,
     source: str | Path,
@@ -77,17 +106,14 @@ def load_scorer(
     """Put ``state`` (published key names) into a frozen :class:`RewardQwen` of ``layout``.
 
     Args:
-        head: the reward head; give it on the meta device to save memory.
+        head: makes the reward head.
         source: named in errors.
 
     Raises CheckpointError for a missing, unknown or wrongly shaped tensor.
     """
-    with torch.device("meta"):
-        network = RewardQwen(layout, head).use_matrix_dtype(matrix_dtype)
+    network = _on_meta(layout, head).use_matrix_dtype(matrix_dtype)
+    _require(source, shapes_of(state), network)
     wanted = network.state_dict()
-    found = shapes_of(state)
-    expected = shapes_of(wanted) | {name: found.get(name, ()) for name in DROPPED}  # must be there, in any shape
-    require(source, found, expected, "does not fit", lambda _: "Download the published file again.")
     loaded = {name: state[name].to(tensor.dtype).to(device) for name, tensor in wanted.items()}
     network.load_state_dict(loaded, strict=True, assign=True)
     return network.eval().requires_grad_(False)

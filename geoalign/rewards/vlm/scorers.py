@@ -13,6 +13,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from geoalign.config.published import HPSV3, VIDEOALIGN
 from geoalign.errors import UsageError
 from geoalign.frozen.arena import ScorerMemory
 from geoalign.frozen.device import named_device
@@ -23,7 +24,13 @@ from geoalign.frozen.qwen_patches import fit_size, sample_frames, to_uint8
 from geoalign.rewards.base import RewardOutput
 from geoalign.rewards.vlm import prompts, templates
 from geoalign.rewards.vlm.body import RewardQwen, hpsv3_head, text_table, videoalign_head, vision_table
-from geoalign.rewards.vlm.checkpoint import PEFT_PREFIX, fold_lora, load_scorer, read_tensors, strip_prefix
+from geoalign.rewards.vlm.checkpoint import (
+    PEFT_PREFIX,
+    fold_lora,
+    load_scorer,
+    read_tensors,
+    strip_prefix,
+)
 from geoalign.rewards.vlm.layout import HPSV3_BODY, VIDEOALIGN_BODY, QwenLayout
 from geoalign.rewards.vlm.prompts import Encode, TokenPlan
 from geoalign.types import RetakeBatch
@@ -313,9 +320,7 @@ def _load(
     device: torch.device,
     dtype: torch.dtype,
 ) -> RewardQwen:
-    with torch.device("meta"):
-        made = head(layout)
-    return load_scorer(layout, made, state, source=checkpoint, device=device, matrix_dtype=dtype)
+    return load_scorer(layout, head, state, source=checkpoint, device=device, matrix_dtype=dtype)
 
 
 @_with_options_of(VideoAlignReward)
@@ -342,8 +347,7 @@ def build_videoalign(
     """
     where = named_device(device), _dtype(dtype)
     template = templates.load("videoalign", template_folder)
-    download = 'hf download KlingTeam/VideoReward --include "checkpoint-11352/*" --local-dir videoalign'
-    state = fold_lora(strip_prefix(read_tensors(checkpoint, download), PEFT_PREFIX), _LORA_SCALE)
+    state = fold_lora(strip_prefix(read_tensors(checkpoint, VIDEOALIGN.line()), PEFT_PREFIX), _LORA_SCALE)
     network = _load(VIDEOALIGN_BODY, videoalign_head, state, checkpoint, *where)
     folder = tokenizer or str(Path(checkpoint).expanduser().parent / "tokenizer")
     encode = prompts.load_encoder(folder, (prompts.VQ, prompts.MQ, prompts.TA))
@@ -374,6 +378,6 @@ def build_hpsv3(
     """
     where = named_device(device), _dtype(dtype)
     instruction, suffix = (templates.load(f"hpsv3_{part}", template_folder) for part in ("instruction", "suffix"))
-    state = read_tensors(checkpoint, "hf download MizzenAI/HPSv3 HPSv3.safetensors --local-dir hpsv3")
+    state = read_tensors(checkpoint, HPSV3.line())
     network = _load(HPSV3_BODY, hpsv3_head, state, checkpoint, *where)
     return Hpsv3Reward(network, prompts.load_encoder(tokenizer, (prompts.REWARD,)), instruction, suffix, **options)

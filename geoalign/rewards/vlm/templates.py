@@ -73,12 +73,17 @@ def verify(name: str, data: bytes, expected: Template, source: str | Path) -> st
     return data.decode("utf-8")
 
 
+def path_of(name: str, folder: str | Path | None = None) -> Path:
+    """Where the template ``name`` lies in ``folder`` (default: the default one)."""
+    return Path(folder or default_folder()) / f"{name}.txt"
+
+
 def load(name: str, folder: str | Path | None = None, known: Mapping[str, Template] = TEMPLATES) -> str:
     """Read and verify one template.
 
     Raises RewardError when it is missing (with the command that fetches it) or altered.
     """
-    path = Path(folder or default_folder()) / f"{name}.txt"
+    path = path_of(name, folder)
     if not path.is_file():
         raise RewardError(
             f"prompt template {name!r} not found at {path}. On a machine with a network run: "
@@ -163,7 +168,7 @@ def fetch(
     Raises RewardError naming every package that could not be fetched and the cause.
     """
     target = Path(folder or default_folder())
-    paths = {name: target / f"{name}.txt" for name in known}
+    paths = {name: path_of(name, target) for name in known}
     problems: list[str] = []
     for package, download in downloads.items():
         wanted = {

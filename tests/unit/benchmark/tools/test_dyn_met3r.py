@@ -102,6 +102,42 @@ def test_layers_blend_front_to_back_and_beyond_their_number_nothing() -> None:
     torch.testing.assert_close(seen[3, 3], expected, **TIGHT)
 
 
+def drawn_one_by_one(points: Tensor, features: Tensor, c2w: Tensor, size: tuple[int, int], disc: Disc) -> Tensor:
+    """The description word by word: for every pixel all points, sorted by depth, in Python."""
+    picture = torch.zeros(*size, features.shape[1], dtype=torch.float64)
+    w2c = torch.linalg.inv(c2w)
+    for row in range(size[0]):
+        for column in range(size[1]):
+            hits = []
+            for index, point in enumerate(points):
+                x, y, z = (w2c[:3, :3] @ point + w2c[:3, 3]).tolist()
+                if z <= 0:
+                    continue
+                across = (x / z * LENS[0].item() + LENS[2].item()) * size[1] - (column + 0.5)
+                down = (y / z * LENS[1].item() + LENS[3].item()) * size[0] - (row + 0.5)
+                far = (across**2 + down**2) / (min(size) / 2) ** 2
+                if far < disc.radius**2:
+                    hits.append((z, 1 - far / disc.radius**2, index))
+            light = 1.0
+            for _, opacity, index in sorted(hits)[: disc.layers]:
+                picture[row, column] += light * opacity * features[index]
+                light *= 1 - opacity
+    return picture
+
+
+def test_a_cloud_is_drawn_as_described() -> None:
+    """Random points before and behind a turned camera, discs of 1.2 pixels and three layers, so that much overlaps."""
+    generator = torch.Generator().manual_seed(4)
+    points = 4 * torch.rand(90, 3, generator=generator, dtype=torch.float64) - torch.tensor([2.0, 2.0, 1.0])
+    features = torch.randn(90, 3, generator=generator, dtype=torch.float64)
+    turn = so3.rigid(so3.exp(torch.tensor([0.1, 0.2, -0.4]).double()), torch.tensor([0.1, -0.2, -0.3]).double())
+    disc = Disc(radius=1.2 * 2 / HEIGHT, layers=3)
+    seen, covered = splat(points, features, turn, LENS, (HEIGHT, WIDTH), disc)
+    expected = drawn_one_by_one(points, features, turn, (HEIGHT, WIDTH), disc)
+    torch.testing.assert_close(seen, expected, **TIGHT)
+    assert torch.equal(covered, expected.any(-1)) and 0.2 < covered.float().mean() < 1
+
+
 def test_points_behind_the_camera_or_without_a_place_are_not_drawn() -> None:
     points = torch.tensor([[0.0, 0.0, -2.0], [0.0, 0.0, 0.0], [torch.nan, 0.0, 1.0], [50.0, 0.0, 1.0]])
     seen, covered = splat(points, torch.ones(4, 1), torch.eye(4), LENS, (HEIGHT, WIDTH), Disc(radius=2.0))

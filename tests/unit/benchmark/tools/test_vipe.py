@@ -8,6 +8,7 @@ import re
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -15,6 +16,7 @@ from typing import Any
 
 import foreign_tools
 import numpy as np
+import pytest
 
 from geoalign.benchmark.records import CaseFiles
 from geoalign.benchmark.tools.settings import RUNNERS
@@ -51,10 +53,10 @@ def test_failures_are_named(environments: Path, case_files: CaseFiles, tool: Bui
     """What may pass is tried again; a camera that was not found is not found again, for ViPE's seeds are fixed."""
     failures = {
         "raise": ("raised: RuntimeError: vipe infer ended with exit code 1; it printed: .*CUDA out of memory", 2),
-        "half": ("raised: BadZipFile", 2),
         "lost": ("incomplete output: the camera of 4 of 5 frames", 2),
-        "nan": ("incomplete output: poses.npz: frame 1: NaN or infinite pose", 2),
         "identity": ("identity poses: all 5 poses are equal", 1),
+        "half": ("raised: BadZipFile", 1),
+        "nan": ("incomplete output: poses.npz: frame 1: NaN or infinite pose", 1),
     }
     foreign_tools.vipe(environments)
     vipe = tool("vipe")
@@ -64,6 +66,8 @@ def test_failures_are_named(environments: Path, case_files: CaseFiles, tool: Bui
         assert re.match(cause, result.cause) and len(result.cause) < 1000, result.cause
         assert foreign_tools.cases(environments, "vipe") == [behaviour] * tries
         assert "Reading video stream" in (tmp_path / behaviour / "failure.log").read_text()
+        if behaviour == "identity":  # enough of trying again
+            vipe._worker.settings = vipe._worker.settings.model_copy(update={"retries": 0})
     foreign_tools.behave(environments, "vipe", "well")  # the next case meets a sound worker
     assert measured(vipe, case_files, tmp_path / "next").status == "ok"
     assert vipe._worker.starts == 1
@@ -77,20 +81,38 @@ def test_what_passes_is_no_failure(environments: Path, case_files: CaseFiles, to
 
 
 def test_a_hanging_tool_is_killed_with_its_children(
-    environments: Path, case_files: CaseFiles, tool: Build, tmp_path: Path
+    environments: Path, case_files: CaseFiles, tool: Build, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     folder = foreign_tools.vipe(environments)
-    vipe = tool("vipe", timeout_s=4)
-    vipe._worker.start()  # so that the limit holds for ViPE alone, not for the start of a process on a busy machine
+    vipe = tool("vipe")
+    vipe._worker.start()
     foreign_tools.behave(environments, "vipe", "hang")
-    (tmp_path / "out" / ".work").mkdir(parents=True)
-    (tmp_path / "out" / ".work" / "left").write_text("by a kill")
-    result = measured(vipe, case_files, tmp_path / "out")
-    assert result.cause.startswith("timed out: no answer within 4 s, killed; it printed: ")
+
+    class Timer(threading.Thread):
+        """Time is up as soon as ViPE hangs, whatever the load of the machine."""
+
+        def __init__(self, seconds: float, function: Callable[[], None]) -> None:
+            super().__init__(daemon=True)
+            self.seconds, self.function, self.cancelled = seconds, function, threading.Event()
+
+        def run(self) -> None:
+            while not (folder / "child").exists():
+                if self.cancelled.wait(0.02):
+                    return
+            self.function()
+
+        cancel = lambda self: self.cancelled.set()  # noqa: E731 - as threading.Timer
+
+    left = tmp_path / "out" / ".work" / "left"
+    left.parent.mkdir(parents=True)
+    left.write_text("by a kill")
+    with monkeypatch.context() as patch:
+        patch.setattr(threading, "Timer", Timer)
+        result = measured(vipe, case_files, tmp_path / "out")
+    assert result.cause.startswith("timed out: no answer within 1800 s, killed; it printed: ")
     assert foreign_tools.cases(environments, "vipe") == ["hang"]  # the time is gone: not tried again
     assert gone(int((folder / "child").read_text()))
     foreign_tools.behave(environments, "vipe", "well")
-    vipe._worker.settings = vipe._worker.settings.model_copy(update={"timeout_s": 60.0})
     assert measured(vipe, case_files, tmp_path / "out").status == "ok"
 
 
@@ -114,7 +136,7 @@ def test_a_killed_run_leaves_no_tool_behind(environments: Path, case_files: Case
     path = f"{folder / 'bin'}{os.pathsep}{os.environ['PATH']}"
     parent = subprocess.Popen([sys.executable, "-S", "-c", code, *command], env={**os.environ, "PATH": path})
     child = folder / "child"
-    while not (child.exists() and child.read_text()):
+    while not child.exists():
         assert parent.poll() is None
         time.sleep(0.05)
     parent.send_signal(signal.SIGKILL)
@@ -151,9 +173,8 @@ def test_a_wrong_environment_is_named(environments: Path, case_files: CaseFiles,
     (folder / "bin" / "vipe").unlink()
     (folder / "site" / "vipe" / "_configs" / "pipeline" / "only_pose.yaml").touch()
     for _ in range(2):
-        assert (
-            measured(vipe, case_files, tmp_path / "out").cause == "raised: FileNotFoundError: no program vipe in PATH"
-        )
+        cause = measured(vipe, case_files, tmp_path / "out").cause
+        assert cause == "raised: FileNotFoundError: no program vipe in PATH"
     starts = vipe._worker.starts
     result = measured(vipe, case_files, tmp_path / "out")  # loading may take minutes: broken is broken
     assert result.cause.startswith("raised: not tried again after 4 starts") and vipe._worker.starts == starts

@@ -1,20 +1,25 @@
 """VideoAlign and HPSv3 from files on disk to scores, against stock transformers on the same files.
 
-Weights are random and tiny, but lie in the published layouts: an unmerged PEFT state dict (.pth) with its tokenizer
-beside it, and a flat .safetensors in the layout of transformers before 4.52. Templates are stand-ins with their own
-checksums.
+Weights are random and tiny, but lie in the published layouts (tests/support/tiny_vlm.py).
 """
 
 from __future__ import annotations
 
-import functools
-import hashlib
-import json
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
+from tiny_vlm import (
+    IMAGE_ID,
+    OWN,
+    TEXTS,
+    VIDEO_ID,
+    make_small,
+    write_hpsv3,
+    write_templates,
+    write_videoalign,
+)
 from torch import Tensor
 
 from geoalign.config.rewards import RewardConfig
@@ -22,130 +27,13 @@ from geoalign.errors import CheckpointError, RewardError, UsageError
 from geoalign.geometry.trajectory import CameraTrajectory
 from geoalign.rewards.base import Reward
 from geoalign.rewards.registry import build_rewards
-from geoalign.rewards.vlm import scorers, templates
-from geoalign.rewards.vlm.layout import QwenLayout
+from geoalign.rewards.vlm import scorers
 from geoalign.types import RetakeBatch, SourceClip
 
-# 256 byte tokens, the special tokens of Qwen2-VL that matter, then the scorer's own: ids follow in this order.
-SPECIAL = (
-    "<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>", "<|image_pad|>",
-    "<|video_pad|>",
-)  # fmt: skip
-START_ID, IMAGE_ID, VIDEO_ID = (
-    256 + SPECIAL.index(f"<|{name}|>") for name in ("vision_start", "image_pad", "video_pad")
-)
-OWN = {"videoalign": ("<|VQ_reward|>", "<|MQ_reward|>", "<|TA_reward|>"), "hpsv3": ("<|Reward|>",)}
-TEXTS = {
-    "videoalign": "\nLook: <|VQ_reward|>\nmove: <|MQ_reward|> \nfit of {text_prompt}: <|TA_reward|>\nEND\n",
-    "hpsv3_instruction": "\nJudge the picture. \n{text_prompt}\n",
-    "hpsv3_suffix": "\nverdict: <|Reward|>\nEND\n",
-}
-KNOWN = {n: templates.Template(hashlib.sha256(t.encode()).hexdigest(), len(t), "none") for n, t in TEXTS.items()}
 # 448 x 448 is exactly the area that both scorers accept: nothing is resized, so pixels can be compared exactly.
 SIDE, FRAMES, TOKENS = 448, 9, 256
 VISIBLE = 1e-3
 PROMPTS = ("a red car", "two small dogs run")
-
-
-def layout_of(kind: str) -> QwenLayout:
-    return QwenLayout(32, 2, 2, 64, 64, 2, 4, 2, 128, rows=256 + len(SPECIAL) + len(OWN[kind]))
-
-
-def write_tokenizer(folder: Path, own: tuple[str, ...]) -> None:
-    """A byte-level BPE without merges in the files of the Qwen2 tokenizer; ``own`` tokens are already added."""
-    from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
-
-    vocabulary = {letter: i for i, letter in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}
-    tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    tokenizer.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in (*SPECIAL, *own)])
-    folder.mkdir(parents=True)
-    tokenizer.save(str(folder / "tokenizer.json"))
-    (folder / "vocab.json").write_text(json.dumps(vocabulary))
-    (folder / "merges.txt").write_text("#version: 0.2\n")
-    added = {
-        str(256 + i): {"content": token, "special": True, "normalized": False, "lstrip": False, "rstrip": False,
-                       "single_word": False}
-        for i, token in enumerate((*SPECIAL, *own))
-    }  # fmt: skip
-    config = {
-        "tokenizer_class": "Qwen2Tokenizer", "added_tokens_decoder": added, "additional_special_tokens": list(SPECIAL),
-        "eos_token": "<|im_end|>", "pad_token": "<|endoftext|>", "model_max_length": 32768,
-    }  # fmt: skip
-    (folder / "tokenizer_config.json").write_text(json.dumps(config))
-
-
-def stock_model(kind: str):
-    """A stock Qwen2-VL body with random bfloat16-representable weights of useful size."""
-    from transformers import Qwen2VLConfig, Qwen2VLModel
-
-    config = Qwen2VLConfig(
-        text_config={
-            "hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2,
-            "intermediate_size": 128, "vocab_size": layout_of(kind).rows, "rms_norm_eps": 1e-6,
-            "rope_parameters": {"rope_type": "default", "rope_theta": 1e6, "mrope_section": [2, 3, 3]},
-        },
-        vision_config={"depth": 2, "embed_dim": 32, "num_heads": 2, "hidden_size": 64, "mlp_ratio": 2},
-        image_token_id=IMAGE_ID, video_token_id=VIDEO_ID, vision_start_token_id=START_ID,
-        vision_end_token_id=START_ID + 1,
-    )  # fmt: skip
-    model = Qwen2VLModel(config).eval().requires_grad_(False)
-    torch.manual_seed(len(kind))
-    for parameter in model.parameters():
-        scale = parameter[0].numel() ** -0.5 if parameter.ndim > 1 else 0.1
-        parameter.copy_((torch.randn_like(parameter) * scale + (parameter.ndim == 1)).bfloat16())
-    return model
-
-
-def published_names(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Stock names to those of the released files, in bfloat16, with the language head that the releases carry."""
-    named = {name.replace("language_model.", "model.", 1): value.bfloat16() for name, value in state.items()}
-    return {**named, "lm_head.weight": torch.zeros(8, 64, dtype=torch.bfloat16)}
-
-
-def write_videoalign(folder: Path) -> tuple[Path, Callable[[Tensor], Tensor], object]:
-    """Write the release's files; returns the checkpoint, the head and the stock model with merged updates."""
-    model = stock_model("videoalign")
-    prefix, state = "base_model.model.", {}
-    for name, value in published_names(model.state_dict()).items():
-        stem = name.removesuffix(".weight")
-        if name.startswith("model.layers.") and stem.endswith("_proj") and name.endswith("weight"):
-            down, up = torch.randn(4, value.shape[1]) * 0.05, torch.randn(len(value), 4) * 0.05
-            state[f"{prefix}{stem}.base_layer.weight"] = value
-            state[f"{prefix}{stem}.lora_A.default.weight"], state[f"{prefix}{stem}.lora_B.default.weight"] = down, up
-            target = model.get_parameter(name.replace("model.", "language_model.", 1))
-            target.copy_((target + 2.0 * up @ down).bfloat16())
-        elif name.startswith("model.layers.") and stem.removesuffix(".bias").endswith("_proj"):
-            state[f"{prefix}{name.removesuffix('.bias')}.base_layer.bias"] = value
-        else:
-            state[prefix + name] = value
-    head = torch.randn(1, 64).bfloat16()
-    state[prefix + "rm_head.weight"] = head
-    file = folder / "checkpoint-11352" / "model.pth"
-    write_tokenizer(file.parent / "tokenizer", OWN["videoalign"])
-    torch.save(state, file)
-    return file, lambda hidden: hidden @ head.float().T, model
-
-
-def write_hpsv3(folder: Path) -> tuple[Path, Callable[[Tensor], Tensor], object]:
-    from safetensors.torch import save_file
-
-    model, head = stock_model("hpsv3"), {}
-    for index, (rows, columns) in {0: (1024, 64), 3: (16, 1024), 5: (2, 16)}.items():
-        head[f"rm_head.{index}.weight"] = torch.randn(rows, columns) * (2 / columns) ** 0.5
-        head[f"rm_head.{index}.bias"] = torch.randn(rows) * 0.1
-    folder.mkdir(parents=True)
-    save_file({**published_names(model.state_dict()), **head}, folder / "HPSv3.safetensors")
-    write_tokenizer(folder / "tokenizer", ())  # the base model's: the reward token is added by the loader
-
-    def apply(hidden: Tensor) -> Tensor:
-        for index in (0, 3, 5):
-            hidden = hidden.relu() if index else hidden
-            hidden = hidden @ head[f"rm_head.{index}.weight"].T + head[f"rm_head.{index}.bias"]
-        return hidden
-
-    return folder / "HPSv3.safetensors", apply, model
 
 
 class Stock:
@@ -194,9 +82,7 @@ def release(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[dict[st
     """Options that point at the files of each scorer, and the stock scorer of the same files."""
     root = tmp_path_factory.mktemp("release")
     prompts = root / "prompts"
-    prompts.mkdir()
-    for name, text in TEXTS.items():
-        (prompts / f"{name}.txt").write_bytes(text.encode())
+    write_templates(prompts)
     common = {"template_folder": str(prompts), "device": "cpu", "dtype": "float32"}
     file, head, model = write_videoalign(root / "videoalign")
     align = ({"checkpoint": str(file), **common}, Stock("videoalign", file.parent / "tokenizer", head, model))
@@ -208,9 +94,7 @@ def release(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[dict[st
 
 @pytest.fixture(autouse=True)
 def small_bodies(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(scorers, "VIDEOALIGN_BODY", layout_of("videoalign"))
-    monkeypatch.setattr(scorers, "HPSV3_BODY", layout_of("hpsv3"))
-    monkeypatch.setattr(templates, "load", functools.partial(templates.load, known=KNOWN))
+    make_small(monkeypatch)
 
 
 @pytest.fixture(scope="module")

@@ -1,0 +1,153 @@
+"""What a run reads: weights of policy, encoders and rewards, clips, camera paths, prepared windows."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+from geoalign.config.published import BASE, BLIP2, CAMERAS, CLIPS, REDIRECTOR
+from geoalign.config.schema import Config
+from geoalign.data.cache import open_cache
+from geoalign.data.clips import list_clips
+from geoalign.data.prepare import data_settings
+from geoalign.data.tally import Tally
+from geoalign.errors import UserError
+from geoalign.files.need import Need, looks_like_tokenizer
+from geoalign.geometry.cameras.door import split_name
+from geoalign.jobs.checks.check import Check, look, look_at
+from geoalign.jobs.prepare import encoder_identity
+from geoalign.models.captions import check_captioner
+from geoalign.models.encoders import check_image_encoder, check_text_encoder
+from geoalign.models.wan_vae import check_wan_codec
+from geoalign.policy.open import describe_base, locate, vae_of
+from geoalign.rewards.registry import evaluator_needs, reward_needs
+from geoalign.world.dataset import is_complete
+
+
+def policy(config: Config) -> Iterator[Check]:
+    """The base and what was trained on top of it: the very tensors of the model section."""
+    base, delta = config.train.base, config.train.delta
+    parts = [] if base is None else [("base weights", base, _base_line(config, base))]
+    parts += [] if delta is None else [("weights trained on the base", delta, REDIRECTOR.line(delta.parent))]
+    if missing := [part for part in parts if _is_missing(part[1])]:
+        yield from (Check(name, "absent", f"{path} is not there", get) for name, path, get in missing)
+        return
+
+    def opened() -> str:
+        files = describe_base(config)
+        tensors = sum(len(part.shapes) for part in files.parts)
+        return f"{' + '.join(str(path) for _, path, _ in parts)}: {files.title}, {tensors:,} tensors"
+
+    yield look("base weights", "put the weights there that the model section describes", opened)
+
+
+def autoencoder(config: Config) -> Iterator[Check]:
+    """The video autoencoder beside the base, where the codec is one and ``data.prepare`` names no other."""
+    base = config.train.base
+    if config.codec.kind != "wan_vae" or base is None:
+        return
+    get = BASE.line(base)
+    if _is_missing(base):
+        yield Check("video autoencoder", "absent", f"{base} is not there", get)
+    else:
+        yield look("video autoencoder", get, lambda: _vae(base))
+
+
+def _is_missing(path: Path) -> bool:
+    return not str(path).startswith("builtin:") and not path.exists()
+
+
+def _base_line(config: Config, base: Path) -> str:
+    """What makes a base: a download for the published codec, pre-training for the embedded one."""
+    if config.codec.kind == "wan_vae":
+        return BASE.line(base)
+    return f"geoalign pretrain --config NAME --out {base}"
+
+
+def _vae(base: Path) -> str:
+    path = vae_of(locate(base).home)
+    return f"{path}: {check_wan_codec(path)}"
+
+
+def encoders(config: Config) -> Iterator[Check]:
+    """What ``data.prepare`` names; a run with ``data.use_cache`` reads it too, to know its cache."""
+    settings = config.data.prepare
+    named: list[tuple[str, Path, str, Callable[[Path], str]]] = []
+    if settings.codec is not None:
+        named.append(("autoencoder of prepare", settings.codec, BASE.line(settings.codec.parent), check_wan_codec))
+    if settings.text is not None:
+        get = BASE.line(settings.text.parent)
+        named.append(("text encoder", settings.text, get, check_text_encoder))
+        named.append(("tokenizer", settings.tokenizer or settings.text, get, looks_like_tokenizer))
+    if settings.image is not None:
+        named.append(("image encoder", settings.image, BASE.line(settings.image.parent), check_image_encoder))
+    if settings.captioner is not None:
+        named.append(("captioner", settings.captioner, BLIP2.line(settings.captioner), check_captioner))
+    for name, path, get, verify in named:
+        yield look_at(Need(name, path, get, verify))
+    if settings.evaluator is not None:
+        for need in evaluator_needs(settings.evaluator, settings.evaluator_options):
+            yield look_at(Need(f"{need.title} (source cameras)", need.path, need.get, need.verify))
+
+
+def rewards(config: Config) -> Iterator[Check]:
+    """Weights, tokenizers and prompts of the scorers; of a user's own code nothing is known."""
+    for name, reward in config.rewards.items():
+        try:
+            needs = reward_needs(f"rewards.{name}.options", reward.kind, reward.options)
+        except UserError as error:
+            yield Check(f"reward {name}", "wrong", str(error), f"correct rewards.{name}", error)
+            continue
+        for need in needs:
+            yield look_at(Need(f"{need.title} (rewards.{name})", need.path, need.get, need.verify))
+
+
+def clips(config: Config) -> Iterator[Check]:
+    """Source clips: listed, not decoded; ``geoalign data check`` looks into them."""
+    path = config.data.clips_path
+    if config.world is not None:
+        state = "complete" if is_complete(config.data, config.world) else "is rendered when a run starts"
+        yield Check("embedded world", "present", f"{config.data.root}: {state}")
+    elif not path.exists():
+        yield Check("source clips", "absent", f"{path} is not there", CLIPS.line(path))
+    else:
+        yield look("source clips", "put clips there, or set data.root and data.clips", lambda: _listed(config))
+
+
+def camera_paths(config: Config) -> Iterator[Check]:
+    """Target camera paths: there, and not an empty folder."""
+    path = split_name(config.data.trajectories_path)[0]
+    if config.world is not None:
+        return
+    if not path.exists() or (path.is_dir() and not any(path.iterdir())):
+        yield Check("camera paths", "absent", f"{path} is not there or empty", CAMERAS.line(path))
+    else:
+        yield Check("camera paths", "present", f"{path} (`geoalign data trajectories` looks into it)")
+
+
+def _listed(config: Config) -> str:
+    tally = Tally("clips")
+    records = list_clips(config.data.clips_path, config.data.clips, tally)
+    tally.check(config.data.clips.max_bad_fraction)
+    left_out = f", {len(tally.rejected):,} rows left out" if tally.rejected else ""
+    return f"{config.data.clips_path}: {len(records):,} clips{left_out} (`geoalign data check` looks into them)"
+
+
+def cache(config: Config) -> Iterator[Check]:
+    """The prepared windows of these settings; encoders that are missing are told as such, not here."""
+    if not config.data.use_cache:
+        return
+
+    def opened() -> str:
+        try:
+            identity = encoder_identity(config)
+        except UserError:
+            identity = None
+        found = open_cache(config.data.cache, data_settings(config.data), identity)
+        return f"{found.path}: {len(found.entries()):,} windows"
+
+    fix = "geoalign prepare --config NAME, with the same settings"
+    if not config.data.cache.exists():
+        yield Check("prepared windows", "absent", f"{config.data.cache} is not there", fix)
+    else:
+        yield look("prepared windows", fix, opened)

@@ -1,0 +1,78 @@
+"""What to fetch for some hours: whole videos, nested in each other, from the tables as published."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+
+from geoalign.cli.main import main
+from geoalign.config.data import ClipsConfig
+from geoalign.data.clips import list_clips
+from geoalign.data.subset import choose
+from geoalign.data.tally import Tally
+from geoalign.errors import DataError
+
+
+@pytest.fixture
+def sekai(tmp_path: Path) -> Path:
+    """40 videos of 1 to 4 clips of a minute; ids begin with - and hold _, one row is there twice, one is empty."""
+    rows = [f"-v_{n:02}x_{k * 1800:07}_{(k + 1) * 1800:07}.mp4" for n in range(40) for k in range(n % 4 + 1)]
+    lines = [f'{name},{name[:-4]}.npz,"a street, rain",Tokyo' for name in (*rows, rows[0])]
+    path = tmp_path / "sekai.csv"
+    path.write_text("\ufeffvideoFile,cameraFile,caption,location\n" + "\n".join([*lines, ",,,"]) + "\n", "utf-8")
+    return path
+
+
+def test_whole_videos_until_the_hours_are_reached(sekai: Path) -> None:
+    small, large, other = choose([sekai], 0.3), choose([sekai], 1.0), choose([sekai], 0.3, seed=1)
+    assert all(item.seconds == 60.0 for item in large.items)
+    assert 0.3 <= small.hours < 0.3 + 4 / 60 and 1.0 <= large.hours < 1.0 + 4 / 60
+    assert large.sources[: len(small.sources)] == small.sources != other.sources[: len(small.sources)]
+    for source in large.sources:  # each with all of its clips
+        number = int(re.search(r"v_(\d+)x", source)[1])
+        assert sum(item.source == source for item in large.items) == number % 4 + 1
+    everything = choose([sekai], 99)
+    assert len(everything.items) == 100 and len(everything.sources) == 40 and everything.left_out == 2
+
+
+def test_the_verb_writes_lists_that_training_reads(sekai: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    citywalk = sekai.with_name("citywalk.csv")
+    chosen = sorted({item.name for item in choose([sekai], 99).items})[::2]
+    citywalk.write_text("UID,Frames\n" + "".join(f"{name},1800\n" for name in chosen))
+    folder = sekai.parent / "clips"
+    tables = ["--table", str(sekai), "--table", str(citywalk)]
+    assert main(["data", "subset", *tables, "--hours", "0.5", "--out", str(folder)]) == 0
+    said = capsys.readouterr().out
+    videos = (folder / "fetch.txt").read_text().splitlines()
+    assert f"clips of {len(videos)} videos" in said and len(set(videos)) == len(videos)
+    found = choose([sekai, citywalk], 0.5)
+    assert videos == [f"https://www.youtube.com/watch?v={source}" for source in found.sources]
+    assert {item.name for item in found.items} <= set(chosen)
+    for item in found.items:  # as the published tools cut them
+        file = folder / "files" / item.source / f"{item.name}.mp4"
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_bytes(b"x")
+    records = list_clips(folder, ClipsConfig(), Tally("clips"))
+    assert {record.clip_id for record in records} == {item.name for item in found.items}
+    assert {record.caption for record in records} == {"a street, rain"}
+
+
+def test_scenes_are_listed_as_archives(tmp_path: Path) -> None:
+    table = tmp_path / "scenes.csv"
+    rows = [f"{n:012x},{2400 * (n % 3 + 1)},24.0" for n in range(9)]
+    table.write_text("UID,Total Img Num,FPS\n" + "\n".join(rows) + "\n")
+    found = choose([table], 0.2)
+    assert found.kind == "scenes" and 0.2 <= found.hours < 0.2 + 300 / 3600
+    found.write(tmp_path / "out")
+    lines = (tmp_path / "out" / "fetch.txt").read_text().splitlines()
+    assert lines == [f"annotations/OmniWorld-Game/{uid}/{uid}_others.tar.gz" for uid in found.sources]
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["fetch.txt"]
+
+
+def test_a_table_of_neither_is_refused(tmp_path: Path) -> None:
+    table = tmp_path / "other.csv"
+    table.write_text("name,size\na,1\n")
+    with pytest.raises(DataError, match=r"other\.csv: names neither clips"):
+        choose([table], 1)
