@@ -225,7 +225,8 @@ def _ablation(results: Results, columns: Sequence[Column]) -> Table:
             f"reward only) and --model {wanted[1]}=RUN (full reward), or name them in benchmark.ablation."
         )
         return Table("table3", title, ("method",), (), (note,))
-    methods = [name for name in (results.settings.base, *wanted) if name in results.methods]
+    asked = dict.fromkeys((results.settings.base, *wanted))
+    methods = [name for name in asked if name in results.methods]
     made = _means(results, "table3", title, methods, columns)
     ours = made.rows[: len(methods)]
     return Table("table3", title, made.header, ours, made.notes[:2])

@@ -178,7 +178,7 @@ def four_numbers(option: str) -> Callable[[str], tuple[float, float, float, floa
 
 def print_held_out(numbers: Mapping[str, Mapping[str, list[float]]]) -> None:
     """Print each metric's mean over noise seeds, by kind of path."""
-    from geoalign.jobs.evaluate import mean_of_defined
+    from geoalign.jobs.evaluation_table import mean_of_defined
 
     for kind, rows in numbers.items():
         print(kind)

@@ -22,7 +22,7 @@ from geoalign.jobs.checks import require_inputs
 from geoalign.jobs.environment import describe_environment
 from geoalign.jobs.metrics_file import MetricsWriter
 from geoalign.jobs.prepare import encoder_identity, render_missing_data
-from geoalign.jobs.progress import bar
+from geoalign.jobs.progress import bar, say
 from geoalign.jobs.stop import StopRequest
 from geoalign.jobs.train_held_out import RunEvaluator, conditions_of, held_out_summary
 from geoalign.jobs.train_profile import profiled
@@ -101,8 +101,10 @@ def _run(
             folder.mkdir(parents=True, exist_ok=True)
             atomic_write_text(folder / RUN_CONFIG, to_yaml(config))
             atomic_write_json(folder / "env.json", environment)
-        evaluation, clock = RunEvaluator.of(config, trainer, folder), _Clock()
+        evaluation, clock = RunEvaluator.of(config, trainer, folder), _Clock(ranks)
         if state is None:
+            if config.world is not None:
+                say("evaluating the base on held-out scenes")
             trainer.notes |= {"before": evaluation.keep("before"), "conditions": conditions_of(config)}
         _iterate(config, trainer, evaluation, clock, settings, profile)
         if trainer.iteration < config.train.iterations:
@@ -111,12 +113,13 @@ def _run(
         trainer.engine.swap_average()
         after = evaluation.keep("after")
         trainer.engine.swap_average()
+        cpu_s = clock.cpu(trainer.notes)
         if main:
             summary = held_out_summary(trainer.notes, after) | {
                 "seed": config.run.seed,
                 "iterations": trainer.iteration,
                 "wall_s": clock.wall(trainer.notes),
-                "cpu_s": clock.cpu(trainer.notes),
+                "cpu_s": cpu_s,
                 "base": str(config.train.base),
                 "config_hash": settings.hash,
                 **environment,
@@ -171,9 +174,10 @@ def _save_result(config: Config, trainer: Trainer, folder: Path) -> None:
 
 
 class _Clock:
-    """Wall and CPU seconds of this process, added to those of earlier parts of a resumed run."""
+    """Wall seconds of this process and CPU seconds of all ranks, added to those of earlier parts of a resumed run."""
 
-    def __init__(self) -> None:
+    def __init__(self, ranks: Ranks) -> None:
+        self._ranks = ranks
         self._wall, self._cpu = time.perf_counter(), time.process_time()
 
     def wall(self, notes: Mapping[str, Any]) -> float:
@@ -181,8 +185,9 @@ class _Clock:
         return float(notes.get("wall_s", 0.0)) + time.perf_counter() - self._wall
 
     def cpu(self, notes: Mapping[str, Any]) -> float:
-        """CPU seconds of the whole run."""
-        return float(notes.get("cpu_s", 0.0)) + time.process_time() - self._cpu
+        """CPU seconds of the whole run; a collective."""
+        mine = torch.tensor(time.process_time() - self._cpu, dtype=torch.float64)
+        return float(notes.get("cpu_s", 0.0)) + float(self._ranks.all_reduce(mine, "sum"))
 
 
 def _iterate(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -25,7 +25,7 @@ def retake(
     *,
     seed: int,
     stream: int = streams.INITIAL_NOISE,
-    rows: Sequence[int] | None = None,
+    rows: Tensor | None = None,
     on_pass: Callable[[int], object] = lambda passes: None,
     strict: bool = False,
 ) -> Tensor:
@@ -35,7 +35,8 @@ def retake(
         policy: model, codec and guidance.
         batch: B conditions, on any device.
         flow: sampler settings; its stochastic part is not used.
-        seed, stream, rows: name the initial noise, which is a function of all three; rows: 0..B-1 by default.
+        seed, stream: name the initial noise, which is a function of both and of the row.
+        rows: ``[B]`` int64, which rows of a larger batch these are; default 0..B-1.
         on_pass: told after each step how many passes of the network it took (two under guidance).
         strict: raise for values that are not finite, which are returned otherwise (an evaluation counts them).
 
@@ -50,8 +51,8 @@ def retake(
         return answer
 
     precomputed = policy.precompute(policy.condition(batch))
-    ids = torch.as_tensor(range(len(batch)) if rows is None else rows, device=policy.device)
-    noise = initial_noise(policy.latent_shape(batch), seed, 0, ids, stream=stream)
+    rows = torch.arange(len(batch)) if rows is None else rows
+    noise = initial_noise(policy.latent_shape(batch), seed, 0, rows.to(policy.device), stream=stream)
     latents = FlowSampler(build_step_table(flow)).sample(velocity, precomputed, noise)
     if strict:
         refuse_non_finite(latents, "the model")

@@ -1,4 +1,4 @@
-"""A folder in the layout of DAVIS, a random policy in the published layout, and readers that fail when they are told."""
+"""A folder in the layout of DAVIS, a random policy in the published layout, and readers that fail as they are told."""
 
 from __future__ import annotations
 
