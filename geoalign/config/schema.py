@@ -86,6 +86,14 @@ class Config(Section):
         }
         return changed | ({"ode.reuse_share": self.ode.reuse_share} if "ode.reuse" in changed else {})
 
+    def changes(self) -> dict[str, Any]:
+        """:meth:`approximations`, and settings by which updates are made of less."""
+        fields = LearnConfig.model_fields
+        learn = {f"learn.{name}": getattr(self.learn, name) for name in fields}
+        return self.approximations() | {
+            name: value for name, value in learn.items() if value != fields[name.partition(".")[2]].default
+        }
+
     @model_validator(mode="after")
     def _possible(self) -> Self:
         checks = (
