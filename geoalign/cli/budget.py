@@ -207,7 +207,7 @@ def _rates(numbers: dict[str, Any]) -> list[str]:
 def _changes(priced: PricedRung) -> dict[str, Any]:
     return {
         "rung": priced.rung.name,
-        "settings": priced.rung.settings,
+        "settings": priced.settings,
         "changes_videos": priced.rung.video,
         "hours": priced.hours,
         "rests_on": priced.kind,

@@ -56,9 +56,11 @@ RUNGS = (
 
 @dataclass(frozen=True, slots=True)
 class PricedRung:
-    """A rung on a run: predicted hours with all EXACT levers and it alone, how founded they are, its fidelity."""
+    """A rung on a run: its settings there, predicted hours with all EXACT levers and it alone, how founded they are, and
+    its fidelity."""
 
     rung: Rung
+    settings: str
     hours: float
     kind: Kind
     fidelity: Mapping[str, Any] | None
@@ -77,14 +79,13 @@ def priced_rungs(name: str, overrides: Sequence[str], device: DeviceProfile, dev
         if rung.rate == "attention_int8" and not device.int8_pays():
             continue
         settings = rung.settings.format(**halves)
-        reset = ["flow.tail_grid=schedule", "flow.tail_steps=null", "flow.tail_ratio=1.0", "flow.tail_solver=euler"]
-        reset += ["ode={}", "learn={}"]
         try:
-            config = load_config(Config, name, [*overrides, *reset, *settings.split()])
+            config = load_config(Config, name, [*overrides, *_undone(base), *settings.split()])
         except ConfigError:  # of a reward that the run does not have, or frames that it cannot
             continue
         kind = device.kinds.get(rung.rate, "assumed")
-        found.append(PricedRung(rung, hours(config, device, devices), kind, measured(config) if rung.video else None))
+        fidelity = measured(config) if rung.video else None
+        found.append(PricedRung(rung, settings, hours(config, device, devices), kind, fidelity))
     return found
 
 
@@ -108,6 +109,16 @@ def fidelity_rows() -> list[dict[str, Any]]:
     """The table that ships with the package, made on the embedded policy; empty before it was made."""
     file = resources.files("geoalign").joinpath("_assets", "fidelity.json")
     return json.loads(file.read_text(encoding="utf-8"))["rows"] if file.is_file() else []
+
+
+def _undone(config: Config) -> list[str]:
+    """Overrides that take back what ``config`` CHANGES."""
+    found = ["ode.audit_every=0"]
+    for key in config.changes():
+        section, name = key.split(".")
+        default = type(getattr(config, section)).model_fields[name].default
+        found.append(f"{key}={'null' if default is None else default}")
+    return found
 
 
 def _words(config: Config) -> dict[str, str]:

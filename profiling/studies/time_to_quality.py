@@ -34,7 +34,7 @@ ARMS: dict[str, tuple[str, ...]] = {
     "window of 4, nothing shared": (*MOVING, *NOTHING_SHARED),
     "window of 4, exact levers": (*MOVING, "levers.streaming=graphs"),
     "window of 4, exact levers, reuse": (*MOVING, "levers.streaming=graphs", "ode.reuse=residual",
-                                         "ode.reuse_share=0.3", "ode.audit_every=20"),
+                                         "ode.reuse_share=0.3", "ode.audit_every=20", "learn.window_steps=3"),
 }  # fmt: skip
 KINDS = ("presets", "random")
 
