@@ -7,6 +7,7 @@ N rows of all ranks.
 from __future__ import annotations
 
 import logging
+import time
 from collections.abc import Mapping, Sequence
 from typing import Any, Protocol, runtime_checkable
 
@@ -129,7 +130,7 @@ class Trainer:
                 replay that differ beyond the bound, or an approximate tail that an audit refuses.
         """
         config, rank_rows = self.config, self.rank_rows
-        window = self.schedule(self.iteration)
+        window, began = self.schedule(self.iteration), time.process_time()
         sampler, audited = self._sampler(window), self.auditor.due(self.iteration, self.notes)
         with self.clock.active():
             with phase("data"):
@@ -164,6 +165,7 @@ class Trainer:
         spent = self.meter.passes(rollout, self.learner.passes, spent_on_audit)
         predicted = self.auditor.passes(audited, sampler)
         work = self.meter.metrics(spent, sampler, positions, predicted, seconds["time/iteration_s"], frames)
+        work["perf/cpu_s"] = time.process_time() - began
         where = {"window/start": float(window.start), "optim/lr_factor": factor}
         data = self.source.telemetry() if isinstance(self.source, PrefetchingSource) else {}
         counts = self._failure_counts()
