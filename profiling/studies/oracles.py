@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from record import config_settings, write_result
+from record import section_settings, write_result
 from torch import Tensor
 
 from geoalign.config.load import load_config
@@ -120,7 +120,8 @@ def _vertex(values: tuple[float, ...]) -> float:
 def settings(base: Any, config: str) -> dict[str, Any]:
     """What the oracles of a base depend on."""
     search = {"grid": _GRID, "step": _STEP, "rounds": _ROUNDS, "limits": _LIMITS}
-    return {**config_settings(config), "base": base, "calibration": CALIBRATION, "search": search}
+    read = section_settings(config, (), ("world", "flow", "eval", "pretrain"))
+    return {**read, "base": base, "calibration": CALIBRATION, "search": search}
 
 
 def mean_by_frame(estimated: Tensor, wanted: Tensor) -> dict[str, list[float]]:
