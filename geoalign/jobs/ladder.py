@@ -56,8 +56,7 @@ RUNGS = (
 
 @dataclass(frozen=True, slots=True)
 class PricedRung:
-    """A rung on a run: its settings there, predicted hours with all EXACT levers and it alone, how founded they are, and
-    its fidelity."""
+    """A rung on a run: its settings there, predicted hours with all EXACT levers and it alone, and its fidelity."""
 
     rung: Rung
     settings: str

@@ -104,6 +104,7 @@ def carry_out(run: Run, root: Path) -> None:
 
 def write_pages(root: Path) -> None:
     """Write the generated part of every page; outside this checkout, into copies of its pages."""
+    time_to_quality.draw(root)
     for page, text in PAGES.items():
         if not (root / page).exists():
             (root / page).parent.mkdir(parents=True, exist_ok=True)

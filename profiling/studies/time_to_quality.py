@@ -20,7 +20,7 @@ from record import config_settings, fingerprint, shipped_base, write_result
 from geoalign.jobs.evaluate import METRICS
 from geoalign.report.svg import number
 
-RESULTS = Path("docs/results/time_to_quality")
+RESULTS, FIGURE = Path("docs/results/time_to_quality"), Path("docs/images/time_to_quality.svg")
 CONFIG, SEEDS, TARGET = "bench_levers", (1, 2, 3), 0.8
 """Quality is reached where the error has fallen to ``TARGET`` of the base's."""
 SHAPE = ("groups.conditions=2", "groups.size=8", "train.iterations=60", "eval.every=5", "eval.samples=10")
@@ -85,8 +85,7 @@ def reached(points: Sequence[Sequence[float]], target: float) -> float:
 
 def table(root: Path) -> str:
     """Seconds to the stated error for every structure, and the factor between them; seeds apart."""
-    runs = {(arm, seed): root / file_of(arm, seed) for arm in ARMS for seed in SEEDS}
-    found = {key: json.loads(path.read_text()) for key, path in runs.items() if path.exists()}
+    found = _results(root)
     lines = [
         "| structure | CPU seconds an iteration | CPU seconds to the error, by seed | speed-up over the window of 4 "
         "with nothing shared | error at the end (m) |",
@@ -106,9 +105,34 @@ def table(root: Path) -> str:
         lines.append(f"| {arm} | {sum(each) / len(each):.2f} | {told} | {_span(factors)} | {_span(ends, 3)} |")
     error = sorted({f"{TARGET * run['points'][0][1]:.3f} m" for run in found.values()})
     note = f"The stated error is {TARGET:.0%} of the base's: {', '.join(error) or 'not run'}."
-    return (
-        "\n".join(lines) + f"\n\n{note} T = 25, two groups of eight; CPU seconds of training alone, without evaluation."
-    )
+    picture = [f"![Error against CPU seconds]({FIGURE.relative_to('docs')})"] if found else []
+    told = f"{note} T = 25, two groups of eight; CPU seconds of training alone, without evaluation."
+    return "\n\n".join(["\n".join(lines), *picture, told])
+
+
+def draw(root: Path) -> None:
+    """The curves of all seeds as a picture; nothing before there are results."""
+    found = _results(root)
+    if not found:
+        return
+    from matplotlib.figure import Figure  # without a window
+
+    figure = Figure(figsize=(7.0, 3.6), layout="constrained")
+    axes = figure.subplots()
+    for place, arm in enumerate(ARMS):
+        runs = [run for (name, _), run in found.items() if name == arm]
+        for run in runs:
+            label = arm if run is runs[0] else None
+            axes.plot(*zip(*run["points"], strict=True), color=f"C{place}", label=label, linewidth=1)
+    axes.set(xscale="symlog", xlabel="CPU seconds of training", ylabel="held-out position error (m)")
+    axes.legend(fontsize=8, frameon=False)
+    (root / FIGURE).parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(root / FIGURE, metadata={"Date": None})  # or every drawing would be another file
+
+
+def _results(root: Path) -> dict[tuple[str, int], dict[str, Any]]:
+    paths = {(arm, seed): root / file_of(arm, seed) for arm in ARMS for seed in SEEDS}
+    return {key: json.loads(path.read_text()) for key, path in paths.items() if path.exists()}
 
 
 def _told(seconds: float) -> str:
