@@ -162,15 +162,9 @@ class ModelMethod:
             asked = replace(batch, target_camera=target.scale_translation(scale))
             frames: Any = truncated(published_retake(self.policy, asked)[0].cpu())
         else:
-            seed = self._config.benchmark.seed
-            made = held_out_retake(
-                self.policy,
-                batch,
-                self._config.flow,
-                seed=seed,
-                condition_scale=scale,
-                rows=torch.tensor([condition.noise_row]),
-            )
+            seed, rows = self._config.benchmark.seed, torch.tensor([condition.noise_row])
+            flow = self._config.flow
+            made = held_out_retake(self.policy, batch, flow, seed=seed, condition_scale=scale, rows=rows)
             if not torch.isfinite(made).all():
                 raise DataError("the model gave NaN or infinity")
             frames = made[0]

@@ -192,7 +192,7 @@ class _Worker:
         row["camera_of_source"] = source.told
         row["facts"] = _facts(target) | self._of_source(condition.clip, frames)
         truth = plan.clips.truth(condition, target)
-        row["metrics"] = {} if truth is None else {"psnr_db": float(psnr_db(video[:, 1:], truth[:, 1:])[0])}
+        row["metrics"] = {} if truth is None else {"psnr_db": float(psnr_db(video[:, 1:], truth[:, 1:]))}
         for name in (name for name in plan.readers if self._wants(row, name)):
             row["readers"][name] = self._reading(name, case, path, video, source, target).as_json()
 

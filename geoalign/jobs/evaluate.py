@@ -144,9 +144,8 @@ def evaluate(
     ]
     for kind, number, rows in pieces[ranks.rank :: ranks.size]:
         pairs = held_out.sets[kind].select(rows)
-        video = held_out_retake(
-            policy, pairs.batch, config.flow, seed=seeds[number], condition_scale=condition_scale, rows=rows
-        )
+        seed, scale = seeds[number], condition_scale
+        video = held_out_retake(policy, pairs.batch, config.flow, seed=seed, condition_scale=scale, rows=rows)
         pose, other = primary(video, pairs.batch.source), second_evaluator()(video, pairs.batch.source)
         found = _camera_quality(pose, other, pairs.batch.target_camera)
         found |= _picture_quality(video, pose, pairs, energies[kind])
@@ -160,7 +159,7 @@ def evaluate(
 
 
 def scaled_request(batch: RetakeBatch, scale: float | Tensor) -> RetakeBatch:
-    """``batch`` with its target motion multiplied as ``condition_scale`` of :func:`evaluate` says."""
+    """``batch`` with its target motion multiplied as ``condition_scale`` of :func:`held_out_retake` says."""
     camera, plane = batch.target_camera, batch.source.ground_plane
     if not isinstance(scale, Tensor):
         return replace(batch, target_camera=camera.scale_translation(scale))

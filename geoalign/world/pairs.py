@@ -111,7 +111,7 @@ class HeldOutScene:
         generator = torch.Generator().manual_seed(int.from_bytes(digest[:7], "big"))
         low, high = world.height_m
         height = low + (high - low) * torch.rand(1, generator=generator)
-        scene = sample_scenes(1, generator, style="real")
+        scene = sample_scenes(1, generator, style="real", streets=world.streets)
         drift = to_c2w(source_drift(1, world.frames, generator), world)
         reach, turn = preset_sizes(1, generator)
         return HeldOutScene(world, name, scene, drift, ground_plane(world, height), reach, turn)

@@ -96,22 +96,15 @@ def ranks_of_environment(sequence: int, timeout_s: float, *, cuda: bool) -> Iter
 
     Raises:
         ConfigError: several ranks are to share tokens, but there is one process.
-        RunError: a collective inside the block failed, also one of the libraries' own (FSDP, DeepSpeed).
+        RunError: the ranks did not meet, or a collective inside the block failed, also one of the libraries' own (FSDP,
+            DeepSpeed).
     """
     if int(os.environ.get("WORLD_SIZE", "1")) == 1:
         if sequence > 1:
             raise ConfigError(f"parallel.sequence {sequence} needs at least that many processes: run.ranks or torchrun")
         yield LocalRanks()
         return
-    rank, size = (int(os.environ[name]) for name in ("RANK", "WORLD_SIZE"))
-    where = {"init_method": meeting_place(), "rank": rank, "world_size": size, "timeout": timedelta(seconds=timeout_s)}
-    if cuda:
-        local = int(os.environ["LOCAL_RANK"])
-        torch.cuda.set_device(local)
-        dist.init_process_group("nccl", device_id=torch.device("cuda", local), **where)
-    else:
-        dist.init_process_group("gloo", **where)
-    ranks = ProcessRanks(sequence, timeout_s)
+    ranks = _meet(sequence, timeout_s, cuda=cuda)
     try:
         yield ranks
     except RuntimeError as error:
@@ -119,6 +112,27 @@ def ranks_of_environment(sequence: int, timeout_s: float, *, cuda: bool) -> Iter
             raise ranks.lost(error) from error
         raise
     dist.destroy_process_group()  # after success only: it waits for ranks that may be gone
+
+
+def _meet(sequence: int, timeout_s: float, *, cuda: bool) -> ProcessRanks:
+    """Join the process group of the environment; raises RunError if another rank does not come."""
+    rank, size = (int(os.environ[name]) for name in ("RANK", "WORLD_SIZE"))
+    try:
+        where = {
+            "init_method": meeting_place(), "rank": rank, "world_size": size, "timeout": timedelta(seconds=timeout_s),
+        }  # fmt: skip
+        if cuda:
+            local = int(os.environ["LOCAL_RANK"])
+            torch.cuda.set_device(local)
+            dist.init_process_group("nccl", device_id=torch.device("cuda", local), **where)
+        else:
+            dist.init_process_group("gloo", **where)
+        return ProcessRanks(sequence, timeout_s)
+    except (RuntimeError, ValueError) as error:  # the latter: a variable of torchrun's is missing
+        raise RunError(
+            f"rank {rank} of {size}: the ranks did not meet ({str(error).splitlines()[0]}); see the logs of the other "
+            "ranks, then start all of them again"
+        ) from error
 
 
 def _of_a_collective(error: RuntimeError) -> bool:
