@@ -85,7 +85,9 @@ def flash2(library: Path) -> dict[str, Any]:
     sections = re.split(r"(?m)^\s*\.section\s+\.text\.", check.disassemble(cubin))
     listing = next(text for text in sections[1:] if wanted.search(text.partition(",")[0]))
     row = loop.columns(listing, 80, 4, 4.0 * 128 * 64 * HEAD)
-    return {"target": "sm_80", "tile": "128 x 64, 4 warps", "from": "flash-attn-jax 0.6.2"} | {c: row[c] for c in COLUMNS}
+    return {"target": "sm_80", "tile": "128 x 64, 4 warps", "from": "flash-attn-jax 0.6.2"} | {
+        c: row[c] for c in COLUMNS
+    }
 
 
 def _compiled(
