@@ -43,6 +43,11 @@ class RunConfig(Section):
     log-probabilities and the masters of trained parameters are float32 in either case."""
     wandb: str | None = None
     """Weights & Biases project that gets the metrics too (extra ``wandb``; WANDB_MODE=offline needs no network)."""
+    films_every: int = Field(10, ge=0)
+    """Iterations between films of a training sample (source, retake, path asked for) under ``films/``, in TensorBoard
+    and W&B, beside one of the last iteration; 0: none. One is at most 33 frames of 320 pixels width, below 15 MB."""
+    keep_films: int = Field(20, gt=0)
+    """Films kept in the run folder: the first, the newest, and others evenly spaced."""
     compile: bool = False
     """Run the network's blocks through ``torch.compile``, one graph for all, in rollout and learner alike."""
     attention: Literal[
@@ -207,6 +212,25 @@ class OdeConfig(Section):
         """How many of so many steps after the window are evaluated."""
         # The slack undoes the rounding of products such as 20 * 0.3 that fall just above an integer.
         return tail_steps if self.reuse == "off" else max(1, math.ceil(self.reuse_share * tail_steps * (1 - 1e-12)))
+
+
+class LearnConfig(Section):
+    """Cheaper learning: each CHANGES what the updates of a run are made of, and is off by default."""
+
+    window_steps: int | None = Field(None, ge=1)
+    """Window steps, drawn at random in every iteration, whose gradients are taken; None: all. The expected gradient is
+    that of all steps, its variance is larger."""
+    members: int | None = Field(None, ge=1)
+    """Members of every group, those with the largest advantages in magnitude, that are learned from; None: all. Biased:
+    the smallest terms are left out."""
+    short_frames: int | None = Field(None, ge=2)
+    """Frames of the videos in the first ``short_iterations`` iterations; later ones have ``data.num_frames``."""
+    short_iterations: int = Field(0, ge=0)
+    """Iterations with ``short_frames``."""
+
+    def frames(self, iteration: int, num_frames: int) -> int:
+        """Frames of the videos of an iteration."""
+        return self.short_frames if self.short_frames and iteration < self.short_iterations else num_frames
 
 
 class ParallelConfig(Section):

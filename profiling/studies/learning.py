@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 import oracles
 import torch
-from record import config_settings, fingerprint, shipped_base, write_result
+from record import config_settings, fingerprint, section_settings, shipped_base, write_result
 
 from geoalign.config.load import load_config
 from geoalign.config.schema import Config
@@ -66,12 +66,16 @@ STUDIES = (
 )
 
 
-# How a base that does not ship is pre-trained: on fewer pairs and not as long as the shipped one.
-_SHORT = ("pretrain.steps=1000", "pretrain.pool=3072")
+# How a base that does not ship is pre-trained; the control on fewer pairs and not as long.
 BASES = {
-    "12": ("run.seed=12", *_SHORT),
-    "13": ("run.seed=13", *_SHORT),
-    "unbiased": ("pretrain.bias_mean=[0.0,0.0,0.0,0.0]", "run.seed=14", *_SHORT),
+    "12": ("run.seed=12",),
+    "13": ("run.seed=13",),
+    "unbiased": (
+        "pretrain.bias_mean=[0.0,0.0,0.0,0.0]",
+        "run.seed=14",
+        "pretrain.steps=1000",
+        "pretrain.pool=3072",
+    ),
 }
 # The bases whose oracles are fitted, with the name of that run.
 ORACLES = {"shipped": "oracles, shipped base", "12": "oracles, fresh base 12", "13": "oracles, fresh base 13"}
@@ -84,7 +88,9 @@ def slug(name: str) -> str:
 
 def base_settings(base: str, config: str) -> Any:
     """What a base depends on."""
-    return shipped_base() if base == "shipped" else config_settings(config, BASES[base])
+    if base == "shipped":
+        return shipped_base()
+    return section_settings(config, BASES[base], ("world", "model", "codec", "flow", "pretrain"))
 
 
 def settings(study: Study, config: str) -> dict[str, Any]:
@@ -109,7 +115,7 @@ def base_policy(name: str, work: Path, config: str) -> str:
     """Path of a base policy; trained here when it is not the shipped one and not there yet."""
     if name == "shipped":
         return "builtin:tiny_base"
-    path = work / f"base_{name}_{fingerprint(config_settings(config, BASES[name]))}.safetensors"
+    path = work / f"base_{name}_{fingerprint(base_settings(name, config))}.safetensors"
     with _BASE_LOCKS[name]:
         if not path.exists():
             geoalign("pretrain", "--config", config, *BASES[name], "--out", str(path))

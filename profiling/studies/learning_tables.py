@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import time_to_quality
 from learning import ORACLES, RESULTS, STUDIES, Study, slug
 from oracles import STAGES
 
@@ -32,6 +33,7 @@ def page(root: Path) -> str:
         ("What RL learns", error_table(results)),
         ("Travelled over asked, and the picture", axis_table(results)),
         ("By frame", frame_table(results)),
+        ("Time to quality", time_to_quality.table(root)),
     )
     tables = "\n\n".join(f"**{title}**\n\n{table}" for title, table in parts)
     return f"{tables}\n\n{provenance(results)}"
@@ -99,6 +101,7 @@ def error_table(results: Path) -> str:
         "run",
         "position error (m)",
         "change",
+        "spread (m)",
         "beside the best single factor",
         "beside the best per axis",
         "rotation error (deg)",
@@ -116,6 +119,7 @@ def error_table(results: Path) -> str:
         cells = (
             _arrow(before, after, "translation_error_m", 3),
             _change(before, after, "translation_error_m"),
+            " / ".join(f"{_spread(after[kind]['translation_error_m']):.3f}" for kind in KINDS),
             *(_beside(results, study, after, stage) for stage in ("single", "axis")),
             f"{_arrow(before, after, 'rotation_error_deg', 2)} ({_change(before, after, 'rotation_error_deg')})",
             f"{_arrow(before, after, 'last_translation_error_m', 3)} "
@@ -133,6 +137,11 @@ def _arrow(before: Numbers, after: Numbers, metric: str, digits: int) -> str:
 
 def _change(before: Numbers, after: Numbers, metric: str) -> str:
     return f"{_mean(after, metric) / _mean(before, metric) - 1:+.0%}"
+
+
+def _spread(values: list[float | None]) -> float:
+    defined = [value for value in values if value is not None]
+    return max(defined) - min(defined)
 
 
 def _beside(results: Path, study: Study, after: Numbers, stage: str) -> str:
