@@ -7,7 +7,7 @@ import math
 import os
 from typing import TYPE_CHECKING, Any
 
-from geoalign.cli.options import add_config, read_config
+from geoalign.cli.options import add_config, announce, read_config
 from geoalign.errors import UsageError
 
 if TYPE_CHECKING:
@@ -45,12 +45,13 @@ def add_parser(subparsers: Any) -> None:
 def run_train(args: argparse.Namespace) -> int:
     """Train; prints the held-out improvement and where the report lies."""
     config = read_config(args)
-    from geoalign.jobs.train import run_training
-
     if args.dry_run:
         return _dry_run(config)
     if args.profile is not None and not 0 <= args.profile < config.train.iterations:
         raise UsageError(f"--profile {args.profile}: iterations are 0 to {config.train.iterations - 1}")
+    announce(f"train {config.run.name}: {config.train.iterations} iterations into {config.run.folder}")
+    from geoalign.jobs.train import run_training
+
     folder = run_training(
         config, resume=args.resume, allow_config_change=args.allow_config_change, profile=args.profile
     )

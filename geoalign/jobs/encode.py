@@ -9,7 +9,8 @@ from torch import Tensor
 
 from geoalign.errors import UsageError
 from geoalign.files import parsing
-from geoalign.models.encoders import load_image_encoder, load_text_encoder
+from geoalign.files.need import looks_like_tokenizer
+from geoalign.models.encoders import check_image_encoder, check_text_encoder, load_image_encoder, load_text_encoder
 from geoalign.policy.open import ModelFiles
 from geoalign.types import Encodings, RetakeBatch
 
@@ -36,6 +37,22 @@ def reads_text_of(files: ModelFiles) -> bool:
             f"{its_tokenizer}/, or {published} with {other_tokenizer}/, there"
         )
     return False
+
+
+def check_encoders(files: ModelFiles) -> None:
+    """Look at the encoders beside a model by their headers; raises CheckpointError for what :func:`encode` would."""
+    encoder = find_text_encoder(files.location.home)
+    if encoder is not None:
+        check_text_encoder(encoder[0])
+        looks_like_tokenizer(encoder[1])
+    if (image := _find_image_encoder(files)) is not None:
+        check_image_encoder(image)
+
+
+def _find_image_encoder(files: ModelFiles) -> Path | None:
+    if files.config.image_dim is None:
+        return None
+    return next((path for name in _IMAGE if (path := files.location.home / name).exists()), None)
 
 
 def choose_guidance(given: float | None, reads_text: bool, model: object) -> float:
@@ -68,12 +85,10 @@ def encode(
 def _image_tokens(
     files: ModelFiles, batch: RetakeBatch, dtype: torch.dtype, device: torch.device | str
 ) -> Tensor | None:
-    if files.config.image_dim is None:
+    path = _find_image_encoder(files)
+    if path is None:
         return None
-    for path in (files.location.home / name for name in _IMAGE):
-        if path.exists():
-            return load_image_encoder(path, dtype=dtype, device=str(device))(batch.source.video[:, 0].to(device))
-    return None
+    return load_image_encoder(path, dtype=dtype, device=str(device))(batch.source.video[:, 0].to(device))
 
 
 def read_text(value: str) -> str:

@@ -19,7 +19,7 @@ from geoalign.errors import ConfigError, DataError, RunError
 from geoalign.evaluators.base import PoseEstimate, PoseEvaluator
 from geoalign.geometry import so3
 from geoalign.geometry.trajectory import CameraTrajectory
-from geoalign.jobs.progress import bar
+from geoalign.jobs.progress import bar, say
 from geoalign.models.codec import PatchCodec
 from geoalign.models.codec_base import LatentCodec
 from geoalign.models.encoders import ImageEncoder, TextEncoder, load_image_encoder, load_text_encoder
@@ -210,6 +210,7 @@ def render_missing_data(config: Config, rank: int) -> None:
     if config.world is None or is_complete(config.data, config.world):
         return
     if rank == 0:
+        say(f"rendering the embedded world into {config.data.root}")
         with bar(config.world.clips, "rendering the world", "clip") as progress:
             write_world(config.data, config.world, progress.update)
         return

@@ -22,7 +22,7 @@ from geoalign.jobs.checks import require_inputs
 from geoalign.jobs.environment import describe_environment
 from geoalign.jobs.metrics_file import MetricsWriter
 from geoalign.jobs.prepare import encoder_identity, render_missing_data
-from geoalign.jobs.progress import bar
+from geoalign.jobs.progress import RunProgress, say
 from geoalign.jobs.stop import StopRequest
 from geoalign.jobs.train_held_out import RunEvaluator, conditions_of, held_out_summary
 from geoalign.jobs.train_profile import profiled
@@ -103,6 +103,8 @@ def _run(
             atomic_write_json(folder / "env.json", environment)
         evaluation, clock = RunEvaluator.of(config, trainer, folder), _Clock()
         if state is None:
+            if main and evaluation.held_out is not None:
+                say("evaluating on held-out conditions before the first iteration")
             trainer.notes |= {"before": evaluation.keep("before"), "conditions": conditions_of(config)}
         _iterate(config, trainer, evaluation, clock, settings, profile)
         if trainer.iteration < config.train.iterations:
@@ -131,6 +133,8 @@ def _trainer(
 ) -> Iterator[Trainer]:
     """Policy, data and rewards of the run in a trainer that stands where ``state`` does; closes the rewards."""
     device = device_of(config.run)
+    if ranks.rank == 0:
+        say(f"reading the weights of {config.train.base}")
     policy = open_base(config, device, dtype_of(config.run, device))
     if config.run.threads:
         torch.set_num_threads(config.run.threads)
@@ -200,7 +204,7 @@ def _iterate(
         StopRequest().installed() as stop,
         CheckpointWriter(folder / "checkpoints", settings, config.train) as checkpoints,
         MetricsWriter(folder, config.run, trainer.iteration) if main else nullcontext() as writer,
-        bar(total, "training", "it", trainer.iteration) as progress,
+        RunProgress(total, trainer.iteration, shown=main) as progress,
     ):
         while trainer.iteration < total:
             with profiled(trainer, folder) if main and trainer.iteration == profile else nullcontext():
@@ -209,8 +213,7 @@ def _iterate(
                 numbers |= evaluation.on_the_way()
             if writer is not None:
                 writer.write(trainer.iteration - 1, numbers)
-            progress.set_postfix_str(_headline(numbers), refresh=False)
-            progress.update()
+            progress.tell(trainer.iteration, numbers)
             stopping = trainer.ranks.maximum(float(bool(stop.signal_name))) > 0  # all ranks stop together
             if trainer.iteration % config.train.checkpoint_every == 0 or trainer.iteration == total or stopping:
                 trainer.notes |= {"wall_s": clock.wall(base_notes), "cpu_s": clock.cpu(base_notes)}
@@ -221,15 +224,3 @@ def _iterate(
                 break
     trainer.ranks.barrier()  # one that ended early would make torchrun end the one that still writes
     trainer.notes = base_notes
-
-
-def _headline(numbers: Mapping[str, float]) -> str:
-    parts = []
-    for key, text in (
-        ("reward/trans_m", "{:.2f} m"),
-        ("reward/rot_deg", "{:.2f} deg"),
-        ("policy/ratio_max", "ratio<{:.4f}"),
-    ):
-        if key in numbers:
-            parts.append(text.format(numbers[key]))
-    return ", ".join(parts)

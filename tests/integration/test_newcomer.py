@@ -137,9 +137,11 @@ def test_from_an_empty_machine_to_a_trained_policy(machine: Path, capsys: pytest
     assert row["parity/log_prob_diff_max"] == 0.0
 
     clip = next(machine.glob("data/citywalk/clips/files/*/*.mp4"))
+    capsys.readouterr()
     command = ["sample", "--model", "runs/first", "--video", str(clip), "--trajectory", "arc_left", "--out", "out.mp4"]
     assert main([*command, "--prompt", "a bear walks", "--steps", "2", "--size", "48x64", "--frames", "5"]) == 0
     assert (machine / "out.mp4").stat().st_size > 0
+    assert capsys.readouterr().err == ""  # no library has anything to say
 
     weights = machine / HPSV3.folder / "HPSv3.safetensors"
     weights.write_bytes(weights.read_bytes()[:-100])
