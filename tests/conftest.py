@@ -3,13 +3,15 @@
 Marker ``slow`` is for what is too long for `make test`, which leaves it out; `make slow` runs it. Marker
 ``dist(groups=N)`` says how many groups of processes (torchrun, or a process that one is compared with) a test starts
 by the fixture ``launch``; all tests that `make test` runs may start MOST_GROUPS together: a new one takes the place of
-another or is slow.
+another or is slow. (The thirteenth has four ranks: of two, a sum has one order only; the fourteenth is the script of
+examples/cluster.)
 """
 
 from __future__ import annotations
 
 import importlib.util
 import os
+import shutil
 from pathlib import Path
 
 # Before anything imports torch: two workers share two cores, and a reduction must not depend on the number of cores.
@@ -22,7 +24,8 @@ os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read at the first
 
 import pytest
 
-MOST_GROUPS = 13  # twelve of the engines and of the loop, one of the script that users put into a queue
+MOST_GROUPS = 14
+CHROMIUM = ("chromium", "chromium-browser", "google-chrome")
 INTERPRETED_FOLDER = Path(__file__).parent / "kernels" / "interpreted"
 
 # The kernel tests also run on a GPU machine that has little beside torch: `pytest tests/kernels -m gpu`.
@@ -51,6 +54,10 @@ def pytest_ignore_collect(collection_path: Path) -> bool | None:
 
 def _missing(marker: str) -> str | None:
     """Say why tests of ``marker`` cannot run here, or None when they can."""
+    if marker == "browser":
+        if not importlib.util.find_spec("playwright"):
+            return "playwright is not installed (geoalign[test])"
+        return None if any(shutil.which(name) for name in CHROMIUM) else f"no {' or '.join(CHROMIUM)} on the PATH"
     if marker == "weights":
         return None if os.environ.get("GEOALIGN_WEIGHTS") else "GEOALIGN_WEIGHTS does not name a folder of weights"
     import torch
@@ -61,8 +68,8 @@ def _missing(marker: str) -> str | None:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Skip what the machine cannot run; only these three markers may skip."""
-    for marker in ("gpu", "multigpu", "weights"):
+    """Skip what the machine cannot run; only these four markers may skip."""
+    for marker in ("gpu", "multigpu", "weights", "browser"):
         marked = [item for item in items if item.get_closest_marker(marker)]
         reason = _missing(marker) if marked else None
         if reason:

@@ -81,7 +81,8 @@ def add_parser(subparsers: Any) -> None:
     parser.add_argument(
         "--fetch-rewards",
         action="store_true",
-        help="download the prompt templates of VideoAlign and HPSv3, verify them by checksum, and print their paths",
+        help="download the prompt templates of VideoAlign and HPSv3 and Wan's negative prompt, verify them by checksum "
+        "and print their paths",
     )
     add_config(parser, required=False)
     parser.set_defaults(run=run)
@@ -107,9 +108,10 @@ def run(args: argparse.Namespace) -> int:
         if write_json(args, report):
             print(render(report))
         return 0
+    from geoalign.benchmark.tools.checks import SOURCE
     from geoalign.jobs import checks
 
-    found = checks.collect(read_config(args))
+    found = checks.collect(read_config(args), more=(SOURCE,))
     bad = sum(check.state != "present" for check in found)
     rows = [{name: getattr(check, name) for name in CHECKED} for check in found]
     if write_json(args, report | {"config": args.config, "checks": rows}):

@@ -17,10 +17,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from geoalign.errors import Stopped, UsageError, UserError
+from geoalign.training.processes.launcher import INTERRUPTED, die_with_launcher, leave_words, started_by_launcher
 from geoalign.version import __version__
 
 DEBUG_VARIABLE = "GEOALIGN_DEBUG"
-INTERRUPTED = 130
 QUIET = ("torch", "transformers", "diffusers", "huggingface_hub", "tensorboard", "matplotlib", "multiprocessing")
 """Libraries whose warnings tell a user nothing to do."""
 QUIET_LOGS = ("torchao", "torch.utils._pytree")
@@ -41,6 +41,12 @@ VERBS = (
     Verb("train", "geoalign.cli.train", "Train", "reinforcement learning of the camera (GRPO); ends with report.html"),
     Verb("pretrain", "geoalign.cli.pretrain", "Train", "make the base policy of the embedded default anew"),
     Verb("evaluate", "geoalign.cli.evaluate", "Train", "camera errors of a checkpoint on held-out scenes and paths"),
+    Verb(
+        "benchmark",
+        "geoalign.cli.benchmark",
+        "Train",
+        "the paper's evaluation: clips x paths x methods, tables, report",
+    ),
     Verb("data", "geoalign.cli.data", "Prepare", "check clips, camera paths and the cache; plot the paths"),
     Verb("prepare", "geoalign.cli.prepare", "Prepare", "encode clips, text and source cameras once, for many runs"),
     Verb("score", "geoalign.cli.score", "Look", "score any video against a camera path; probe a reward with cheats"),
@@ -56,6 +62,12 @@ VERBS = (
     Verb("config", "geoalign.cli.config", "Inspect", "print, check and compare configurations; schema for editors"),
     Verb("budget", "geoalign.cli.budget", "Inspect", "predicted hours of a configuration, lever by lever"),
     Verb(
+        "fidelity",
+        "geoalign.cli.fidelity",
+        "Inspect",
+        "what approximate tails do to the order of a group, and what they save",
+    ),
+    Verb(
         "doctor",
         "geoalign.cli.doctor",
         "Inspect",
@@ -68,7 +80,7 @@ EXAMPLES = """\
 examples:
   geoalign train --config tiny_cpu                       the demo: no GPU, no weights, no downloads
   geoalign train --config tiny_cpu run.seed=1            any setting by its dotted name
-  torchrun --nproc-per-node 2 -m geoalign train --config tiny_cpu run.name=two
+  geoalign train --config tiny_cpu run.ranks=2 run.name=two
   geoalign config print --config node_8gpu optim.lr=5e-6 the resolved settings of a run, before running it
   geoalign report runs/two                               one HTML file that opens offline
 
@@ -94,19 +106,18 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run one command line and return its exit code."""
     _quieten_others()
     arguments = list(sys.argv[1:] if argv is None else argv)
+    if started_by_launcher():
+        die_with_launcher()
     try:
         return _dispatch(arguments)
     except Stopped as stopped:
-        print(f"{_speaker()}: {stopped}", file=sys.stderr)
-        return stopped.exit_code
+        return _ended(str(stopped), stopped.exit_code)
     except UserError as error:
         if os.environ.get(DEBUG_VARIABLE) == "1":
             raise
-        print(f"{_speaker()}: error: {error}", file=sys.stderr)
-        return error.exit_code
+        return _ended(f"error: {error}", error.exit_code)
     except KeyboardInterrupt:
-        print(f"{_speaker()}: interrupted", file=sys.stderr)
-        return INTERRUPTED
+        return _ended("interrupted", INTERRUPTED)
     except BrokenPipeError:
         # The reader (``| head``) left: nothing more to say, and the interpreter must not try to flush into the pipe.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -114,8 +125,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     except Exception as error:
         if os.environ.get(DEBUG_VARIABLE) == "1":
             raise
-        print(f"{_speaker()}: {_in_one_line(error)}", file=sys.stderr)
-        return UserError.exit_code
+        return _ended(_in_one_line(error), UserError.exit_code)
+
+
+def _ended(text: str, exit_code: int) -> int:
+    """Say why the command ended, or let the process say so that started this one as a rank; returns ``exit_code``."""
+    if started_by_launcher():
+        leave_words(text, exit_code)
+    else:
+        print(f"{_speaker()}: {text}", file=sys.stderr)
+    return exit_code
 
 
 def _quieten_others() -> None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import json
 import math
-import os
 import re
 import sys
 from collections.abc import Callable, Mapping
@@ -101,10 +100,10 @@ def read_config(args: argparse.Namespace) -> Config:
 
 
 def announce(text: str, *, log: bool = True) -> None:
-    """Say what begins before slow imports, on rank 0 alone; without ``log`` only a person at a terminal is told."""
+    """Say what begins before slow imports; without ``log`` only a person at a terminal is told."""
     from geoalign.jobs.progress import say
 
-    if os.environ.get("RANK", "0") == "0" and (log or sys.stderr.isatty()):
+    if log or sys.stderr.isatty():
         say(text)
 
 
@@ -194,7 +193,7 @@ def four_numbers(option: str) -> Callable[[str], tuple[float, float, float, floa
 
 def print_held_out(numbers: Mapping[str, Mapping[str, list[float]]]) -> None:
     """Print each metric's mean over noise seeds, by kind of path."""
-    from geoalign.jobs.evaluate import mean_of_defined
+    from geoalign.jobs.evaluation_table import mean_of_defined
 
     for kind, rows in numbers.items():
         print(kind)

@@ -7,8 +7,10 @@ import math
 import os
 from typing import TYPE_CHECKING, Any
 
-from geoalign.cli.options import add_config, announce, read_config
+from geoalign.cli.options import add_config, read_config
 from geoalign.errors import UsageError
+from geoalign.jobs.progress import say
+from geoalign.training.processes.launcher import run_ranks, started_by_launcher
 
 if TYPE_CHECKING:
     from geoalign.config.schema import Config
@@ -45,11 +47,17 @@ def add_parser(subparsers: Any) -> None:
 def run_train(args: argparse.Namespace) -> int:
     """Train; prints the held-out improvement and where the report lies."""
     config = read_config(args)
+    from geoalign.training.processes.cores import ranks_of, under_launcher
+
     if args.dry_run:
         return _dry_run(config)
     if args.profile is not None and not 0 <= args.profile < config.train.iterations:
         raise UsageError(f"--profile {args.profile}: iterations are 0 to {config.train.iterations - 1}")
-    announce(f"train {config.run.name}: {config.train.iterations} iterations into {config.run.folder}")
+    ranks = ranks_of(config)
+    if not started_by_launcher():
+        _announce(config, ranks)
+    if ranks > 1 and not under_launcher():
+        return run_ranks(ranks, _arguments(args))
     from geoalign.jobs.train import run_training
 
     folder = run_training(
@@ -65,6 +73,22 @@ def run_train(args: argparse.Namespace) -> int:
     _print_comparison(read_json_object(summary))
     print(f"report: {report}")
     return 0
+
+
+def _announce(config: Config, ranks: int) -> None:
+    """The first line, before PyTorch is imported, which takes seconds."""
+    train, groups = config.train, config.groups
+    on = f"{ranks} processes" if ranks > 1 else "one process"
+    say(f"{config.run.name}: {train.iterations} iterations of {groups.conditions} x {groups.size} rollouts on {on}")
+
+
+def _arguments(args: argparse.Namespace) -> list[str]:
+    """The command line of a rank: what ``args`` was parsed from."""
+    words = ["train", "--config", args.config]
+    words += [] if args.resume is None else ["--resume", args.resume]
+    words += ["--allow-config-change"] if args.allow_config_change else []
+    words += [] if args.profile is None else ["--profile", str(args.profile)]
+    return [*words, *args.overrides]
 
 
 def _print_comparison(summary: dict[str, Any]) -> None:

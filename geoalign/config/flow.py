@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal, Self
+from typing import Any, ClassVar, Literal, Self
 
 from pydantic import Field, field_validator, model_validator
 
 from geoalign.config.base import Section
 
 SdeVariant = Literal["flow", "dance", "cps", "longcat_truncated", "linear"]
+TailGrid = Literal["schedule", "sigma"]
 OdeSolver = Literal["euler", "dpm1", "dpm2m"]
 WindowKind = Literal["progressive", "random", "exp_decay", "fixed"]
 StdMode = Literal["batch_max", "batch_rms", "group_floor", "group", "global"]
@@ -21,6 +22,9 @@ def _assumed(why: str) -> dict[str, Any]:
 
 class FlowConfig(Section):
     """Rectified-flow sampler: time grid, stochastic step inside the window, deterministic solver outside."""
+
+    TAIL: ClassVar[tuple[str, ...]] = ("tail_grid", "tail_ratio", "tail_steps", "tail_solver")
+    """Fields that only the steps after the window read."""
 
     steps: int = Field(25, ge=2, json_schema_extra={"paper": "published", "why": "T = 25 sampling steps"})
     """Sampling steps T of the full time grid."""
@@ -47,8 +51,14 @@ class FlowConfig(Section):
     noise_cap: float = Field(0.45, gt=0, json_schema_extra=_assumed("LongCat-Video; read by longcat_truncated only"))
     """Largest noise standard deviation of one step, for ``sde: longcat_truncated``."""
 
+    tail_grid: TailGrid = "schedule"
+    """Where the steps after the window lie: on the time grid, or uniform in sigma, which CHANGES the videos."""
+
     tail_ratio: float = Field(1.0, gt=0, le=1)
     """Share of the time grid kept after the window (MixGRPO-Flash). Below 1 it CHANGES the videos that are rewarded."""
+
+    tail_steps: int | None = Field(None, ge=1)
+    """Number of steps after the window, instead of a ratio; at most as many as the time grid has there."""
 
     tail_solver: OdeSolver = "euler"
     """Solver of the steps after the window and of deterministic sampling; steps before the window are Euler steps."""
@@ -62,6 +72,21 @@ class FlowConfig(Section):
 
     t_dtype: Literal["float32", "bfloat16"] = "float32"
     """Precision to which the timestep (1000 sigma) that the network sees is rounded, in rollout and learner alike."""
+
+    def tail_count(self, window_stop: int) -> int:
+        """Steps after a window that ends before step ``window_stop``."""
+        full = self.steps - window_stop
+        if self.tail_steps is not None:
+            return min(self.tail_steps, full)
+        if self.tail_ratio == 1.0:
+            return full
+        # MixGRPO-Flash keeps a share of the nodes, and n nodes are n - 1 steps; the relative slack undoes the rounding
+        # of products such as 20 * 0.4 that fall just below an integer.
+        return max(int((full + 1) * self.tail_ratio * (1 + 1e-12)) - 1, 1)
+
+    def with_exact_tail(self) -> Self:
+        """The same sampler with the whole time grid after the window, in Euler steps."""
+        return self.model_copy(update={name: type(self).model_fields[name].default for name in self.TAIL})
 
     @field_validator("eta_by_step")
     @classmethod
@@ -79,6 +104,10 @@ class FlowConfig(Section):
             raise ValueError(
                 f"noise_cap {self.noise_cap} is read by sde: longcat_truncated only, not by {self.sde}; remove it or "
                 "change sde"
+            )
+        if self.tail_steps is not None and self.tail_ratio < 1:
+            raise ValueError(
+                f"tail_steps {self.tail_steps} and tail_ratio {self.tail_ratio} both set the tail's length; remove one"
             )
         if len(self.eta_by_step) > self.steps:
             raise ValueError(f"eta_by_step has {len(self.eta_by_step)} entries for {self.steps} steps")

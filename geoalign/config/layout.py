@@ -43,6 +43,15 @@ def deal_groups(conditions: int, group_size: int, world_size: int, sequence: int
     return share
 
 
+def deals(conditions: int, group_size: int, world_size: int, sequence: int = 1) -> bool:
+    """Whether :func:`deal_groups` can."""
+    try:
+        deal_groups(conditions, group_size, world_size, sequence)
+    except ConfigError:
+        return False
+    return True
+
+
 def _deal(conditions: int, group_size: int, ranks: int) -> GroupShare | None:
     if conditions % ranks == 0:
         return GroupShare(conditions // ranks, group_size)

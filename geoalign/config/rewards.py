@@ -35,7 +35,7 @@ class ScoringConfig(Section):
     """How decoding and scoring of an iteration's videos are laid out; no setting changes what is scored."""
 
     chunk: int | None = Field(None, ge=1)
-    """Videos that are decoded and scored at a time; unset: all of the rank at once."""
+    """Videos that are decoded and scored at a time; unset: those of one group that the rank has."""
     beside_decode: bool = False
     """Score a chunk on a side stream (CPU: a thread) while the next one is decoded. Two chunks are then in memory."""
     take_turns: bool = False

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Self
+from typing import Any, Self
 
 from pydantic import Field, model_validator
 
 from geoalign.config.base import Section
+from geoalign.config.benchmark import BenchmarkConfig
 from geoalign.config.data import DataConfig
 from geoalign.config.flow import AdvantageConfig, FlowConfig, ObjectiveConfig, WindowConfig
 from geoalign.config.model import ModelConfig
@@ -15,6 +16,7 @@ from geoalign.config.training import (
     CodecConfig,
     EvalConfig,
     GroupsConfig,
+    LearnConfig,
     LeversConfig,
     OdeConfig,
     OptimConfig,
@@ -63,17 +65,32 @@ class Config(Section):
     """Exact savings."""
     ode: OdeConfig = OdeConfig()
     """Approximate deterministic steps."""
+    learn: LearnConfig = LearnConfig()
+    """Cheaper learning."""
     parallel: ParallelConfig = ParallelConfig()
     """Several processes."""
     eval: EvalConfig = EvalConfig()
     """Held-out evaluation."""
     pretrain: PretrainConfig = PretrainConfig()
     """Supervised base policy of the embedded world."""
+    benchmark: BenchmarkConfig = BenchmarkConfig()
+    """Clips, paths and metrics of ``geoalign benchmark``."""
+
+    def approximations(self) -> dict[str, Any]:
+        """Settings, by dotted name, by which the steps outside the window differ from exact ones on the full grid."""
+        changed = {
+            f"{section}.{name}": value
+            for section, names in (("flow", FlowConfig.TAIL), ("ode", OdeConfig.APPROXIMATE))
+            for name in names
+            if (value := getattr(settings := getattr(self, section), name)) != type(settings).model_fields[name].default
+        }
+        return changed | ({"ode.reuse_share": self.ode.reuse_share} if "ode.reuse" in changed else {})
 
     @model_validator(mode="after")
     def _possible(self) -> Self:
         checks = (
             self._window_fits, self._weight_flattens, self._updates_fit, self._streaming_is_exact, self._parallel_fits,
+            self._audit_has_work, self._subsets_fit,
         )  # fmt: skip
         for check in checks:
             check()
@@ -126,19 +143,44 @@ class Config(Section):
             if self.parallel.engine == "fsdp":
                 raise ValueError("levers.streaming with a gradient per rollout needs whole parameters, not fsdp's")
 
+    def _subsets_fit(self) -> None:
+        learn = self.learn
+        if learn.window_steps is not None and learn.window_steps > self.window.size:
+            raise ValueError(f"learn.window_steps {learn.window_steps} of a window of {self.window.size} steps")
+        if learn.members is not None:
+            if learn.members > self.groups.size:
+                raise ValueError(f"learn.members {learn.members} of groups of {self.groups.size}")
+            if self.levers.streaming != "off" or self.optim.updates_per_rollout > 1:
+                raise ValueError(
+                    "learn.members chooses once the rewards are known, for one update: set levers.streaming to off "
+                    "and optim.updates_per_rollout to 1"
+                )
+            if self.groups.rows_per_forward != 1:
+                raise ValueError("learn.members saves whole forwards only: set groups.rows_per_forward to 1")
+        if (learn.short_frames is None) != (learn.short_iterations == 0):
+            raise ValueError("learn.short_frames and learn.short_iterations belong together: set both")
+        if learn.short_frames is not None and learn.short_frames >= self.data.num_frames:
+            raise ValueError(f"learn.short_frames {learn.short_frames} must be below data.num_frames")
+
+    def _audit_has_work(self) -> None:
+        if self.ode.audit_every and not self.approximations():
+            raise ValueError("ode.audit_every watches approximate tails, but every step is exact: set it to 0")
+
     def _parallel_fits(self) -> None:
         parallel = self.parallel
         if self.model.heads % parallel.sequence:
             raise ValueError(
                 f"parallel.sequence {parallel.sequence} must divide model.heads {self.model.heads}: ranks share heads"
             )
-        for name, count in zip(("target", "source"), self.model.tokens(*self.data.video), strict=True):
+        shapes = {frames: (frames, *self.data.video[1:]) for frames in (self.learn.short_frames, self.data.num_frames)}
+        counts = (count for frames, shape in shapes.items() if frames for count in self.model.tokens(*shape))
+        for name, count in zip(("target", "source") * 2, counts, strict=False):
             if count % parallel.sequence:
                 raise ValueError(
                     f"parallel.sequence {parallel.sequence} must divide the {count} {name} tokens of a video: ranks "
                     "share tokens; change data.num_frames, data.height or data.width"
                 )
         if parallel.engine == "fsdp" and self.ode != OdeConfig():
-            raise ValueError("parallel.engine=fsdp has no second network for ode.*: set them to exact")
+            raise ValueError("parallel.engine=fsdp runs one network, the exact one: remove the settings of ode")
         if parallel.engine != "ddp" and self.optim.states != "float32":
             raise ValueError(f"parallel.engine={parallel.engine} shards float32 states: set optim.states=float32")

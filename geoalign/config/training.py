@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import math
 import re
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field, field_validator
 
@@ -32,6 +33,9 @@ class RunConfig(Section):
     """Seed of every random draw (counter-based: equal on any number of ranks)."""
     threads: int = Field(0, ge=0)
     """Intra-op CPU threads; 0 leaves PyTorch's choice (one thread is fastest for the embedded model)."""
+    ranks: Annotated[int, Field(ge=1)] | Literal["auto"] = 1
+    """Processes that `geoalign train` starts here; ``auto``: one per usable core, at most one per condition, and one
+    where ``run.device`` may be a GPU. Without effect under torchrun, which has started them."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Where policy and scorers run; ``auto``: a CUDA device if there is one (each process takes its own)."""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
@@ -79,8 +83,9 @@ class GroupsConfig(Section):
     size: int = Field(12, gt=1, json_schema_extra=_published("G = 12"))
     """Rollouts per group, which share condition, initial noise and window."""
     rows_per_forward: int | None = Field(None, gt=0)
-    """Largest batch of one network forward; None: all rollouts of a rank at once. 1 is right for long videos: they fill
-    a GPU alone, and memory holds one. Part of what rollout and learner share, because batch shapes round apart."""
+    """Largest batch of one network forward; None: the rollouts of one group, so that numbers do not depend on how many
+    groups a rank has. 1 is right for long videos: they fill a GPU alone, and memory holds one. Part of what rollout and
+    learner share, because batch shapes round apart."""
 
 
 def compiles(value: str) -> str:
@@ -163,9 +168,15 @@ class LeversConfig(Section):
     """What a block's backward computes again: nothing, all but attention's output and log-sum-exp, or everything."""
 
 
+TailReuse = Literal["off", "residual", "velocity"]
+
+
 class OdeConfig(Section):
     """Approximations of deterministic steps outside the window: each CHANGES which videos are sampled, by rounding of
     its kind, and leaves the probability ratio unbiased, because no log-probability is taken there."""
+
+    APPROXIMATE: ClassVar[tuple[str, ...]] = ("attention", "linears", "reuse")
+    """Fields that, if they are not at their defaults, make steps approximate."""
 
     attention: Literal["exact", "int8", "int8_fp8"] = "exact"
     """``int8``: int8 scores, layer by layer where a probe of real inputs finds the error below ``int8_threshold``;
@@ -174,10 +185,51 @@ class OdeConfig(Section):
     """Relative error of attention's output above which a layer stays exact."""
     linears: Literal["exact", "int8"] = "exact"
     """``int8``: frozen linears with 8-bit weights and activations (torchao)."""
+    reuse: TailReuse = "off"
+    """Steps after the window that are not evaluated take from the last evaluated one what all blocks together added
+    (``residual``), or its velocity. Which steps those are is chosen once, by the drift along an exact tail."""
+    reuse_share: float = Field(0.5, gt=0, le=1)
+    """Share of the steps after the window that ``reuse`` evaluates, rounded up."""
+    reuse_profile: Path | None = None
+    """Drift measured by `geoalign fidelity choose`; None: measured in the first iteration, which evaluates all steps.
+    """
+    audit_every: int = Field(0, ge=0)
+    """Iterations between audits, which finish one group exactly as well and log ``fidelity/*``; 0: none. They see what
+    the probability ratio cannot: what approximate tails do to the order of a group."""
+    audit_spearman: float = Field(0.8, ge=-1, le=1)
+    """Smallest rank correlation of the advantages under exact and approximate tail that an audit lets pass."""
+    audit_bias: float = Field(1.0, gt=0)
+    """Largest change of a reward's group mean, in deviations inside the group, that an audit lets pass."""
+    audit_action: Literal["stop", "exact", "report"] = "stop"
+    """After a bad audit: stop the run before its update, go on with exact tails, or only log it."""
+
+    def evaluated(self, tail_steps: int) -> int:
+        """How many of so many steps after the window are evaluated."""
+        # The slack undoes the rounding of products such as 20 * 0.3 that fall just above an integer.
+        return tail_steps if self.reuse == "off" else max(1, math.ceil(self.reuse_share * tail_steps * (1 - 1e-12)))
+
+
+class LearnConfig(Section):
+    """Cheaper learning: each CHANGES what the updates of a run are made of, and is off by default."""
+
+    window_steps: int | None = Field(None, ge=1)
+    """Window steps, drawn at random in every iteration, whose gradients are taken; None: all. The expected gradient is
+    that of all steps, its variance is larger."""
+    members: int | None = Field(None, ge=1)
+    """Members of every group, those with the largest advantages in magnitude, that are learned from; None: all. Biased:
+    the smallest terms are left out."""
+    short_frames: int | None = Field(None, ge=2)
+    """Frames of the videos in the first ``short_iterations`` iterations; later ones have ``data.num_frames``."""
+    short_iterations: int = Field(0, ge=0)
+    """Iterations with ``short_frames``."""
+
+    def frames(self, iteration: int, num_frames: int) -> int:
+        """Frames of the videos of an iteration."""
+        return self.short_frames if self.short_frames and iteration < self.short_iterations else num_frames
 
 
 class ParallelConfig(Section):
-    """How the processes of torchrun share the work."""
+    """How the ranks share the work (``run.ranks`` or torchrun)."""
 
     engine: Literal["ddp", "deepspeed", "fsdp"] = "ddp"
     """``ddp``: parameters and optimizer on every rank, the fastest at this size. ``deepspeed``: DeepSpeed owns the
@@ -229,19 +281,21 @@ class EvalConfig(Section):
 class PretrainConfig(Section):
     """Supervised flow matching of the embedded base policy, with mis-scaled labels on purpose."""
 
-    steps: int = Field(2000, gt=0)
+    steps: int = Field(1800, gt=0)
     """Optimizer steps."""
     batch: int = Field(32, gt=0)
     """Samples per step."""
-    pool: int = Field(8192, gt=0)
+    pool: int = Field(5120, gt=0)
     """Rendered pairs that the batches are drawn from."""
     lr: float = Field(2e-3, gt=0)
     """Peak learning rate (cosine decay)."""
     gain_lr: float = Field(6e-3, gt=0)
     """Peak learning rate of the camera gains."""
-    translation_bias: tuple[float, float] = (0.34, 0.35)
-    """Mean and spread of the log factor from label to true translation; (0, s) is an unbiased control."""
-    rotation_bias: tuple[float, float] = (0.0, 0.2)
-    """Mean and spread of the log factor from label to true yaw."""
+    bias_mean: tuple[float, float, float, float] = (-0.33, 0.5, -0.36, -0.3)
+    """Mean log factor from label to true motion: sideways, forward, vertical, yaw; zeros make an unbiased control."""
+    bias_std: tuple[float, float, float, float] = (0.25, 0.25, 0.25, 0.2)
+    """Spread of that log factor over videos, per axis."""
+    bias_growth: tuple[float, float] = (0.4, 0.8)
+    """The log factor is multiplied by the first number plus the second times the progress (0 to 1) over the clip."""
     ema: float = Field(0.995, ge=0, lt=1)
     """Decay of the weight average that becomes the checkpoint."""

@@ -22,6 +22,8 @@ class WorldConfig(Section):
     """How far the camera looks ahead of straight down, in degrees; the gimbal keeps it fixed."""
     height_m: tuple[float, float] = (8.0, 12.0)
     """Range of the height above ground, in metres."""
+    streets: bool = False
+    """Whether streets with soft edges and blocks of their own brightness lie over the coloured map."""
     clips: int = Field(384, gt=0)
     """Source clips written for RL (unpaired with the targets)."""
     trajectories: int = Field(512, gt=0)

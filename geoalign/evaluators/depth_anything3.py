@@ -90,9 +90,27 @@ class DepthAnything3Evaluator:
         flat = F.interpolate(pixels.flatten(0, 1).float(), scale_factor=factor, mode="bilinear", antialias=True)
         return flat.unflatten(0, pixels.shape[:2])
 
+    @torch.no_grad()
+    def depth(self, video: Tensor) -> Tensor | None:
+        """Depth ``[F, h, w]`` float32 in metres along the optical axis of a video ``[F, 3, H, W]`` in [-1, 1].
+
+        h and w are those that the network sees; the sky is as far as what is farthest. None for a video without a pixel
+        of depth. Raises UsageError as :meth:`__call__`.
+        """
+        found = self._infer(to_uint8(torch.nan_to_num(video)).permute(0, 2, 3, 1).cpu())
+        return None if found is None else torch.as_tensor(found.depth).float()
+
     def _poses(self, clip: Tensor) -> tuple[Tensor, float]:
         """Camera-to-world ``[V, 4, 4]`` of uint8 ``[V, H, W, 3]``, and the metric scale (0: no depth at all)."""
-        resting = torch.eye(4).expand(len(clip), 4, 4)
+        found = self._infer(clip)
+        if found is None:
+            return torch.eye(4).expand(len(clip), 4, 4), 0.0
+        w2c = torch.eye(4).repeat(len(clip), 1, 1)
+        w2c[:, :3] = torch.as_tensor(found.extrinsics).float()[:, :3]
+        return torch.linalg.inv(w2c), float(found.scale_factor)
+
+    def _infer(self, clip: Tensor) -> Any:
+        """The published prediction of uint8 ``[V, H, W, 3]``, in metres; None where there is no depth at all."""
         # The metric branch samples pixels at random: seeded here, and nobody else's draws are touched.
         with torch.random.fork_rng([self.device] if self.device.type == "cuda" else []):
             torch.manual_seed(0)
@@ -103,15 +121,13 @@ class DepthAnything3Evaluator:
             except AssertionError as error:
                 if _NO_DEPTH not in str(error):
                     raise
-                return resting, 0.0
+                return None
         if not found.is_metric:
             raise UsageError(
                 "this Depth Anything 3 checkpoint has no metric scale, so its poses are not in metres; use the nested "
                 f"one: {DOWNLOAD}"
             )
-        w2c = torch.eye(4).repeat(len(clip), 1, 1)
-        w2c[:, :3] = torch.as_tensor(found.extrinsics).float()[:, :3]
-        return torch.linalg.inv(w2c), float(found.scale_factor)
+        return found
 
 
 def needs(checkpoint: str, **_: Any) -> tuple[Need, ...]:

@@ -85,6 +85,16 @@ def is_locked(path: Path) -> str:
         os.close(handle)
 
 
+def held_by(path: Path) -> str:
+    """Who holds the lock file ``path`` on any machine, as text; that of another machine is watched for up to 20 s."""
+    if owner := is_locked(path):
+        return owner
+    try:
+        return _owner(path) if _of_another_host(path) and _beats(path) else ""
+    except FileNotFoundError:  # there is none, or its owner ended
+        return ""
+
+
 @contextlib.contextmanager
 def private_folder(prefix: str) -> Iterator[Path]:
     """A scratch folder of this process; deletes those of dead processes of the same prefix, then its own at the end."""

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Protocol, Self
+from typing import TYPE_CHECKING, Any, Protocol, Self
 
 import torch
 from torch import Tensor
+
+if TYPE_CHECKING:
+    from geoalign.flow.reuse import Reuse
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -76,6 +79,8 @@ class PhasedPolicy:
     prefix: VelocityFn
     window: VelocityFn
     tail: VelocityFn
+    reuse: Reuse | None = None
+    """``tail`` in two parts, for tails of which not every step is evaluated."""
 
     @staticmethod
     def of(policy: VelocityFn | PhasedPolicy) -> PhasedPolicy:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import astuple, dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -18,6 +18,8 @@ class ForwardCount:
     prefix: int = 0
     window: int = 0
     tail: int = 0
+    reused: int = 0
+    """Tail steps that took what an earlier one left: no evaluation, and in no total."""
 
     @property
     def total(self) -> int:
@@ -25,7 +27,8 @@ class ForwardCount:
         return self.prefix + self.window + self.tail
 
     def __add__(self, other: ForwardCount) -> ForwardCount:
-        return ForwardCount(self.prefix + other.prefix, self.window + other.window, self.tail + other.tail)
+        mine, theirs = astuple(self), astuple(other)
+        return ForwardCount(*(a + b for a, b in zip(mine, theirs, strict=True)))
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -22,6 +22,7 @@ from torch import Tensor
 
 from geoalign.errors import UsageError
 from geoalign.flow.policy import Condition, PhasedPolicy, Velocity, VelocityFn
+from geoalign.flow.reuse import DriftMeter, TailSource
 from geoalign.flow.rollout import ForwardCount, Rollout
 from geoalign.flow.table import StepTable
 from geoalign.perf.timer import phase
@@ -103,15 +104,22 @@ class FlowSampler:
             gives the same numbers (the exactness test).
         rows_per_forward: largest batch of one network forward; None: all rows at once. Part of the artefact that
             rollout and learner must share, because kernels round differently at other batch shapes.
+        groups_per_forward: most groups that one network forward serves; None: as many as there are. With 1 a group's
+            numbers do not depend on which other groups are here.
         window_grad: run window forwards with gradients enabled even if nobody observes them, for compiled policies
             whose graphs differ between the two modes.
+        reused: steps after the window that are not evaluated (:func:`geoalign.flow.reuse.reused_steps`).
+        drift: measures, in a tail that is evaluated, how far reuse would be off.
     """
 
     table: StepTable
     group_size: int = 1
     share_prefix: bool = True
     rows_per_forward: int | None = None
+    groups_per_forward: int | None = None
     window_grad: bool = False
+    reused: frozenset[int] = frozenset()
+    drift: DriftMeter | None = None
 
     def rollout(
         self,
@@ -138,19 +146,19 @@ class FlowSampler:
                 (streaming backward); it decides how long the graph lives.
 
         Raises:
-            UsageError: the table has no window, or batch sizes do not fit.
+            UsageError: the table has no window, batch sizes do not fit, or steps are reused of a policy that cannot.
         """
         run = self._begin(PhasedPolicy.of(policy), observer, x_init, seed, iteration, group_ids, member_ids)
         conditions, size = group_ids.numel(), self.group_size
         x_init = _repeat(_working(x_init), run.x_start.shape[0] // x_init.shape[0])  # [L, ...]
-        for lanes in _split(0, run.x_start.shape[0], self.rows_per_forward):
+        for lanes in self._lane_batches(run.x_start.shape[0], conditions):
             lane_cond = _condition(cond, lanes, size // run.rows_per_lane, conditions)
             rows, x, m_prev = self._prefix_and_branch(run, lane_cond, x_init[lanes], lanes)  # x: [rows, ...]
             for part in _split(rows.start, rows.stop, self.rows_per_forward):
                 local = slice(part.start - rows.start, part.stop - rows.start)
                 history = None if m_prev is None else m_prev[local]
                 self._finish(run, _condition(cond, part, size, conditions), x[local], history, part)
-        counts = ForwardCount(run.forwards["prefix"], run.forwards["window"], run.forwards["tail"])
+        counts = ForwardCount(*(run.forwards[name] for name in ("prefix", "window", "tail", "reused")))
         stored = run.x_start, run.x_next, run.log_prob, run.final
         return Rollout(*stored, self.table, self.group_size, counts, run.entered)
 
@@ -194,7 +202,7 @@ class FlowSampler:
         """The row batches whose forwards have the shapes that the rollout had."""
         num_lanes = rollout.state(position).shape[0]
         per_lane = rollout.num_rows // num_lanes
-        lanes = _split(0, num_lanes, self.rows_per_forward)
+        lanes = self._lane_batches(num_lanes, rollout.num_rows // rollout.group_size)
         return [slice(lane.start * per_lane, lane.stop * per_lane) for lane in lanes]
 
     @torch.no_grad()
@@ -215,6 +223,12 @@ class FlowSampler:
             x, _ = self._ode(tail, _working(x_init[rows]), None, steps, part_cond, Counter(), "sample")
             parts.append(x)
         return torch.cat(parts)
+
+    def _lane_batches(self, num_lanes: int, conditions: int) -> Iterator[slice]:
+        """The lanes of one forward after the other: whole groups, or parts of them."""
+        together = self.groups_per_forward
+        for groups in _split(0, num_lanes, together and together * (num_lanes // conditions)):
+            yield from _split(groups.start, groups.stop, self.rows_per_forward)
 
     # The phases of a rollout, in order.
 
@@ -279,12 +293,48 @@ class FlowSampler:
                 x, m_prev = self._stochastic(run, position, x, velocity, rows, velocity.passes * x.shape[0])
         run.final[rows], _ = self._tail(run, x, m_prev, range(steps[-1] + 1, self.table.num_steps), cond)
 
+    @torch.no_grad()
+    def finish(
+        self, policy: VelocityFn | PhasedPolicy, cond: Condition, x: Tensor, m_prev: Tensor | None = None
+    ) -> tuple[Tensor, ForwardCount]:
+        """The steps after the window alone, from states that were stored.
+
+        Args:
+            policy: its ``tail`` (or ``reuse``) is run.
+            cond: the M conditions of the R rows.
+            x: [R, ...] states after the last window step.
+            m_prev: [R, ...] predicted clean latents of that step, where the table's first tail step reads them.
+
+        Returns:
+            Latents [R, ...] at sigma = 0, and the evaluations spent.
+
+        Raises:
+            UsageError: the history is missing, or steps are reused of a policy that cannot.
+        """
+        first, counts = self._window_steps[-1] + 1, Counter[str]()
+        if self.table.needs_history(first) and m_prev is None:
+            raise UsageError("this tail's solver needs the predicted clean latents of the last window step (m_prev)")
+        phases, conditions, final = PhasedPolicy.of(policy), x.shape[0] // self.group_size, torch.empty_like(x)
+        for rows in _split(0, x.shape[0], self.rows_per_forward):
+            part = _condition(cond, rows, self.group_size, conditions)
+            history = None if m_prev is None else m_prev[rows]
+            steps = range(first, self.table.num_steps)
+            final[rows], _ = self._ode(self._source(phases), x[rows], history, steps, part, counts, "tail")
+        return final, ForwardCount(tail=counts["tail"], reused=counts["reused"])
+
     def _tail(
         self, run: _RolloutCall, x: Tensor, m_prev: Tensor | None, steps: range, cond: Condition
     ) -> tuple[Tensor, Tensor | None]:
         """Deterministic steps after the members have parted."""
         with phase("rollout/tail"):
-            return self._ode(run.phases.tail, x, m_prev, steps, cond, run.forwards, "tail")
+            return self._ode(self._source(run.phases), x, m_prev, steps, cond, run.forwards, "tail")
+
+    def _source(self, phases: PhasedPolicy) -> VelocityFn | TailSource:
+        if not self.reused and self.drift is None:
+            return phases.tail
+        if phases.reuse is None:
+            raise UsageError("this policy leaves nothing behind that a step of the tail could reuse")
+        return TailSource(phases.reuse, self.reused, self.drift)
 
     def _window_velocity(self, run: _RolloutCall, x: Tensor, step: int, cond: Condition) -> Velocity:
         with torch.set_grad_enabled(self.window_grad or run.observer is not None):
@@ -315,7 +365,7 @@ class FlowSampler:
     @torch.no_grad()
     def _ode(
         self,
-        velocity_fn: VelocityFn,
+        source: VelocityFn | TailSource,
         x: Tensor,
         m_prev: Tensor | None,
         steps: range,
@@ -325,19 +375,24 @@ class FlowSampler:
     ) -> tuple[Tensor, Tensor | None]:
         """State and history after deterministic steps; no log-probability is taken, so never with a graph.
 
-        Counts into ``forwards[name]``.
+        Counts into ``forwards[name]``, and steps that were not evaluated into ``forwards["reused"]``.
         """
         for step in steps:
-            velocity = self._velocity(velocity_fn, x, step, cond)
-            forwards[name] += x.shape[0] * velocity.passes
+            if isinstance(source, TailSource):
+                velocity, evaluated = source.at(step, x, self._timestep(x, step), cond)
+            else:
+                velocity, evaluated = self._velocity(source, x, step, cond), True
+            forwards[name if evaluated else "reused"] += x.shape[0] * velocity.passes
             used = m_prev if self.table.needs_history(step) else None
             m_prev = self._history(x, velocity, step)
             x = self._step(x, velocity, step, m_prev=used).x_next
         return x, m_prev
 
     def _velocity(self, velocity_fn: VelocityFn, x: Tensor, step: int, cond: Condition) -> Velocity:
-        timestep = torch.full((x.shape[0],), float(self.table.timesteps[step]), dtype=x.dtype, device=x.device)
-        return Velocity.of(velocity_fn(x, timestep, cond))
+        return Velocity.of(velocity_fn(x, self._timestep(x, step), cond))
+
+    def _timestep(self, x: Tensor, step: int) -> Tensor:
+        return torch.full((x.shape[0],), float(self.table.timesteps[step]), dtype=x.dtype, device=x.device)
 
     def _step(
         self, x: Tensor, v: Velocity, step: int, *, key: NoiseKey | None = None, m_prev: Tensor | None = None

@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from geoalign.config.flow import TailGrid
+
 
 def shifted(u: Tensor, shift: float) -> Tensor:
     """Time-shifted noise level m u / (1 + (m - 1) u) of u in [0, 1]; float64 in, float64 out."""
@@ -16,20 +18,20 @@ def full_grid(steps: int, shift: float) -> Tensor:
     return shifted(_uniform(1.0, steps), shift)
 
 
-def flash_grid(steps: int, shift: float, window_stop: int, tail_ratio: float) -> Tensor:
-    """Noise levels of a rollout whose tail is coarser than the full grid (MixGRPO-Flash, arXiv 2507.21802).
+def grid_with_tail(steps: int, shift: float, window_stop: int, tail_steps: int, grid: TailGrid) -> Tensor:
+    """Noise levels [window_stop + tail_steps + 1] of a rollout with a tail of its own.
 
-    Nodes 0 .. window_stop are those of the full grid. From there n - 1 steps, uniform in the unshifted time, lead to
-    exactly 0, where n = floor((steps - window_stop + 1) tail_ratio), but at least one step is taken.
-    The number of steps is window_stop + n - 1.
+    Nodes 0 .. window_stop are those of the full grid. From there ``tail_steps`` steps lead to exactly 0: uniform in the
+    unshifted time (``schedule``, MixGRPO-Flash, arXiv 2507.21802; with all remaining steps this is the full grid), or
+    uniform in sigma (a large shift crowds the schedule's steps where the velocity hardly moves).
     """
-    if tail_ratio == 1.0:
+    if grid == "schedule" and tail_steps == steps - window_stop:
         return full_grid(steps, shift)
     head = _uniform(1.0, steps)[: window_stop + 1]
-    # The relative slack undoes the rounding of products such as 20 * 0.4 that fall just below an integer.
-    nodes = int((steps - window_stop + 1) * tail_ratio * (1 + 1e-12))
-    tail = _uniform(float(head[-1]), max(nodes - 1, 1))[1:]
-    return shifted(torch.cat([head, tail]), shift)
+    if grid == "sigma":
+        head = shifted(head, shift)
+        return torch.cat([head, _uniform(float(head[-1]), tail_steps)[1:]])
+    return shifted(torch.cat([head, _uniform(float(head[-1]), tail_steps)[1:]]), shift)
 
 
 def _uniform(top: float, steps: int) -> Tensor:

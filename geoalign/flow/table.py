@@ -18,7 +18,7 @@ from torch import Tensor
 
 from geoalign.config.flow import FlowConfig, OdeSolver, SdeVariant
 from geoalign.errors import ConfigError
-from geoalign.flow.sigmas import flash_grid, full_grid
+from geoalign.flow.sigmas import full_grid, grid_with_tail
 
 Row = tuple[float, float, float, float]
 TIMESTEP_SCALE = 1000.0
@@ -153,8 +153,8 @@ def build_step_table(config: FlowConfig, window: StepSet | None = None) -> StepT
     """The table of a trajectory that is stochastic inside ``window`` and deterministic elsewhere.
 
     Deterministic steps before the window's end are Euler steps, steps after it (all of them without a window) use
-    ``config.tail_solver``; a multistep solver takes its first history from the last window step. The coarser tail
-    (``config.tail_ratio``) exists only after a window.
+    ``config.tail_solver``; a multistep solver takes its first history from the last window step. A tail of its own
+    (``config.tail_grid``, ``tail_ratio``, ``tail_steps``) exists only after a window.
 
     Raises:
         ConfigError: the window reaches the last step, which must be deterministic: its noise would stay in the video.
@@ -167,7 +167,8 @@ def build_step_table(config: FlowConfig, window: StepSet | None = None) -> StepT
     if window is None:
         sigmas = full_grid(config.steps, config.shift)
     else:
-        sigmas = flash_grid(config.steps, config.shift, window.stop, config.tail_ratio)
+        count = config.tail_count(window.stop)
+        sigmas = grid_with_tail(config.steps, config.shift, window.stop, count, config.tail_grid)
     levels = sigmas.tolist()
     stochastic, tail_start = ((), 0) if window is None else (window.steps, window.stop)
     rows: list[Row] = []

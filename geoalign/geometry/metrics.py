@@ -18,6 +18,7 @@ from torch import Tensor
 
 from geoalign.geometry import so3
 from geoalign.geometry.align import umeyama
+from geoalign.geometry.plane import ground_motion
 from geoalign.geometry.trajectory import CameraTrajectory
 
 CAMERA_METRICS = (
@@ -28,6 +29,8 @@ CAMERA_METRICS = (
     "rot_err_deg",
     "trans_err",
 )
+AXES = ("sideways", "forward", "vertical", "yaw")
+"""The degrees of freedom of a stabilised camera above a plane, in the order of :func:`ground_motion`."""
 _STATIC_PATH_M = 1e-3  # a shorter path is rounding of a camera that turns in place
 
 
@@ -96,6 +99,38 @@ def translation_gain(estimate: CameraTrajectory, target: CameraTrajectory) -> Te
     a = estimate.relative_to_first().position
     b = target.relative_to_first().position
     return _ratio((a * b).sum((-1, -2)), b.square().sum((-1, -2)), _STATIC_PATH_M**2)
+
+
+def errors_by_frame(estimate: Tensor, target: Tensor) -> dict[str, Tensor]:
+    """``translation_error_m`` and ``rotation_error_deg`` ``[B, K]`` of every frame; NaN where a video is not finite.
+
+    Args:
+        estimate, target: ``[B, K, 4, 4]`` camera-to-world, each in any world frame.
+    """
+    finite = torch.isfinite(estimate).flatten(1).all(1)[:, None]
+    found, goal = CameraTrajectory.build(estimate), CameraTrajectory.build(target)
+    values = {
+        "translation_error_m": position_distances_m(found, goal),
+        "rotation_error_deg": view_angles_deg(found, goal),
+    }
+    return {name: torch.where(finite, value, torch.nan) for name, value in values.items()}
+
+
+def axis_gains(estimate: Tensor, target: Tensor, plane: Tensor) -> Tensor:
+    """Travelled over asked ``[4]`` along :data:`AXES`: least-squares g of ``estimate = g * target`` over all videos.
+
+    Args:
+        estimate: ``[B, K, 4, 4]`` camera-to-world relative to the first source frame; videos with values that are not
+            finite are left out.
+        target: ``[B, K, 4, 4]`` wanted poses, likewise.
+        plane: ``[B, 4]`` ground planes in that frame.
+
+    Returns:
+        float64; NaN along an axis on which no target moves (by 1 mm or 1 mrad in any frame).
+    """
+    finite = torch.isfinite(estimate).flatten(1).all(1)
+    found, wanted = (ground_motion(c2w[finite].double(), plane[finite].double()) for c2w in (estimate, target))
+    return _ratio((found * wanted).sum((0, 1)), wanted.square().sum((0, 1)), _STATIC_PATH_M**2)
 
 
 def _ratio(numerator: Tensor, denominator: Tensor, smallest: float) -> Tensor:

@@ -10,6 +10,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from geoalign.geometry import so3
+
 # Rays that meet the plane behind the camera or beyond this many plane distances are clamped to a far point.
 _MIN_APPROACH = 0.05
 
@@ -56,6 +58,34 @@ def ground_axes(plane: Tensor) -> Tensor:
     e1 = x_axis - (x_axis * normal).sum(-1, keepdim=True) * normal
     e1 = e1 / e1.norm(dim=-1, keepdim=True)
     return torch.stack([e1, torch.linalg.cross(normal, e1), normal], dim=-2)
+
+
+def ground_motion(c2w: Tensor, plane: Tensor) -> Tensor:
+    """Motion ``[..., F, 4]`` along the plane's axes of poses ``[..., F, 4, 4]`` relative to its reference frame.
+
+    Metres along e1 (sideways), e2 (backward over the ground) and the normal, and radians about the normal (yaw).
+    """
+    axes = ground_axes(plane)[..., None, :, :]
+    turn = (axes @ so3.log(c2w[..., :3, :3])[..., None])[..., 2:, 0]
+    return torch.cat([(axes @ c2w[..., :3, 3:])[..., 0], turn], -1)
+
+
+def scaled_motion(c2w: Tensor, plane: Tensor, factor: Tensor) -> Tensor:
+    """Multiply motions.
+
+    Args:
+        c2w: ``[..., F, 4, 4]`` poses relative to the plane's reference frame, rotations below 180 degrees.
+        plane: ``[..., 4]``.
+        factor: ``[..., F or 1, 4]``: of translation along e1, e2 (on the plane) and the normal; of the rotation vector.
+
+    Returns:
+        ``[..., F, 4, 4]``; equal to ``c2w`` for factors of 1 up to rounding.
+    """
+    axes = ground_axes(plane)[..., None, :, :]
+    local = axes @ c2w[..., :3, 3:]
+    translation = axes.transpose(-1, -2) @ (local * factor[..., :3, None])
+    rotvec = so3.log(c2w[..., :3, :3]) * factor[..., 3:]
+    return so3.rigid(so3.exp(rotvec), translation[..., 0])
 
 
 def pixel_grid(height: int, width: int, *, step: int = 1, offset: int = 0) -> Tensor:

@@ -210,7 +210,7 @@ def render_missing_data(config: Config, rank: int) -> None:
     if config.world is None or is_complete(config.data, config.world):
         return
     if rank == 0:
-        say(f"rendering the embedded world into {config.data.root}")
+        say(f"rendering {config.world.clips} clips into {config.data.root}")
         with bar(config.world.clips, "rendering the world", "clip") as progress:
             write_world(config.data, config.world, progress.update)
         return

@@ -36,7 +36,8 @@ class Pool:
 
 def label_bias(config: Config) -> LabelBias:
     """The label bias of the pre-training settings."""
-    return LabelBias(*config.pretrain.translation_bias, *config.pretrain.rotation_bias)
+    settings = config.pretrain
+    return LabelBias(settings.bias_mean, settings.bias_std, *settings.bias_growth)
 
 
 def render_pool(config: Config, policy: RetakePolicy, progress: Callable[[int], object]) -> Pool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 import time
 from collections import deque
@@ -38,6 +39,9 @@ class _Lines:
     def set_postfix_str(self, s: str, refresh: bool = True) -> None:
         self._more = s
 
+    def close(self) -> None:
+        """Nothing is left to do."""
+
     def __enter__(self) -> _Lines:
         return self
 
@@ -46,15 +50,15 @@ class _Lines:
 
 
 class _Nothing(_Lines):
-    """For the ranks that are not asked."""
+    """What a bar is on the other ranks."""
 
     def update(self, n: int = 1) -> None:
         return None
 
 
 def bar(total: int | None, what: str, unit: str, initial: int = 0, *, shown: bool = True) -> tqdm[Any] | _Lines:
-    """A progress bar with ETA on a terminal, lines now and then elsewhere; nothing if not ``shown``."""
-    if not shown:
+    """A progress bar with ETA on a terminal, lines now and then elsewhere; of one of the ranks, if ``shown``."""
+    if not (shown and _speaks()):
         return _Nothing(total, what, unit, initial)
     if not sys.stderr.isatty():
         return _Lines(total, what, unit, initial)
@@ -62,9 +66,14 @@ def bar(total: int | None, what: str, unit: str, initial: int = 0, *, shown: boo
 
 
 def say(text: str) -> None:
-    """A line of a log: to stderr, at once, with the time of day off a terminal."""
-    stamp = "" if sys.stderr.isatty() else time.strftime("%H:%M:%S ")
-    print(f"{stamp}{text}", file=sys.stderr, flush=True)
+    """A line about what goes on, of one of the ranks: to stderr, at once, with the time of day off a terminal."""
+    if _speaks():
+        stamp = "" if sys.stderr.isatty() else time.strftime("%H:%M:%S ")
+        print(f"{stamp}{text}", file=sys.stderr, flush=True)
+
+
+def _speaks() -> bool:
+    return os.environ.get("RANK", "0") == "0"
 
 
 def clock_text(seconds: float) -> str:
@@ -84,12 +93,11 @@ class RunProgress:
     Args:
         total: iterations of the run.
         first: iterations that are done already.
-        shown: whether this rank is the one that speaks.
     """
 
-    def __init__(self, total: int, first: int, *, shown: bool) -> None:
-        self._total, self._shown, self._terminal = total, shown, sys.stderr.isatty()
-        self._bar = bar(total, "training", "it", first, shown=shown and self._terminal)
+    def __init__(self, total: int, first: int) -> None:
+        self._total, self._terminal = total, sys.stderr.isatty()
+        self._bar = bar(total, "training", "it", first, shown=self._terminal)
         self._marks = deque([time.monotonic()], maxlen=_RECENT + 1)
 
     def tell(self, done: int, numbers: Mapping[str, float]) -> None:
@@ -97,18 +105,17 @@ class RunProgress:
         self._marks.append(time.monotonic())
         self._bar.set_postfix_str(headline(numbers), refresh=False)
         self._bar.update()
-        if self._shown and not self._terminal:
+        if not self._terminal:
             say(iteration_line(done, self._total, self._seconds_each(), numbers))
 
     def _seconds_each(self) -> float:
         return (self._marks[-1] - self._marks[0]) / (len(self._marks) - 1)
 
     def __enter__(self) -> RunProgress:
-        self._bar.__enter__()
         return self
 
-    def __exit__(self, *error: object) -> None:
-        self._bar.__exit__(*error)
+    def __exit__(self, *_: object) -> None:
+        self._bar.close()
 
 
 def iteration_line(done: int, total: int, seconds_each: float, numbers: Mapping[str, float]) -> str:

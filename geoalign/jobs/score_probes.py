@@ -44,7 +44,7 @@ def probe_table(reward: Reward, count: int = 40, size: tuple[int, int] | None = 
         return paired_videos(world, count, torch.Generator().manual_seed(5), style="real", bias=bias)
 
     pairs = render(None)
-    videos = {"honest": pairs.truth, "wrong_scale": render(LabelBias(translation_mean=math.log(1.4))).truth}
+    videos = {"honest": pairs.truth, "wrong_scale": render(LabelBias.translation(1.4)).truth}
     videos |= {name: probe(pairs.truth) for name, probe in PROBES.items()}
     outputs = {name: judge(reward, video, pairs.batch) for name, video in videos.items()}
     rows: list[dict[str, Any]] = []

@@ -10,6 +10,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
+from geoalign.training.processes.launcher import started_by_launcher
+
 
 @dataclass(slots=True)
 class StopRequest:
@@ -47,6 +49,8 @@ class StopRequest:
             raise KeyboardInterrupt
         if not self.signal_name:
             self.signal_name = signal.Signals(number).name
+            if started_by_launcher() and os.environ["RANK"] != "0":
+                return  # every rank got it, one says so
             # Not print: the signal may have come while a line was being written, and buffered files refuse to nest.
             text = f"\n{self.signal_name}: stopping after this iteration (Ctrl-C again: at once)\n"
             os.write(sys.__stderr__.fileno() if sys.__stderr__ else 2, text.encode())

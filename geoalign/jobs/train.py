@@ -101,10 +101,10 @@ def _run(
             folder.mkdir(parents=True, exist_ok=True)
             atomic_write_text(folder / RUN_CONFIG, to_yaml(config))
             atomic_write_json(folder / "env.json", environment)
-        evaluation, clock = RunEvaluator.of(config, trainer, folder), _Clock()
+        evaluation, clock = RunEvaluator.of(config, trainer, folder), _Clock(ranks)
         if state is None:
-            if main and evaluation.held_out is not None:
-                say("evaluating on held-out conditions before the first iteration")
+            if config.world is not None:
+                say("evaluating the base on held-out scenes")
             trainer.notes |= {"before": evaluation.keep("before"), "conditions": conditions_of(config)}
         _iterate(config, trainer, evaluation, clock, settings, profile)
         if trainer.iteration < config.train.iterations:
@@ -113,12 +113,13 @@ def _run(
         trainer.engine.swap_average()
         after = evaluation.keep("after")
         trainer.engine.swap_average()
+        cpu_s = clock.cpu(trainer.notes)
         if main:
             summary = held_out_summary(trainer.notes, after) | {
                 "seed": config.run.seed,
                 "iterations": trainer.iteration,
                 "wall_s": clock.wall(trainer.notes),
-                "cpu_s": clock.cpu(trainer.notes),
+                "cpu_s": cpu_s,
                 "base": str(config.train.base),
                 "config_hash": settings.hash,
                 **environment,
@@ -133,8 +134,7 @@ def _trainer(
 ) -> Iterator[Trainer]:
     """Policy, data and rewards of the run in a trainer that stands where ``state`` does; closes the rewards."""
     device = device_of(config.run)
-    if ranks.rank == 0:
-        say(f"reading the weights of {config.train.base}")
+    say(f"reading the weights of {config.train.base}")
     policy = open_base(config, device, dtype_of(config.run, device))
     if config.run.threads:
         torch.set_num_threads(config.run.threads)
@@ -175,9 +175,10 @@ def _save_result(config: Config, trainer: Trainer, folder: Path) -> None:
 
 
 class _Clock:
-    """Wall and CPU seconds of this process, added to those of earlier parts of a resumed run."""
+    """Wall seconds of this process and CPU seconds of all ranks, added to those of earlier parts of a resumed run."""
 
-    def __init__(self) -> None:
+    def __init__(self, ranks: Ranks) -> None:
+        self._ranks = ranks
         self._wall, self._cpu = time.perf_counter(), time.process_time()
 
     def wall(self, notes: Mapping[str, Any]) -> float:
@@ -185,8 +186,9 @@ class _Clock:
         return float(notes.get("wall_s", 0.0)) + time.perf_counter() - self._wall
 
     def cpu(self, notes: Mapping[str, Any]) -> float:
-        """CPU seconds of the whole run."""
-        return float(notes.get("cpu_s", 0.0)) + time.process_time() - self._cpu
+        """CPU seconds of the whole run; a collective."""
+        mine = torch.tensor(time.process_time() - self._cpu, dtype=torch.float64)
+        return float(notes.get("cpu_s", 0.0)) + float(self._ranks.all_reduce(mine, "sum"))
 
 
 def _iterate(
@@ -204,7 +206,7 @@ def _iterate(
         StopRequest().installed() as stop,
         CheckpointWriter(folder / "checkpoints", settings, config.train) as checkpoints,
         MetricsWriter(folder, config.run, trainer.iteration) if main else nullcontext() as writer,
-        RunProgress(total, trainer.iteration, shown=main) as progress,
+        RunProgress(total, trainer.iteration) as progress,
     ):
         while trainer.iteration < total:
             with profiled(trainer, folder) if main and trainer.iteration == profile else nullcontext():

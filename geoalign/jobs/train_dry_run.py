@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping
 
 import torch
@@ -12,12 +11,13 @@ from geoalign.config.schema import Config
 from geoalign.errors import UsageError
 from geoalign.flow.table import StepWindow, build_step_table
 from geoalign.models.dit import RetakeDiT
-from geoalign.perf.budget import Walk, count_passes
+from geoalign.perf.budget import count_passes
 from geoalign.perf.memory import predict_memory
 from geoalign.rl.window import WindowSchedule
 from geoalign.training.engines.optim import freeze_all_but
+from geoalign.training.processes.cores import ranks_of
 from geoalign.training.processes.device import device_of, dtype_of
-from geoalign.training.telemetry import plan_of
+from geoalign.training.telemetry import plan_of, walk_of
 from geoalign_kernels import resolve_attention
 
 
@@ -52,20 +52,18 @@ def describe_run(config: Config) -> Mapping[str, object]:
 
 def _passes(config: Config, window: StepWindow) -> str:
     table, groups = build_step_table(config.flow, window), config.groups
-    walk = Walk(window.start, window.size, table.num_steps - window.stop)
+    walk = walk_of(config, table)
     count = count_passes(walk, groups.conditions, groups.size, config.optim.updates_per_rollout, plan_of(config))
     learner = f"{count.replay + count.reference:,} learner forwards, {count.backward:,} backwards"
     return f"{count.rollout:,} rollout forwards, {learner}, {count.recompute:,} recomputed (first window, all ranks)"
 
 
 def _execution(config: Config) -> str:
-    run, levers, ode = config.run, config.levers, config.ode
+    run, levers = config.run, config.levers
     parts = [f"device {run.device}", f"matrices {run.dtype}", "compiled blocks" if run.compile else "eager blocks"]
     parts += [f"attention core {_core(config)}"] + ["repeatable backwards"] * run.deterministic
     parts += [f"recompute {levers.recompute}", f"streaming {levers.streaming}"]
-    changes = [f"ode.{name} {value}" for name, value in (("attention", ode.attention), ("linears", ode.linears))]
-    approximate = [text for text in changes if not text.endswith("exact")]
-    approximate += [f"tail_ratio {config.flow.tail_ratio}"] if config.flow.tail_ratio < 1 else []
+    approximate = [f"{name} {value}" for name, value in config.approximations().items()]
     return ", ".join(parts) + (f"; CHANGES samples: {', '.join(approximate)}" if approximate else "; all EXACT")
 
 
@@ -85,7 +83,7 @@ def _memory(config: Config, parameters: int, trained: int) -> str:
     if config.run.device == "cpu":
         return "that of a small model; predicted for GPUs only"
     matrix_bytes = 4 if config.run.dtype == "float32" else 2
-    plan = predict_memory(config, parameters, trained, _world_size(), matrix_bytes=matrix_bytes)
+    plan = predict_memory(config, parameters, trained, ranks_of(config), matrix_bytes=matrix_bytes)
     parts = ", ".join(f"{name} {_gb(size)}" for name, size in plan.device.items() if size)
     host = "".join(f"; page-locked on the host: {name} {_gb(size)}" for name, size in plan.host.items())
     return f"{_gb(plan.device_total)} a process, predicted, without video decoder and workspaces: {parts}{host}"
@@ -95,12 +93,8 @@ def _gb(size: float) -> str:
     return f"{size / 1e9:.1f} GB" if size >= 1e8 else f"{size / 1e6:.1f} MB"
 
 
-def _world_size() -> int:
-    return int(os.environ.get("WORLD_SIZE", "1"))
-
-
 def _processes(config: Config) -> str:
-    size, parallel = _world_size(), config.parallel
+    size, parallel = ranks_of(config), config.parallel
     share = deal_groups(config.groups.conditions, config.groups.size, size, parallel.sequence)
     shared = f", {parallel.sequence} ranks share each video" if parallel.sequence > 1 else ""
     rollouts = f"{share.groups} groups x {share.members} rollouts each"

@@ -13,8 +13,10 @@ import torch
 from geoalign.config.load import flatten
 from geoalign.config.schema import Config
 from geoalign.files.atomic import atomic_path, nan_to_none
-from geoalign.jobs.evaluate import METRICS, Evaluation, HeldOut, evaluate, mean_of_defined
+from geoalign.jobs.evaluate import METRICS, Evaluation, HeldOut, evaluate
+from geoalign.jobs.evaluation_table import mean_of_defined
 from geoalign.report.held_out import present_names
+from geoalign.training.processes.ranks import LocalRanks, Ranks
 from geoalign.training.trainer import Trainer
 
 
@@ -31,28 +33,31 @@ def conditions_of(config: Config) -> dict[str, Any]:
 class RunEvaluator:
     """Held-out evaluation of a run; does nothing without held-out pairs.
 
-    One rank suffices where every rank holds the whole model; ranks that hold parts of it evaluate together.
+    Ranks that hold the whole model share the videos; those that hold parts of it make every video together.
     """
 
     config: Config
     trainer: Trainer
     folder: Path
     held_out: HeldOut | None
+    ranks: Ranks
 
     @staticmethod
     def of(config: Config, trainer: Trainer, folder: Path) -> RunEvaluator:
         """The evaluation that ``config`` asks of this rank; renders its videos."""
         together = config.parallel.engine == "fsdp" or config.parallel.sequence > 1
-        taking_part = config.world is not None and (together or trainer.ranks.rank == 0)
-        held_out = HeldOut.build(config) if taking_part else None
-        return RunEvaluator(config, trainer, folder, held_out)
+        held_out = None if config.world is None else HeldOut.build(config)
+        return RunEvaluator(config, trainer, folder, held_out, LocalRanks() if together else trainer.ranks)
+
+    def _evaluate(self, held_out: HeldOut) -> Evaluation:
+        return evaluate(self.trainer.policy, self.config, held_out, ranks=self.ranks)
 
     def on_the_way(self) -> dict[str, float]:
         """Means of the averaged policy, as metrics."""
         self.trainer.engine.swap_average()
         numbers = {}
         if self.held_out is not None:
-            result = evaluate(self.trainer.policy, self.config, self.held_out)
+            result = self._evaluate(self.held_out)
             numbers = {f"eval/{kind}_{m}": result.mean(kind, m) for kind in result.numbers for m in METRICS}
         self.trainer.engine.swap_average()
         return numbers
@@ -64,7 +69,7 @@ class RunEvaluator:
         """
         if self.held_out is None:
             return {}
-        result = evaluate(self.trainer.policy, self.config, self.held_out)
+        result = self._evaluate(self.held_out)
         if self.trainer.ranks.rank == 0:
             _write_clips(self.folder / "eval" / f"{stage}.npz", self.held_out, result)
         return {kind: nan_to_none(rows) for kind, rows in result.numbers.items()}
@@ -76,10 +81,15 @@ def _write_clips(path: Path, held_out: HeldOut, result: Evaluation) -> None:
         "source": _bytes(torch.cat([p.batch.source.video for p in pairs])),
         "generated": _bytes(torch.cat(list(result.videos.values()))),
         "truth": _bytes(torch.cat([p.truth for p in pairs])),
+        "source_c2w": torch.cat([p.batch.source.camera.c2w for p in pairs]).numpy(),
         "target_c2w": torch.cat([p.batch.target_camera.c2w for p in pairs]).numpy(),
         "estimated_c2w": torch.cat(list(result.estimated.values())).numpy(),
+        "intrinsics": torch.cat([p.batch.target_camera.intrinsics for p in pairs]).numpy(),
         "names": np.array([name for p in pairs for name in p.names]),
     }
+    planes = [p.batch.source.ground_plane for p in pairs]
+    if all(plane is not None for plane in planes):
+        arrays["ground_plane"] = torch.cat([plane for plane in planes if plane is not None]).numpy()
     with atomic_path(path) as temporary, temporary.open("wb") as file:  # of a name it would make another
         np.savez_compressed(file, **arrays)
 

@@ -16,8 +16,7 @@ from torch import Tensor, nn
 
 from geoalign.config.model import ModelConfig
 from geoalign.errors import UsageError
-from geoalign.geometry import so3
-from geoalign.geometry.plane import ground_axes, intersect_plane, pixel_grid, pixel_rays
+from geoalign.geometry.plane import ground_axes, intersect_plane, pixel_grid, pixel_rays, scaled_motion
 from geoalign.geometry.pluecker import pack_frames, ray_map
 from geoalign.models.conditioning import Conditioning, Phases
 from geoalign.models.rope import axis_frequencies, axis_pairs, frame_indices, grid_angles
@@ -141,12 +140,7 @@ def scaled_poses(c2w: Tensor, plane: Tensor, gains: Tensor) -> Tensor:
     Returns:
         ``[B, K, T, 4, 4]``; equal to ``c2w`` for zero gains up to rounding.
     """
-    factor = gains.exp()
-    axes = ground_axes(plane)[:, None]  # [B, 1, 3, 3]
-    local = axes @ c2w[..., :3, 3:]  # [B, T, 3, 1]
-    translation = axes[:, None].transpose(-1, -2) @ (local[:, None] * factor[None, :, None, :3, None])
-    rotvec = so3.log(c2w[..., :3, :3])[:, None] * factor[None, :, None, 3:]
-    return so3.rigid(so3.exp(rotvec), translation[..., 0])
+    return scaled_motion(c2w[:, None], plane[:, None], gains.exp()[:, None])
 
 
 def _map_position(c2w: Tensor, rays: Tensor, plane: Tensor, focal: Tensor) -> Tensor:

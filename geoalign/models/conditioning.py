@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -86,22 +86,6 @@ class CrossKeys:
         assert known is not None
         return known.shape[0]
 
-    def joined(self, other: CrossKeys) -> CrossKeys:
-        """These rows, then those of ``other``, which has the same parts."""
-        return CrossKeys(
-            _cat_pair(self.text, other.text),
-            _cat_pair(self.image, other.image),
-            None if self.constant is None or other.constant is None else torch.cat([self.constant, other.constant]),
-        )
-
-
-def _cat_pair(
-    first: tuple[Tensor, Tensor] | None, second: tuple[Tensor, Tensor] | None
-) -> tuple[Tensor, Tensor] | None:
-    if first is None or second is None:
-        return None
-    return torch.cat([first[0], second[0]]), torch.cat([first[1], second[1]])
-
 
 @dataclass(frozen=True, slots=True)
 class ConditionCache:
@@ -137,6 +121,18 @@ class ConditionCache:
 def repeated(tensor: Tensor, count: int) -> Tensor:
     """``tensor.repeat_interleave(count, 0)``; one sample is only viewed ``count`` times, whatever its size."""
     return tensor.expand(count, *tensor.shape[1:]) if tensor.shape[0] == 1 else tensor.repeat_interleave(count, 0)
+
+
+def joined(values: Sequence[Any]) -> Any:
+    """One batch of several that have the same parts: nested dataclasses and tuples of tensors, row after row."""
+    first = values[0]
+    if len(values) == 1 or first is None:
+        return first
+    if isinstance(first, Tensor):
+        return torch.cat(list(values))
+    if isinstance(first, tuple):
+        return tuple(joined(items) for items in zip(*values, strict=True))
+    return type(first)(*(joined([getattr(value, name) for value in values]) for name in first.__slots__))
 
 
 def on_tensors(value: Any, change: Callable[[Tensor], Tensor]) -> Any:

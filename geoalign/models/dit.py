@@ -7,7 +7,7 @@ parameters of self-attention are exactly those whose name contains ``self_attn``
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
@@ -17,7 +17,7 @@ from geoalign.errors import UsageError
 from geoalign.geometry.plane import pixel_grid
 from geoalign.geometry.trajectory import CameraTrajectory
 from geoalign.models import camera as cameras
-from geoalign.models.conditioning import ConditionCache, Conditioning, CrossKeys, Phases, on_tensors, repeated
+from geoalign.models.conditioning import ConditionCache, Conditioning, CrossKeys, Phases, joined, on_tensors, repeated
 from geoalign.models.execution import Execution
 from geoalign.models.layers import Block, Head, ImageProjector, PatchEmbedding, sinusoid, wide
 from geoalign.models.rope import frame_indices, grid_angles
@@ -29,6 +29,25 @@ _CACHED = ("text_embedding.", "img_emb.", "control_adapter.", "camera_embedding.
 _CACHED_CROSS = ("k", "v", "norm_k", "k_img", "v_img", "norm_k_img")
 # What makes camera phases: kept for deterministic steps, made anew with their graph where gradients are enabled.
 _PHASES = ("camera_gain", "rope_phase_")
+
+
+@dataclass(slots=True)
+class BlockResidual:
+    """What all blocks together added to the target tokens of a forward, in the stream's dtype; empty before it.
+
+    ``[B, N, dim]``, or ``[2 B, N, dim]`` under a negative prompt; of the local tokens where ranks share them.
+    """
+
+    value: Tensor | None = None
+
+    def fill(self, out: Tensor, entered: Tensor) -> None:
+        """Keep ``out - entered``; under a negative prompt the same tokens entered both halves."""
+        self.value = out - _halves(entered, out.shape[0] // entered.shape[0])
+
+    def added_to(self, entered: Tensor) -> Tensor:
+        """What the blocks would have returned, had they added the same."""
+        assert self.value is not None
+        return _halves(entered, self.value.shape[0] // entered.shape[0]) + self.value
 
 
 class RetakeDiT(nn.Module):
@@ -54,7 +73,14 @@ class RetakeDiT(nn.Module):
         if config.camera == "geometric":
             self.camera_embedding = cameras.GeometricEmbedding(config)
 
-    def forward(self, x: Tensor, timestep: Tensor, cond: Conditioning, cache: ConditionCache | None = None) -> Tensor:
+    def forward(
+        self,
+        x: Tensor,
+        timestep: Tensor,
+        cond: Conditioning,
+        cache: ConditionCache | None = None,
+        kept: BlockResidual | None = None,
+    ) -> Tensor:
         """Velocity at noisy latents.
 
         Args:
@@ -63,6 +89,7 @@ class RetakeDiT(nn.Module):
             cond: conditions of the B samples.
             cache: result of :meth:`precompute` for ``cond``; computed here when None. Camera phases of trained
                 parameters are not taken from it where gradients are enabled: they are computed again, with their graph.
+            kept: an empty one is filled with what the blocks add to the target tokens; a filled one takes their place.
 
         Returns:
             ``[B, out_channels, T, h, w]`` float32. With a negative prompt in the cache ``[2 B, ...]``: first the
@@ -85,10 +112,16 @@ class RetakeDiT(nn.Module):
             tokens, cache, count = local.tokens(tokens), local.cache(cache), local.count
             position = None if position is None else local.rows(position)
         embedded, time = self._time(timestep)
-        h = self._blocks(wide(tokens), time, position, cache, count)
+        h = wide(tokens)
+        if kept is None or kept.value is None:
+            out = self._blocks(h, time, position, cache, count)[:, :count]
+        else:
+            out = kept.added_to(h[:, :count])
+        if kept is not None and kept.value is None:
+            kept.fill(out, h[:, :count])
         if cache.negative:
             embedded, x, timestep = (torch.cat([part, part]) for part in (embedded, x, timestep))
-        tokens = self.head(h[:, :count], embedded)
+        tokens = self.head(out, embedded)
         flow = self._unpatch(tokens if sequence is None else sequence.gather(tokens), x.shape)
         return flow if self.config.data_variance is None else self._precondition(x, timestep, flow)
 
@@ -99,7 +132,7 @@ class RetakeDiT(nn.Module):
             keep = count if last and self.execution.prune_source else h.shape[1]
             keys = cache.cross[layer]
             if cache.negative:
-                keys = keys.joined(cache.negative[layer])
+                keys = joined([keys, cache.negative[layer]])
             h = block(h, time, position, _camera(cache, layer), keys, cache.poses, keep)
             if cache.negative and layer == 0:  # from here on both halves are computed
                 time, cache = torch.cat([time, time]), _doubled(cache)
@@ -245,6 +278,11 @@ class RetakeDiT(nn.Module):
         sigma = (wide(timestep) / 1000).view(-1, 1, 1, 1, 1)
         den = sigma.square() + (1 - sigma).square() * variance
         return ((sigma - (1 - sigma) * variance) * x - (variance * den).sqrt() * flow) / den
+
+
+def _halves(tokens: Tensor, count: int) -> Tensor:
+    """All rows, then all rows again, as the two prompts of guidance lie."""
+    return tokens if count == 1 else tokens.repeat(count, 1, 1)
 
 
 def _camera(cache: ConditionCache, layer: int) -> Phases | Tensor | None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any, Literal
@@ -47,7 +49,7 @@ class Execution:
         """``block.compute(*args)``, computed again in its backward and compiled as configured."""
         # A measurement cannot be compiled.
         unknown = self.probe is not None and self.probe.measures(block.self_attn.layer)
-        step = _compiled if self.compiled and not unknown else _eager
+        step = _compiled() if self.compiled and not unknown else _eager
         return step(block, self.recompute if torch.is_grad_enabled() else "none", args)
 
 
@@ -74,6 +76,9 @@ def _policy(ctx: Any, op: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
 
 _KEEP_ATTENTION = partial(create_selective_checkpoint_contexts, _policy)
 
+
 # One compiled function for all blocks: their parameters are inputs of its graph, so equal blocks share one graph. The
 # checkpoint is inside, so that the compiler's own split between forward and backward respects what must be kept.
-_compiled = torch.compile(_eager, fullgraph=True, dynamic=False)
+@functools.cache
+def _compiled() -> Callable[..., Tensor]:
+    return torch.compile(_eager, fullgraph=True, dynamic=False)  # loads the compiler, which an eager run has no use for

@@ -42,9 +42,11 @@ class Plan:
         stream_backward: the backward starts from the rollout's graph; no learner forward (one update per rollout).
         replay_first: with it, a first window step that serves a group is replayed, so that no graph waits for rewards.
         hide_host: host code of the rewards off the critical path.
-        int8_attention: int8 scores in steps outside the window.
+        int8_attention, int8_linears: int8 scores and W8A8 products of frozen linears in steps outside the window.
         guidance: forwards per velocity (2 with classifier-free guidance), in rollout and learner.
         reference: whether a KL term needs one forward of a reference policy per learner pass.
+        learned_steps: window steps, drawn at random, that are learned from; None: all.
+        learned_members: members of every group that are learned from; None: all.
     """
 
     speedups: Speedups = field(default_factory=Speedups)
@@ -56,8 +58,15 @@ class Plan:
     replay_first: bool = False
     hide_host: bool = False
     int8_attention: bool = False
+    int8_linears: bool = False
     guidance: int = 1
     reference: bool = False
+    learned_steps: int | None = None
+    learned_members: int | None = None
+
+    def with_int8(self, *, attention: bool, linears: bool) -> Plan:
+        """The same with 8-bit steps outside the window."""
+        return replace(self, int8_attention=attention, int8_linears=linears)
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,6 +79,7 @@ class PassCount:
         recompute: forwards repeated for the backward.
         backward: backwards.
         reference: forwards of a reference policy.
+        audit: rollout forwards of a group that is also finished exactly.
     """
 
     prefix: int = 0
@@ -79,6 +89,7 @@ class PassCount:
     recompute: int = 0
     backward: int = 0
     reference: int = 0
+    audit: int = 0
 
     @property
     def rollout(self) -> int:
@@ -88,7 +99,7 @@ class PassCount:
     @property
     def forwards(self) -> int:
         """All forwards, recomputation included."""
-        return self.rollout + self.replay + self.recompute + self.reference
+        return self.rollout + self.replay + self.recompute + self.reference + self.audit
 
     @property
     def forward_equivalents(self) -> int:
@@ -96,19 +107,23 @@ class PassCount:
         return self.forwards + BACKWARD_EQUIVALENT * self.backward
 
 
-def count_passes(walk: Walk, conditions: int, group_size: int, updates: int, plan: Plan) -> PassCount:
-    """Passes of one iteration of ``conditions`` groups.
+def count_passes(
+    walk: Walk, conditions: int, group_size: int, updates: int, plan: Plan, positions: Sequence[int] | None = None
+) -> PassCount:
+    """Passes of one iteration of ``conditions`` groups that learns from ``positions`` of the window (None: all).
 
     ``updates`` optimizer updates split the members of every group into equal parts; the first window step can be merged
     inside a part only, because the weights change between parts.
     """
     rows, guidance = conditions * group_size, plan.guidance
     lanes = conditions if plan.share_prefix else rows
-    first = conditions * updates if plan.merge_first else rows
-    learned = first + rows * (walk.window - 1)
+    chosen = conditions * (plan.learned_members or group_size)
+    positions = range(walk.window) if positions is None else positions
+    first = (conditions * updates if plan.merge_first else chosen) * (0 in positions)
+    learned = first + chosen * (len(positions) - (0 in positions))
     replayed = learned
     if plan.stream_backward:
-        replayed = conditions if plan.replay_first and plan.merge_first and group_size > 1 else 0
+        replayed = first if plan.replay_first and plan.merge_first and group_size > 1 else 0
     return PassCount(
         prefix=guidance * lanes * walk.prefix,
         window=guidance * (lanes + rows * (walk.window - 1)),
@@ -168,21 +183,27 @@ class RunCost:
     def seconds(self, device: DeviceProfile, plan: Plan) -> PhaseSeconds:
         """Predicted device seconds of the whole run."""
         forward = self.transformer.forward(device, plan.speedups)
-        outside = self.transformer.forward(
-            device, plan.speedups, int8_attention=plan.int8_attention, no_gradient=True
-        ).total
+        outside = self.outside(device, plan)
         backward = self.transformer.backward(device, plan.speedups).total
         recompute = forward.total - (forward.attention if plan.keep_attention else 0.0)
         rollout = learner = 0.0
         for walk, count in self.passes(plan).items():
             times = self.walks[walk]
             rollout += times * (count.window * forward.total + (count.prefix + count.tail) * outside)
-            learner += times * ((count.replay + count.reference) * forward.total + count.recompute * recompute)
-            learner += times * count.backward * backward
+            # Any subset of steps is equally likely, so each is learned from in that share of the iterations.
+            share = times * (1.0 if plan.learned_steps is None else min(1.0, plan.learned_steps / walk.window))
+            learner += share * ((count.replay + count.reference) * forward.total + count.recompute * recompute)
+            learner += share * count.backward * backward
         per_video = self.video.seconds(device, hide_host=plan.hide_host)
         encode = self.video.encode / device.convolution
         reward = self.iterations * self.conditions * (self.group_size * per_video + encode)
         return PhaseSeconds(rollout, learner, reward)
+
+    def outside(self, device: DeviceProfile, plan: Plan) -> float:
+        """Predicted seconds of one forward outside the window."""
+        speedups = replace(plan.speedups, int8_linear=plan.int8_linears)
+        int8 = plan.int8_attention and device.int8_pays()
+        return self.transformer.forward(device, speedups, int8_attention=int8, no_gradient=True).total
 
     def hours(self, device: DeviceProfile, plan: Plan, devices: int) -> float:
         """Predicted wall hours on ``devices`` equal devices, each with whole groups: the fullest one sets the pace."""
@@ -236,9 +257,18 @@ LEVERS: tuple[Lever, ...] = (
         one_update=True,
     ),
     Lever("int8 attention outside the window", "CHANGES", plan={"int8_attention": True}, rate="attention_int8"),
-    Lever("int8 frozen linears", "CHANGES", speedups={"int8_linear": True}, rate="matmul_int8"),
+    Lever("int8 frozen linears", "CHANGES", plan={"int8_linears": True}, rate="matmul_int8"),
     Lever("coarser tail (MixGRPO-Flash)", "CHANGES", coarse_tail=True),
 )
+
+
+def exact_plan(updates: int, guidance: int = 1) -> Plan:
+    """All EXACT levers that a run with that many optimizer updates per rollout can have."""
+    plan = Plan(guidance=guidance)
+    for lever in LEVERS:
+        if lever.kind == "EXACT" and not (lever.one_update and updates > 1):
+            plan = lever.apply(plan)
+    return plan
 
 
 @dataclass(frozen=True, slots=True)

@@ -65,7 +65,7 @@ def predict_memory(config: Config, parameters: int, trained: int, ranks: int, *,
     moments = 2 if optim.states == "int8" else 2 * _WIDE
     scorers = [2 * SCORER_PARAMETERS[name] for name in reward_models(config)[0]]
     rollouts = share.groups * share.members
-    rows = groups.rows_per_forward or rollouts
+    rows = groups.rows_per_forward or share.members
     kept = share.groups + rollouts * (config.window.size - 1) if levers.streaming == "graphs" else rows
     device = {
         "network": parameters * matrix_bytes * of_parameters,

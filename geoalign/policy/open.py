@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -75,12 +75,14 @@ class Location:
         home: a policy file, or the folder with base weights, autoencoder, text and image encoder.
         steps: what was trained on top, first to last.
         exported: the model settings of an exported folder.
+        trained_as: the model settings of the run that trained the last step, by name; empty if there was none.
     """
 
     what: str
     home: Path
     steps: tuple[Step, ...] = ()
     exported: ModelConfig | None = None
+    trained_as: Mapping[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -209,6 +211,13 @@ def describe(name: Path | str, delta: Path | None = None) -> ModelFiles:
         parts = [complete_weights(config, TensorFile(weights_folder(home)))]
     else:
         config, parts = _published(home, steps.pop(0).file if steps else None)
+    found = config.model_dump(mode="json")
+    if different := [key for key, value in location.trained_as.items() if found.get(key, value) != value]:
+        listed = ", ".join(f"{key} was {location.trained_as[key]!r} and is {found[key]!r}" for key in different[:3])
+        raise CheckpointError(
+            f"{location.steps[-1].file}: was trained on another model than {home} is by now: {listed}; give a policy "
+            "file, which holds all weights"
+        )
     for step in steps:
         trained = {n: shape for n, shape in model_shapes(config).items() if re.search(step.pattern, n)}
         verdict = f"is not the trained part ({step.pattern}) of {title_of(config)}"
@@ -273,8 +282,9 @@ def _on_its_base(run: Path, trained: Path, what: str) -> Location:
     try:
         raw = read_yaml(settings, CheckpointError)
         base, delta, pattern = raw["train"]["base"], raw["train"].get("delta"), compiles(raw["optim"]["trainable"])
-        if not isinstance(base, str) or not isinstance(delta, str | None):
-            raise TypeError("train.base and train.delta must be names")
+        model = raw.get("model", {})
+        if not (isinstance(base, str) and isinstance(delta, str | None) and isinstance(model, Mapping)):
+            raise TypeError("train.base and train.delta must be names, and model a section")
     except (CheckpointError, KeyError, TypeError, AttributeError, ValueError) as error:
         raise CheckpointError(
             f"{trained}: needs the settings of its run, which name the base it was trained on, but {settings} cannot "
@@ -286,7 +296,7 @@ def _on_its_base(run: Path, trained: Path, what: str) -> Location:
             "the folder where the run was started"
         )
     below = locate(base, None if delta is None else Path(delta))
-    return replace(below, what=what, steps=(*below.steps, Step(trained, pattern)))
+    return replace(below, what=what, steps=(*below.steps, Step(trained, pattern)), trained_as=model)
 
 
 def _published(folder: Path, trained: Path | None) -> tuple[ModelConfig, list[TensorFile]]:

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
+from geoalign.config.training import TailReuse
 from geoalign.errors import ConfigError, DataError, UsageError
 from geoalign.flow.policy import PhasedPolicy, Velocity
+from geoalign.flow.reuse import Reuse
 from geoalign.models.codec_base import LatentCodec
-from geoalign.models.conditioning import ConditionCache, Conditioning
-from geoalign.models.dit import RetakeDiT
+from geoalign.models.conditioning import ConditionCache, Conditioning, joined
+from geoalign.models.dit import BlockResidual, RetakeDiT
 from geoalign.types import Encodings, RetakeBatch
 
 
@@ -40,12 +42,14 @@ class RetakePolicy:
         codec: pixels to latents.
         guidance: scale of classifier-free guidance in rollout and learner alike; 1 skips the negative prompt.
         fast: an approximate twin of ``model`` with the same trained parameters, for deterministic steps, or None.
+        reuse: what an evaluated step after the window leaves for later ones.
     """
 
     model: RetakeDiT
     codec: LatentCodec
     guidance: float = 1.0
     fast: RetakeDiT | None = None
+    reuse: TailReuse = "off"
 
     @property
     def device(self) -> torch.device:
@@ -126,23 +130,61 @@ class RetakePolicy:
         """
         return Precomputed(conditioning, self.model.precompute(conditioning))
 
+    def prepare(self, batch: RetakeBatch) -> Precomputed:
+        """:meth:`condition` and :meth:`precompute` of B conditions, one after another.
+
+        The numbers of a condition then do not depend on the others, which another number of ranks would change.
+        """
+        return joined([self.precompute(self.condition(batch.select([row]))) for row in range(len(batch))])
+
     def velocity(self, x: Tensor, timestep: Tensor, precomputed: Precomputed) -> Velocity:
         """Velocity like ``x`` ``[B, C, T, h, w]`` at ``timestep`` ``[B]`` in [0, 1000]."""
         return self._velocity(self.model, x, timestep, precomputed)
 
     def fast_velocity(self, x: Tensor, timestep: Tensor, precomputed: Precomputed) -> Velocity:
         """:meth:`velocity` by the approximate twin, if there is one."""
+        return self._fast_velocity(x, timestep, precomputed, None)
+
+    def _fast_velocity(
+        self, x: Tensor, timestep: Tensor, precomputed: Precomputed, kept: BlockResidual | None
+    ) -> Velocity:
         probe = None if self.fast is None else self.fast.execution.probe
         if probe is not None and not probe.settled:
             probe.at(float(timestep[0]) / 1000.0)
-        return self._velocity(self.fast or self.model, x, timestep, precomputed)
+        return self._velocity(self.fast or self.model, x, timestep, precomputed, kept)
+
+    def _reuse(self) -> Reuse | None:
+        """The fast velocity in two parts, as ``reuse`` says."""
+        if self.reuse == "off":
+            return None
+        if self.reuse == "velocity":
+            return Reuse.of_velocity(self.fast_velocity)
+
+        def evaluate(x: Tensor, timestep: Tensor, precomputed: Precomputed) -> tuple[Velocity, BlockResidual]:
+            kept = BlockResidual()
+            return self._fast_velocity(x, timestep, precomputed, kept), kept
+
+        return Reuse(evaluate, self._fast_velocity)
+
+    def exact(self) -> RetakePolicy:
+        """This policy without any approximation."""
+        return replace(self, fast=None, reuse="off")
 
     def phased(self) -> PhasedPolicy:
         """Rule R2: stochastic steps run what the learner runs, deterministic ones the fast twin."""
-        return PhasedPolicy(prefix=self.fast_velocity, window=self.velocity, tail=self.fast_velocity)
+        return PhasedPolicy(
+            prefix=self.fast_velocity, window=self.velocity, tail=self.fast_velocity, reuse=self._reuse()
+        )
 
-    def _velocity(self, model: RetakeDiT, x: Tensor, timestep: Tensor, precomputed: Precomputed) -> Velocity:
-        value = model(x, timestep, precomputed.conditioning, precomputed.cache)
+    def _velocity(
+        self,
+        model: RetakeDiT,
+        x: Tensor,
+        timestep: Tensor,
+        precomputed: Precomputed,
+        kept: BlockResidual | None = None,
+    ) -> Velocity:
+        value = model(x, timestep, precomputed.conditioning, precomputed.cache, kept)
         if not precomputed.cache.negative:
             return Velocity(value)
         under_prompt, under_negative = value.chunk(2)

@@ -25,6 +25,7 @@ def retake(
     *,
     seed: int,
     stream: int = streams.INITIAL_NOISE,
+    rows: Tensor | None = None,
     on_pass: Callable[[int], object] = lambda passes: None,
     on_decode: Callable[[], object] = lambda: None,
     strict: bool = False,
@@ -36,6 +37,7 @@ def retake(
         batch: B conditions, on any device.
         flow: sampler settings; its stochastic part is not used.
         seed, stream: name the initial noise, which is a function of both and of the row.
+        rows: ``[B]`` int64, which rows of a larger batch these are; default 0..B-1.
         on_pass: told after each step how many passes of the network it took (two under guidance).
         on_decode: told when the last step is done and decoding begins.
         strict: raise for values that are not finite, which are returned otherwise (an evaluation counts them).
@@ -51,19 +53,20 @@ def retake(
         return answer
 
     precomputed = policy.precompute(policy.condition(batch))
-    rows = torch.arange(len(batch), device=policy.device)
-    noise = initial_noise(policy.latent_shape(batch), seed, 0, rows, stream=stream)
+    rows = torch.arange(len(batch)) if rows is None else rows
+    noise = initial_noise(policy.latent_shape(batch), seed, 0, rows.to(policy.device), stream=stream)
     latents = FlowSampler(build_step_table(flow)).sample(velocity, precomputed, noise)
     if strict:
-        _refuse_non_finite(latents, "the model")
+        refuse_non_finite(latents, "the model")
     on_decode()
     video = policy.decode(latents, batch.source.video)
     if strict:
-        _refuse_non_finite(video, "the autoencoder")
+        refuse_non_finite(video, "the autoencoder")
     return video
 
 
-def _refuse_non_finite(values: Tensor, maker: str) -> None:
+def refuse_non_finite(values: Tensor, maker: str) -> None:
+    """Raise RunError, which names the ``maker``, for values that are not finite."""
     if not torch.isfinite(values).all():
         share = float((~torch.isfinite(values)).float().mean())
         raise RunError(

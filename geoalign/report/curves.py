@@ -8,7 +8,7 @@ from html import escape
 
 from geoalign.report.run_folder import RunRecord
 from geoalign.report.svg import Line, line_chart, number, smooth, stacked_bar
-from geoalign.report.words import CURVES, CurveGroup
+from geoalign.report.words import CURVE_NAMES, CURVES, CurveGroup
 
 MAX_PHASES = 8
 SCORING = "scoring"
@@ -39,20 +39,23 @@ def _group(run: RunRecord, group: CurveGroup, keys: Iterable[str]) -> str:
             continue
         label = key.removeprefix(group.prefix)
         if len(set(values)) == 1:
-            constant.append(f"{escape(_unsnake(label))} <b>{number(values[0])}</b>")
+            constant.append(f"{escape(curve_name(label))} <b>{number(values[0])}</b>")
         else:
             charts.append(_chart(Line(label, steps, values), key, zero=group.with_zero))
     if not charts and not constant:
         return ""
     drawn = f'<div class="charts">{"".join(charts)}</div>' if charts else ""
     listed = f'<p class="constant">In every iteration: {", ".join(constant)}.</p>' if constant else ""
-    return f'<h3>{group.title}</h3><p class="note">{group.meaning}</p>{drawn}{listed}'
+    inside = f'<p class="note">{group.meaning}</p>{drawn}{listed}'
+    if group.folded:
+        return f"<details><summary>{group.title}</summary>{inside}</details>"
+    return f"<h3>{group.title}</h3>{inside}"
 
 
 def _chart(line: Line, title: str, *, zero: bool) -> str:
     ends = smooth(line.y)
     trend = f"{number(ends[0])} &rarr; {number(ends[-1])}"
-    caption = f'<b>{escape(_unsnake(line.label))}</b><span class="now">{trend}</span>'
+    caption = f'<b>{escape(curve_name(line.label))}</b><span class="now">{trend}</span>'
     return f"<figure><figcaption>{caption}</figcaption>{line_chart([line], title=title, zero=zero)}</figure>"
 
 
@@ -99,6 +102,11 @@ def _parts(inside: Mapping[str, float]) -> str:
 def _mean(values: Iterable[float]) -> float:
     found = list(values)
     return statistics.fmean(found) if found else 0.0
+
+
+def curve_name(label: str) -> str:
+    """What stands above a curve whose key ends in ``label``."""
+    return CURVE_NAMES.get(label) or _unsnake(label)
 
 
 def _unsnake(name: str) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -12,6 +13,7 @@ import numpy as np
 from geoalign.errors import DataError, UsageError
 from geoalign.files.arrays import read_arrays
 from geoalign.files.atomic import read_jsonl
+from geoalign.files.locks import LOCK_NAME, held_by
 from geoalign.files.parsing import read_json
 from geoalign.files.yaml_text import read_yaml
 
@@ -25,7 +27,8 @@ class EvaluationClips:
     """Held-out samples of one stage (``eval/before.npz`` or ``eval/after.npz``), n samples of F frames.
 
     Videos are uint8 [n, F, 3, H, W]; camera paths are float [n, F, 4, 4], camera to world, relative to frame 0, metres,
-    OpenCV axes. Real data has no true retake: ``truth`` is then None.
+    OpenCV axes. Real data has no true retake: ``truth`` is then None. The source's path, the lens [n, F, 4] and the
+    plane [n, 4] (:class:`geoalign.report.film.Ground`) are None in older runs.
     """
 
     names: tuple[str, ...]
@@ -34,16 +37,29 @@ class EvaluationClips:
     truth: Array | None
     target_c2w: Array
     estimated_c2w: Array
+    source_c2w: Array | None = None
+    intrinsics: Array | None = None
+    ground_plane: Array | None = None
 
     def translation_errors(self) -> Array:
         """Mean distance between estimated and target camera over frames 1.., in metres, [n]."""
-        offset = self.estimated_c2w[:, 1:, :3, 3] - self.target_c2w[:, 1:, :3, 3]
-        return np.linalg.norm(offset, axis=-1).mean(axis=-1)
+        return self.translation_errors_by_frame()[:, 1:].mean(axis=-1)
+
+    def translation_errors_by_frame(self) -> Array:
+        """Distance between estimated and target camera in metres, [n, F]."""
+        return np.linalg.norm(self.estimated_c2w[..., :3, 3] - self.target_c2w[..., :3, 3], axis=-1)
+
+    def rotation_errors_by_frame(self) -> Array:
+        """Angle between estimated and target camera in degrees, [n, F]; from the chord, which is exact at 0."""
+        chord = np.linalg.norm(
+            self.estimated_c2w[..., :3, :3].astype(np.float64) - self.target_c2w[..., :3, :3], axis=(-2, -1)
+        )
+        return np.degrees(2 * np.arcsin(np.minimum(chord / math.sqrt(8), 1)))
 
 
 @dataclass(frozen=True, slots=True)
 class RunRecord:
-    """Everything the report shows."""
+    """Everything the report shows; ``live``: a process is writing the run."""
 
     folder: Path
     config: dict[str, Any]
@@ -51,11 +67,19 @@ class RunRecord:
     summary: dict[str, Any]
     metrics: list[dict[str, Any]]
     clips: dict[str, EvaluationClips] = field(default_factory=dict)
+    live: bool = False
 
     @property
     def name(self) -> str:
         """The name given in the configuration, else the folder's name."""
         return str(self.config.get("run", {}).get("name") or self.folder.name)
+
+    def setting(self, key: str) -> Any:
+        """A value of the resolved configuration by its dotted key; None where there is none."""
+        value: Any = self.config
+        for part in key.split("."):
+            value = value.get(part) if isinstance(value, dict) else None
+        return value
 
     def series(self, key: str) -> tuple[list[float], list[float]]:
         """Return iterations and values of one metric, leaving out rows without a finite value of it."""
@@ -96,6 +120,7 @@ def read_run(folder: str | Path) -> RunRecord:
         summary=summary,
         metrics=read_jsonl(metrics) if metrics.exists() else [],
         clips={stage: clips for stage in STAGES if (clips := _read_clips(path / "eval" / f"{stage}.npz"))},
+        live=bool(held_by(path / LOCK_NAME)),
     )
 
 
@@ -134,6 +159,13 @@ _SHAPES: dict[str, tuple[str, tuple[int | None, ...]]] = {
     "estimated_c2w": ("f", (None, None, 4, 4)),
 }
 """Kind and shape of the arrays of an evaluation archive; None fits any length above 0."""
+_OPTIONAL: dict[str, tuple[str, tuple[int | None, ...]]] = {
+    "truth": _SHAPES["generated"],
+    "source_c2w": _SHAPES["target_c2w"],
+    "intrinsics": ("f", (None, None, 4)),
+    "ground_plane": ("f", (None, 4)),
+}
+_WITHOUT_FRAMES = ("names", "ground_plane")
 
 
 def _read_clips(path: Path) -> EvaluationClips | None:
@@ -142,7 +174,7 @@ def _read_clips(path: Path) -> EvaluationClips | None:
     arrays = read_arrays(path, DataError, limit=_MAX_CLIPS)
     if not isinstance(arrays, dict):
         raise DataError(f"{path}: not an evaluation archive; run `geoalign evaluate` again.")
-    shapes = _SHAPES | ({"truth": _SHAPES["generated"]} if "truth" in arrays else {})
+    shapes = _SHAPES | {name: shape for name, shape in _OPTIONAL.items() if name in arrays}
     for name, (kind, wanted) in shapes.items():
         found = arrays.get(name)
         if found is None or found.dtype.kind != kind or not _fits(found.shape, wanted):
@@ -150,17 +182,16 @@ def _read_clips(path: Path) -> EvaluationClips | None:
             raise DataError(
                 f"{path}: not a readable evaluation archive ({name}: {got}); run `geoalign evaluate` again."
             )
-    if len({(len(arrays[name]), *arrays[name].shape[1:2]) for name in shapes if name != "names"}) > 1 or len(
-        arrays["names"]
-    ) != len(arrays["source"]):
+    frames = {arrays[name].shape[1] for name in shapes if name not in _WITHOUT_FRAMES}
+    if len({len(arrays[name]) for name in shapes}) > 1 or len(frames) > 1:
         raise DataError(f"{path}: its arrays hold unequal numbers of samples or frames; run `geoalign evaluate` again.")
     return EvaluationClips(
         names=tuple(str(name) for name in arrays["names"]),
         source=arrays["source"],
         generated=arrays["generated"],
-        truth=arrays.get("truth"),
         target_c2w=arrays["target_c2w"],
         estimated_c2w=arrays["estimated_c2w"],
+        **{name: arrays.get(name) for name in _OPTIONAL},
     )
 
 

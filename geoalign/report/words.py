@@ -18,6 +18,15 @@ class Metric:
     meaning: str
 
 
+def _gain(direction: str) -> Metric:
+    return Metric(
+        f"Travelled over asked, {direction}",
+        "\N{MULTIPLICATION SIGN}",
+        "one",
+        "The factor that fits the motion asked for best to the one travelled, over all clips.",
+    )
+
+
 HELD_OUT = {
     "translation_error_m": Metric(
         "Position error", "m", "lower", "How far the camera of the generated clip is from where it was asked to be."
@@ -49,8 +58,30 @@ HELD_OUT = {
     "trans_err": Metric(
         "TransErr", "", "lower", "As published for ReDirector: after a fit of scale, so blind to a wrong scale."
     ),
+    "gain_sideways": _gain("to the sides"),
+    "gain_forward": _gain("forward and backward over the ground"),
+    "gain_vertical": _gain("up and down"),
+    "gain_yaw": _gain("while turning"),
+    "last_translation_error_m": Metric(
+        "Position error, last frame", "m", "lower", "As the position error, at the end of the clip."
+    ),
+    "last_rotation_error_deg": Metric(
+        "Rotation error, last frame", "\N{DEGREE SIGN}", "lower", "As the rotation error, at the end of the clip."
+    ),
     "psnr_db": Metric(
         "Likeness to the truth", "dB", "higher", "PSNR against the true render; it is never part of a reward."
+    ),
+    "own_camera_psnr_db": Metric(
+        "Likeness along its own camera",
+        "dB",
+        "higher",
+        "PSNR against the true render along the camera that was read from the clip: the picture without the camera.",
+    ),
+    "explained_share": Metric(
+        "Explained share", "", "higher", "The share of the picture that the source, moved by the camera, explains."
+    ),
+    "gradient_energy": Metric(
+        "Gradient energy", "\N{MULTIPLICATION SIGN}", "one", "Sharpness over that of the truth; noise raises it too."
     ),
     "second_translation_error_m": Metric(
         "Position error, second evaluator", "m", "lower", "Read by another estimator that no reward uses."
@@ -72,14 +103,17 @@ HELD_OUT = {
 SETS = {
     "presets": "Named movements (pan, arc, dolly, ...)",
     "random": "Unseen random curves",
-    "mean": "Mean of both",
+    "mean": "Mean of named movements and random curves",
 }
 
-STAGES = {
-    "source": ("Source", "what the model is given"),
-    "before": ("Before", "base model"),
-    "after": ("After", "after training"),
-    "truth": ("Truth", "true render"),
+STAGES = {"source": "Source", "before": "Before", "after": "After", "truth": "Truth"}
+"""Takes of a held-out film, as a viewer reads them; the truth is a render along the path asked for."""
+
+PATHS = {
+    "target": "path asked for",
+    "source": "camera of the source",
+    "before": "camera read before",
+    "after": "camera read after",
 }
 
 
@@ -93,11 +127,22 @@ class CurveGroup:
     suffixes: tuple[str, ...] = ()
     with_zero: bool = False
     hide_zeros: bool = False
+    folded: bool = False
 
     def takes(self, key: str) -> bool:
         """Say whether a metric key belongs here."""
         return key.startswith(self.prefix) and (not self.suffixes or key.endswith(self.suffixes))
 
+
+CURVE_NAMES = {
+    "trans_m": "Position error (m)",
+    "rot_deg": "Rotation error (\N{DEGREE SIGN})",
+    "scale_ratio": "Scale ratio",
+    "lost_fraction": "Lost cameras (share)",
+    "saturated_fraction": "Saturated frames (share)",
+    "invalid_fraction": "Masked samples (share)",
+}
+"""Curves that a reader should not have to decode, by what follows the prefix of their group."""
 
 # A key goes to the first group that takes it.
 CURVES = (
@@ -115,6 +160,7 @@ CURVES = (
         "reaches the reward's bound, and lost the share of clips in which no camera could be read.",
         "reward/",
         suffixes=("_ratio", "residual", "/tracked", "_fraction"),
+        folded=True,
     ),
     CurveGroup(
         "Rewards",
@@ -128,17 +174,26 @@ CURVES = (
         "learning agree bit by bit, so that every later change of the ratio comes from learning.",
         "parity/",
         with_zero=True,
+        folded=True,
     ),
     CurveGroup(
         "Policy update",
         "How far one update moves the policy. The ratio is new over old probability of the same samples and should "
         "stay near 1; the clipped share says how often the safety limit acted.",
         "policy/",
+        folded=True,
     ),
     CurveGroup(
         "Advantages",
         "How the samples of a group compare with each other; without spread nothing is learnt.",
         "advantage/",
+        folded=True,
     ),
-    CurveGroup("Samples left out", "Failures by cause; they are masked, never scored 0.", "failures/", hide_zeros=True),
+    CurveGroup(
+        "Samples left out",
+        "Failures by cause; they are masked, never scored 0.",
+        "failures/",
+        hide_zeros=True,
+        folded=True,
+    ),
 )

@@ -19,11 +19,11 @@ import torch
 from geoalign.config.schema import Config
 from geoalign.errors import ConfigError
 from geoalign.flow.table import build_step_table
-from geoalign.perf.budget import Walk, count_passes
+from geoalign.perf.budget import count_passes
 from geoalign.perf.devices import INT8_WORTH, profile_of
 from geoalign.rl.window import WindowSchedule
 from geoalign.training.processes.ranks import Ranks
-from geoalign.training.telemetry import plan_of
+from geoalign.training.telemetry import plan_of, walk_of
 from geoalign_kernels import attention, resolve_attention
 from geoalign_kernels.ops.attention import cores
 
@@ -128,7 +128,7 @@ def _measured(config: Config, device: torch.device, dtype: torch.dtype, ranks: R
 def _forwards_per_backward(config: Config) -> float:
     """Forwards of an iteration beside those that a backward follows at once."""
     window = WindowSchedule(config.window, config.flow.steps, config.run.seed)(0)
-    walk = Walk(window.start, window.size, build_step_table(config.flow, window).num_steps - window.stop)
+    walk = walk_of(config, build_step_table(config.flow, window))
     count = count_passes(walk, 1, config.groups.size, config.optim.updates_per_rollout, plan_of(config))
     return max(count.forwards - count.backward, 0) / count.backward
 

@@ -58,8 +58,10 @@ def ready(config: Config, policy: RetakePolicy, ranks: Ranks) -> Parts:
     engine = build_engine(config, model, trained, ranks, dtype)
     if config.parallel.engine != "fsdp":  # which casts where it gathers
         model.to(dtype)
-    twin = _twin(config, model, choice.int8)
-    policy = replace(policy, codec=policy.codec.to(device), guidance=config.flow.guidance, fast=twin)
+    twin = twin_of(config, model, choice.int8)
+    policy = replace(
+        policy, codec=policy.codec.to(device), guidance=config.flow.guidance, fast=twin, reuse=config.ode.reuse
+    )
     reference = ReferencePolicy(engine.trained) if config.objective.kl_weight > 0 else None
     return Parts(policy, engine, device, reference)
 
@@ -77,7 +79,8 @@ def configure(execution: Execution, config: Config, dtype: torch.dtype, ranks: R
         allow_graphs()
 
 
-def _twin(config: Config, model: RetakeDiT, int8: bool) -> RetakeDiT | None:
+def twin_of(config: Config, model: RetakeDiT, int8: bool = True) -> RetakeDiT | None:
+    """The network of deterministic steps, where ``ode`` asks for another; ``int8``: whether 8-bit attention pays."""
     kind = config.ode.attention if int8 else "exact"
     if kind == "exact" and config.ode.linears == "exact":
         return None

@@ -7,7 +7,7 @@ N rows of all ranks.
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, Protocol, runtime_checkable
 
 import torch
@@ -27,6 +27,7 @@ from geoalign.rewards.running.turns import decode_and_score
 from geoalign.rl.advantage import Advantage, group_advantage
 from geoalign.rl.objective import loss_weights
 from geoalign.rl.score import Scores, merged
+from geoalign.rl.subset import learned_positions, most_informative
 from geoalign.rl.window import WindowSchedule
 from geoalign.training.checkpoint import TrainState
 from geoalign.training.engines.optim import set_learning_rate
@@ -34,6 +35,7 @@ from geoalign.training.learner import Learner
 from geoalign.training.processes.ranks import LocalRanks, RankRows, Ranks, gather_scores
 from geoalign.training.setup import ready
 from geoalign.training.streaming import RowGradients, StreamingBackward
+from geoalign.training.tail import EXACT, Auditor, agree_on_drift, with_reuse
 from geoalign.training.telemetry import WorkMeter
 from geoalign.types import RetakeBatch
 from geoalign_kernels import philox_uniform, streams
@@ -89,6 +91,15 @@ class Trainer:
                 "optim.updates_per_rollout > 1 needs whole groups on every rank: use a number of ranks that divides "
                 f"groups.conditions {config.groups.conditions}"
             )
+        if not self.rank_rows.whole and config.learn.members is not None:
+            raise ConfigError(
+                "learn.members needs whole groups on every rank: use a number of ranks that divides "
+                f"groups.conditions {config.groups.conditions}"
+            )
+        if config.learn.short_frames is not None:
+            policy.codec.latent_shape(
+                config.learn.short_frames, *config.data.video[1:]
+            )  # refuses what it cannot encode
         parts = ready(config, policy, self.ranks)
         self.policy, self.engine, self.device = parts.policy, parts.engine, parts.device
         self.learner = Learner(
@@ -104,6 +115,7 @@ class Trainer:
         self._row_gradients = (
             RowGradients(self.engine.trained, self.rank_rows.rows.numel(), mode) if mode in ("device", "host") else None
         )
+        self.auditor = Auditor(config, self.ranks, self.rank_rows, rewards, self.device)
         self.meter = WorkMeter(config, self.rank_rows, self.device)
         self.clock = PhaseTimer(self.device)
         self.iteration = 0
@@ -113,70 +125,88 @@ class Trainer:
         """One iteration; returns its metrics.
 
         Raises:
-            RunError: too many invalid samples, too many iterations without an update, or log-probabilities of rollout
-                and replay that differ beyond the bound.
+            RunError: too many invalid samples, too many iterations without an update, log-probabilities of rollout and
+                replay that differ beyond the bound, or an approximate tail that an audit refuses.
         """
         config, rank_rows = self.config, self.rank_rows
         window = self.schedule(self.iteration)
-        sampler = self._sampler(window)
+        sampler, audited = self._sampler(window), self.auditor.due(self.iteration, self.notes)
         with self.clock.active():
             with phase("data"):
                 batch = self._draw(rank_rows.group_ids.tolist()).to(self.device)
+                frames = batch.source.video.shape[1]
             with phase("rollout/encode"):
-                precomputed = self.policy.precompute(self.policy.condition(batch))
-            stream = self._stream(sampler)
+                precomputed = self.policy.prepare(batch)
+            positions = learned_positions(window.size, config.learn.window_steps, config.run.seed, self.iteration)
+            stream = self._stream(sampler, positions)
             self.ranks.check_alive()
             rollout, usable = self._rollout(sampler, batch, precomputed, stream)
             scores = self._score(rollout, batch, usable)
             with phase("advantage"):
                 advantage = self._advantage(scores)
+            fidelity, spent_on_audit = {}, 0
+            if audited is not None:
+                fidelity, spent_on_audit = self._audit(audited, sampler, rollout, batch, precomputed, scores)
             self.ranks.check_alive()
             factor = set_learning_rate(self.engine.optimizer, config.optim, self.iteration, config.train.iterations)
             rows = rank_rows.rows  # [R] among N
             values, valid = advantage.values[rows].to(self.device), scores.valid[rows].to(self.device)  # [R]
-            update = self.learner.update(sampler, rollout, precomputed, values, valid, self._held(stream))
+            chosen = most_informative(advantage.values, config.groups.size, config.learn.members)[rows]
+            update = self.learner.update(
+                sampler, rollout, precomputed, values, valid, self._held(stream), positions=positions, chosen=chosen
+            )
         self._refuse_drift(update["parity/log_prob_diff_max"])
         self._refuse_standstill(update)
         self._agree_on_modes()
+        agree_on_drift(sampler, self.ranks, self.notes)
         self.iteration += 1
         seconds = self.clock.collect() | {f"time/reward/{name}_s": value for name, value in scores.seconds.items()}
-        spent = self.meter.passes(rollout, self.learner.passes)
-        work = self.meter.metrics(spent, sampler.table, seconds["time/iteration_s"])
+        spent = self.meter.passes(rollout, self.learner.passes, spent_on_audit)
+        predicted = self.auditor.passes(audited, sampler)
+        work = self.meter.metrics(spent, sampler, positions, predicted, seconds["time/iteration_s"], frames)
         where = {"window/start": float(window.start), "optim/lr_factor": factor}
         data = self.source.telemetry() if isinstance(self.source, PrefetchingSource) else {}
         counts = self._failure_counts()
-        return _reward_metrics(scores, advantage) | counts | update | work | seconds | where | data
+        return _reward_metrics(scores, advantage) | counts | fidelity | update | work | seconds | where | data
 
     def _draw(self, group_ids: list[int]) -> RetakeBatch:
         """The batch of this iteration; the next one is assembled while this one trains."""
         batch = self.source.batch(self.iteration, group_ids)
         if isinstance(self.source, PrefetchingSource) and self.iteration + 1 < self.config.train.iterations:
             self.source.prefetch(self.iteration + 1, group_ids)
-        return batch
+        frames = self.config.learn.frames(self.iteration, self.config.data.num_frames)
+        height, width = batch.source.video.shape[-2:]
+        return batch.first_frames(frames, self.policy.codec.latent_shape(frames, height, width)[1])
 
     def _sampler(self, window: StepWindow) -> FlowSampler:
         """The sampler of one iteration.
 
         With several updates per rollout, forwards run in batches of at most one update's members: rollout and learner
         then have equal batch shapes (the ratio stays exactly 1) although every update replays only its own rows.
+        Unless ``groups.rows_per_forward`` says otherwise, a forward serves one group: its numbers are then the same
+        whatever other groups this rank has.
         """
         config, updates = self.config, self.config.optim.updates_per_rollout
         rows = config.groups.rows_per_forward
+        groups = 1 if rows is None else None
         if updates > 1:
             rows = rows or max(config.groups.size // updates, 1)
-        return FlowSampler(
-            build_step_table(config.flow, window),
+        exact = EXACT in self.notes
+        sampler = FlowSampler(
+            build_step_table(config.flow.with_exact_tail() if exact else config.flow, window),
             self.rank_rows.member_ids.numel(),
             share_prefix=config.levers.share_prefix,
             rows_per_forward=rows,
+            groups_per_forward=groups,
             window_grad=True,
         )
+        return sampler if exact else with_reuse(sampler, config, self.notes)
 
-    def _stream(self, sampler: FlowSampler) -> StreamingBackward | None:
+    def _stream(self, sampler: FlowSampler, positions: Sequence[int]) -> StreamingBackward | None:
         if self.config.levers.streaming == "off":
             return None
         weights = loss_weights(sampler.table, self.config.objective).tolist()
-        return StreamingBackward(self.engine.trained, weights, self._row_gradients)
+        return StreamingBackward(self.engine.trained, weights, self._row_gradients, positions=positions)
 
     def _held(self, stream: StreamingBackward | None) -> StreamingBackward | None:
         """The stream, unless the backward of some rank's graphs would spread a NaN: then all ranks replay zeros."""
@@ -215,11 +245,28 @@ class Trainer:
         with phase("scoring"):  # decoding, and the scorers beside or after it
             scored = decode_and_score(
                 self.rewards, decode, batch, mine // self.rank_rows.member_ids.numel(),
-                chunk=layout.chunk, beside=layout.beside_decode,
+                chunk=layout.chunk or self.rank_rows.member_ids.numel(), beside=layout.beside_decode,
             )  # fmt: skip
         scores = gather_scores(self.ranks, self.rank_rows, merged(scored, usable[mine]))
         self._refuse_too_many_failures(scores)
         return scores
+
+    def _audit(
+        self,
+        group: int,
+        sampler: FlowSampler,
+        rollout: Rollout,
+        batch: RetakeBatch,
+        precomputed: Precomputed,
+        scores: Scores,
+    ) -> tuple[dict[str, float], int]:
+        """What the exact tail of one group says of the approximate one, and the passes that it took here."""
+        fidelity, spent = self.auditor.audit(group, sampler, rollout, self.policy, precomputed, batch, scores)
+        numbers = fidelity.numbers()
+        if self.auditor.refuse(numbers, self.iteration):
+            self.notes[EXACT] = self.iteration
+            self.policy = self.policy.exact()
+        return {f"fidelity/{name}": value for name, value in numbers.items()}, spent
 
     def _failure_counts(self) -> dict[str, float]:
         """What the guards of all ranks counted since the start of the process."""
@@ -249,6 +296,8 @@ class Trainer:
         self.iteration, chosen = state.iteration, self.notes[CORE]
         self.notes = {CORE: chosen, **state.notes}
         self._keep_core(self.notes[CORE], chosen)
+        if EXACT in self.notes:
+            self.policy = self.policy.exact()
         modes = self.notes.pop(MODES, None)
         if modes and self.policy.fast is not None and set_attention_modes(self.policy.fast, modes):
             self.notes[MODES] = modes

@@ -161,7 +161,7 @@ def _write_clips(data: DataConfig, clips: list[Path], world: WorldConfig, progre
         chunk = clips[start : start + _CHUNK]
         count = len(chunk)
         height = low + (high - low) * torch.rand(count, generator=generator)
-        scenes = sample_scenes(count, generator, style="real")
+        scenes = sample_scenes(count, generator, style="real", streets=world.streets)
         c2w = to_c2w(source_drift(count, world.frames, generator), world)
         plane = ground_plane(world, height)
         videos = render(scenes, c2w, plane, world)

@@ -119,7 +119,7 @@ def behaviour() -> dict[str, dict[str, Row]]:
         "planar": (PlanarAligner(), SMALL),
         "flow_pnp": (FlowPnpEvaluator(), LARGE),
     }
-    half = LabelBias(translation_mean=math.log(0.5), rotation_mean=math.log(0.5))
+    half = LabelBias((math.log(0.5),) * 4)
     changes: dict[str, Callable[[Tensor], Tensor]] = {
         "moving foreground": with_foreground,
         "blur, 1.5 px": lambda video: blurred(video, 1.5),
@@ -136,7 +136,7 @@ def behaviour() -> dict[str, dict[str, Row]]:
                 world, COUNT, torch.Generator().manual_seed(SEED), paths="presets", style="real", bias=bias
             )
 
-        honest, halved, turned = render(), render(half), render(LabelBias(translation_mean=NOTHING))
+        honest, halved, turned = render(), render(half), render(LabelBias((NOTHING, NOTHING, NOTHING, 0.0)))
         label = honest.batch.target_camera
         rows = results[name] = {
             "raw render": errors(evaluator, honest.truth, honest, label),

@@ -1,30 +1,34 @@
 """Does the embedded default really learn? The runs behind docs/learning.md, one JSON file each.
 
-Main runs: three RL seeds from the shipped base and one from each of two fresh bases. Controls: advantages shuffled
-inside groups, camera gains frozen, a base trained on unbiased labels, and an oracle that divides the requested
-translation by the known label bias. About 40 CPU-minutes; `make results` (``results.py``) runs them.
+Main runs: three RL seeds from the shipped base and one from each of two fresh bases, each beside the oracles of its
+base (``oracles.py``). Controls: advantages shuffled inside groups, camera gains frozen, a base trained on unbiased
+labels, temporal weights that do not grow, and the perceptual reward alone. `make results` (``results.py``) runs them.
 """
 
 from __future__ import annotations
 
 import json
-import math
 import subprocess
 import sys
+import threading
+from collections import defaultdict
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from record import config_settings, fingerprint, shipped_base, write_result
+import numpy as np
+import oracles
+import torch
+from record import config_settings, fingerprint, section_settings, shipped_base, write_result
 
 from geoalign.config.load import load_config
 from geoalign.config.schema import Config
-from geoalign.jobs.evaluate import METRICS, mean_of_defined
+from geoalign.jobs.evaluate import METRICS
 from geoalign.jobs.prepare import render_missing_data
-from geoalign.report.held_out import present_names
 
-RESULTS, PAGE = Path("docs/results/learning"), Path("docs/learning.md")
-BIAS = 0.34  # mean log factor of the label bias in pretrain.translation_bias
+RESULTS = Path("docs/results/learning")
+_BASE_LOCKS: dict[str, threading.Lock] = defaultdict(threading.Lock)
+"""Two runs that start at once would both train the base that they share."""
 
 
 @dataclass(frozen=True)
@@ -34,9 +38,9 @@ class Study:
     name: str
     base: str
     overrides: tuple[str, ...] = ()
-    oracle: bool = False
 
 
+_PERCEPTUAL = ("advantage.weights.trans=0", "advantage.weights.rot=0", "advantage.weights.consistency=1")
 STUDIES = (
     Study("shipped base, RL seed 1", "shipped", ("run.seed=1",)),
     Study("shipped base, RL seed 2", "shipped", ("run.seed=2",)),
@@ -50,16 +54,27 @@ STUDIES = (
         ("run.seed=1", r"optim.trainable='\.self_attn\.(?!camera_gain)'", "optim.groups=[]"),
     ),
     Study("control: base with unbiased labels", "unbiased", ("run.seed=1",)),
-    Study("control: oracle scale, no RL", "shipped", oracle=True),
+    Study(
+        "control: constant temporal weights",
+        "shipped",
+        ("run.seed=1", "rewards.geometry.options.temporal_weights=constant"),
+    ),
+    *(
+        Study(f"control: perceptual reward only, seed {seed}", "shipped", (f"run.seed={seed}", *_PERCEPTUAL))
+        for seed in (1, 2, 3)
+    ),
 )
 
 
-# How a base that does not ship is pre-trained.
+# How a base that does not ship is pre-trained: on fewer pairs and not as long as the shipped one.
+_SHORT = ("pretrain.steps=1000", "pretrain.pool=3072")
 BASES = {
-    "12": ("run.seed=12",),
-    "13": ("run.seed=13",),
-    "unbiased": ("pretrain.translation_bias=[0.0,0.35]", "run.seed=14"),
+    "12": ("run.seed=12", *_SHORT),
+    "13": ("run.seed=13", *_SHORT),
+    "unbiased": ("pretrain.bias_mean=[0.0,0.0,0.0,0.0]", "run.seed=14", *_SHORT),
 }
+# The bases whose oracles are fitted, with the name of that run.
+ORACLES = {"shipped": "oracles, shipped base", "12": "oracles, fresh base 12", "13": "oracles, fresh base 13"}
 
 
 def slug(name: str) -> str:
@@ -67,11 +82,22 @@ def slug(name: str) -> str:
     return name.replace(":", "").replace(",", "").replace(" ", "_")
 
 
+def base_settings(base: str, config: str) -> Any:
+    """What a base depends on."""
+    if base == "shipped":
+        return shipped_base()
+    return section_settings(config, BASES[base], ("world", "model", "codec", "flow", "pretrain"))
+
+
 def settings(study: Study, config: str) -> dict[str, Any]:
     """What the result of a study depends on."""
-    base = shipped_base() if study.base == "shipped" else config_settings(config, BASES[study.base])
-    scale = {"condition_scale": math.exp(-BIAS)} if study.oracle else {}
-    return {**config_settings(config, study.overrides), "base": base, "metrics": METRICS, **scale}
+    base = base_settings(study.base, config)
+    return {**config_settings(config, study.overrides), "base": base, "metrics": METRICS}
+
+
+def oracle_settings(base: str, config: str) -> dict[str, Any]:
+    """What the oracles of a base depend on."""
+    return {**oracles.settings(base_settings(base, config), config), "metrics": METRICS}
 
 
 def geoalign(*arguments: str) -> None:
@@ -85,9 +111,10 @@ def base_policy(name: str, work: Path, config: str) -> str:
     """Path of a base policy; trained here when it is not the shipped one and not there yet."""
     if name == "shipped":
         return "builtin:tiny_base"
-    path = work / f"base_{name}_{fingerprint(config_settings(config, BASES[name]))}.safetensors"
-    if not path.exists():
-        geoalign("pretrain", "--config", config, *BASES[name], "--out", str(path))
+    path = work / f"base_{name}_{fingerprint(base_settings(name, config))}.safetensors"
+    with _BASE_LOCKS[name]:
+        if not path.exists():
+            geoalign("pretrain", "--config", config, *BASES[name], "--out", str(path))
     return str(path)
 
 
@@ -102,73 +129,24 @@ def render_world(work: Path, config: str) -> Path:
 def run_study(study: Study, result: Path, work: Path, config: str) -> None:
     """Run one study and write its result file; an interrupted run is continued."""
     base, made_with = base_policy(study.base, work, config), settings(study, config)
-    if study.oracle:
-        before, after = work / "oracle_before.json", work / "oracle_after.json"
-        geoalign("evaluate", "--config", config, "--model", base, "--json", str(before))
-        scale = f"{math.exp(-BIAS):.6f}"
-        geoalign("evaluate", "--config", config, "--model", base, "--json", str(after), "--condition-scale", scale)
-        summary = json.loads(after.read_text())
-        stages = {"before": json.loads(before.read_text())["held_out"], "after": summary.pop("held_out")}
-        summary["held_out_per_noise_seed"] = {k: {s: stages[s][k] for s in stages} for k in stages["before"]}
-    else:
-        folder, world = work / f"{slug(study.name)}_{fingerprint(made_with)}", render_world(work, config)
-        overrides = [f"train.base={base}", f"run.dir={folder}", f"data.root={world}", *study.overrides]
-        geoalign("train", "--config", config, "--resume", "auto", *overrides)
-        summary = json.loads((folder / "summary.json").read_text())
+    folder, world = work / f"{slug(study.name)}_{fingerprint(made_with)}", render_world(work, config)
+    overrides = [f"train.base={base}", f"run.dir={folder}", f"data.root={world}", *study.overrides]
+    geoalign("train", "--config", config, "run.ranks=1", "--resume", "auto", *overrides)  # studies share the cores
+    summary = json.loads((folder / "summary.json").read_text())
     summary |= {"study": study.name, "base": study.base, "overrides": list(study.overrides)}
-    write_result(result, summary, made_with)
+    write_result(result, summary | {"by_frame": _errors_by_frame(folder)}, made_with)
 
 
-def table(results: Path) -> str:
-    """Markdown table of all result files: before -> after per kind, mean and range over noise seeds."""
-    lines = [
-        "| run | set | position error (m) | change | rotation error (deg) | PSNR (dB) | 2nd evaluator "
-        "| scale ratio | translation gain |",
-        "| --- | --- | --- | --- | --- | --- | --- | --- | --- |",
-    ]
-    for study in STUDIES:
-        path = results / f"{slug(study.name)}.json"
-        if not path.exists():
-            lines.append(f"| {study.name} | | not run | | | | | | |")
-            continue
-        summary = json.loads(path.read_text())
-        for kind in ("presets", "random"):
-            lines.append(f"| {study.name} | {kind} | {_cells(summary['held_out_per_noise_seed'][kind])} |")
-    return "\n".join(lines)
+def _errors_by_frame(folder: Path) -> dict[str, dict[str, list[float]]]:
+    """Of the first noise seed, before and after, over presets and random paths together."""
+    found = {}
+    for stage in ("before", "after"):
+        clips = np.load(folder / "eval" / f"{stage}.npz")
+        estimated, wanted = (torch.from_numpy(clips[name]) for name in ("estimated_c2w", "target_c2w"))
+        found[stage] = oracles.mean_by_frame(estimated, wanted)
+    return found
 
 
-def _cells(stages: dict[str, dict[str, list[float]]]) -> str:
-    mean = {stage: {m: mean_of_defined(v) for m, v in present_names(rows).items()} for stage, rows in stages.items()}
-    before, after = mean["before"], mean["after"]
-    spread = max(stages["after"]["translation_error_m"]) - min(stages["after"]["translation_error_m"])
-    relative = after["translation_error_m"] / before["translation_error_m"] - 1
-    second = after["second_translation_error_m"] / before["second_translation_error_m"] - 1
-    return " | ".join(
-        (
-            f"{before['translation_error_m']:.3f} -> {after['translation_error_m']:.3f} (spread {spread:.3f})",
-            f"{relative:+.0%}",
-            f"{before['rotation_error_deg']:.2f} -> {after['rotation_error_deg']:.2f}",
-            f"{before['psnr_db']:.1f} -> {after['psnr_db']:.1f}",
-            f"{second:+.0%}",
-            *(
-                f"{before.get(m, math.nan):.2f} -> {after.get(m, math.nan):.2f}"
-                for m in ("scale_ratio", "translation_gain")
-            ),
-        )
-    )
-
-
-def page(root: Path) -> str:
-    """The generated part of the page, from the result files alone."""
-    return f"{table(root / RESULTS)}\n\n{provenance(root / RESULTS)}"
-
-
-def provenance(results: Path) -> str:
-    """Hardware, versions and commits of the result files."""
-    rows: list[dict[str, Any]] = [json.loads(path.read_text()) for path in sorted(results.glob("*.json"))]
-    devices = sorted({f"{row['device']}, {row['cores']} cores" for row in rows})
-    versions = sorted({f"torch {row['versions']['torch']}, python {row['versions']['python']}" for row in rows})
-    commits = sorted({row["commit"] for row in rows})
-    seconds = [row["cpu_s"] for row in rows if "cpu_s" in row]
-    cost = f"; an RL run took {min(seconds):.0f} to {max(seconds):.0f} CPU-seconds" if seconds else ""
-    return f"Measured on {'; '.join(devices)}; {'; '.join(versions)}; commit {', '.join(commits)}{cost}."
+def run_oracles(base: str, result: Path, work: Path, config: str) -> None:
+    """Fit and measure the oracles of one base."""
+    oracles.run(result, base_policy(base, work, config), oracle_settings(base, config), config)

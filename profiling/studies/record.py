@@ -28,6 +28,12 @@ def config_settings(name: str, overrides: tuple[str, ...] = ()) -> dict[str, Any
     return {"config": config_hash(dump), "eval": dump["eval"]}
 
 
+def section_settings(name: str, overrides: tuple[str, ...], sections: tuple[str, ...]) -> dict[str, Any]:
+    """Whole sections of a configuration, for what reads no others."""
+    dump = load_config(Config, name, overrides).model_dump(mode="json")
+    return {section: dump[section] for section in sections} | {"seed": dump["run"]["seed"]}
+
+
 def shipped_base() -> str:
     """Hash of the base policy that ships with the package."""
     file = resources.files("geoalign").joinpath("_assets", "tiny_base.safetensors")

@@ -5,7 +5,7 @@
 
 A result file holds a fingerprint of what it was made with (configuration, base, metrics); one with another fingerprint
 is stale. Finished runs are skipped and an interrupted one is continued, so the command may be stopped at any time. A
-change of code alone makes nothing stale: name those runs with --again. About 45 CPU-minutes in all.
+change of code alone makes nothing stale: name those runs with --again. About two CPU-hours in all.
 """
 
 from __future__ import annotations
@@ -23,12 +23,13 @@ from typing import Any
 
 import evaluators
 import learning
+import learning_tables
 import levers
 from record import state, write_generated
 
 ROOT = Path(__file__).parents[2]
 PAGES: dict[Path, Callable[[Path], str]] = {
-    learning.PAGE: learning.page,
+    learning_tables.PAGE: learning_tables.page,
     evaluators.PAGE: evaluators.page,
     levers.PAGE: levers.page,
 }
@@ -63,6 +64,15 @@ def runs(config: str, timed: str, repeats: int, work: Path) -> list[Run]:
             partial(learning.run_study, study, work=work, config=config),
         )
         for study in learning.STUDIES
+    ]
+    found += [
+        Run(
+            name,
+            learning.RESULTS / f"{learning.slug(name)}.json",
+            learning.oracle_settings(base, config),
+            partial(learning.run_oracles, base, work=work, config=config),
+        )
+        for base, name in learning.ORACLES.items()
     ]
     found.append(Run("evaluators", evaluators.RESULT, evaluators.settings(), evaluators.run))
     timing = partial(levers.run, config=timed, repeats=repeats)

@@ -13,13 +13,12 @@ from __future__ import annotations
 
 import argparse
 import importlib
-import importlib.util
+import itertools
 import json
 import os
 import random
 import shutil
 import signal
-import subprocess
 import sys
 import tempfile
 import time
@@ -31,20 +30,33 @@ from typing import Any
 ROOT = Path(__file__).parents[2]
 sys.path[:0] = [str(ROOT / part) for part in ("", "kernels", "tests/support", "tests/campaign", "profiling/studies")]
 
-from faults import Child, Ended, Fault, run  # noqa: E402
-from verbs import VERBS, Verb, leftovers  # noqa: E402
+from damage import Damaged, classify, damaged_inputs  # noqa: E402
+from faults import Child, Ended, Fault, apart, run, state_of  # noqa: E402
+from groups import DELAYS, Groups  # noqa: E402
+from verbs import BY_NAME, VERBS, Verb, different, leftovers  # noqa: E402
 
 KINDS = ("clear_error", "accepted_rightly", "accepted_wrongly", "traceback", "hang", "lost")
 RESULT, PAGE = ROOT / "docs" / "results" / "reliability.json", ROOT / "docs" / "reliability.md"
+GROUPS = {
+    "dying_ranks": Groups.dying_rank,
+    "signalled_ranks": Groups.signalled,
+    "dying_preparers": Groups.dying_preparer,
+    "dying_workers": Groups.dying_worker,
+}
 WANTED = {
-    "kills": 320,
+    "kills": 25 * len(VERBS),
     "full_disks": 120,
     "read_only": 40,
     "double_signals": 24,
     "two_processes": 24,
-    "ranks": 4,
-    "inputs": 1500,
+    "dying_ranks": 12,
+    "signalled_ranks": 8,
+    "dying_preparers": 12,
+    "dying_workers": 8,
+    "inputs": 1600,
 }
+GOLDEN = 0.6180339887498949
+INPUTS_AT_ONCE = 50
 SIZES = (1, 100, 5000, 60_000, 400_000, 1_500_000)  # bytes, on both sides of what the verbs write
 
 
@@ -56,15 +68,16 @@ class Campaign:
         self.template = work / "template"
         self.expected: dict[str, dict[str, str]] = {}
         self.operations: dict[str, int] = {}
+        self.groups = Groups(self.template, work, self.expected)
+        self.judged_inputs, self._inputs = 0, damaged_inputs(seed, 10**9, work / "inputs")
 
     def prepare(self) -> None:
         """Run every verb undisturbed: what it leaves is the truth, and its operations are counted."""
         warm()
         self.template.mkdir(parents=True)
-        by_name = {verb.name: verb for verb in VERBS}
-        for name, made in (("world render", "data"), ("train", "run")):
-            by_name[name].start(self.template, self.work / "first")
-            must(run(by_name[name].arguments, self.work / "first"))
+        for name, made in (("world render", "data"), ("train", "run"), ("sample", "retake")):
+            BY_NAME[name].start(self.template, self.work / "first")
+            must(run(BY_NAME[name].arguments, self.work / "first"))
             shutil.copytree(self.work / "first" / made, self.template / made)
         for verb in VERBS:
             folder = self.work / "undisturbed"
@@ -73,20 +86,32 @@ class Campaign:
             self.expected[verb.name], self.operations[verb.name] = dict(verb.leaves(folder)), ended.operations
             assert not leftovers(folder), leftovers(folder)
 
+    def trials(self, campaign: str, number: int, most: int) -> list[tuple[str, str]]:
+        """(kind, what happened) of the trial ``number``, and of those after it, at most ``most`` of which it takes."""
+        if campaign == "inputs":
+            next(itertools.islice(self._inputs, number - self.judged_inputs, number - self.judged_inputs), None)
+            self.judged_inputs = number + min(INPUTS_AT_ONCE, most)
+            return apart(judged, list(itertools.islice(self._inputs, self.judged_inputs - number)))
+        if campaign in GROUPS:
+            folder = self.work / "trial"
+            BY_NAME["train"].start(self.template, folder)
+            return [GROUPS[campaign](self.groups, folder, number, random.Random(f"{self.seed} {campaign} {number}"))]
+        return [self.trial(campaign, number)]
+
     def trial(self, campaign: str, number: int) -> tuple[str, str]:
-        """(kind, what happened) of one trial."""
+        """One trial of a verb in one process."""
         draw = random.Random(f"{self.seed} {campaign} {number}")
         verb = VERBS[number % len(VERBS)]
-        if campaign in ("double_signals",):
-            verb = next(v for v in VERBS if v.name == "train")
+        if campaign == "double_signals":
+            verb = BY_NAME["train"]
         if campaign == "two_processes":
-            verb = [v for v in VERBS if v.name in ("world render", "prepare", "train")][number % 3]
+            verb = BY_NAME[("world render", "prepare", "train")[number % 3]]
         folder = self.work / "trial"
         verb.start(self.template, folder)
         last, turn = self.operations[verb.name], number // len(VERBS)
         at = 1 + draw.randrange(last)
-        if campaign == "kills" and turn < 2 * last and turn % 2:
-            at = 1 + turn // 2  # every operation in turn, and between them random ones
+        if campaign == "kills" and turn % 2:
+            at = 1 + int(last * (GOLDEN * turn % 1))  # spread evenly, however many there are; between them random ones
         if campaign == "kills":
             kind, text = self.after(verb, folder, run(verb.arguments, folder, Fault("kill", at)), killed=True)
         elif campaign == "full_disks":
@@ -96,7 +121,7 @@ class Campaign:
         elif campaign == "read_only":
             kind, text = self.after(verb, folder, run(verb.arguments, folder, Fault("read-only", at)))
         elif campaign == "double_signals":
-            delay = (0.0, 0.05, 0.3, 2.0)[number % 4]
+            delay = DELAYS[number % len(DELAYS)]
             kind, text = self.after(verb, folder, run(verb.arguments, folder, Fault("terms", at, delay)), killed=True)
         else:
             kind, text = self.second_process(verb, folder, at)
@@ -107,7 +132,7 @@ class Campaign:
         if ended.code is None or ended.traceback:
             return ("hang" if ended.code is None else "traceback"), ended.text
         if ended.code == 0:
-            same = self.equal(verb, folder)
+            same = different(self.expected[verb.name], folder, verb.leaves)
             return ("accepted_rightly", "") if same == "" else ("accepted_wrongly", same)
         if not killed and not ended.clear_error:
             return "traceback", f"exit code {ended.code}: {ended.text[-1500:]}"
@@ -117,18 +142,8 @@ class Campaign:
         if again.code != 0:
             kind = "hang" if again.code is None else "traceback" if again.traceback else "lost"
             return kind, f"the next run: {again.text[-1500:]}"
-        same = self.equal(verb, folder)
+        same = different(self.expected[verb.name], folder, verb.leaves)
         return ("lost", same) if same else ("accepted_rightly" if killed else "clear_error", ended.text[-300:])
-
-    def equal(self, verb: Verb, folder: Path) -> str:
-        """Empty if a finished verb left what the undisturbed one did, and nothing else; else the difference."""
-        try:
-            found = dict(verb.leaves(folder))
-        except Exception as error:
-            return f"what it left cannot be read: {error}"
-        left, expected = leftovers(folder), self.expected[verb.name]
-        wrong = [name for name in {*found, *expected} if found.get(name) != expected.get(name)]
-        return f"left over: {left}" if left else f"differs: {sorted(wrong)[:5]}" if wrong else ""
 
     def second_process(self, verb: Verb, folder: Path, at: int) -> tuple[str, str]:
         """While one is stopped in the middle, a second one must be refused; the first then finishes as if alone."""
@@ -155,6 +170,11 @@ def warm() -> None:
         "world.dataset",
         "report.page",
         "policy.formats",
+        "jobs.sample",
+        "jobs.score",
+        "policy.lora",
+        "data.plots",
+        "rewards.running.worker",
     ):
         importlib.import_module(f"geoalign.{name}")
     from torch.utils import tensorboard  # noqa: F401
@@ -171,60 +191,17 @@ def stopped(pid: int, timeout_s: float = 120.0) -> bool:
     """Wait until a child stopped itself; False if it ended first."""
     deadline = time.monotonic() + timeout_s
     while time.monotonic() < deadline:
-        state = Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0]
+        state = state_of(pid)
         if state in "TZ":
             return state == "T"
         time.sleep(0.02)
     return False
 
 
-def rank_trial(work: Path, number: int) -> tuple[str, str]:
-    """Two ranks, of which one is killed: the others end with one message, and the run can be continued."""
-    from verbs import SMALL
-
-    folder = work / "ranks"
-    shutil.rmtree(folder, ignore_errors=True)
-    folder.mkdir()
-    environment = os.environ | {"PYTHONPATH": f"{ROOT}:{ROOT / 'kernels'}", "OMP_NUM_THREADS": "1"}
-    begin = [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        "--standalone",
-        "--nproc-per-node=2",
-        "-m",
-        "geoalign",
-        "train",
-    ]
-    settings = (*SMALL, "train.iterations=400", "train.rank_timeout_s=20")
-    process = subprocess.Popen(
-        [*begin, *settings], cwd=folder, env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
-    )
-    while process.poll() is None and not list(folder.glob("run/checkpoints/step_*")):
-        time.sleep(0.1)
-    time.sleep(random.Random(number).random())
-    ranks = subprocess.run(
-        ["ps", "-o", "pid=", "--ppid", str(process.pid)], capture_output=True, text=True
-    ).stdout.split()
-    os.kill(int(ranks[number % len(ranks)]), signal.SIGKILL)
-    text, _ = process.communicate(timeout=120)
-    alone = [sys.executable, "-m", "geoalign", "train", *SMALL, "--resume", "auto", "--allow-config-change"]
-    done = sorted(int(path.name[5:11]) for path in folder.glob("run/checkpoints/step_*"))[-1]
-    after = subprocess.run(
-        [*alone, f"train.iterations={done + 1}"], cwd=folder, env=environment, text=True, capture_output=True
-    )
-    if process.returncode == 0 or after.returncode != 0:
-        return "lost", f"{text[-800:]}\n{after.stderr[-800:]}"
-    return "clear_error", ""
-
-
-def damaged_inputs(seed: int, first: int, count: int) -> list[tuple[str, str]] | None:
-    """(kind, what happened) of damaged input files; None where the generator of tests/support/damage.py is missing."""
-    if importlib.util.find_spec("damage") is None:
-        return None
-    from damage import damaged_inputs as generate  # pyrefly: ignore
-
-    return list(generate(seed, first + count))[first:]
+def judged(call: Damaged) -> tuple[str, str]:
+    """(kind, what happened) of one damaged input."""
+    kind, said = classify(call.call)
+    return kind, f"{call.reader}, {call.description}: {said}"
 
 
 def machine() -> dict[str, Any]:
@@ -254,13 +231,7 @@ def go_on(
             return
         name = min(left, key=lambda n: counts[n]["tried"] / wanted[n])
         number, began = counts[name]["tried"], time.monotonic()
-        if name == "inputs":
-            outcomes = damaged_inputs(campaign.seed, number, min(50, wanted[name] - number))
-            if outcomes is None:
-                del wanted[name], counts[name]
-                continue
-        else:
-            outcomes = [rank_trial(campaign.work, number) if name == "ranks" else campaign.trial(name, number)]
+        outcomes = campaign.trials(name, number, wanted[name] - number)
         for kind, text in outcomes:
             counts[name]["tried"] += 1
             counts[name][kind] += 1

@@ -7,14 +7,17 @@ in Rust, is wrapped. So a trial costs what the verb costs, without a new interpr
 from __future__ import annotations
 
 import errno
+import json
 import os
+import re
 import resource
 import select
 import signal
 import sys
+import tempfile
 import time
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,6 +25,7 @@ from typing import Any
 CHANGES = ("os.rename", "os.remove", "os.mkdir", "os.rmdir", "os.chmod", "os.truncate")
 WRITING = os.O_WRONLY | os.O_RDWR | os.O_CREAT
 TIMEOUT_S = 180.0
+_ERROR = re.compile(r"geoalign( \[rank \d+\])?: error: ")
 
 
 @dataclass(frozen=True)
@@ -53,19 +57,21 @@ class Ended:
     @property
     def traceback(self) -> bool:
         """Whether it spoke of an error that nobody had foreseen."""
-        return "Traceback (most recent call last)" in self.text
+        return "Traceback (most recent call last)" in self.text or "unexpected error: " in self.text
 
     @property
     def clear_error(self) -> bool:
         """Whether it failed with one line that says why."""
-        told = [line for line in self.text.splitlines() if "geoalign: error: " in line]
+        told = [line for line in self.text.splitlines() if _ERROR.search(line)]
         return self.code in (1, 2) and len(told) == 1 and not self.traceback
 
 
 class Child:
     """A verb running in a fork of this process."""
 
-    def __init__(self, arguments: Sequence[str], folder: Path, fault: Fault) -> None:
+    def __init__(
+        self, arguments: Sequence[str], folder: Path, fault: Fault, environment: Mapping[str, str] = {}
+    ) -> None:
         self._out, write = os.pipe()
         self._counted, count = os.pipe()
         sys.stdout.flush()
@@ -77,7 +83,7 @@ class Child:
             os.dup2(write, 2)
             code = 1
             try:
-                code = _child(arguments, folder, fault, count)
+                code = _child(arguments, folder, fault, count, environment)
             except BaseException:
                 traceback.print_exc()
             sys.stdout.flush()
@@ -110,11 +116,50 @@ def run(arguments: Sequence[str], folder: Path, fault: Fault = Fault()) -> Ended
     return Child(arguments, folder, fault).wait()
 
 
-def _child(arguments: Sequence[str], folder: Path, fault: Fault, count: int) -> int:
+def state_of(pid: int) -> str:
+    """The letter that Linux gives to the state of a process; empty if it is gone."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0]
+    except (FileNotFoundError, ProcessLookupError):
+        return ""
+
+
+def apart(judge: Callable[[Any], tuple[str, str]], calls: Sequence[Any]) -> list[tuple[str, str]]:
+    """``judge`` of each, in a fork: a crash inside a decoder, or a loop without end, costs the one that made it."""
+    read, write = os.pipe()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    pid = os.fork()
+    if pid == 0:
+        os.close(read)
+        silent = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(silent, 1)
+        os.dup2(silent, 2)
+        with os.fdopen(write, "w", buffering=1) as out:
+            for call in calls:
+                out.write(json.dumps(judge(call)) + "\n")
+        os._exit(0)
+    os.close(write)
+    found, rest, deadline = [], b"", time.monotonic() + TIMEOUT_S
+    while select.select([read], [], [], max(0.0, deadline - time.monotonic()))[0] and (data := os.read(read, 1 << 16)):
+        *lines, rest = (rest + data).split(b"\n")
+        found += [tuple(json.loads(line)) for line in lines]
+    os.close(read)
+    os.kill(pid, signal.SIGKILL)
+    code = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+    if len(found) == len(calls):
+        return found
+    kind = "hang" if deadline <= time.monotonic() else "traceback"
+    return [*found, (kind, f"{calls[len(found)]}: ended with {code}"), *apart(judge, calls[len(found) + 1 :])]
+
+
+def _child(arguments: Sequence[str], folder: Path, fault: Fault, count: int, environment: Mapping[str, str]) -> int:
     import geoalign.files.sealed
     from geoalign.cli.main import main
 
     os.chdir(folder)
+    os.environ.update(environment)
+    tempfile.tempdir = None  # read anew from the environment
     if fault.bytes:
         resource.setrlimit(resource.RLIMIT_FSIZE, (fault.bytes, fault.bytes))
     _inject(fault, str(folder), count, geoalign.files.sealed)

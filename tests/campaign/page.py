@@ -15,8 +15,11 @@ WHAT = {
     "read_only": "no change of the disk from a random operation on",
     "double_signals": "two SIGTERM in training, 0, 0.05, 0.3 and 2 s apart",
     "two_processes": "one writer stopped at a random operation while a second one starts in the same place",
-    "ranks": "one of two ranks killed at a random moment",
-    "inputs": "damaged input files",
+    "dying_ranks": "one of two ranks of training killed at a random moment, DDP and FSDP; the other is not told",
+    "signalled_ranks": "two SIGTERM to both of two ranks of training, 0, 0.05, 0.3 and 2 s apart",
+    "dying_preparers": "one of two processes that prepare windows killed before a random file operation",
+    "dying_workers": "the process of a reward killed at a random moment, or the training that it works for",
+    "inputs": "damaged files, over every reader: bits flipped, cut, doubled, spliced, replaced by traps",
 }
 COLUMNS = ("tried", "clear_error", "accepted_rightly", "accepted_wrongly", "traceback", "hang", "lost")
 HEAD = """\

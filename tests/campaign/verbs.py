@@ -59,6 +59,21 @@ def leftovers(folder: Path) -> list[str]:
     )
 
 
+Leaves = Callable[[Path], Mapping[str, str]]
+"""What a finished verb left in a folder, as texts by name."""
+
+
+def different(expected: Mapping[str, str], folder: Path, leaves: Leaves) -> str:
+    """Empty if a finished verb left what the undisturbed one did, and nothing else; else the difference."""
+    try:
+        found = dict(leaves(folder))
+    except Exception as error:
+        return f"what it left cannot be read: {type(error).__name__}: {error}"
+    left = leftovers(folder)
+    wrong = sorted(name for name in {*found, *expected} if found.get(name) != expected.get(name))
+    return f"left over: {left}" if left else f"differs: {wrong[:5]}" if wrong else ""
+
+
 COMPARED = ("iteration", "reward", "policy", "parity", "window")
 """Metrics that must be equal; the others measure time, memory and what this process has read so far."""
 
@@ -133,6 +148,12 @@ def written(path: str) -> Callable[[Path], dict[str, str]]:
 
 
 BASE = ("--model", "builtin:tiny_base")
+RETAKE = (
+    "sample", *BASE, "--video", "data/clips/files/drone00000/drone00000_0000000_0000005.mp4", "--steps", "4",
+    "--trajectory", "arc_left", "--out", "retake/r.mp4",
+)  # fmt: skip
+SCORE = ("score", "--video", "retake/r.mp4", "--trajectory", "retake/r.json", "--json", "out/s.json", "--plot")
+LORA = ("--checkpoint", "run/checkpoints/step_000003/average.safetensors", "--rank", "2", "--out", "out/l.safetensors")
 VERBS = (
     Verb("world render", ("world", "render", *SMALL), (), tree("data")),
     Verb("prepare", ("prepare", *SMALL, "data.prepare.clips_per_shard=4"), ("data",), windows),
@@ -140,9 +161,14 @@ VERBS = (
     Verb("pretrain", ("pretrain", *SMALL, "--out", "out/base.safetensors"), (), tensors("out/base.safetensors")),
     Verb(
         "export", ("export", *BASE, "--format", "diffusers", "--out", "out/folder"), (),
-        tree("out/folder"),
+        tree("out"),
     ),
+    Verb("export lora", ("export", *BASE, "--format", "lora", *LORA), ("run",), tree("out")),
     Verb("evaluate", ("evaluate", *SMALL, *BASE, "--json", "out/e.json"), (), numbers("out/e.json")),
     Verb("report", ("report", "run"), ("run",), written("run/report.html")),
+    Verb("sample", RETAKE, ("data",), tree("retake")),
+    Verb("score", SCORE, ("data", "retake"), tree("retake", "out")),
+    Verb("data trajectories", ("data", "trajectories", *SMALL, "--plot", "out/t.png"), ("data",), tree("out")),
     Verb("config docs", ("config", "docs", "--out", "out/page.md"), (), tree("out/page.md")),
 )  # fmt: skip
+BY_NAME = {verb.name: verb for verb in VERBS}

@@ -12,7 +12,10 @@ import pytest
 
 ROOT = Path(__file__).parents[2]
 CAMPAIGN = ROOT / "tests" / "campaign"
-PART = {"kills": 8, "full_disks": 4, "read_only": 2, "double_signals": 1, "two_processes": 3, "ranks": 0, "inputs": 0}
+PART = {
+    "kills": 13, "full_disks": 3, "read_only": 1, "double_signals": 1, "two_processes": 2, "dying_ranks": 1,
+    "signalled_ranks": 1, "dying_preparers": 1, "dying_workers": 1, "inputs": 44,
+}  # fmt: skip
 
 
 @pytest.mark.timeout(900)

@@ -160,7 +160,7 @@ def test_the_installed_command_works_from_anywhere(python: Path, place: str, tmp
 
 def test_the_installed_demo_trains_from_another_folder(python: Path, tmp_path: Path) -> None:
     """The demo's configuration, shortened: shipped base, world on disk, two iterations, report."""
-    short = ["train.iterations=2", "eval.samples=10", "eval.noise_seeds=[11]", "world.clips=24"]
+    short = ["run.ranks=1", "train.iterations=2", "eval.samples=10", "eval.noise_seeds=[11]", "world.clips=24"]
     code = "import sys; from geoalign.cli.main import main; sys.exit(main(sys.argv[1:]))"
     printed = run(python, tmp_path, "-c", code, "train", "--config", "tiny_cpu", *short)
     assert "report:" in printed and (tmp_path / "runs" / "tiny_cpu" / "report.html").stat().st_size > 100_000

@@ -43,15 +43,18 @@ SOURCES = (
     Source("clips", ("train", "prepare"), inputs.clips),
     Source("camera paths", ("train",), inputs.camera_paths),
     Source("cache", ("train",), inputs.cache),
+    Source("benchmark", ("benchmark",), inputs.benchmark),
     Source("disk", (), machine.disk),
     Source("device", (), machine.devices),
 )
 """In the order in which a person gets them."""
 
 
-def collect(config: Config, verb: str | None = None) -> list[Check]:
-    """Everything that ``config`` needs, or only what ``verb`` refuses to start without."""
-    return [check for source in SOURCES if verb is None or verb in source.verbs for check in source.look(config)]
+def collect(config: Config, verb: str | None = None, more: Sequence[Source] = ()) -> list[Check]:
+    """Everything that ``config`` needs, or only what ``verb`` refuses to start without; ``more`` are sources of layers
+    above this one."""
+    sources = (source for source in (*SOURCES, *more) if verb is None or verb in source.verbs)
+    return [check for source in sources for check in source.look(config)]
 
 
 def require_inputs(config: Config, verb: str) -> None:
@@ -77,5 +80,5 @@ def lines_of(checks: Sequence[Check]) -> list[str]:
     for number, check in enumerate(checks):
         lines.append(f"  {MARKS[check.state]} {check.name:<{width}}{check.what}")
         if check.fix and last[check.fix] == number:
-            lines.append(f"{'':<8}{check.fix}")
+            lines += [f"{'':<8}{line}" for line in check.fix.splitlines()]
     return lines

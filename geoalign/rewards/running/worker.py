@@ -223,6 +223,7 @@ def serve(setup: Mapping[str, Any], requests: IO[str], answers: IO[str]) -> None
     """The worker's loop: one folder name per line in, one JSON line out.
 
     The reward is built at the first request. An empty line asks for that alone; the answer holds the reward's keys.
+    Ends with its requests, or quietly when nobody reads the answers any more.
     """
     from importlib import import_module
 
@@ -238,8 +239,11 @@ def serve(setup: Mapping[str, Any], requests: IO[str], answers: IO[str]) -> None
                 save_output(Path(folder) / "answer.safetensors", reward(*load_request(Path(folder) / "request")))
         except Exception as error:  # reported to the parent, which counts it
             answer |= {"error": f"{type(error).__name__}: {error}", "usage": isinstance(error, UsageError)}
-        answers.write(json.dumps(answer) + "\n")
-        answers.flush()
+        try:
+            answers.write(json.dumps(answer) + "\n")
+            answers.flush()
+        except BrokenPipeError:  # whoever asked was killed meanwhile
+            return
 
 
 def choose_device(environment: Mapping[str, str], devices: int) -> int | None:

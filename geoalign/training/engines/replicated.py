@@ -35,7 +35,7 @@ class ReplicatedEngine(WholeParameters):
         if self._ranks.size > 1:
             summed = self._ranks.sum_tensors(summed, "gradients")
         for value, gradient in zip(values, summed, strict=True):
-            value.grad = gradient
+            value.grad = gradient.to(value.dtype)
         norm = nn.utils.clip_grad_norm_(values, self._clip)
         if bool(torch.isfinite(norm)):
             self.optimizer.step()

@@ -43,13 +43,14 @@ class DeepSpeedEngine(WholeParameters):
 
     def step(self) -> float:
         """Let DeepSpeed reduce, clip and update; without an update if any rank's gradient is not finite."""
-        gradients = self._masters.gradients()
+        values = self._masters.values.values()
+        gradients = [sum_.to(value.dtype) for sum_, value in zip(self._masters.gradients(), values, strict=True)]
         self._masters.clear()
         spoilt = torch.stack([~torch.isfinite(gradient).all() for gradient in gradients]).any()
         if self._ranks.maximum(float(spoilt)):
             return float("nan")
         # DeepSpeed averages over the ranks; losses carry global denominators, so the sum is wanted.
-        pairs = zip(self._masters.values.values(), gradients, strict=True)
+        pairs = zip(values, gradients, strict=True)
         self._engine.backward(sum((master * gradient).sum() for master, gradient in pairs) * self._ranks.size)
         self._engine.step()
         self._updated()

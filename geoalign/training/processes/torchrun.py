@@ -1,4 +1,4 @@
-"""Several processes of torchrun behind the :class:`Ranks` interface (gloo or NCCL)."""
+"""Several processes, of torchrun or of ``run.ranks``, behind the :class:`Ranks` interface (gloo or NCCL)."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from torch import Tensor
 
 from geoalign.errors import ConfigError, RunError
 from geoalign.models.parallel import SequenceParallel
+from geoalign.training.processes.launcher import meeting_place
 from geoalign.training.processes.ranks import LocalRanks, Operation, Ranks
 
 _OPERATIONS = {"sum": dist.ReduceOp.SUM, "max": dist.ReduceOp.MAX, "min": dist.ReduceOp.MIN}
@@ -86,7 +87,7 @@ def _on_cuda() -> bool:
 
 @contextmanager
 def ranks_of_environment(sequence: int, timeout_s: float, *, cuda: bool) -> Iterator[Ranks]:
-    """The ranks that torchrun's environment asks for: one process without it, else a process group for the block.
+    """The ranks that the environment asks for: one process without any, else a process group for the block.
 
     Args:
         sequence: neighbouring ranks that share the tokens of a rollout.
@@ -95,21 +96,15 @@ def ranks_of_environment(sequence: int, timeout_s: float, *, cuda: bool) -> Iter
 
     Raises:
         ConfigError: several ranks are to share tokens, but there is one process.
-        RunError: a collective inside the block failed, also one of the libraries' own (FSDP, DeepSpeed).
+        RunError: the ranks did not meet, or a collective inside the block failed, also one of the libraries' own (FSDP,
+            DeepSpeed).
     """
     if int(os.environ.get("WORLD_SIZE", "1")) == 1:
         if sequence > 1:
-            raise ConfigError(f"parallel.sequence {sequence} needs torchrun with at least that many processes")
+            raise ConfigError(f"parallel.sequence {sequence} needs at least that many processes: run.ranks or torchrun")
         yield LocalRanks()
         return
-    timeout = timedelta(seconds=timeout_s)
-    if cuda:
-        local = int(os.environ["LOCAL_RANK"])
-        torch.cuda.set_device(local)
-        dist.init_process_group("nccl", timeout=timeout, device_id=torch.device("cuda", local))
-    else:
-        dist.init_process_group("gloo", timeout=timeout)
-    ranks = ProcessRanks(sequence, timeout_s)
+    ranks = _meet(sequence, timeout_s, cuda=cuda)
     try:
         yield ranks
     except RuntimeError as error:
@@ -117,6 +112,27 @@ def ranks_of_environment(sequence: int, timeout_s: float, *, cuda: bool) -> Iter
             raise ranks.lost(error) from error
         raise
     dist.destroy_process_group()  # after success only: it waits for ranks that may be gone
+
+
+def _meet(sequence: int, timeout_s: float, *, cuda: bool) -> ProcessRanks:
+    """Join the process group of the environment; raises RunError if another rank does not come."""
+    rank, size = (int(os.environ[name]) for name in ("RANK", "WORLD_SIZE"))
+    try:
+        where = {
+            "init_method": meeting_place(), "rank": rank, "world_size": size, "timeout": timedelta(seconds=timeout_s),
+        }  # fmt: skip
+        if cuda:
+            local = int(os.environ["LOCAL_RANK"])
+            torch.cuda.set_device(local)
+            dist.init_process_group("nccl", device_id=torch.device("cuda", local), **where)
+        else:
+            dist.init_process_group("gloo", **where)
+        return ProcessRanks(sequence, timeout_s)
+    except (RuntimeError, ValueError) as error:  # the latter: a variable of torchrun's is missing
+        raise RunError(
+            f"rank {rank} of {size}: the ranks did not meet ({str(error).splitlines()[0]}); see the logs of the other "
+            "ranks, then start all of them again"
+        ) from error
 
 
 def _of_a_collective(error: RuntimeError) -> bool:

@@ -60,7 +60,8 @@ class DepthAnything3(torch.nn.Module):
             raise AssertionError("shapes differ")
         w2c = so3.invert_rigid(so3.compose(WORLD, true_camera(red)))[:, :3].numpy()
         scale = 2.0 + 0.1 * float(torch.rand(()))  # the metric branch samples pixels at random
-        return types.SimpleNamespace(extrinsics=w2c, is_metric=self.metric or {}, scale_factor=scale)
+        depth = np.stack([np.full(x.shape[:2], 10 * float(x[..., 0].mean()) / 255, np.float32) for x in image])
+        return types.SimpleNamespace(extrinsics=w2c, is_metric=self.metric or {}, scale_factor=scale, depth=depth)
 
 
 @pytest.fixture
@@ -99,6 +100,16 @@ def test_poses_are_inverted_rebased_and_in_metres(package: None) -> None:
     subset = build_evaluator("weights/da3", device="cpu", frame_stride=3)(video, clip(video))
     assert subset.frame_indices.tolist() == [0, 3, 4]
     torch.testing.assert_close(subset.c2w, estimate.c2w[:, [0, 3, 4]])
+
+
+def test_depth_is_that_of_the_prediction(package: None) -> None:
+    """The stand-in's is ten metres times the red level; a film of sky alone has none."""
+    evaluate = build_evaluator("weights/da3", device="cpu")
+    found = evaluate.depth(video_of(REDS)[0])
+    assert found is not None and found.shape == (5, 48, 64) and found.dtype == torch.float32
+    levels = torch.tensor([10 * round(255 * red) / 255 for red in REDS[0]])
+    torch.testing.assert_close(found, levels[:, None, None].expand(5, 48, 64))
+    assert evaluate.depth(video_of(((1.0, 1.0),))[0]) is None
 
 
 def test_scores_repeat_and_nobody_elses_draws_are_touched(package: None) -> None:

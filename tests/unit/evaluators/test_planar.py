@@ -67,9 +67,7 @@ def test_half_speed_scores_half_the_path() -> None:
     full = paired_videos(WORLD, 20, torch.Generator().manual_seed(9), style="real")
     from geoalign.world.pairs import LabelBias
 
-    half = paired_videos(
-        WORLD, 20, torch.Generator().manual_seed(9), style="real", bias=LabelBias(-0.6931472, 0.0, -0.6931472, 0.0)
-    )
+    half = paired_videos(WORLD, 20, torch.Generator().manual_seed(9), style="real", bias=LabelBias((-0.6931472,) * 4))
     lengths = [
         PlanarAligner()(p.truth, p.batch.source).c2w[..., :3, 3].diff(dim=1).norm(dim=-1).sum(1) for p in (full, half)
     ]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given
@@ -36,7 +37,9 @@ def test_network_evaluations_of_the_flash_tail() -> None:
 def test_every_table_ends_at_zero_with_a_deterministic_step(steps: int, ratio: float, shift: float, data) -> None:  # type: ignore[no-untyped-def]
     start = data.draw(st.integers(0, steps - 2))
     stop = data.draw(st.integers(start + 1, steps - 1))
-    config = FlowConfig(steps=steps, shift=shift, tail_ratio=ratio, tail_solver="dpm2m")
+    length = data.draw(st.sampled_from([{"tail_ratio": ratio}, {"tail_steps": 1 + int(ratio * steps)}]))
+    grid = data.draw(st.sampled_from(["schedule", "sigma"]))
+    config = FlowConfig(steps=steps, shift=shift, tail_solver="dpm2m", tail_grid=grid, **length)
     table = build_step_table(config, StepWindow(start, stop))
     full = build_step_table(config)
     assert table.sigmas[0] == 1.0 and table.sigmas[-1] == 0.0
@@ -47,6 +50,29 @@ def test_every_table_ends_at_zero_with_a_deterministic_step(steps: int, ratio: f
     assert bool((table.coefficients[:, 2] != 0).eq(torch.tensor([kind == "sde" for kind in table.kind])).all())
     assert bool(torch.isfinite(table.coefficients).all())
     assert table.coefficients.dtype == table.sigmas.dtype == table.timesteps.dtype == torch.float64
+
+
+@pytest.mark.parametrize("solver", ["euler", "dpm2m"])
+def test_a_sigma_tail_takes_equal_steps_of_sigma(solver: str) -> None:
+    """Nodes by numpy, and Euler's coefficients from them; second order reproduces a velocity linear in sigma better."""
+    config = FlowConfig(steps=25, shift=5.0, tail_grid="sigma", tail_steps=7, tail_solver=solver)
+    table = build_step_table(config, StepWindow(2, 6))
+    assert table.num_steps == 13
+    nodes = np.linspace(float(table.sigmas[6]), 0.0, 8)
+    # One product and one quotient in float64, of numbers below 1.
+    np.testing.assert_allclose(table.sigmas[6:].numpy(), nodes, rtol=0, atol=1e-15)
+    np.testing.assert_allclose(table.timesteps[6:].numpy(), (1000 * nodes[:-1]).astype(np.float32), rtol=0, atol=0)
+    if solver == "euler":
+        np.testing.assert_allclose(table.coefficients[6:, 1].numpy(), np.diff(nodes), rtol=0, atol=1e-15)
+        return
+    assert [table.needs_history(step) for step in range(13)] == [False] * 6 + [True] * 6 + [False]
+
+
+def test_a_tail_is_never_longer_than_the_time_grid() -> None:
+    long = FlowConfig(steps=25, shift=5.0, tail_grid="sigma", tail_steps=9)
+    assert [build_step_table(long, StepWindow(s, s + 4)).num_steps - s - 4 for s in (2, 12, 19)] == [9, 9, 2]
+    with pytest.raises(ValidationError, match="tail_steps 9 and tail_ratio"):
+        FlowConfig(tail_steps=9, tail_ratio=0.5)
 
 
 def test_a_full_tail_is_the_full_grid() -> None:

@@ -49,8 +49,51 @@ def test_errors_of_a_subset_of_frames_are_means_over_the_defined_videos() -> Non
     assert numbers["scale_ratio"] == pytest.approx(3.5, rel=1e-5) == numbers["translation_gain"]
     assert numbers["rotation_error_deg"] == pytest.approx(0, abs=1e-3) == numbers["rot_err_deg"]
     assert numbers["trans_err"] == pytest.approx(0, abs=1e-5)
+    # At the end of the clip the two readable videos are one and four times their reach off.
+    late = (target.position[:2, 4].norm(dim=-1) * torch.tensor([1.0, 4.0])).mean()
+    assert numbers["last_translation_error_m"] == pytest.approx(float(late), rel=1e-5)
+    assert numbers["last_rotation_error_deg"] == pytest.approx(0, abs=1e-3)
     seconds = {f"second_{name}" for name in metrics.CAMERA_METRICS[:4]}
-    assert numbers.keys() == set(job.METRICS) | seconds and set(job.METRICS) == {*metrics.CAMERA_METRICS, "psnr_db"}
+    assert numbers.keys() == set(job.METRICS) | seconds and set(job.METRICS) >= set(metrics.CAMERA_METRICS)
+
+
+def test_the_picture_is_judged_along_its_own_camera() -> None:
+    """A true render along a wrong path: far from the truth, perfect along its own camera; a flat one is flat."""
+    config = load_config(Config, "smoke", ["eval.samples=4"])
+    pairs = job.HeldOut.build(config).sets["presets"]
+    asked = job.scaled_request(pairs.batch, torch.tensor([0.5, 0.5, 0.5, 0.5])).target_camera.c2w
+    frames, tracked = torch.arange(5), torch.tensor([1.0, 0.5, 0.5, 0.0])
+    estimate = PoseEstimate(asked, frames, tracked, 0 * tracked)
+    energy = float(job._gradient_energy(pairs.truth[:, 1:]).mean())
+
+    def judged(video: Tensor) -> dict[str, float]:
+        found = job._picture_quality(video, estimate, pairs, energy)
+        return {name: float(values.mean()) for name, values in found.items()}
+
+    found = judged(pairs.along(asked))
+    assert found["own_camera_psnr_db"] == pytest.approx(10 * math.log10(4e12))  # errors below 1e-12 count as that
+    assert found["psnr_db"] < 35 and found["explained_share"] == 0.5
+    assert 0.8 < found["gradient_energy"] < 1.25  # another view of the same map
+    assert (
+        judged(pairs.truth)["gradient_energy"] == pytest.approx(1) and judged(0 * pairs.truth)["gradient_energy"] == 0
+    )
+
+
+def test_an_oracle_changes_what_is_asked_and_not_what_is_measured() -> None:
+    config = load_config(Config, "smoke", ["eval.samples=2"])
+    batch = job.HeldOut.build(config).sets["random"].batch
+    camera, plane = batch.target_camera, batch.source.ground_plane
+    assert plane is not None
+    half = job.scaled_request(batch, 0.5).target_camera
+    assert torch.allclose(half.position, 0.5 * camera.position) and torch.equal(half.rotation, camera.rotation)
+    per_axis = job.scaled_request(batch, torch.tensor([2.0, 0.5, 1.0, 0.25])).target_camera
+    gains = metrics.axis_gains(per_axis.c2w, camera.c2w, plane)
+    assert torch.allclose(gains, torch.tensor([2.0, 0.5, 1.0, 0.25], dtype=torch.float64), atol=1e-5)
+    by_frame = torch.ones(5, 4)
+    by_frame[3] = 2.0
+    moved = job.scaled_request(batch, by_frame).target_camera
+    assert torch.allclose(moved.position[:, 3], 2 * camera.position[:, 3], atol=1e-5)
+    assert torch.allclose(moved.c2w[:, [0, 1, 2, 4]], camera.c2w[:, [0, 1, 2, 4]], atol=1e-6)
 
 
 def test_a_summary_averages_what_is_defined() -> None:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import base64
 import html
-import io
 import json
+import os
 import re
 import shlex
+import time
+from contextlib import ExitStack
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -15,16 +16,14 @@ from typing import Any
 import numpy as np
 import pytest
 import yaml
-from PIL import Image
 
 from geoalign.cli.main import main
 from geoalign.config.load import load_config
 from geoalign.config.schema import Config
 from geoalign.errors import DataError, UsageError
+from geoalign.files.locks import writer_lock
 from geoalign.report.held_out import comparisons
-from geoalign.report.media import filmstrip, looping_clip
 from geoalign.report.page import report_page, write_report
-from geoalign.report.paths import choose_plane
 from geoalign.report.run_folder import read_run
 from geoalign.report.samples import choose_samples
 from geoalign.report.svg import number, smooth, ticks
@@ -84,7 +83,7 @@ def folder(tmp_path: Path) -> Path:
         )
     rows = [
         {"iteration": i, "reward/trans": -1.0 / (i + 1), "reward/trans_m": 1.0 / (i + 1),
-         "parity/log_prob_diff_max": 0.0, "policy/ratio_max": 1.0 + i * 1e-4, "failures/nan": 0.0, "reward/rot": None,
+         "parity/log_prob_diff_max": 0.0, "policy/ratio_max": 1.0 + i * 1e-4, "failures/vlm": 0.0, "reward/rot": None,
          "time/rollout_denoise_s": 2.0, "time/rollout_decode_s": 1.0, "time/update_s": 1.0, "time/iteration_s": 4.5}
         for i in range(6)
     ]  # fmt: skip
@@ -127,13 +126,13 @@ def test_the_page_is_well_formed_complete_and_needs_no_network(folder: Path) -> 
     checker = Checker()
     checker.feed(page)
     assert not checker.open and not checker.outside
-    assert checker.images == 3 * 8  # source, before, after, truth: one clip and one filmstrip each
-    assert "http" not in page and "<script" not in page and "&lt;script&gt;" in page
-    for section in ("what", "results", "samples", "curves", "time", "how"):
+    assert checker.images == 3 * 4  # source, before, after, truth: one sheet each
+    assert "http:" not in page and "https:" not in page
+    assert "<script>alert" not in page and "&lt;script&gt;alert" in page
+    for section in ("what", "results", "samples", "troubles", "curves", "time", "how"):
         assert f'id="{section}"' in page
     assert "strays 50&thinsp;% less" in page
     assert "best of 5" in page and "worst of 5" in page and "&lt;arc" in page
-    assert page.count('class="track') == 3 * 2 * 3  # samples x views x (target, before, after)
     assert "nan" not in re.sub(r"base64,[^\"]*", "", page).lower()
 
 
@@ -172,7 +171,7 @@ def with_values(name: str, before: list[float], after: list[float]) -> dict[str,
     ("before", "after", "headline"),
     [
         ([0.40], [0.20], "strays 0.200 metres from its path, 0.400 before training"),  # one seed: no verdict
-        ([0.400, 0.400], [0.399, 0.399], "as far from its path as before"),  # beyond the spread of 0, but 0 % in print
+        ([0.400, 0.400], [0.399, 0.399], "No gain: the camera is as far"),  # beyond the spread of 0, but 0 % in print
         ([0.40, 0.42], [0.20, 0.22], "strays 49&thinsp;% less"),
         ([0.20, 0.22], [0.40, 0.42], "strays 95&thinsp;% more"),
         ([0.40, 0.60], [0.38, 0.58], "as far from its path as before"),
@@ -234,6 +233,89 @@ def test_curves_that_never_move_are_words(folder: Path) -> None:
     assert curves.count("<svg") == 3  # reward/trans, reward/trans_m, policy/ratio_max
 
 
+def test_what_the_run_is_comes_from_its_own_settings_and_numbers(folder: Path) -> None:
+    bare = report_page(read_run(folder), samples=0)
+    assert "one metre forty" not in bare and "This run starts from" not in bare
+    assert "its camera travelled 1.40 metres for each metre asked for" in bare
+    settings = {"train": {"base": "runs/<b>", "iterations": 7}, "groups": {"conditions": 1, "size": 4}}
+    settings |= {"data": {"num_frames": 9, "height": 48, "width": 64}, "flow": {"steps": 6}}
+    (folder / "config.yaml").write_text(yaml.safe_dump(settings | {"advantage": {"weights": {"trans": 2.0}}}))
+    page = report_page(read_run(folder), samples=0)
+    assert "In each of 7 iterations it makes 4 retakes of each of 1 request." in page and "runs/&lt;b&gt;" in page
+    assert "9 frames of 64 \N{MULTIPLICATION SIGN} 48 pixels and takes 6 denoising steps." in page
+    assert "with its weight: trans 2.0." in page
+
+
+def test_a_run_that_made_things_worse_says_so_in_three_places(folder: Path) -> None:
+    (folder / "summary.json").write_text(json.dumps(with_values("psnr_db", [18.0, 18.1], [17.0, 17.1])))
+    page = report_page(read_run(folder), samples=0)
+    assert "1 thing to look at" in page and "Likeness to the truth got worse: 18.1 to 17.1 dB" in page
+    (folder / "summary.json").write_text(json.dumps(with_values("translation_error_m", [0.4, 0.41], [0.6, 0.61])))
+    page = report_page(read_run(folder), samples=0)
+    assert "strays 49&thinsp;% more" in page and "position error: worse" in page
+
+
+def test_troubles_are_counted_and_placed(folder: Path) -> None:
+    rows = [
+        {"iteration": i, "failures/geometry": 2.0 * (i == 3), "failures/geometry/timeouts": float(i),
+         "failures/vlm": 0.0, "reward/lost_fraction": 0.5 * (i == 2), "reward/saturated_fraction": 0.005,
+         "policy/skipped_updates": 0.0, "parity/log_prob_diff_max": 1e-5, "advantage/rot/zero_variance": 5.0,
+         "advantage/clip_fraction": 0.05}
+        for i in range(4)
+    ]  # fmt: skip
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (folder / "config.yaml").write_text("groups: {conditions: 8}\ntrain: {max_log_prob_diff: 1.0e-4}\n")
+    section = report_page(read_run(folder), samples=0).partition('id="troubles"')[2].partition("</section>")[0]
+    listed = re.sub(r"<[^>]+>", "", section.partition("<ul")[2].partition("</ul>")[0])
+    assert "2 samples that geometry could not score, in 1 of 4 iterations, at most 2 (iteration 3)" in listed
+    assert "12 % samples in which no camera could be read, in 1 of 4 iterations, at most 50 % (iteration 2)" in listed
+    assert "3 calls of geometry that came too late" in listed  # a running count: its last value, not the sum
+    assert "20 groups whose members all have the same rot, in 4 of 4" in listed  # 5 of 8 are most
+    for fine in ("vlm", "saturated_fraction", "skipped", "parity", "clip_fraction"):
+        assert fine not in listed
+    assert "All 9 things looked at" in section
+
+
+def test_a_run_without_troubles_says_that_it_looked(folder: Path) -> None:
+    (folder / "summary.json").unlink()
+    page = report_page(read_run(folder), samples=0)
+    assert "Nothing is out of its range in the 6 iterations" in page and "to look at" not in page
+
+
+def test_a_live_run_shows_how_far_it_is_and_what_is_missing(folder: Path) -> None:
+    (folder / "summary.json").unlink()
+    (folder / "eval" / "after.npz").unlink()
+    (folder / "config.yaml").write_text("train: {iterations: 24}\nworld: {}\nrun: {name: x}\n")
+    stopped = report_page(read_run(folder), samples=0)
+    assert "stopped early" in stopped and "geoalignRefresh" not in stopped and "left no checkpoint" in stopped
+    with writer_lock(folder, "run"):
+        page = report_page(read_run(folder), samples=0)
+    assert "Iteration 6 of 24 is done" in page and "running now" in page and 'style="width:25.0%"' in page
+    # 4.5 s an iteration, 18 are left
+    assert "about <b>81 s</b> of iterations left" in page and "4.50 seconds an iteration" in page
+    assert "<li>18 of 24 iterations</li><li>the held-out evaluation after training</li><li>the summary</li>" in page
+    assert "const geoalignRefresh = 20" in page and "--follow" in page
+    old = time.time() - 600
+    os.utime(folder / "metrics.jsonl", (old, old))
+    with writer_lock(folder, "run"):
+        assert "it may hang" in report_page(read_run(folder), samples=0)
+
+
+def test_follow_writes_until_the_run_ends(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    lock = ExitStack()
+    lock.enter_context(writer_lock(folder, "run"))
+    seen = []
+
+    def wait(seconds: float) -> None:
+        seen.append("running now" in (folder / "report.html").read_text())
+        if len(seen) == 2:
+            lock.close()
+
+    monkeypatch.setattr("geoalign.report.page.time.sleep", wait)
+    assert main(["report", str(folder), "--follow", "--samples", "0"]) == 0
+    assert seen == [True, True] and "running now" not in (folder / "report.html").read_text()
+
+
 def test_lost_cameras_and_saturated_frames_stand_beside_the_rewards_and_not_among_them() -> None:
     for key in ("reward/lost_fraction", "reward/saturated_fraction", "reward/geometry/tracked"):
         assert next(group for group in CURVES if group.takes(key)).title == "What is not trained on"
@@ -275,36 +357,10 @@ def test_folders_without_a_run_are_refused(tmp_path: Path) -> None:
         read_run(tmp_path)
 
 
-def decode(uri: str) -> Image.Image:
-    return Image.open(io.BytesIO(base64.b64decode(uri.partition(",")[2])))
-
-
-def test_clips_loop_for_ever_and_keep_their_frames() -> None:
-    levels = np.array([0, 80, 160, 240], np.uint8)
-    video = np.broadcast_to(levels[:, None, None, None], (4, 3, HEIGHT, WIDTH))
-    clip = decode(looping_clip(video))
-    assert clip.size == (WIDTH, HEIGHT) and clip.n_frames == 4 and clip.info["loop"] == 0
-    for index, level in enumerate(levels):
-        clip.seek(index)
-        # Lossy WebP stores limited-range luma: one code step is 255/219, rounding twice stays below 3 levels.
-        assert abs(float(np.asarray(clip.convert("RGB")).mean()) - level) < 3
-    strip = decode(filmstrip(video))
-    assert strip.size == (4 * WIDTH + 3, HEIGHT)
-    assert decode(looping_clip(np.zeros((90, 3, 96, 640), np.uint8))).size == (320, 48)
-
-
 def test_samples_are_taken_at_even_ranks_and_unreadable_ones_come_last() -> None:
     chosen = choose_samples(np.array([0.3, np.nan, 0.1, 0.2, 0.5]), 3)
     assert [index for index, _ in chosen] == [2, 0, 1]
     assert choose_samples(np.array([1.0]), 4) == [(0, "best of 1")]
-
-
-def test_the_view_follows_the_larger_extent() -> None:
-    c2w = np.tile(np.eye(4), (1, 3, 1, 1))
-    c2w[0, :, 2, 3] = [0, 1, 2]
-    assert choose_plane(c2w) == "above"
-    c2w[0, :, 1, 3] = [0, 2, 4]
-    assert choose_plane(c2w) == "behind"
 
 
 def test_numbers_ticks_and_smoothing() -> None:

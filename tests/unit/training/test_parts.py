@@ -36,7 +36,7 @@ class TestMasters:
         weight.data = weight.data.bfloat16()
         for factor in (256.0, *[1.0] * 65):
             (weight * factor).sum().backward()
-        assert masters.values["w"].grad.tolist() == [321.0] and weight.grad is None  # type: ignore[union-attr]
+        assert masters.gradients()[0].tolist() == [321.0] and weight.grad is None
 
     def test_masters_keep_what_rounding_takes(self) -> None:
         """Updates below half a bfloat16 step add up in the master until they reach the parameter."""

@@ -14,6 +14,7 @@ from geoalign.errors import RunError, UsageError
 from geoalign.jobs.train_resume import refuse_disagreement
 from geoalign.training.processes.device import device_of
 from geoalign.training.processes.ranks import Ranks
+from geoalign.training.processes.torchrun import ranks_of_environment
 
 
 class TestStart:
@@ -24,6 +25,18 @@ class TestStart:
         on_fake_ranks(2, start(0))
         with pytest.raises(RunError, match=r"iteration 0 .*; iteration 5 .*same folder"):
             on_fake_ranks(2, start(5))
+
+    def test_a_rank_that_nobody_joins_says_so(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        for name, value in {"WORLD_SIZE": "2", "RANK": "1", "MASTER_PORT": "1"}.items():
+            monkeypatch.setenv(name, value)
+        monkeypatch.delenv("MASTER_ADDR", raising=False)
+        for missing in ("MASTER_ADDR", "127.0.0.1"):  # not set; nobody listens there
+            with (
+                pytest.raises(RunError, match=rf"rank 1 of 2: the ranks did not meet \(.*{missing}.*start all"),
+                ranks_of_environment(1, 0.2, cuda=False),
+            ):
+                raise AssertionError("it went on alone")
+            monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
 
     @pytest.mark.parametrize("device", ["auto", "cuda"])
     def test_more_processes_than_gpus_are_refused_by_all_of_them(

@@ -114,7 +114,7 @@ class TestGuidance:
         camera = CameraTrajectory.build(torch.eye(4).repeat(2, 5, 1, 1), (0.8, 1.1, 0.5, 0.5)).to(dtype=torch.float64)
         plane = torch.tensor([[0.0, 0.0, 1.0, 8.0]], dtype=torch.float64).repeat(2, 1)
         text, other = torch.randn(2, 2, 6, 16).double()
-        latents, x = torch.randn(2, 43, 5, 3, 4).double(), torch.randn(2, 43, 4, 3, 4).double()
+        latents, x = torch.randn(2, 81, 5, 3, 4).double(), torch.randn(2, 81, 4, 3, 4).double()
         cond = Conditioning(latents, camera, camera, plane, text, None, other)
         rows: list[int] = []
         for block in model.blocks:

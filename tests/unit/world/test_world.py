@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -18,15 +19,17 @@ from geoalign.errors import DataError, UsageError
 from geoalign.files.locks import writer_lock
 from geoalign.geometry import so3
 from geoalign.geometry.plane import ground_axes, intersect_plane, pixel_grid, pixel_rays
+from geoalign.jobs.evaluate import psnr_db
 from geoalign.models.codec import PatchCodec, lapped_transform
 from geoalign.world.dataset import is_complete, write_world
 from geoalign.world.motion import PRESETS, ground_normal, ground_plane, preset_motions, random_curves, to_c2w
 from geoalign.world.pairs import LabelBias, paired_videos
 from geoalign.world.render import intrinsics, render
-from geoalign.world.scene import colour, sample_scenes
+from geoalign.world.scene import Scene, colour, sample_scenes
 from geoalign.world.sheet import write_sheet
 
 WORLD = WorldConfig(clips=12, trajectories=20)
+CITY = WorldConfig(streets=True, frames=9)
 
 
 def generator(seed: int = 0) -> torch.Generator:
@@ -57,9 +60,10 @@ def test_presets_do_what_their_names_say() -> None:
     assert local[1] / local[2] > 0.05
 
 
-def test_render_is_the_map_seen_through_a_pinhole() -> None:
+@pytest.mark.parametrize("streets", [False, True])
+def test_render_is_the_map_seen_through_a_pinhole(streets: bool) -> None:
     """Independent derivation in float64: follow the ray of single pixels to the plane, then colour that point."""
-    scene = sample_scenes(2, generator())
+    scene = sample_scenes(2, generator(), streets=streets)
     height = torch.tensor([9.0, 11.0])
     c2w = to_c2w(random_curves(2, 3, generator(1)), WORLD)
     plane = ground_plane(WORLD, height)
@@ -89,9 +93,49 @@ def test_far_rays_have_finite_gradients() -> None:
     assert torch.isfinite(points).all() and c2w.grad is not None and torch.isfinite(c2w.grad).all()
 
 
+def test_streets_are_bright_straight_lines_between_blocks() -> None:
+    """On a grid along the axes, streets every 8 and 7 metres from 1 and 2 on: bright where they cross, else a block."""
+    scene = sample_scenes(1, generator(), style="real", streets=True)
+    scene = replace(scene, streets=torch.tensor([[0.0, 1.0, 2.0, 8.0, 7.0]]))
+    crossing, middle = torch.tensor([[[1.0, 2.0], [9.0, 9.0]]]), torch.tensor([[[5.0, 5.5], [13.0, 12.5]]])
+    # In the middle of a street of 1.2 m with edges of 0.25 m its share is 1 / (1 + exp(-0.6 / 0.25)) = 0.917.
+    assert (colour(scene, crossing) > 0.917 * 0.55 - (1 - 0.917)).all() and colour(scene, crossing).std() < 0.1
+    assert torch.allclose(tone(scene, middle), 0.15 * tint(scene, middle), atol=2e-3)  # street: exp(-2.9 / 0.25)
+    # A whole block has one tone: that of its middle.
+    corner = middle + torch.tensor([1.5, -1.2])
+    assert torch.allclose(tone(scene, corner), 0.15 * tint(scene, middle), atol=0.02)  # street: exp(-1.1 / 0.25)
+
+
+def tone(scene: Scene, points: torch.Tensor) -> torch.Tensor:
+    """What blocks add to a map of less contrast, ``[1, N, 1]``; equal for the three colours."""
+    light = 0.1 * tint(scene, points)
+    found = colour(scene, points) - 0.7 * (colour(replace(scene, streets=None), points) - light) - light
+    return found.mean(-1, keepdim=True)
+
+
+def tint(scene: Scene, points: torch.Tensor) -> torch.Tensor:
+    """Light and dark from the definition: the sum of a scene's last three waves, ``[1, N, 1]``."""
+    angle = points @ scene.wave[:, -3:].transpose(1, 2) + scene.phase[:, None, -3:]
+    return (scene.amplitude[:, None, -3:] * angle.sin()).sum(-1, keepdim=True)
+
+
+def test_label_bias_follows_its_law() -> None:
+    """By hand: median exp(mean x growth) per frame and axis; logs spread by std x growth, alike in a whole clip."""
+    bias = LabelBias(mean=(-0.3, 0.5, 0.0, 0.2), std=(0.2, 0.1, 0.0, 0.3), start=0.4, rise=0.8)
+    logs = bias.draw(4000, 5, generator()).log()
+    growth = torch.tensor([0.4, 0.6, 0.8, 1.0, 1.2])[:, None]
+    # The error of a median of 4000: 1.25 x 0.36 / sqrt(4000) = 0.007.
+    assert torch.allclose(logs.median(0).values, torch.tensor(bias.mean) * growth, atol=0.02)
+    # A Gaussian clipped at 2 sigma has a standard deviation of 0.9594.
+    assert torch.allclose(logs.std(0), 0.9594 * torch.tensor(bias.std) * growth, atol=0.015)
+    level = logs / growth
+    assert torch.allclose(level, level[:, :1].expand_as(level), atol=1e-6)
+    assert torch.corrcoef(level[:, 0, [0, 1, 3]].T).fill_diagonal_(0).abs().max() < 0.06  # independent: 4 / sqrt(4000)
+
+
 def test_label_bias_scales_the_true_motion_only() -> None:
     plain = paired_videos(WORLD, 6, generator(3))
-    biased = paired_videos(WORLD, 6, generator(3), bias=LabelBias(0.34, 0.0, 0.0, 0.0))
+    biased = paired_videos(WORLD, 6, generator(3), bias=LabelBias.translation(1.4))
     assert torch.equal(plain.batch.target_camera.c2w, biased.batch.target_camera.c2w)
     assert torch.equal(plain.truth[:, 0], biased.truth[:, 0]) and not torch.equal(plain.truth, biased.truth)
     assert torch.equal(plain.truth[:, 0], plain.batch.source.video[:, 0])  # frame 0 is given
@@ -125,6 +169,10 @@ class TestCodec:
         pairs = paired_videos(WORLD, 32, generator(), style="real")
         codec = PatchCodec(16, 5, 3).fit(pairs.truth)
         assert seam_ratio(codec.decode(codec.encode(pairs.truth)), 16) < 1.15
+        pairs = paired_videos(CITY, 8, generator(), style="real")
+        codec = PatchCodec(16, 7, 4).fit(pairs.truth)
+        video = codec.decode(codec.encode(pairs.truth))
+        assert seam_ratio(video, 16) < 1.15 and psnr_db(video, pairs.truth).mean() > 37  # what the demo's films need
         stripes = torch.zeros(1, 1, 3, 32, 32)
         stripes[..., 16:] = 1
         assert seam_ratio(stripes, 16) == float("inf")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import io
+import os
 from dataclasses import replace
 from pathlib import Path
 
@@ -23,6 +25,7 @@ from geoalign.rewards.running.worker import (
     load_request,
     save_output,
     save_request,
+    serve,
 )
 
 
@@ -141,6 +144,14 @@ def test_no_worker_outlives_rewards_that_cannot_be_built(monkeypatch: pytest.Mon
     with pytest.raises(RewardError):
         build_rewards({"good": good, "bad": bad})
     assert len(started) == 1 and started[0]._process is None
+
+
+def test_a_worker_whose_training_was_killed_ends_without_a_word() -> None:
+    asked, answers = os.pipe()
+    os.close(asked)  # nobody reads any more
+    requests = io.StringIO("\n\n")
+    serve({"factory": "builtins:dict", "options": {}}, requests, os.fdopen(answers, "w"))
+    assert requests.read() == "\n"  # the second request was not looked at
 
 
 def test_workers_of_a_machine_spread_over_the_devices_they_may_see() -> None:

@@ -1,0 +1,1 @@
+"""Programs of others that measure videos, each a file worker in a Python environment of its own."""

@@ -1,0 +1,210 @@
+"""``geoalign fidelity``: what approximate tails do to a group, and which of their steps to evaluate."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from geoalign.cli.options import add_config, read_config, whole
+from geoalign.errors import DataError, UsageError
+
+if TYPE_CHECKING:
+    from geoalign.config.schema import Config
+    from geoalign.data.source import RetakeDataset
+    from geoalign.jobs.fidelity import Record, Setting
+
+EXAMPLES = """\
+examples:
+  geoalign fidelity run --config bench_levers groups.conditions=8 groups.size=16 --groups 16 --json fidelity.json \\
+      --setting "flow.tail_grid=sigma flow.tail_steps=9" --setting "ode.reuse=residual ode.reuse_share=0.4"
+  geoalign fidelity run --config paper_64xa800 groups.conditions=1 --groups 16 --json real.json \\
+      --setting "ode.reuse=residual ode.reuse_share=0.4 ode.attention=int8"
+  geoalign fidelity choose --config paper_64xa800 groups.conditions=1 ode.reuse=residual --out drift.json
+
+The policy is train.base of the configuration. Settings may change flow.tail_*, ode.*, and as controls run.dtype and
+rewards.*; settings that are not measured together are not added up. A run that was stopped goes on from its JSON."""
+
+DEFAULT_SETTINGS = (
+    "run.dtype=bfloat16",
+    "flow.tail_solver=dpm2m",
+    "ode.attention=int8",
+    "flow.tail_ratio=0.4 flow.tail_solver=dpm2m",
+    "flow.tail_grid=sigma flow.tail_steps=7",
+    "flow.tail_grid=sigma flow.tail_steps=9",
+    "flow.tail_grid=sigma flow.tail_steps=5 flow.tail_solver=dpm2m",
+    "ode.reuse=residual ode.reuse_share=0.45",
+    "ode.reuse=residual ode.reuse_share=0.3",
+    "ode.reuse=velocity ode.reuse_share=0.45",
+    "ode.reuse=residual ode.reuse_share=0.45 ode.attention=int8",
+)
+"""Two controls, and what the rungs of the ladder are made of."""
+
+
+def add_parser(subparsers: Any) -> None:
+    """Add ``fidelity run`` and ``fidelity choose``."""
+    summary = "what approximate tails do to the order of a group, and which of their steps to evaluate"
+    verb = subparsers.add_parser(
+        "fidelity", help=summary, description=summary, epilog=EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )  # fmt: skip
+    kinds = verb.add_subparsers(dest="kind", required=True)
+    run = kinds.add_parser(
+        "run", help="a table of settings against the exact tail", epilog=EXAMPLES,
+        description="Finish the same rollouts exactly and under every setting; compare what a trainer makes of both.",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )  # fmt: skip
+    add_config(run)
+    run.add_argument(
+        "--setting", action="append", metavar="'KEY=VALUE ...'",
+        help="overrides of one setting (repeatable; default: a set of reuse, coarse tails, int8 and controls)",
+    )  # fmt: skip
+    run.add_argument(
+        "--groups", type=whole("--groups", 1), default=16, metavar="N", help="groups a window (default 16)"
+    )
+    run.add_argument(
+        "--window", type=whole("--window", 0), action="append", metavar="START",
+        help="window start (repeatable; default: that of the first iteration)",
+    )  # fmt: skip
+    run.add_argument("--price", metavar="NAME|FILE", help="run whose tail and hours are priced (default: --config)")
+    run.add_argument(
+        "--json", type=Path, required=True, metavar="FILE", help="rows and records; continued if it is there"
+    )
+    run.set_defaults(run=run_table)
+    choose = kinds.add_parser(
+        "choose", help="measure the drift of an exact tail, by which ode.reuse chooses its steps",
+        description="Write the drift along an exact tail: the file of ode.reuse_profile.", epilog=EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )  # fmt: skip
+    add_config(choose)
+    choose.add_argument("--out", type=Path, required=True, metavar="FILE", help="where it is written")
+    choose.set_defaults(run=run_choose)
+
+
+def run_table(args: argparse.Namespace) -> int:
+    """Measure what is missing, write rows and records, print the table."""
+    from geoalign.files.atomic import atomic_write_json, check_writable, nan_to_none
+    from geoalign.jobs.environment import describe_environment
+    from geoalign.jobs.fidelity import Bench, check_setting, table_rows
+    from geoalign.rl.window import WindowSchedule
+
+    check_writable(args.json)
+    base = read_config(args)
+    windows = args.window or [WindowSchedule(base.window, base.flow.steps, base.run.seed)(0).start]
+    if beyond := [w for w in windows if w + base.window.size > base.flow.steps - 1]:
+        raise UsageError(f"--window {beyond[0]}: a window of {base.window.size} there reaches the last step")
+    settings = [_setting(args, name) for name in args.setting or DEFAULT_SETTINGS]
+    for setting in settings:
+        check_setting(setting.name, setting.config, base)
+    priced = {setting.name: _priced(args, setting.name) for setting in settings}
+    made_with = base.model_dump(mode="json", exclude={"eval", "pretrain"})
+    records = _earlier(args.json, made_with)
+    known = {(record.setting, record.window, record.iteration) for record in records}
+    bench = Bench(base, _source(base))
+    try:
+        for record in bench.rounds(settings, windows, args.groups, lambda *key: key in known):
+            records.append(record)
+            kept = {"made_with": made_with, "records": [each.as_json() for each in records], "rows": []}
+            atomic_write_json(args.json, nan_to_none(kept))
+            print(f"{record.setting}: window {record.window}, batch {record.iteration}", flush=True)
+    finally:
+        bench.close()
+    asked = [record for record in records if record.setting in priced and record.window in windows]
+    result = {
+        "rows": table_rows(asked, priced),
+        "price": args.price or args.config,
+        "base": str(base.train.base),
+        "made_with": made_with,
+        "records": [each.as_json() for each in records],
+        **describe_environment(),
+    }
+    atomic_write_json(args.json, nan_to_none(result))
+    print(table_text(result["rows"]))
+    return 0
+
+
+def run_choose(args: argparse.Namespace) -> int:
+    """Measure the drift with one batch of groups and write it."""
+    from geoalign.files.atomic import atomic_write_json, check_writable
+    from geoalign.flow.reuse import DriftProfile, reused_steps
+    from geoalign.flow.table import build_step_table
+    from geoalign.jobs.environment import describe_environment
+    from geoalign.jobs.fidelity import Bench, Setting
+    from geoalign.rl.window import WindowSchedule
+    from geoalign.training.tail import DRIFT
+
+    check_writable(args.out)
+    config = read_config(args)
+    if config.ode.reuse == "off":
+        raise UsageError("say what is reused: add ode.reuse=residual (or velocity) to the command")
+    config = config.model_copy(update={"ode": config.ode.model_copy(update={"reuse_profile": None})})
+    window = WindowSchedule(config.window, config.flow.steps, config.run.seed)(0)
+    bench = Bench(config, _source(config))
+    try:
+        drift = bench.drift(Setting("", config), window.start)[DRIFT]
+    finally:
+        bench.close()
+    atomic_write_json(
+        args.out, {**drift, "reuse": config.ode.reuse, "base": str(config.train.base), **describe_environment()}
+    )
+    table = build_step_table(config.flow, window)
+    count = config.ode.evaluated(table.num_steps - window.stop)
+    reused = reused_steps(table, DriftProfile(**drift), count)
+    steps = [step for step in range(window.stop, table.num_steps) if step not in reused]
+    print(f"{args.out}: drift over {len(drift['sigmas'])} levels; at ode.reuse_share={config.ode.reuse_share:g} the")
+    print(f"first window evaluates {count} of {table.num_steps - window.stop} steps: {', '.join(map(str, steps))}")
+    return 0
+
+
+def _setting(args: argparse.Namespace, name: str) -> Setting:
+    from geoalign.config.load import load_config
+    from geoalign.config.schema import Config
+    from geoalign.jobs.fidelity import Setting
+
+    return Setting(name, load_config(Config, args.config, [*args.overrides, *name.split()]))
+
+
+def _priced(args: argparse.Namespace, name: str) -> Config:
+    """The run that is priced, with what the setting changes of its tail."""
+    from geoalign.config.load import load_config
+    from geoalign.config.schema import Config
+
+    words = [word for word in name.split() if word.startswith(("flow.", "ode."))]
+    own = [] if args.price else args.overrides
+    return load_config(Config, args.price or args.config, [*own, *words])
+
+
+def _earlier(path: Path, made_with: dict[str, Any]) -> list[Record]:
+    """The records of a file that this command began."""
+    from geoalign.files.parsing import read_json_object
+    from geoalign.jobs.fidelity import Record
+
+    if not path.exists():
+        return []
+    data = read_json_object(path, DataError)
+    if data.get("made_with") != made_with:
+        raise UsageError(f"--json {path}: made with another configuration; name another file, or delete it")
+    return [Record.of(record) for record in data["records"]]
+
+
+def _source(config: Config) -> RetakeDataset:
+    from geoalign.data.source import RetakeDataset
+    from geoalign.jobs.prepare import encoder_identity, render_missing_data
+
+    render_missing_data(config, 0)
+    encoder = encoder_identity(config) if config.data.use_cache else None
+    return RetakeDataset(config.data, seed=config.run.seed, encoder=encoder)
+
+
+def table_text(rows: Sequence[dict[str, Any]]) -> str:
+    """The rows for a terminal."""
+    names = ("cost", "spearman", "spearman_p10", "kendall", "flips", "flips_weighted", "psnr", "distance")
+    biases = list(dict.fromkeys(name for row in rows for name in row if name.startswith("bias_")))
+    width = max(len(row["setting"]) for row in rows)
+    heads = ["window", *names, *biases, "hours"]
+    lines = [f"{'setting':<{width}}  " + " ".join(f"{name[:12]:>12}" for name in heads)]
+    for row in rows:
+        cells = " ".join(f"{row[name]:>12.3f}" if name != "window" else f"{row[name]:>12}" for name in heads)
+        lines.append(f"{row['setting']:<{width}}  {cells}  {'accepted' if row['accepted'] else ''}")
+    return "\n".join(lines)

@@ -1,0 +1,273 @@
+"""The fidelity of approximate tails: from equal window states and noises, what the trainer would make of both.
+
+For every setting and window: the exact rollout once, then the tail again under the setting, decoded and scored by the
+run's rewards. Nothing is trained.
+"""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from geoalign.config.load import flatten
+from geoalign.config.schema import Config
+from geoalign.errors import UsageError
+from geoalign.flow.rollout import Rollout
+from geoalign.flow.sampler import FlowSampler, initial_noise
+from geoalign.flow.table import StepWindow, build_step_table
+from geoalign.jobs.pricing import exactly, price
+from geoalign.perf.devices import DEVICES
+from geoalign.policy.open import open_base
+from geoalign.policy.policy import Precomputed, RetakePolicy
+from geoalign.rewards.base import Reward
+from geoalign.rewards.registry import build_rewards, close_rewards
+from geoalign.rl.fidelity import GroupFidelity, compare, shortfalls, summary
+from geoalign.training.judged import Judged, judge
+from geoalign.training.processes.device import device_of, dtype_of
+from geoalign.training.processes.ranks import LocalRanks
+from geoalign.training.setup import ready, twin_of
+from geoalign.training.tail import agree_on_drift, outcome_of, with_reuse
+from geoalign.training.trainer import ConditionSource
+from geoalign.types import RetakeBatch
+
+CHANGEABLE = ("flow.tail_", "ode.", "run.dtype", "rewards.")
+"""What a setting may change: the steps after the window, and (as controls) their precision and who scores."""
+
+
+def check_setting(name: str, setting: Config, base: Config) -> None:
+    """Raise UsageError for a setting that changes more than :data:`CHANGEABLE`: its window states would be others."""
+    before, now = (flatten(config.model_dump(mode="json")) for config in (base, setting))
+    for key in dict.fromkeys([*before, *now]):
+        if before.get(key) != now.get(key) and not key.startswith(CHANGEABLE):
+            raise UsageError(
+                f"--setting {name!r} changes {key}: only flow.tail_*, ode.*, run.dtype and rewards.* leave the window "
+                "states as they are"
+            )
+
+
+@dataclass(slots=True)
+class Setting:
+    """One way to finish.
+
+    Attributes:
+        name: its overrides, as they were given.
+        config: the run's with them.
+        notes: what it remembers from round to round, as a trainer does (the drift of reuse).
+    """
+
+    name: str
+    config: Config
+    notes: dict[str, Any] = field(default_factory=dict)
+    policy: RetakePolicy | None = None
+    rewards: Mapping[str, Reward] | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Record:
+    """One setting in one round: the fidelity of its groups."""
+
+    setting: str
+    window: int
+    iteration: int
+    groups: tuple[GroupFidelity, ...]
+
+    def as_json(self) -> dict[str, Any]:
+        """For a result file."""
+        return dataclasses.asdict(self)
+
+    @staticmethod
+    def of(data: Mapping[str, Any]) -> Record:
+        """From a result file, where what is not defined is None."""
+        groups = tuple(GroupFidelity(**_defined(group)) for group in data["groups"])
+        return Record(data["setting"], data["window"], data["iteration"], groups)
+
+
+def _defined(values: Mapping[str, Any]) -> dict[str, Any]:
+    nan = float("nan")
+    return {
+        name: _defined(value) if isinstance(value, Mapping) else (nan if value is None else value)
+        for name, value in values.items()
+    }
+
+
+class Bench:
+    """A policy, its data and rewards, ready to finish rollouts in several ways on one device.
+
+    Args:
+        config: of the run; its own approximations are left out.
+        source: conditions.
+        policy: opened by default from ``train.base``.
+        rewards: scorers by name, by default those of ``config``.
+    """
+
+    def __init__(
+        self,
+        config: Config,
+        source: ConditionSource,
+        policy: RetakePolicy | None = None,
+        rewards: Mapping[str, Reward] | None = None,
+    ) -> None:
+        self.config, self.source = exactly(config), source
+        device = device_of(config.run)
+        opened = policy or open_base(self.config, device, dtype_of(config.run, device))
+        parts = ready(self.config, opened, LocalRanks())
+        self.policy, self.device = parts.policy, parts.device
+        self._own = rewards is None
+        self.rewards = build_rewards(config.rewards, config.failures) if rewards is None else rewards
+
+    def close(self) -> None:
+        """End the workers of the rewards."""
+        if self._own:
+            close_rewards(self.rewards)
+
+    def rounds(
+        self,
+        settings: Sequence[Setting],
+        windows: Sequence[int],
+        groups: int,
+        done: Callable[[str, int, int], bool] = lambda *_: False,
+    ) -> Iterator[Record]:
+        """Measure; a generator, so that every record can be kept at once.
+
+        Args:
+            settings: what to compare with the exact tail.
+            windows: window starts.
+            groups: at least so many groups for every window, in batches of ``groups.conditions``.
+            done: (setting, window, iteration) -> whether that is known already.
+        """
+        conditions = self.config.groups.conditions
+        for start in windows:
+            for iteration in range(-(-groups // conditions)):
+                wanted = [setting for setting in settings if not done(setting.name, start, iteration)]
+                if wanted:
+                    round_ = _Round.begin(self, StepWindow(start, start + self.config.window.size), iteration)
+                    yield from (Record(setting.name, start, iteration, round_.fidelity(setting)) for setting in wanted)
+
+    def drift(self, setting: Setting, start: int) -> dict[str, Any]:
+        """The notes of ``setting`` after one batch of groups has shown the drift that its reuse chooses by."""
+        _Round.begin(self, StepWindow(start, start + self.config.window.size), 0).finish(setting)
+        return setting.notes
+
+    def policy_of(self, setting: Setting) -> RetakePolicy:
+        """The policy with the steps that a setting asks for; made once."""
+        if setting.policy is None:
+            policy, config = self.policy, setting.config
+            if config.run.dtype != self.config.run.dtype:
+                model = copy.deepcopy(policy.model, {id(policy.model.execution): policy.model.execution})
+                policy = replace(policy, model=model.to(dtype_of(config.run, self.device)))
+            twin = twin_of(config, policy.model)
+            setting.policy = replace(policy, fast=twin, reuse=config.ode.reuse)
+        return setting.policy
+
+
+@dataclass(frozen=True, slots=True)
+class _Round:
+    """One batch of groups: exact rollouts up to the window's end, and what their exact tails are worth."""
+
+    bench: Bench
+    sampler: FlowSampler
+    batch: RetakeBatch
+    precomputed: Precomputed
+    rollout: Rollout
+    history: Tensor
+    exact: Judged
+
+    @staticmethod
+    @torch.no_grad()
+    def begin(bench: Bench, window: StepWindow, iteration: int) -> _Round:
+        """Run the exact rollouts and score them."""
+        config, policy = bench.config, bench.policy
+        ids = list(range(config.groups.conditions))
+        batch = bench.source.batch(iteration, ids).to(bench.device)
+        precomputed = policy.prepare(batch)
+        sampler = FlowSampler(
+            build_step_table(config.flow, window), config.groups.size, rows_per_forward=config.groups.rows_per_forward
+        )
+        groups = torch.tensor(ids, device=bench.device)
+        noise = initial_noise(policy.latent_shape(batch), config.run.seed, iteration, groups)
+        rollout = sampler.rollout(
+            policy.phased(), precomputed, noise, seed=config.run.seed, iteration=iteration, group_ids=groups
+        )
+        position, last = rollout.num_window_steps - 1, window.stop - 1
+        parts = [
+            sampler.replay(policy.velocity, rollout, position, precomputed, rows).velocity.combined()
+            for rows in sampler.replay_batches(rollout, position)
+        ]
+        before = rollout.state(position)
+        before = before.repeat_interleave(rollout.num_rows // before.shape[0], 0)
+        history = before - float(sampler.table.sigmas[last]) * torch.cat(parts)
+        exact = _judge(bench, bench.rewards, rollout.final, batch)
+        return _Round(bench, sampler, batch, precomputed, rollout, history, exact)
+
+    @torch.no_grad()
+    def finish(self, setting: Setting) -> Tensor:
+        """The latents under ``setting``; the first time, a tail that is evaluated whole shows the drift of reuse."""
+        policy, config = self.bench.policy_of(setting), setting.config
+        same = policy.dtype == self.bench.policy.dtype
+        precomputed = self.precomputed if same else policy.prepare(self.batch)
+        sampler = replace(self.sampler, table=build_step_table(config.flow, self.sampler.table.window))
+        states = policy.phased(), precomputed, self.rollout.x_next[-1], self.history
+        chosen = with_reuse(sampler, config, setting.notes)
+        final, _ = chosen.finish(*states)
+        if chosen.drift is not None:
+            agree_on_drift(chosen, LocalRanks(), setting.notes)
+            final, _ = with_reuse(sampler, config, setting.notes).finish(*states)
+        return final
+
+    def fidelity(self, setting: Setting) -> tuple[GroupFidelity, ...]:
+        """Of every group under ``setting``."""
+        bench, size = self.bench, self.bench.config.groups.size
+        rewards = bench.rewards
+        if setting.config.rewards != bench.config.rewards:
+            setting.rewards = setting.rewards or build_rewards(setting.config.rewards, setting.config.failures)
+            rewards = setting.rewards
+        other = _judge(bench, rewards, self.finish(setting), self.batch, self.rollout.final)
+        outcomes = [outcome_of(judged.scores, bench.config, size) for judged in (self.exact, other)]
+        found = []
+        for first in range(0, self.rollout.num_rows, size):
+            rows = slice(first, first + size)
+            distance = float(self.exact.neighbours[first + 1 : first + size].mean())
+            found.append(compare(*(o.select(rows) for o in outcomes), error=other.error[rows], distance=distance))
+        return tuple(found)
+
+
+def _judge(
+    bench: Bench, rewards: Mapping[str, Reward], latents: Tensor, batch: RetakeBatch, beside: Tensor | None = None
+) -> Judged:
+    owner = torch.arange(len(latents), device=bench.device) // bench.config.groups.size
+    chunk = bench.config.scoring.chunk
+    judged = judge(bench.policy, rewards, latents, batch, owner, chunk=chunk, beside=beside)
+    table = judged.scores
+    on_cpu = replace(
+        table,
+        scores={key: value.cpu() for key, value in table.scores.items()},
+        valid=table.valid.cpu(),
+        lost=table.lost.cpu(),
+    )
+    return replace(judged, scores=on_cpu)
+
+
+def table_rows(records: Sequence[Record], priced: Mapping[str, Config], device: str = "a800") -> list[dict[str, Any]]:
+    """One row per setting and window: fidelity, cost, hours, and what keeps it from being accepted.
+
+    Args:
+        records: of :meth:`Bench.rounds`.
+        priced: setting -> configuration whose tail and run are priced.
+        device: name of a device profile; one card per condition.
+    """
+    rows = []
+    places = list(dict.fromkeys((record.setting, record.window) for record in records))
+    costs = {name: price(priced[name], DEVICES[device]) for name in dict.fromkeys(name for name, _ in places)}
+    for name, window in places:
+        groups = [g for record in records if (record.setting, record.window) == (name, window) for g in record.groups]
+        numbers, (cost, hours) = summary(groups), costs[name]
+        missed = shortfalls(numbers, cost)
+        row = {"setting": name, "window": window, "cost": cost, "hours": hours, **numbers}
+        rows.append(row | {"accepted": not missed, "shortfalls": missed})
+    return rows

@@ -1,0 +1,192 @@
+"""The tables of docs/learning.md, from the result files alone."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from learning import ORACLES, RESULTS, STUDIES, Study, slug
+from oracles import STAGES
+
+from geoalign.jobs.evaluation_table import AXIS_METRICS, mean_of_defined
+
+PAGE = Path("docs/learning.md")
+KINDS = ("presets", "random")
+_REQUESTS = {
+    "plain": "as it is",
+    "single": "best single factor",
+    "axis": "best per axis",
+    "frame": "best per axis and frame",
+}
+Numbers = Mapping[str, Mapping[str, list[float | None]]]
+"""Values over noise seeds by kind and metric."""
+
+
+def page(root: Path) -> str:
+    """The generated part of the page."""
+    results = root / RESULTS
+    parts = (
+        ("What factors on the request could mend", oracle_table(results)),
+        ("What RL learns", error_table(results)),
+        ("Travelled over asked, and the picture", axis_table(results)),
+        ("By frame", frame_table(results)),
+    )
+    tables = "\n\n".join(f"**{title}**\n\n{table}" for title, table in parts)
+    return f"{tables}\n\n{provenance(results)}"
+
+
+def _read(results: Path, name: str) -> dict[str, Any] | None:
+    path = results / f"{slug(name)}.json"
+    return json.loads(path.read_text()) if path.exists() else None
+
+
+def _table(head: tuple[str, ...], rows: list[tuple[str, ...]]) -> str:
+    """Markdown; a row that is too short is filled up."""
+    filled = [row + ("",) * (len(head) - len(row)) for row in rows]
+    return "\n".join(f"| {' | '.join(row)} |" for row in (head, ("---",) * len(head), *filled))
+
+
+def _mean(numbers: Numbers, metric: str, kind: str = "") -> float:
+    """Mean over noise seeds of one kind, or of all kinds."""
+    return mean_of_defined(mean_of_defined(numbers[k][metric]) for k in ((kind,) if kind else KINDS))
+
+
+def _both(numbers: Numbers, metric: str, digits: int) -> str:
+    return " / ".join(f"{_mean(numbers, metric, kind):.{digits}f}" for kind in KINDS)
+
+
+def _stage(result: Mapping[str, Any], stage: str) -> dict[str, Any]:
+    return {kind: result["held_out_per_noise_seed"][kind][stage] for kind in KINDS}
+
+
+def _gains(numbers: Numbers) -> str:
+    return ", ".join(f"{_mean(numbers, metric):.2f}" for metric in AXIS_METRICS)
+
+
+def oracle_table(results: Path) -> str:
+    """The oracles of every base."""
+    head = ("base", "request", "factors", "position error (m)", "rotation error (deg)", "last frame (m)", "PSNR (dB)")
+    rows = []
+    for base, name in ORACLES.items():
+        title = "shipped" if base == "shipped" else f"fresh, {base}"
+        if (result := _read(results, name)) is None:
+            rows.append((title, "not run"))
+            continue
+        for stage in STAGES:
+            numbers = _stage(result, stage)
+            factors = result["factors"].get(stage, "")
+            if stage == "single":
+                factors = f"{factors:.2f} on the translation"
+            elif stage == "axis":
+                factors = ", ".join(f"{factor:.2f}" for factor in factors)
+            elif stage == "frame":
+                factors = "; ".join(", ".join(f"{f:.2f}" for f in factors[at]) for at in (1, -1)) + " (first; last)"
+            errors = (
+                _both(numbers, "translation_error_m", 3),
+                _both(numbers, "rotation_error_deg", 2),
+                _both(numbers, "last_translation_error_m", 3),
+                _both(numbers, "psnr_db", 1),
+            )
+            rows.append((title, _REQUESTS[stage], factors, *errors))
+    return _table(head, rows)
+
+
+def error_table(results: Path) -> str:
+    """Errors before and after every run, beside the oracles of its base."""
+    head = (
+        "run",
+        "position error (m)",
+        "change",
+        "spread (m)",
+        "beside the best single factor",
+        "beside the best per axis",
+        "rotation error (deg)",
+        "last frame (m)",
+        "PSNR (dB)",
+        "2nd evaluator",
+    )
+    rows = []
+    for study in STUDIES:
+        if (result := _read(results, study.name)) is None:
+            rows.append((study.name, "not run"))
+            continue
+        before, after = _stage(result, "before"), _stage(result, "after")
+        second = "second_translation_error_m"
+        cells = (
+            _arrow(before, after, "translation_error_m", 3),
+            _change(before, after, "translation_error_m"),
+            " / ".join(f"{_spread(after[kind]['translation_error_m']):.3f}" for kind in KINDS),
+            *(_beside(results, study, after, stage) for stage in ("single", "axis")),
+            f"{_arrow(before, after, 'rotation_error_deg', 2)} ({_change(before, after, 'rotation_error_deg')})",
+            f"{_arrow(before, after, 'last_translation_error_m', 3)} "
+            f"({_change(before, after, 'last_translation_error_m')})",
+            _arrow(before, after, "psnr_db", 1),
+            _change(before, after, second),
+        )
+        rows.append((study.name, *cells))
+    return _table(head, rows)
+
+
+def _arrow(before: Numbers, after: Numbers, metric: str, digits: int) -> str:
+    return f"{_both(before, metric, digits)} -> {_both(after, metric, digits)}"
+
+
+def _change(before: Numbers, after: Numbers, metric: str) -> str:
+    return f"{_mean(after, metric) / _mean(before, metric) - 1:+.0%}"
+
+
+def _spread(values: list[float | None]) -> float:
+    defined = [value for value in values if value is not None]
+    return max(defined) - min(defined)
+
+
+def _beside(results: Path, study: Study, after: Numbers, stage: str) -> str:
+    """How far the position error after training lies above (+) or below (-) an oracle of the same base."""
+    result = _read(results, ORACLES[study.base]) if study.base in ORACLES else None
+    return "" if result is None else _change(_stage(result, stage), after, "translation_error_m")
+
+
+def axis_table(results: Path) -> str:
+    """Travelled over asked along each axis, and the quality of the picture."""
+    pictures = ("own_camera_psnr_db", "explained_share", "gradient_energy")
+    head = ("run", "sideways", "forward", "vertical", "yaw", "PSNR along its own camera (dB)", "explained", "gradients")
+    rows = []
+    for study in STUDIES:
+        if (result := _read(results, study.name)) is None:
+            rows.append((study.name, "not run"))
+            continue
+        stages = _stage(result, "before"), _stage(result, "after")
+        digits = dict.fromkeys((*AXIS_METRICS, *pictures), 2) | {"own_camera_psnr_db": 1}
+        cells = (" -> ".join(f"{_mean(s, metric):.{d}f}" for s in stages) for metric, d in digits.items())
+        rows.append((study.name, *cells))
+    return _table(head, rows)
+
+
+def frame_table(results: Path) -> str:
+    """Errors of every frame: the shipped base, its oracles, and its first RL seed."""
+    rows: list[tuple[str, ...]] = []
+    oracle, run = _read(results, ORACLES["shipped"]), _read(results, STUDIES[0].name)
+    found = {} if oracle is None else {_REQUESTS[stage]: oracle["by_frame"][stage] for stage in STAGES}
+    if run is not None:
+        found["RL seed 1"] = run["by_frame"]["after"]
+    frames = max((len(row["translation_error_m"]) for row in found.values()), default=0)
+    for metric, unit, digits in (("translation_error_m", "m", 2), ("rotation_error_deg", "deg", 2)):
+        what = metric.split("_")[0].replace("translation", "position")
+        rows += [
+            (f"{name}, {what} ({unit})", *(f"{value:.{digits}f}" for value in row[metric]))
+            for name, row in found.items()
+        ]
+    return _table(("frame", *map(str, range(1, frames + 1))), rows)
+
+
+def provenance(results: Path) -> str:
+    """Hardware, versions and commits of the result files."""
+    rows: list[dict[str, Any]] = [json.loads(path.read_text()) for path in sorted(results.glob("*.json"))]
+    devices = sorted({f"{row['device']}, {row['cores']} cores" for row in rows})
+    versions = sorted({f"torch {row['versions']['torch']}, python {row['versions']['python']}" for row in rows})
+    commits = sorted({row["commit"] for row in rows})
+    seconds = [row["cpu_s"] for row in rows if "cpu_s" in row]
+    cost = f"; an RL run took {min(seconds):.0f} to {max(seconds):.0f} CPU-seconds" if seconds else ""
+    return f"Measured on {'; '.join(devices)}; {'; '.join(versions)}; commit {', '.join(commits)}{cost}."

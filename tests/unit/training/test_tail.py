@@ -1,0 +1,200 @@
+"""Approximate tails in the loop: the ratio, the replay, resume and the counters are untouched; the audit sees them."""
+
+from __future__ import annotations
+
+import json
+import logging
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from pydantic import ValidationError
+from torch import Tensor
+from training_cases import Brightness, Conditions, lively_policy, on_fake_ranks, smoke, trainer_of
+
+from geoalign.config.schema import Config
+from geoalign.errors import ConfigError, RunError
+from geoalign.models.dit import BlockResidual, RetakeDiT
+from geoalign.rewards.base import RewardOutput
+from geoalign.training.engines.snapshot import Snapshot
+from geoalign.training.processes.ranks import Ranks
+from geoalign.training.tail import DRIFT, EXACT
+from geoalign.training.trainer import Trainer
+from geoalign.types import RetakeBatch
+
+WINDOW = {"kind": "fixed", "start": 1, "size": 2, "max_start": None}
+TAIL = {"steps": 10, "tail_grid": "sigma", "tail_steps": 5, "tail_solver": "dpm2m"}
+ODE = {"attention": "int8", "int8_threshold": 0.5, "reuse": "residual", "reuse_share": 0.4}
+AUDIT = {"audit_every": 2, "audit_action": "report"}
+EVERYTHING: dict[str, Any] = {
+    "window": WINDOW, "flow": TAIL, "ode": ODE | AUDIT, "advantage": {"weights": {}}, "groups": {"rows_per_forward": 2},
+}  # fmt: skip
+
+
+def trainer(ranks: Ranks | None = None, **changes: Any) -> Trainer:
+    merged = {name: {**EVERYTHING.get(name, {}), **changes.get(name, {})} for name in {*EVERYTHING, *changes}}
+    return trainer_of(smoke(**merged), ranks, rewards={"b": Brightness()})
+
+
+@pytest.mark.parametrize("levers", [{}, {"streaming": "graphs"}], ids=str)
+def test_everything_approximate_leaves_ratio_and_counters_alone(levers: dict[str, Any]) -> None:
+    run = trainer(levers=levers)
+    for iteration in range(2 if levers else 3):
+        metrics = run.step()
+        assert metrics["parity/log_prob_diff_max"] == 0.0
+        assert metrics["policy/ratio_min"] == metrics["policy/ratio_max"] == 1.0
+        assert metrics["perf/forward_equivalents"] == metrics["perf/predicted_forward_equivalents"]
+        # 2 groups of 4: one prefix step and one window forward a group, one more window forward a row, then the tail:
+        # all 5 steps in the first iteration, which measures the drift, and 2 of them from then on.
+        assert metrics["perf/forwards_rollout"] == 2 + 2 + 8 + 8 * (5 if iteration == 0 else 2)
+        audited = iteration % 2 == 0
+        assert metrics["perf/forwards_audit"] == (4 * (10 - 3) if audited else 0)
+        assert ("fidelity/spearman" in metrics) == audited
+    assert len(run.notes[DRIFT]["sigmas"]) == 5
+
+
+def test_a_resumed_run_goes_on_bit_for_bit() -> None:
+    """Through the JSON of a checkpoint: the drift is remembered, so no step is measured or chosen anew."""
+    whole = trainer()
+    for _ in range(2):
+        whole.step()
+    state = whole.state()
+    kept = Snapshot(*({k: clone(v) for k, v in part.items()} for part in (
+        state.snapshot.values, state.snapshot.average, state.snapshot.optimizer
+    )))  # fmt: skip
+    state = replace(state, snapshot=kept, notes=json.loads(json.dumps(state.notes)))
+    resumed = trainer()
+    resumed.load(state)
+    first, second = whole.step(), resumed.step()
+    same = [name for name in first if name.startswith(("reward", "policy", "fidelity", "advantage", "perf/forward"))]
+    assert all(first[name] == second[name] for name in same) and len(same) > 20
+    for name, value in whole.engine.trained.items():
+        assert torch.equal(value, resumed.engine.trained[name]), name
+
+
+def clone(value: Any) -> Any:
+    return value.clone() if isinstance(value, Tensor) else {k: clone(v) for k, v in value.items()}
+
+
+ON_RANKS: dict[str, Any] = {"ode": {"attention": "exact", "audit_every": 1}, "groups": {"rows_per_forward": 1}}
+
+
+@pytest.fixture(scope="module")
+def as_one_process() -> Any:
+    made = trainer(None, **ON_RANKS)
+    return [made.step() for _ in range(2)], made.notes[DRIFT]
+
+
+@pytest.mark.parametrize(("size", "sequence"), [(4, 1), (2, 2)])
+def test_ranks_choose_and_audit_as_one_process_does(size: int, sequence: int, as_one_process: Any) -> None:
+    """Parts of groups, and shared tokens; int8 aside, whose probe each rank would settle on its rows."""
+
+    def run(ranks: Ranks) -> tuple[list[dict[str, float]], Any]:
+        made = trainer(ranks, **ON_RANKS, parallel={"sequence": sequence})
+        return [made.step() for _ in range(2)], made.notes[DRIFT]
+
+    results = on_fake_ranks(size, run, sequence)
+    alone, drift = as_one_process
+    for numbers, found in results:
+        # Sums over ranks in another order; with shared tokens matrix products have other shapes too.
+        assert found["drift"] == pytest.approx(drift["drift"], rel=1e-4)
+        for here, there in zip(numbers, alone, strict=True):
+            assert here["perf/forward_equivalents"] == here["perf/predicted_forward_equivalents"]
+            assert here["parity/log_prob_diff_max"] == 0.0
+            for name in (name for name in there if name.startswith("fidelity/")):
+                assert here[name] == pytest.approx(there[name], rel=2e-2, abs=1e-3), name
+    audits = sum(numbers[0]["perf/forwards_audit"] for numbers, _ in results) / sequence
+    assert audits == alone[0]["perf/forwards_audit"]
+
+
+class Detail:
+    """Likes videos whose two last frames differ: fine structure, which a tail of one step leaves out."""
+
+    name, keys = "detail", ("detail",)
+
+    def __call__(self, videos: Tensor, batch: RetakeBatch) -> RewardOutput:
+        score = (videos[:, -1] - videos[:, -2]).double().square().mean((1, 2, 3))
+        return RewardOutput({"detail": score}, torch.ones(len(videos), dtype=torch.bool))
+
+
+def audited(action: str, **flow: Any) -> Trainer:
+    ode = {"audit_every": 1, "audit_action": action}
+    config = smoke(window=WINDOW, flow={"steps": 10, **flow}, ode=ode, advantage={"weights": {}}, groups={"size": 8})
+    return trainer_of(config, rewards={"d": Detail()})
+
+
+BAD = {"tail_steps": 1}
+GOOD = {"tail_grid": "sigma", "tail_steps": 6}
+
+
+def test_the_audit_stops_a_tail_of_one_step_at_once() -> None:
+    run = audited("stop", **BAD)
+    before = {name: value.clone() for name, value in run.engine.trained.items()}
+    with pytest.raises(RunError, match=r"iteration 0: .*ode\.audit_spearman=.*flow\.tail_steps=1; take a finer"):
+        run.step()
+    assert all(torch.equal(value, before[name]) for name, value in run.engine.trained.items())
+
+
+def test_the_audit_passes_a_good_tail() -> None:
+    run = audited("stop", **GOOD)
+    metrics = [run.step() for _ in range(2)]
+    assert all(row["fidelity/spearman"] >= 0.95 and row["perf/forwards_audit"] == 8 * 7 for row in metrics)
+
+
+def test_after_a_bad_audit_the_run_goes_on_exactly_and_remembers_it(caplog: pytest.LogCaptureFixture) -> None:
+    run = audited("exact", **BAD)
+    with caplog.at_level(logging.WARNING):
+        first = run.step()
+    assert "from here on the tails are exact" in caplog.text and run.notes[EXACT] == 0
+    second = run.step()
+    assert first["perf/forwards_rollout"] == 2 + 2 + 16 + 16 and second["perf/forwards_rollout"] == 2 + 2 + 16 + 16 * 7
+    assert second["perf/forward_equivalents"] == second["perf/predicted_forward_equivalents"]
+    assert "fidelity/spearman" not in second
+    resumed = audited("exact", **BAD)
+    resumed.load(run.state())
+    assert resumed.step()["perf/forwards_rollout"] == 2 + 2 + 16 + 16 * 7
+
+
+def test_a_profile_from_a_file_serves_the_first_iteration(tmp_path: Path) -> None:
+    measured = trainer()
+    measured.step()
+    file = tmp_path / "profile.json"
+    file.write_text(json.dumps(measured.notes[DRIFT] | {"reuse": "residual"}))
+    run = trainer(ode={"reuse_profile": file})
+    assert run.step()["perf/forwards_rollout"] == 2 + 2 + 8 + 8 * 2
+    assert run.notes[DRIFT] == measured.notes[DRIFT]
+    file.write_text('{"sigmas": [0.5]}')
+    with pytest.raises(ConfigError, match=r"profile.json: no drift profile"):
+        trainer(ode={"reuse_profile": file}).step()
+
+
+def test_an_audit_of_exact_tails_is_refused() -> None:
+    with pytest.raises(ValidationError, match="every step is exact"):
+        smoke(ode={"audit_every": 3})
+
+
+@pytest.mark.parametrize("guided", [False, True])
+def test_a_residual_stands_for_the_blocks(guided: bool) -> None:
+    """At the state it was made of it gives the same velocity, elsewhere that of a network whose blocks add the same."""
+    config: Config = smoke(model={"text_length": 6} if guided else {})
+    policy = lively_policy(config, torch.float64)
+    model, batch = policy.model.requires_grad_(False), Conditions(config, torch.float64).batch(0, [0, 1])
+    conditioning = policy.condition(batch)
+    if guided:
+        text = torch.randn(2, 6, config.model.text_dim, dtype=torch.float64)
+        conditioning = replace(conditioning, context=text, negative=text.flip(0))
+    cache = model.precompute(conditioning)
+    x, time = torch.randn(2, *policy.latent_shape(batch), dtype=torch.float64), torch.tensor([600.0, 600.0]).double()
+    kept = BlockResidual()
+    made = model(x, time, conditioning, cache, kept)
+    assert torch.equal(made, model(x, time, conditioning, cache))
+    # A difference and a sum in float64.
+    torch.testing.assert_close(model(x, time, conditioning, cache, kept), made, rtol=0, atol=1e-12)
+    moved, later = x + 0.3, time - 50.0
+    with pytest.MonkeyPatch.context() as patch:
+        blocks = lambda self, h, *rest: (h.repeat(2, 1, 1) if guided else h)[:, : kept.value.shape[1]] + kept.value  # type: ignore[union-attr]  # noqa: E731
+        patch.setattr(RetakeDiT, "_blocks", blocks)
+        expected = model(moved, later, conditioning, cache)
+    torch.testing.assert_close(model(moved, later, conditioning, cache, kept), expected, rtol=0, atol=1e-12)
