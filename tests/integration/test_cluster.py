@@ -15,13 +15,12 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from patience import PATIENCE_S
 from repository import ROOT
 
 from geoalign.files.atomic import read_jsonl
 
 CLUSTER = ROOT / "examples" / "cluster"
-PATIENCE_S = 500
-"""For whatever takes seconds on an idle machine."""
 STAND_INS = {
     # Every node runs the command; a signal goes to all, an error of one ends all.
     "srun": """
@@ -89,7 +88,7 @@ def tree_of(pid: int) -> list[int]:
 SETTINGS = (
     "--config", "smoke", "run.dir=run", "data.root=data", "world.clips=6", "world.trajectories=8", "eval.samples=2",
     "groups.conditions=2", "groups.size=4", "data.clips.val_fraction=0", "train.iterations=8",
-    "train.checkpoint_every=3", "train.rank_timeout_s=60",
+    "train.checkpoint_every=3", "train.rank_timeout_s=600",
 )  # fmt: skip
 
 

@@ -11,6 +11,7 @@ import subprocess
 import sys
 
 import pytest
+from patience import PATIENCE_S
 from repository import ROOT
 
 from geoalign.cli import completion
@@ -26,7 +27,9 @@ def geoalign(*arguments: str, code: str | None = None) -> subprocess.CompletedPr
     """Run the command, or a piece of Python, in a fresh process."""
     command = ["-c", code] if code else ["-m", "geoalign", *arguments]
     env = os.environ | {"PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'kernels'}"}
-    return subprocess.run([sys.executable, *command], capture_output=True, text=True, env=env, check=False, timeout=120)
+    return subprocess.run(
+        [sys.executable, *command], capture_output=True, text=True, env=env, check=False, timeout=PATIENCE_S
+    )
 
 
 def test_help_and_config_print_import_no_torch() -> None:
