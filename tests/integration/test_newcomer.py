@@ -144,6 +144,9 @@ def test_from_an_empty_machine_to_a_trained_policy(machine: Path, capsys: pytest
     assert (machine / "out.mp4").stat().st_size > 0
     assert capsys.readouterr().err == ""  # no library has anything to say
 
+    benchmark = ["benchmark", "run", "--config", "first.yaml", "--model", "base=runs/first", "--dry-run"]
+    assert main([*benchmark, "benchmark.clips=data/citywalk/clips", "benchmark.size=[48,64]"]) == 0
+
     weights = machine / HPSV3.folder / "HPSv3.safetensors"
     weights.write_bytes(weights.read_bytes()[:-100])
     capsys.readouterr()
