@@ -17,7 +17,7 @@ from geoalign.config.schema import Config
 from geoalign.errors import UsageError
 from geoalign.geometry.cameras.door import open_camera, open_target
 from geoalign.geometry.trajectory import CameraTrajectory
-from geoalign.jobs.encode import choose_guidance, encode, reads_text_of
+from geoalign.jobs.encode import Encoders, choose_guidance, reads_text_of
 from geoalign.jobs.sample import find_source_camera, read_inputs
 from geoalign.jobs.sample_files import write_retake
 from geoalign.jobs.score import find_source, list_videos, read_condition, score_video
@@ -152,8 +152,8 @@ class RetakePolicy(policy.RetakePolicy):
         )  # fmt: skip
         scale = choose_guidance(guidance, reads_text, "this model")
         if self.files is not None:
-            encodings = encode(self.files, batch, prompt, negative_prompt, dtype=self.dtype, device=self.device)
-            batch = replace(batch, encodings=encodings)
+            encoders = Encoders(self.files, dtype=self.dtype, device=self.device)
+            batch = replace(batch, encodings=encoders(batch, prompt, negative_prompt))
         flow = FlowConfig(steps=steps, shift=shift)
         made = retake.retake(replace(self, guidance=scale), batch, flow, seed=seed, strict=True)
         wanted = "a CameraTrajectory" if isinstance(path, CameraTrajectory) else str(path)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -130,6 +130,17 @@ class RetakeBatch:
         camera = self.target_camera[index.to(self.target_camera.device)]
         encodings = None if self.encodings is None else self.encodings.select(index)
         return RetakeBatch(self.source.select(index), camera, _pick(self.prompts, index), encodings, self.fps)
+
+    def first_frames(self, frames: int, latent_frames: int) -> RetakeBatch:
+        """The same cut short: a causal video encoder makes of the first frames the first latents."""
+        if frames >= self.source.video.shape[1]:
+            return self
+        kept = slice(frames)
+        source = replace(self.source, video=self.source.video[:, kept], camera=self.source.camera.frames(kept))
+        encodings = self.encodings
+        if encodings is not None and encodings.latents is not None:
+            encodings = replace(encodings, latents=encodings.latents[:, :, :latent_frames])
+        return replace(self, source=source, target_camera=self.target_camera.frames(kept), encodings=encodings)
 
     def repeat_interleave(self, repeats: int) -> RetakeBatch:
         """Each condition ``repeats`` times in a row: the layout of a group of rollouts."""

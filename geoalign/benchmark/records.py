@@ -72,3 +72,7 @@ class Tool(Protocol):
         its cause. A second call for the same case and ``out`` may take up what an earlier one left.
         """
         ...
+
+    def close(self) -> None:
+        """End whatever processes it holds; may be called twice."""
+        ...

@@ -38,6 +38,12 @@ VERBS = (
     Verb("train", "geoalign.cli.train", "Train", "reinforcement learning of the camera (GRPO); ends with report.html"),
     Verb("pretrain", "geoalign.cli.pretrain", "Train", "make the base policy of the embedded default anew"),
     Verb("evaluate", "geoalign.cli.evaluate", "Train", "camera errors of a checkpoint on held-out scenes and paths"),
+    Verb(
+        "benchmark",
+        "geoalign.cli.benchmark",
+        "Train",
+        "the paper's evaluation: clips x paths x methods, tables, report",
+    ),
     Verb("data", "geoalign.cli.data", "Prepare", "check clips, camera paths and the cache; plot the paths"),
     Verb("prepare", "geoalign.cli.prepare", "Prepare", "encode clips, text and source cameras once, for many runs"),
     Verb("score", "geoalign.cli.score", "Look", "score any video against a camera path; probe a reward with cheats"),

@@ -69,15 +69,20 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
     add("--size", type=frame_size, metavar="HxW", help="frame size after scale and centre crop (Wan default 480x832)")
     add("--prompt", help="what the video shows, or @FILE with the text")
     add("--captioner", type=Path, metavar="FOLDER", help="BLIP-2 that writes the prompt when --prompt is not given")
-    add("--negative-prompt", default=DEFAULT_NEGATIVE_PROMPT, help="text of the second guidance pass, or @FILE")
+    add("--negative-prompt", help="text of the second guidance pass, or @FILE (default: our own)")
+    add(
+        "--settings", choices=("default", "published"), default="default",
+        help="published: as ReDirector's inference script samples (native length, 50 steps, its negative prompt, "
+        "rounding, noise and frame rate; docs/benchmark.md)",
+    )  # fmt: skip
     add(
         "--guidance",
         type=positive("--guidance"),
         help="classifier-free guidance (default 5 with a text encoder, else 1)",
     )
-    add("--steps", type=int, default=25, help="sampling steps (default 25)")
-    add("--shift", type=float, default=5.0, help="time shift of the noise levels (default 5)")
-    add("--seed", type=whole("--seed", 0), default=0, help="seed of the initial noise")
+    add("--steps", type=int, help="sampling steps (default 25)")
+    add("--shift", type=float, help="time shift of the noise levels (default 5)")
+    add("--seed", type=whole("--seed", 0), help="seed of the initial noise (default 0)")
     add(
         "--best-of",
         type=whole("--best-of", 1),
@@ -100,13 +105,14 @@ def _run(args: argparse.Namespace) -> int:
 
     from geoalign.files.atomic import check_writable
     from geoalign.frozen.device import named_device
-    from geoalign.jobs.encode import choose_guidance, encode, read_text, reads_text_of
+    from geoalign.jobs.encode import Encoders, choose_guidance, read_text, reads_text_of
     from geoalign.jobs.sample import estimate, read_inputs
     from geoalign.jobs.sample_files import outputs, write_retake
     from geoalign.policy.open import describe
     from geoalign.policy.policy import RetakePolicy
 
     _check_arguments(args)
+    _settle(args)
     paths = outputs(args.out)
     device = named_device(args.device, "--device")
     args.device = str(device)
@@ -119,6 +125,7 @@ def _run(args: argparse.Namespace) -> int:
         args.video, args.trajectory, codec=codec, speed=args.speed, frames=args.frames, size=args.size,
         source_camera=camera, intrinsics=args.intrinsics, ground_plane=args.ground_plane,
     )  # fmt: skip
+    fps = args.fps or fps
     reads_text = reads_text_of(files)
     _check_prompt(args, reads_text)
     guidance = choose_guidance(args.guidance, reads_text, args.model)
@@ -134,7 +141,8 @@ def _run(args: argparse.Namespace) -> int:
         check_writable(path)
     batch, prompt = _estimate_camera(args, batch), _prompt(args, batch, dtype)
     reward = _reward(args, batch)
-    encodings = encode(files, batch, prompt, read_text(args.negative_prompt), dtype=dtype, device=args.device)
+    encoders = Encoders(files, dtype=dtype, device=args.device)
+    encodings = encoders(batch, prompt, read_text(args.negative_prompt))
     batch = replace(batch, encodings=encodings)
     model, _ = files.network(dtype=dtype, device=args.device)
     policy = RetakePolicy(model.requires_grad_(False), codec, guidance)  # nothing is trained, so text may be missing
@@ -142,7 +150,7 @@ def _run(args: argparse.Namespace) -> int:
     given = {name: str(v) if isinstance(v, Path) else v for name, v in vars(args).items() if _plain(v)}
     record |= {"arguments": given, "tokens": cost.tokens, "forwards": cost.forwards}
     used = {"guidance": guidance, "prompt": prompt, "source_camera": camera}
-    written = write_retake(args.out, batch, video, fps, record, used)
+    written = write_retake(args.out, batch, video, fps, record, used, published=args.settings == "published")
     print("\n".join(f"{name:13}{path}" for name, path in written.items()))
     return 0
 
@@ -158,6 +166,30 @@ def _check_arguments(args: argparse.Namespace) -> None:
         raise UsageError(f"--best-of {args.best_of}: at least 1")
     if args.best_of == 1 and (args.keep_all or args.reward or args.evaluator or args.set):
         raise UsageError("--keep-all, --reward, --evaluator and --set choose among several: give --best-of N")
+
+
+def _settle(args: argparse.Namespace) -> None:
+    """Fill in what was not given; the published settings are a whole, so that none of theirs can be given."""
+    from geoalign.errors import UsageError
+    from geoalign.policy.published import FOLDER_FPS, SEED, SHIFT, STEPS
+    from geoalign.rewards.vlm import templates
+
+    published = args.settings == "published"
+    fixed = ("steps", "shift", "seed", "guidance", "dtype")
+    if published and (given := [name for name in fixed if getattr(args, name) is not None]):
+        raise UsageError(f"--settings published has its own --{given[0]}; drop one of both")
+    if published and (args.best_of > 1 or args.tiled):
+        raise UsageError("--settings published makes one retake, untiled; drop --best-of and --tiled")
+    values = {"steps": STEPS, "shift": SHIFT, "seed": SEED} if published else {"steps": 25, "shift": 5.0, "seed": 0}
+    for name, value in values.items():
+        if getattr(args, name) is None:
+            setattr(args, name, value)
+    if published:
+        args.dtype, args.frames = "bfloat16", args.frames or "all"
+    if args.negative_prompt is None and published and (args.prompt is not None or args.captioner is not None):
+        args.negative_prompt = templates.load("wan_negative_prompt")
+    args.negative_prompt = args.negative_prompt or DEFAULT_NEGATIVE_PROMPT
+    args.fps = FOLDER_FPS if published and args.video.is_dir() else None
 
 
 def _kept(args: argparse.Namespace) -> list[Path]:
@@ -219,7 +251,7 @@ def _check_prompt(args: argparse.Namespace, reads_text: bool) -> None:
 
 
 def _prompt(args: argparse.Namespace, batch: RetakeBatch, dtype: Any) -> str | None:
-    """The given prompt, else a generated one without sentences about the source's camera motion."""
+    """The given prompt, else a generated one, under our settings without sentences about the source's camera motion."""
     from geoalign.data.captions import remove_camera_motion
     from geoalign.jobs.encode import read_text
     from geoalign.models.captions import load_captioner
@@ -227,7 +259,7 @@ def _prompt(args: argparse.Namespace, batch: RetakeBatch, dtype: Any) -> str | N
     if args.prompt is not None or args.captioner is None:
         return None if args.prompt is None else read_text(args.prompt)
     caption = load_captioner(args.captioner, dtype=dtype, device=args.device).caption(batch.source.video[0])
-    prompt = remove_camera_motion(caption) or caption
+    prompt = caption if args.settings == "published" else remove_camera_motion(caption) or caption
     print(f"prompt   {prompt}")
     return prompt
 
@@ -257,11 +289,14 @@ def _sample(
     from geoalign.data.video import write_video
     from geoalign.jobs.best_of import best_of
     from geoalign.jobs.sample_files import candidate_path
+    from geoalign.policy.published import published_retake
     from geoalign.policy.retake import retake
 
     with _progress(args.best_of * forwards) as bar:
 
         def make(seed: int) -> Tensor:
+            if args.settings == "published":
+                return published_retake(policy, batch, on_pass=bar.update)
             return retake(policy, batch, flow, seed=seed, on_pass=bar.update, strict=True)
 
         def keep(seed: int, video: Tensor) -> None:

@@ -54,7 +54,10 @@ class BenchmarkConfig(Section):
     """Oracles by method: the translation that the model is asked for, as a multiple of the path's. Errors are always
     against the path itself."""
     prompts: Path | None = None
-    """JSON file with a prompt by clip name; unset: the captions of the clips, else ``data.clips.caption_text``."""
+    """JSON file with a prompt by clip name; for other clips ``captioner``, else the clip list's caption, else
+    ``data.clips.caption_text``."""
+    captioner: Path | None = None
+    """BLIP-2 folder that says what a clip shows, from its middle frame, for models that read text."""
     negative_prompt: str | None = None
     """Text of the second guidance pass, or ``@FILE``; unset: our own, and under ``settings: published`` the published
     one (``geoalign doctor --fetch-rewards``)."""

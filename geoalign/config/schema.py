@@ -16,6 +16,7 @@ from geoalign.config.training import (
     CodecConfig,
     EvalConfig,
     GroupsConfig,
+    LearnConfig,
     LeversConfig,
     OdeConfig,
     OptimConfig,
@@ -64,6 +65,8 @@ class Config(Section):
     """Exact savings."""
     ode: OdeConfig = OdeConfig()
     """Approximate deterministic steps."""
+    learn: LearnConfig = LearnConfig()
+    """Cheaper learning."""
     parallel: ParallelConfig = ParallelConfig()
     """Several processes."""
     eval: EvalConfig = EvalConfig()
@@ -83,11 +86,19 @@ class Config(Section):
         }
         return changed | ({"ode.reuse_share": self.ode.reuse_share} if "ode.reuse" in changed else {})
 
+    def changes(self) -> dict[str, Any]:
+        """:meth:`approximations`, and settings by which updates are made of less."""
+        fields = LearnConfig.model_fields
+        learn = {f"learn.{name}": getattr(self.learn, name) for name in fields}
+        return self.approximations() | {
+            name: value for name, value in learn.items() if value != fields[name.partition(".")[2]].default
+        }
+
     @model_validator(mode="after")
     def _possible(self) -> Self:
         checks = (
             self._window_fits, self._weight_flattens, self._updates_fit, self._streaming_is_exact, self._parallel_fits,
-            self._audit_has_work,
+            self._audit_has_work, self._subsets_fit,
         )  # fmt: skip
         for check in checks:
             check()
@@ -140,6 +151,25 @@ class Config(Section):
             if self.parallel.engine == "fsdp":
                 raise ValueError("levers.streaming with a gradient per rollout needs whole parameters, not fsdp's")
 
+    def _subsets_fit(self) -> None:
+        learn = self.learn
+        if learn.window_steps is not None and learn.window_steps > self.window.size:
+            raise ValueError(f"learn.window_steps {learn.window_steps} of a window of {self.window.size} steps")
+        if learn.members is not None:
+            if learn.members > self.groups.size:
+                raise ValueError(f"learn.members {learn.members} of groups of {self.groups.size}")
+            if self.levers.streaming != "off" or self.optim.updates_per_rollout > 1:
+                raise ValueError(
+                    "learn.members chooses once the rewards are known, for one update: set levers.streaming to off "
+                    "and optim.updates_per_rollout to 1"
+                )
+            if self.groups.rows_per_forward != 1:
+                raise ValueError("learn.members saves whole forwards only: set groups.rows_per_forward to 1")
+        if (learn.short_frames is None) != (learn.short_iterations == 0):
+            raise ValueError("learn.short_frames and learn.short_iterations belong together: set both")
+        if learn.short_frames is not None and learn.short_frames >= self.data.num_frames:
+            raise ValueError(f"learn.short_frames {learn.short_frames} must be below data.num_frames")
+
     def _audit_has_work(self) -> None:
         if self.ode.audit_every and not self.approximations():
             raise ValueError("ode.audit_every watches approximate tails, but every step is exact: set it to 0")
@@ -150,7 +180,10 @@ class Config(Section):
             raise ValueError(
                 f"parallel.sequence {parallel.sequence} must divide model.heads {self.model.heads}: ranks share heads"
             )
-        for name, count in zip(("target", "source"), self.model.tokens(*self.data.video), strict=True):
+        frames, *size = self.data.video
+        lengths = {frames, self.learn.short_frames or frames}
+        counts = [count for length in sorted(lengths) for count in self.model.tokens(length, *size)]
+        for name, count in zip(("target", "source") * len(lengths), counts, strict=True):
             if count % parallel.sequence:
                 raise ValueError(
                     f"parallel.sequence {parallel.sequence} must divide the {count} {name} tokens of a video: ranks "

@@ -214,6 +214,25 @@ class OdeConfig(Section):
         return tail_steps if self.reuse == "off" else max(1, math.ceil(self.reuse_share * tail_steps * (1 - 1e-12)))
 
 
+class LearnConfig(Section):
+    """Cheaper learning: each CHANGES what the updates of a run are made of, and is off by default."""
+
+    window_steps: int | None = Field(None, ge=1)
+    """Window steps, drawn at random in every iteration, whose gradients are taken; None: all. The expected gradient is
+    that of all steps, its variance is larger."""
+    members: int | None = Field(None, ge=1)
+    """Members of every group, those with the largest advantages in magnitude, that are learned from; None: all. Biased:
+    the smallest terms are left out."""
+    short_frames: int | None = Field(None, ge=2)
+    """Frames of the videos in the first ``short_iterations`` iterations; later ones have ``data.num_frames``."""
+    short_iterations: int = Field(0, ge=0)
+    """Iterations with ``short_frames``."""
+
+    def frames(self, iteration: int, num_frames: int) -> int:
+        """Frames of the videos of an iteration."""
+        return self.short_frames if self.short_frames and iteration < self.short_iterations else num_frames
+
+
 class ParallelConfig(Section):
     """How the ranks share the work (``run.ranks`` or torchrun)."""
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -45,35 +46,36 @@ def choose_guidance(given: float | None, reads_text: bool, model: object) -> flo
     return given if given is not None else (GUIDANCE if reads_text else 1.0)
 
 
-def encode(
-    files: ModelFiles,
-    batch: RetakeBatch,
-    prompt: str | None,
-    negative_prompt: str,
-    *,
-    dtype: torch.dtype,
-    device: torch.device | str,
-) -> Encodings | None:
-    """What the encoders make of the prompts and of the first source frame; None for a model without encoders."""
-    context = negative = None
-    encoder = find_text_encoder(files.location.home)
-    if encoder is not None and prompt is not None:
-        text = load_text_encoder(*encoder, dtype=dtype, device=str(device))
-        text.length = files.config.text_length
-        context, negative = text([prompt, negative_prompt]).split(1)
-    found = Encodings(context=context, negative=negative, image_tokens=_image_tokens(files, batch, dtype, device))
-    return found if len(found) else None
+class Encoders:
+    """The text and the image encoder beside a model, loaded when first needed; they stay for the next video."""
 
+    def __init__(self, files: ModelFiles, *, dtype: torch.dtype, device: torch.device | str) -> None:
+        self._files, self._dtype, self._device = files, dtype, device
+        self._text: Callable[[list[str]], Tensor] | None = None
+        self._image: Callable[[Tensor], Tensor] | None = None
 
-def _image_tokens(
-    files: ModelFiles, batch: RetakeBatch, dtype: torch.dtype, device: torch.device | str
-) -> Tensor | None:
-    if files.config.image_dim is None:
-        return None
-    for path in (files.location.home / name for name in _IMAGE):
-        if path.exists():
-            return load_image_encoder(path, dtype=dtype, device=str(device))(batch.source.video[:, 0].to(device))
-    return None
+    def __call__(self, batch: RetakeBatch, prompt: str | None, negative_prompt: str) -> Encodings | None:
+        """What they make of the prompts and of the first source frame; None for a model without encoders."""
+        context = negative = None
+        found = find_text_encoder(self._files.location.home)
+        if found is not None and prompt is not None:
+            if self._text is None:
+                text = load_text_encoder(*found, dtype=self._dtype, device=str(self._device))
+                text.length = self._files.config.text_length
+                self._text = text
+            context, negative = self._text([prompt, negative_prompt]).split(1)
+        made = Encodings(context=context, negative=negative, image_tokens=self._image_tokens(batch))
+        return made if len(made) else None
+
+    def _image_tokens(self, batch: RetakeBatch) -> Tensor | None:
+        if self._files.config.image_dim is None:
+            return None
+        if self._image is None:
+            path = next((path for name in _IMAGE if (path := self._files.location.home / name).exists()), None)
+            if path is None:
+                return None
+            self._image = load_image_encoder(path, dtype=self._dtype, device=str(self._device))
+        return self._image(batch.source.video[:, 0].to(self._device))
 
 
 def read_text(value: str) -> str:

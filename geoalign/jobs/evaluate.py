@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from geoalign.config.flow import FlowConfig
 from geoalign.config.schema import Config
 from geoalign.errors import ConfigError
 from geoalign.evaluators.base import PoseEstimate, PoseEvaluator
@@ -88,6 +89,27 @@ def second_evaluator() -> PlanarAligner:
     return PlanarAligner(levels=((3.0, 5), (1.5, 3)), step=5, offset=1, reference="first")
 
 
+def held_out_retake(
+    policy: RetakePolicy,
+    batch: RetakeBatch,
+    flow: FlowConfig,
+    *,
+    seed: int,
+    condition_scale: float | Tensor = 1.0,
+    rows: Tensor | None = None,
+) -> Tensor:
+    """The retakes ``[B, F, 3, H, W]`` of an evaluation, on the CPU: its own stream of noise, and its oracle.
+
+    Args:
+        condition_scale: multiplies the motion that the policy is asked for (an oracle that knows the error of a base):
+            one number for the translation, or factors ``[4]`` or ``[F, 4]`` along the axes of the ground
+            (:data:`geoalign.geometry.metrics.AXES`). Errors are always against the true target.
+        rows: of the noise, as in :func:`geoalign.policy.retake.retake`.
+    """
+    asked = scaled_request(batch, condition_scale)
+    return retake(policy, asked, flow, seed=seed, stream=streams.EVALUATION, rows=rows).cpu()
+
+
 @torch.no_grad()
 def evaluate(
     policy: RetakePolicy,
@@ -106,9 +128,7 @@ def evaluate(
         policy: model and codec.
         config: its sampler settings and noise seeds; sampling is deterministic.
         held_out: conditions and truth.
-        condition_scale: multiplies the motion that the policy is asked for (an oracle that knows the error of a base):
-            one number for the translation, or factors ``[4]`` or ``[F, 4]`` along the axes of the ground
-            (:data:`geoalign.geometry.metrics.AXES`). Errors are always against the true target.
+        condition_scale: as in :func:`held_out_retake`.
         evaluator: reads the cameras; default: the reward's planar aligner. The second evaluator always runs beside it.
         ranks: share the work, each of them with a whole model; all of them call this. Default: this process alone.
     """
@@ -124,8 +144,8 @@ def evaluate(
     ]
     for kind, number, rows in pieces[ranks.rank :: ranks.size]:
         pairs = held_out.sets[kind].select(rows)
-        asked = scaled_request(pairs.batch, condition_scale)
-        video = retake(policy, asked, config.flow, seed=seeds[number], stream=streams.EVALUATION, rows=rows).cpu()
+        seed, scale = seeds[number], condition_scale
+        video = held_out_retake(policy, pairs.batch, config.flow, seed=seed, condition_scale=scale, rows=rows)
         pose, other = primary(video, pairs.batch.source), second_evaluator()(video, pairs.batch.source)
         found = _camera_quality(pose, other, pairs.batch.target_camera)
         found |= _picture_quality(video, pose, pairs, energies[kind])
@@ -139,7 +159,7 @@ def evaluate(
 
 
 def scaled_request(batch: RetakeBatch, scale: float | Tensor) -> RetakeBatch:
-    """``batch`` with its target motion multiplied as ``condition_scale`` of :func:`evaluate` says."""
+    """``batch`` with its target motion multiplied as ``condition_scale`` of :func:`held_out_retake` says."""
     camera, plane = batch.target_camera, batch.source.ground_plane
     if not isinstance(scale, Tensor):
         return replace(batch, target_camera=camera.scale_translation(scale))

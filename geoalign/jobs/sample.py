@@ -63,26 +63,44 @@ def read_inputs(
     """
     _check_numbers(speed, intrinsics)
     typed = None if ground_plane is None else _unit_plane("--ground-plane", ground_plane)
-    reader = AnyReader(PyAVReader())
-    info = probe_clip(reader, video)
-    warn_once(video, info.remarks)
+    info = probe_clip(AnyReader(PyAVReader()), video)
     most = info.frames if frames == "all" else min(info.frames, MAX_FRAMES)
     count = frames if isinstance(frames, int) else choose_frames(codec, most)
     if count > info.frames:
         raise UsageError(f"{video} has {info.frames} frames, --frames {count} asks for more")
     size = size or (WAN_SIZE if codec.name == "wan_vae" else (info.height, info.width))
     codec.latent_shape(count, *size)
-    source, plane = _source_camera(source_camera, count, (info.height, info.width), intrinsics)
-    lens = cover_crop_intrinsics(source.intrinsics, info.height, info.width, size)
-    source = source.with_intrinsics(lens)
+    clip, fps = read_source(video, count, size, source_camera=source_camera, intrinsics=intrinsics)
+    clip = clip if typed is None else replace(clip, ground_plane=typed)
+    lens = clip.camera.intrinsics[0, 0]
     if isinstance(trajectory, CameraTrajectory):
-        target = fit_target(trajectory.with_intrinsics(lens[0]), count, speed)
+        target = fit_target(trajectory.with_intrinsics(lens), count, speed)
     else:
-        target = open_target(trajectory, count, speed=speed, intrinsics=lens[0])
-    pixels = to_float(reader.read(video, range(count), size))
-    fps = info.fps if info.fps > 0 else 24.0
-    clip = SourceClip(pixels[None], _batch(source), plane if typed is None else typed, ("source",))
+        target = open_target(trajectory, count, speed=speed, intrinsics=lens)
     return RetakeBatch(clip, _batch(target), ("",)), fps
+
+
+def read_source(
+    video: Path,
+    frames: int,
+    size: tuple[int, int],
+    *,
+    source_camera: str | Path | None = None,
+    intrinsics: tuple[float, float, float, float] | None = None,
+) -> tuple[SourceClip, float]:
+    """Decode and crop the first ``frames`` frames of a source to ``size``, with its camera; arguments and errors are
+    those of :func:`read_inputs`.
+
+    Returns:
+        a batch of one on the CPU, and the frames per second.
+    """
+    reader = AnyReader(PyAVReader())
+    info = probe_clip(reader, video)
+    warn_once(video, info.remarks)
+    camera, plane = _source_camera(source_camera, frames, (info.height, info.width), intrinsics)
+    camera = camera.with_intrinsics(cover_crop_intrinsics(camera.intrinsics, info.height, info.width, size))
+    pixels = to_float(reader.read(video, range(frames), size))
+    return SourceClip(pixels[None], _batch(camera), plane, ("source",)), info.fps if info.fps > 0 else 24.0
 
 
 def choose_frames(codec: LatentCodec, available: int) -> int:
@@ -168,7 +186,7 @@ def estimate(
     memory = parameters * size + work.tokens * (2 * 4 * config.dim + size * (4 * config.dim + 2 * config.ffn_dim))
     memory += 2 * 4 * math.prod(video_shape)
     latent = codec.latent_shape(frames, height, width)
-    return CostEstimate(latent, work.tokens, forwards, flop / 1e12, memory / 1e9, flop / _throughput(dtype, device))
+    return CostEstimate(latent, work.tokens, forwards, flop / 1e12, memory / 1e9, flop / matmul_rate(dtype, device))
 
 
 def device_memory_gb(device: torch.device | str) -> float:
@@ -179,7 +197,7 @@ def device_memory_gb(device: torch.device | str) -> float:
     return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 1e9
 
 
-def _throughput(dtype: torch.dtype, device: str) -> float:
+def matmul_rate(dtype: torch.dtype, device: str) -> float:
     """Floating-point operations per second of a matrix product, measured in a fraction of a second."""
     size = 4096 if device.startswith("cuda") else 384
     a = torch.ones(size, size, dtype=dtype, device=device)

@@ -13,6 +13,7 @@ from geoalign.data.plots import plot_cameras
 from geoalign.data.video import write_video
 from geoalign.errors import UsageError
 from geoalign.files.atomic import atomic_write_json, nan_to_none
+from geoalign.policy.published import CRF, truncated
 from geoalign.types import RetakeBatch
 from geoalign.version import __version__
 
@@ -38,7 +39,14 @@ def candidate_path(out: Path, seed: int) -> Path:
 
 
 def write_retake(
-    out: Path, batch: RetakeBatch, video: Tensor, fps: float, record: Mapping[str, Any], used: Mapping[str, Any]
+    out: Path,
+    batch: RetakeBatch,
+    video: Tensor,
+    fps: float,
+    record: Mapping[str, Any],
+    used: Mapping[str, Any],
+    *,
+    published: bool = False,
 ) -> dict[str, Path]:
     """Write all :func:`outputs` of a retake; returns them.
 
@@ -49,9 +57,13 @@ def write_retake(
         fps: frames per second.
         record: more entries of the JSON, among them ``arguments`` with the source ``video``.
         used: values that were found and not given.
+        published: round and compress the video as the published script does.
     """
     beside, video, source = outputs(out), video.cpu(), batch.source
-    write_video(beside["video"], video[0], fps)
+    if published:
+        write_video(beside["video"], truncated(video[0]), fps, crf=CRF)
+    else:
+        write_video(beside["video"], video[0], fps)
     write_video(beside["side_by_side"], torch.cat([source.video[0], video[0]], -1), fps)
     plot_cameras(beside["cameras"], {"source": source.camera.c2w[0], "target": batch.target_camera.c2w[0]})
     settings = {

@@ -55,14 +55,15 @@ def retake(
     noise = initial_noise(policy.latent_shape(batch), seed, 0, rows.to(policy.device), stream=stream)
     latents = FlowSampler(build_step_table(flow)).sample(velocity, precomputed, noise)
     if strict:
-        _refuse_non_finite(latents, "the model")
+        refuse_non_finite(latents, "the model")
     video = policy.decode(latents, batch.source.video)
     if strict:
-        _refuse_non_finite(video, "the autoencoder")
+        refuse_non_finite(video, "the autoencoder")
     return video
 
 
-def _refuse_non_finite(values: Tensor, maker: str) -> None:
+def refuse_non_finite(values: Tensor, maker: str) -> None:
+    """Raise RunError, which names the ``maker``, for values that are not finite."""
     if not torch.isfinite(values).all():
         share = float((~torch.isfinite(values)).float().mean())
         raise RunError(

@@ -128,10 +128,8 @@ def read_run(folder: str | Path) -> RunRecord:
         raise UsageError(f"no run folder at {path}; give the folder that `geoalign train` printed, such as runs/NAME.")
     if not any((path / name).is_file() for name in ("metrics.jsonl", "summary.json", "config.yaml")):
         raise UsageError(f"{path} is not a run folder: it has no metrics.jsonl, summary.json or config.yaml.")
-    config, summary = _optional(path / "config.yaml", read_yaml), _optional(path / "summary.json", read_json)
+    config, summary = _optional(path / "config.yaml", read_yaml), read_summary(path)
     _mapping(path / "config.yaml", config.get("run", {}), "run")
-    for key in ("held_out", "held_out_per_noise_seed"):
-        _check_stages(path / "summary.json", key, summary.get(key))
     metrics = path / "metrics.jsonl"
     return RunRecord(
         folder=path,
@@ -143,6 +141,15 @@ def read_run(folder: str | Path) -> RunRecord:
         live=bool(held_by(path / LOCK_NAME)),
         films=read_films(path / FILMS),
     )
+
+
+def read_summary(folder: Path) -> dict[str, Any]:
+    """``summary.json`` of a run folder; empty where the run did not end. Raises DataError if it is damaged."""
+    file = folder / "summary.json"
+    summary = _optional(file, read_json)
+    for key in ("held_out", "held_out_per_noise_seed"):
+        _check_stages(file, key, summary.get(key))
+    return summary
 
 
 def _optional(path: Path, read: Callable[[Path], Any]) -> dict[str, Any]:

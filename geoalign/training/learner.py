@@ -60,6 +60,9 @@ class Learner:
         advantage: Tensor,
         valid: Tensor,
         stream: StreamingBackward | None = None,
+        *,
+        positions: Sequence[int] | None = None,
+        chosen: Tensor | None = None,
     ) -> dict[str, float]:
         """Take the configured optimizer updates from one rollout (eq. 7).
 
@@ -70,6 +73,9 @@ class Learner:
             advantage: ``[R]``.
             valid: ``[R]`` bool.
             stream: the rollout's own backward; only what it left is replayed.
+            positions: the window positions that are learned from, drawn at random; None: all. The loss is divided by
+                their number, so that its expectation is that over all.
+            chosen: ``[R]`` bool on the host, the rows that are learned from; None: all. Nothing is rescaled.
 
         Returns:
             Metrics: ratio statistics of all updates, loss, gradient norm, and log-probability parity before the first.
@@ -77,16 +83,18 @@ class Learner:
         self.passes.clear()
         stats = RatioStats.empty(advantage.device)
         numbers: dict[str, float] = {"policy/skipped_updates": 0.0}
+        positions = range(rollout.num_window_steps) if positions is None else positions
         part_of_row = torch.arange(rollout.num_rows) % rollout.group_size * self.updates // rollout.group_size  # [R]
         for part in range(self.updates):
             mine = part_of_row == part  # [R]
+            count = self.ranks.sum(float((valid & mine.to(valid.device)).sum())) * len(positions)
+            mine = mine if chosen is None else mine & chosen
             keep = valid & mine.to(valid.device)  # [R]
-            count = self.ranks.sum(float(keep.sum())) * rollout.num_window_steps
             share = _Share(advantage, keep, valid, mine, max(count, 1.0), self.objective)
             self.engine.begin()
             with exact_only():  # forwards, and what backwards compute again
                 if stream is None:
-                    result = self._replay(sampler, rollout, precomputed, share, range(rollout.num_window_steps))
+                    result = self._replay(sampler, rollout, precomputed, share, positions)
                 else:
                     result = self._replay(sampler, rollout, precomputed, share, sorted(stream.left))
                     self._stream(sampler, stream, rollout, share, result)

@@ -8,7 +8,8 @@ Shapes in comments: R rows (rollouts of this rank), P numbers of all trained par
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import sys
+from collections.abc import Container, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -104,6 +105,7 @@ class StreamingBackward:
         graphs: window forwards whose graph is kept.
         done: window forwards whose backward has run; ``log_prob`` without graph.
         left: window positions that the learner replays.
+        positions: the window positions that are learned from; others are let go.
     """
 
     trained: Mapping[str, nn.Parameter]
@@ -112,9 +114,12 @@ class StreamingBackward:
     graphs: list[ObservedStep] = field(default_factory=list)
     done: list[ObservedStep] = field(default_factory=list)
     left: set[int] = field(default_factory=set)
+    positions: Container[int] = range(sys.maxsize)
 
     def __call__(self, step: ObservedStep) -> None:
         """Take one window forward."""
+        if step.position not in self.positions:
+            return
         if self.gradients is None:
             self.graphs.append(step)
         elif step.rows.stop - step.rows.start > 1:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import resource
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -30,6 +31,8 @@ def plan_of(config: Config) -> Plan:
         replay_first=levers.streaming in ("device", "host"),
         guidance=2 if config.flow.guidance > 1 else 1,
         reference=config.objective.kl_weight > 0,
+        learned_steps=config.learn.window_steps,
+        learned_members=config.learn.members,
     )
 
 
@@ -69,15 +72,29 @@ class WorkMeter:
             audited,
         )
 
-    def predicted(self, sampler: FlowSampler, audit: int) -> PassCount:
-        """Passes that the cost model expects of an iteration with this sampler, ``audit`` of them of an audit."""
+    def predicted(self, sampler: FlowSampler, positions: Sequence[int], audit: int) -> PassCount:
+        """Passes that the cost model expects of an iteration.
+
+        Args:
+            sampler: with its table and what its tail reuses.
+            positions: of the window, that are learned from.
+            audit: passes of an audit.
+        """
         walk = walk_of(self.config, sampler.table, len(sampler.reused))
         groups, members = self.rank_rows.group_ids.numel(), self.rank_rows.member_ids.numel()
         plan, updates = plan_of(self.config), self.config.optim.updates_per_rollout
-        return replace(count_passes(walk, groups, members, updates, plan), audit=audit)
+        return replace(count_passes(walk, groups, members, updates, plan, positions), audit=audit)
 
-    def metrics(self, spent: PassCount, sampler: FlowSampler, audit: int, seconds: float) -> dict[str, float]:
-        """Everything under ``perf/``."""
+    def metrics(
+        self,
+        spent: PassCount,
+        sampler: FlowSampler,
+        positions: Sequence[int],
+        audit: int,
+        seconds: float,
+        frames: int,
+    ) -> dict[str, float]:
+        """Everything under ``perf/`` of an iteration on videos of that many frames; others as in :meth:`predicted`."""
         numbers = {
             "perf/forwards_rollout": float(spent.rollout),
             "perf/forwards_learner": float(spent.replay + spent.reference),
@@ -85,17 +102,17 @@ class WorkMeter:
             "perf/forwards_audit": float(spent.audit),
             "perf/backwards": float(spent.backward),
             "perf/forward_equivalents": float(spent.forward_equivalents),
-            "perf/predicted_forward_equivalents": float(self.predicted(sampler, audit).forward_equivalents),
+            "perf/predicted_forward_equivalents": float(self.predicted(sampler, positions, audit).forward_equivalents),
             "perf/peak_memory_gb": self._peak_memory() / 1e9,
         }
-        rate = self._model_flops(spent) / seconds
+        rate = self._model_flops(spent, frames) / seconds
         numbers["perf/model_tflop_per_s"] = rate / 1e12
         peak = peak_flops(torch.cuda.get_device_name(self.device)) if self.device.type == "cuda" else None
         return numbers if peak is None else numbers | {"perf/mfu": rate / peak}
 
-    def _model_flops(self, spent: PassCount) -> float:
+    def _model_flops(self, spent: PassCount, frames: int) -> float:
         """Arithmetic of the network, repeated forwards left out; ranks that share tokens do a part each."""
-        work = TransformerCost.of(self.config.model, *self.config.data.video)
+        work = TransformerCost.of(self.config.model, frames, *self.config.data.video[1:])
         forwards = spent.forwards - spent.recompute
         total = forwards * work.forward_flops() + spent.backward * work.backward_flops()
         return total / self.config.parallel.sequence

@@ -7,7 +7,8 @@ N rows of all ranks.
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+import time
+from collections.abc import Mapping, Sequence
 from typing import Any, Protocol, runtime_checkable
 
 import torch
@@ -27,6 +28,7 @@ from geoalign.rewards.running.turns import decode_and_score
 from geoalign.rl.advantage import Advantage, group_advantage
 from geoalign.rl.objective import loss_weights
 from geoalign.rl.score import Scores, merged
+from geoalign.rl.subset import learned_positions, most_informative
 from geoalign.rl.window import WindowSchedule
 from geoalign.training.checkpoint import TrainState
 from geoalign.training.engines.optim import set_learning_rate
@@ -91,6 +93,15 @@ class Trainer:
                 "optim.updates_per_rollout > 1 needs whole groups on every rank: use a number of ranks that divides "
                 f"groups.conditions {config.groups.conditions}"
             )
+        if not self.rank_rows.whole and config.learn.members is not None:
+            raise ConfigError(
+                "learn.members needs whole groups on every rank: use a number of ranks that divides "
+                f"groups.conditions {config.groups.conditions}"
+            )
+        if config.learn.short_frames is not None:
+            policy.codec.latent_shape(
+                config.learn.short_frames, *config.data.video[1:]
+            )  # refuses what it cannot encode
         parts = ready(config, policy, self.ranks)
         self.policy, self.engine, self.device = parts.policy, parts.engine, parts.device
         self.learner = Learner(
@@ -122,14 +133,16 @@ class Trainer:
                 replay that differ beyond the bound, or an approximate tail that an audit refuses.
         """
         config, rank_rows, self.film = self.config, self.rank_rows, None
-        window = self.schedule(self.iteration)
+        window, began = self.schedule(self.iteration), time.process_time()
         sampler, audited = self._sampler(window), self.auditor.due(self.iteration, self.notes)
         with self.clock.active():
             with phase("data"):
                 batch = self._draw(rank_rows.group_ids.tolist()).to(self.device)
+                frames = batch.source.video.shape[1]
             with phase("rollout/encode"):
                 precomputed = self.policy.prepare(batch)
-            stream = self._stream(sampler)
+            positions = learned_positions(window.size, config.learn.window_steps, config.run.seed, self.iteration)
+            stream = self._stream(sampler, positions)
             self.ranks.check_alive()
             rollout, usable = self._rollout(sampler, batch, precomputed, stream)
             scores = self._score(rollout, batch, usable)
@@ -142,7 +155,10 @@ class Trainer:
             factor = set_learning_rate(self.engine.optimizer, config.optim, self.iteration, config.train.iterations)
             rows = rank_rows.rows  # [R] among N
             values, valid = advantage.values[rows].to(self.device), scores.valid[rows].to(self.device)  # [R]
-            update = self.learner.update(sampler, rollout, precomputed, values, valid, self._held(stream))
+            chosen = most_informative(advantage.values, config.groups.size, config.learn.members)[rows]
+            update = self.learner.update(
+                sampler, rollout, precomputed, values, valid, self._held(stream), positions=positions, chosen=chosen
+            )
         self._refuse_drift(update["parity/log_prob_diff_max"])
         self._refuse_standstill(update)
         self._agree_on_modes()
@@ -151,7 +167,8 @@ class Trainer:
         seconds = self.clock.collect() | {f"time/reward/{name}_s": value for name, value in scores.seconds.items()}
         spent = self.meter.passes(rollout, self.learner.passes, spent_on_audit)
         predicted = self.auditor.passes(audited, sampler)
-        work = self.meter.metrics(spent, sampler, predicted, seconds["time/iteration_s"])
+        work = self.meter.metrics(spent, sampler, positions, predicted, seconds["time/iteration_s"], frames)
+        work["perf/cpu_s"] = time.process_time() - began
         where = {"window/start": float(window.start), "optim/lr_factor": factor}
         data = self.source.telemetry() if isinstance(self.source, PrefetchingSource) else {}
         counts = self._failure_counts()
@@ -162,7 +179,9 @@ class Trainer:
         batch = self.source.batch(self.iteration, group_ids)
         if isinstance(self.source, PrefetchingSource) and self.iteration + 1 < self.config.train.iterations:
             self.source.prefetch(self.iteration + 1, group_ids)
-        return batch
+        frames = self.config.learn.frames(self.iteration, self.config.data.num_frames)
+        height, width = batch.source.video.shape[-2:]
+        return batch.first_frames(frames, self.policy.codec.latent_shape(frames, height, width)[1])
 
     def _sampler(self, window: StepWindow) -> FlowSampler:
         """The sampler of one iteration.
@@ -188,11 +207,11 @@ class Trainer:
         )
         return sampler if exact else with_reuse(sampler, config, self.notes)
 
-    def _stream(self, sampler: FlowSampler) -> StreamingBackward | None:
+    def _stream(self, sampler: FlowSampler, positions: Sequence[int]) -> StreamingBackward | None:
         if self.config.levers.streaming == "off":
             return None
         weights = loss_weights(sampler.table, self.config.objective).tolist()
-        return StreamingBackward(self.engine.trained, weights, self._row_gradients)
+        return StreamingBackward(self.engine.trained, weights, self._row_gradients, positions=positions)
 
     def _held(self, stream: StreamingBackward | None) -> StreamingBackward | None:
         """The stream, unless the backward of some rank's graphs would spread a NaN: then all ranks replay zeros."""

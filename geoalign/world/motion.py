@@ -104,10 +104,14 @@ def preset(name: str, frames: int, size: Tensor, yaw: Tensor) -> Tensor:
     return torch.stack(paths[name], dim=-1)
 
 
+def preset_sizes(count: int, generator: Generator) -> tuple[Tensor, Tensor]:
+    """Reach (1.2 to 2.1 m) and turn (7 to 15 degrees, in radians) of presets, ``[count]`` each."""
+    return 1.2 + 0.9 * torch.rand(count, generator=generator), 0.12 + 0.14 * torch.rand(count, generator=generator)
+
+
 def preset_motions(count: int, frames: int, generator: Generator) -> Tensor:
-    """``[count, F, 4]``: the presets in turn, each with its own reach (1.2 to 2.1 m) and turn (7 to 15 degrees)."""
-    size = 1.2 + 0.9 * torch.rand(count, generator=generator)
-    yaw = 0.12 + 0.14 * torch.rand(count, generator=generator)
+    """``[count, F, 4]``: the presets in turn, each of its own size."""
+    size, yaw = preset_sizes(count, generator)
     return torch.cat([preset(PRESETS[i % len(PRESETS)], frames, size[i : i + 1], yaw[i : i + 1]) for i in range(count)])
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import math
 from dataclasses import dataclass
 from typing import Literal
@@ -16,7 +17,9 @@ from geoalign.world.motion import (
     PRESETS,
     ground_plane,
     phase,
+    preset,
     preset_motions,
+    preset_sizes,
     random_curves,
     source_drift,
     to_c2w,
@@ -80,6 +83,53 @@ class PairedVideos:
         plane = self.batch.source.ground_plane
         assert plane is not None
         return render(self.scenes, c2w, plane, self.world)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class HeldOutScene:
+    """One scene of the RL style that no clip shows, whose true retake along any path can be rendered.
+
+    Attributes:
+        name: names the scene: everything of it is a function of the seed and the name.
+        source_c2w: ``[1, F, 4, 4]`` of the source.
+        plane: ``[1, 4]`` ground plane.
+        reach, turn: ``[1]`` metres and radians of its presets (:func:`geoalign.world.motion.preset`).
+    """
+
+    world: WorldConfig
+    name: str
+    scene: Scene
+    source_c2w: Tensor
+    plane: Tensor
+    reach: Tensor
+    turn: Tensor
+
+    @staticmethod
+    def draw(world: WorldConfig, seed: int, name: str) -> HeldOutScene:
+        """The scene called ``name``."""
+        digest = hashlib.sha256(f"{seed} {name}".encode()).digest()
+        generator = torch.Generator().manual_seed(int.from_bytes(digest[:7], "big"))
+        low, high = world.height_m
+        height = low + (high - low) * torch.rand(1, generator=generator)
+        scene = sample_scenes(1, generator, style="real", streets=world.streets)
+        drift = to_c2w(source_drift(1, world.frames, generator), world)
+        reach, turn = preset_sizes(1, generator)
+        return HeldOutScene(world, name, scene, drift, ground_plane(world, height), reach, turn)
+
+    def source(self) -> SourceClip:
+        """The rendered source, a batch of one."""
+        lens = intrinsics(self.world).expand(1, self.world.frames, 4)
+        video = render(self.scene, self.source_c2w, self.plane, self.world)
+        return SourceClip(video, CameraTrajectory(self.source_c2w, lens), self.plane, (self.name,))
+
+    def target(self, path: str, speed: float) -> CameraTrajectory:
+        """``[1, F]`` a preset path of the world at a multiple of its speed."""
+        motion = speed * preset(path, self.world.frames, self.reach, self.turn)
+        return CameraTrajectory.build(to_c2w(motion, self.world), intrinsics(self.world))
+
+    def truth(self, target: CameraTrajectory) -> Tensor:
+        """``[1, F, 3, H, W]`` the true retake along ``target``."""
+        return render(self.scene, target.c2w, self.plane, self.world)
 
 
 def paired_videos(

@@ -18,3 +18,5 @@ WINDOW = 5
 """Position of the stochastic window under the random schedule."""
 SHUFFLE = 6
 """Permutation of the advantages of a group, the control that learns from shuffled rewards."""
+SUBSET = 7
+"""Choice of the window steps that an update learns from."""

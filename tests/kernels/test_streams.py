@@ -10,7 +10,7 @@ from geoalign_kernels import streams
 
 ROOT = Path(__file__).parents[2]
 # A number that changes gives every seed other noise, data or evaluation; a purpose that joins gets a line here.
-FROZEN = {"SDE": 0, "INITIAL_NOISE": 1, "CLIP": 2, "PATH": 3, "EVALUATION": 4, "WINDOW": 5, "SHUFFLE": 6}
+FROZEN = {"SDE": 0, "INITIAL_NOISE": 1, "CLIP": 2, "PATH": 3, "EVALUATION": 4, "WINDOW": 5, "SHUFFLE": 6, "SUBSET": 7}
 # Where the stream stands among the positional arguments.
 POSITION = {"philox_uniform": 6, "NoiseKey": 5, "initial_noise": None, "retake": None}
 

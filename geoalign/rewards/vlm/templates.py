@@ -1,7 +1,8 @@
-"""Prompt templates of the scorers: found on disk, verified by checksum, fetched from their own packages at set-up.
+"""Published texts, byte-exact: found on disk, verified by checksum, fetched from their own packages at set-up.
 
-The texts belong to the scorers and must be byte-exact (trailing spaces change tokens), so this package ships only their
-checksums. Fetching downloads the published package and looks for the string literal with the right checksum.
+They are the prompt templates of the scorers and Wan's negative prompt. They belong to their authors, and trailing
+spaces change tokens, so this package ships only their checksums. Fetching downloads the published package and looks for
+the string literal with the right checksum.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ import urllib.request
 import zipfile
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from types import MappingProxyType
 
@@ -44,6 +46,10 @@ TEMPLATES: Mapping[str, Template] = MappingProxyType(
             "0393599dad45a971903d1d62a3acf9bad3ccccdafa7f40f680523419e1f68b7a", 2523, "hpsv3"
         ),
         "hpsv3_suffix": Template("2471faca094ae5bd6fe17b71dce20c3d7583625545e235889f7e74e7eeb69d0a", 67, "hpsv3"),
+        # github.com/Wan-Video/Wan2.1 (Apache-2.0), revision 9737cba; ReDirector's configuration repeats it.
+        "wan_negative_prompt": Template(
+            "ce96e0324e4b54ce4b6e867f669ca520952e1a34cc116543516b1897f0d3c47e", 403, "Wan2.1"
+        ),
     }
 )
 
@@ -132,16 +138,20 @@ def _download_hpsv3(folder: Path) -> Path:
     return next(folder.glob("hpsv3-*.whl"))
 
 
-def _download_videoalign(folder: Path) -> Path:
-    url = "https://codeload.github.com/KwaiVGI/VideoAlign/zip/219ab9d"
-    target = folder / "VideoAlign.zip"
-    with urllib.request.urlopen(url, timeout=_TIMEOUT_S) as answer:
+def _download_repository(revision: str, folder: Path) -> Path:
+    """The zip of a public repository at ``OWNER/NAME/zip/COMMIT``."""
+    target = folder / "repository.zip"
+    with urllib.request.urlopen(f"https://codeload.github.com/{revision}", timeout=_TIMEOUT_S) as answer:
         target.write_bytes(answer.read())
     return target
 
 
 DOWNLOADS: Mapping[str, Callable[[Path], Path]] = MappingProxyType(
-    {"hpsv3": _download_hpsv3, "VideoAlign": _download_videoalign}
+    {
+        "hpsv3": _download_hpsv3,
+        "VideoAlign": partial(_download_repository, "KwaiVGI/VideoAlign/zip/219ab9d"),
+        "Wan2.1": partial(_download_repository, "Wan-Video/Wan2.1/zip/9737cba"),
+    }
 )
 
 
@@ -175,7 +185,7 @@ def fetch(
         for name, data in texts.items():
             atomic_write_bytes(paths[name], data)
     if problems:
-        raise RewardError(f"could not fetch reward templates into {target}: {'; '.join(problems)}")
+        raise RewardError(f"could not fetch published texts into {target}: {'; '.join(problems)}")
     return paths
 
 

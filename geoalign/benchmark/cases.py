@@ -1,0 +1,132 @@
+"""Which cases a benchmark has: methods x clips x paths x speeds, each with a name that all of it is a function of."""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from geoalign.data.clip_record import VIDEO_SUFFIXES
+from geoalign.errors import UsageError
+from geoalign.geometry.presets import PRESETS
+
+_NAMED = re.compile(r"(?P<clip>.+)_camera_(?P<path>.+?)_speed_(?P<speed>\d+(?:\.\d+)?)")
+_METHOD = re.compile(r"[A-Za-z0-9][A-Za-z0-9.+-]*")
+_NOT_PLAIN = re.compile(r"[^A-Za-z0-9.+-]+")
+
+
+@dataclass(frozen=True, slots=True, order=True)
+class Condition:
+    """What a retake is asked for, by whichever method.
+
+    Attributes:
+        clip: plain name of the source clip.
+        path: a preset, or the file of a camera path.
+        speed: factor of its motion per frame.
+    """
+
+    clip: str
+    path: str
+    speed: float
+
+    @property
+    def path_name(self) -> str:
+        """The path as tables print it: the preset, or the file's name without its suffix."""
+        return self.path if self.path in PRESETS else plain(Path(self.path.partition("#")[0]).stem)
+
+    @property
+    def name(self) -> str:
+        """The published naming ``CLIP_camera_K_speed_S``, K from 1 to 10 for the published presets."""
+        number = PRESETS.index(self.path) + 1 if self.path in PRESETS else self.path_name
+        return f"{self.clip}_camera_{number}_speed_{self.speed:g}"
+
+    @property
+    def noise_row(self) -> int:
+        """The row of the initial noise, 31 bits: a hash of the name, so that no other case has a say in it."""
+        return int.from_bytes(hashlib.sha256(self.name.encode()).digest()[:4], "big") >> 1
+
+
+@dataclass(frozen=True, slots=True, order=True)
+class Case:
+    """One retake: a condition and the method that answers it."""
+
+    method: str
+    condition: Condition
+
+    @property
+    def name(self) -> str:
+        """As :attr:`geoalign.benchmark.records.CaseFiles.name`."""
+        return f"{self.method}__{self.condition.name}"
+
+    def file(self, folder: Path, suffix: str) -> Path:
+        """Where a file of this case lies: ``folder/METHOD/CONDITION`` and the suffix."""
+        return folder / self.method / f"{self.condition.name}{suffix}"
+
+
+def plain(name: str) -> str:
+    """``name`` with everything that does not belong into a file name replaced by ``_``."""
+    return _NOT_PLAIN.sub("_", name).strip("_") or "clip"
+
+
+def check_method(name: str) -> str:
+    """``name`` if it may name a method, and its folder; raises UsageError."""
+    if not _METHOD.fullmatch(name):
+        raise UsageError(f"method {name!r}: use letters, digits and . + - only, beginning with a letter or digit")
+    return name
+
+
+def conditions(clips: Sequence[str], paths: Sequence[str], speeds: Sequence[float]) -> list[Condition]:
+    """All conditions, clip by clip, in a fixed order.
+
+    Raises:
+        UsageError: two of them would have one name (two camera files of one name, a speed given twice).
+    """
+    found = [Condition(clip, path, speed) for clip in clips for path in paths for speed in speeds]
+    names = [item.name for item in found]
+    if twice := next((name for name in names if names.count(name) > 1), None):
+        raise UsageError(
+            f"two cases are called {twice}: give every clip, camera file and speed a name of its own, once"
+        )
+    return found
+
+
+def find_videos(folder: Path) -> dict[tuple[str, str, float], Path]:
+    """The videos in the published naming in ``folder``, by clip, camera and speed as the names say them.
+
+    Raises:
+        UsageError: there is no such folder, or no such video in it.
+    """
+    if not folder.is_dir():
+        raise UsageError(f"--videos {folder}: no such folder")
+    found = {}
+    for file in sorted(folder.iterdir()):
+        named = _NAMED.fullmatch(file.stem)
+        if named and file.suffix.lower() in VIDEO_SUFFIXES:
+            found[named["clip"], named["path"], float(named["speed"])] = file
+    if not found:
+        raise UsageError(
+            f"--videos {folder}: no video called CLIP_camera_K_speed_S.mp4 (K from 1 to 10, or a path's name)"
+        )
+    return found
+
+
+def video_of(videos: dict[tuple[str, str, float], Path], condition: Condition) -> Path | None:
+    """The video of a condition: by the number of a published preset or by the path's name; None if there is none."""
+    keys = [condition.path_name]
+    if condition.path in PRESETS:
+        keys.append(str(PRESETS.index(condition.path) + 1))
+    return next(
+        (
+            videos[condition.clip, key, condition.speed]
+            for key in keys
+            if (condition.clip, key, condition.speed) in videos
+        ),
+        None,
+    )
+
+
+def shard(cases: Sequence[Case], rank: int, size: int) -> list[Case]:
+    """The share of process ``rank`` of ``size``: every ``size``-th case, wherever an earlier run stopped."""
+    return list(cases[rank::size])

@@ -1,0 +1,82 @@
+"""What a run will take before it is started: cases, passes of the network, hours and disk; all of it predicted."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from geoalign.benchmark.methods import ModelMethod
+from geoalign.benchmark.run import Plan, left_over
+from geoalign.benchmark.store import Store
+from geoalign.jobs.sample import matmul_rate
+from geoalign.perf.cost import TransformerCost
+
+_BYTES_PER_PIXEL = 0.1
+"""Of an mp4 at crf 10: the clip bear of DAVIS at 480 x 832 took 0.09 when it had been compressed before."""
+
+
+@dataclass(frozen=True, slots=True)
+class Forecast:
+    """Predicted work.
+
+    Attributes:
+        cases, open_cases: of all methods, and without those that are done.
+        frames: length of a retake -> how many cases have it.
+        passes: of the network, over all cases of our models.
+        tflop: of these.
+        device_hours: from a matrix product measured on this device; readers and tools are not in it.
+        device: where it was measured.
+        disk_gb: of the videos.
+    """
+
+    cases: int
+    open_cases: int
+    frames: Mapping[int, int]
+    passes: int
+    tflop: float
+    device_hours: float
+    device: str
+    disk_gb: float
+
+    def text(self, processes: int) -> str:
+        """For people."""
+        lengths = sorted(self.frames)
+        span = f"{lengths[0]} to {lengths[-1]}" if len(lengths) > 1 else "".join(map(str, lengths))
+        hours = self.device_hours / processes
+        return "\n".join(
+            (
+                f"cases   {self.cases:,}, of which {self.open_cases:,} are not done; {span} frames each",
+                f"passes  {self.passes:,} of the network, {self.tflop:,.3g} TFLOP",
+                f"time    about {hours:,.3g} h of sampling in {processes} process(es), predicted from a matrix product "
+                f"on {self.device}; readers and tools come on top",
+                f"disk    about {self.disk_gb:,.3g} GB of videos",
+            )
+        )
+
+
+def forecast(plan: Plan, store: Store) -> Forecast:
+    """Predict a whole run; reads the lengths of the clips and of other methods' videos, and no weights."""
+    native = {clip: plan.clips.native_frames(clip) for clip in plan.clips.names}
+    lengths: Counter[int] = Counter()
+    passes, flop, pixels, hours, device = 0, 0.0, 0.0, 0.0, "none"
+    for method in plan.methods.values():
+        own = [case.condition for case in plan.cases if case.method == method.name]
+        if not isinstance(method, ModelMethod):
+            continue
+        counted = Counter(method.frames(condition, native[condition.clip]) for condition in own)
+        device, dtype = str(method.device), method.dtype
+        height, width = plan.clips.size_of(own[0].clip)
+        work = 0.0
+        for frames, count in counted.items():
+            cost = TransformerCost.of(method.files.config, frames, height, width)
+            forwards = method.steps * (2 if method.guidance != 1.0 else 1)
+            passes += count * forwards
+            # The adapter runs once: its output is kept with the condition.
+            work += count * (forwards * (cost.forward_flops() - cost.adapter_flops()) + cost.adapter_flops())
+            pixels += count * frames * height * width
+        lengths.update(counted)
+        flop += work
+        hours += work / matmul_rate(dtype, device) / 3600
+    disk = pixels * _BYTES_PER_PIXEL / 1e9
+    return Forecast(len(plan.cases), left_over(store, plan), lengths, passes, flop / 1e12, hours, device, disk)

@@ -1,0 +1,109 @@
+"""Tables as markdown, LaTeX and CSV."""
+
+from __future__ import annotations
+
+import csv
+import io
+import math
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from geoalign.benchmark.statistics import Difference, Estimate
+from geoalign.benchmark.table import Cell, Table, as_plain
+from geoalign.files.atomic import atomic_write_text
+from geoalign.report.svg import number
+
+_CSV = ("table", "row", "column", "text", "mean", "low", "high", "cases", "clips", "p", "lost")
+_LATEX: Mapping[str, str] = {
+    "\\": r"\textbackslash{}", "&": r"\&", "%": r"\%", "$": r"\$", "#": r"\#", "_": r"\_", "{": r"\{", "}": r"\}",
+    "~": r"\textasciitilde{}", "^": r"\textasciicircum{}", "\N{DOWNWARDS ARROW}": r"$\downarrow$",
+    "\N{UPWARDS ARROW}": r"$\uparrow$", "\N{RIGHTWARDS ARROW}": r"$\to$", "\N{DAGGER}": r"$^\dagger$",
+    "\N{MINUS SIGN}": r"$-$",
+}  # fmt: skip
+_SPECIAL = re.compile("|".join(map(re.escape, _LATEX)))
+
+
+def cell_text(cell: Cell) -> str:
+    """A cell for people."""
+    if isinstance(cell, str):
+        return cell
+    if isinstance(cell, Difference):
+        if not cell.estimate.cases:
+            return f"no pair ({cell.lost} lost)"
+        p = "n/a" if math.isnan(cell.p) else ("< 0.0001" if cell.p < 1e-4 else f"{cell.p:.2g}")
+        return f"{_interval(cell.estimate, signed=True)}, p {p}, {cell.lost} lost"
+    return _interval(cell, signed=False) if cell.cases else "n/a"
+
+
+def _interval(value: Estimate, *, signed: bool) -> str:
+    mean = number(value.mean)
+    mean = f"+{mean}" if signed and value.mean > 0 else mean
+    return mean if math.isnan(value.low) else f"{mean} [{number(value.low)}, {number(value.high)}]"
+
+
+def markdown(table: Table) -> str:
+    """GitHub's tables."""
+    lines = [f"### {table.title}", ""]
+    if table.rows:
+        lines += [_line(table.header), _line(["---"] * len(table.header))]
+        lines += [_line([label, *map(cell_text, cells)]) for label, cells in table.rows]
+        lines.append("")
+    return "\n".join([*lines, *(f"{note}\n" for note in table.notes)])
+
+
+def _line(cells: Sequence[str]) -> str:
+    return "| " + " | ".join(cell.replace("|", r"\|").replace("\n", " ") for cell in cells) + " |"
+
+
+def latex(table: Table) -> str:
+    """A ``tabular`` with its caption, for ``booktabs``."""
+    lines = [
+        r"\begin{table}",
+        r"\centering",
+        rf"\caption{{{_escaped(table.title)}. {_escaped(' '.join(table.notes))}}}",
+    ]
+    if table.rows:
+        lines += [rf"\begin{{tabular}}{{l{'r' * (len(table.header) - 1)}}}", r"\toprule"]
+        lines += [
+            _row(table.header),
+            r"\midrule",
+            *(_row([label, *map(cell_text, cells)]) for label, cells in table.rows),
+        ]
+        lines += [r"\bottomrule", r"\end{tabular}"]
+    return "\n".join([*lines, r"\end{table}", ""])
+
+
+def _row(cells: Sequence[str]) -> str:
+    return " & ".join(map(_escaped, cells)) + r" \\"
+
+
+def _escaped(text: str) -> str:
+    return _SPECIAL.sub(lambda found: _LATEX[found[0]], text)
+
+
+def as_csv(table: Table) -> str:
+    """One line a cell, with everything that is known of it; what is not defined is empty."""
+    out = io.StringIO()
+    writer = csv.DictWriter(out, _CSV, lineterminator="\n")
+    writer.writeheader()
+    for cell in as_plain(table):
+        writer.writerow({name: _written(value) for name, value in cell.items()})
+    return out.getvalue()
+
+
+def _written(value: object) -> object:
+    if isinstance(value, float):
+        return "" if math.isnan(value) else repr(value)
+    return value
+
+
+def write_tables(tables: Sequence[Table], folder: Path) -> list[Path]:
+    """``NAME.md``, ``NAME.tex`` and ``NAME.csv`` of each, and all of them in ``tables.md``."""
+    written = []
+    for table in tables:
+        for suffix, text in ((".md", markdown(table)), (".tex", latex(table)), (".csv", as_csv(table))):
+            written.append(folder / f"{table.name}{suffix}")
+            atomic_write_text(written[-1], text)
+    atomic_write_text(folder / "tables.md", "\n".join(map(markdown, tables)))
+    return [*written, folder / "tables.md"]

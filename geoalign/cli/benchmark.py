@@ -1,0 +1,161 @@
+"""``geoalign benchmark run|table|report``: the paper's evaluation, from clips to tables."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from geoalign.cli.options import add_config, read_config
+
+if TYPE_CHECKING:
+    from geoalign.benchmark.run import Shard, Tick
+    from geoalign.benchmark.store import Store
+
+LOG_EVERY_S = 60.0
+"""Between two lines of progress where there is no terminal."""
+
+
+def add_parser(subparsers: Any) -> None:
+    """Add ``benchmark`` and its verbs."""
+    summary = "compare methods over clips, paths and speeds: camera accuracy, consistency, quality, tables"
+    verbs = subparsers.add_parser("benchmark", help=summary, description=summary).add_subparsers(
+        dest="action", required=True, metavar="run|table|report"
+    )
+    _add_run(verbs)
+    _add_table(verbs)
+    _add_report(verbs)
+
+
+def _add_run(verbs: Any) -> None:
+    parser = verbs.add_parser(
+        "run",
+        help="make and measure the cases that are not done, then print the tables",
+        epilog="examples:\n"
+        "  geoalign benchmark run --config tiny_cpu --model base=builtin:tiny_base --model trained=runs/tiny_cpu\n"
+        "  torchrun --nproc-per-node 8 -m geoalign benchmark run --config davis --model base=weights/BASE \\\n"
+        "      --checkpoint base=weights/redirector/step20000.safetensors --model trained=runs/node_8gpu",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    add_config(parser)
+    add = parser.add_argument
+    add("--model", action="append", default=[], metavar="NAME=MODEL",
+        help="a method of ours, as `geoalign sample --model` names one (repeatable)")  # fmt: skip
+    add("--checkpoint", action="append", default=[], metavar="NAME=FILE",
+        help="what was trained on top of the model of that name")  # fmt: skip
+    add("--videos", action="append", default=[], metavar="NAME=FOLDER",
+        help="a method of others: videos called CLIP_camera_K_speed_S.mp4 (repeatable)")  # fmt: skip
+    add("--numbers", type=Path, metavar="FILE", help="JSON of numbers as printed by their authors, shown beside")
+    add("--out", type=Path, metavar="DIR", help="folder of the benchmark (default benchmarks/ and run.name)")
+    add("--dry-run", action="store_true", help="print cases, passes, predicted hours and disk, and stop")
+    add("--retry-failed", action="store_true", help="do again what failed in an earlier run")
+    parser.set_defaults(run=run)
+
+
+def _add_table(verbs: Any) -> None:
+    parser = verbs.add_parser("table", help="write and print the tables of a benchmark: markdown, LaTeX, CSV")
+    parser.add_argument("folder", type=Path, metavar="DIR", help="folder of the benchmark")
+    parser.add_argument("--numbers", type=Path, metavar="FILE", help="as of run")
+    parser.add_argument("overrides", nargs="*", metavar="benchmark.key=value", help="settings of the tables")
+    parser.set_defaults(run=table)
+
+
+def _add_report(verbs: Any) -> None:
+    parser = verbs.add_parser("report", help="write the benchmark as one HTML file that opens offline")
+    parser.add_argument("folder", type=Path, metavar="DIR", help="folder of the benchmark")
+    parser.add_argument("--out", type=Path, metavar="FILE", help="default: report.html in the folder")
+    parser.add_argument("overrides", nargs="*", metavar="benchmark.key=value", help="settings of the tables")
+    parser.set_defaults(run=report)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Work on the cases of this process; the one that finds all of them done writes the tables."""
+    config = read_config(args)
+    import torch
+
+    from geoalign.benchmark.forecast import forecast
+    from geoalign.benchmark.methods import MethodArguments
+    from geoalign.benchmark.run import Plan, Shard, left_over
+    from geoalign.benchmark.run import run as run_cases
+    from geoalign.benchmark.store import Store
+
+    if config.run.threads:
+        torch.set_num_threads(config.run.threads)
+    at, store = Shard.of_environment(), Store(args.out or Path("benchmarks") / config.run.name)
+    arguments = MethodArguments(tuple(args.model), tuple(args.checkpoint), tuple(args.videos))
+    _read_numbers(args.numbers)
+    plan = Plan.build(config, arguments, readers=not args.dry_run)
+    if args.dry_run:
+        print(forecast(plan, store).text(at.size))
+        return 0
+    with _progress(at) as tick:
+        run_cases(plan, store, at, retry_failed=args.retry_failed, tick=tick)
+    if left := left_over(store, plan):
+        print(f"{store.folder}: the share of this process is done; {left} cases are with other processes")
+        return 0
+    return _write_tables(store, args.numbers, ())
+
+
+def table(args: argparse.Namespace) -> int:
+    """Write and print the tables."""
+    from geoalign.benchmark.store import Store
+
+    return _write_tables(Store(args.folder), args.numbers, tuple(args.overrides))
+
+
+def report(args: argparse.Namespace) -> int:
+    """Write the report and print where it lies."""
+    from geoalign.benchmark.report import write_report
+    from geoalign.benchmark.store import Store
+
+    print(write_report(Store(args.folder), args.out, tuple(args.overrides)))
+    return 0
+
+
+def _read_numbers(path: Path | None) -> None:
+    """Refuse numbers of others that cannot be read, before the work."""
+    from geoalign.benchmark.table import read_numbers
+
+    if path is not None:
+        read_numbers(path)
+
+
+def _write_tables(store: Store, numbers: Path | None, overrides: tuple[str, ...]) -> int:
+    from geoalign.benchmark.render import markdown, write_tables
+    from geoalign.benchmark.table import Results, all_tables
+
+    if numbers is not None:
+        store.keep_numbers(numbers)
+    tables = all_tables(Results.read(store, overrides))
+    store.write_rows_jsonl()
+    write_tables(tables, store.folder / "tables")
+    print("\n".join(map(markdown, tables)))
+    print(f"{store.folder / 'tables'}: {len(tables)} tables as .md, .tex and .csv")
+    print(f"{store.folder / 'cases.jsonl'}: every case")
+    return 0
+
+
+@contextmanager
+def _progress(at: Shard) -> Iterator[Tick]:
+    """A bar on a terminal; in a log a line a minute, with the time that is left."""
+    import time
+
+    from geoalign.jobs.progress import bar
+
+    begun, done, said = time.monotonic(), 0, time.monotonic()
+    with bar(0, "cases", "case") as shown:
+
+        def tick(case: Any, left: int) -> None:
+            nonlocal done, said
+            done, now = done + 1, time.monotonic()
+            shown.total = done + left
+            shown.update(1)
+            if shown.disable and now - said > LOG_EVERY_S:
+                hours = (now - begun) / done * left / 3600
+                print(f"process {at.rank}: {done} of {done + left} cases, about {hours:.2g} h left", file=sys.stderr)
+                said = now
+
+        yield tick

@@ -1,0 +1,200 @@
+"""The loop on a DAVIS-shaped folder: what a kill leaves, what a failing reader costs, what other methods enter as."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+from benchmark_cases import FakeTool, Told, davis, davis_config, random_policy
+
+from geoalign.benchmark import run as module
+from geoalign.benchmark.forecast import forecast
+from geoalign.benchmark.methods import MethodArguments
+from geoalign.benchmark.render import as_csv
+from geoalign.benchmark.report import worst_cases, write_report
+from geoalign.benchmark.run import Plan, Shard, left_over, run
+from geoalign.benchmark.store import Store
+from geoalign.benchmark.table import Results, all_tables
+from geoalign.data.video import read_video
+from geoalign.errors import DataError, UsageError
+
+CLIPS = {"bear": 7, "rhino": 5}
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Clips, a base and a trained policy; ``whole`` is an uninterrupted run with a tool that reads everything."""
+    folder = tmp_path_factory.mktemp("benchmark")
+    davis(folder / "davis", CLIPS)
+    for seed, name in enumerate(("base", "trained")):
+        random_policy(folder / name, seed)
+    return folder
+
+
+@pytest.fixture
+def tool(monkeypatch: pytest.MonkeyPatch) -> FakeTool:
+    fake = FakeTool()
+    monkeypatch.setattr(module, "load_tools", lambda settings: [fake])
+    return fake
+
+
+def plan_of(made: Path, *changes: str, videos: tuple[str, ...] = ()) -> Plan:
+    models = tuple(f"{name}={made / name}" for name in ("base", "trained"))
+    return Plan.build(davis_config(made / "davis", *changes), MethodArguments(models, (), videos))
+
+
+def told(store: Store) -> tuple[list[dict[str, Any]], list[str]]:
+    """Rows without their seconds and places, and all tables as CSV."""
+    rows = [{k: v for k, v in row.items() if k not in ("seconds", "video")} for row in store.rows()]
+    return rows, [as_csv(table) for table in all_tables(Results.read(store))]
+
+
+@pytest.fixture(scope="module")
+def whole(made: Path) -> Store:
+    store = Store(made / "whole")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(module, "load_tools", lambda settings: [FakeTool()])
+        assert run(plan_of(made), store, Shard()) == 8
+    return store
+
+
+def test_a_run_that_was_killed_at_any_case_resumes_to_the_same_tables(
+    made: Path, whole: Store, tool: FakeTool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The end comes inside the third case, whose retake is written and whose row is not; then two processes go on."""
+    calls = []
+
+    def stop() -> None:
+        calls.append(1)
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(Told, "stop", staticmethod(stop))
+    store = Store(tmp_path / "out")
+    with pytest.raises(KeyboardInterrupt):
+        run(plan_of(made), store, Shard())
+    plan = plan_of(made)
+    assert left_over(store, plan) == 6 and len(list(store.videos.rglob("*.mp4"))) == 3
+    assert run(plan, store, Shard(1, 2)) + run(plan_of(made), store, Shard(0, 2)) == 6
+    assert left_over(store, plan) == 0 and run(plan_of(made), store, Shard()) == 0
+    assert told(store) == told(whole)
+    assert len(tool.asked) == 8  # none twice
+
+
+def test_a_failing_reader_is_counted_and_named_and_loses_no_case(
+    made: Path, whole: Store, tool: FakeTool, tmp_path: Path
+) -> None:
+    store = Store(tmp_path / "out")
+    shutil.copytree(whole.videos, store.videos)
+    tool.behaviour = {
+        "trained__bear_camera_1": "raises", "trained__bear_camera_5": "hangs", "trained__rhino_camera_1": "half",
+        "trained__rhino_camera_5": "identity", "base__rhino_camera_1": "nan",
+    }  # fmt: skip
+    run(plan_of(made), store, Shard())
+    causes = {(r["method"], r["case"]): r["readers"]["vipe"]["cause"] for r in store.rows()}
+    assert causes["trained", "bear_camera_1_speed_1"] == "RuntimeError: no camera in sight"
+    assert causes["trained", "bear_camera_5_speed_1"] == "timed out after 2 s"
+    assert "damaged npz" in causes["trained", "rhino_camera_1_speed_1"]
+    assert causes["trained", "rhino_camera_5_speed_1"].startswith("the same pose for every frame")
+    assert causes["base", "rhino_camera_1_speed_1"] == "vipe gave no finite sharpness"
+    assert [r["readers"]["told"]["status"] for r in store.rows()] == ["ok"] * 8
+    tables = {table.name: table for table in all_tables(Results.read(store))}
+    failures = dict(tables["failures"].rows)
+    assert failures["vipe: trained"][:2] == ("0", "4") and failures["vipe: base"][:2] == ("3", "1")
+    assert "1 x timed out after 2 s" in failures["vipe: trained"][3]
+    assert dict(tables["table1"].rows)["trained"][-1] == "4 of 4"
+    assert dict(tables["table1_differences"].rows)["trained"][0].lost == 4
+    # Table 2 keeps the clips of which every retake of the base was read.
+    assert tables["table2"].notes[0] == (
+        "Over 1 of 2 clips: those of which vipe read every retake of base; left out: rhino."
+    )
+    tool.behaviour = {}
+    assert run(plan_of(made), store, Shard()) == 0
+    assert run(plan_of(made), store, Shard(), retry_failed=True) == 5
+    assert told(store) == told(whole)
+
+
+def test_rows_tell_what_was_asked_and_what_the_clip_is_like(whole: Store) -> None:
+    row = next(r for r in whole.rows() if r["case"] == "bear_camera_5_speed_1")
+    assert (row["clip"], row["path"], row["speed"], row["frames"]) == ("bear", "zoom_in", 1.0, 5)
+    assert row["facts"]["dynamic_share"] == pytest.approx(0.25, abs=0.02) and row["facts"]["near_share"] is None
+    # A dolly of 2 m in 80.5 steps; the published numbers have six digits, of absolute positions.
+    assert row["facts"]["translation_m_per_frame"] == pytest.approx(2 / 80.5, rel=2e-4)
+    assert row["facts"]["rotation_deg_per_frame"] == 0
+    read = row["readers"]["vipe"]
+    assert read["metrics"]["translation_error_m"] == pytest.approx(0, abs=1e-9)
+    assert read["metrics"]["sharpness"] == 0.5 and len(read["by_frame"]["position_m"]) == 5
+    still = next(r for r in whole.rows() if r["case"] == "bear_camera_1_speed_1")
+    assert still["readers"]["vipe"]["metrics"]["scale_ratio"] is None
+    assert [*json.loads((whole.folder / "benchmark.json").read_text())["methods"]] == ["base", "trained"]
+
+
+def test_other_methods_enter_as_videos_and_a_missing_one_is_a_counted_failure(
+    made: Path, whole: Store, tool: FakeTool, tmp_path: Path
+) -> None:
+    """Videos that we made ourselves, so that their numbers are known; one clip's are missing, one is cut by the cap."""
+    videos = tmp_path / "videos"
+    videos.mkdir()
+    for file in (whole.videos / "trained").glob("bear*.mp4"):
+        shutil.copy(file, videos / file.name.replace("speed_1", "speed_1.0"))
+    store = Store(tmp_path / "out")
+    config = davis_config(made / "davis", "benchmark.caps={theirs: 3}")
+    run(Plan.build(config, MethodArguments(videos=(f"theirs={videos}",))), store, Shard())
+    rows = {row["case"]: row for row in store.rows()}
+    assert rows["bear_camera_1_speed_1"]["frames"] == 3 and rows["bear_camera_1_speed_1"]["status"] == "ok"
+    cut = Store(tmp_path / "out").folder / "cut" / "theirs" / "bear_camera_1_speed_1.mp4"
+    assert read_video(cut).shape[0] == 3 and "theirs__bear_camera_1_speed_1" in tool.asked
+    assert "no video rhino_camera_1_speed_1.mp4" in rows["rhino_camera_1_speed_1"]["cause"]
+    assert dict(all_tables(Results.read(store))[0].rows)["theirs"][-1] == "2 of 4"
+    run(
+        Plan.build(davis_config(made / "davis"), MethodArguments(videos=(f"all={videos}",))),
+        Store(tmp_path / "all"),
+        Shard(),
+    )
+    ours = {row["case"]: row["readers"]["told"]["metrics"] for row in whole.rows() if row["method"] == "trained"}
+    for row in Store(tmp_path / "all").rows():
+        if row["status"] == "ok":
+            assert row["readers"]["told"]["metrics"] == ours[row["case"]]
+
+
+def test_a_benchmark_may_grow_and_may_not_become_another(
+    made: Path, whole: Store, tool: FakeTool, tmp_path: Path
+) -> None:
+    store = Store(tmp_path / "out")
+    shutil.copytree(whole.folder, store.folder)
+    assert run(plan_of(made, "benchmark.speeds=[1,2]"), store, Shard()) == 8
+    assert {row["speed"] for row in store.rows()} == {1.0, 2.0}
+    with pytest.raises(UsageError, match=r"other settings: flow\.steps was 4, now 5; choose another --out"):
+        run(plan_of(made, "flow.steps=5"), store, Shard())
+    with pytest.raises(UsageError, match=r"other methods: base was"):
+        run(Plan.build(davis_config(made / "davis"), MethodArguments((f"base={made / 'trained'}",))), store, Shard())
+    other = tmp_path / "other"
+    other.mkdir()
+    (other / "thesis.tex").touch()
+    with pytest.raises(UsageError, match="holds other files and no benchmark"):
+        run(plan_of(made), Store(other), Shard())
+    with pytest.raises(DataError, match="no benchmark there"):
+        Store(other).rows()
+
+
+def test_the_report_is_one_page_that_needs_no_network(whole: Store, tmp_path: Path) -> None:
+    page = write_report(whole, tmp_path / "report.html").read_text()
+    rows = whole.rows()
+    assert all(f'id="case-{row["case"]}"' in page and f'href="{row["video"]}"' in page for row in rows)
+    assert page.count('class="film') >= 4 and "Table 1: consistency" in page and "What failed, and why" in page
+    assert not re.search(r'(src|href)="(https?:)?//', page)
+    worst = worst_cases(Results.read(whole))
+    assert page.index(f'id="film-{worst[0]}"') < page.index(f'id="film-{worst[-1]}"')
+    with pytest.raises(UsageError, match="must end in"):
+        write_report(whole, tmp_path / "report.pdf")
+
+
+def test_the_forecast_counts_without_reading_the_transformer(made: Path, whole: Store) -> None:
+    plan = Plan.build(davis_config(made / "davis"), MethodArguments((f"base={made / 'base'}",)), readers=False)
+    found = forecast(plan, whole)
+    assert (found.cases, found.open_cases, found.passes, dict(found.frames)) == (4, 0, 16, {5: 4})
+    assert found.tflop > 0 and "passes  16 of the network" in found.text(1)

@@ -1,0 +1,92 @@
+"""The bench of fidelity: equal settings agree to the bit, coarse ones do not, and a stopped table goes on."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from training_cases import Brightness, Conditions, lively_policy, smoke
+
+from geoalign.cli import fidelity as verb
+from geoalign.cli.main import main
+from geoalign.config.load import load_config
+from geoalign.config.schema import Config
+from geoalign.config.training import OdeConfig
+from geoalign.errors import UsageError
+from geoalign.flow.table import StepWindow
+from geoalign.jobs import fidelity
+from geoalign.jobs.fidelity import Bench, Record, Setting, check_setting, table_rows
+from geoalign.jobs.pricing import hours, tail_cost
+from geoalign.perf.devices import DEVICES
+from geoalign.training.tail import read_profile
+
+WINDOW = {"kind": "fixed", "start": 1, "size": 2, "max_start": None}
+
+
+def config(**changes: Any) -> Config:
+    base: dict[str, Any] = {"window": WINDOW, "advantage": {"weights": {}}, "flow": {"steps": 8}}
+    return smoke(**{name: base.get(name, {}) | changes.get(name, {}) for name in {*base, *changes}})
+
+
+def test_the_same_tail_gives_the_same_bits_and_a_short_one_does_not() -> None:
+    bench = Bench(config(), Conditions(config()), lively_policy(config()), {"b": Brightness()})
+    round_ = fidelity._Round.begin(bench, StepWindow(1, 3), 0)
+    assert torch.equal(round_.finish(Setting("", config())), round_.rollout.final)
+    settings = [
+        Setting("exact", config()),
+        Setting("dpm2m", config(flow={"tail_solver": "dpm2m"})),
+        Setting("reuse", config(ode={"reuse": "velocity", "reuse_share": 0.4})),
+        Setting("one", config(flow={"tail_steps": 1})),
+    ]
+    records = list(bench.rounds(settings, [1], 3, lambda name, *_: name == "known"))
+    assert [(r.setting, r.iteration, len(r.groups)) for r in records[:5]] == [
+        ("exact", 0, 2), ("dpm2m", 0, 2), ("reuse", 0, 2), ("one", 0, 2), ("exact", 1, 2),
+    ]  # fmt: skip
+    assert all(group.spearman == 1.0 and group.psnr == pytest.approx(10 * 12 + 6.02, abs=0.01)  # 4 over 1e-12
+               for record in records if record.setting == "exact" for group in record.groups)  # fmt: skip
+    rows = {row["setting"]: row for row in table_rows(records, {s.name: s.config for s in settings})}
+    assert rows["exact"]["cost"] == 1.0 and rows["one"]["cost"] == pytest.approx(1 / 5)
+    assert rows["reuse"]["cost"] == pytest.approx(2 / 5) and rows["reuse"]["hours"] < rows["exact"]["hours"]
+    assert rows["one"]["psnr"] < rows["dpm2m"]["psnr"] < rows["exact"]["psnr"]
+    assert rows["reuse"]["groups"] == 4 and not rows["reuse"]["accepted"]  # too few groups
+    assert Record.of(json.loads(json.dumps(records[1].as_json()))) == records[1]
+
+
+def test_settings_that_touch_the_window_are_refused() -> None:
+    check_setting("ok", config(ode={"reuse": "residual"}), config())
+    with pytest.raises(UsageError, match=r"changes flow\.eta"):
+        check_setting("flow.eta=0.5", config(flow={"eta": 0.5}), config())
+
+
+def test_the_command_continues_its_file_and_chooses_steps(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    made: list[str] = []
+    judge = fidelity._judge
+    monkeypatch.setattr(fidelity, "_judge", lambda *a, **k: made.append("") or judge(*a, **k))
+    monkeypatch.setattr(verb, "_source", lambda loaded: Conditions(loaded))
+    file, own = tmp_path / "f.json", ["--config", "smoke", "flow.steps=6", "train.base=builtin:tiny_base"]
+    command = ["fidelity", "run", *own, "--groups", "2", "--json", str(file)]
+    assert main([*command, "--setting", "flow.tail_steps=2"]) == 0 and len(made) == 2
+    both = ["--setting", "flow.tail_steps=2", "--setting", "flow.tail_grid=sigma"]
+    assert main([*command, *both]) == 0 and len(made) == 4  # the exact rollout again, and the new setting
+    rows = json.loads(file.read_text())["rows"]
+    assert [row["setting"] for row in rows] == ["flow.tail_steps=2", "flow.tail_grid=sigma"]
+    assert main([*command, *both, "run.seed=5"]) == 2
+    out = tmp_path / "drift.json"
+    assert main(["fidelity", "choose", *own, "--out", str(out)]) == 2
+    assert main(["fidelity", "choose", *own, "ode.reuse=residual", "--out", str(out)]) == 0
+    assert len(read_profile(out).sigmas) == 5
+
+
+def test_prices_are_those_of_the_tail_and_of_the_whole_run() -> None:
+    """The paper's run: 19 steps are left after a window that ends at step 6, 9 of them cost 9 / 19."""
+    fixed = ["window.kind=fixed", "window.start=2", "window.max_start=2"]
+    paper = load_config(Config, "paper_64xa800", fixed)
+    card = DEVICES["a800"]
+    reuse = paper.model_copy(update={"ode": OdeConfig(reuse="residual", reuse_share=9 / 19)})
+    int8 = paper.model_copy(update={"ode": OdeConfig(attention="int8")})
+    assert tail_cost(paper, card) == 1.0 and tail_cost(reuse, card) == pytest.approx(9 / 19)
+    assert 0.6 < tail_cost(int8, card) < 0.9
+    assert max(hours(reuse, card, 64), hours(int8, card, 64)) < hours(paper, card, 64)
