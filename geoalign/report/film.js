@@ -5,7 +5,7 @@ const geoalignFilm = (() => {
   const GAIN = 4;          // of the difference view
   const HOLD = 0.7;        // seconds that the last frame rests
   const STRIP = 9;         // frames of a strip
-  const ROLES = { source: "--soft", before: "--before", after: "--after", truth: "--truth", target: "--target" };
+  const ROLES = { source: "--soft", before: "--before", after: "--after", truth: "--truth", target: "--target", base: "--c5" };
   const OTHERS = ["--c4", "--c3", "--c7", "--c5", "--c6"];
 
   const variable = (name) => getComputedStyle(document.documentElement).getPropertyValue(name).trim();
