@@ -52,6 +52,7 @@ VERBS = (
     Verb("score", "geoalign.cli.score", "Look", "score any video against a camera path; probe a reward with cheats"),
     Verb("world", "geoalign.cli.world", "Look", "render the embedded world: clips, camera archives, a contact sheet"),
     Verb("report", "geoalign.cli.report", "Look", "write the self-contained HTML report of a run folder"),
+    Verb("path", "geoalign.cli.path", "Use", "draw a camera path by hand over a video, on a page that works offline"),
     Verb(
         "sample", "geoalign.cli.sample", "Use", "retake a video along a camera path, with trained or published weights"
     ),

@@ -156,7 +156,8 @@ def _overview(runs: Sequence[ComparedRun]) -> str:
             "wall time": duration(wall) if isinstance(wall, int | float) else None,
             "commit": str(record.environment.get("commit") or "")[:12],
         }
-        cells = "".join(f'<td data-label="{name}">{escape(str(value or "-"))}</td>' for name, value in facts.items())
+        told = {name: "-" if value in (None, "") else str(value) for name, value in facts.items()}
+        cells = "".join(_cell(name, escape(text)) for name, text in told.items())
         rows.append(f"<tr><td>{run.mark}</td>{cells}</tr>")
     head = "".join(f"<th>{name}</th>" for name in facts)
     return f"""<section id="runs"><h2>The runs</h2><table class="labelled"><thead><tr><th></th>{head}</tr></thead>

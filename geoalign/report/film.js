@@ -5,7 +5,7 @@ const geoalignFilm = (() => {
   const GAIN = 4;          // of the difference view
   const HOLD = 0.7;        // seconds that the last frame rests
   const STRIP = 9;         // frames of a strip
-  const ROLES = { source: "--soft", before: "--before", after: "--after", truth: "--truth", target: "--target" };
+  const ROLES = { source: "--soft", before: "--before", after: "--after", truth: "--truth", target: "--target", base: "--c5" };
   const OTHERS = ["--c4", "--c3", "--c7", "--c5", "--c6"];
 
   const variable = (name) => getComputedStyle(document.documentElement).getPropertyValue(name).trim();
@@ -218,7 +218,7 @@ const geoalignFilm = (() => {
       this.count = this.facts.frames.length; this.frame = this.count - 1;
       const roles = this.facts.takes.map((t) => t.role);
       this.take = Math.max(roles.indexOf("after"), 0) || Math.max(roles.findLastIndex((r) => r !== "truth"), 0);
-      Object.assign(this, { against: -1, lines: "", smooth: this.facts.small, timer: 0 });
+      Object.assign(this, { selects: {}, against: -1, lines: "", smooth: this.facts.small, timer: 0 });
       Promise.all(this.images.map((image) => image.decode())).then(() => this.build());
     }
     build() {
@@ -254,21 +254,22 @@ const geoalignFilm = (() => {
       return make("div", { class: "film-bar" }, this.playButton, this.slider, this.counter);
     }
     options() {
-      const { facts } = this, choice = (label, entries, pick) => {
+      const { facts } = this, choice = (name, label, entries, pick) => {
         const select = make("select", { "aria-label": label, onchange: () => pick(select.value) }, ...entries.map(([value, text]) => make("option", { value }, text)));
+        this.selects[name] = select;
         return make("label", {}, `${label} `, select);
       };
       const parts = [];
       if (facts.takes.length > 1) {
-        parts.push(choice("Difference", [[-1, "off"], ...facts.takes.map((t, i) => [i, `to ${t.label}`])], (v) => this.show({ against: Number(v) })));
+        parts.push(choice("against", "Difference", [[-1, "off"], ...facts.takes.map((t, i) => [i, `to ${t.label}`])], (v) => this.show({ against: Number(v) })));
       }
       if (facts.ground && facts.paths.length) {
         const entries = [["", "off"]];
         if (this.pathOf("target")) entries.push(["asked", "as asked for"]);
         if (facts.paths.some((p) => p.role !== "target")) entries.push(["own", "of this take"]);
-        parts.push(choice("Ground lines", entries, (v) => this.show({ lines: v })));
+        parts.push(choice("lines", "Ground lines", entries, (v) => this.show({ lines: v })));
       }
-      if (facts.small) parts.push(choice("Enlarged", [["1", "bicubic"], ["", "as pixels"]], (v) => this.show({ smooth: v === "1" })));
+      if (facts.small) parts.push(choice("smooth", "Enlarged", [["1", "bicubic"], ["", "as pixels"]], (v) => this.show({ smooth: v === "1" })));
       return make("div", { class: "film-options" }, ...parts);
     }
     space() {
@@ -361,6 +362,7 @@ const geoalignFilm = (() => {
       this.picture.setAttribute("aria-label", `${this.badge.textContent}, frame ${facts.frames[this.frame]}`);
       this.buttons.forEach((button, index) => button.setAttribute("aria-pressed", String(index === this.take)));
       this.slider.value = this.frame;
+      for (const [name, select] of Object.entries(this.selects)) select.value = name === "smooth" ? (this.smooth ? "1" : "") : this[name];
       this.counter.textContent = `${facts.frames[this.frame]} / ${facts.frames[this.count - 1]}`;
       this.playButton.classList.toggle("on", this.timer !== 0);
       this.playButton.setAttribute("aria-label", this.timer ? "pause" : "play");

@@ -60,7 +60,7 @@ def compared_film(
     runs: Sequence[tuple[str, str, EvaluationClips]], base: EvaluationClips | None, index: int, rank: str
 ) -> Film:
     """Sample ``index`` of several runs (role, name, clips after training) as one film, with that of their base."""
-    stages = [*([("before", STAGES["before"], base)] if base else []), *runs]
+    stages = [*([("base", "Base", base)] if base else []), *runs]
     return _film(stages, index, rank, {role: f"camera read of {name}" for role, name, _ in stages})
 
 

@@ -91,7 +91,7 @@ def progress_section(run: RunRecord, state: RunState) -> str:
     facts = []
     if state.seconds_left is not None and state.share < 1:
         end = time.strftime("%H:%M", time.localtime(time.time() + state.seconds_left))
-        facts.append(f"about <b>{duration(state.seconds_left)}</b> of iterations left, until {end}")
+        facts.append(f"About <b>{duration(state.seconds_left)}</b> of iterations left, until {end}")
     seconds = seconds_per_iteration(run)
     if seconds:
         facts.append(f"{number(seconds)} seconds an iteration")

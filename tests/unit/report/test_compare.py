@@ -80,6 +80,7 @@ def test_changed_settings_are_those_of_config_diff_without_name_and_folder(tmp_p
     )
     settings = text(made.partition('id="settings"')[2].partition("</section>")[0])
     assert "optim.lr 0.1 0.2" in settings and "extra (absent) &quot;&lt;b&gt;&quot;" in settings
+    assert '<td data-label="seed">-</td>' in made
     assert "optim.wd" not in settings and "run.name" not in settings
     same = page(make_run(tmp_path / "three", [0.1]), make_run(tmp_path / "four", [0.1]))
     assert "All settings are the same" in same
@@ -92,8 +93,8 @@ def test_curves_share_one_axis_and_films_one_stage(tmp_path: Path) -> None:
     assert curves.count("<svg") == 1  # reward/rot_deg never changed
     assert [curves.count(f'class="bold series-{i}"') for i in (1, 2, 3, 4)] == [1, 1, 1, 0]
     facts = json.loads(re.findall(r'<script type="application/json">(.*?)</script>', made)[0])
-    assert [take["label"] for take in facts["takes"]] == ["Source", "Before", "r1", "r2", "r3"]
-    assert [path["role"] for path in facts["paths"]] == ["target", "before", "run-1", "run-2", "run-3"]
+    assert [take["label"] for take in facts["takes"]] == ["Source", "Base", "r1", "r2", "r3"]
+    assert [path["role"] for path in facts["paths"]] == ["target", "base", "run-1", "run-2", "run-3"]
 
 
 def test_runs_that_cannot_be_compared_are_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

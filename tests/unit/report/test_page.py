@@ -305,7 +305,7 @@ def test_a_live_run_shows_how_far_it_is_and_what_is_missing(folder: Path) -> Non
         page = report_page(read_run(folder), samples=0)
     assert "Iteration 6 of 24 is done" in page and "running now" in page and 'style="width:25.0%"' in page
     # 4.5 s an iteration, 18 are left
-    assert "about <b>81 s</b> of iterations left" in page and "4.50 seconds an iteration" in page
+    assert "About <b>81 s</b> of iterations left" in page and "4.50 seconds an iteration" in page
     assert "<li>18 of 24 iterations</li><li>the held-out evaluation after training</li><li>the summary</li>" in page
     assert "const geoalignRefresh = 20" in page and "--follow" in page
     old = time.time() - 600

@@ -5,11 +5,13 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
+import numpy as np
 import pytest
 from repository import ROOT
 
 from geoalign.config.load import load_config
 from geoalign.config.schema import Config
+from geoalign.data.frames import to_uint8
 from geoalign.data.source import RetakeDataset
 from geoalign.errors import CheckpointError
 from geoalign.jobs.train_resume import refuse_other_data
@@ -47,7 +49,13 @@ def test_drawing_ahead_changes_nothing_and_its_counters_are_explained(tmp_path: 
         dataset = RetakeDataset(config.data, seed=1)
         source = dataset if ahead else Plain(dataset)
         trainer = Trainer(config, new_policy(config.model, config.codec, 0), source, build_rewards(config.rewards))
+        trainer.film_wanted = ahead  # a film changes no number either
         first = trainer.step()
+        assert (trainer.film is not None) == ahead
+        if trainer.film is not None:
+            wanted = dataset.batch(0, [0])
+            assert np.array_equal(trainer.film.source, to_uint8(wanted.source.video[0]).numpy())
+            assert np.array_equal(trainer.film.target_c2w, wanted.target_camera.c2w[0].float().numpy())
         assert list(dataset._pending) == ([(1, (0, 1))] if ahead else [])
         second = trainer.step()
         assert not dataset._pending, "nothing is drawn beyond the last iteration"

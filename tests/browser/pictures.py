@@ -1,0 +1,69 @@
+"""The pictures of docs/images that show reports, taken in Chromium: ``python tests/browser/pictures.py RUN [RUN ...]``.
+
+RUN are run folders, the first a finished one; with a second one the comparison is taken too, and with ``--live RUN``
+(started beside this) the report of a run under way. ``--video V`` takes the page on which a path is drawn. What is
+written lies in docs/images; look at it before it is committed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import shutil
+import tempfile
+from pathlib import Path
+
+from playwright.sync_api import Browser, sync_playwright
+
+from geoalign.config.data import RescaleConfig
+from geoalign.jobs.draw_path import write_path_page
+from geoalign.report.compare import write_comparison
+from geoalign.report.page import write_report
+
+IMAGES = Path(__file__).parents[2] / "docs" / "images"
+FILM = "const p = document.querySelector('article.film').player; p.show({lines: 'asked'});"
+DRAWN = "const s = document.getElementById('preset'); s.value = 'arc_right'; s.dispatchEvent(new Event('change'));"
+
+
+def take(browser: Browser, page: Path, name: str, width: int, height: int, script: str = "", at: str = "") -> None:
+    """Save the first ``height`` pixels of ``page``, or of its part ``at``, as docs/images/NAME.png in 256 colours."""
+    from PIL import Image
+
+    tab = browser.new_page(viewport={"width": width, "height": height}, device_scale_factor=1.5 if width < 500 else 1)
+    tab.goto(page.resolve().as_uri())
+    tab.locator("article.film.live").first.wait_for()
+    if script:
+        tab.evaluate(script)
+    if at:
+        tab.locator(at).first.evaluate("e => e.scrollIntoView()")
+    path = IMAGES / f"{name}.png"
+    tab.screenshot(path=path)
+    Image.open(path).convert("RGB").quantize(256, dither=Image.Dither.FLOYDSTEINBERG).save(path, optimize=True)
+    print(path, path.stat().st_size)
+
+
+def main() -> None:
+    """Take all pictures that the arguments allow."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("runs", nargs="+", type=Path)
+    parser.add_argument("--live", type=Path)
+    parser.add_argument("--video", type=Path)
+    args = parser.parse_args()
+    binary = next(found for name in ("chromium", "chromium-browser", "google-chrome") if (found := shutil.which(name)))
+    with tempfile.TemporaryDirectory() as folder, sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=binary, args=["--no-sandbox"])
+        page = write_report(args.runs[0], Path(folder) / "report.html")
+        take(browser, page, "report", 1180, 1500)
+        take(browser, page, "report_film", 1180, 1120, FILM, "#samples")
+        take(browser, page, "report_phone", 390, 1400, FILM, "article.film")
+        if len(args.runs) > 1:
+            take(browser, write_comparison(args.runs, Path(folder) / "two.html"), "report_two", 1180, 1500)
+        if args.live:
+            take(browser, write_report(args.live, Path(folder) / "live.html"), "report_live", 1180, 900)
+        if args.video:
+            law = RescaleConfig()
+            take(browser, write_path_page(args.video, Path(folder) / "path.html", law), "path", 1180, 1500, DRAWN)
+        browser.close()
+
+
+if __name__ == "__main__":
+    main()
