@@ -8,7 +8,7 @@ from html import escape
 import numpy as np
 
 from geoalign.report.film import CameraPath, Film, FrameNumbers, Ground, Take, film_html
-from geoalign.report.run_folder import Array, EvaluationClips, RunRecord
+from geoalign.report.run_folder import Array, EvaluationClips, RunRecord, TrainingClip
 from geoalign.report.svg import number
 from geoalign.report.words import PATHS, STAGES
 
@@ -62,6 +62,27 @@ def compared_film(
     """Sample ``index`` of several runs (role, name, clips after training) as one film, with that of their base."""
     stages = [*([("before", STAGES["before"], base)] if base else []), *runs]
     return _film(stages, index, rank, {role: f"camera read of {name}" for role, name, _ in stages})
+
+
+def training_section(run: RunRecord) -> str:
+    """Films of training samples, in order, each behind its fold; nothing when the run made none."""
+    if not run.films:
+        return ""
+    films = "".join(folded_film(_training_film(clip)) for clip in run.films)
+    return f"""<section id="training"><h2>While it trained</h2>
+<p>One training sample of an iteration each: the first one, picked by nobody. Requests change from one iteration to the
+next, so look at whether the ground keeps to the lines of the path asked for.</p>{films}</section>"""
+
+
+def _training_film(clip: TrainingClip) -> Film:
+    ground = None if clip.ground_plane is None else Ground(clip.ground_plane, clip.intrinsics)
+    return Film(
+        title=f"Iteration {clip.iteration}",
+        takes=[Take("source", STAGES["source"], clip.source), Take("after", "Retake", clip.retake)],
+        paths=[CameraPath("target", PATHS["target"], clip.target_c2w)],
+        ground=ground,
+        frame_labels=[str(frame) for frame in clip.frames],
+    )
 
 
 def _film(stages: Sequence[tuple[str, str, EvaluationClips]], index: int, rank: str, paths: Mapping[str, str]) -> Film:

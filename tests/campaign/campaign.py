@@ -1,6 +1,7 @@
 """Kills, full disks, signals and second processes at every place of every writing verb: `make campaign`.
 
     BUDGET_S=1800 python tests/campaign/campaign.py      go on where the last one of this commit stopped, for so long
+    python tests/campaign/campaign.py --go-on            go on whatever commit the last one was of
     python tests/campaign/campaign.py --out FILE --kills 12 --inputs 0     a part, elsewhere
 
 Trials are drawn from a seed and their number, so the same ones run on every machine. Each ends as one of: clear_error
@@ -211,11 +212,13 @@ def machine() -> dict[str, Any]:
     return describe_environment()
 
 
-def load(out: Path, commit: object) -> dict[str, Any]:
-    """The result so far, if it is of this commit; else an empty one."""
-    empty = {"campaigns": {}, "problems": [], "seconds": 0.0}
+def load(out: Path, commit: object, go_on: bool) -> dict[str, Any]:
+    """The result so far, with all its commits, if it is of this commit or ``go_on`` keeps it; else an empty one."""
+    empty = {"campaigns": {}, "problems": [], "seconds": 0.0, "commits": []}
     known = json.loads(out.read_text()) if out.exists() else empty
-    return known if str(known.get("commit")).removesuffix("-dirty") == str(commit).removesuffix("-dirty") else empty
+    clean = str(commit).removesuffix("-dirty")
+    result = known if go_on or known["commits"] == [clean] else empty
+    return result | {"commits": [*(name for name in result["commits"] if name != clean), clean]}
 
 
 def go_on(
@@ -253,14 +256,15 @@ def main() -> int:
     parser.add_argument(
         "--out", type=Path, default=RESULT, help="result file; the page is written only with the default"
     )
-    parser.add_argument("--again", action="store_true", help="forget what is in the result file")
+    parser.add_argument(
+        "--go-on", action="store_true", help="also where the result so far is of other commits; the page names them all"
+    )
     for name, count in WANTED.items():
         parser.add_argument(f"--{name.replace('_', '-')}", dest=name, type=int, default=count, metavar="N")
     args = parser.parse_args()
     budget = float(os.environ.get("BUDGET_S", "3600"))
     until, facts = time.monotonic() + budget, machine()
-    result = {"campaigns": {}, "problems": [], "seconds": 0.0} if args.again else load(args.out, facts.get("commit"))
-    result |= facts
+    result = load(args.out, facts.get("commit"), args.go_on) | facts
     from geoalign.files.atomic import atomic_write_json
 
     with tempfile.TemporaryDirectory(prefix="geoalign-campaign-") as work:

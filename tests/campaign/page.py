@@ -47,7 +47,8 @@ def page(result: Mapping[str, Any], verbs: str) -> str:
         numbers = " | ".join(f"{counts[column]:,}" for column in COLUMNS)
         lines.append(f"| {name.replace('_', ' ')} | {numbers} | {WHAT[name]} |")
     made = (
-        f"{result['device']}, {result['cores']} cores, torch {result['versions']['torch']}, commit {result['commit']}"
+        f"{result['device']}, {result['cores']} cores, torch {result['versions']['torch']}, "
+        f"commit {', '.join(result['commits'])}"
     )
     lines += ["", f"{made}; {result['seconds'] / 60:.0f} minutes."]
     if result["problems"]:

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import datetime
+import importlib.util
 import re
 import tomllib
 
+import yaml
 from repository import ROOT
 
 RECIPE = (ROOT / "Containerfile").read_text("utf-8")
@@ -37,3 +40,17 @@ def test_lists_of_packages_leave_nothing_behind() -> None:
     for arguments in (text for name, text in instructions() if name == "RUN" and "apt-get install" in text):
         assert "--no-install-recommends" in arguments and arguments.endswith("rm -rf /var/lib/apt/lists/*")
     assert "PIP_NO_CACHE_DIR=1" in RECIPE
+
+
+def test_what_is_run_and_set_is_known_to_the_code() -> None:
+    for module in re.findall(r"python -m ([\w.]+)", RECIPE):
+        assert importlib.util.find_spec(module), module
+    sources = "".join(file.read_text("utf-8") for file in (ROOT / "kernels").rglob("*.py"))
+    ours = re.findall(r"(GEOALIGN_\w+)=", RECIPE)
+    assert ours and all(f'"{name}"' in sources for name in ours)
+    assert instructions()[-2:] == [("ENTRYPOINT", '["geoalign"]'), ("CMD", '["--help"]')]
+
+
+def test_the_citation_has_a_date() -> None:
+    released = yaml.safe_load((ROOT / "CITATION.cff").read_text("utf-8"))["date-released"]
+    assert isinstance(released, datetime.date) and released >= datetime.date(2026, 11, 29)

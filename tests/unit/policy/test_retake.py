@@ -109,6 +109,8 @@ def test_guidance_is_the_published_combination() -> None:
         def decode(self, latents: torch.Tensor) -> torch.Tensor:
             return latents / 100
 
+    with pytest.raises(UsageError, match=r"reads text, and there is none: set data\.prepare\.text"):
+        RetakePolicy(model, Latents()).condition(replace(batch, encodings=Encodings(latents=source)))
     calls: list[int] = []
     made = retake(RetakePolicy(model, Latents(), 5.0), batch, FLOW, seed=0, on_pass=calls.append)
     single = retake(RetakePolicy(model, Latents()), batch, FLOW, seed=0)
