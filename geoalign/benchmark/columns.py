@@ -12,6 +12,8 @@ from geoalign.benchmark.statistics import Values
 from geoalign.config.benchmark import BenchmarkConfig
 
 Row = Mapping[str, Any]
+OPEN = "not measured"
+"""Status of a reader that has not come to a case yet."""
 LOWER, HIGHER, ONE = "\N{DOWNWARDS ARROW}", "\N{UPWARDS ARROW}", "\N{RIGHTWARDS ARROW}1"
 
 CAMERA = {
@@ -123,7 +125,7 @@ def outcome(row: Row, reader: str) -> tuple[str, str]:
     if row["status"] != "ok":
         return "failed", row["cause"]
     found = row["readers"].get(reader)
-    return ("failed", "not measured yet") if found is None else (found["status"], found["cause"])
+    return (OPEN, "not measured yet") if found is None else (found["status"], found["cause"])
 
 
 def of_method(rows: Sequence[Row], method: str) -> list[Row]:

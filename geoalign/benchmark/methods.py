@@ -135,6 +135,8 @@ class ModelMethod:
         self.guidance = GUIDANCE if self.reads_text else 1.0
         self._cap = min((n for n in (settings.max_frames, settings.caps.get(name)) if n is not None), default=None)
         self._encodings = lru_cache(maxsize=1)(self._encode)
+        if self.reads_text:  # before the work, what is read from files
+            _ = self._prompts, self._negative
 
     @property
     def steps(self) -> int:

@@ -24,9 +24,9 @@ from geoalign.config.schema import Config
 from geoalign.data.frames import to_float
 from geoalign.data.readers import AnyReader
 from geoalign.data.video import PyAVReader, write_video
-from geoalign.errors import ConfigError, DataError, UsageError
+from geoalign.errors import CheckpointError, ConfigError, DataError, UsageError
 from geoalign.evaluators.base import PoseEvaluator
-from geoalign.files.atomic import is_temporary, nan_to_none
+from geoalign.files.atomic import nan_to_none
 from geoalign.files.locks import writer_lock
 from geoalign.geometry.cameras.camera_file import write_clip_camera
 from geoalign.geometry.trajectory import CameraTrajectory
@@ -34,6 +34,7 @@ from geoalign.jobs.evaluate import psnr_db
 from geoalign.jobs.sample import with_estimated_camera
 from geoalign.policy.published import CRF
 from geoalign.rewards.registry import build_evaluator
+from geoalign.training.processes.device import device_of
 from geoalign.types import RetakeBatch, SourceClip
 
 Tick = Callable[[Case, int], object]
@@ -69,6 +70,8 @@ class Plan:
 
         Raises UserError naming what cannot be opened; nothing has been written.
         """
+        if (device := device_of(config.run)).type == "cuda":
+            torch.cuda.set_device(device)  # estimators on "auto" take the current one
         clips = open_clips(config)
         methods = arguments.opened(config, clips)
         settings = config.benchmark
@@ -168,7 +171,7 @@ class _Worker:
         begun = time.monotonic()
         try:
             self._measure(case, row)
-        except UsageError:
+        except (UsageError, CheckpointError):  # of the method, not of the case: every other case would fail alike
             raise
         except Exception as error:
             found = failed(error)
@@ -216,12 +219,22 @@ class _Worker:
         plan = self._plan
         if name in plan.estimators:
             return read_by_estimator(plan.estimators[name], video, source.clip, target[0])
-        files = self._files(case, path, source, target)
+        files = self._files(case, path, video, source, target)
         return read_by_tool(plan.tools[name], files, case.file(self._store.folder / "tools" / name, ""), target[0])
 
-    def _files(self, case: Case, path: Path, source: Source, target: CameraTrajectory) -> CaseFiles:
-        wanted = self._target_file(case, source, target)
-        return CaseFiles(case.name, self._source_file(case.condition.clip, source), path, wanted, target.num_frames)
+    def _files(self, case: Case, path: Path, video: Tensor, source: Source, target: CameraTrajectory) -> CaseFiles:
+        wanted, shown = self._target_file(case, source, target), self._source_file(case.condition.clip, source)
+        return CaseFiles(case.name, shown, self._cut(case, path, video, source.fps), wanted, target.num_frames)
+
+    def _cut(self, case: Case, path: Path, video: Tensor, fps: float) -> Path:
+        """The file of a retake, cut to the frames and the size that are measured where it has others."""
+        info = self._reader.probe(path)
+        if (info.frames, info.height, info.width) == (video.shape[1], *video.shape[-2:]):
+            return path
+        out = case.file(self._store.folder / "cut", ".mp4")
+        if not out.is_file():
+            write_video(out, video[0], fps, crf=CRF)
+        return out
 
     def _target_file(self, case: Case, source: Source, target: CameraTrajectory) -> Path:
         out = self._store.target_file(case.condition.name, target.num_frames)
@@ -271,9 +284,6 @@ def _facts(target: CameraTrajectory) -> dict[str, float | None]:
 
 
 def left_over(store: Store, plan: Plan) -> int:
-    """How many cases have no row yet, of any process."""
-    done = {
-        (folder.name, file.stem) for folder in (store.folder / "rows").glob("*") for file in folder.glob("*.json")
-        if not is_temporary(file)
-    }  # fmt: skip
-    return sum((case.method, case.condition.name) not in done for case in plan.cases)
+    """How many cases are not done yet, by any process."""
+    worker = _Worker(plan, store, retry_failed=False)
+    return sum(map(worker.is_open, plan.cases))

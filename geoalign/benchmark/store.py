@@ -26,7 +26,20 @@ _OF_TABLES = ("base", "ablation", "table_reader", "table2_reads_base", "resample
 """Settings of the section that change no video, or that may grow by new names."""
 _GROWN = ("max_clips", "clip_list", "paths", "speeds")
 """May grow too: every case has a row of its own."""
-_OURS = (CONFIG, MANIFEST, NUMBERS, ROWS_JSONL, "locks", "rows", "videos", "sources", "targets", "tools", "tables")
+_OURS = (
+    CONFIG,
+    MANIFEST,
+    NUMBERS,
+    ROWS_JSONL,
+    "locks",
+    "rows",
+    "videos",
+    "sources",
+    "targets",
+    "tools",
+    "cut",
+    "tables",
+)
 
 
 @dataclass(frozen=True, slots=True)

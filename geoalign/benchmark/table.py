@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from geoalign.benchmark.bins import SLICES, Slice
-from geoalign.benchmark.columns import CAMERA, Column, Readers, Row, of_method, outcome
+from geoalign.benchmark.columns import CAMERA, OPEN, Column, Readers, Row, of_method, outcome
 from geoalign.benchmark.methods import TRUTH
 from geoalign.benchmark.statistics import Difference, Estimate, difference, estimate
 from geoalign.benchmark.store import NUMBERS, Store
@@ -86,9 +86,10 @@ class Results:
         """Whether the true retakes are known."""
         return any("psnr_db" in row.get("metrics", {}) for row in self.rows)
 
-    def complete(self) -> bool:
-        """Whether every case of every method has its row."""
-        return len(self.rows) == self.expected * len(self.methods)
+    def open(self) -> int:
+        """How many cases of all methods lack their row, or a reader."""
+        done = sum(all(outcome(row, reader)[0] != OPEN for reader in self.readers.told) for row in self.rows)
+        return self.expected * len(self.methods) - done
 
 
 def read_numbers(path: Path) -> tuple[dict[str, dict[str, float]], str]:
@@ -137,10 +138,8 @@ def _means(results: Results, name: str, title: str, methods: Sequence[str], colu
     if results.printed:
         where = f" ({results.printed_source})" if results.printed_source else ""
         notes.append(f"\N{DAGGER} {PRINTED}{where}, not measured here.")
-    if not results.complete():
-        notes.append(
-            f"Unfinished: {len(results.rows)} of {results.expected * len(results.methods)} cases are measured."
-        )
+    if left := results.open():
+        notes.append(f"Unfinished: {left} of {results.expected * len(results.methods)} cases are not measured yet.")
     header = ("method", *(column.title for column in columns), "failed cases")
     return Table(name, title, header, tuple(rows), tuple(notes))
 

@@ -69,7 +69,12 @@ def _gains(numbers: Numbers) -> str:
 
 def oracle_table(results: Path) -> str:
     """The oracles of every base."""
-    head = ("base", "request", "factors", "position error (m)", "rotation error (deg)", "last frame (m)", "PSNR (dB)")
+    measured = {
+        "position error (m)": ("translation_error_m", 3),
+        "rotation error (deg)": ("rotation_error_deg", 2),
+        "last frame (m)": ("last_translation_error_m", 3),
+        "PSNR (dB)": ("psnr_db", 1),
+    }
     rows = []
     for base, name in ORACLES.items():
         title = "shipped" if base == "shipped" else f"fresh, {base}"
@@ -77,22 +82,21 @@ def oracle_table(results: Path) -> str:
             rows.append((title, "not run"))
             continue
         for stage in STAGES:
-            numbers = _stage(result, stage)
-            factors = result["factors"].get(stage, "")
-            if stage == "single":
-                factors = f"{factors:.2f} on the translation"
-            elif stage == "axis":
-                factors = ", ".join(f"{factor:.2f}" for factor in factors)
-            elif stage == "frame":
-                factors = "; ".join(", ".join(f"{f:.2f}" for f in factors[at]) for at in (1, -1)) + " (first; last)"
-            errors = (
-                _both(numbers, "translation_error_m", 3),
-                _both(numbers, "rotation_error_deg", 2),
-                _both(numbers, "last_translation_error_m", 3),
-                _both(numbers, "psnr_db", 1),
-            )
+            numbers, factors = _stage(result, stage), _factors(stage, result["factors"])
+            errors = (_both(numbers, metric, digits) for metric, digits in measured.values())
             rows.append((title, _REQUESTS[stage], factors, *errors))
-    return _table(head, rows)
+    return _table(("base", "request", "factors (sideways, forward, vertical, yaw)", *measured), rows)
+
+
+def _factors(stage: str, factors: Mapping[str, Any]) -> str:
+    def listed(values: list[float]) -> str:
+        return ", ".join(f"{value:.2f}" for value in values)
+
+    if stage == "single":
+        return f"{factors[stage]:.2f} on the translation"
+    if stage == "frame":
+        return f"{listed(factors[stage][1])} at first, {listed(factors[stage][-1])} at last"
+    return listed(factors.get(stage, []))
 
 
 def error_table(results: Path) -> str:

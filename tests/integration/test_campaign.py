@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from patience import PATIENCE_S
 
 ROOT = Path(__file__).parents[2]
 CAMPAIGN = ROOT / "tests" / "campaign"
@@ -18,13 +19,13 @@ PART = {
 }  # fmt: skip
 
 
-@pytest.mark.timeout(900)
 def test_a_small_part_of_the_campaign_loses_nothing(tmp_path: Path) -> None:
     """Every writing verb is killed once; the whole campaign is `make campaign`."""
     counts = [word for name, count in PART.items() for word in (f"--{name.replace('_', '-')}", str(count))]
     done = subprocess.run(
         [sys.executable, str(CAMPAIGN / "campaign.py"), "--out", str(tmp_path / "part.json"), *counts],
-        env=os.environ | {"OMP_NUM_THREADS": "1", "BUDGET_S": "600"}, capture_output=True, text=True, check=False,
+        env=os.environ | {"OMP_NUM_THREADS": "1", "BUDGET_S": str(PATIENCE_S)},
+        capture_output=True, text=True, check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     campaigns = json.loads((tmp_path / "part.json").read_text())["campaigns"]

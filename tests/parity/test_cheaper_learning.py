@@ -79,7 +79,7 @@ def test_chosen_members_add_exactly_their_terms() -> None:
 )
 def test_a_run_that_learns_from_a_part_counts_what_it_spends(changes: dict[str, Any]) -> None:
     trainer = trainer_of(smoke(window=WINDOW, advantage={"weights": {}}, **changes), rewards={"b": Brightness()})
-    for _ in range(2):
+    for _ in range(1 + changes["learn"].get("short_iterations", 0)):
         metrics = trainer.step()
         assert metrics["perf/forward_equivalents"] == metrics["perf/predicted_forward_equivalents"]
         assert metrics["parity/log_prob_diff_max"] == 0.0

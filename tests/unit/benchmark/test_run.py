@@ -19,6 +19,7 @@ from geoalign.benchmark.report import worst_cases, write_report
 from geoalign.benchmark.run import Plan, Shard, left_over, run
 from geoalign.benchmark.store import Store
 from geoalign.benchmark.table import Results, all_tables
+from geoalign.data.video import read_video
 from geoalign.errors import DataError, UsageError
 
 CLIPS = {"bear": 7, "rhino": 5}
@@ -145,6 +146,8 @@ def test_other_methods_enter_as_videos_and_a_missing_one_is_a_counted_failure(
     run(Plan.build(config, MethodArguments(videos=(f"theirs={videos}",))), store, Shard())
     rows = {row["case"]: row for row in store.rows()}
     assert rows["bear_camera_1_speed_1"]["frames"] == 3 and rows["bear_camera_1_speed_1"]["status"] == "ok"
+    cut = Store(tmp_path / "out").folder / "cut" / "theirs" / "bear_camera_1_speed_1.mp4"
+    assert read_video(cut).shape[0] == 3 and "theirs__bear_camera_1_speed_1" in tool.asked
     assert "no video rhino_camera_1_speed_1.mp4" in rows["rhino_camera_1_speed_1"]["cause"]
     assert dict(all_tables(Results.read(store))[0].rows)["theirs"][-1] == "2 of 4"
     run(
@@ -190,7 +193,7 @@ def test_the_report_is_one_page_that_needs_no_network(whole: Store, tmp_path: Pa
         write_report(whole, tmp_path / "report.pdf")
 
 
-def test_the_forecast_counts_without_reading_weights(made: Path, whole: Store) -> None:
+def test_the_forecast_counts_without_reading_the_transformer(made: Path, whole: Store) -> None:
     plan = Plan.build(davis_config(made / "davis"), MethodArguments((f"base={made / 'base'}",)), readers=False)
     found = forecast(plan, whole)
     assert (found.cases, found.open_cases, found.passes, dict(found.frames)) == (4, 0, 16, {5: 4})

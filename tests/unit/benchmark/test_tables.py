@@ -92,7 +92,7 @@ def test_what_is_said_of_what_is_missing(store: Store) -> None:
     assert dict(tables["failures"].rows)["planar (is the reward): base"][:3] == ("0", "0", "12")
     (store.folder / "rows" / "trained" / "bear_camera_1_speed_1.json").unlink()
     unfinished = all_tables(Results.read(store))[0]
-    assert unfinished.notes[-1] == "Unfinished: 23 of 24 cases are measured."
+    assert unfinished.notes[-1] == "Unfinished: 1 of 24 cases are not measured yet."
 
 
 def test_settings_of_the_tables_may_be_changed_afterwards(store: Store) -> None:

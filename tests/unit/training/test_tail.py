@@ -17,12 +17,12 @@ from training_cases import Brightness, Conditions, lively_policy, on_fake_ranks,
 from geoalign.config.schema import Config
 from geoalign.errors import ConfigError, RunError
 from geoalign.models.dit import BlockResidual, RetakeDiT
-from geoalign.rewards.base import RewardOutput
+from geoalign.policy.open import open_policy
+from geoalign.rewards.registry import build_rewards
 from geoalign.training.engines.snapshot import Snapshot
 from geoalign.training.processes.ranks import Ranks
 from geoalign.training.tail import DRIFT, EXACT
 from geoalign.training.trainer import Trainer
-from geoalign.types import RetakeBatch
 
 WINDOW = {"kind": "fixed", "start": 1, "size": 2, "max_start": None}
 TAIL = {"steps": 10, "tail_grid": "sigma", "tail_steps": 5, "tail_solver": "dpm2m"}
@@ -78,51 +78,35 @@ def clone(value: Any) -> Any:
     return value.clone() if isinstance(value, Tensor) else {k: clone(v) for k, v in value.items()}
 
 
-ON_RANKS: dict[str, Any] = {"ode": {"attention": "exact", "audit_every": 1}, "groups": {"rows_per_forward": 1}}
+def test_ranks_that_share_members_and_tokens_choose_and_audit_as_one_process_does() -> None:
+    """Half of the group and half of the tokens each. int8 aside: each rank would settle it on its own rows."""
+    settings: dict[str, Any] = {
+        "ode": {"attention": "exact", "audit_every": 1},
+        "groups": {"conditions": 1, "rows_per_forward": 1},
+    }
 
-
-@pytest.fixture(scope="module")
-def as_one_process() -> Any:
-    made = trainer(None, **ON_RANKS)
-    return [made.step() for _ in range(2)], made.notes[DRIFT]
-
-
-@pytest.mark.parametrize(("size", "sequence"), [(4, 1), (2, 2)])
-def test_ranks_choose_and_audit_as_one_process_does(size: int, sequence: int, as_one_process: Any) -> None:
-    """Parts of groups, and shared tokens; int8 aside, whose probe each rank would settle on its rows."""
-
-    def run(ranks: Ranks) -> tuple[list[dict[str, float]], Any]:
-        made = trainer(ranks, **ON_RANKS, parallel={"sequence": sequence})
+    def run(ranks: Ranks | None, sequence: int) -> tuple[list[dict[str, float]], Any]:
+        made = trainer(ranks, **settings, parallel={"sequence": sequence})
         return [made.step() for _ in range(2)], made.notes[DRIFT]
 
-    results = on_fake_ranks(size, run, sequence)
-    alone, drift = as_one_process
+    alone, drift = run(None, 1)
+    results = on_fake_ranks(4, lambda ranks: run(ranks, 2), 2)
     for numbers, found in results:
-        # Sums over ranks in another order; with shared tokens matrix products have other shapes too.
+        # Sums over ranks in another order, and matrix products of other shapes.
         assert found["drift"] == pytest.approx(drift["drift"], rel=1e-4)
         for here, there in zip(numbers, alone, strict=True):
             assert here["perf/forward_equivalents"] == here["perf/predicted_forward_equivalents"]
             assert here["parity/log_prob_diff_max"] == 0.0
-            for name in (name for name in there if name.startswith("fidelity/")):
+            for name in (name for name in there if name.startswith("fidelity/") and name != "fidelity/distance"):
                 assert here[name] == pytest.approx(there[name], rel=2e-2, abs=1e-3), name
-    audits = sum(numbers[0]["perf/forwards_audit"] for numbers, _ in results) / sequence
-    assert audits == alone[0]["perf/forwards_audit"]
-
-
-class Detail:
-    """Likes videos whose two last frames differ: fine structure, which a tail of one step leaves out."""
-
-    name, keys = "detail", ("detail",)
-
-    def __call__(self, videos: Tensor, batch: RetakeBatch) -> RewardOutput:
-        score = (videos[:, -1] - videos[:, -2]).double().square().mean((1, 2, 3))
-        return RewardOutput({"detail": score}, torch.ones(len(videos), dtype=torch.bool))
+    assert sum(numbers[0]["perf/forwards_audit"] for numbers, _ in results) / 2 == alone[0]["perf/forwards_audit"]
 
 
 def audited(action: str, **flow: Any) -> Trainer:
+    """The shipped base under its own rewards: groups of eight, seven steps after the window."""
     ode = {"audit_every": 1, "audit_action": action}
-    config = smoke(window=WINDOW, flow={"steps": 10, **flow}, ode=ode, advantage={"weights": {}}, groups={"size": 8})
-    return trainer_of(config, rewards={"d": Detail()})
+    config = smoke(window=WINDOW, flow={"steps": 10, **flow}, ode=ode, groups={"size": 8})
+    return Trainer(config, open_policy("builtin:tiny_base"), Conditions(config), build_rewards(config.rewards))
 
 
 BAD = {"tail_steps": 1}
@@ -138,9 +122,9 @@ def test_the_audit_stops_a_tail_of_one_step_at_once() -> None:
 
 
 def test_the_audit_passes_a_good_tail() -> None:
-    run = audited("stop", **GOOD)
-    metrics = [run.step() for _ in range(2)]
-    assert all(row["fidelity/spearman"] >= 0.95 and row["perf/forwards_audit"] == 8 * 7 for row in metrics)
+    metrics = audited("stop", **GOOD).step()
+    assert metrics["fidelity/spearman"] >= 0.9 and metrics["perf/forwards_audit"] == 8 * 7
+    assert metrics["fidelity/psnr"] > metrics["fidelity/distance"] + 15
 
 
 def test_after_a_bad_audit_the_run_goes_on_exactly_and_remembers_it(caplog: pytest.LogCaptureFixture) -> None:
