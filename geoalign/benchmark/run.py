@@ -183,7 +183,10 @@ class _Worker:
         target = plan.clips.target(condition, source.clip)
         path = self._retake(case, method, source, target)
         video = self._pixels(path, frames, source.clip)
-        row |= {"frames": frames, "video": str(path), "camera_of_source": source.told}
+        self._target_file(case, source, target)
+        shown = self._source_file(condition.clip, source)
+        row |= {"frames": frames, "video": self._store.told(path), "source": self._store.told(shown)}
+        row["camera_of_source"] = source.told
         row["facts"] = _facts(target) | self._of_source(condition.clip, frames)
         truth = plan.clips.truth(condition, target)
         row["metrics"] = {} if truth is None else {"psnr_db": float(psnr_db(video[:, 1:], truth[:, 1:]))}
@@ -217,11 +220,15 @@ class _Worker:
         return read_by_tool(plan.tools[name], files, case.file(self._store.folder / "tools" / name, ""), target[0])
 
     def _files(self, case: Case, path: Path, source: Source, target: CameraTrajectory) -> CaseFiles:
-        wanted = self._store.folder / "targets" / f"{case.condition.name}_{target.num_frames}.npz"
-        height, width = source.clip.video.shape[-2:]
-        if not wanted.is_file():
-            write_clip_camera(wanted, target[0], (height, width))
+        wanted = self._target_file(case, source, target)
         return CaseFiles(case.name, self._source_file(case.condition.clip, source), path, wanted, target.num_frames)
+
+    def _target_file(self, case: Case, source: Source, target: CameraTrajectory) -> Path:
+        out = self._store.target_file(case.condition.name, target.num_frames)
+        height, width = source.clip.video.shape[-2:]
+        if not out.is_file():
+            write_clip_camera(out, target[0], (height, width))
+        return out
 
     def _source_file(self, clip: str, source: Source) -> Path:
         """The source as a video of the retake's size and length, as the published script writes it for ViPE."""
@@ -243,7 +250,7 @@ class _Worker:
 
     def _camera_by_tool(self, tool: Tool, clip: str, source: Source) -> CameraTrajectory:
         file, given = self._source_file(clip, source), source.clip.camera
-        target = self._store.folder / "targets" / f"source_{clip}_{given.num_frames}.npz"
+        target = self._store.target_file(f"source_{clip}", given.num_frames)
         height, width = source.clip.video.shape[-2:]
         write_clip_camera(target, given[0], (height, width))
         files = CaseFiles(f"source__{clip}_{given.num_frames}", file, file, target, given.num_frames)

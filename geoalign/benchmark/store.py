@@ -45,6 +45,15 @@ class Store:
         """Sources as the tools see them."""
         return self.folder / "sources"
 
+    def target_file(self, name: str, frames: int) -> Path:
+        """The wanted camera of a condition at a length."""
+        return self.folder / "targets" / f"{name}_{frames}.npz"
+
+    def told(self, path: Path) -> str:
+        """A path as rows hold it: from the folder on where it lies inside, so that the folder may be moved."""
+        inside = path.absolute().is_relative_to(self.folder.absolute())
+        return str(path.absolute().relative_to(self.folder.absolute()) if inside else path.absolute())
+
     def row_file(self, case: Case) -> Path:
         """Where the row of a case lies."""
         return case.file(self.folder / "rows", ".json")

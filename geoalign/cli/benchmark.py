@@ -1,4 +1,4 @@
-"""``geoalign benchmark run|table``: the paper's evaluation, from clips to tables."""
+"""``geoalign benchmark run|table|report``: the paper's evaluation, from clips to tables."""
 
 from __future__ import annotations
 
@@ -23,9 +23,10 @@ def add_parser(subparsers: Any) -> None:
         "geoalign benchmark table benchmarks/tiny_cpu",
     )
     parser = subparsers.add_parser("benchmark", help=summary, description=summary, **shown)
-    verbs = parser.add_subparsers(dest="action", required=True, metavar="run|table")
+    verbs = parser.add_subparsers(dest="action", required=True, metavar="run|table|report")
     _add_run(verbs)
     _add_table(verbs)
+    _add_report(verbs)
 
 
 def _add_run(verbs: Any) -> None:
@@ -65,6 +66,18 @@ def _add_table(verbs: Any) -> None:
     parser.set_defaults(run=table)
 
 
+def _add_report(verbs: Any) -> None:
+    parser = verbs.add_parser(
+        "report",
+        help="write the benchmark as one HTML file that opens offline",
+        **examples("geoalign benchmark report benchmarks/davis"),
+    )
+    parser.add_argument("folder", type=Path, metavar="DIR", help="folder of the benchmark")
+    parser.add_argument("--out", type=Path, metavar="FILE", help="default: report.html in the folder")
+    parser.add_argument("overrides", nargs="*", metavar="benchmark.key=value", help="settings of the tables")
+    parser.set_defaults(run=report)
+
+
 def run(args: argparse.Namespace) -> int:
     """Work on the cases of this process; the one that finds all of them done writes the tables."""
     config = read_config(args)
@@ -101,6 +114,15 @@ def table(args: argparse.Namespace) -> int:
     from geoalign.benchmark.store import Store
 
     return _write_tables(Store(args.folder), args.numbers, tuple(args.overrides))
+
+
+def report(args: argparse.Namespace) -> int:
+    """Write the report and print where it lies."""
+    from geoalign.benchmark.report import write_report
+    from geoalign.benchmark.store import Store
+
+    print(write_report(Store(args.folder), args.out, tuple(args.overrides)))
+    return 0
 
 
 def _read_numbers(path: Path | None) -> None:

@@ -3,23 +3,17 @@
 from __future__ import annotations
 
 import argparse
-from collections import Counter
+from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from geoalign.cli.options import add_config, add_json, check_json, read_config, write_json
 from geoalign.errors import DataError, UsageError
 from geoalign.files.parsing import parse_json, read_text
-from geoalign.perf.budget import Ladder, Plan, RunCost, Walk, climb
-from geoalign.perf.cost import TransformerCost, VideoCost, video_cost
+from geoalign.jobs.ladder import PricedRung, measured, priced_rungs
+from geoalign.jobs.pricing import exactly, hours, left_out, run_cost
+from geoalign.perf.budget import Ladder, Plan, RunCost, climb
 from geoalign.perf.devices import DEVICES, INT8_WORTH, DeviceProfile, core_rates, profile_of
-from geoalign.perf.memory import reward_models
-
-if TYPE_CHECKING:
-    from geoalign.config.schema import Config
-
-COARSE_TAIL = 0.4
-"""Share of the time grid kept after the window by the ladder's tail rung, where the configuration names none."""
 
 LAUNCH_BOUND_S = 0.05
 """Below this, the launches of one forward (a few thousand at some microseconds) take longer than its work."""
@@ -35,7 +29,9 @@ examples:
 
 All numbers are predictions from rates of the device; each carries the kind of the rate it rests on: measured here (by
 `make gpu`, with --results), published for that very kernel, modelled from our compiled kernels, or assumed.
-EXACT levers keep algorithm and distribution; CHANGES levers do not, and are off by default."""
+EXACT levers keep algorithm and distribution. CHANGES rungs do not and are off by default: each is priced alone, on top
+of the EXACT levers, beside its fidelity on the embedded policy (`geoalign fidelity run` measures it on yours). They are
+not added up; pairs that were measured together are rungs of their own."""
 
 
 def add_parser(subparsers: Any) -> None:
@@ -66,14 +62,19 @@ def run_budget(args: argparse.Namespace) -> int:
             "(groups.conditions) can be used"
         )
     check_json(args)
-    run, coarse, left_out = describe(config)
+    exact = exactly(config)
     guidance = 2 if config.flow.guidance > 1 else 1
     named = config.run.attention if config.run.attention in core_rates(DEVICES[args.device].target) else None
     profile = _profile(args.device, args.core or named, args.results)
-    ladder = climb(run, coarse, profile, devices, guidance)
-    numbers = _numbers(run, coarse, ladder, profile, devices, guidance)
+    run = run_cost(exact)
+    ladder = climb(run, profile, devices, guidance)
+    numbers = _numbers(run, ladder, profile, devices, guidance)
+    numbers["changes"] = [_changes(rung) for rung in priced_rungs(args.config, args.overrides, profile, devices)]
+    if config != exact:
+        own = {"hours": hours(config, profile, devices), "fidelity": measured(config)}
+        numbers["as_configured"] = {"settings": config.changes(), **own}
     if write_json(args, numbers):
-        print(_text(numbers, ladder, args.config, left_out))
+        print(_text(numbers, ladder, args.config, left_out(config)))
     return 0
 
 
@@ -96,50 +97,7 @@ def _profile(device: str, core: str | None, results: Path | None) -> DeviceProfi
     return profile.measured(rows[1:])
 
 
-def describe(config: Config) -> tuple[RunCost, RunCost, list[str]]:
-    """The run of a configuration on the full grid, the same with the coarser tail, and the rewards without a model."""
-    transformer = TransformerCost.of(config.model, *config.data.video)
-    video, left_out = _video(config)
-    ratio = config.flow.tail_ratio if config.flow.tail_ratio < 1 else COARSE_TAIL
-    full, coarse = (
-        RunCost(
-            transformer=transformer,
-            video=video,
-            walks=_walks(config, tail_ratio),
-            conditions=config.groups.conditions,
-            group_size=config.groups.size,
-            updates=config.optim.updates_per_rollout,
-        )
-        for tail_ratio in (1.0, ratio)
-    )
-    return full, coarse, left_out
-
-
-def _walks(config: Config, tail_ratio: float) -> dict[Walk, int]:
-    """Every iteration's steps, from the very schedule and table that training uses."""
-    from geoalign.flow.table import build_step_table
-    from geoalign.rl.window import WindowSchedule
-
-    schedule = WindowSchedule(config.window, config.flow.steps, config.run.seed)
-    windows = Counter(schedule(iteration) for iteration in range(config.train.iterations))
-    flow = config.flow.model_copy(update={"tail_ratio": tail_ratio})
-    walks: Counter[Walk] = Counter()
-    for window, count in windows.items():
-        tail = build_step_table(flow, window).num_steps - window.stop
-        walks[Walk(window.start, window.size, tail)] += count
-    return dict(walks)
-
-
-def _video(config: Config) -> tuple[VideoCost, list[str]]:
-    if config.codec.kind != "wan_vae":
-        return VideoCost(decode=0.0, encode=0.0, scorers={}, host_seconds=0.0), sorted(config.rewards)
-    scorers, left_out = reward_models(config)
-    return video_cost(*config.data.video, scorers), left_out
-
-
-def _numbers(
-    run: RunCost, coarse: RunCost, ladder: Ladder, profile: DeviceProfile, devices: int, guidance: int
-) -> dict[str, Any]:
+def _numbers(run: RunCost, ladder: Ladder, profile: DeviceProfile, devices: int, guidance: int) -> dict[str, Any]:
     start = Plan(guidance=guidance)
     phases = run.seconds(profile, start)
     passes = [(count, run.walks[walk]) for walk, count in run.passes(start).items()]
@@ -172,14 +130,12 @@ def _numbers(
         },
         "hours": {
             "reference": ladder.reference_hours,
-            "exact": ladder.total("EXACT"),
-            "changes": ladder.total("CHANGES"),
+            "exact": ladder.total,
         },
-        "coarse_tail_steps": {walk.prefix: walk.tail for walk in coarse.walks},
         "ladder": [
             {
                 "lever": rung.lever.name,
-                "kind": rung.lever.kind,
+                "kind": "EXACT",
                 "alone_h": rung.alone_hours,
                 "cumulative_h": rung.cumulative_hours,
                 "alone_rests_on": rung.alone_kind,
@@ -213,17 +169,29 @@ def _text(numbers: dict[str, Any], ladder: Ladder, name: str, left_out: list[str
     basis = numbers["rates"]["attention"]["kind"]
     lines.append(f"  {'none: eager kernels, nothing shared':<57}{'':>25}{_hours(hours['reference']):>10}{basis:>15}")
     lines += [
-        f"  {rung.lever.name:<48}{rung.lever.kind:<9}{_hours(rung.alone_hours):>10}{rung.alone_kind:>15}"
+        f"  {rung.lever.name:<48}{'EXACT':<9}{_hours(rung.alone_hours):>10}{rung.alone_kind:>15}"
         f"{_hours(rung.cumulative_hours):>10}{rung.cumulative_kind:>15}"
         for rung in ladder.rungs
     ]
-    if not numbers["int8_used"]:
-        lines.append(f"  int8 attention is left out: not {INT8_WORTH} times as fast as {numbers['core']} here")
     lines += [
         "",
-        f"  EXACT levers together:        {_hours(hours['exact'])}  (x{hours['reference'] / hours['exact']:.2f})",
-        f"  with the CHANGES levers too:  {_hours(hours['changes'])}  (x{hours['reference'] / hours['changes']:.2f})",
+        f"  EXACT levers together: {_hours(hours['exact'])}  (x{hours['reference'] / hours['exact']:.2f})",
+        "",
     ]
+    lines.append(
+        f"  {'with them, one CHANGES rung at a time':<57}{'hours':>10}{'rests on':>15}  fidelity on the embedded policy"
+    )
+    lines += [
+        f"  {rung['rung']:<48}{'CHANGES':<9}{_hours(rung['hours']):>10}{rung['rests_on']:>15}  {_fidelity(rung)}"
+        for rung in numbers["changes"]
+    ]
+    if not numbers["int8_used"]:
+        lines.append(f"  int8 attention is left out: not {INT8_WORTH} times as fast as {numbers['core']} here")
+    if own := numbers.get("as_configured"):
+        named = ", ".join(f"{key}={value}" for key, value in own["settings"].items())
+        told = _fidelity({**own, "changes_videos": True})
+        lines += ["", f"  as configured: {_hours(own['hours'])} with {named}", f"  fidelity of them together: {told}"]
+        lines.append("  assumed to hold on other weights until `geoalign fidelity run` has measured it there")
     return "\n".join(lines)
 
 
@@ -234,6 +202,30 @@ def _rates(numbers: dict[str, Any]) -> list[str]:
         by_kind.setdefault(rate["kind"], []).append(f"{name.replace('_', ' ')} {rate['tera_per_s']:.3g}")
     lines = [f"  {kind}: {', '.join(names)}" for kind, names in by_kind.items()]
     return ["  rates in TFLOP/s, bandwidth in TB/s; of the whole, attention decides most", *lines]
+
+
+def _changes(priced: PricedRung) -> dict[str, Any]:
+    return {
+        "rung": priced.rung.name,
+        "settings": priced.settings,
+        "changes_videos": priced.rung.video,
+        "hours": priced.hours,
+        "rests_on": priced.kind,
+        "fidelity": priced.fidelity,
+    }
+
+
+def _fidelity(rung: Mapping[str, Any]) -> str:
+    """What is known of the order inside groups, in a few words."""
+    if not rung["changes_videos"]:
+        return "videos as before; changes what is learned"
+    found = rung["fidelity"]
+    if found is None:
+        return "not measured"
+    told = (
+        f"Spearman {found['spearman']:.3f}, p10 {found['spearman_p10']:.2f}, signs changed {100 * found['flips']:.1f} %"
+    )
+    return told + ("" if found["accepted"] else "; not accepted")
 
 
 def _hours(hours: float) -> str:

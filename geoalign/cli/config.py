@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from geoalign.cli.options import add_config, examples, read_config, whole
 from geoalign.config.layout import deal_groups
-from geoalign.config.load import flatten, load_config, to_yaml
+from geoalign.config.load import differing_keys, flatten, load_config, to_yaml
 from geoalign.config.source import load_raw, preset_names
 from geoalign.errors import UsageError
 
@@ -18,7 +18,6 @@ if TYPE_CHECKING:
     from geoalign.config.schema import Config
 
 DEFAULTS = "defaults"
-_ABSENT = object()
 EXAMPLES = """\
 examples:
   geoalign config print --config tiny_cpu
@@ -121,7 +120,7 @@ def run_diff(args: argparse.Namespace) -> int:
     schema = _schema()
     other = schema() if args.against == DEFAULTS else load_config(schema, args.against)
     left, right = (flatten(config.model_dump(mode="json")) for config in (other, read_config(args)))
-    keys = [key for key in dict.fromkeys([*left, *right]) if left.get(key, _ABSENT) != right.get(key, _ABSENT)]
+    keys = differing_keys(left, right)
     if not keys:
         print(f"{args.against} and {args.config} resolve to the same settings")
         return 0

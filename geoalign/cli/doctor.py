@@ -108,15 +108,20 @@ def run(args: argparse.Namespace) -> int:
         if write_json(args, report):
             print(render(report))
         return 0
-    from geoalign.benchmark.tools.checks import SOURCE
+    from geoalign.benchmark.tools.checks import tool_environments
     from geoalign.jobs import checks
 
-    found = checks.collect(read_config(args), more=(SOURCE,))
+    config = read_config(args)
+    found, tools = checks.collect(config), list(tool_environments(config))
     bad = sum(check.state != "present" for check in found)
-    rows = [{name: getattr(check, name) for name in CHECKED} for check in found]
+    lost = sum(check.state != "present" for check in tools)
+    rows = [{name: getattr(check, name) for name in CHECKED} for check in (*found, *tools)]
     if write_json(args, report | {"config": args.config, "checks": rows}):
         state = f"{bad} of {len(found)} are missing or wrong: a run could not start" if bad else "a run can start"
-        print("\n".join([render(report), "", f"Configuration {args.config}: {state}", *checks.lines_of(found)]))
+        if lost:
+            state += f"; what {lost} of {len(tools)} environments of tools would measure is counted as failed"
+        lines = checks.lines_of([*found, *tools])
+        print("\n".join([render(report), "", f"Configuration {args.config}: {state}", *lines]))
     return int(bad > 0)
 
 

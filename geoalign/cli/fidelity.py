@@ -111,8 +111,9 @@ def run_table(args: argparse.Namespace) -> int:
     finally:
         bench.close()
     asked = [record for record in records if record.setting in priced and record.window in windows]
+    rows = table_rows(asked, priced)
     result = {
-        "rows": table_rows(asked, priced),
+        "rows": rows,
         "price": args.price or args.config,
         "base": str(base.train.base),
         "made_with": made_with,
@@ -120,7 +121,7 @@ def run_table(args: argparse.Namespace) -> int:
         **describe_environment(),
     }
     atomic_write_json(args.json, nan_to_none(result))
-    print(table_text(result["rows"]))
+    print(table_text(rows))
     return 0
 
 

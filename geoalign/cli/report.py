@@ -6,18 +6,24 @@ import argparse
 from pathlib import Path
 from typing import Any
 
+from geoalign.errors import UsageError
+
 
 def add_parser(subparsers: Any) -> None:
     """Add ``report``."""
     parser = subparsers.add_parser(
         "report",
-        help="write the HTML report of a run folder",
-        description="Write one HTML file with results, clips, camera paths and curves of a run. It opens offline.",
-        epilog="examples:\n  geoalign report runs/exp1\n  geoalign report runs/exp1 --follow",
+        help="write the HTML report of a run, or of several side by side",
+        description="Write one HTML file with results, films, camera paths and curves of a run, or of several runs "
+        "side by side: changed settings, paired differences, the same films. It opens offline.",
+        epilog="examples:\n  geoalign report runs/exp1\n  geoalign report runs/exp1 --follow\n"
+        "  geoalign report runs/exp1 runs/exp2 --out two.html",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("run_folder", metavar="RUN", help="the run's folder, e.g. runs/exp1")
-    parser.add_argument("--out", type=Path, metavar="FILE", help="default: report.html in the run folder")
+    parser.add_argument("run_folders", metavar="RUN", nargs="+", help="the run's folder, e.g. runs/exp1; up to 8")
+    parser.add_argument(
+        "--out", type=Path, metavar="FILE", help="default: report.html (of several: compare.html) in the first folder"
+    )
     parser.add_argument("--samples", type=int, default=4, metavar="N", help="held-out samples with clips (default 4)")
     parser.add_argument(
         "--follow", action="store_true", help="keep the report of a running training up to date until it ends"
@@ -27,8 +33,14 @@ def add_parser(subparsers: Any) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Write the report and print where it lies."""
+    from geoalign.report.compare import write_comparison
     from geoalign.report.page import follow_report, write_report
 
-    write = follow_report if args.follow else write_report
-    print(write(args.run_folder, args.out, samples=args.samples))
+    if len(args.run_folders) > 1:
+        if args.follow:
+            raise UsageError("--follow keeps the report of one run up to date; give one folder")
+        print(write_comparison(args.run_folders, args.out, samples=args.samples))
+    else:
+        write = follow_report if args.follow else write_report
+        print(write(args.run_folders[0], args.out, samples=args.samples))
     return 0

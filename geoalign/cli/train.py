@@ -92,9 +92,15 @@ def _arguments(args: argparse.Namespace) -> list[str]:
 
 
 def _print_comparison(summary: dict[str, Any]) -> None:
-    names = {"translation_error_m": "position error (m)", "rotation_error_deg": "rotation error (deg)"}
-    names |= {"scale_ratio": "scale ratio", "translation_gain": "translation gain"}
-    names |= {"psnr_db": "PSNR against the truth (dB)"}
+    from geoalign.geometry.metrics import AXES
+
+    names = {
+        "translation_error_m": "position error (m)",
+        "last_translation_error_m": "position error, last frame (m)",
+        "rotation_error_deg": "rotation error (deg)",
+        **{f"gain_{axis}": f"travelled over asked, {axis}" for axis in AXES},
+        "psnr_db": "PSNR against the truth (dB)",
+    }
     print(f"\nheld-out, mean over noise seeds{'':<14}before    after   change")
     for kind in summary["held_out"]:
         before, after = (
@@ -104,7 +110,7 @@ def _print_comparison(summary: dict[str, Any]) -> None:
         for key in (name for name in names if name in before and name in after):
             change = (
                 f"{after[key] - before[key]:+.2f}"
-                if key in ("psnr_db", "scale_ratio", "translation_gain")
+                if key == "psnr_db" or key.startswith("gain_")
                 else f"{after[key] / before[key] - 1:+.0%}"
             )
             print(f"  {kind:<8} {names[key]:<32} {before[key]:>8.3f} {after[key]:>8.3f} {change:>8}")

@@ -58,6 +58,13 @@ def flatten(value: Any, prefix: str = "") -> dict[str, Any]:
     return flat
 
 
+def differing_keys(*flat: Mapping[str, Any]) -> list[str]:
+    """Keys of flattened mappings whose values are not equal in all of them, in order of first appearance."""
+    absent = object()
+    keys = dict.fromkeys(key for values in flat for key in values)
+    return [key for key in keys if any(values.get(key, absent) != flat[0].get(key, absent) for values in flat[1:])]
+
+
 def _leaves(value: Any, path: KeyPath = ()) -> Iterator[tuple[KeyPath, Any]]:
     """Every value that is no mapping and no list, with its place."""
     if isinstance(value, Mapping | list):

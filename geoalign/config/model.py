@@ -30,7 +30,7 @@ class ModelConfig(Section):
     patch: tuple[int, int, int] = (1, 2, 2)
     """Latent frames, rows and columns of one token."""
     text_dim: int = Field(4096, gt=0, le=65536)
-    """Width of the text encoder's output; without a text encoder one zero token of this width is used."""
+    """Width of the text encoder's output; a model that reads no text gets one zero token of this width."""
     text_length: int = Field(512, gt=0, le=65536)
     """Text tokens; shorter prompts are padded with zero vectors, which take part in attention."""
     freq_dim: int = Field(256, gt=0, le=65536)

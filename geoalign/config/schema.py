@@ -86,6 +86,14 @@ class Config(Section):
         }
         return changed | ({"ode.reuse_share": self.ode.reuse_share} if "ode.reuse" in changed else {})
 
+    def changes(self) -> dict[str, Any]:
+        """:meth:`approximations`, and settings by which updates are made of less."""
+        fields = LearnConfig.model_fields
+        learn = {f"learn.{name}": getattr(self.learn, name) for name in fields}
+        return self.approximations() | {
+            name: value for name, value in learn.items() if value != fields[name.partition(".")[2]].default
+        }
+
     @model_validator(mode="after")
     def _possible(self) -> Self:
         checks = (
@@ -172,9 +180,10 @@ class Config(Section):
             raise ValueError(
                 f"parallel.sequence {parallel.sequence} must divide model.heads {self.model.heads}: ranks share heads"
             )
-        shapes = {frames: (frames, *self.data.video[1:]) for frames in (self.learn.short_frames, self.data.num_frames)}
-        counts = (count for frames, shape in shapes.items() if frames for count in self.model.tokens(*shape))
-        for name, count in zip(("target", "source") * 2, counts, strict=False):
+        frames, *size = self.data.video
+        lengths = {frames, self.learn.short_frames or frames}
+        counts = [count for length in sorted(lengths) for count in self.model.tokens(length, *size)]
+        for name, count in zip(("target", "source") * len(lengths), counts, strict=True):
             if count % parallel.sequence:
                 raise ValueError(
                     f"parallel.sequence {parallel.sequence} must divide the {count} {name} tokens of a video: ranks "

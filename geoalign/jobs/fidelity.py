@@ -21,8 +21,8 @@ from geoalign.errors import UsageError
 from geoalign.flow.rollout import Rollout
 from geoalign.flow.sampler import FlowSampler, initial_noise
 from geoalign.flow.table import StepWindow, build_step_table
-from geoalign.jobs.pricing import exactly, price
-from geoalign.perf.devices import DEVICES
+from geoalign.jobs.pricing import exactly, hours, tail_cost
+from geoalign.perf.devices import DEVICES, DeviceProfile
 from geoalign.policy.open import open_base
 from geoalign.policy.policy import Precomputed, RetakePolicy
 from geoalign.rewards.base import Reward
@@ -263,11 +263,16 @@ def table_rows(records: Sequence[Record], priced: Mapping[str, Config], device: 
     """
     rows = []
     places = list(dict.fromkeys((record.setting, record.window) for record in records))
-    costs = {name: price(priced[name], DEVICES[device]) for name in dict.fromkeys(name for name, _ in places)}
+    costs = {name: _price(priced[name], DEVICES[device]) for name in dict.fromkeys(name for name, _ in places)}
     for name, window in places:
         groups = [g for record in records if (record.setting, record.window) == (name, window) for g in record.groups]
-        numbers, (cost, hours) = summary(groups), costs[name]
+        numbers, (cost, whole) = summary(groups), costs[name]
         missed = shortfalls(numbers, cost)
-        row = {"setting": name, "window": window, "cost": cost, "hours": hours, **numbers}
+        words = {key: str(value) for key, value in priced[name].approximations().items()}
+        row = {"setting": name, "approximations": words, "window": window, "cost": cost, "hours": whole, **numbers}
         rows.append(row | {"accepted": not missed, "shortfalls": missed})
     return rows
+
+
+def _price(config: Config, device: DeviceProfile) -> tuple[float, float]:
+    return tail_cost(config, device), hours(config, device, config.groups.conditions)

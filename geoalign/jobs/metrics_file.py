@@ -5,11 +5,13 @@ from __future__ import annotations
 import hashlib
 import json
 import threading
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
 from typing import Any
+
+from PIL import Image
 
 from geoalign.config.training import RunConfig
 from geoalign.errors import ConfigError, DataError
@@ -59,6 +61,27 @@ class MetricsWriter:
             self._board.flush()
         if self._tracker is not None:
             self._tracker.log(dict(values), step=iteration)
+
+    def add_films(self, films: Iterable[tuple[int, Path]]) -> None:
+        """Show GIFs, by iteration, among TensorBoard's images, and give the files to Weights & Biases."""
+        from tensorboard.compat.proto import summary_pb2
+
+        proto: Any = summary_pb2  # generated when it is imported: its messages are known to no type checker
+        board: Any = self._board._get_file_writer()
+        for iteration, path in films:
+            if not path.exists():  # already thinned out
+                continue
+            with Image.open(path) as picture:
+                width, height = picture.size
+            image = proto.Summary.Image(
+                height=height, width=width, colorspace=3, encoded_image_string=path.read_bytes()
+            )
+            shown = proto.Summary(value=[proto.Summary.Value(tag="film", image=image)])
+            with disk_errors(self._events, _FIX):
+                board.add_summary(shown, iteration)
+                board.flush()
+            if self._tracker is not None:
+                self._tracker.save(str(path), base_path=str(path.parents[1]), policy="now")
 
     def _of_a_thread(self, error: threading.ExceptHookArgs) -> None:
         """Say nothing of a full disk in TensorBoard's thread: its next call raises it, where it becomes one line."""

@@ -7,13 +7,13 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from geoalign.errors import DataError
-from geoalign.files.parsing import read_json_object, read_text
+from geoalign.files.parsing import read_text
 from geoalign.files.yaml_text import MAX_YAML
 from geoalign.models.layouts import RECAMMASTER, REDIRECTOR
 from geoalign.policy.files import CHECKPOINT_NAME, RUN_CONFIG
 from geoalign.policy.open import ModelFiles
 from geoalign.report.held_out import Value, comparisons
+from geoalign.report.run_folder import read_summary
 from geoalign.version import __version__
 
 _NOT_KNOWN = "not known to geoalign: state that of the weights you trained on"
@@ -31,9 +31,12 @@ def model_card(name: Path | str, files: ModelFiles, *, layout: str, rounding: st
         files: its files.
         layout: the format of the export.
         rounding: what became of the bits, in words.
+
+    Raises:
+        DataError: the run's ``summary.json`` or settings are damaged; what a sound one does not tell is left out.
     """
     run = _run_of(Path(name))
-    summary = _summary(run)
+    summary = _summary(run, Path(name))
     base = str(summary.get("base") or files.notes.get("base") or files.location.home)
     lines = [
         "---", "library_name: geoalign", "pipeline_tag: video-to-video", "tags: [camera-control, grpo]", "---", "",
@@ -46,8 +49,7 @@ def model_card(name: Path | str, files: ModelFiles, *, layout: str, rounding: st
         f"| geoalign | {__version__} |",
         f"| commit of the training | {summary.get('commit', 'not recorded')} |",
     ]  # fmt: skip
-    if summary:
-        lines += [f"| seed, iterations | {summary['seed']}, {summary['iterations']} |"]
+    lines += [f"| {key} | {summary[key]} |" for key in ("seed", "iterations") if summary.get(key) is not None]
     return "\n".join([*lines, *_numbers(summary), *_settings(run, files), ""])
 
 
@@ -57,11 +59,13 @@ def _run_of(path: Path) -> Path | None:
     return next((folder for folder in parents if (folder / RUN_CONFIG).is_file()), None)
 
 
-def _summary(run: Path | None) -> dict[str, Any]:
-    try:
-        return {} if run is None else read_json_object(run / "summary.json")
-    except DataError:
-        return {}  # a run that did not end has none
+def _summary(run: Path | None, name: Path) -> dict[str, Any]:
+    """What the end of the run said; of an earlier checkpoint without its numbers, which were measured on the last."""
+    summary = {} if run is None else read_summary(run)
+    if found := CHECKPOINT_NAME.search(name.name):
+        summary = {key: summary[key] for key in ("base", "commit", "seed") if key in summary}
+        summary["iterations"] = int(found[0].removeprefix("step_"))
+    return summary
 
 
 def _licence(base: str, files: ModelFiles) -> str:

@@ -1,7 +1,8 @@
 """Supervised flow matching of the embedded base policy on paired renders.
 
-The labels of the target motion are wrong on purpose (:class:`LabelBias`): the base then has the metric scale drift that
-the paper describes in published models, and reinforcement learning has something real to repair.
+The labels of the target motion are wrong on purpose (:class:`LabelBias`): the base then errs differently along each
+axis and more and more over a clip, as the metric scale of published models drifts, and reinforcement learning has
+something real to repair.
 """
 
 from __future__ import annotations

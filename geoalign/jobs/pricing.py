@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Iterable
+from dataclasses import replace
 
 from geoalign.config.schema import Config
-from geoalign.config.training import OdeConfig
+from geoalign.config.training import LearnConfig, OdeConfig
 from geoalign.flow.table import build_step_table
 from geoalign.perf.budget import Plan, RunCost, Walk, exact_plan
 from geoalign.perf.cost import TransformerCost, VideoCost, video_cost
@@ -15,53 +17,74 @@ from geoalign.rl.window import WindowSchedule
 from geoalign.training.telemetry import walk_of
 
 
-def run_cost(config: Config) -> tuple[RunCost, list[str]]:
-    """The run of a configuration, and the rewards without a model, which are counted as free."""
-    video, left_out = _video(config)
-    run = RunCost(
-        transformer=TransformerCost.of(config.model, *config.data.video),
-        video=video,
-        walks=_walks(config),
+def run_cost(config: Config, iterations: Iterable[int] | None = None, frames: int | None = None) -> RunCost:
+    """The run of a configuration: all of its iterations on its longest videos, or some of them on shorter ones."""
+    shape = (frames or config.data.num_frames, *config.data.video[1:])
+    return RunCost(
+        transformer=TransformerCost.of(config.model, *shape),
+        video=_video(config, shape),
+        walks=_walks(config, range(config.train.iterations) if iterations is None else iterations),
         conditions=config.groups.conditions,
         group_size=config.groups.size,
         updates=config.optim.updates_per_rollout,
     )
-    return run, left_out
+
+
+def left_out(config: Config) -> list[str]:
+    """Rewards that are counted as free, because no cost is known."""
+    return reward_models(config)[1] if config.codec.kind == "wan_vae" else sorted(config.rewards)
 
 
 def exactly(config: Config) -> Config:
-    """The same run with exact steps on the full grid outside the window."""
-    return config.model_copy(update={"flow": config.flow.with_exact_tail(), "ode": OdeConfig()})
+    """The same run without anything that CHANGES it: exact steps on the full grid, learning from all of them."""
+    return config.model_copy(update={"flow": config.flow.with_exact_tail(), "ode": OdeConfig(), "learn": LearnConfig()})
 
 
 def plan_with_levers(config: Config) -> Plan:
-    """All EXACT levers that the run can have, and the 8-bit steps that it asks for."""
-    plan = exact_plan(config.optim.updates_per_rollout, 2 if config.flow.guidance > 1 else 1)
+    """All EXACT levers that the run can have, and what else the configuration asks for."""
+    learn = config.learn
+    streams = config.optim.updates_per_rollout == 1 and learn.members is None
+    plan = exact_plan(streams=streams, guidance=2 if config.flow.guidance > 1 else 1)
+    plan = replace(plan, learned_steps=learn.window_steps, learned_members=learn.members)
     return plan.with_int8(attention=config.ode.attention != "exact", linears=config.ode.linears != "exact")
 
 
-def price(config: Config, device: DeviceProfile) -> tuple[float, float]:
-    """Cost of the tail as a share of the exact one's, and predicted hours on a card per condition, all levers on."""
-    runs, plans = zip(*((run_cost(each)[0], plan_with_levers(each)) for each in (config, exactly(config))), strict=True)
-    tails = [
-        sum(times * walk.tail for walk, times in run.walks.items()) * run.outside(device, plan)
-        for run, plan in zip(runs, plans, strict=True)
-    ]
-    return tails[0] / tails[1], runs[0].hours(device, plans[0], config.groups.conditions)
+def hours(config: Config, device: DeviceProfile, devices: int) -> float:
+    """Predicted hours with all EXACT levers and what the configuration asks for besides."""
+    plan, total = plan_with_levers(config), 0.0
+    by_frames: dict[int, list[int]] = {}
+    for iteration in range(config.train.iterations):
+        by_frames.setdefault(config.learn.frames(iteration, config.data.num_frames), []).append(iteration)
+    for frames, iterations in by_frames.items():
+        total += run_cost(config, iterations, frames).hours(device, plan, devices)
+    return total
 
 
-def _walks(config: Config) -> dict[Walk, int]:
-    """Every iteration's evaluated steps, from the very schedule and table that training uses."""
+def tail_cost(config: Config, device: DeviceProfile) -> float:
+    """Predicted seconds of the steps after the window as a share of those of exact steps on the full grid."""
+    seconds = []
+    for each in (config, exactly(config)):
+        run = run_cost(each)
+        steps = sum(times * walk.tail for walk, times in run.walks.items())
+        seconds.append(steps * run.outside(device, plan_with_levers(each)))
+    return seconds[0] / seconds[1]
+
+
+def _walks(config: Config, iterations: Iterable[int]) -> dict[Walk, int]:
+    """The evaluated steps of some iterations, from the very schedule and table that training uses."""
     schedule = WindowSchedule(config.window, config.flow.steps, config.run.seed)
-    windows = Counter(schedule(iteration) for iteration in range(config.train.iterations))
     walks: Counter[Walk] = Counter()
-    for window, count in windows.items():
+    for window, count in Counter(schedule(iteration) for iteration in iterations).items():
         walks[walk_of(config, build_step_table(config.flow, window))] += count
     return dict(walks)
 
 
-def _video(config: Config) -> tuple[VideoCost, list[str]]:
+def _video(config: Config, shape: tuple[int, int, int]) -> VideoCost:
     if config.codec.kind != "wan_vae":
-        return VideoCost(decode=0.0, encode=0.0, scorers={}, host_seconds=0.0), sorted(config.rewards)
-    scorers, left_out = reward_models(config)
-    return video_cost(*config.data.video, scorers), left_out
+        return VideoCost(decode=0.0, encode=0.0, scorers={}, host_seconds=0.0)
+    cost = video_cost(*shape, reward_models(config)[0])
+    strides = [reward.options.get("frame_stride", 1) for reward in config.rewards.values() if reward.kind == "hpsv3"]
+    if not strides:
+        return cost
+    seen = len(range(0, shape[0], strides[0])) / shape[0]
+    return replace(cost, scorers=cost.scorers | {"hpsv3": cost.scorers["hpsv3"] * seen})

@@ -24,6 +24,7 @@ from geoalign.jobs.metrics_file import MetricsWriter
 from geoalign.jobs.prepare import encoder_identity, render_missing_data
 from geoalign.jobs.progress import RunProgress, say
 from geoalign.jobs.stop import StopRequest
+from geoalign.jobs.train_films import FilmWriter
 from geoalign.jobs.train_held_out import RunEvaluator, conditions_of, held_out_summary
 from geoalign.jobs.train_profile import profiled
 from geoalign.jobs.train_resume import (
@@ -206,15 +207,21 @@ def _iterate(
         StopRequest().installed() as stop,
         CheckpointWriter(folder / "checkpoints", settings, config.train) as checkpoints,
         MetricsWriter(folder, config.run, trainer.iteration) if main else nullcontext() as writer,
+        FilmWriter(folder, config.run) if main else nullcontext() as films,
         RunProgress(total, trainer.iteration) as progress,
     ):
         while trainer.iteration < total:
+            trainer.film_wanted = films is not None and films.due(trainer.iteration, total)
             with profiled(trainer, folder) if main and trainer.iteration == profile else nullcontext():
                 numbers = trainer.step()
             if config.eval.every and trainer.iteration % config.eval.every == 0:
                 numbers |= evaluation.on_the_way()
             if writer is not None:
                 writer.write(trainer.iteration - 1, numbers)
+            if writer is not None and films is not None:
+                if trainer.film is not None:
+                    films.write(trainer.iteration - 1, trainer.film)
+                writer.add_films(films.finished())
             progress.tell(trainer.iteration, numbers)
             stopping = trainer.ranks.maximum(float(bool(stop.signal_name))) > 0  # all ranks stop together
             if trainer.iteration % config.train.checkpoint_every == 0 or trainer.iteration == total or stopping:
@@ -224,5 +231,7 @@ def _iterate(
                     checkpoints.save(state)
             if stopping:
                 break
+        if writer is not None and films is not None:
+            writer.add_films(films.finished(wait=True))
     trainer.ranks.barrier()  # one that ended early would make torchrun end the one that still writes
     trainer.notes = base_notes

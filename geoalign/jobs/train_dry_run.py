@@ -63,7 +63,7 @@ def _execution(config: Config) -> str:
     parts = [f"device {run.device}", f"matrices {run.dtype}", "compiled blocks" if run.compile else "eager blocks"]
     parts += [f"attention core {_core(config)}"] + ["repeatable backwards"] * run.deterministic
     parts += [f"recompute {levers.recompute}", f"streaming {levers.streaming}"]
-    approximate = [f"{name} {value}" for name, value in config.approximations().items()]
+    approximate = [f"{name} {value}" for name, value in config.changes().items()]
     return ", ".join(parts) + (f"; CHANGES samples: {', '.join(approximate)}" if approximate else "; all EXACT")
 
 

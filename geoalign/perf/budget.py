@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, Literal
+from typing import Any
 
 from geoalign.perf.cost import Speedups, TransformerCost, VideoCost
 from geoalign.perf.devices import CERTAINTY, DeviceProfile, Kind
@@ -217,19 +217,15 @@ class Lever:
 
     Attributes:
         name: what it does.
-        kind: EXACT or CHANGES.
         plan: fields of ``Plan`` that it sets.
         speedups: fields of ``Speedups`` that it sets.
-        coarse_tail: whether it shortens the walk after the window.
         one_update: whether it needs a single optimizer update per rollout.
         rate: the rate of a device profile that its worth rests on; empty: an assumption of this model.
     """
 
     name: str
-    kind: Literal["EXACT", "CHANGES"]
     plan: Mapping[str, Any] = field(default_factory=dict)
     speedups: Mapping[str, Any] = field(default_factory=dict)
-    coarse_tail: bool = False
     one_update: bool = False
     rate: str = "attention"
 
@@ -243,30 +239,26 @@ class Lever:
 
 
 LEVERS: tuple[Lever, ...] = (
-    Lever("fused norm, rotary, gate and GELU kernels", "EXACT", speedups={"kernels": "fused"}, rate="bandwidth"),
-    Lever("camera adapter and phases cached per condition", "EXACT", speedups={"cached": True}, rate="convolution"),
-    Lever("source tokens pruned in the last block", "EXACT", speedups={"pruned": True}),
-    Lever("attention output kept, the rest recomputed", "EXACT", plan={"keep_attention": True}),
-    Lever("shared prefix and first window forward", "EXACT", plan={"share_prefix": True}),
-    Lever("merged first learner step", "EXACT", plan={"merge_first": True}),
-    Lever("reward host work off the critical path", "EXACT", plan={"hide_host": True}, rate=""),
+    Lever("fused norm, rotary, gate and GELU kernels", speedups={"kernels": "fused"}, rate="bandwidth"),
+    Lever("camera adapter and phases cached per condition", speedups={"cached": True}, rate="convolution"),
+    Lever("source tokens pruned in the last block", speedups={"pruned": True}),
+    Lever("attention output kept, the rest recomputed", plan={"keep_attention": True}),
+    Lever("shared prefix and first window forward", plan={"share_prefix": True}),
+    Lever("merged first learner step", plan={"merge_first": True}),
+    Lever("reward host work off the critical path", plan={"hide_host": True}, rate=""),
     Lever(
         "backward streamed from the rollout",
-        "EXACT",
         plan={"stream_backward": True, "replay_first": True},
         one_update=True,
     ),
-    Lever("int8 attention outside the window", "CHANGES", plan={"int8_attention": True}, rate="attention_int8"),
-    Lever("int8 frozen linears", "CHANGES", plan={"int8_linears": True}, rate="matmul_int8"),
-    Lever("coarser tail (MixGRPO-Flash)", "CHANGES", coarse_tail=True),
 )
 
 
-def exact_plan(updates: int, guidance: int = 1) -> Plan:
-    """All EXACT levers that a run with that many optimizer updates per rollout can have."""
+def exact_plan(*, streams: bool, guidance: int = 1) -> Plan:
+    """All levers; ``streams``: whether the run can stream its backwards (one update per rollout, known members)."""
     plan = Plan(guidance=guidance)
     for lever in LEVERS:
-        if lever.kind == "EXACT" and not (lever.one_update and updates > 1):
+        if streams or not lever.one_update:
             plan = lever.apply(plan)
     return plan
 
@@ -284,36 +276,31 @@ class Rung:
 
 @dataclass(frozen=True, slots=True)
 class Ladder:
-    """Predicted hours without any lever, rung by rung, and the two totals."""
+    """Predicted hours without any lever, and rung by rung."""
 
     reference_hours: float
     rungs: Sequence[Rung]
 
-    def total(self, kind: Literal["EXACT", "CHANGES"]) -> float:
-        """Hours with all EXACT levers, or with all levers."""
-        fitting = [rung for rung in self.rungs if kind == "CHANGES" or rung.lever.kind == "EXACT"]
-        return fitting[-1].cumulative_hours if fitting else self.reference_hours
+    @property
+    def total(self) -> float:
+        """Hours with all levers."""
+        return self.rungs[-1].cumulative_hours if self.rungs else self.reference_hours
 
 
-def climb(run: RunCost, coarse: RunCost, device: DeviceProfile, devices: int, guidance: int = 1) -> Ladder:
-    """The ladder of a run; ``coarse`` is the same run with the coarser tail, read by the lever that asks for it.
-
-    A quantised mode that does not beat the device's exact core is left out: it would not be used.
-    """
+def climb(run: RunCost, device: DeviceProfile, devices: int, guidance: int = 1) -> Ladder:
+    """The ladder of a run: every lever alone, and on top of those before it."""
     start = Plan(guidance=guidance)
-    plan, current = start, run
+    plan = start
     rungs: list[Rung] = []
     kind = device.kinds.get("attention", "assumed")
     for lever in LEVERS:
-        if (lever.one_update and run.updates > 1) or ("int8_attention" in lever.plan and not device.int8_pays()):
+        if lever.one_update and run.updates > 1:
             continue
-        changed = coarse if lever.coarse_tail else run
-        current = coarse if lever.coarse_tail else current
         plan = lever.apply(plan)
-        alone = changed.hours(device, lever.apply(start), devices)
+        alone = run.hours(device, lever.apply(start), devices)
         own = lever.kind_of_hours(device)
         kind = max(kind, own, key=CERTAINTY.index)
-        rungs.append(Rung(lever, alone, current.hours(device, plan, devices), own, kind))
+        rungs.append(Rung(lever, alone, run.hours(device, plan, devices), own, kind))
     return Ladder(run.hours(device, start, devices), tuple(rungs))
 
 

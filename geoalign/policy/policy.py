@@ -65,10 +65,10 @@ class RetakePolicy:
     def condition(self, batch: RetakeBatch) -> Conditioning:
         """Encode B conditions, taking prepared encodings where the batch has them.
 
-        Without a prepared text embedding the text is one zero token.
+        A model that reads no text (``text_length`` 1) gets one zero token.
 
         Raises:
-            UsageError: the model needs a ground plane or image tokens that are not given.
+            UsageError: the model needs a ground plane, a text embedding or image tokens that are not given.
             DataError: prepared embeddings of another size than the model reads.
             ConfigError: guidance without a prepared embedding of the negative prompt.
         """
@@ -90,6 +90,11 @@ class RetakePolicy:
                 raise ConfigError(
                     "optim.trainable trains the cross-attention, but the data has no prepared text: set "
                     "data.prepare.text and run `geoalign prepare`, or train self-attention only"
+                )
+            if config.text_length > 1:  # it never saw a condition without any text, which even an empty prompt is
+                raise UsageError(
+                    "this model reads text, and there is none: set data.prepare.text and data.use_cache, and run "
+                    "`geoalign prepare`; `geoalign sample` looks for a text encoder beside the weights"
                 )
             context = torch.zeros(len(batch), 1, config.text_dim, device=self.device)
         else:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from html import escape
 
 from geoalign.report.run_folder import RunRecord
@@ -18,8 +18,7 @@ def curves_section(run: RunRecord) -> str:
     """Compose all curves by group; nothing when the run wrote no metrics."""
     taken: dict[str, list[str]] = {group.title: [] for group in CURVES}
     for key in run.metric_keys(""):
-        group = next((group for group in CURVES if group.takes(key)), None)
-        if group:
+        if group := _group_of(key):
             taken[group.title].append(key)
     blocks = [block for group in CURVES if (block := _group(run, group, taken[group.title]))]
     if not blocks:
@@ -28,6 +27,34 @@ def curves_section(run: RunRecord) -> str:
 <p>One point per iteration; the bold line is a moving average, whose first and last values stand above it. Rest the
 pointer on a curve to read a value.</p>
 {"".join(blocks)}</section>"""
+
+
+def compared_curves(runs: Sequence[tuple[str, RunRecord]]) -> str:
+    """The curves of several runs (name, run) on one axis each, coloured by position; constant ones are left out."""
+    keys = dict.fromkeys(key for _, run in runs for key in run.metric_keys(""))
+    blocks = []
+    for group in CURVES:
+        charts = [_compared(runs, key, group) for key in keys if group is _group_of(key)]
+        if drawn := "".join(charts):
+            blocks.append(_framed(group, f'<div class="charts">{drawn}</div>'))
+    if not blocks:
+        return ""
+    return f"""<section id="curves"><h2>How they learnt</h2><p>One point per iteration, one colour a run; the bold line
+is a moving average. Rest the pointer on a curve to read a value.</p>{"".join(blocks)}</section>"""
+
+
+def _compared(runs: Sequence[tuple[str, RunRecord]], key: str, group: CurveGroup) -> str:
+    series = [(index, name, *run.series(key)) for index, (name, run) in enumerate(runs, 1)]
+    lines = [Line(name, steps, values, f"series-{index}") for index, name, steps, values in series if values]
+    if len({value for line in lines for value in line.y}) < 2:
+        return ""
+    chart = line_chart(lines, title=key, zero=group.with_zero)
+    name = escape(curve_name(key.removeprefix(group.prefix)))
+    return f"<figure><figcaption><b>{name}</b></figcaption>{chart}</figure>"
+
+
+def _group_of(key: str) -> CurveGroup | None:
+    return next((group for group in CURVES if group.takes(key)), None)
 
 
 def _group(run: RunRecord, group: CurveGroup, keys: Iterable[str]) -> str:
@@ -46,7 +73,11 @@ def _group(run: RunRecord, group: CurveGroup, keys: Iterable[str]) -> str:
         return ""
     drawn = f'<div class="charts">{"".join(charts)}</div>' if charts else ""
     listed = f'<p class="constant">In every iteration: {", ".join(constant)}.</p>' if constant else ""
-    inside = f'<p class="note">{group.meaning}</p>{drawn}{listed}'
+    return _framed(group, drawn + listed)
+
+
+def _framed(group: CurveGroup, content: str) -> str:
+    inside = f'<p class="note">{group.meaning}</p>{content}'
     if group.folded:
         return f"<details><summary>{group.title}</summary>{inside}</details>"
     return f"<h3>{group.title}</h3>{inside}"

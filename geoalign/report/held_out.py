@@ -50,12 +50,7 @@ class Comparison:
     @property
     def gain(self) -> float:
         """How much better it got in the metric's own unit; negative: worse."""
-        better: Better = self.metric.better
-        if better == "higher":
-            return self.after.mean - self.before.mean
-        if better == "one":
-            return abs(self.before.mean - 1) - abs(self.after.mean - 1)
-        return self.before.mean - self.after.mean
+        return gain(self.metric.better, self.before.mean, self.after.mean)
 
     @property
     def verdict(self) -> str:
@@ -63,11 +58,24 @@ class Comparison:
 
         Without a spread (one noise seed) nothing can be said.
         """
-        if self.metric.better == "unknown" or self.before.spread is None or self.after.spread is None:
+        if self.before.spread is None or self.after.spread is None or round(*self.change) == 0:
             return "even"
-        if abs(self.gain) <= max(self.before.spread, self.after.spread) or round(*self.change) == 0:
-            return "even"
-        return "good" if self.gain > 0 else "bad"
+        return judged(self.metric.better, self.before.mean, self.after.mean, max(self.before.spread, self.after.spread))
+
+
+def gain(better: Better, before: float, after: float) -> float:
+    """How much better ``after`` is than ``before``, in the metric's own unit; negative: worse."""
+    if better == "higher":
+        return after - before
+    return abs(before - 1) - abs(after - 1) if better == "one" else before - after
+
+
+def judged(better: Better, before: float, after: float, spread: float) -> str:
+    """``good`` or ``bad`` where the gain exceeds ``spread``, else ``even``."""
+    found = gain(better, before, after)
+    if better == "unknown" or abs(found) <= spread:
+        return "even"
+    return "good" if found > 0 else "bad"
 
 
 def comparisons(summary: Mapping[str, Any], kind: str) -> Iterator[Comparison]:

@@ -70,6 +70,11 @@ def thinned(count: int) -> Array:
     return np.linspace(0, count - 1, min(count, MAX_FRAMES)).round().astype(int)
 
 
+def scaled(frame: Array) -> Array:
+    """A frame uint8 ``[3, H, W]``, of at most ``MAX_WIDTH`` pixels width."""
+    return np.moveaxis(np.asarray(_image(frame)), -1, 0)
+
+
 def _image(frame: Array) -> Image.Image:
     image = Image.fromarray(np.ascontiguousarray(np.moveaxis(frame, 0, -1)))
     if image.width > MAX_WIDTH:

@@ -17,7 +17,7 @@ from geoalign.report.curves import curves_section, phases_section
 from geoalign.report.document import document
 from geoalign.report.results import headline, lead, results_section, worse_numbers
 from geoalign.report.run_folder import RunRecord, read_run
-from geoalign.report.samples import samples_section
+from geoalign.report.samples import samples_section, training_section
 from geoalign.report.state import RunState, duration, progress_section
 from geoalign.report.troubles import findings, troubles_section
 from geoalign.report.what import what_section
@@ -44,6 +44,7 @@ def report_page(run: RunRecord, samples: int = 4) -> str:
         troubles_section(run, worse_numbers(run)),
         what_section(run),
         curves_section(run),
+        training_section(run),
         phases_section(run),
         _how(run),
         "</main>",

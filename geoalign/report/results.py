@@ -9,7 +9,8 @@ from geoalign.report.run_folder import RunRecord
 from geoalign.report.svg import number, smooth
 from geoalign.report.words import HELD_OUT, SETS
 
-CARD_METRICS = ("translation_error_m", "rotation_error_deg", "translation_gain", "psnr_db")
+CARD_METRICS = ("translation_error_m", "last_translation_error_m", "rotation_error_deg", "psnr_db")
+_WAYS = {"gain_sideways": "to the sides", "gain_forward": "forward", "gain_vertical": "up and down"}
 
 
 def headline(run: RunRecord) -> str:
@@ -37,10 +38,21 @@ def lead(run: RunRecord) -> str:
         f"On scenes and paths that training never saw, the mean distance between the camera and its target went from "
         f"{number(main.before.mean)} to {number(main.after.mean)} metres"
     )
+    return text + _travelled(found) + "." + _verdicts(list(found.values()))
+
+
+def _travelled(found: dict[str, Comparison]) -> str:
+    """How far the camera goes for what was asked, along each axis where that is known; one number hides their mix."""
+    if _WAYS.keys() <= found.keys():
+        ways = [
+            f"{number(found[key].after.mean)} metres {way} ({number(found[key].before.mean)} before)"
+            for key, way in _WAYS.items()
+        ]
+        return f"; for each metre asked for, the camera travels {', '.join(ways[:-1])} and {ways[-1]}"
     if ratio := found.get("translation_gain"):
         now, then = number(ratio.after.mean), number(ratio.before.mean)
-        text += f"; for each metre asked for, the camera travels {now} metres instead of {then}"
-    return text + "." + _verdicts(list(found.values()))
+        return f"; for each metre asked for, the camera travels {now} metres instead of {then}"
+    return ""
 
 
 def _verdicts(items: list[Comparison]) -> str:

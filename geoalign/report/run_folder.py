@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,10 @@ from geoalign.files.parsing import read_json
 from geoalign.files.yaml_text import read_yaml
 
 Array = np.ndarray[Any, np.dtype[Any]]
+Shape = tuple[str, tuple[int | None, ...]]
 STAGES = ("before", "after")
+FILMS = "films"
+"""Folder of the films made while a run trains, ``iteration_NNNNNN.npz`` each."""
 _MAX_CLIPS = 8 << 30  # bytes of an evaluation archive in memory
 
 
@@ -58,6 +61,22 @@ class EvaluationClips:
 
 
 @dataclass(frozen=True, slots=True)
+class TrainingClip:
+    """A training sample of one iteration, counted from 0: uint8 [F, 3, H, W] videos and the path asked for.
+
+    ``frames`` are the numbers of the F frames among those of the video, from 1.
+    """
+
+    iteration: int
+    source: Array
+    retake: Array
+    target_c2w: Array
+    intrinsics: Array
+    frames: Array
+    ground_plane: Array | None = None
+
+
+@dataclass(frozen=True, slots=True)
 class RunRecord:
     """Everything the report shows; ``live``: a process is writing the run."""
 
@@ -68,6 +87,7 @@ class RunRecord:
     metrics: list[dict[str, Any]]
     clips: dict[str, EvaluationClips] = field(default_factory=dict)
     live: bool = False
+    films: list[TrainingClip] = field(default_factory=list)
 
     @property
     def name(self) -> str:
@@ -108,10 +128,8 @@ def read_run(folder: str | Path) -> RunRecord:
         raise UsageError(f"no run folder at {path}; give the folder that `geoalign train` printed, such as runs/NAME.")
     if not any((path / name).is_file() for name in ("metrics.jsonl", "summary.json", "config.yaml")):
         raise UsageError(f"{path} is not a run folder: it has no metrics.jsonl, summary.json or config.yaml.")
-    config, summary = _optional(path / "config.yaml", read_yaml), _optional(path / "summary.json", read_json)
+    config, summary = _optional(path / "config.yaml", read_yaml), read_summary(path)
     _mapping(path / "config.yaml", config.get("run", {}), "run")
-    for key in ("held_out", "held_out_per_noise_seed"):
-        _check_stages(path / "summary.json", key, summary.get(key))
     metrics = path / "metrics.jsonl"
     return RunRecord(
         folder=path,
@@ -121,7 +139,17 @@ def read_run(folder: str | Path) -> RunRecord:
         metrics=read_jsonl(metrics) if metrics.exists() else [],
         clips={stage: clips for stage in STAGES if (clips := _read_clips(path / "eval" / f"{stage}.npz"))},
         live=bool(held_by(path / LOCK_NAME)),
+        films=read_films(path / FILMS),
     )
+
+
+def read_summary(folder: Path) -> dict[str, Any]:
+    """``summary.json`` of a run folder; empty where the run did not end. Raises DataError if it is damaged."""
+    file = folder / "summary.json"
+    summary = _optional(file, read_json)
+    for key in ("held_out", "held_out_per_noise_seed"):
+        _check_stages(file, key, summary.get(key))
+    return summary
 
 
 def _optional(path: Path, read: Callable[[Path], Any]) -> dict[str, Any]:
@@ -151,7 +179,34 @@ def _listed(value: Any) -> list[Any]:
     return value if isinstance(value, list) else [value]
 
 
-_SHAPES: dict[str, tuple[str, tuple[int | None, ...]]] = {
+def film_iteration(path: Path) -> int:
+    """The iteration of ``iteration_NNNNNN.npz``, counted from 0."""
+    return int(path.stem.rpartition("_")[2])
+
+
+def read_films(folder: Path, most: int = 6) -> list[TrainingClip]:
+    """At most ``most`` films of a run's folder, evenly spaced, in order.
+
+    Raises:
+        DataError: one of them cannot be read.
+    """
+    paths = sorted(path for path in folder.glob("iteration_*.npz") if path.stem.rpartition("_")[2].isdigit())
+    chosen = np.linspace(0, len(paths) - 1, min(most, len(paths))).round().astype(int)
+    return [_read_film(paths[index]) for index in chosen]
+
+
+def _read_film(path: Path) -> TrainingClip:
+    arrays = read_arrays(path, DataError, limit=_MAX_CLIPS)
+    if not isinstance(arrays, dict):
+        raise DataError(f"{path}: not the film of an iteration; delete it.")
+    shapes = {key: value for key, value in _FILM_SHAPES.items() if key in arrays or key != "ground_plane"}
+    _check_arrays(path, arrays, shapes, "the film of an iteration", "delete it")
+    if len({len(arrays[name]) for name in shapes if name != "ground_plane"}) > 1:
+        raise DataError(f"{path}: its arrays hold unequal numbers of frames; delete it.")
+    return TrainingClip(film_iteration(path), **{name: arrays[name] for name in shapes})
+
+
+_SHAPES: dict[str, Shape] = {
     "names": ("U", (None,)),
     "source": ("u", (None, None, 3, None, None)),
     "generated": ("u", (None, None, 3, None, None)),
@@ -159,11 +214,19 @@ _SHAPES: dict[str, tuple[str, tuple[int | None, ...]]] = {
     "estimated_c2w": ("f", (None, None, 4, 4)),
 }
 """Kind and shape of the arrays of an evaluation archive; None fits any length above 0."""
-_OPTIONAL: dict[str, tuple[str, tuple[int | None, ...]]] = {
+_OPTIONAL: dict[str, Shape] = {
     "truth": _SHAPES["generated"],
     "source_c2w": _SHAPES["target_c2w"],
     "intrinsics": ("f", (None, None, 4)),
     "ground_plane": ("f", (None, 4)),
+}
+_FILM_SHAPES: dict[str, Shape] = {
+    "source": ("u", (None, 3, None, None)),
+    "retake": ("u", (None, 3, None, None)),
+    "target_c2w": ("f", (None, 4, 4)),
+    "intrinsics": ("f", (None, 4)),
+    "frames": ("i", (None,)),
+    "ground_plane": ("f", (4,)),
 }
 _WITHOUT_FRAMES = ("names", "ground_plane")
 
@@ -175,13 +238,7 @@ def _read_clips(path: Path) -> EvaluationClips | None:
     if not isinstance(arrays, dict):
         raise DataError(f"{path}: not an evaluation archive; run `geoalign evaluate` again.")
     shapes = _SHAPES | {name: shape for name, shape in _OPTIONAL.items() if name in arrays}
-    for name, (kind, wanted) in shapes.items():
-        found = arrays.get(name)
-        if found is None or found.dtype.kind != kind or not _fits(found.shape, wanted):
-            got = "missing" if found is None else f"{found.dtype} {list(found.shape)}"
-            raise DataError(
-                f"{path}: not a readable evaluation archive ({name}: {got}); run `geoalign evaluate` again."
-            )
+    _check_arrays(path, arrays, shapes, "a readable evaluation archive", "run `geoalign evaluate` again")
     frames = {arrays[name].shape[1] for name in shapes if name not in _WITHOUT_FRAMES}
     if len({len(arrays[name]) for name in shapes}) > 1 or len(frames) > 1:
         raise DataError(f"{path}: its arrays hold unequal numbers of samples or frames; run `geoalign evaluate` again.")
@@ -193,6 +250,15 @@ def _read_clips(path: Path) -> EvaluationClips | None:
         estimated_c2w=arrays["estimated_c2w"],
         **{name: arrays.get(name) for name in _OPTIONAL},
     )
+
+
+def _check_arrays(path: Path, arrays: Mapping[str, Array], shapes: Mapping[str, Shape], what: str, fix: str) -> None:
+    """Raise DataError unless every array is there with its kind and shape."""
+    for name, (kind, wanted) in shapes.items():
+        found = arrays.get(name)
+        if found is None or found.dtype.kind != kind or not _fits(found.shape, wanted):
+            got = "missing" if found is None else f"{found.dtype} {list(found.shape)}"
+            raise DataError(f"{path}: not {what} ({name}: {got}); {fix}.")
 
 
 def _fits(shape: Sequence[int], wanted: Sequence[int | None]) -> bool:

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from html import escape
 
 import numpy as np
 
 from geoalign.report.film import CameraPath, Film, FrameNumbers, Ground, Take, film_html
-from geoalign.report.run_folder import Array, EvaluationClips, RunRecord
+from geoalign.report.run_folder import Array, EvaluationClips, RunRecord, TrainingClip
 from geoalign.report.svg import number
 from geoalign.report.words import PATHS, STAGES
 
@@ -52,30 +52,67 @@ def _rank_text(rank: int, total: int) -> str:
 
 def held_out_film(clips: Mapping[str, EvaluationClips], index: int, rank: str) -> Film:
     """Sample ``index`` of the stages in ``clips`` as one film."""
-    last = list(clips.values())[-1]
-    takes = {"source": last.source[index]} | {stage: part.generated[index] for stage, part in clips.items()}
+    stages = [(stage, STAGES[stage], part) for stage, part in clips.items()]
+    return _film(stages, index, rank, {stage: PATHS[stage] for stage in clips})
+
+
+def compared_film(
+    runs: Sequence[tuple[str, str, EvaluationClips]], base: EvaluationClips | None, index: int, rank: str
+) -> Film:
+    """Sample ``index`` of several runs (role, name, clips after training) as one film, with that of their base."""
+    stages = [*([("before", STAGES["before"], base)] if base else []), *runs]
+    return _film(stages, index, rank, {role: f"camera read of {name}" for role, name, _ in stages})
+
+
+def training_section(run: RunRecord) -> str:
+    """Films of training samples, in order, each behind its fold; nothing when the run made none."""
+    if not run.films:
+        return ""
+    films = "".join(folded_film(_training_film(clip)) for clip in run.films)
+    return f"""<section id="training"><h2>While it trained</h2>
+<p>One training sample of an iteration each: the first one, picked by nobody. Requests change from one iteration to the
+next, so look at whether the ground keeps to the lines of the path asked for.</p>{films}</section>"""
+
+
+def _training_film(clip: TrainingClip) -> Film:
+    ground = None if clip.ground_plane is None else Ground(clip.ground_plane, clip.intrinsics)
+    return Film(
+        title=f"Iteration {clip.iteration}",
+        takes=[Take("source", STAGES["source"], clip.source), Take("after", "Retake", clip.retake)],
+        paths=[CameraPath("target", PATHS["target"], clip.target_c2w)],
+        ground=ground,
+        frame_labels=[str(frame) for frame in clip.frames],
+    )
+
+
+def _film(stages: Sequence[tuple[str, str, EvaluationClips]], index: int, rank: str, paths: Mapping[str, str]) -> Film:
+    """Source, the stages (role, label, clips) and the truth in one film; ``paths`` names the stages' cameras."""
+    last = stages[-1][2]
+    takes = [Take("source", STAGES["source"], last.source[index])]
+    takes += [Take(role, label, part.generated[index]) for role, label, part in stages]
     if last.truth is not None:
-        takes["truth"] = last.truth[index]
-    paths = {"target": last.target_c2w[index]} | {stage: part.estimated_c2w[index] for stage, part in clips.items()}
+        takes.append(Take("truth", STAGES["truth"], last.truth[index]))
+    drawn = [CameraPath("target", PATHS["target"], last.target_c2w[index])]
+    drawn += [CameraPath(role, paths[role], part.estimated_c2w[index]) for role, _, part in stages]
+    if last.source_c2w is not None:
+        drawn.append(CameraPath("source", PATHS["source"], last.source_c2w[index]))
     ground = None
     if last.ground_plane is not None and last.intrinsics is not None:
         ground = Ground(last.ground_plane[index], last.intrinsics[index])
-    if last.source_c2w is not None:
-        paths["source"] = last.source_c2w[index]
-    totals = [number(float(part.translation_errors()[index]), 2) + " m" for part in clips.values()]
+    errors = [f"{label.lower()} {number(float(part.translation_errors()[index]), 2)} m" for _, label, part in stages]
     by_frame = [
         ("Position error", "m", EvaluationClips.translation_errors_by_frame),
         ("Rotation error", "\N{DEGREE SIGN}", EvaluationClips.rotation_errors_by_frame),
     ]
     return Film(
         title=last.names[index].replace("/", ": ").replace("_", " "),
-        note=f"{rank} \N{MIDDLE DOT} position error " + " \N{RIGHTWARDS ARROW} ".join(totals),
-        takes=[Take(role, STAGES[role], frames) for role, frames in takes.items()],
-        paths=[CameraPath(role, PATHS[role], c2w) for role, c2w in paths.items()],
+        note=f"{rank} \N{MIDDLE DOT} position error {', '.join(errors)}",
+        takes=takes,
+        paths=drawn,
         ground=ground,
         numbers=[
-            FrameNumbers(title, unit, stage, errors(part)[index])
-            for title, unit, errors in by_frame
-            for stage, part in clips.items()
+            FrameNumbers(title, unit, role, error(part)[index])
+            for title, unit, error in by_frame
+            for role, _, part in stages
         ],
     )

@@ -41,7 +41,7 @@ class RunState:
         total = run.setting("train.iterations")
         total = total if isinstance(total, int) else None
         kind = "live" if run.live else "finished" if run.summary else "stopped"
-        seconds = _seconds(run)
+        seconds = seconds_per_iteration(run)
         left = seconds * (total - done) if kind == "live" and seconds and total is not None else None
         file = run.folder / "metrics.jsonl"
         silent = time.time() - file.stat().st_mtime if kind == "live" and file.exists() else None
@@ -62,7 +62,7 @@ class RunState:
         return f"Iteration {self.done} of {self.total} is done" if self.total else f"{self.done} iterations are done"
 
 
-def _seconds(run: RunRecord) -> float | None:
+def seconds_per_iteration(run: RunRecord) -> float | None:
     """Mean duration of the recent iterations with what came between them; the first one's set-up left out."""
     rows = run.metrics[-_RECENT:]
     found = [
@@ -92,7 +92,7 @@ def progress_section(run: RunRecord, state: RunState) -> str:
     if state.seconds_left is not None and state.share < 1:
         end = time.strftime("%H:%M", time.localtime(time.time() + state.seconds_left))
         facts.append(f"about <b>{duration(state.seconds_left)}</b> of iterations left, until {end}")
-    seconds = _seconds(run)
+    seconds = seconds_per_iteration(run)
     if seconds:
         facts.append(f"{number(seconds)} seconds an iteration")
     if state.silent_s is not None:

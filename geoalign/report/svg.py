@@ -55,8 +55,10 @@ def smooth(values: Sequence[float], weight: float = SMOOTHING) -> list[float]:
     return result
 
 
-def line_chart(lines: Sequence[Line], *, title: str, unit: str = "", zero: bool = False) -> str:
-    """Draw curves over iterations: every value thin, its moving average bold.
+def line_chart(
+    lines: Sequence[Line], *, title: str, unit: str = "", zero: bool = False, smoothing: float = SMOOTHING
+) -> str:
+    """Draw curves: every value thin, its moving average bold; ``smoothing`` 0 draws the values themselves bold.
 
     ``zero`` keeps 0 on the vertical axis, for quantities whose size (not only whose change) matters.
     """
@@ -81,7 +83,7 @@ def line_chart(lines: Sequence[Line], *, title: str, unit: str = "", zero: bool 
         parts.append(f'<text class="tick" x="{x:.1f}" y="{HEIGHT - 8:g}" text-anchor="middle">{_tick(value)}</text>')
     for line in lines:
         raw = [place(x, y) for x, y in zip(line.x, line.y, strict=True)]
-        bold = [place(x, y) for x, y in zip(line.x, smooth(line.y), strict=True)]
+        bold = [place(x, y) for x, y in zip(line.x, smooth(line.y, smoothing), strict=True)]
         parts.append(f'<path class="raw {line.css}" d="{path(raw)}"/>')
         parts.append(f'<path class="bold {line.css}" d="{path(bold)}"/>')
         end_x, end_y = bold[-1]

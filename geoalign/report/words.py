@@ -169,6 +169,12 @@ CURVES = (
     ),
     CurveGroup("Held-out checks on the way", "As in the table above: fixed scenes, paths and noise.", "eval/"),
     CurveGroup(
+        "Audit of the approximate steps",
+        "Now and then one group is also finished exactly. The rank correlation says whether the approximation keeps "
+        "the order of its samples, which the ratio cannot see; biases are in deviations of the group, PSNR in dB.",
+        "fidelity/",
+    ),
+    CurveGroup(
         "Numerical parity",
         "Before each update the sampled step is computed again. A difference of exactly 0 means that sampling and "
         "learning agree bit by bit, so that every later change of the ratio comes from learning.",

@@ -15,7 +15,7 @@ from typing import Any
 
 from torch import Tensor
 
-from geoalign.config.load import flatten
+from geoalign.config.load import differing_keys, flatten
 from geoalign.config.training import TrainConfig
 from geoalign.errors import CheckpointError, ConfigError, RunError
 from geoalign.files.atomic import atomic_folder, remove_folder
@@ -83,8 +83,7 @@ def config_hash(resolved: Mapping[str, Any]) -> str:
 
 def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> str:
     """``key old -> new`` of every key that differs, in one line."""
-    absent = object()
-    keys = [key for key in dict.fromkeys([*before, *now]) if before.get(key, absent) != now.get(key, absent)]
+    keys = differing_keys(before, now)
     sides = ((json.dumps(side[key]) if key in side else "(absent)" for side in (before, now)) for key in keys)
     return ", ".join(f"{key} {' -> '.join(pair)}" for key, pair in zip(keys, sides, strict=True))
 

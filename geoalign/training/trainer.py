@@ -7,6 +7,7 @@ N rows of all ranks.
 from __future__ import annotations
 
 import logging
+import time
 from collections.abc import Mapping, Sequence
 from typing import Any, Protocol, runtime_checkable
 
@@ -31,6 +32,7 @@ from geoalign.rl.subset import learned_positions, most_informative
 from geoalign.rl.window import WindowSchedule
 from geoalign.training.checkpoint import TrainState
 from geoalign.training.engines.optim import set_learning_rate
+from geoalign.training.film import TrainingFilm
 from geoalign.training.learner import Learner
 from geoalign.training.processes.ranks import LocalRanks, RankRows, Ranks, gather_scores
 from geoalign.training.setup import ready
@@ -119,6 +121,8 @@ class Trainer:
         self.meter = WorkMeter(config, self.rank_rows, self.device)
         self.clock = PhaseTimer(self.device)
         self.iteration = 0
+        self.film_wanted = False  # of the next step; a rank that scores nothing makes none
+        self.film: TrainingFilm | None = None
         self.notes: dict[str, Any] = {CORE: self.policy.model.execution.core}
 
     def step(self) -> dict[str, float]:
@@ -128,8 +132,8 @@ class Trainer:
             RunError: too many invalid samples, too many iterations without an update, log-probabilities of rollout and
                 replay that differ beyond the bound, or an approximate tail that an audit refuses.
         """
-        config, rank_rows = self.config, self.rank_rows
-        window = self.schedule(self.iteration)
+        config, rank_rows, self.film = self.config, self.rank_rows, None
+        window, began = self.schedule(self.iteration), time.process_time()
         sampler, audited = self._sampler(window), self.auditor.due(self.iteration, self.notes)
         with self.clock.active():
             with phase("data"):
@@ -164,6 +168,7 @@ class Trainer:
         spent = self.meter.passes(rollout, self.learner.passes, spent_on_audit)
         predicted = self.auditor.passes(audited, sampler)
         work = self.meter.metrics(spent, sampler, positions, predicted, seconds["time/iteration_s"], frames)
+        work["perf/cpu_s"] = time.process_time() - began
         where = {"window/start": float(window.start), "optim/lr_factor": factor}
         data = self.source.telemetry() if isinstance(self.source, PrefetchingSource) else {}
         counts = self._failure_counts()
@@ -240,7 +245,10 @@ class Trainer:
 
         def decode(rows: Tensor, conditions: RetakeBatch) -> Tensor:
             with phase("rollout/decode"):
-                return self.policy.decode(rollout.final[mine[rows]].float(), conditions.source.video)
+                decoded = self.policy.decode(rollout.final[mine[rows]].float(), conditions.source.video)
+            if self.film_wanted and self.film is None:
+                self.film = TrainingFilm.of(conditions, decoded)
+            return decoded
 
         with phase("scoring"):  # decoding, and the scorers beside or after it
             scored = decode_and_score(

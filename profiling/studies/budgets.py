@@ -10,9 +10,10 @@ import re
 import sys
 from pathlib import Path
 
-from geoalign.cli.budget import describe
 from geoalign.config.load import load_config
 from geoalign.config.schema import Config
+from geoalign.jobs.ladder import RUNGS, priced_rungs
+from geoalign.jobs.pricing import run_cost
 from geoalign.perf.budget import LEVERS, climb
 from geoalign.perf.devices import DEVICES
 
@@ -21,11 +22,11 @@ CARDS = ("a800", "h100", "h200")
 
 
 def table() -> list[str]:
-    """Markdown lines: hours so far after every lever on 64 of each card, and what they rest on."""
+    """Markdown lines: hours so far after every lever on 64 of each card, then with each CHANGES rung alone on top."""
     config = load_config(Config, "paper_64xa800")
-    run, coarse, _ = describe(config)
+    run = run_cost(config)
     devices = config.groups.conditions
-    ladders = {card: climb(run, coarse, DEVICES[card], devices) for card in CARDS}
+    ladders = {card: climb(run, DEVICES[card], devices) for card in CARDS}
     header = ["hours so far", "kind", *(f"{devices} x {DEVICES[card].name}, {DEVICES[card].core}" for card in CARDS)]
     first = [f"{ladders[card].reference_hours:.1f} ({DEVICES[card].kinds['attention']})" for card in CARDS]
     lines = [header, ["---"] * len(header), ["eager, nothing shared", "", *first]]
@@ -34,7 +35,14 @@ def table() -> list[str]:
         for ladder in ladders.values():
             rung = next((rung for rung in ladder.rungs if rung.lever is lever), None)
             cells.append("not used" if rung is None else f"{rung.cumulative_hours:.1f} ({rung.cumulative_kind})")
-        lines.append([lever.name, lever.kind, *cells])
+        lines.append([lever.name, "EXACT", *cells])
+    rungs = {
+        card: {p.rung.name: p for p in priced_rungs("paper_64xa800", [], DEVICES[card], devices)} for card in CARDS
+    }
+    for rung in RUNGS:
+        found = [rungs[card].get(rung.name) for card in CARDS]
+        cells = ["not used" if priced is None else f"{priced.hours:.1f} ({priced.kind})" for priced in found]
+        lines.append([f"all EXACT, and {rung.name}", "CHANGES", *cells])
     return [f"| {' | '.join(cells)} |" for cells in lines]
 
 

@@ -66,12 +66,16 @@ STUDIES = (
 )
 
 
-# How a base that does not ship is pre-trained: on fewer pairs and not as long as the shipped one.
-_SHORT = ("pretrain.steps=1000", "pretrain.pool=3072")
+# How a base that does not ship is pre-trained; the control on fewer pairs and not as long.
 BASES = {
-    "12": ("run.seed=12", *_SHORT),
-    "13": ("run.seed=13", *_SHORT),
-    "unbiased": ("pretrain.bias_mean=[0.0,0.0,0.0,0.0]", "run.seed=14", *_SHORT),
+    "12": ("run.seed=12",),
+    "13": ("run.seed=13",),
+    "unbiased": (
+        "pretrain.bias_mean=[0.0,0.0,0.0,0.0]",
+        "run.seed=14",
+        "pretrain.steps=1000",
+        "pretrain.pool=3072",
+    ),
 }
 # The bases whose oracles are fitted, with the name of that run.
 ORACLES = {"shipped": "oracles, shipped base", "12": "oracles, fresh base 12", "13": "oracles, fresh base 13"}

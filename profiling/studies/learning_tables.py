@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import time_to_quality
 from learning import ORACLES, RESULTS, STUDIES, Study, slug
 from oracles import STAGES
 
@@ -32,6 +33,7 @@ def page(root: Path) -> str:
         ("What RL learns", error_table(results)),
         ("Travelled over asked, and the picture", axis_table(results)),
         ("By frame", frame_table(results)),
+        ("Time to quality", time_to_quality.table(root)),
     )
     tables = "\n\n".join(f"**{title}**\n\n{table}" for title, table in parts)
     return f"{tables}\n\n{provenance(results)}"

@@ -22,15 +22,18 @@ from pathlib import Path
 from typing import Any
 
 import evaluators
+import fidelity
 import learning
 import learning_tables
 import levers
+import time_to_quality
 from record import state, write_generated
 
 ROOT = Path(__file__).parents[2]
 PAGES: dict[Path, Callable[[Path], str]] = {
     learning_tables.PAGE: learning_tables.page,
     evaluators.PAGE: evaluators.page,
+    fidelity.PAGE: fidelity.page,
     levers.PAGE: levers.page,
 }
 
@@ -75,6 +78,17 @@ def runs(config: str, timed: str, repeats: int, work: Path) -> list[Run]:
         for base, name in learning.ORACLES.items()
     ]
     found.append(Run("evaluators", evaluators.RESULT, evaluators.settings(), evaluators.run))
+    found.append(Run("fidelity", fidelity.RESULT, fidelity.settings(), partial(fidelity.run, work=work, config=config)))
+    found += [
+        Run(
+            f"time to quality: {arm}, seed {seed}",
+            time_to_quality.file_of(arm, seed),
+            time_to_quality.settings(arm, seed),
+            partial(time_to_quality.run, arm, seed, work=work),
+        )
+        for arm in time_to_quality.ARMS
+        for seed in time_to_quality.SEEDS
+    ]
     timing = partial(levers.run, config=timed, repeats=repeats)
     return [*found, Run("levers", levers.RESULT, levers.settings(timed, repeats), timing, alone=True)]
 
@@ -90,6 +104,7 @@ def carry_out(run: Run, root: Path) -> None:
 
 def write_pages(root: Path) -> None:
     """Write the generated part of every page; outside this checkout, into copies of its pages."""
+    time_to_quality.draw(root)
     for page, text in PAGES.items():
         if not (root / page).exists():
             (root / page).parent.mkdir(parents=True, exist_ok=True)

@@ -22,7 +22,7 @@ from geoalign.training.checkpoint import RunSettings, list_checkpoints, load_che
 @pytest.fixture(scope="module")
 def weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("weights")
-    write_base(folder / "base", folder / "delta.safetensors")
+    write_base(folder / "base", folder / "delta.safetensors", text_length=1)
     return folder
 
 
@@ -31,7 +31,7 @@ def config_of(weights: Path, tmp_path: Path, **train: object) -> Config:
         run={"dir": tmp_path / "run", "dtype": "bfloat16"},
         data={"root": tmp_path / "data"},
         codec={"kind": "wan_vae"},
-        model=MODEL,
+        model=MODEL | {"text_length": 1},
         optim={"lr": 1e-3, "groups": (), "eps": 1e-12, "ema": 0.0, "warmup": 0, "schedule": "constant"},
         train={"base": weights / "base", "delta": weights / "delta.safetensors", "iterations": 2} | train,
         groups={"rows_per_forward": 1},

@@ -88,8 +88,8 @@ def test_a_run_that_learns_from_a_part_counts_what_it_spends(changes: dict[str, 
 
 def test_short_videos_are_the_first_frames_of_the_long_ones() -> None:
     batch = Conditions(smoke()).batch(0, [0, 1])
-    short = batch.first_frames(3, 2)
-    assert torch.equal(short.source.video, batch.source.video[:, :3]) and batch.first_frames(5, 2) is batch
+    short, frames = batch.first_frames(3, 2), batch.source.video.shape[1]
+    assert torch.equal(short.source.video, batch.source.video[:, :3]) and batch.first_frames(frames, 2) is batch
     assert torch.equal(short.target_camera.c2w, batch.target_camera.c2w[:, :3])
     assert short.source.camera.c2w.shape[1] == 3
     encoded = replace(batch, encodings=Encodings(latents=torch.arange(10.0).view(2, 1, 5, 1, 1)))
@@ -104,7 +104,7 @@ def test_short_videos_are_the_first_frames_of_the_long_ones() -> None:
         ({"learn": {"members": 2}}, "rows_per_forward to 1"),
         ({"learn": {"members": 2}, "levers": {"streaming": "host"}, "groups": SERIAL}, "once the rewards are known"),
         ({"learn": {"short_frames": 3}}, "belong together"),
-        ({"learn": {"short_frames": 5, "short_iterations": 3}}, "below data.num_frames"),
+        ({"learn": {"short_frames": 81, "short_iterations": 3}}, "below data.num_frames"),
     ],
 )
 def test_what_cannot_work_is_refused(changes: dict[str, Any], message: str) -> None:

@@ -21,11 +21,12 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 import torch
 
-from geoalign.config.data import TrajectoriesConfig
+from geoalign.config.data import DataConfig, TrajectoriesConfig
 from geoalign.config.load import load_config
 from geoalign.config.model import ModelConfig
 from geoalign.config.schema import Config
 from geoalign.config.training import CodecConfig
+from geoalign.config.world import WorldConfig
 from geoalign.data.cache import CacheFolder, Entry, open_cache
 from geoalign.data.omniworld import load_scene, split_record, write_archive
 from geoalign.data.tables import read_table
@@ -36,11 +37,13 @@ from geoalign.files.weights import TensorFile
 from geoalign.geometry.cameras.camera_file import write_clip_camera
 from geoalign.geometry.cameras.door import open_camera
 from geoalign.geometry.trajectory import CameraTrajectory
+from geoalign.models.pretrained import open_pretrained
 from geoalign.policy.files import new_policy, read_policy_file, save_policy
 from geoalign.report.page import report_page
 from geoalign.report.run_folder import read_run
 from geoalign.training.checkpoint import RunSettings, TrainState, load_checkpoint, save_checkpoint
 from geoalign.training.engines.snapshot import Snapshot
+from geoalign.world.dataset import write_world
 
 Outcome = Literal["clear_error", "accepted_rightly", "accepted_wrongly", "traceback", "hang"]
 MAX_SECONDS, MAX_BYTES = 10.0, 1 << 30
@@ -138,7 +141,11 @@ def _read_archive(folder: Path) -> Any:
 
 
 def _camera(folder: Path) -> Any:
-    found = open_camera(next(folder.iterdir()), image_size=(48, 64))
+    return _poses(next(folder.iterdir()))
+
+
+def _poses(name: Path | str) -> Any:
+    found = open_camera(name, image_size=(48, 64))
     if not (torch.isfinite(found.path.c2w).all() and torch.isfinite(found.path.intrinsics).all()):
         raise AssertionError("a camera that is not finite was accepted")
     return found.path.c2w.tolist(), found.path.intrinsics.tolist()
@@ -181,6 +188,56 @@ def _archive(folder: Path) -> None:
     write_archive(folder / "0123456789ab_others.tar.gz", [split_record(_PATH, image_size=(48, 64))], fps=24)
 
 
+def _make_vipe(folder: Path) -> None:
+    lens = np.tile([51.2, 51.2, 32.0, 24.0], (8, 1))
+    for name, data in (("pose", _PATH.c2w.numpy()), ("intrinsics", lens)):
+        (folder / name).mkdir()
+        np.savez(folder / name / "clip.npz", data=data, inds=np.arange(8))
+
+
+def _read_vipe(folder: Path) -> Any:
+    return _poses(folder / "pose" / "clip.npz")
+
+
+def _recammaster() -> str:
+    row = "[0 1 0 0] [1 0 0 0] [0 0 1 0] [{} 0 170 1] "
+    frames = {f"frame{k}": {f"cam{c:02d}": row.format(3390 + k * c) for c in (1, 2)} for k in range(8)}
+    return json.dumps(frames, indent=1)
+
+
+_DATA, _WORLD = (
+    DataConfig(root=Path("."), num_frames=2, height=16, width=16),
+    WorldConfig(height=16, width=16, frames=2, focal_px=13.0, clips=1, trajectories=1),
+)
+
+
+def _make_world(folder: Path) -> None:
+    write_world(_DATA.model_copy(update={"root": folder / "data"}), _WORLD)
+    (folder / "drone00007_0000000_0000002.mp4").write_text("not of this world, though it is called so")
+
+
+def _read_world(folder: Path) -> Any:
+    """Whatever the stamp says: the world is there afterwards, and nothing outside of it was touched."""
+    write_world(_DATA.model_copy(update={"root": folder / "data"}), _WORLD)
+    files = (path for path in folder.rglob("*") if path.is_file() and path.name != "world.json")  # settings are a note
+    return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
+
+
+def _make_encoder(folder: Path) -> None:
+    from transformers import UMT5Config, UMT5EncoderModel
+
+    torch.manual_seed(0)
+    size = UMT5Config(vocab_size=16, d_model=8, d_kv=4, d_ff=8, num_layers=1, num_heads=2)
+    UMT5EncoderModel(size).save_pretrained(folder)
+
+
+def _read_encoder(folder: Path) -> Any:
+    from transformers import UMT5EncoderModel
+
+    model = open_pretrained(UMT5EncoderModel, folder, "umT5 text encoder folder")
+    return [tuple(value.shape) for value in model.state_dict().values()]
+
+
 def _write(name: str, text: str) -> Callable[[Path], object]:
     return lambda folder: (folder / name).write_text(text)
 
@@ -204,6 +261,26 @@ CASES: dict[str, Case] = {
     ),
     "camera npy": Case(lambda folder: np.save(folder / "camera.npy", _PATH.c2w.numpy()), "camera.npy", _camera),
     "camera JSON": Case(_save_c2w, "camera.json", _camera),
+    "camera of ReCamMaster": Case(
+        _write("camera_extrinsics.json", _recammaster()), "*.json",
+        lambda folder: _poses(f"{folder / 'camera_extrinsics.json'}#cam01"),
+    ),
+    "camera of ViPE": Case(_make_vipe, "pose/clip.npz", _read_vipe, told=True),
+    "lens of ViPE": Case(_make_vipe, "intrinsics/clip.npz", _read_vipe, told=True),
+    "camera of TUM": Case(
+        _write("t.txt", "".join(f"{k / 24:.4f} 0 0 {k / 10} 0 0 0 1\n" for k in range(8))), "t.txt", _camera
+    ),
+    "camera of RealEstate10K": Case(
+        _write("r.txt", "https://www.youtube.com/watch?v=x\n" + "".join(
+            f"{k * 41666} 0.6 1.07 0.5 0.5 0 0 1 0 0 0 0 1 0 0 0 0 1 {k / 10}\n" for k in range(8))),
+        "r.txt", lambda folder: _poses(f"{folder / 'r.txt'}#unit=m"),
+    ),
+    "camera of KITTI": Case(
+        _write("k.txt", "".join(f"1 0 0 0 0 1 0 0 0 0 1 {k / 10}\n" for k in range(8))), "k.txt", _camera
+    ),
+    "stamp of a world": Case(_make_world, "data/world.json", _read_world, told=True),
+    "encoder settings": Case(_make_encoder, "config.json", _read_encoder),
+    "encoder weights": Case(_make_encoder, "model.safetensors", _read_encoder),
     "configuration": Case(
         _write("c.yaml", "extends: smoke\nrun:\n  seed: 3\noptim: &o\n  lr: 1.0e-4\n  trainable: 'attn'\n"),
         "c.yaml", lambda folder: load_config(Config, str(folder / "c.yaml")),

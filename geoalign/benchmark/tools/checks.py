@@ -18,13 +18,16 @@ from geoalign.benchmark.tools.settings import (
 from geoalign.benchmark.tools.worker import ToolFailure, check_about, child_environment
 from geoalign.config.schema import Config
 from geoalign.errors import ConfigError
-from geoalign.jobs.checks import Check, Source
+from geoalign.jobs.checks import Check
 
 _TIMEOUT_S = 30.0
 
 
 def tool_environments(config: Config) -> Iterator[Check]:
-    """The environments that the tools of ``benchmark.tools`` run in, each once; the fix of one is to make it."""
+    """The environments that the tools of ``benchmark.tools`` run in, each once; the fix of one is to make it.
+
+    No run refuses to start without one: what its tool would have measured is then a counted failure.
+    """
     environments: dict[str, EnvironmentSettings] = {}
     for name in config.benchmark.tools:
         try:
@@ -33,10 +36,6 @@ def tool_environments(config: Config) -> Iterator[Check]:
             yield Check(f"tool {name}", "wrong", str(error), "correct benchmark.tools, or that file", error)
     for name, environment in environments.items():
         yield _check(name, environment)
-
-
-SOURCE = Source("tools", (), tool_environments)
-"""For the registry of checks. No verb refuses to start without a tool: its cases are then counted as failed."""
 
 
 def _check(name: str, environment: EnvironmentSettings) -> Check:

@@ -50,11 +50,9 @@ SOURCES = (
 """In the order in which a person gets them."""
 
 
-def collect(config: Config, verb: str | None = None, more: Sequence[Source] = ()) -> list[Check]:
-    """Everything that ``config`` needs, or only what ``verb`` refuses to start without; ``more`` are sources of layers
-    above this one."""
-    sources = (source for source in (*SOURCES, *more) if verb is None or verb in source.verbs)
-    return [check for source in sources for check in source.look(config)]
+def collect(config: Config, verb: str | None = None) -> list[Check]:
+    """Everything that ``config`` needs, or only what ``verb`` refuses to start without."""
+    return [check for source in SOURCES if verb is None or verb in source.verbs for check in source.look(config)]
 
 
 def require_inputs(config: Config, verb: str) -> None:

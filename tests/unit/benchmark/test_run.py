@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from geoalign.benchmark import run as module
 from geoalign.benchmark.forecast import forecast
 from geoalign.benchmark.methods import MethodArguments
 from geoalign.benchmark.render import as_csv
+from geoalign.benchmark.report import worst_cases, write_report
 from geoalign.benchmark.run import Plan, Shard, left_over, run
 from geoalign.benchmark.store import Store
 from geoalign.benchmark.table import Results, all_tables
@@ -174,6 +176,18 @@ def test_a_benchmark_may_grow_and_may_not_become_another(
         run(plan_of(made), Store(other), Shard())
     with pytest.raises(DataError, match="no benchmark there"):
         Store(other).rows()
+
+
+def test_the_report_is_one_page_that_needs_no_network(whole: Store, tmp_path: Path) -> None:
+    page = write_report(whole, tmp_path / "report.html").read_text()
+    rows = whole.rows()
+    assert all(f'id="case-{row["case"]}"' in page and f'href="{row["video"]}"' in page for row in rows)
+    assert page.count('class="film') >= 4 and "Table 1: consistency" in page and "What failed, and why" in page
+    assert not re.search(r'(src|href)="(https?:)?//', page)
+    worst = worst_cases(Results.read(whole))
+    assert page.index(f'id="film-{worst[0]}"') < page.index(f'id="film-{worst[-1]}"')
+    with pytest.raises(UsageError, match="must end in"):
+        write_report(whole, tmp_path / "report.pdf")
 
 
 def test_the_forecast_counts_without_reading_weights(made: Path, whole: Store) -> None:

@@ -7,24 +7,34 @@ from pathlib import Path
 
 import pytest
 
-from geoalign.cli.budget import describe
 from geoalign.cli.main import main
-from geoalign.perf.budget import Walk
+from geoalign.config.load import load_config
+from geoalign.config.schema import Config
+from geoalign.jobs.pricing import hours, left_out, plan_with_levers, run_cost
+from geoalign.perf.budget import Walk, count_passes
+from geoalign.perf.devices import DEVICES
 
 
-def test_prints_the_ladder_and_both_totals(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+def test_prints_the_ladder_and_every_rung_alone(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     file = tmp_path / "budget.json"
     assert main(["budget", "--config", "paper_64xa800", "--json", str(file)]) == 0
     text = capsys.readouterr().out
     assert "predicted" in text
-    assert "EXACT levers together" in text and "CHANGES levers too" in text
+    assert "EXACT levers together" in text and "one CHANGES rung at a time" in text
     numbers = json.loads(file.read_text())
     assert numbers["predicted"] is True
     assert numbers["devices"] == 64
     assert numbers["forwards_per_iteration"] == 64 * 396
-    assert numbers["hours"]["changes"] < numbers["hours"]["exact"] < numbers["hours"]["reference"]
+    assert numbers["hours"]["exact"] < numbers["hours"]["reference"]
     for rung in numbers["ladder"]:
         assert rung["lever"] in text
+    rungs = {rung["settings"]: rung for rung in numbers["changes"]}
+    assert all(rung["hours"] < numbers["hours"]["exact"] and rung["rung"] in text for rung in rungs.values())
+    # A pair that was measured together is a rung; nothing is the sum of two others.
+    pair, one = rungs["ode.reuse=residual ode.reuse_share=0.45 ode.attention=int8"], rungs["ode.attention=int8"]
+    assert pair["hours"] < one["hours"]
+    assert rungs["learn.window_steps=2"]["fidelity"] is None and not rungs["learn.window_steps=2"]["changes_videos"]
+    assert "as_configured" not in numbers and "changes" not in numbers["hours"]
     assert sum(numbers["share"].values()) == pytest.approx(1.0)
 
 
@@ -42,20 +52,45 @@ def test_overrides_and_guidance_change_the_prediction(tmp_path: Path) -> None:
 
 
 def test_walks_come_from_the_schedule_of_the_run() -> None:
-    from geoalign.config.load import load_config
-    from geoalign.config.schema import Config
+    paper = load_config(Config, "paper_64xa800", [])
+    assert run_cost(paper).walks == {Walk(start, 4, 21 - start): 25 if start < 5 else 15 for start in range(6)}
+    coarse = load_config(Config, "paper_64xa800", ["flow.tail_ratio=0.4"])
+    assert [walk.tail for walk in run_cost(coarse).walks] == [7, 7, 7, 6, 6, 5]
+    reuse = load_config(Config, "paper_64xa800", ["ode.reuse=velocity", "ode.reuse_share=0.45"])
+    assert [walk.tail for walk in run_cost(reuse).walks] == [10, 9, 9, 9, 8, 8]  # 0.45 of 21 to 16, rounded up
+    assert left_out(paper) == []
 
-    run, coarse, left_out = describe(load_config(Config, "paper_64xa800", []))
-    assert run.walks == {Walk(start, 4, 21 - start): 25 if start < 5 else 15 for start in range(6)}
-    assert set(coarse.walks) == {
-        Walk(0, 4, 7),
-        Walk(1, 4, 7),
-        Walk(2, 4, 7),
-        Walk(3, 4, 6),
-        Walk(4, 4, 6),
-        Walk(5, 4, 5),
-    }
-    assert left_out == []
+
+def test_rungs_of_learning_cost_what_their_shares_say() -> None:
+    """Each against the exact run: what falls away is half of the learner, three quarters of HPSv3, and so on."""
+    card = DEVICES["a800"]
+
+    def spent(*overrides: str) -> float:
+        return hours(load_config(Config, "paper_64xa800", overrides), card, 64)
+
+    paper = load_config(Config, "paper_64xa800")
+    parts = run_cost(paper).seconds(card, plan_with_levers(paper))
+    whole = spent()
+    assert whole == pytest.approx(parts.total / 64 / 3600)
+    assert spent("learn.window_steps=2") == pytest.approx(whole - 1.02 * parts.learner / 2 / 64 / 3600)
+    short = spent("data.num_frames=49")
+    assert spent("learn.short_frames=49", "learn.short_iterations=140") == pytest.approx(short)
+    assert short < spent("learn.short_frames=49", "learn.short_iterations=70") < whole
+    video = run_cost(paper).video
+    saved = video.scorers["hpsv3"] * (1 - 21 / 81) / card.reward * 140 * 12 * 1.02 / 3600
+    assert spent("rewards.hpsv3.options.frame_stride=4") == pytest.approx(whole - saved)
+    # Six of twelve members: fewer backwards, but they are replayed.
+    chosen = load_config(Config, "paper_64xa800", ["learn.members=6", "levers.streaming=off"])
+    count = count_passes(Walk(2, 4, 19), 1, 12, 1, plan_with_levers(chosen))
+    assert (count.backward, count.replay) == (1 + 6 * 3, 1 + 6 * 3)
+
+
+def test_the_fast_preset_says_what_it_rests_on(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    file = tmp_path / "budget.json"
+    assert main(["budget", "--config", "paper_64xa800_fast", "--json", str(file)]) == 0
+    own = json.loads(file.read_text())["as_configured"]
+    assert own["hours"] <= 45.0
+    assert "assumed to hold on other weights" in capsys.readouterr().out
 
 
 def test_a_small_model_is_told_that_seconds_mean_little(capsys: pytest.CaptureFixture[str]) -> None:

@@ -19,7 +19,7 @@ from geoalign.errors import UsageError
 from geoalign.flow.table import StepWindow
 from geoalign.jobs import fidelity
 from geoalign.jobs.fidelity import Bench, Record, Setting, check_setting, table_rows
-from geoalign.jobs.pricing import price
+from geoalign.jobs.pricing import hours, tail_cost
 from geoalign.perf.devices import DEVICES
 from geoalign.training.tail import read_profile
 
@@ -84,9 +84,9 @@ def test_prices_are_those_of_the_tail_and_of_the_whole_run() -> None:
     """The paper's run: 19 steps are left after a window that ends at step 6, 9 of them cost 9 / 19."""
     fixed = ["window.kind=fixed", "window.start=2", "window.max_start=2"]
     paper = load_config(Config, "paper_64xa800", fixed)
-    exact, exact_hours = price(paper, DEVICES["a800"])
+    card = DEVICES["a800"]
     reuse = paper.model_copy(update={"ode": OdeConfig(reuse="residual", reuse_share=9 / 19)})
-    cost, hours = price(reuse, DEVICES["a800"])
-    assert exact == 1.0 and cost == pytest.approx(9 / 19)
-    int8, int8_hours = price(paper.model_copy(update={"ode": OdeConfig(attention="int8")}), DEVICES["a800"])
-    assert 0.6 < int8 < 0.9 and max(hours, int8_hours) < exact_hours
+    int8 = paper.model_copy(update={"ode": OdeConfig(attention="int8")})
+    assert tail_cost(paper, card) == 1.0 and tail_cost(reuse, card) == pytest.approx(9 / 19)
+    assert 0.6 < tail_cost(int8, card) < 0.9
+    assert max(hours(reuse, card, 64), hours(int8, card, 64)) < hours(paper, card, 64)

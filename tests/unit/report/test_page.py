@@ -147,6 +147,19 @@ def test_changes_are_coloured_only_beyond_the_spread() -> None:
     assert found["rotation_error_deg"].before.spread == pytest.approx(0.1)
 
 
+def test_what_is_travelled_is_said_along_each_axis_where_it_is_known(folder: Path) -> None:
+    """An overdone axis and one that falls short would cancel in one number."""
+    known = json.loads(json.dumps(summary()))
+    for kinds, wrap in ((known["held_out"], float), (known["held_out_per_noise_seed"], lambda value: [value] * 3)):
+        for stages in kinds.values():
+            for name, then, now in (("sideways", 0.5, 0.9), ("forward", 1.5, 1.1), ("vertical", 0.6, 0.7)):
+                stages["before"][f"gain_{name}"], stages["after"][f"gain_{name}"] = wrap(then), wrap(now)
+    (folder / "summary.json").write_text(json.dumps(known))
+    page = report_page(read_run(folder), samples=0)
+    ways = "0.900 metres to the sides (0.500 before), 1.10 metres forward (1.50 before) and 0.700 metres up and down"
+    assert f"travels {ways} (0.600 before)" in page and "instead of 1.40" not in page
+
+
 def test_a_run_of_before_shows_its_gain_under_the_present_name(folder: Path) -> None:
     old = json.loads(json.dumps(summary()))
     for kinds in (old["held_out"], old["held_out_per_noise_seed"]):

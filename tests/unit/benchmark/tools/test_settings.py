@@ -18,6 +18,7 @@ from geoalign.benchmark.tools.checks import tool_environments
 from geoalign.benchmark.tools.load import load_tools
 from geoalign.benchmark.tools.settings import RUNNERS, builtin_tools, read_tool
 from geoalign.benchmark.tools.worker import Kind, child_environment, last_lines
+from geoalign.cli.main import main
 from geoalign.config.benchmark import BenchmarkConfig
 from geoalign.config.schema import Config
 from geoalign.errors import ConfigError
@@ -128,3 +129,14 @@ def test_a_tool_sees_one_device_and_nothing_of_our_process(monkeypatch: pytest.M
 def test_what_a_tool_printed_is_told_in_short() -> None:
     assert last_lines("a\nb\n\n  30%|##\r 99%|####\r\nCUDA out of memory\n\n") == "99%|#### / CUDA out of memory"
     assert last_lines("") == "" and len(last_lines("x" * 10_000)) == 200
+
+
+def test_a_missing_tool_keeps_no_run_from_starting(environments: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Its state and its commands, each on a line of its own, stand below what a run needs."""
+    assert main(["doctor", "--config", "smoke", "benchmark.tools=[vipe]"]) == 0
+    told = capsys.readouterr().out.splitlines()
+    (verdict,) = (line for line in told if line.startswith("Configuration smoke: "))
+    assert verdict.endswith("a run can start; what 1 of 1 environments of tools would measure is counted as failed")
+    place = next(number for number, line in enumerate(told) if "[ ] environment vipe" in line)
+    assert told[place + 1].strip() == f"python3 -m venv {environments}/vipe"
+    assert all(line.startswith("        ") for line in told[place + 1 :]) and len(told) == place + 6

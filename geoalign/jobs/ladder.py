@@ -1,0 +1,124 @@
+"""The CHANGES rungs of the ladder: what each would make of a run's hours, and how faithful it was measured to be.
+
+Rungs are not added up: what two approximations do together is known only where they were measured together, which is a
+rung of its own.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from importlib import resources
+from typing import Any
+
+from geoalign.config.load import load_config
+from geoalign.config.schema import Config
+from geoalign.errors import ConfigError
+from geoalign.jobs.pricing import hours
+from geoalign.perf.devices import DeviceProfile, Kind
+
+REUSE, SIGMA, INT8 = (
+    "ode.reuse=residual ode.reuse_share=",
+    "flow.tail_grid=sigma flow.tail_steps=",
+    "ode.attention=int8",
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Rung:
+    """Settings that CHANGE a run; ``video`` says whether they change the sampled videos, which fidelity speaks of."""
+
+    name: str
+    settings: str
+    video: bool = True
+    rate: str = "attention"
+
+
+RUNGS = (
+    Rung("int8 attention outside the window", INT8, rate="attention_int8"),
+    Rung("int8 frozen linears outside the window", "ode.linears=int8", rate="matmul_int8"),
+    Rung("40 % of the time grid (MixGRPO-Flash)", "flow.tail_ratio=0.4 flow.tail_solver=dpm2m"),
+    Rung("9 steps by sigma", f"{SIGMA}9"),
+    Rung("7 steps by sigma", f"{SIGMA}7"),
+    Rung("5 steps by sigma, second order", f"{SIGMA}5 flow.tail_solver=dpm2m"),
+    Rung("45 % of the steps, others reuse", f"{REUSE}0.45"),
+    Rung("30 % of the steps, others reuse", f"{REUSE}0.3"),
+    Rung("45 % of the steps, others reuse, int8", f"{REUSE}0.45 {INT8}", rate="attention_int8"),
+    Rung("30 % of the steps, others reuse, int8", f"{REUSE}0.3 {INT8}", rate="attention_int8"),
+    Rung("gradients of a random half of the window", "learn.window_steps={half_window}", video=False),
+    Rung("the most telling half of the members", "learn.members={half_group} levers.streaming=off", video=False),
+    Rung("49 frames in half of the iterations", "learn.short_frames=49 learn.short_iterations={half_run}", video=False),
+    Rung("HPSv3 on every fourth frame", "rewards.hpsv3.options.frame_stride=4", video=False, rate="reward"),
+)
+"""What a reader may want to try, each alone; and pairs that the fidelity table holds together."""
+
+
+@dataclass(frozen=True, slots=True)
+class PricedRung:
+    """A rung on a run: its settings there, predicted hours with all EXACT levers and it alone, and its fidelity."""
+
+    rung: Rung
+    settings: str
+    hours: float
+    kind: Kind
+    fidelity: Mapping[str, Any] | None
+
+
+def priced_rungs(name: str, overrides: Sequence[str], device: DeviceProfile, devices: int) -> list[PricedRung]:
+    """Every rung that the run can have, on top of its exact form."""
+    base = load_config(Config, name, overrides)
+    halves = {
+        "half_window": max(1, base.window.size // 2),
+        "half_group": max(1, base.groups.size // 2),
+        "half_run": base.train.iterations // 2,
+    }
+    found = []
+    for rung in RUNGS:
+        if rung.rate == "attention_int8" and not device.int8_pays():
+            continue
+        settings = rung.settings.format(**halves)
+        try:
+            config = load_config(Config, name, [*overrides, *_undone(base), *settings.split()])
+        except ConfigError:  # of a reward that the run does not have, or frames that it cannot
+            continue
+        kind = device.kinds.get(rung.rate, "assumed")
+        fidelity = measured(config) if rung.video else None
+        found.append(PricedRung(rung, settings, hours(config, device, devices), kind, fidelity))
+    return found
+
+
+def measured(config: Config) -> dict[str, Any] | None:
+    """The worst of the rows of the fidelity table that hold exactly the approximations of ``config``; None: no row."""
+    wanted = _words(config)
+    rows = [row for row in fidelity_rows() if row["approximations"] == wanted and row["ladder"]]
+    if not rows:
+        return None
+    worst = min(rows, key=lambda row: row["spearman"])
+    return {
+        "spearman": worst["spearman"],
+        "spearman_p10": min(row["spearman_p10"] for row in rows),
+        "flips": max(row["flips"] for row in rows),
+        "rows": len(rows),
+        "accepted": all(row["accepted"] for row in rows),
+    }
+
+
+def fidelity_rows() -> list[dict[str, Any]]:
+    """The table that ships with the package, made on the embedded policy; empty before it was made."""
+    file = resources.files("geoalign").joinpath("_assets", "fidelity.json")
+    return json.loads(file.read_text(encoding="utf-8"))["rows"] if file.is_file() else []
+
+
+def _undone(config: Config) -> list[str]:
+    """Overrides that take back what ``config`` CHANGES."""
+    found = ["ode.audit_every=0"]
+    for key in config.changes():
+        section, name = key.split(".")
+        default = type(getattr(config, section)).model_fields[name].default
+        found.append(f"{key}={'null' if default is None else default}")
+    return found
+
+
+def _words(config: Config) -> dict[str, str]:
+    return {name: str(value) for name, value in config.approximations().items()}

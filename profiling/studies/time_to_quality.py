@@ -1,0 +1,153 @@
+"""Held-out position error against CPU seconds, for four ways to run the same algorithm: part of docs/learning.md.
+
+The structure of Flow-GRPO (every step but the last is stochastic and trained, nothing is shared), MixGRPO's window
+without sharing, the same with our exact levers, and with the approximations of the fast preset that a CPU profits from
+(reuse; int8 is emulated here and would cost time). T = 25, two groups of eight, three seeds. About 40 CPU-minutes;
+`make results` runs what is missing, and an interrupted run is continued.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import learning
+from record import config_settings, fingerprint, shipped_base, write_result
+
+from geoalign.jobs.evaluate import METRICS
+from geoalign.report.svg import number
+
+RESULTS, FIGURE = Path("docs/results/time_to_quality"), Path("docs/images/time_to_quality.svg")
+CONFIG, SEEDS, TARGET = "bench_levers", (1, 2, 3), 0.8
+"""Quality is reached where the error has fallen to ``TARGET`` of the base's."""
+SHAPE = ("groups.conditions=2", "groups.size=8", "train.iterations=60", "eval.every=5", "eval.samples=10")
+NOTHING_SHARED = (
+    "levers.share_prefix=false", "levers.merge_first_step=false", "levers.prune_source=false", "levers.streaming=off",
+)  # fmt: skip
+MOVING = ("window.kind=progressive", "window.start=0", "window.max_start=12", "window.interval=5")
+ARMS: dict[str, tuple[str, ...]] = {
+    "every step stochastic, nothing shared": ("window.kind=fixed", "window.start=0", "window.max_start=0",
+                                              "window.size=24", *NOTHING_SHARED),
+    "window of 4, nothing shared": (*MOVING, *NOTHING_SHARED),
+    "window of 4, exact levers": (*MOVING, "levers.streaming=graphs"),
+    "window of 4, exact levers, reuse": (*MOVING, "levers.streaming=graphs", "ode.reuse=residual",
+                                         "ode.reuse_share=0.3", "ode.audit_every=20", "learn.window_steps=3"),
+}  # fmt: skip
+KINDS = ("presets", "random")
+
+
+def overrides(arm: str, seed: int) -> tuple[str, ...]:
+    """Settings of one run."""
+    return (*SHAPE, *ARMS[arm], f"run.seed={seed}")
+
+
+def settings(arm: str, seed: int) -> dict[str, Any]:
+    """What a run depends on."""
+    return {**config_settings(CONFIG, overrides(arm, seed)), "base": shipped_base(), "metrics": METRICS}
+
+
+def file_of(arm: str, seed: int) -> Path:
+    """Result of one run."""
+    return RESULTS / f"{learning.slug(arm)}_{seed}.json"
+
+
+def run(arm: str, seed: int, result: Path, work: Path) -> None:
+    """Train, or go on, and write the curve."""
+    made_with = settings(arm, seed)
+    folder = work / f"quality_{learning.slug(arm)}_{seed}_{fingerprint(made_with)}"
+    world = learning.render_world(work, CONFIG)
+    places = (f"run.dir={folder}", f"data.root={world}", "run.ranks=1")
+    learning.geoalign("train", "--config", CONFIG, "--resume", "auto", *places, *overrides(arm, seed))
+    summary = json.loads((folder / "summary.json").read_text())
+    before = summary["held_out"]
+    points = [(0.0, _mean({kind: before[kind]["before"]["translation_error_m"] for kind in KINDS}))]
+    spent = 0.0
+    for line in (folder / "metrics.jsonl").read_text().splitlines():
+        row = json.loads(line)
+        spent += row["perf/cpu_s"]
+        if f"eval/{KINDS[0]}_translation_error_m" in row:
+            points.append((spent, _mean({kind: row[f"eval/{kind}_translation_error_m"] for kind in KINDS})))
+    points.append((spent, _mean({kind: before[kind]["after"]["translation_error_m"] for kind in KINDS})))
+    kept = {name: summary[name] for name in ("versions", "device", "cores", "commit", "iterations")}
+    write_result(result, {"arm": arm, "seed": seed, "points": points, **kept}, made_with)
+
+
+def reached(points: Sequence[Sequence[float]], target: float) -> float:
+    """CPU seconds at which the error first falls to ``target``, linear between evaluations; NaN: never."""
+    for (x0, y0), (x1, y1) in pairwise(points):
+        if y1 <= target:
+            return x0 + (x1 - x0) * (y0 - target) / (y0 - y1) if y0 > target else x0
+    return float("nan")
+
+
+def table(root: Path) -> str:
+    """Seconds to the stated error for every structure, and the factor between them; seeds apart."""
+    found = _results(root)
+    lines = [
+        "| structure | CPU seconds an iteration | CPU seconds to the error, by seed | speed-up over the window of 4 "
+        "with nothing shared | error at the end (m) |",
+        "| --- | --- | --- | --- | --- |",
+    ]
+    times = {key: reached(run["points"], TARGET * run["points"][0][1]) for key, run in found.items()}
+    plain = "window of 4, nothing shared"
+    for arm in ARMS:
+        mine = [seed for seed in SEEDS if (arm, seed) in found]
+        if not mine:
+            lines.append(f"| {arm} | not run | | | |")
+            continue
+        each = [found[arm, s]["points"][-1][0] / found[arm, s]["iterations"] for s in mine]
+        factors = [times[plain, s] / times[arm, s] for s in mine if (plain, s) in times]
+        ends = [found[arm, s]["points"][-1][1] for s in mine]
+        told = ", ".join(_told(times[arm, s]) for s in mine)
+        lines.append(f"| {arm} | {sum(each) / len(each):.2f} | {told} | {_span(factors)} | {_span(ends, 3)} |")
+    error = sorted({f"{TARGET * run['points'][0][1]:.3f} m" for run in found.values()})
+    note = f"The stated error is {TARGET:.0%} of the base's: {', '.join(error) or 'not run'}."
+    picture = [f"![Error against CPU seconds]({FIGURE.relative_to('docs')})"] if found else []
+    told = f"{note} T = 25, two groups of eight; CPU seconds of training alone, without evaluation."
+    return "\n\n".join(["\n".join(lines), *picture, told])
+
+
+def draw(root: Path) -> None:
+    """The curves of all seeds as a picture; nothing before there are results."""
+    found = _results(root)
+    if not found:
+        return
+    from matplotlib.figure import Figure  # without a window
+
+    figure = Figure(figsize=(7.0, 3.6), layout="constrained")
+    axes = figure.subplots()
+    for place, arm in enumerate(ARMS):
+        runs = [run for (name, _), run in found.items() if name == arm]
+        for run in runs:
+            label = arm if run is runs[0] else None
+            axes.plot(*zip(*run["points"], strict=True), color=f"C{place}", label=label, linewidth=1)
+    axes.set(xscale="symlog", xlabel="CPU seconds of training", ylabel="held-out position error (m)")
+    axes.legend(fontsize=8, frameon=False)
+    (root / FIGURE).parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(root / FIGURE, metadata={"Date": None})  # or every drawing would be another file
+
+
+def _results(root: Path) -> dict[tuple[str, int], dict[str, Any]]:
+    paths = {(arm, seed): root / file_of(arm, seed) for arm in ARMS for seed in SEEDS}
+    return {key: json.loads(path.read_text()) for key, path in paths.items() if path.exists()}
+
+
+def _told(seconds: float) -> str:
+    return "not reached" if seconds != seconds else number(seconds)
+
+
+def _span(values: Sequence[float], digits: int = 2) -> str:
+    """Mean, and smallest to largest."""
+    defined = [value for value in values if value == value]
+    if not defined:
+        return "not reached"
+    lowest, highest, middle = min(defined), max(defined), sum(defined) / len(defined)
+    missing = f", {len(values) - len(defined)} not reached" if len(defined) < len(values) else ""
+    return f"{middle:.{digits}f} ({lowest:.{digits}f} to {highest:.{digits}f}){missing}"
+
+
+def _mean(values: dict[str, float]) -> float:
+    return sum(values.values()) / len(values)

@@ -1,0 +1,107 @@
+"""Runs side by side: paired differences against a truth by hand, and no comparison where there is none."""
+
+from __future__ import annotations
+
+import json
+import re
+import statistics
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from geoalign.cli.main import main
+from geoalign.errors import UsageError
+from geoalign.report.compare import compare_page, write_comparison
+from geoalign.report.run_folder import read_run
+
+METRIC = "translation_error_m"
+
+
+def make_run(
+    folder: Path, errors: list[float], config: str = "", gain: float = 1.2, clips: int = 0, iterations: int = 5
+) -> Path:
+    """A finished run with these position errors by noise seed."""
+    (folder / "eval").mkdir(parents=True)
+    seeds = {"mean": {"before": {METRIC: [0.5] * len(errors)}, "after": {METRIC: errors}}}
+    means = {"mean": {stage: {METRIC: statistics.fmean(row[METRIC])} for stage, row in seeds["mean"].items()}}
+    (folder / "summary.json").write_text(json.dumps({"held_out": means, "held_out_per_noise_seed": seeds}))
+    rows = [{"iteration": i, "reward/trans_m": gain / (i + 1), "reward/rot_deg": 1.0} for i in range(iterations)]
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (folder / "config.yaml").write_text(f"run: {{name: {folder.name}}}\n{config}")
+    if clips:
+        rng = np.random.default_rng(clips)
+        c2w = np.tile(np.eye(4), (2, 4, 1, 1))
+        video = np.zeros((2, 4, 3, 12, 16), np.uint8)
+        for stage in ("before", "after"):
+            made = video if stage == "before" else rng.integers(0, 255, video.shape, np.uint8)
+            np.savez(
+                folder / "eval" / f"{stage}.npz", names=np.array(["a", "b"]), source=video, generated=made,
+                target_c2w=c2w, estimated_c2w=c2w,
+            )  # fmt: skip
+    return folder
+
+
+def page(*folders: Path) -> str:
+    return compare_page([read_run(folder) for folder in folders])
+
+
+def text(markup: str) -> str:
+    return re.sub(r"\s+", " ", re.sub(r"<[^>]+>", " ", markup))
+
+
+def test_differences_are_paired_by_noise_seed_and_coloured_beyond_their_own_spread(tmp_path: Path) -> None:
+    one, two = [0.20, 0.30, 0.40], [0.18, 0.27, 0.39]
+    made = page(make_run(tmp_path / "one", one), make_run(tmp_path / "two", two))
+    differences = [b - a for a, b in zip(one, two, strict=True)]
+    cell = re.findall(r'<td data-label="two \S one" class="?(\w+)"?>(.*?)</td>', made)
+    assert [css for css, _ in cell] == ["good"]  # 0.02 +- 0.01, although the values spread by 0.1
+    mean, spread = statistics.fmean(differences), statistics.stdev(differences)
+    assert cell[0][1].startswith(f"&minus;{abs(mean):.4f} ") and f"{spread:.3f}" in cell[0][1]
+    assert "two strays least: 0.280 metres, one 0.300" in made
+    unclear = page(make_run(tmp_path / "three", one), make_run(tmp_path / "four", [0.30, 0.20, 0.39]))
+    assert "No difference beyond the spread" in unclear and 'class="good"' not in unclear
+
+
+def test_runs_measured_on_other_conditions_are_not_subtracted(tmp_path: Path) -> None:
+    first = make_run(tmp_path / "one", [0.2, 0.3], "eval: {seed: 1}\n")
+    made = page(first, make_run(tmp_path / "two", [0.1, 0.2], "eval: {seed: 2}\n"))
+    assert "measured on different conditions" in made and "no difference is shown" in made
+    assert "\N{MINUS SIGN} one" not in made and "noise seed by noise" not in text(made)
+    # Settings of what is trained on, and the order of runs, are no condition.
+    alike = page(first, make_run(tmp_path / "three", [0.1, 0.2], "eval: {seed: 1}\nworld: {clips: 3}\n"))
+    assert "noise seed by noise seed" in text(alike)
+
+
+def test_changed_settings_are_those_of_config_diff_without_name_and_folder(tmp_path: Path) -> None:
+    made = page(
+        make_run(tmp_path / "one", [0.2, 0.3], "optim: {lr: 0.1, wd: 0}\n"),
+        make_run(tmp_path / "two", [0.2, 0.3], "optim: {lr: 0.2, wd: 0}\nextra: <b>\n"),
+    )
+    settings = text(made.partition('id="settings"')[2].partition("</section>")[0])
+    assert "optim.lr 0.1 0.2" in settings and "extra (absent) &quot;&lt;b&gt;&quot;" in settings
+    assert "optim.wd" not in settings and "run.name" not in settings
+    same = page(make_run(tmp_path / "three", [0.1]), make_run(tmp_path / "four", [0.1]))
+    assert "All settings are the same" in same
+
+
+def test_curves_share_one_axis_and_films_one_stage(tmp_path: Path) -> None:
+    runs = [make_run(tmp_path / f"r{i}", [0.2, 0.3], gain=1.0 + i, clips=i) for i in (1, 2, 3)]
+    made = page(*runs)
+    curves = made.partition('id="curves"')[2].partition("</section>")[0]
+    assert curves.count("<svg") == 1  # reward/rot_deg never changed
+    assert [curves.count(f'class="bold series-{i}"') for i in (1, 2, 3, 4)] == [1, 1, 1, 0]
+    facts = json.loads(re.findall(r'<script type="application/json">(.*?)</script>', made)[0])
+    assert [take["label"] for take in facts["takes"]] == ["Source", "Before", "r1", "r2", "r3"]
+    assert [path["role"] for path in facts["paths"]] == ["target", "before", "run-1", "run-2", "run-3"]
+
+
+def test_runs_that_cannot_be_compared_are_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    one, two = make_run(tmp_path / "one", [0.2]), make_run(tmp_path / "two", [0.2])
+    with pytest.raises(UsageError, match="given twice"):
+        write_comparison([one, tmp_path / "two" / ".." / "one"])
+    with pytest.raises(UsageError, match="2 to 8"):
+        write_comparison([one] * 9)
+    assert main(["report", str(one), str(two), "--follow"]) == 2
+    assert main(["report", str(one), str(two), "--samples", "1"]) == 0
+    assert capsys.readouterr().out.strip() == str(one / "compare.html") and (one / "compare.html").exists()
