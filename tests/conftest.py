@@ -3,7 +3,8 @@
 Marker ``slow`` is for what is too long for `make test`, which leaves it out; `make slow` runs it. Marker
 ``dist(groups=N)`` says how many groups of processes (torchrun, or a process that one is compared with) a test starts
 by the fixture ``launch``; all tests that `make test` runs may start MOST_GROUPS together: a new one takes the place of
-another or is slow. (The thirteenth has four ranks: of two, a sum has one order only.)
+another or is slow. (The thirteenth has four ranks: of two, a sum has one order only; the fourteenth is the script of
+examples/cluster.)
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read at the first
 
 import pytest
 
-MOST_GROUPS = 13
+MOST_GROUPS = 14
 CHROMIUM = ("chromium", "chromium-browser", "google-chrome")
 INTERPRETED_FOLDER = Path(__file__).parent / "kernels" / "interpreted"
 

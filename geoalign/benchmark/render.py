@@ -9,7 +9,7 @@ import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from geoalign.benchmark.statistics import Difference, Estimate
+from geoalign.benchmark.statistics import Estimate
 from geoalign.benchmark.table import Cell, Table, as_plain
 from geoalign.files.atomic import atomic_write_text
 from geoalign.report.svg import number
@@ -24,22 +24,28 @@ _LATEX: Mapping[str, str] = {
 _SPECIAL = re.compile("|".join(map(re.escape, _LATEX)))
 
 
-def cell_text(cell: Cell) -> str:
-    """A cell for people."""
+def cell_parts(cell: Cell) -> tuple[str, ...]:
+    """A cell for people: the number or text, and what stands behind it: interval, test and pairs that were lost."""
     if isinstance(cell, str):
-        return cell
-    if isinstance(cell, Difference):
-        if not cell.estimate.cases:
-            return f"no pair ({cell.lost} lost)"
-        p = "n/a" if math.isnan(cell.p) else ("< 0.0001" if cell.p < 1e-4 else f"{cell.p:.2g}")
-        return f"{_interval(cell.estimate, signed=True)}, p {p}, {cell.lost} lost"
-    return _interval(cell, signed=False) if cell.cases else "n/a"
+        return (cell,)
+    if isinstance(cell, Estimate):
+        return (number(cell.mean), *_interval(cell)) if cell.cases else ("n/a",)
+    if not cell.estimate.cases:
+        return ("no pair", f"{cell.lost} lost")
+    mean = cell.estimate.mean
+    p = "n/a" if math.isnan(cell.p) else ("< 0.0001" if cell.p < 1e-4 else f"{cell.p:.2g}")
+    return ("+" if mean > 0 else "") + number(mean), *_interval(cell.estimate), f"p {p}", f"{cell.lost} lost"
 
 
-def _interval(value: Estimate, *, signed: bool) -> str:
-    mean = number(value.mean)
-    mean = f"+{mean}" if signed and value.mean > 0 else mean
-    return mean if math.isnan(value.low) else f"{mean} [{number(value.low)}, {number(value.high)}]"
+def cell_text(cell: Cell) -> str:
+    """The parts of a cell in one line."""
+    first, *others = cell_parts(cell)
+    interval = others.pop(0) if others and others[0].startswith("[") else ""
+    return ", ".join([f"{first} {interval}".strip(), *others])
+
+
+def _interval(value: Estimate) -> tuple[str, ...]:
+    return () if math.isnan(value.low) else (f"[{number(value.low)}, {number(value.high)}]",)
 
 
 def markdown(table: Table) -> str:

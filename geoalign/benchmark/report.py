@@ -12,9 +12,9 @@ import numpy as np
 
 from geoalign.benchmark.columns import Column, Row, of_method, outcome
 from geoalign.benchmark.methods import TRUTH
-from geoalign.benchmark.render import cell_text
+from geoalign.benchmark.render import cell_parts
 from geoalign.benchmark.store import Store
-from geoalign.benchmark.table import Results, Table, all_tables
+from geoalign.benchmark.table import Cell, Results, Table, all_tables
 from geoalign.data.video import read_video
 from geoalign.errors import DataError
 from geoalign.files.atomic import atomic_write_text, check_writable
@@ -27,7 +27,8 @@ from geoalign.report.svg import Line, line_chart, number
 FILMS = 12
 """Worst cases that are shown as films; all others are in the list."""
 _LISTED = 2000
-_COLOURS = 8
+_OTHERS = (3, 5, 6, 7, 8)
+"""Colours of methods that are neither the base, nor the judged one, nor the truth."""
 _FIRST_TABLES = 5
 """Tables that stand above the films; slices and failures come below."""
 
@@ -105,13 +106,17 @@ def _section(name: str, title: str, *parts: str) -> str:
 
 def _table(table: Table) -> str:
     head = "".join(f"<th>{escape(title)}</th>" for title in table.header)
-    rows = "".join(
-        f"<tr><td>{escape(label)}</td>{''.join(f'<td>{escape(cell_text(cell))}</td>' for cell in cells)}</tr>"
-        for label, cells in table.rows
-    )
+    rows = "".join(f"<tr><td>{escape(label)}</td>{''.join(map(_cell, cells))}</tr>" for label, cells in table.rows)
     shown = f'<div class="scroll"><table><thead><tr>{head}</tr></thead><tbody>{rows}</tbody></table></div>'
     notes = "".join(f'<p class="note">{escape(note)}</p>' for note in table.notes)
     return f'<h3 id="{escape(table.name)}">{escape(table.title)}</h3>{shown if table.rows else ""}{notes}'
+
+
+def _cell(cell: Cell) -> str:
+    """The number, and below it in small what stands behind it, so that wide tables stay narrow."""
+    first, *others = map(escape, cell_parts(cell))
+    small = "".join(f"<br><small>{part}</small>" for part in others)
+    return f"<td>{first}{small}</td>"
 
 
 def _curves(results: Results) -> str:
@@ -131,8 +136,8 @@ def _curves(results: Results) -> str:
                 _chart(results, title, "speed", unit, lambda m, metric=metric: _over_speeds(results, m, metric))
             )
     legend = " ".join(
-        f'<li><span class="swatch fill-{place % _COLOURS + 1}"></span>{escape(method)}</li>'
-        for place, method in enumerate(results.methods)
+        f'<li><span class="swatch fill-{_colour(results, method)}"></span>{escape(method)}</li>'
+        for method in results.methods
     )
     told = f'<p>Means over the cases that {escape(reader)} could read.</p><ul class="chips">{legend}</ul>'
     return _section("curves", "Over time and speed", told, f'<div class="charts">{"".join(charts)}</div>')
@@ -140,10 +145,10 @@ def _curves(results: Results) -> str:
 
 def _chart(results: Results, title: str, axis: str, unit: str, points: Any) -> str:
     lines = []
-    for place, method in enumerate(results.methods):
+    for method in results.methods:
         x, y = points(method)
         if x:
-            lines.append(Line(method, x, y, f"series-{place % _COLOURS + 1}"))
+            lines.append(Line(method, x, y, f"series-{_colour(results, method)}"))
     drawn = line_chart(lines, title=title, unit=unit, zero=True, smoothing=0.0)
     return f"<figure><figcaption><b>{title}</b><span class='now'>{unit} by {axis}</span></figcaption>{drawn}</figure>"
 
@@ -205,6 +210,14 @@ def _film(store: Store, results: Results, case: str, rows: dict[str, Row]) -> st
         for method, reading in told.items()
     ]
     return anchor + film_html(Film(case, takes, paths, None, numbers, _note(results, rows)))
+
+
+def _colour(results: Results, method: str) -> int:
+    """Number of the colour that the charts give a method: for base, judged method and truth that of their takes."""
+    fixed = {"after": 1, "before": 2, "truth": 4}
+    others = [name for name in results.methods if _role(results, name) not in fixed]
+    role = _role(results, method)
+    return fixed[role] if role in fixed else _OTHERS[others.index(method) % len(_OTHERS)]
 
 
 def _role(results: Results, method: str) -> str:

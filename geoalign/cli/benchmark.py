@@ -3,28 +3,28 @@
 from __future__ import annotations
 
 import argparse
-import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from geoalign.cli.options import add_config, read_config
+from geoalign.cli.options import add_config, examples, read_config
 
 if TYPE_CHECKING:
-    from geoalign.benchmark.run import Shard, Tick
+    from geoalign.benchmark.run import Tick
     from geoalign.benchmark.store import Store
-
-LOG_EVERY_S = 60.0
-"""Between two lines of progress where there is no terminal."""
 
 
 def add_parser(subparsers: Any) -> None:
     """Add ``benchmark`` and its verbs."""
     summary = "compare methods over clips, paths and speeds: camera accuracy, consistency, quality, tables"
-    verbs = subparsers.add_parser("benchmark", help=summary, description=summary).add_subparsers(
-        dest="action", required=True, metavar="run|table|report"
+    shown = examples(
+        "geoalign benchmark run --config tiny_cpu --model base=builtin:tiny_base --model trained=runs/tiny_cpu",
+        "geoalign benchmark table benchmarks/tiny_cpu",
+        "geoalign benchmark report benchmarks/tiny_cpu",
     )
+    parser = subparsers.add_parser("benchmark", help=summary, description=summary, **shown)
+    verbs = parser.add_subparsers(dest="action", required=True, metavar="run|table|report")
     _add_run(verbs)
     _add_table(verbs)
     _add_report(verbs)
@@ -56,7 +56,11 @@ def _add_run(verbs: Any) -> None:
 
 
 def _add_table(verbs: Any) -> None:
-    parser = verbs.add_parser("table", help="write and print the tables of a benchmark: markdown, LaTeX, CSV")
+    parser = verbs.add_parser(
+        "table",
+        help="write and print the tables of a benchmark: markdown, LaTeX, CSV",
+        **examples("geoalign benchmark table benchmarks/davis benchmark.base=base"),
+    )
     parser.add_argument("folder", type=Path, metavar="DIR", help="folder of the benchmark")
     parser.add_argument("--numbers", type=Path, metavar="FILE", help="as of run")
     parser.add_argument("overrides", nargs="*", metavar="benchmark.key=value", help="settings of the tables")
@@ -64,7 +68,11 @@ def _add_table(verbs: Any) -> None:
 
 
 def _add_report(verbs: Any) -> None:
-    parser = verbs.add_parser("report", help="write the benchmark as one HTML file that opens offline")
+    parser = verbs.add_parser(
+        "report",
+        help="write the benchmark as one HTML file that opens offline",
+        **examples("geoalign benchmark report benchmarks/davis"),
+    )
     parser.add_argument("folder", type=Path, metavar="DIR", help="folder of the benchmark")
     parser.add_argument("--out", type=Path, metavar="FILE", help="default: report.html in the folder")
     parser.add_argument("overrides", nargs="*", metavar="benchmark.key=value", help="settings of the tables")
@@ -81,17 +89,20 @@ def run(args: argparse.Namespace) -> int:
     from geoalign.benchmark.run import Plan, Shard, left_over
     from geoalign.benchmark.run import run as run_cases
     from geoalign.benchmark.store import Store
+    from geoalign.jobs.checks import require_inputs
 
     if config.run.threads:
         torch.set_num_threads(config.run.threads)
     at, store = Shard.of_environment(), Store(args.out or Path("benchmarks") / config.run.name)
     arguments = MethodArguments(tuple(args.model), tuple(args.checkpoint), tuple(args.videos))
     _read_numbers(args.numbers)
+    if not args.dry_run:
+        require_inputs(config, "benchmark")
     plan = Plan.build(config, arguments, readers=not args.dry_run)
     if args.dry_run:
         print(forecast(plan, store).text(at.size))
         return 0
-    with _progress(at) as tick:
+    with _progress() as tick:
         run_cases(plan, store, at, retry_failed=args.retry_failed, tick=tick)
     if left := left_over(store, plan):
         print(f"{store.folder}: the share of this process is done; {left} cases are with other processes")
@@ -139,23 +150,17 @@ def _write_tables(store: Store, numbers: Path | None, overrides: tuple[str, ...]
 
 
 @contextmanager
-def _progress(at: Shard) -> Iterator[Tick]:
-    """A bar on a terminal; in a log a line a minute, with the time that is left."""
-    import time
-
+def _progress() -> Iterator[Tick]:
+    """A bar on a terminal, lines with the time that is left in a log; of the first process."""
     from geoalign.jobs.progress import bar
 
-    begun, done, said = time.monotonic(), 0, time.monotonic()
-    with bar(0, "cases", "case") as shown:
+    with bar(None, "benchmark", "case") as shown:
+        done = 0
 
         def tick(case: Any, left: int) -> None:
-            nonlocal done, said
-            done, now = done + 1, time.monotonic()
+            nonlocal done
+            done += 1
             shown.total = done + left
-            shown.update(1)
-            if shown.disable and now - said > LOG_EVERY_S:
-                hours = (now - begun) / done * left / 3600
-                print(f"process {at.rank}: {done} of {done + left} cases, about {hours:.2g} h left", file=sys.stderr)
-                said = now
+            shown.update()
 
         yield tick

@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from geoalign.cli.options import add_config, read_config, whole
+from geoalign.cli.options import add_config, examples, read_config, whole
 from geoalign.config.layout import deal_groups
 from geoalign.config.load import differing_keys, flatten, load_config, to_yaml
 from geoalign.config.source import load_raw, preset_names
@@ -39,29 +39,50 @@ def add_parser(subparsers: Any) -> None:
     )
     verbs = parser.add_subparsers(dest="config_verb", required=True, metavar="print|check|diff|schema|docs")
 
-    show = verbs.add_parser("print", help="the resolved configuration as YAML")
+    show = verbs.add_parser(
+        "print",
+        help="the resolved configuration as YAML",
+        **examples(
+            "geoalign config print --config tiny_cpu",
+            "geoalign config print --config node_8gpu optim.lr=5e-6 --sources",
+        ),
+    )
     add_config(show)
     show.add_argument("--sources", action="store_true", help="say beside each written value where it comes from")
     show.set_defaults(run=run_print)
 
-    check = verbs.add_parser("check", help="validate, also against a number of processes")
+    check = verbs.add_parser(
+        "check",
+        help="validate, also against a number of processes",
+        **examples("geoalign config check --config paper_64xa800 --world-size 64"),
+    )
     add_config(check)
     check.add_argument(
         "--world-size", type=whole("--world-size", 1), metavar="N", help="number of processes the run will have"
     )
     check.set_defaults(run=run_check)
 
-    diff = verbs.add_parser("diff", help="keys whose resolved values differ between two configurations")
+    diff = verbs.add_parser(
+        "diff",
+        help="keys whose resolved values differ between two configurations",
+        **examples("geoalign config diff --config node_8gpu --against single_gpu"),
+    )
     add_config(diff)
     diff.add_argument(
         "--against", default=DEFAULTS, metavar="NAME|FILE", help="the other one (default: the schema's own values)"
     )
     diff.set_defaults(run=run_diff)
 
-    schema = verbs.add_parser("schema", help="JSON schema of all settings")
+    schema = verbs.add_parser(
+        "schema", help="JSON schema of all settings", **examples("geoalign config schema > geoalign.schema.json")
+    )
     schema.set_defaults(run=run_schema)
 
-    docs = verbs.add_parser("docs", help="the reference page of all settings (docs/configuration.md)")
+    docs = verbs.add_parser(
+        "docs",
+        help="the reference page of all settings (docs/configuration.md)",
+        **examples("geoalign config docs --out docs/configuration.md"),
+    )
     docs.add_argument("--out", type=Path, metavar="FILE", help="write it there instead of printing it")
     docs.set_defaults(run=run_docs)
 

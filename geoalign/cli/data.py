@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from geoalign.cli.options import add_config, bytes_text, positive, read_config, whole
+from geoalign.cli.options import add_config, bytes_text, examples, positive, read_config, whole
 from geoalign.errors import DataError
 
 if TYPE_CHECKING:
@@ -30,10 +30,20 @@ def add_parser(subparsers: Any) -> None:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     verbs = data.add_subparsers(dest="data_verb", required=True, metavar="check|trajectories|subset")
-    check = verbs.add_parser("check", help="count usable clips, camera paths and cache entries; list defects")
+    check = verbs.add_parser(
+        "check",
+        help="count usable clips, camera paths and cache entries; list defects",
+        **examples(
+            "geoalign data check --config tiny_cpu", "geoalign data check --config node_8gpu data.root=/mnt/citywalk"
+        ),
+    )
     add_config(check)
     check.set_defaults(run=run_check)
-    paths = verbs.add_parser("trajectories", help="statistics of raw and rescaled target paths")
+    paths = verbs.add_parser(
+        "trajectories",
+        help="statistics of raw and rescaled target paths",
+        **examples("geoalign data trajectories --config tiny_cpu --count 500 --plot paths.png"),
+    )
     add_config(paths)
     paths.add_argument(
         "--count", type=whole("--count", 1), default=200, metavar="N", help="paths to draw (default 200)"
@@ -44,6 +54,11 @@ def add_parser(subparsers: Any) -> None:
         "subset",
         help="list what to fetch of a published data set; downloads nothing",
         description="List what to fetch for some hours of Sekai, OmniWorld-CityWalk or OmniWorld-Game.",
+        **examples(
+            "geoalign data subset --table sekai-real-walking-hq.csv --hours 5 --out data/citywalk/clips",
+            "geoalign data subset --table sekai-real-walking-hq.csv --table citywalk.csv --hours 20 --out clips",
+            "geoalign data subset --table omniworld_game_metadata.csv --hours 10 --out scenes",
+        ),
     )
     subset.add_argument(
         "--table", type=Path, action="append", required=True, metavar="FILE",

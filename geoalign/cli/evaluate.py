@@ -9,7 +9,9 @@ from geoalign.cli.options import (
     add_config,
     add_json,
     add_model,
+    announce,
     check_json,
+    examples,
     positive,
     print_held_out,
     read_config,
@@ -20,7 +22,12 @@ from geoalign.cli.options import (
 def add_parser(subparsers: Any) -> None:
     """Add ``evaluate``."""
     summary = "held-out camera errors of a policy"
-    parser = subparsers.add_parser("evaluate", help=summary, description=summary)
+    shown = examples(
+        "geoalign evaluate --config tiny_cpu --model runs/tiny_cpu",
+        "geoalign evaluate --config tiny_cpu --model runs/tiny_cpu/checkpoints/step_000020 --json half.json",
+        "geoalign evaluate --config tiny_cpu --model builtin:tiny_base --condition-scale 0.75   an oracle of the scale",
+    )
+    parser = subparsers.add_parser("evaluate", help=summary, description=summary, **shown)
     add_config(parser)
     add_model(parser)
     parser.add_argument(
@@ -37,6 +44,7 @@ def add_parser(subparsers: Any) -> None:
 def run_evaluate(args: argparse.Namespace) -> int:
     """Evaluate a policy on the held-out sets of the configuration."""
     config = read_config(args)
+    announce(f"evaluate {args.model}: {config.eval.samples} held-out conditions of each kind", log=False)
     from geoalign.jobs.environment import describe_environment
     from geoalign.jobs.evaluate import HeldOut, evaluate
     from geoalign.policy.open import open_policy

@@ -5,14 +5,19 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from geoalign.cli.options import add_model, whole
+from geoalign.cli.options import add_model, examples, whole
 
 FORMATS = ("redirector", "recammaster", "diffusers", "lora")
 
 
 def add_parser(subparsers: argparse._SubParsersAction) -> None:
     """Register ``export``."""
-    parser = subparsers.add_parser("export", help="write a trained model for other inference code")
+    shown = examples(
+        "geoalign export --format redirector --model runs/single_gpu --out step.safetensors   for its inference.py",
+        "geoalign export --format diffusers --model runs/tiny_cpu --out exported",
+        "geoalign export --format lora --rank 32 --model runs/single_gpu --out lora.safetensors",
+    )
+    parser = subparsers.add_parser("export", help="write a trained model for other inference code", **shown)
     parser.add_argument("--format", required=True, choices=FORMATS, help="layout of the result")
     add_model(parser)
     parser.add_argument("--base", type=Path, help="for lora: checkpoint before training, on the same --model")

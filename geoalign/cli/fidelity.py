@@ -45,8 +45,11 @@ DEFAULT_SETTINGS = (
 def add_parser(subparsers: Any) -> None:
     """Add ``fidelity run`` and ``fidelity choose``."""
     summary = "what approximate tails do to the order of a group, and which of their steps to evaluate"
-    verb = subparsers.add_parser("fidelity", help=summary, description=summary)
-    kinds = verb.add_subparsers(dest="kind", required=True)
+    verb = subparsers.add_parser(
+        "fidelity", help=summary, description=summary, epilog=EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )  # fmt: skip
+    kinds = verb.add_subparsers(dest="fidelity_verb", required=True, metavar="run|choose")
     run = kinds.add_parser(
         "run", help="a table of settings against the exact tail", epilog=EXAMPLES,
         description="Finish the same rollouts exactly and under every setting; compare what a trainer makes of both.",
@@ -71,7 +74,8 @@ def add_parser(subparsers: Any) -> None:
     run.set_defaults(run=run_table)
     choose = kinds.add_parser(
         "choose", help="measure the drift of an exact tail, by which ode.reuse chooses its steps",
-        description="Write the drift along an exact tail: the file of ode.reuse_profile.",
+        description="Write the drift along an exact tail: the file of ode.reuse_profile.", epilog=EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )  # fmt: skip
     add_config(choose)
     choose.add_argument("--out", type=Path, required=True, metavar="FILE", help="where it is written")

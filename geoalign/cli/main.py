@@ -21,6 +21,9 @@ from geoalign.training.processes.launcher import INTERRUPTED, die_with_launcher,
 from geoalign.version import __version__
 
 DEBUG_VARIABLE = "GEOALIGN_DEBUG"
+QUIET = ("torch", "transformers", "diffusers", "huggingface_hub", "tensorboard", "matplotlib", "multiprocessing")
+"""Libraries whose warnings tell a user nothing to do."""
+QUIET_LOGS = ("torchao", "torch.utils._pytree")
 OVERRIDE = re.compile(r"[A-Za-z_][\w.]*=")
 
 
@@ -69,8 +72,9 @@ VERBS = (
         "doctor",
         "geoalign.cli.doctor",
         "Inspect",
-        "versions, devices, kernel backends, and what each missing extra adds",
+        "versions, devices, kernel backends; what a configuration needs and where to get it",
     ),
+    Verb("completion", "geoalign.cli.completion", "Inspect", "complete verbs, options and settings in bash or zsh"),
 )
 
 EXAMPLES = """\
@@ -101,6 +105,7 @@ def help_text() -> str:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command line and return its exit code."""
+    _quieten_others()
     arguments = list(sys.argv[1:] if argv is None else argv)
     if started_by_launcher():
         die_with_launcher()
@@ -131,6 +136,21 @@ def _ended(text: str, exit_code: int) -> int:
     else:
         print(f"{_speaker()}: {text}", file=sys.stderr)
     return exit_code
+
+
+def _quieten_others() -> None:
+    """Keep notices and bars of libraries off the screen, unless the environment asks for them."""
+    import logging
+    import warnings
+
+    for name in ("TRANSFORMERS_VERBOSITY", "DIFFUSERS_VERBOSITY"):
+        os.environ.setdefault(name, "error")
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    if os.environ.get(DEBUG_VARIABLE) != "1":
+        for name in QUIET_LOGS:
+            logging.getLogger(name).setLevel(logging.ERROR)
+        for library in QUIET:
+            warnings.filterwarnings("ignore", module=rf"{library}(\.|$)")
 
 
 def _in_one_line(error: Exception) -> str:
@@ -168,15 +188,19 @@ def _dispatch(arguments: list[str]) -> int:
         print(f"geoalign {__version__}")
         return 0
     verbs = {verb.name: verb for verb in VERBS}
-    verb = verbs.get(arguments[0])
-    if verb is None:
+    if arguments[0] not in verbs:
         close = difflib.get_close_matches(arguments[0], verbs, n=1, cutoff=0.5)
         hint = f" Did you mean `geoalign {close[0]}`?" if close else ""
         raise UsageError(f"no such verb: {arguments[0]}.{hint} `geoalign --help` lists all.")
+    args = _parse(parser_of(verbs[arguments[0]]), arguments)
+    return int(args.run(args) or 0)
+
+
+def parser_of(verb: Verb) -> argparse.ArgumentParser:
+    """The parser of a command line with this verb; imports its module."""
     parser = argparse.ArgumentParser(prog="geoalign", formatter_class=argparse.RawDescriptionHelpFormatter)
     importlib.import_module(verb.module).add_parser(parser.add_subparsers(dest="verb", required=True))
-    args = _parse(parser, arguments)
-    return int(args.run(args) or 0)
+    return parser
 
 
 def _parse(parser: argparse.ArgumentParser, arguments: list[str]) -> argparse.Namespace:

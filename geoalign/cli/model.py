@@ -4,18 +4,24 @@ from __future__ import annotations
 
 import argparse
 
-from geoalign.cli.options import add_json, check_json, write_json
+from geoalign.cli.options import add_json, check_json, examples, write_json
 
 
 def add_parser(subparsers: argparse._SubParsersAction) -> None:
     """Register ``model manifest`` and ``model fingerprint``."""
-    parser = subparsers.add_parser("model", help="describe model layouts and identify checkpoint files")
+    layouts = examples("geoalign model manifest", "geoalign model manifest --layout redirector --json redirector.json")
+    files = examples(
+        "geoalign model fingerprint weights/redirector/step20000.safetensors",
+        "geoalign model fingerprint runs/tiny_cpu",
+    )
+    both = examples("geoalign model manifest", "geoalign model fingerprint runs/tiny_cpu")
+    parser = subparsers.add_parser("model", help="describe model layouts and identify checkpoint files", **both)
     verbs = parser.add_subparsers(dest="model_verb", required=True, metavar="VERB")
-    manifest = verbs.add_parser("manifest", help="tensors and parameters of every published layout")
+    manifest = verbs.add_parser("manifest", help="tensors and parameters of every published layout", **layouts)
     add_json(manifest, "it")
     manifest.add_argument("--layout", help="list every tensor of one layout with its shape")
     manifest.set_defaults(run=_manifest)
-    finger = verbs.add_parser("fingerprint", help="say which published model a file or folder belongs to")
+    finger = verbs.add_parser("fingerprint", help="say which published model a file or folder belongs to", **files)
     finger.add_argument(
         "path", metavar="MODEL", help="a weight file, a folder of shards, or anything that --model takes"
     )

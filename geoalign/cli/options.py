@@ -6,6 +6,7 @@ import argparse
 import json
 import math
 import re
+import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -18,6 +19,12 @@ if TYPE_CHECKING:
 LEAST_SIDE = 16
 """Pixels: no video model and no pose evaluator sees anything in a smaller frame."""
 STDOUT = "-"
+
+
+def examples(*lines: str) -> dict[str, Any]:
+    """Keywords of a parser that show command lines below its options, as they are written."""
+    text = "\n".join(["examples:", *(f"  {line}" for line in lines)])
+    return {"epilog": text, "formatter_class": argparse.RawDescriptionHelpFormatter}
 
 
 def add_config(parser: argparse.ArgumentParser, *, required: bool = True) -> None:
@@ -90,6 +97,14 @@ def read_config(args: argparse.Namespace) -> Config:
     from geoalign.config.schema import Config
 
     return load_config(Config, args.config, args.overrides)
+
+
+def announce(text: str, *, log: bool = True) -> None:
+    """Say what begins before slow imports; without ``log`` only a person at a terminal is told."""
+    from geoalign.jobs.progress import say
+
+    if log or sys.stderr.isatty():
+        say(text)
 
 
 def add_json(parser: argparse.ArgumentParser, what: str) -> None:

@@ -6,7 +6,7 @@ import argparse
 import os
 from typing import Any
 
-from geoalign.cli.options import add_config, bytes_text, read_config
+from geoalign.cli.options import add_config, announce, bytes_text, read_config
 
 EXAMPLES = """\
 examples:
@@ -31,13 +31,15 @@ def add_parser(subparsers: Any) -> None:
 
 def run_prepare(args: argparse.Namespace) -> int:
     """Encode this process's share of the windows."""
+    config = read_config(args)
+    announce(f"prepare: windows of {config.data.clips_path} into {config.data.cache}")
     from geoalign.data.clips import list_clips
     from geoalign.data.prepare import prepare
     from geoalign.data.tally import Tally
     from geoalign.jobs.checks import require_inputs
     from geoalign.jobs.prepare import build_encoder, claim_device, render_missing_data
+    from geoalign.jobs.progress import bar
 
-    config = read_config(args)
     rank, world_size = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
     if rank == 0:
         require_inputs(config, "prepare")
@@ -55,13 +57,14 @@ def run_prepare(args: argparse.Namespace) -> int:
         disk, hours = bytes_text(report.bytes / report.encoded * total), report.seconds * total / 3600
         print(f"  disk {disk}, one process {hours:.2f} h")
         return 0
-    from tqdm import tqdm
-
-    with tqdm(desc="preparing", unit="clip", disable=None if rank == 0 else True) as bar:
+    with bar(None, "preparing", "clip", shown=rank == 0) as shown:
+        before = 0
 
         def progress(done: int, total: int) -> None:
-            bar.total = total
-            bar.update(done - bar.n)
+            nonlocal before
+            shown.total = total
+            shown.update(done - before)
+            before = done
 
         report = prepare(config.data, encoder, rank=rank, world_size=world_size, device_id=device_id, progress=progress)
     print(

@@ -7,13 +7,17 @@ import time
 from pathlib import Path
 from typing import Any
 
-from geoalign.cli.options import add_config, print_held_out, read_config
+from geoalign.cli.options import add_config, announce, examples, print_held_out, read_config
 
 
 def add_parser(subparsers: Any) -> None:
     """Add ``pretrain``."""
     summary = "supervised base policy of the embedded world"
-    parser = subparsers.add_parser("pretrain", help=summary, description=summary)
+    shown = examples(
+        "geoalign pretrain --config tiny_cpu --out base.safetensors",
+        "geoalign train --config tiny_cpu train.base=base.safetensors",
+    )
+    parser = subparsers.add_parser("pretrain", help=summary, description=summary, **shown)
     add_config(parser)
     parser.add_argument("--out", type=Path, required=True, help="policy file to write (.safetensors)")
     parser.set_defaults(run=run_pretrain)
@@ -22,6 +26,7 @@ def add_parser(subparsers: Any) -> None:
 def run_pretrain(args: argparse.Namespace) -> int:
     """Pre-train a base policy and print its held-out numbers."""
     config = read_config(args)
+    announce(f"pretrain: {config.pretrain.steps:,} steps on {config.pretrain.pool:,} pairs")
     from geoalign.errors import UsageError
     from geoalign.files.atomic import check_writable, nan_to_none
     from geoalign.jobs.environment import describe_environment

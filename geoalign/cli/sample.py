@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import argparse
-import sys
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -12,6 +12,8 @@ from geoalign.cli.options import (
     add_cameras,
     add_model,
     add_reward,
+    announce,
+    examples,
     four_numbers,
     frame_count,
     frame_size,
@@ -20,13 +22,16 @@ from geoalign.cli.options import (
     whole,
 )
 from geoalign.config.data import DEFAULT_NEGATIVE_PROMPT
+from geoalign.errors import CheckpointError
 from geoalign.evaluators.table import EVALUATORS, WITH_WEIGHTS
 
 if TYPE_CHECKING:
     from torch import Tensor
 
     from geoalign.config.flow import FlowConfig
+    from geoalign.files.need import Need
     from geoalign.jobs.sample import CostEstimate
+    from geoalign.policy.open import ModelFiles
     from geoalign.policy.policy import RetakePolicy
     from geoalign.rewards.base import Reward
     from geoalign.types import RetakeBatch
@@ -34,7 +39,16 @@ if TYPE_CHECKING:
 
 def add_parser(subparsers: argparse._SubParsersAction) -> None:
     """Register ``sample``."""
-    parser = subparsers.add_parser("sample", help="retake a video along a camera path")
+    shown = examples(
+        "geoalign sample --model runs/tiny_cpu --video clip.mp4 --trajectory arc_left --out out.mp4",
+        "geoalign sample --model runs/tiny_cpu --video clip.mp4 --trajectory path.json --speed 1.5 --out out.mp4",
+        "geoalign sample --model weights/Wan2.1-Fun-V1.1-1.3B-Control-Camera \\",
+        "                --checkpoint weights/redirector/step20000.safetensors --video in.mp4 \\",
+        '                --source-camera poses.npz --trajectory pan_right --prompt "a bear walks" \\',
+        "                --device cuda --out out.mp4",
+        "geoalign sample --model runs/tiny_cpu --video clip.mp4 --trajectory zoom_in --best-of 4 --out best.mp4",
+    )
+    parser = subparsers.add_parser("sample", help="retake a video along a camera path", **shown)
     add = parser.add_argument
     add_model(parser)
     add("--video", type=Path, required=True, help="source video file, or a folder of frames")
@@ -101,6 +115,8 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
 
 
 def _run(args: argparse.Namespace) -> int:
+    _check_arguments(args)
+    announce(f"sample: {args.video} along {args.trajectory}", log=False)
     import torch
 
     from geoalign.files.atomic import check_writable
@@ -111,7 +127,6 @@ def _run(args: argparse.Namespace) -> int:
     from geoalign.policy.open import describe
     from geoalign.policy.policy import RetakePolicy
 
-    _check_arguments(args)
     _settle(args)
     paths = outputs(args.out)
     device = named_device(args.device, "--device")
@@ -119,10 +134,10 @@ def _run(args: argparse.Namespace) -> int:
     dtype = getattr(torch, args.dtype or ("bfloat16" if device.type == "cuda" else "float32"))
     flow = _flow(args)
     files = describe(args.model, args.checkpoint)
-    codec = files.codec(dtype=dtype, device=args.device, tiled=args.tiled)
+    empty = files.codec_rules()
     camera, told = _source_camera(args)
     batch, fps = read_inputs(
-        args.video, args.trajectory, codec=codec, speed=args.speed, frames=args.frames, size=args.size,
+        args.video, args.trajectory, codec=empty, speed=args.speed, frames=args.frames, size=args.size,
         source_camera=camera, intrinsics=args.intrinsics, ground_plane=args.ground_plane,
     )  # fmt: skip
     fps = args.fps or fps
@@ -130,21 +145,23 @@ def _run(args: argparse.Namespace) -> int:
     _check_prompt(args, reads_text)
     guidance = choose_guidance(args.guidance, reads_text, args.model)
     forwards = args.steps * (1 if guidance == 1.0 else 2)
-    cost = estimate(files.config, files.parameters, codec, batch.source.video.shape, forwards, dtype, args.device)
+    cost = estimate(files.config, files.parameters, empty, batch.source.video.shape, forwards, dtype, args.device)
     print(f"model    {files.location.what}: {files.title}")
     if told:
         print(f"camera   {told}")
     _print_cost(args, batch, fps, cost)
-    if args.dry_run:
-        return 0
     for path in (*paths.values(), *_kept(args)):
         check_writable(path)
+    _check_files(args, files, batch)
+    if args.dry_run:
+        return 0
     batch, prompt = _estimate_camera(args, batch), _prompt(args, batch, dtype)
-    reward = _reward(args, batch)
+    reward = _reward(args)
     encoders = Encoders(files, dtype=dtype, device=args.device)
     encodings = encoders(batch, prompt, read_text(args.negative_prompt))
     batch = replace(batch, encodings=encodings)
     model, _ = files.network(dtype=dtype, device=args.device)
+    codec = files.codec(dtype=dtype, device=args.device, tiled=args.tiled)
     policy = RetakePolicy(model.requires_grad_(False), codec, guidance)  # nothing is trained, so text may be missing
     video, record = _sample(args, policy, batch, flow, reward, fps, forwards)
     given = {name: str(v) if isinstance(v, Path) else v for name, v in vars(args).items() if _plain(v)}
@@ -153,6 +170,37 @@ def _run(args: argparse.Namespace) -> int:
     written = write_retake(args.out, batch, video, fps, record, used, published=args.settings == "published")
     print("\n".join(f"{name:13}{path}" for name, path in written.items()))
     return 0
+
+
+def _check_files(args: argparse.Namespace, files: ModelFiles, batch: RetakeBatch) -> None:
+    """Look at the headers of everything that will be loaded, and read the texts; raises UserError before any is."""
+    from geoalign.jobs.encode import check_encoders, read_text
+    from geoalign.models.captions import check_captioner
+    from geoalign.rewards.registry import evaluator_needs, reward_needs
+
+    files.check_codec()
+    check_encoders(files)
+    for text in (args.prompt, args.negative_prompt):
+        if text is not None:
+            read_text(text)
+    if args.prompt is None and args.captioner is not None:
+        check_captioner(args.captioner)
+    if args.source_estimator in WITH_WEIGHTS:
+        _require(evaluator_needs(args.source_estimator, {"checkpoint": str(args.estimator_weights)}))
+    if args.best_of > 1:
+        from geoalign.jobs.best_of import check_reward
+
+        kind, options = read_reward(args)
+        check_reward(options.get("evaluator"), batch)
+        _require(reward_needs("--set", kind, options))
+
+
+def _require(needs: Sequence[Need]) -> None:
+    """Raise UserError for the first that is missing or another thing."""
+    for need in needs:
+        if not need.path.exists():
+            raise CheckpointError(f"{need.title}: {need.path} is not there; {need.get}")
+        need.verify(need.path)
 
 
 def _check_arguments(args: argparse.Namespace) -> None:
@@ -264,16 +312,13 @@ def _prompt(args: argparse.Namespace, batch: RetakeBatch, dtype: Any) -> str | N
     return prompt
 
 
-def _reward(args: argparse.Namespace, batch: RetakeBatch) -> Reward | None:
+def _reward(args: argparse.Namespace) -> Reward | None:
     """What chooses among several retakes; None for one."""
     if args.best_of == 1:
         return None
-    from geoalign.jobs.best_of import check_reward
     from geoalign.rewards.registry import build_reward
 
-    kind, options = read_reward(args)
-    check_reward(options.get("evaluator"), batch)
-    return build_reward(kind, options)
+    return build_reward(*read_reward(args))
 
 
 def _sample(
@@ -288,16 +333,24 @@ def _sample(
     """The video ``[1, F, 3, H, W]``, the best of several with ``reward``, and what to record of the choice."""
     from geoalign.data.video import write_video
     from geoalign.jobs.best_of import best_of
+    from geoalign.jobs.progress import bar
     from geoalign.jobs.sample_files import candidate_path
     from geoalign.policy.published import published_retake
     from geoalign.policy.retake import retake
 
-    with _progress(args.best_of * forwards) as bar:
+    with bar(args.best_of * (forwards + 1), "sampling", "forward") as shown:
+
+        def decoding() -> None:
+            shown.set_description("decoding")
 
         def make(seed: int) -> Tensor:
+            shown.set_description("sampling")
             if args.settings == "published":
-                return published_retake(policy, batch, on_pass=bar.update)
-            return retake(policy, batch, flow, seed=seed, on_pass=bar.update, strict=True)
+                video = published_retake(policy, batch, on_pass=shown.update, on_decode=decoding)
+            else:
+                video = retake(policy, batch, flow, seed=seed, on_pass=shown.update, on_decode=decoding, strict=True)
+            shown.update()  # the decoder counts as one forward
+            return video
 
         def keep(seed: int, video: Tensor) -> None:
             if args.keep_all:
@@ -327,12 +380,6 @@ def _print_cost(args: argparse.Namespace, batch: RetakeBatch, fps: float, cost: 
     over = "; it will not fit: use fewer --frames or a smaller --size" if cost.memory_gb > limit else ""
     print(f"memory   about {cost.memory_gb:.3g} GB of the {limit:.3g} GB of {args.device}{over}")
     print(f"time     about {cost.seconds:,.3g} s of denoising{each} (predicted from a matrix product on this device)")
-
-
-def _progress(total: int) -> Any:
-    from tqdm import tqdm
-
-    return tqdm(total=total, desc="sampling", unit="forward", file=sys.stderr, disable=None)
 
 
 def _plain(value: object) -> bool:

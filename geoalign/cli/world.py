@@ -17,7 +17,13 @@ examples:
 
 def add_parser(subparsers: Any) -> None:
     """Add ``world`` with its sub-verb."""
-    parser = subparsers.add_parser("world", help="the embedded world", description="The embedded drone world.")
+    parser = subparsers.add_parser(
+        "world",
+        help="the embedded world",
+        description="The embedded drone world.",
+        epilog=EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     verbs = parser.add_subparsers(dest="world_verb", required=True, metavar="render")
     render = verbs.add_parser(
         "render",

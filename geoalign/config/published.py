@@ -54,6 +54,14 @@ REDIRECTOR = Published(
     "weights/redirector", _hub("byeongjun-park/ReDirector", "step20000.safetensors"),
     "train.delta, sample --checkpoint",
 )  # fmt: skip
+WAN_T2V = Published(
+    "Wan2.1-T2V-1.3B: transformer, Wan VAE and umT5", "Apache-2.0", 17, "weights/Wan2.1-T2V-1.3B",
+    _hub("Wan-AI/Wan2.1-T2V-1.3B"), "the base of ReCamMaster",
+)  # fmt: skip
+RECAMMASTER = Published(
+    "ReCamMaster: a whole state dict", "MIT (its code)", 6, "weights/recammaster",
+    _hub("KwaiVGI/ReCamMaster-Wan2.1", "step20000.ckpt"), "train.delta of recammaster_node_8gpu",
+)  # fmt: skip
 MAPANYTHING = Published(
     "MapAnything v1.1: metric cameras", "Apache-2.0", 4.9, "weights/map-anything-apache",
     _hub("facebook/map-anything-apache", "model.safetensors"), "the geometry reward, and source cameras",
@@ -82,7 +90,7 @@ BLIP2 = Published(
 )  # fmt: skip
 DEPTH_ANYTHING = Published(
     "Depth Anything 3, nested giant: a second metric estimator", "CC-BY-NC 4.0", 6.8, "weights/da3",
-    _hub("depth-anything/DA3NESTED-GIANT-LARGE-1.1"), "evaluator depth_anything_3; no preset uses it",
+    _hub("depth-anything/DA3NESTED-GIANT-LARGE-1.1"), "the evaluator depth_anything_3, for one in the benchmark",
 )  # fmt: skip
 TEMPLATES = Published(
     "Prompts of VideoAlign and HPSv3", "MIT", 0.001, "~/.cache/geoalign/reward-templates",
@@ -104,7 +112,16 @@ CAMERAS = Published(
     "target camera paths",
 )  # fmt: skip
 
-WEIGHTS = (BASE, REDIRECTOR, MAPANYTHING, VIDEOALIGN, HPSV3, HPSV3_TOKENIZER, TEMPLATES, BLIP2, DEPTH_ANYTHING)
-"""What to fetch for the presets, in the order of docs/real-weights.md; the last is an alternative."""
-DATA = (CLIPS, CAMERAS)
-"""The two data sets of the presets."""
+DAVIS = Published(
+    "DAVIS 2016, for the benchmark: 50 films as pictures", "BSD (its code); the films belong to their makers",
+    2, "data/davis",
+    "get DAVIS-data.zip from https://davischallenge.org/davis2016/code.html and unzip it into {folder}",
+    "`geoalign benchmark` of the preset davis",
+)  # fmt: skip
+
+WEIGHTS = (BASE, REDIRECTOR, MAPANYTHING, VIDEOALIGN, HPSV3, HPSV3_TOKENIZER, TEMPLATES, BLIP2)
+"""What to fetch for the presets of the paper, in the order of docs/real-weights.md."""
+OTHERS = (WAN_T2V, RECAMMASTER, DEPTH_ANYTHING)
+"""What further presets and evaluators read."""
+DATA = (CLIPS, CAMERAS, DAVIS)
+"""The data sets of the presets: two for training, one for the benchmark."""

@@ -12,6 +12,8 @@ from geoalign.files.parsing import read_json_object
 INDEX = ".safetensors.index.json"
 _SHARD = re.compile(r"(?P<stem>.+)-(?P<number>\d{5})-of-(?P<total>\d{5})\.safetensors")
 _PREFERRED = ("diffusion_pytorch_model", "model")
+_PICKLED = re.compile(r"(diffusion_pytorch_model|pytorch_model|model)(-\d{5}-of-\d{5})?\.(bin|pth|pt|ckpt)")
+"""What a model's own weights are called that are not safetensors."""
 
 
 def weight_files(path: Path) -> dict[Path, Collection[str] | None]:
@@ -29,13 +31,14 @@ def weight_files(path: Path) -> dict[Path, Collection[str] | None]:
     names = sorted(file.name for file in path.iterdir() if not file.name.startswith(".") and file.is_file())
     indexed = {name.removesuffix(INDEX) for name in names if name.endswith(INDEX)}
     stems = sorted(indexed | {_stem(name) for name in names if name.endswith(".safetensors")})
-    if not stems:
-        others = [name for name in names if name.endswith((".bin", ".pth", ".pt", ".ckpt"))]
+    chosen = next((stem for stem in _PREFERRED if stem in stems), None)
+    pickled = [name for name in names if _PICKLED.fullmatch(name)]
+    if not stems or (chosen is None and pickled):  # what else lies there as safetensors is another part
+        others = pickled or [name for name in names if name.endswith((".bin", ".pth", ".pt", ".ckpt"))]
         hint = (
             f" but {', '.join(others[:3])}; convert them to safetensors, or download the safetensors" if others else ""
         )
-        raise CheckpointError(f"{path}: holds no .safetensors file{hint}")
-    chosen = next((stem for stem in _PREFERRED if stem in stems), None)
+        raise CheckpointError(f"{path}: holds no .safetensors file{' of the model' * bool(stems)}{hint}")
     wanted = [chosen] if chosen else [stem for stem in stems if not any(stem.startswith(f"{o}.") for o in stems)]
     variants = {stem.partition(".")[0] for stem in wanted}
     if len(wanted) > 1 and len(variants) == 1:

@@ -10,7 +10,8 @@ from torch import Tensor
 
 from geoalign.errors import UsageError
 from geoalign.files import parsing
-from geoalign.models.encoders import load_image_encoder, load_text_encoder
+from geoalign.files.need import looks_like_tokenizer
+from geoalign.models.encoders import check_image_encoder, check_text_encoder, load_image_encoder, load_text_encoder
 from geoalign.policy.open import ModelFiles
 from geoalign.types import Encodings, RetakeBatch
 
@@ -37,6 +38,22 @@ def reads_text_of(files: ModelFiles) -> bool:
             f"{its_tokenizer}/, or {published} with {other_tokenizer}/, there"
         )
     return False
+
+
+def check_encoders(files: ModelFiles) -> None:
+    """Look at the encoders beside a model by their headers; raises CheckpointError for what :func:`encode` would."""
+    encoder = find_text_encoder(files.location.home)
+    if encoder is not None:
+        check_text_encoder(encoder[0])
+        looks_like_tokenizer(encoder[1])
+    if (image := _find_image_encoder(files)) is not None:
+        check_image_encoder(image)
+
+
+def _find_image_encoder(files: ModelFiles) -> Path | None:
+    if files.config.image_dim is None:
+        return None
+    return next((path for name in _IMAGE if (path := files.location.home / name).exists()), None)
 
 
 def choose_guidance(given: float | None, reads_text: bool, model: object) -> float:
@@ -68,10 +85,8 @@ class Encoders:
         return made if len(made) else None
 
     def _image_tokens(self, batch: RetakeBatch) -> Tensor | None:
-        if self._files.config.image_dim is None:
-            return None
         if self._image is None:
-            path = next((path for name in _IMAGE if (path := self._files.location.home / name).exists()), None)
+            path = _find_image_encoder(self._files)
             if path is None:
                 return None
             self._image = load_image_encoder(path, dtype=self._dtype, device=str(self._device))

@@ -15,8 +15,9 @@ from typing import Any
 from geoalign.config.load import load_config
 from geoalign.config.schema import Config
 from geoalign.errors import ConfigError
-from geoalign.jobs.pricing import hours
-from geoalign.perf.devices import DeviceProfile, Kind
+from geoalign.jobs.pricing import exactly, hours, run_cost
+from geoalign.perf.budget import climb
+from geoalign.perf.devices import CERTAINTY, DeviceProfile, Kind
 
 REUSE, SIGMA, INT8 = (
     "ode.reuse=residual ode.reuse_share=",
@@ -73,6 +74,7 @@ def priced_rungs(name: str, overrides: Sequence[str], device: DeviceProfile, dev
         "half_group": max(1, base.groups.size // 2),
         "half_run": base.train.iterations // 2,
     }
+    founded = climb(run_cost(exactly(base)), device, devices).rungs[-1].cumulative_kind
     found = []
     for rung in RUNGS:
         if rung.rate == "attention_int8" and not device.int8_pays():
@@ -82,7 +84,8 @@ def priced_rungs(name: str, overrides: Sequence[str], device: DeviceProfile, dev
             config = load_config(Config, name, [*overrides, *_undone(base), *settings.split()])
         except ConfigError:  # of a reward that the run does not have, or frames that it cannot
             continue
-        kind = device.kinds.get(rung.rate, "assumed")
+        # On top of all EXACT levers, so no better founded than the least founded of them.
+        kind = max(founded, device.kinds.get(rung.rate, "assumed"), key=CERTAINTY.index)
         fidelity = measured(config) if rung.video else None
         found.append(PricedRung(rung, settings, hours(config, device, devices), kind, fidelity))
     return found

@@ -22,7 +22,7 @@ from geoalign.jobs.checks import require_inputs
 from geoalign.jobs.environment import describe_environment
 from geoalign.jobs.metrics_file import MetricsWriter
 from geoalign.jobs.prepare import encoder_identity, render_missing_data
-from geoalign.jobs.progress import bar, say
+from geoalign.jobs.progress import RunProgress, say
 from geoalign.jobs.stop import StopRequest
 from geoalign.jobs.train_films import FilmWriter
 from geoalign.jobs.train_held_out import RunEvaluator, conditions_of, held_out_summary
@@ -135,6 +135,7 @@ def _trainer(
 ) -> Iterator[Trainer]:
     """Policy, data and rewards of the run in a trainer that stands where ``state`` does; closes the rewards."""
     device = device_of(config.run)
+    say(f"reading the weights of {config.train.base}")
     policy = open_base(config, device, dtype_of(config.run, device))
     if config.run.threads:
         torch.set_num_threads(config.run.threads)
@@ -207,7 +208,7 @@ def _iterate(
         CheckpointWriter(folder / "checkpoints", settings, config.train) as checkpoints,
         MetricsWriter(folder, config.run, trainer.iteration) if main else nullcontext() as writer,
         FilmWriter(folder, config.run) if main else nullcontext() as films,
-        bar(total, "training", "it", trainer.iteration) as progress,
+        RunProgress(total, trainer.iteration) as progress,
     ):
         while trainer.iteration < total:
             trainer.film_wanted = films is not None and films.due(trainer.iteration, total)
@@ -221,8 +222,7 @@ def _iterate(
                 if trainer.film is not None:
                     films.write(trainer.iteration - 1, trainer.film)
                 writer.add_films(films.finished())
-            progress.set_postfix_str(_headline(numbers), refresh=False)
-            progress.update()
+            progress.tell(trainer.iteration, numbers)
             stopping = trainer.ranks.maximum(float(bool(stop.signal_name))) > 0  # all ranks stop together
             if trainer.iteration % config.train.checkpoint_every == 0 or trainer.iteration == total or stopping:
                 trainer.notes |= {"wall_s": clock.wall(base_notes), "cpu_s": clock.cpu(base_notes)}
@@ -235,15 +235,3 @@ def _iterate(
             writer.add_films(films.finished(wait=True))
     trainer.ranks.barrier()  # one that ended early would make torchrun end the one that still writes
     trainer.notes = base_notes
-
-
-def _headline(numbers: Mapping[str, float]) -> str:
-    parts = []
-    for key, text in (
-        ("reward/trans_m", "{:.2f} m"),
-        ("reward/rot_deg", "{:.2f} deg"),
-        ("policy/ratio_max", "ratio<{:.4f}"),
-    ):
-        if key in numbers:
-            parts.append(text.format(numbers[key]))
-    return ", ".join(parts)

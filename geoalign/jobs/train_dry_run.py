@@ -64,7 +64,7 @@ def _execution(config: Config) -> str:
     parts += [f"attention core {_core(config)}"] + ["repeatable backwards"] * run.deterministic
     parts += [f"recompute {levers.recompute}", f"streaming {levers.streaming}"]
     approximate = [f"{name} {value}" for name, value in config.changes().items()]
-    return ", ".join(parts) + (f"; CHANGES samples: {', '.join(approximate)}" if approximate else "; all EXACT")
+    return ", ".join(parts) + (f"; CHANGES: {', '.join(approximate)}" if approximate else "; all EXACT")
 
 
 def _core(config: Config) -> str:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+import importlib
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +39,21 @@ def check_pretrained(folder: Path, what: str, kinds: Collection[str]) -> str:
     return f"{kind}, {summary(TensorFile(folder).shapes)}"
 
 
+@contextmanager
+def _without_notices(network: type) -> Iterator[None]:
+    """Keep the library of ``network`` from drawing a bar and from warning: what is wrong becomes our error."""
+    library: Any = importlib.import_module(f"{network.__module__.partition('.')[0]}.utils.logging")
+    level, bars = library.get_verbosity(), library.is_progress_bar_enabled()
+    library.set_verbosity_error()
+    library.disable_progress_bar()
+    try:
+        yield
+    finally:
+        library.set_verbosity(level)
+        if bars:
+            library.enable_progress_bar()
+
+
 def open_pretrained(network: Any, folder: Path, what: str, **options: Any) -> nn.Module:
     """``network.from_pretrained(folder)``, complete or not at all.
 
@@ -53,7 +70,8 @@ def open_pretrained(network: Any, folder: Path, what: str, **options: Any) -> nn
     if not any(folder.glob("*.bin*")):  # both libraries also read those
         weight_files(folder)
     try:
-        model, told = network.from_pretrained(folder, local_files_only=True, output_loading_info=True, **options)
+        with _without_notices(network):
+            model, told = network.from_pretrained(folder, local_files_only=True, output_loading_info=True, **options)
     except Exception as error:  # of json, safetensors, pickle, torch and of the library itself
         raise CheckpointError(f"{folder}: not a {what} ({first_line(error)})") from error
     lacking = sorted(map(str, (*told["missing_keys"], *told["mismatched_keys"])))

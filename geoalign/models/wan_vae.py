@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from geoalign.errors import UsageError
+from geoalign.errors import CheckpointError, UsageError
+from geoalign.files.parsing import first_line, read_json_object
 from geoalign.files.weights import TensorFile, shapes_of
 from geoalign.models.checkpoint import place
 from geoalign.models.layouts import summary
@@ -107,6 +108,25 @@ def load_wan_codec(
     vae = _on_meta()
     fill_vae(vae, path, dtype, device)
     return WanCodec(vae, tiled=tiled)
+
+
+def empty_wan_codec(path: Path) -> WanCodec:
+    """The codec at ``path`` without weights, for its rules of length and size.
+
+    Raises:
+        CheckpointError: a folder whose settings cannot be read.
+    """
+    if not path.is_dir():
+        return WanCodec(_on_meta())
+    from diffusers import AutoencoderKLWan
+
+    settings = read_json_object(path / "config.json", CheckpointError)
+    try:
+        with torch.device("meta"):
+            vae: Any = AutoencoderKLWan.from_config(settings)
+    except Exception as error:  # of whatever the settings are given to
+        raise CheckpointError(f"{path}: not a diffusers AutoencoderKLWan folder ({first_line(error)})") from error
+    return WanCodec(vae)
 
 
 def check_wan_codec(path: Path) -> str:

@@ -36,7 +36,7 @@ from geoalign.models.codec import PatchCodec
 from geoalign.models.codec_base import LatentCodec
 from geoalign.models.dit import RetakeDiT
 from geoalign.models.layouts import LAYOUTS, RECAMMASTER, REDIRECTOR, count, identify, is_self_attention, model_shapes
-from geoalign.models.wan_vae import load_wan_codec
+from geoalign.models.wan_vae import check_wan_codec, empty_wan_codec, load_wan_codec
 from geoalign.policy.files import (
     AVERAGE_FILE,
     CHECKPOINT_NAME,
@@ -128,6 +128,15 @@ class ModelFiles:
             CheckpointError: the video autoencoder is missing or damaged.
         """
         return _codec_at(self.location.home, self.patch, dtype, device, tiled)
+
+    def codec_rules(self) -> LatentCodec:
+        """The codec for its rules alone: which lengths and sizes it takes; a video autoencoder has no weights."""
+        return self.patch if self.patch is not None else empty_wan_codec(vae_of(self.location.home))
+
+    def check_codec(self) -> None:
+        """Look at a video autoencoder by its headers; raises what :meth:`codec` would."""
+        if self.patch is None:
+            check_wan_codec(vae_of(self.location.home))
 
     def policy(
         self,

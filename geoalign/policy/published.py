@@ -35,9 +35,15 @@ def published_noise(shape: tuple[int, ...], seed: int = SEED) -> Tensor:
 
 @torch.no_grad()
 def published_retake(
-    policy: RetakePolicy, batch: RetakeBatch, *, on_pass: Callable[[int], object] = lambda passes: None
+    policy: RetakePolicy,
+    batch: RetakeBatch,
+    *,
+    on_pass: Callable[[int], object] = lambda passes: None,
+    on_decode: Callable[[], object] = lambda: None,
 ) -> Tensor:
     """Sample and decode one condition: ``[1, F, 3, H, W]`` in [-1, 1]; ``policy.guidance`` is used as it is.
+
+    ``on_pass`` is told after each step how many passes of the network it took, ``on_decode`` when decoding begins.
 
     Raises:
         UserError: the batch lacks what the model reads.
@@ -54,6 +60,7 @@ def published_retake(
         x = x + velocity * (following - sigma)
         on_pass(answer.passes)
     refuse_non_finite(x, "the model")
+    on_decode()
     video = policy.decode(x.float(), batch.source.video)
     refuse_non_finite(video, "the autoencoder")
     return video

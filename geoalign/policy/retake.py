@@ -27,6 +27,7 @@ def retake(
     stream: int = streams.INITIAL_NOISE,
     rows: Tensor | None = None,
     on_pass: Callable[[int], object] = lambda passes: None,
+    on_decode: Callable[[], object] = lambda: None,
     strict: bool = False,
 ) -> Tensor:
     """Sample deterministically and decode: ``[B, F, 3, H, W]`` in [-1, 1], on the policy's device.
@@ -38,6 +39,7 @@ def retake(
         seed, stream: name the initial noise, which is a function of both and of the row.
         rows: ``[B]`` int64, which rows of a larger batch these are; default 0..B-1.
         on_pass: told after each step how many passes of the network it took (two under guidance).
+        on_decode: told when the last step is done and decoding begins.
         strict: raise for values that are not finite, which are returned otherwise (an evaluation counts them).
 
     Raises:
@@ -56,6 +58,7 @@ def retake(
     latents = FlowSampler(build_step_table(flow)).sample(velocity, precomputed, noise)
     if strict:
         refuse_non_finite(latents, "the model")
+    on_decode()
     video = policy.decode(latents, batch.source.video)
     if strict:
         refuse_non_finite(video, "the autoencoder")

@@ -264,7 +264,7 @@ def main() -> int:
     args = parser.parse_args()
     budget = float(os.environ.get("BUDGET_S", "3600"))
     until, facts = time.monotonic() + budget, machine()
-    result = load(args.out, facts.get("commit"), args.go_on) | facts
+    result = load(args.out, facts.get("commit"), args.go_on) | facts | {"wanted": WANTED}
     from geoalign.files.atomic import atomic_write_json
 
     with tempfile.TemporaryDirectory(prefix="geoalign-campaign-") as work:

@@ -10,7 +10,7 @@ from typing import Any
 from geoalign.files.atomic import atomic_write_text
 
 WHAT = {
-    "kills": "SIGKILL before each file operation in turn and at random ones, some in the middle of a safetensors file",
+    "kills": "SIGKILL before file operations, spread evenly over a verb and random, some in a safetensors file",
     "full_disks": "no new file from a random operation on, or no file beyond a size, which reaches inside libraries",
     "read_only": "no change of the disk from a random operation on",
     "double_signals": "two SIGTERM in training, 0, 0.05, 0.3 and 2 s apart",
@@ -51,6 +51,11 @@ def page(result: Mapping[str, Any], verbs: str) -> str:
         f"commit {', '.join(result['commits'])}"
     )
     lines += ["", f"{made}; {result['seconds'] / 60:.0f} minutes."]
+    tried = {name: counts["tried"] for name, counts in result["campaigns"].items()}
+    short = [f"{name.replace('_', ' ')} {tried.get(name, 0):,} of {n:,}" for name, n in result["wanted"].items()
+             if tried.get(name, 0) < n]  # fmt: skip
+    if short:
+        lines += ["", f"**Not complete**, the time was over: {', '.join(short)}."]
     if result["problems"]:
         lines += ["", "Not as wanted:", ""]
         for problem in result["problems"]:

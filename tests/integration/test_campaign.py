@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from patience import PATIENCE_S
 
 ROOT = Path(__file__).parents[2]
 CAMPAIGN = ROOT / "tests" / "campaign"
@@ -18,13 +19,13 @@ PART = {
 }  # fmt: skip
 
 
-@pytest.mark.timeout(900)
 def test_a_small_part_of_the_campaign_loses_nothing(tmp_path: Path) -> None:
     """Every writing verb is killed once; the whole campaign is `make campaign`."""
     counts = [word for name, count in PART.items() for word in (f"--{name.replace('_', '-')}", str(count))]
     done = subprocess.run(
         [sys.executable, str(CAMPAIGN / "campaign.py"), "--out", str(tmp_path / "part.json"), *counts],
-        env=os.environ | {"OMP_NUM_THREADS": "1", "BUDGET_S": "600"}, capture_output=True, text=True, check=False,
+        env=os.environ | {"OMP_NUM_THREADS": "1", "BUDGET_S": str(PATIENCE_S)},
+        capture_output=True, text=True, check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     campaigns = json.loads((tmp_path / "part.json").read_text())["campaigns"]
@@ -40,11 +41,12 @@ def test_the_page_is_that_of_the_result(monkeypatch: pytest.MonkeyPatch) -> None
     problem = {"campaign": "kills", "number": 7, "kind": "lost", "what": "train, operation 3 of 9: differs\nmore"}
     result = {
         "campaigns": {"kills": counts}, "problems": [problem], "seconds": 120.0, "device": "a CPU", "cores": 2,
-        "versions": {"torch": "2"}, "commits": ["ab", "abc"],
+        "versions": {"torch": "2"}, "commits": ["ab", "abc"], "wanted": {"kills": 1300},
     }  # fmt: skip
     text = page.page(result, "`train`")
     assert "| kills | 1,200 | 0 | 1,199 | 0 | 0 | 0 | 1 |" in text
     assert "a CPU, 2 cores, torch 2, commit ab, abc; 2 min" in text
+    assert "**Not complete**, the time was over: kills 1,200 of 1,300." in text
     assert "- kills 7, lost: train, operation 3 of 9: differs\n" in text
     committed = ROOT / "docs" / "results" / "reliability.json"
     if committed.exists():

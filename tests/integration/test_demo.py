@@ -11,6 +11,7 @@ import time
 from pathlib import Path
 
 import pytest
+from patience import PATIENCE_S
 from seams import seam_ratio
 
 from geoalign.files.atomic import read_jsonl
@@ -126,11 +127,11 @@ def test_ctrl_c_leaves_a_checkpoint_that_continues(tmp_path: Path) -> None:
     arguments = ("train", "--config", "smoke", "train.iterations=30")
     process = subprocess.Popen(command(*arguments), cwd=tmp_path, env=environment(), stderr=subprocess.PIPE, text=True)
     metrics = tmp_path / "runs" / "smoke" / "metrics.jsonl"
-    deadline = time.monotonic() + 120
+    deadline = time.monotonic() + PATIENCE_S
     while time.monotonic() < deadline and not (metrics.exists() and len(metrics.read_text().splitlines()) >= 2):
         time.sleep(0.2)
     process.send_signal(signal.SIGINT)
-    _, errors = process.communicate(timeout=60)
+    _, errors = process.communicate(timeout=PATIENCE_S)
     assert process.returncode == 75 and "--resume auto" in errors, errors
     rows = len(read_jsonl(metrics))
     assert 2 <= rows < 30

@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 import torch
+from patience import PATIENCE_S
 from safetensors.torch import load_file
 
 from geoalign.files.atomic import read_jsonl
@@ -31,7 +32,7 @@ def train(launch: Launch) -> Launch:
 
 
 def wait_for(path: Path, process: subprocess.Popen[str]) -> None:
-    deadline = time.monotonic() + 200
+    deadline = time.monotonic() + PATIENCE_S
     while not path.exists():
         assert process.poll() is None and time.monotonic() < deadline
         time.sleep(0.2)
@@ -54,7 +55,7 @@ CHECKS = [
 def test_every_engine_and_layout_equals_one_process(device: str, launch: Launch, tmp_path: Path) -> None:
     checks = str(Path(__file__).with_name("rank_checks.py"))
     process = launch(2, checks, "--device", device, folder=tmp_path)
-    output, _ = process.communicate(timeout=500)
+    output, _ = process.communicate(timeout=PATIENCE_S)
     assert process.returncode == 0, output
     assert [line.split(":")[0] for line in output.splitlines() if line.startswith("ok ")] == CHECKS
 
@@ -74,7 +75,7 @@ def test_a_run_is_the_same_on_any_number_of_ranks(train: Launch, tmp_path: Path)
     }  # fmt: skip
     for name, (processes, setting) in runs.items():
         process = train(tmp_path / name, processes, "groups.conditions=4", "train.iterations=3", setting)
-        output, _ = process.communicate(timeout=300)
+        output, _ = process.communicate(timeout=PATIENCE_S)
         assert process.returncode == 0, output[-3000:]
         assert output.count("held-out, mean over noise seeds") == output.count("report: ") == 1
     rows = {name: read_jsonl(tmp_path / name / "metrics.jsonl") for name in runs}
@@ -98,10 +99,10 @@ def test_a_killed_rank_ends_the_run_which_another_number_of_ranks_resumes(
     processes: int, setting: str, train: Launch, tmp_path: Path
 ) -> None:
     folder = tmp_path / "run"
-    process = train(folder, processes, "train.iterations=4000", "train.rank_timeout_s=20", setting)
+    process = train(folder, processes, "train.iterations=4000", f"train.rank_timeout_s={PATIENCE_S}", setting)
     wait_for(folder / "checkpoints" / "step_000002", process)
     os.kill(rank_1_of(process), signal.SIGKILL)
-    output, _ = process.communicate(timeout=120)
+    output, _ = process.communicate(timeout=PATIENCE_S)
     if processes == 1:
         assert process.returncode == 1 and output.count("error:") == 1, output[-3000:]
         assert "error: rank 1 of 2 was ended by SIGKILL" in output and "--resume auto" in output
@@ -111,7 +112,7 @@ def test_a_killed_rank_ends_the_run_which_another_number_of_ranks_resumes(
     assert "geoalign/training/" not in output  # no traceback but torchrun's own
     done = int(list_checkpoints(folder / "checkpoints")[-1].name.removeprefix("step_"))
     settings = ("--resume", "auto", "--allow-config-change", f"train.iterations={done + 1}")
-    output, _ = (alone := train(folder, 1, *settings)).communicate(timeout=300)
+    output, _ = (alone := train(folder, 1, *settings)).communicate(timeout=PATIENCE_S)
     assert alone.returncode == 0, output[-3000:]
     assert [row["iteration"] for row in read_jsonl(folder / "metrics.jsonl")] == list(range(done + 1))
 
@@ -119,11 +120,13 @@ def test_a_killed_rank_ends_the_run_which_another_number_of_ranks_resumes(
 @pytest.mark.dist(groups=1)
 def test_a_hung_rank_ends_the_run_with_a_message(train: Launch, tmp_path: Path) -> None:
     folder = tmp_path / "run"
-    process = train(folder, 1, "run.ranks=2", "train.iterations=4000", "train.rank_timeout_s=5")
+    # Long enough for one rank to evaluate two videos while the other waits, also on a slow machine.
+    limit = ("train.rank_timeout_s=30", "eval.samples=2")
+    process = train(folder, 1, "run.ranks=2", "train.iterations=4000", *limit)
     wait_for(folder / "checkpoints" / "step_000001", process)
     hung = rank_1_of(process)
     os.kill(hung, signal.SIGSTOP)
-    output, _ = process.communicate(timeout=120)
+    output, _ = process.communicate(timeout=PATIENCE_S)
     assert process.returncode == 1 and output.count("error:") == 1, output[-3000:]
     assert "rank 0 of 2: another rank died or hangs" in output and not Path(f"/proc/{hung}").exists()
 
@@ -138,7 +141,7 @@ def test_a_stop_signal_ends_all_ranks_of_a_run_with_their_checkpoint(train: Laun
     process.send_signal(signal.SIGTERM)
     os.kill(rank, signal.SIGTERM)
     process.send_signal(signal.SIGTERM)
-    output, _ = process.communicate(timeout=120)
+    output, _ = process.communicate(timeout=PATIENCE_S)
     rows, found = read_jsonl(folder / "metrics.jsonl"), list_checkpoints(folder / "checkpoints")
     assert [path.name for path in found] == [f"step_{len(rows):06d}"], output[-3000:]
     assert process.returncode == 75
@@ -159,7 +162,7 @@ def test_a_stop_signal_to_every_process_of_a_job_is_one(delay: float, train: Lau
         os.kill(int(worker), signal.SIGTERM)
     time.sleep(delay)
     process.send_signal(signal.SIGTERM)
-    output, _ = process.communicate(timeout=120)
+    output, _ = process.communicate(timeout=PATIENCE_S)
     rows, found = read_jsonl(folder / "metrics.jsonl"), list_checkpoints(folder / "checkpoints")
     assert [path.name for path in found] == [f"step_{len(rows):06d}"], output[-3000:]
     assert f"stopped after iteration {len(rows)} of 4000; continue with --resume auto" in output

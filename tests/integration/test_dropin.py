@@ -11,6 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from patience import PATIENCE_S
 
 ROOT = Path(__file__).parents[2]
 
@@ -18,7 +19,7 @@ ROOT = Path(__file__).parents[2]
 @pytest.mark.dist(groups=1)
 def test_two_ranks_under_ddp_and_fsdp2(launch: Callable[..., subprocess.Popen[str]], tmp_path: Path) -> None:
     process = launch(2, str(Path(__file__).with_name("dropin_rank_checks.py")), folder=tmp_path)
-    printed, _ = process.communicate(timeout=300)
+    printed, _ = process.communicate(timeout=PATIENCE_S)
     assert process.returncode == 0, printed
     assert [line for line in printed.splitlines() if line.startswith("ok ")] == ["ok ddp", "ok fsdp2"]
 
@@ -26,7 +27,7 @@ def test_two_ranks_under_ddp_and_fsdp2(launch: Callable[..., subprocess.Popen[st
 def example(name: str, paths: list[Path], cwd: Path, *options: str) -> str:
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(map(str, paths))}
     command = [sys.executable, *options, str(ROOT / "examples" / name)]
-    done = subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, timeout=300)
+    done = subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, timeout=PATIENCE_S)
     assert done.returncode == 0, done.stderr
     return done.stdout
 
@@ -48,7 +49,9 @@ def test_the_kernel_package_alone_runs_its_example(tmp_path: Path) -> None:
         for file in files.split():
             (copy / file).parent.mkdir(parents=True, exist_ok=True)
             shutil.copy(ROOT / file, copy / file, follow_symlinks=False)
-    subprocess.run([sys.executable, "-m", "pip", "install", *options, str(copy / "kernels")], check=True, timeout=300)
+    subprocess.run(
+        [sys.executable, "-m", "pip", "install", *options, str(copy / "kernels")], check=True, timeout=PATIENCE_S
+    )
     installed = {path.name for path in (tmp_path / "site").iterdir()}
     assert "geoalign_kernels" in installed and "geoalign" not in installed
     assert (tmp_path / "site" / "geoalign_kernels" / "_csrc" / "bindings.cpp").is_file()

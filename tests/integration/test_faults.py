@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from patience import PATIENCE_S
 from torch import Tensor
 from training_cases import Brightness, gradient_of, on_fake_ranks, smoke, trainer_of
 
@@ -40,7 +41,7 @@ class Faulty(Brightness):
         if fault == "raise":
             raise RuntimeError("CUDA error: an illegal memory access was encountered")
         if fault == "hang":
-            self.release.wait(60)
+            self.release.wait(PATIENCE_S)
         output = super().__call__(videos, batch)
         if fault == "nan":
             output.scores["bright"][1] = float("nan")
@@ -138,7 +139,8 @@ def test_a_late_scorer_costs_its_batch_and_the_run_goes_on(hanging: Faulty) -> N
             hanging.release.set()
             guarded = trainer.rewards["b"]
             assert isinstance(guarded, GuardedReward) and guarded._hung is not None
-            guarded._hung.join(10)
+            guarded._hung.join(PATIENCE_S)
+            guarded.timeout_s = PATIENCE_S  # what follows is not about time
         failures.append(trainer.step()["failures/b"])
     assert failures == [0, ROWS, 0]
     assert_trained(trainer)

@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 import torch
+from patience import PATIENCE_S
 from repository import ROOT
 
 from geoalign.cli.main import main
@@ -94,7 +95,7 @@ def test_an_example_runs(name: str, after_demo: Path) -> None:
     environment = os.environ | {"PYTHONPATH": f"{ROOT}:{ROOT / 'kernels'}"}
     done = subprocess.run(
         [sys.executable, ROOT / "examples" / name, *arguments],
-        cwd=after_demo, env=environment, capture_output=True, text=True, timeout=240, check=False,
+        cwd=after_demo, env=environment, capture_output=True, text=True, timeout=PATIENCE_S, check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     assert re.search(expected, done.stdout), done.stdout

@@ -27,6 +27,7 @@ from geoalign.config.published import (
     HPSV3,
     HPSV3_TOKENIZER,
     MAPANYTHING,
+    OTHERS,
     REDIRECTOR,
     VIDEOALIGN,
     WEIGHTS,
@@ -110,7 +111,7 @@ def write_data() -> None:
 def test_from_an_empty_machine_to_a_trained_policy(machine: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert geoalign("doctor") == 1
     said = capsys.readouterr().out
-    needed = [row for row in (*WEIGHTS, *DATA) if row.folder != "weights/da3"]
+    needed = [*WEIGHTS, *(row for row in DATA if row.folder != "data/davis")]
     for row in needed:
         assert row.line() in said, row.title
     assert "builtin" not in said
@@ -137,9 +138,14 @@ def test_from_an_empty_machine_to_a_trained_policy(machine: Path, capsys: pytest
     assert row["parity/log_prob_diff_max"] == 0.0
 
     clip = next(machine.glob("data/citywalk/clips/files/*/*.mp4"))
+    capsys.readouterr()
     command = ["sample", "--model", "runs/first", "--video", str(clip), "--trajectory", "arc_left", "--out", "out.mp4"]
     assert main([*command, "--prompt", "a bear walks", "--steps", "2", "--size", "48x64", "--frames", "5"]) == 0
     assert (machine / "out.mp4").stat().st_size > 0
+    assert capsys.readouterr().err == ""  # no library has anything to say
+
+    benchmark = ["benchmark", "run", "--config", "first.yaml", "--model", "base=runs/first", "--dry-run"]
+    assert main([*benchmark, "benchmark.clips=data/citywalk/clips", "benchmark.size=[48,64]"]) == 0
 
     weights = machine / HPSV3.folder / "HPSv3.safetensors"
     weights.write_bytes(weights.read_bytes()[:-100])
@@ -150,12 +156,12 @@ def test_from_an_empty_machine_to_a_trained_policy(machine: Path, capsys: pytest
 
 def test_the_presets_look_where_the_table_and_the_docs_say() -> None:
     """Every path of a preset lies in the folder of a row, and every row stands in the docs with all that it says."""
-    folders = [row.folder for row in (*WEIGHTS, *DATA)]
+    folders = [row.folder for row in (*WEIGHTS, *OTHERS, *DATA)]
     for preset in sorted((ROOT / "configs").glob("*.yaml")):
         for path in _paths(yaml.safe_load(preset.read_text())):
             assert any(path == folder or path.startswith(f"{folder}/") for folder in folders), (preset.name, path)
     page = (ROOT / "docs" / "real-weights.md").read_text("utf-8")
-    for row in (*WEIGHTS, *DATA):
+    for row in (*WEIGHTS, *OTHERS, *DATA):
         for part in (row.title, row.licence, f"{row.gigabytes:g} GB", f"`{row.folder}`", row.line()):
             assert part in page, part
     elsewhere = "".join((ROOT / "docs" / name).read_text("utf-8") for name in ("rewards.md", "checkpoints.md"))
@@ -166,4 +172,4 @@ def test_the_presets_look_where_the_table_and_the_docs_say() -> None:
 def _paths(value: object) -> list[str]:
     if isinstance(value, dict):
         return [path for part in value.values() for path in _paths(part)]
-    return [value] if isinstance(value, str) and value.startswith("weights/") else []
+    return [value] if isinstance(value, str) and value.startswith(("weights/", "data/davis")) else []

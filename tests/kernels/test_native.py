@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 import torch
+from patience import PATIENCE_S
 
 from geoalign_kernels import native
 
@@ -207,7 +208,7 @@ def python(code: str, cache: Path, *arguments: str, **environment: str) -> subpr
     package = str(Path(native.__file__).resolve().parents[1])
     env = {**os.environ, "PYTHONPATH": package, native.CACHE_ENV: str(cache / "cache"), **environment}
     command = [sys.executable, "-c", code, *arguments]
-    return subprocess.run(command, env=env, capture_output=True, text=True, timeout=300, check=False)
+    return subprocess.run(command, env=env, capture_output=True, text=True, timeout=PATIENCE_S, check=False)
 
 
 def built_from(change: Callable[[str], str], folder: Path) -> list[Any]:

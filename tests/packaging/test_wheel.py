@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 import yaml
 from packaging.requirements import Requirement
+from patience import PATIENCE_S
 from repository import ROOT
 
 from geoalign.version import __version__
@@ -35,7 +36,7 @@ def wheels(tmp_path_factory: pytest.TempPathFactory) -> Path:
             (copy / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copy(ROOT / name, copy / name, follow_symlinks=False)
     command = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--no-build-isolation", "-w", folder]
-    subprocess.run([*command, copy, copy / "kernels"], check=True, timeout=300)
+    subprocess.run([*command, copy, copy / "kernels"], check=True, timeout=PATIENCE_S)
     return folder
 
 
@@ -97,7 +98,7 @@ def needed(requires: list[str] | None, found: set[str] | None = None) -> set[str
 def run(python: Path, cwd: Path, *arguments: str) -> str:
     env = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
     done = subprocess.run(
-        [python, *arguments], cwd=cwd, env=env, capture_output=True, text=True, timeout=240, check=False
+        [python, *arguments], cwd=cwd, env=env, capture_output=True, text=True, timeout=PATIENCE_S, check=False
     )
     assert done.returncode == 0, done.stderr
     return done.stdout

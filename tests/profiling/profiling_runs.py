@@ -9,6 +9,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from patience import PATIENCE_S
+
 ROOT = Path(__file__).parents[2]
 SCHEMA = (
     "schema run_id kind name variant impl status dtype shape direction n_warm n_rep t_ms_median t_ms_p20 t_ms_p80 "
@@ -21,7 +23,7 @@ def script(*arguments: str, **environment: str) -> subprocess.CompletedProcess[s
     path = os.pathsep.join([str(ROOT), str(ROOT / "kernels")])
     return subprocess.run(
         [sys.executable, *arguments], cwd=ROOT, env={**os.environ, "PYTHONPATH": path, **environment},
-        capture_output=True, text=True, timeout=300,
+        capture_output=True, text=True, timeout=PATIENCE_S,
     )  # fmt: skip
 
 

@@ -8,6 +8,7 @@ from dataclasses import replace
 from typing import Any
 
 import torch
+from patience import PATIENCE_S
 from torch import Tensor
 
 from geoalign.config.load import load_config
@@ -177,7 +178,7 @@ class FakeRanks(Ranks):
 def on_fake_ranks(size: int, work: Callable[[Ranks], Any], sequence: int = 1) -> list[Any]:
     """``work`` on every rank of ``size``, each in a thread; their results in order."""
     board: list[Any] = [None] * size
-    barrier, results, failures = threading.Barrier(size, timeout=120), [None] * size, []
+    barrier, results, failures = threading.Barrier(size, timeout=PATIENCE_S), [None] * size, []
 
     def run(rank: int) -> None:
         try:

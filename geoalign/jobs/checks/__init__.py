@@ -43,6 +43,7 @@ SOURCES = (
     Source("clips", ("train", "prepare"), inputs.clips),
     Source("camera paths", ("train",), inputs.camera_paths),
     Source("cache", ("train",), inputs.cache),
+    Source("benchmark", ("benchmark",), inputs.benchmark),
     Source("disk", (), machine.disk),
     Source("device", (), machine.devices),
 )

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from geoalign.config.published import BASE, BLIP2, CAMERAS, CLIPS, REDIRECTOR
+from geoalign.config.published import BASE, BLIP2, CAMERAS, CLIPS, DAVIS, RECAMMASTER, REDIRECTOR, WAN_T2V, Published
 from geoalign.config.schema import Config
 from geoalign.data.cache import open_cache
 from geoalign.data.clips import list_clips
@@ -28,7 +28,8 @@ def policy(config: Config) -> Iterator[Check]:
     """The base and what was trained on top of it: the very tensors of the model section."""
     base, delta = config.train.base, config.train.delta
     parts = [] if base is None else [("base weights", base, _base_line(config, base))]
-    parts += [] if delta is None else [("weights trained on the base", delta, REDIRECTOR.line(delta.parent))]
+    trained = RECAMMASTER if config.model.camera == "modulated" else REDIRECTOR
+    parts += [] if delta is None else [("weights trained on the base", delta, trained.line(delta.parent))]
     if missing := [part for part in parts if _is_missing(part[1])]:
         yield from (Check(name, "absent", f"{path} is not there", get) for name, path, get in missing)
         return
@@ -46,7 +47,7 @@ def autoencoder(config: Config) -> Iterator[Check]:
     base = config.train.base
     if config.codec.kind != "wan_vae" or base is None:
         return
-    get = BASE.line(base)
+    get = _published_base(config).line(base)
     if _is_missing(base):
         yield Check("video autoencoder", "absent", f"{base} is not there", get)
     else:
@@ -57,10 +58,14 @@ def _is_missing(path: Path) -> bool:
     return not str(path).startswith("builtin:") and not path.exists()
 
 
+def _published_base(config: Config) -> Published:
+    return WAN_T2V if config.model.camera == "modulated" else BASE
+
+
 def _base_line(config: Config, base: Path) -> str:
     """What makes a base: a download for the published codec, pre-training for the embedded one."""
     if config.codec.kind == "wan_vae":
-        return BASE.line(base)
+        return _published_base(config).line(base)
     return f"geoalign pretrain --config NAME --out {base}"
 
 
@@ -76,7 +81,7 @@ def encoders(config: Config) -> Iterator[Check]:
     if settings.codec is not None:
         named.append(("autoencoder of prepare", settings.codec, BASE.line(settings.codec.parent), check_wan_codec))
     if settings.text is not None:
-        get = BASE.line(settings.text.parent)
+        get = _published_base(config).line(settings.text.parent)
         named.append(("text encoder", settings.text, get, check_text_encoder))
         named.append(("tokenizer", settings.tokenizer or settings.text, get, looks_like_tokenizer))
     if settings.image is not None:
@@ -131,6 +136,23 @@ def _listed(config: Config) -> str:
     tally.check(config.data.clips.max_bad_fraction)
     left_out = f", {len(tally.rejected):,} rows left out" if tally.rejected else ""
     return f"{config.data.clips_path}: {len(records):,} clips{left_out} (`geoalign data check` looks into them)"
+
+
+def benchmark(config: Config) -> Iterator[Check]:
+    """What the benchmark's section names: clips, captioner and the weights of its pose estimators."""
+    settings = config.benchmark
+    if settings.clips is not None:
+        name, get = "benchmark clips", DAVIS.line(settings.clips)
+        if settings.clips.exists():
+            yield Check(name, "present", str(settings.clips))
+        else:
+            yield Check(name, "absent", f"{settings.clips} is not there", get)
+    if settings.captioner is not None:
+        get = BLIP2.line(settings.captioner)
+        yield look_at(Need("captioner (benchmark)", settings.captioner, get, check_captioner))
+    for name, estimator in settings.estimators.items():
+        for need in evaluator_needs(estimator.kind, estimator.options):
+            yield look_at(Need(f"{need.title} (benchmark.estimators.{name})", need.path, need.get, need.verify))
 
 
 def cache(config: Config) -> Iterator[Check]:

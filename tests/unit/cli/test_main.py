@@ -5,12 +5,16 @@ from __future__ import annotations
 import importlib
 import json
 import os
+import re
+import shlex
 import subprocess
 import sys
 
 import pytest
+from patience import PATIENCE_S
 from repository import ROOT
 
+from geoalign.cli import completion
 from geoalign.cli import main as cli
 from geoalign.config.layout import GroupShare, deal_groups
 from geoalign.config.load import load_config
@@ -23,7 +27,9 @@ def geoalign(*arguments: str, code: str | None = None) -> subprocess.CompletedPr
     """Run the command, or a piece of Python, in a fresh process."""
     command = ["-c", code] if code else ["-m", "geoalign", *arguments]
     env = os.environ | {"PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'kernels'}"}
-    return subprocess.run([sys.executable, *command], capture_output=True, text=True, env=env, check=False, timeout=120)
+    return subprocess.run(
+        [sys.executable, *command], capture_output=True, text=True, env=env, check=False, timeout=PATIENCE_S
+    )
 
 
 def test_help_and_config_print_import_no_torch() -> None:
@@ -47,6 +53,22 @@ def test_every_listed_verb_exists_and_teaches(verb: cli.Verb, capsys: pytest.Cap
     assert stopped.value.code == 0
     assert f"usage: geoalign {verb.name}" in capsys.readouterr().out
     assert f"  {verb.name} " in cli.help_text()
+
+
+PARSERS = dict(completion.parsers())
+
+
+@pytest.mark.parametrize("words", [words for words in PARSERS if words], ids=" ".join)
+def test_every_verb_shows_examples_that_parse(words: tuple[str, ...]) -> None:
+    text = PARSERS[words].format_help()
+    shown = re.split(r"^examples?:$", text, flags=re.MULTILINE)[1].replace("\\\n", " ")
+    commands = [line.strip() for line in shown.splitlines() if line.startswith("  geoalign ")]
+    assert commands
+    for command in commands:  # what follows two blanks is told about it; in a continued line they are its indentation
+        plain = re.split(r" {2,}(?![-'\"])| > ", re.sub(r" +(?=--)", " ", command))[0]
+        arguments = shlex.split(plain)[1:]
+        verb = next(verb for verb in cli.VERBS if verb.name == arguments[0])
+        assert callable(cli._parse(cli.parser_of(verb), arguments).run), command
 
 
 @pytest.mark.parametrize(

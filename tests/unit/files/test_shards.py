@@ -76,6 +76,17 @@ def test_folders_that_are_no_one_model_say_why(tmp_path: Path) -> None:
         TensorFile(tmp_path)
 
 
+def test_a_codec_beside_pickled_weights_is_not_taken_for_the_model(tmp_path: Path) -> None:
+    (tmp_path / "models_t5_umt5-xxl-enc-bf16.pth").touch()
+    save_file(STATE, tmp_path / "codec.safetensors")
+    assert set(TensorFile(tmp_path).shapes) == set(STATE)
+    torch.save(STATE, tmp_path / f"{NAME}-00001-of-00002.bin")
+    with pytest.raises(
+        CheckpointError, match=rf"holds no .safetensors file of the model but {NAME}-00001-of-00002.bin"
+    ):
+        TensorFile(tmp_path)
+
+
 @pytest.mark.parametrize("name", ["../outside.safetensors", "/etc/x.safetensors", "x.bin", 5])
 def test_an_index_cannot_name_other_files(name: object, tmp_path: Path) -> None:
     (tmp_path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"a": name}}))

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from patience import PATIENCE_S
 from tiny_captioner import save_tiny_blip2
 from torch import Tensor
 
@@ -222,7 +223,7 @@ def test_other_ranks_wait_for_the_world(tmp_path: Path) -> None:
     waiting.join(0.3)
     assert waiting.is_alive()
     render_missing_data(config, 0)
-    waiting.join(30)
+    waiting.join(PATIENCE_S)
     assert not waiting.is_alive()
     render_missing_data(impatient, 1)  # complete: nobody waits
 

@@ -26,6 +26,7 @@ from geoalign.geometry.trajectory import CameraTrajectory
 from geoalign.jobs.sample import with_estimated_camera
 from geoalign.models.dit import RetakeDiT
 from geoalign.policy.formats import save_pretrained
+from geoalign.policy.open import ModelFiles
 from geoalign.policy.retake import retake
 from geoalign.rewards.registry import build_evaluator
 from geoalign.types import RetakeBatch, SourceClip
@@ -198,8 +199,46 @@ def test_tiled_reaches_the_autoencoder(
 
     calls: list[object] = []
     monkeypatch.setattr(AutoencoderKLWan, "enable_tiling", lambda vae: calls.append(vae))
-    assert run(model, clip, tmp_path / "out.mp4", "--dry-run") == 0 and not calls
-    assert run(model, clip, tmp_path / "out.mp4", "--dry-run", "--tiled") == 0 and len(calls) == 1
+    assert run(model, clip, tmp_path / "out.mp4", "--frames", "5") == 0 and not calls
+    assert run(model, clip, tmp_path / "out.mp4", "--frames", "5", "--tiled") == 0 and len(calls) == 1
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ("--video none.mp4", "none.mp4"),
+        ("--trajectory none.json", "none.json"),
+        ("--out retake.txt", ".mp4"),
+        ("--out /proc/none/out.mp4", "cannot be written"),
+        ("--negative-prompt @none.txt", "none.txt"),
+        ("--source-estimator mapanything --estimator-weights none", "hf download facebook/map-anything-apache"),
+        ("--best-of 2 --reward hpsv3 --set checkpoint=none --set tokenizer=none", "hf download MizzenAI/HPSv3"),
+        ("--best-of 2 --reward geometry --set evaluator=planar", "ground plane"),
+    ],
+)
+def test_inputs_are_refused_before_a_model_is_loaded(
+    options: str, words: str, model: Path, clip: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    def loaded(*_: object, **__: object) -> None:
+        raise AssertionError("a model was loaded")
+
+    for name in ("network", "codec"):
+        monkeypatch.setattr(ModelFiles, name, loaded)
+    monkeypatch.chdir(tmp_path)
+    assert run(model, clip, Path("out.mp4"), *options.split()) in (1, 2)
+    error = capsys.readouterr().err
+    assert words in error and len(error.strip().splitlines()) == 1
+    assert run(model, clip, Path("out.mp4")) == 1 and "a model was loaded" in capsys.readouterr().err
+
+
+def test_the_bar_covers_decoding(
+    model: Path, clip: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("sys.stderr.isatty", lambda: True, raising=False)
+    assert run(model, clip, tmp_path / "out.mp4", "--frames", "5") == 0
+    said = capsys.readouterr().err
+    assert "sampling" in said and said.rstrip().split("\r")[-1].startswith("decoding: 100%") and "3/3" in said
 
 
 def test_camera_of_the_source_by_an_evaluator(

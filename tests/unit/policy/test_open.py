@@ -274,7 +274,7 @@ def take(verb: str, case: Case, out: Path, capsys: pytest.CaptureFixture[str]) -
         return 0, ""
     code, text = main(commands[verb]), capsys.readouterr().err
     if verb == "train":  # says what it will do once the settings are read, before anything is loaded
-        text = re.sub(r"\Asmoke: .*; loading\n", "", text)
+        text = re.sub(r"\Asmoke: .* rollouts on one process\n", "", text)
     return (0, "") if verb == "train" and text == "geoalign: error: opened\n" else (code, text)
 
 

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from patience import PATIENCE_S
 from reward_cases import score_videos
 from torch import Tensor
 
@@ -48,7 +49,7 @@ class Fragile:
             if self.fault == "usage":
                 raise UsageError("wrong set-up")
             if self.fault == "hang":
-                Fragile.release.wait(60)
+                Fragile.release.wait(PATIENCE_S)
             raise RuntimeError("cannot score this")
         return RewardOutput({"mean": videos.flatten(1).mean(1)}, torch.ones(len(videos), dtype=torch.bool))
 

@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from patience import PATIENCE_S
 
 from geoalign.config.load import load_config
 from geoalign.config.schema import Config
@@ -48,7 +49,7 @@ def test_a_rank_ends_with_the_process_that_started_it() -> None:
     rank = subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE)
     assert rank.stdin is not None
     rank.stdin.close()  # as the kernel does for a process that is killed
-    assert rank.wait(timeout=60) == -signal.SIGKILL
+    assert rank.wait(timeout=PATIENCE_S) == -signal.SIGKILL
 
 
 @pytest.fixture

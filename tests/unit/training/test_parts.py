@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from patience import PATIENCE_S
 from torch import Tensor, nn
 from training_cases import Brightness, Conditions, lively_policy, paper_like_trainer, smoke, trainer_of
 
@@ -180,7 +181,7 @@ class TestCheckpointWriter:
         original = checkpoints.save_sealed
 
         def slow(*args: Any, **options: Any) -> str:
-            assert gate.wait(30)
+            assert gate.wait(PATIENCE_S)
             return original(*args, **options)
 
         monkeypatch.setattr(checkpoints, "save_sealed", slow)

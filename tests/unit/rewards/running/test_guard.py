@@ -8,6 +8,7 @@ import time
 
 import pytest
 import torch
+from patience import PATIENCE_S
 from reward_cases import MeanReward, batch_of, honest, videos_of
 
 from geoalign.errors import RunError
@@ -50,19 +51,20 @@ def test_a_hung_scorer_times_out_once_and_recovers() -> None:
     assert (guarded.counts.timeouts, guarded.counts.retries, guarded.counts.invalid) == (2, 0, 4)
     assert reward.calls == 1
     reward.release.set()
-    guarded._hung.join(10)
+    guarded._hung.join(PATIENCE_S)
+    guarded.timeout_s = PATIENCE_S  # what follows is not about time
     assert guarded(videos_of(2), batch_of(2)).valid.all()
 
 
 def test_the_first_batch_of_a_shape_may_take_longer() -> None:
-    """A call of 0.5 s against a limit of 0.2 s: in time while its shape is new, late afterwards."""
+    """A call of 1.5 s against a limit of 1 s: in time while its shape is new (ten times that), late afterwards."""
 
     class Slow(MeanReward):
         def __call__(self, videos: torch.Tensor, batch: RetakeBatch) -> RewardOutput:
-            time.sleep(0.5)
+            time.sleep(1.5)
             return super().__call__(videos, batch)
 
-    guarded = GuardedReward(Slow(), timeout_s=0.2)
+    guarded = GuardedReward(Slow(), timeout_s=1.0)
     assert guarded(videos_of(2), batch_of(2)).valid.all()
     assert not guarded(videos_of(2), batch_of(2)).valid.any()
 
@@ -126,11 +128,11 @@ def test_the_trainer_does_not_wait_forever_for_a_scorer_that_hangs(monkeypatch: 
     def hang() -> None:
         with precision.exact_float32():
             held.set()
-            release.wait(30)
+            release.wait(PATIENCE_S)
 
     thread = threading.Thread(target=hang)
     thread.start()
-    held.wait(30)
+    held.wait(PATIENCE_S)
     try:
         with pytest.raises(RunError, match="placement=worker"):
             decode_and_score({"mean": MeanReward()}, lambda rows, _: videos_of(len(rows)), batch_of(2))

@@ -9,6 +9,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
+from patience import PATIENCE_S
 from reward_cases import MeanReward, batch_of, honest, videos_of
 from torch import Tensor
 
@@ -108,7 +109,7 @@ def test_the_next_chunk_is_decoded_while_one_is_scored() -> None:
     class Waiting(MeanReward):
         def __call__(self, videos: Tensor, batch: RetakeBatch) -> RewardOutput:
             if self.calls == 0:
-                assert decoded.wait(10), "chunk 1 must be decoded while chunk 0 is scored"
+                assert decoded.wait(PATIENCE_S), "chunk 1 must be decoded while chunk 0 is scored"
             events.append(f"score{self.calls}")
             return super().__call__(videos, batch)
 
@@ -191,7 +192,7 @@ class Meeting(MeanReward):
         self.barrier, self.elsewhere = barrier, elsewhere
 
     def __call__(self, videos: Tensor, batch: RetakeBatch) -> RewardOutput:
-        self.barrier.wait(10)
+        self.barrier.wait(PATIENCE_S)
         return super().__call__(videos, batch)
 
 
@@ -258,7 +259,7 @@ def test_a_shared_estimate_belongs_to_its_video() -> None:
             nonlocal inside, most
             inside += 1
             most = max(most, inside)
-            second_calls.wait(10)
+            second_calls.wait(PATIENCE_S)
             time.sleep(0.05)  # room for the other thread to come in, which it must not
             mark = video.flatten(1)[:, 0]
             inside -= 1
@@ -276,7 +277,7 @@ def test_a_shared_estimate_belongs_to_its_video() -> None:
     for thread in threads:
         thread.start()
     for thread in threads:
-        thread.join(10)
+        thread.join(PATIENCE_S)
     assert answers == {0.25: 0.25, 0.5: 0.5} and most == 1
 
 
@@ -293,7 +294,7 @@ def test_no_scorer_changes_the_precision_under_a_decode() -> None:
     def elsewhere() -> None:
         thread = threading.Thread(target=probe)
         thread.start()
-        thread.join(10)
+        thread.join(PATIENCE_S)
 
     def decode(rows: Tensor, _: RetakeBatch) -> Tensor:
         elsewhere()

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from patience import PATIENCE_S
 from repository import ROOT
 from reward_cases import BAD, batch_of, honest, videos_of
 
@@ -53,7 +54,7 @@ def worker_module(tmp_path_factory: pytest.TempPathFactory) -> Path:
         "        self.mine, self.theirs, self.offset = os.path.join(folder, me), os.path.join(folder, other), 0.0\n"
         "    def __call__(self, videos, batch):\n"
         "        open(self.mine, 'w').close()\n"
-        "        end = time.monotonic() + 60\n"
+        "        end = time.monotonic() + 600\n"
         "        while not os.path.exists(self.theirs):\n"
         "            if time.monotonic() > end: raise RuntimeError('nobody came')\n"
         "            time.sleep(0.01)\n"
@@ -73,7 +74,7 @@ def test_worker_scores_equally_in_its_own_environment_and_survives_failures(work
         "stand_in_scorer:Scorer",
         options={"offset": 0.0},
         environment=environment_of(worker_module),
-        timeout_s=120.0,
+        timeout_s=PATIENCE_S,
     )
     try:
         videos, batch = videos_of(3), batch_of(3)
@@ -86,7 +87,7 @@ def test_worker_scores_equally_in_its_own_environment_and_survives_failures(work
         guarded = GuardedReward(worker, retries=1)
         assert not guarded(torch.full_like(videos, BAD), batch).valid.any()
         assert (guarded.counts.timeouts, guarded.counts.invalid) == (1, 3)
-        worker.timeout_s = 120.0
+        worker.timeout_s = PATIENCE_S
         assert torch.equal(guarded(videos, batch).scores["mean"], honest(videos, batch))
         assert worker.starts == 2
         with pytest.raises(RewardError, match="ended without an answer"):
