@@ -48,6 +48,7 @@ STUDIES = (
     Study("fresh base 12, RL seed 1", "12", ("run.seed=1",)),
     Study("fresh base 13, RL seed 1", "13", ("run.seed=1",)),
     Study("control: advantages shuffled", "shipped", ("run.seed=1", "train.shuffle_advantages=true")),
+    Study("control: advantages shuffled, seed 2", "shipped", ("run.seed=2", "train.shuffle_advantages=true")),
     Study(
         "control: camera gains frozen",
         "shipped",
