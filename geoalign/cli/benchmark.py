@@ -68,7 +68,11 @@ def _add_table(verbs: Any) -> None:
 
 
 def _add_report(verbs: Any) -> None:
-    parser = verbs.add_parser("report", help="write the benchmark as one HTML file that opens offline")
+    parser = verbs.add_parser(
+        "report",
+        help="write the benchmark as one HTML file that opens offline",
+        **examples("geoalign benchmark report benchmarks/davis"),
+    )
     parser.add_argument("folder", type=Path, metavar="DIR", help="folder of the benchmark")
     parser.add_argument("--out", type=Path, metavar="FILE", help="default: report.html in the folder")
     parser.add_argument("overrides", nargs="*", metavar="benchmark.key=value", help="settings of the tables")

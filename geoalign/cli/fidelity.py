@@ -49,7 +49,7 @@ def add_parser(subparsers: Any) -> None:
         "fidelity", help=summary, description=summary, epilog=EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )  # fmt: skip
-    kinds = verb.add_subparsers(dest="kind", required=True)
+    kinds = verb.add_subparsers(dest="fidelity_verb", required=True, metavar="run|choose")
     run = kinds.add_parser(
         "run", help="a table of settings against the exact tail", epilog=EXAMPLES,
         description="Finish the same rollouts exactly and under every setting; compare what a trainer makes of both.",

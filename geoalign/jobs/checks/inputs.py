@@ -81,7 +81,7 @@ def encoders(config: Config) -> Iterator[Check]:
     if settings.codec is not None:
         named.append(("autoencoder of prepare", settings.codec, BASE.line(settings.codec.parent), check_wan_codec))
     if settings.text is not None:
-        get = BASE.line(settings.text.parent)
+        get = _published_base(config).line(settings.text.parent)
         named.append(("text encoder", settings.text, get, check_text_encoder))
         named.append(("tokenizer", settings.tokenizer or settings.text, get, looks_like_tokenizer))
     if settings.image is not None:
