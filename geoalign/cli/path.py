@@ -12,7 +12,7 @@ EXAMPLES = """\
 examples:
   geoalign path draw --video clip.mp4 --out path.html
   geoalign path draw --video clip.mp4 --out path.html --config tiny_cpu --frames 9    speeds of that training
-  geoalign sample --video clip.mp4 --trajectory clip_path.npz --out retake.mp4 ...    what the page saved
+  geoalign sample --model runs/tiny_cpu --video clip.mp4 --trajectory clip_path.npz --out retake.mp4
 """
 
 

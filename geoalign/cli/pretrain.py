@@ -26,18 +26,19 @@ def add_parser(subparsers: Any) -> None:
 def run_pretrain(args: argparse.Namespace) -> int:
     """Pre-train a base policy and print its held-out numbers."""
     config = read_config(args)
-    announce(f"pretrain: {config.pretrain.steps:,} steps on {config.pretrain.pool:,} pairs")
     from geoalign.errors import UsageError
     from geoalign.files.atomic import check_writable, nan_to_none
+
+    if args.out.suffix != ".safetensors":
+        raise UsageError(f"--out {args.out}: policies are read by this suffix; name a .safetensors file")
+    check_writable(args.out)
+    announce(f"pretrain: {config.pretrain.steps:,} steps on {config.pretrain.pool:,} pairs")
     from geoalign.jobs.environment import describe_environment
     from geoalign.jobs.evaluate import HeldOut, evaluate
     from geoalign.jobs.pretrain import pretrain
     from geoalign.jobs.progress import bar
     from geoalign.policy.files import save_policy
 
-    if args.out.suffix != ".safetensors":
-        raise UsageError(f"--out {args.out}: policies are read by this suffix; name a .safetensors file")
-    check_writable(args.out)
     if config.run.threads:
         import torch
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import importlib
+import sys
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -42,7 +42,7 @@ def check_pretrained(folder: Path, what: str, kinds: Collection[str]) -> str:
 @contextmanager
 def _without_notices(network: type) -> Iterator[None]:
     """Keep the library of ``network`` from drawing a bar and from warning: what is wrong becomes our error."""
-    library: Any = importlib.import_module(f"{network.__module__.partition('.')[0]}.utils.logging")
+    library: Any = sys.modules[f"{network.__module__.partition('.')[0]}.utils.logging"]
     level, bars = library.get_verbosity(), library.is_progress_bar_enabled()
     library.set_verbosity_error()
     library.disable_progress_bar()

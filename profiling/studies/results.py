@@ -37,6 +37,9 @@ PAGES: dict[Path, Callable[[Path], str]] = {
     levers.PAGE: levers.page,
 }
 
+PENDING = ("fidelity", "time to quality")
+"""Studies whose results are not committed yet; their tables say so. `make results` makes them."""
+
 
 @dataclass(frozen=True)
 class Run:

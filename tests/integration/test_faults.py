@@ -49,7 +49,7 @@ class Faulty(Brightness):
 
 
 def trainer_with(rewards: Mapping[str, Reward], **changes: dict[str, Any]) -> Trainer:
-    changes = {"failures": {"max_invalid_fraction": 1.0}} | changes
+    changes = {"failures": {"max_invalid_fraction": 1.0}, "scoring": {"chunk": ROWS}} | changes
     return trainer_of(smoke(window=WINDOW, advantage={"weights": {}}, **changes), rewards=rewards)
 
 
@@ -59,7 +59,7 @@ def assert_trained(trainer: Trainer) -> None:
 
 LEVERS = [
     {"levers": {"streaming": mode}, "groups": {"rows_per_forward": rows}}
-    for mode, rows in (("off", None), ("off", 1), ("graphs", None), ("graphs", 1), ("device", 1))
+    for mode, rows in (("off", ROWS), ("off", 1), ("graphs", ROWS), ("graphs", 1), ("device", 1))
 ]
 
 
@@ -197,7 +197,8 @@ def test_a_scorer_that_fails_on_one_rank_is_as_if_it_failed_in_one_process(bad: 
     def work(ranks: Ranks) -> tuple[dict[str, float], Tensor]:
         first = ranks.rank * ROWS // ranks.size
         here = {row - first for row in bad if first <= row < first + ROWS // ranks.size}
-        config = smoke(window=WINDOW, advantage={"weights": {}}, failures={"max_invalid_fraction": 1.0})
+        changes = {"failures": {"max_invalid_fraction": 1.0}, "scoring": {"chunk": ROWS}}
+        config = smoke(window=WINDOW, advantage={"weights": {}}, **changes)
         trainer = trainer_of(config, ranks, rewards={"p": GuardedReward(Pair(here), retries=0)})
         metrics = trainer.step()
         return metrics, gradient_of(trainer)

@@ -21,9 +21,9 @@ from geoalign.training.trainer import Trainer
 ROOT = Path(__file__).parents[2]
 # What is patched, its function, and the call that kills: each lies inside the second iteration or its checkpoint.
 PLACES = {
-    "rollout": ("geoalign.policy.policy.RetakePolicy", "fast_velocity", 8),
+    "rollout": ("geoalign.policy.policy.RetakePolicy", "fast_velocity", 12),
     "reward": ("geoalign.training.trainer", "decode_and_score", 2),
-    "update": ("geoalign.training.learner", "clipped_surrogate", 2),
+    "update": ("geoalign.training.learner", "clipped_surrogate", 3),
     "checkpoint": ("geoalign.training.checkpoint", "save_sealed", 5),
 }
 

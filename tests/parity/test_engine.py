@@ -93,9 +93,7 @@ def test_kl_to_a_reference_adds_its_own_gradient(setting: SimpleNamespace) -> No
         kl = (b**2 / (2 * c**2)) * difference.square().mean(1)
         kls.append(kl.detach()[setting.valid])
         total = total + 0.3 * weights[position] ** 2 * kl[setting.valid].sum() / (11 * 3)
-    policy.zero_grad()
-    total.backward()
-    expected = torch.cat([p.grad.flatten() for p in policy.parameters()])
+    expected = torch.cat([part.flatten() for part in torch.autograd.grad(total, list(policy.parameters()))])
     assert_close(with_kl - plain, expected, summands=plain)
     assert numbers["policy/reference_kl"] == pytest.approx(float(torch.stack(kls).mean()), rel=1e-12)
 
@@ -171,7 +169,8 @@ def test_an_update_replays_its_own_rows_only(updates: int) -> None:
 def test_kl_in_the_loop_counts_its_forwards_and_starts_at_zero() -> None:
     trainer = trainer_of(smoke(objective={"kl_weight": 0.1}, window=WINDOW))
     first, second = trainer.step(), trainer.step()
-    assert first["policy/reference_kl"] == 0.0 and second["policy/reference_kl"] > 0
+    # The reference runs on batches of another size, which round differently: squares of some 1e-8.
+    assert first["policy/reference_kl"] == pytest.approx(0, abs=1e-12) and second["policy/reference_kl"] > 1e-9
     assert first["perf/forward_equivalents"] == first["perf/predicted_forward_equivalents"]
 
 

@@ -59,6 +59,8 @@ class Toy(nn.Module):
 
 def learner_of(policy: Toy, objective: ObjectiveConfig | None = None, **changes: Any) -> Learner:
     trained = dict(policy.named_parameters())
+    for parameter in trained.values():
+        parameter._post_accumulate_grad_hooks = None  # of an earlier learner's engine, which would take the gradients
     engine = ReplicatedEngine(trained, OptimConfig(grad_clip=1e9, lr=1e-30), LocalRanks(), torch.float64)
     objective = objective or ObjectiveConfig(clip=1e-4)
     return Learner(policy=policy, engine=engine, ranks=LocalRanks(), objective=objective, **changes)  # type: ignore[arg-type]

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from training_cases import Brightness, Conditions, lively_policy, smoke, trainer_of
 
-from geoalign.errors import ConfigError
+from geoalign.errors import ConfigError, UsageError
 from geoalign.geometry.trajectory import CameraTrajectory
 from geoalign.models.conditioning import Conditioning
 from geoalign.models.dit import RetakeDiT
@@ -143,5 +143,16 @@ class TestGuidance:
         assert metrics["perf/forward_equivalents"] == metrics["perf/predicted_forward_equivalents"]
         plain = trainer_of(plain_config, rewards={"b": Brightness()}).step()
         assert metrics["perf/forward_equivalents"] == 2 * plain["perf/forward_equivalents"]
-        with pytest.raises(ConfigError, match="needs the embedding of a negative prompt"):
-            Trainer(config, lively_policy(config), Conditions(config), {"b": Brightness()}).step()
+
+        class OneText(Texts):
+            def batch(self, iteration: int, group_ids: list[int]) -> RetakeBatch:
+                batch = super().batch(iteration, group_ids)
+                assert batch.encodings is not None
+                return replace(batch, encodings=replace(batch.encodings, negative=None))
+
+        for conditions, refusal, said in (
+            (OneText, ConfigError, "needs the embedding of a negative prompt"),
+            (Conditions, UsageError, "this model reads text, and there is none"),
+        ):
+            with pytest.raises(refusal, match=said):
+                Trainer(config, lively_policy(config), conditions(config), {"b": Brightness()}).step()

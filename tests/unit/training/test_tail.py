@@ -23,6 +23,7 @@ from geoalign.training.engines.snapshot import Snapshot
 from geoalign.training.processes.ranks import Ranks
 from geoalign.training.tail import DRIFT, EXACT
 from geoalign.training.trainer import Trainer
+from geoalign.types import Encodings
 
 WINDOW = {"kind": "fixed", "start": 1, "size": 2, "max_start": None}
 TAIL = {"steps": 10, "tail_grid": "sigma", "tail_steps": 5, "tail_solver": "dpm2m"}
@@ -165,9 +166,9 @@ def test_a_residual_stands_for_the_blocks(guided: bool) -> None:
     config: Config = smoke(model={"text_length": 6} if guided else {})
     policy = lively_policy(config, torch.float64)
     model, batch = policy.model.requires_grad_(False), Conditions(config, torch.float64).batch(0, [0, 1])
-    conditioning = policy.condition(batch)
+    text = torch.randn(2, 6, config.model.text_dim, dtype=torch.float64)
+    conditioning = policy.condition(replace(batch, encodings=Encodings(context=text)) if guided else batch)
     if guided:
-        text = torch.randn(2, 6, config.model.text_dim, dtype=torch.float64)
         conditioning = replace(conditioning, context=text, negative=text.flip(0))
     cache = model.precompute(conditioning)
     x, time = torch.randn(2, *policy.latent_shape(batch), dtype=torch.float64), torch.tensor([600.0, 600.0]).double()

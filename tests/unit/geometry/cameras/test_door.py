@@ -19,6 +19,9 @@ MULTICAM = GOLDEN / "cameras" / "camera_extrinsics.json"
 
 ARRAY_READERS = {
     "geoalign/geometry/cameras/content.py": "camera files of every format",
+    "geoalign/benchmark/measure.py": "cameras and videos that the benchmark wrote itself",
+    "geoalign/benchmark/tools/answers.py": "what a foreign tool answered",
+    "geoalign/benchmark/tools/runners/run_vipe.py": "what ViPE wrote, in an environment without geoalign",
     "geoalign/report/run_folder.py": "the clips that `evaluate` wrote, which are no cameras of the user",
 }
 
