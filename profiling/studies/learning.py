@@ -40,6 +40,7 @@ class Study:
     overrides: tuple[str, ...] = ()
 
 
+_PERCEPTUAL = ("advantage.weights.trans=0", "advantage.weights.rot=0", "advantage.weights.consistency=1")
 STUDIES = (
     Study("shipped base, RL seed 1", "shipped", ("run.seed=1",)),
     Study("shipped base, RL seed 2", "shipped", ("run.seed=2",)),
@@ -47,16 +48,38 @@ STUDIES = (
     Study("fresh base 12, RL seed 1", "12", ("run.seed=1",)),
     Study("fresh base 13, RL seed 1", "13", ("run.seed=1",)),
     Study("control: advantages shuffled", "shipped", ("run.seed=1", "train.shuffle_advantages=true")),
+    Study("control: advantages shuffled, seed 2", "shipped", ("run.seed=2", "train.shuffle_advantages=true")),
+    Study(
+        "control: camera gains frozen",
+        "shipped",
+        ("run.seed=1", r"optim.trainable='\.self_attn\.(?!camera_gain)'", "optim.groups=[]"),
+    ),
+    Study("control: base with unbiased labels", "unbiased", ("run.seed=1",)),
+    Study(
+        "control: constant temporal weights",
+        "shipped",
+        ("run.seed=1", "rewards.geometry.options.temporal_weights=constant"),
+    ),
+    *(
+        Study(f"control: perceptual reward only, seed {seed}", "shipped", (f"run.seed={seed}", *_PERCEPTUAL))
+        for seed in (1, 2, 3)
+    ),
 )
 
 
-# How a base that does not ship is pre-trained.
+# How a base that does not ship is pre-trained; the control on fewer pairs and not as long.
 BASES = {
     "12": ("run.seed=12",),
     "13": ("run.seed=13",),
+    "unbiased": (
+        "pretrain.bias_mean=[0.0,0.0,0.0,0.0]",
+        "run.seed=14",
+        "pretrain.steps=1000",
+        "pretrain.pool=3072",
+    ),
 }
 # The bases whose oracles are fitted, with the name of that run.
-ORACLES = {"shipped": "oracles, shipped base", "12": "oracles, fresh base 12"}
+ORACLES = {"shipped": "oracles, shipped base", "12": "oracles, fresh base 12", "13": "oracles, fresh base 13"}
 
 
 def slug(name: str) -> str:
