@@ -37,8 +37,14 @@ PAGES: dict[Path, Callable[[Path], str]] = {
     levers.PAGE: levers.page,
 }
 
-PENDING = ("fidelity", "time to quality")
-"""Studies whose results are not committed yet; their tables say so. `make results` makes them."""
+PENDING = (
+    "control: base with unbiased labels",
+    "control: perceptual reward only, seed 2",
+    "control: perceptual reward only, seed 3",
+    "fidelity",
+    "time to quality",
+)
+"""How the names of runs begin whose results are not committed yet; their tables say so. `make results` makes them."""
 
 
 @dataclass(frozen=True)
