@@ -31,7 +31,7 @@ def test_every_run_has_a_file_and_a_fingerprint_of_its_own(tmp_path: Path) -> No
     for run in runs:  # one that is made leaves the list
         assert (ROOT / run.result).exists() != run.name.startswith(results.PENDING), run.name
     committed = {path.name for path in (ROOT / "docs" / "results" / "learning").glob("*.json")}
-    made = {run for run in runs if not run.name.startswith(results.PENDING)}
+    made = [run for run in runs if not run.name.startswith(results.PENDING)]
     assert committed == {run.result.name for run in made if run.result.parent.name == "learning"}  # and no others
 
 
