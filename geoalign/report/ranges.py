@@ -103,5 +103,11 @@ def findings(numbers: Mapping[str, float | None], *, updates_per_rollout: int = 
     return found
 
 
+def section_of(metric: str) -> str:
+    """Page and section of the docs on ``metric``; the page alone for one that has no range."""
+    anchor = next((f"#{known.anchor}" for known in RANGES if fnmatchcase(metric, known.metric)), "")
+    return f"{PAGE}{anchor}"
+
+
 def _number(value: float | None) -> float:
     return math.nan if value is None else float(value)

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from html import escape
 from typing import Literal
 
+from geoalign.report.ranges import section_of
 from geoalign.report.run_folder import RunRecord
 from geoalign.report.svg import number
 
@@ -141,7 +142,7 @@ def troubles_section(run: RunRecord, worse: list[str]) -> str:
     listed = [f"<li><b>{escape(text)}</b></li>" for text in worse]
     listed += [
         f"<li><b>{finding.amount} {escape(finding.title)}</b>, {escape(finding.where)}. {escape(finding.check.advice)} "
-        f"<small><code>{escape(finding.key)}</code></small></li>"
+        f"<small><code>{escape(finding.key)}</code>, {escape(section_of(finding.key))}</small></li>"
         for finding in bad
     ]
     told = (

@@ -9,7 +9,7 @@ from pydantic import BaseModel
 from repository import ROOT
 
 from geoalign.config.schema import Config
-from geoalign.report.ranges import PAGE, RANGES, findings
+from geoalign.report.ranges import PAGE, RANGES, findings, section_of
 
 TEXT = (ROOT / PAGE).read_text("utf-8")
 SECTIONS = dict(re.findall(r"^## ([^\n]+)\n\n(.*?)(?=\n## |\Z)", TEXT, re.DOTALL | re.MULTILINE))
@@ -66,3 +66,8 @@ def test_what_is_outside_is_found_and_nothing_else() -> None:
     assert found["time/data_s"].value == pytest.approx(0.2)
     assert found["policy/ratio_max"].link == "docs/troubleshooting.md#the-ratio-is-not-1"
     assert "policy/ratio_max" not in {finding.metric for finding in findings(bad, updates_per_rollout=2)}
+
+
+def test_the_report_names_the_section_of_a_metric() -> None:
+    assert section_of("failures/hpsv3/timeouts") == f"{PAGE}#samples-fail"
+    assert section_of("reward/lost_fraction") == f"{PAGE}#cameras-are-lost" and section_of("data/bad_clips") == PAGE
