@@ -20,7 +20,7 @@ from geoalign.report.compare import write_comparison
 from geoalign.report.page import write_report
 
 IMAGES = Path(__file__).parents[2] / "docs" / "images"
-FILM = "const p = document.querySelector('article.film').player; p.show({lines: 'asked'});"
+FILM = "const p = document.querySelector('article.film').player; if (p.selects.lines) p.show({lines: 'asked'});"
 DRAWN = "const s = document.getElementById('preset'); s.value = 'arc_right'; s.dispatchEvent(new Event('change'));"
 
 
