@@ -12,9 +12,11 @@ import hashlib
 import json
 import re
 from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from geoalign.config.data import DataConfig
 from geoalign.config.world import WorldConfig
@@ -34,6 +36,7 @@ from geoalign.world.scene import sample_scenes
 
 _STAMP, _UNFINISHED = "world.json", ".writing"
 _CHUNK, _SPLITS_PER_ARCHIVE = 64, 64
+_WRITERS = 2
 _WRITTEN = re.compile(
     rf"/(metadata\.csv|files/(drone\d+)/\2_\d+_\d+\.(mp4|npz)|([0-9a-f]{{12,}})/\4{re.escape(ARCHIVE_SUFFIX)})$"
 )
@@ -154,23 +157,37 @@ def _archive_files(data: DataConfig, world: WorldConfig) -> list[Path]:
 
 
 def _write_clips(data: DataConfig, clips: list[Path], world: WorldConfig, progress: Callable[[int], object]) -> None:
+    """Render chunk by chunk; threads encode and write the clips of one while the next is rendered."""
     generator = torch.Generator().manual_seed(world.seed + 101)
     low, high = world.height_m
     rows = []
-    for start in range(0, len(clips), _CHUNK):
-        chunk = clips[start : start + _CHUNK]
-        count = len(chunk)
-        height = low + (high - low) * torch.rand(count, generator=generator)
-        scenes = sample_scenes(count, generator, style="real", streets=world.streets)
-        c2w = to_c2w(source_drift(count, world.frames, generator), world)
-        plane = ground_plane(world, height)
-        videos = render(scenes, c2w, plane, world)
-        for i, file in enumerate(chunk):
-            write_video(file, videos[i], world.fps, lossless=True)
-            camera, name = CameraTrajectory.build(c2w[i], intrinsics(world)), file.with_suffix(".npz")
-            write_clip_camera(name, camera, (world.height, world.width), ground_plane=plane[i])
-            rows.append({"videoFile": file.name, "cameraFile": name.name, "caption": PROMPT, "scene": "landscape"})
-        progress(count)
+
+    def write(file: Path, video: Tensor, c2w: Tensor, plane: Tensor) -> None:
+        write_video(file, video, world.fps, lossless=True)
+        camera = CameraTrajectory.build(c2w, intrinsics(world))
+        write_clip_camera(file.with_suffix(".npz"), camera, (world.height, world.width), ground_plane=plane)
+
+    def drain(pending: list[Future[None]]) -> None:
+        for done in pending:
+            done.result()
+            progress(1)
+
+    with ThreadPoolExecutor(_WRITERS) as writers:
+        pending: list[Future[None]] = []
+        for start in range(0, len(clips), _CHUNK):
+            chunk = clips[start : start + _CHUNK]
+            count = len(chunk)
+            height = low + (high - low) * torch.rand(count, generator=generator)
+            scenes = sample_scenes(count, generator, style="real", streets=world.streets)
+            c2w = to_c2w(source_drift(count, world.frames, generator), world)
+            plane = ground_plane(world, height)
+            videos = render(scenes, c2w, plane, world)
+            drain(pending)
+            pending = [writers.submit(write, *of_clip) for of_clip in zip(chunk, videos, c2w, plane, strict=True)]
+            for file in chunk:
+                camera = file.with_suffix(".npz").name
+                rows.append({"videoFile": file.name, "cameraFile": camera, "caption": PROMPT, "scene": "landscape"})
+        drain(pending)
     write_metadata(data.clips_path / "metadata.csv", rows)
 
 
