@@ -36,7 +36,7 @@ from geoalign.world.scene import sample_scenes
 
 _STAMP, _UNFINISHED = "world.json", ".writing"
 _CHUNK, _SPLITS_PER_ARCHIVE = 64, 64
-_WRITERS = 2
+_WRITERS = 2  # threads beside the one that renders; they wait for the disk half of the time
 _WRITTEN = re.compile(
     rf"/(metadata\.csv|files/(drone\d+)/\2_\d+_\d+\.(mp4|npz)|([0-9a-f]{{12,}})/\4{re.escape(ARCHIVE_SUFFIX)})$"
 )
