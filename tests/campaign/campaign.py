@@ -176,6 +176,9 @@ def warm() -> None:
         "policy.lora",
         "data.plots",
         "rewards.running.worker",
+        "benchmark.run",
+        "jobs.fidelity",
+        "jobs.draw_path",
     ):
         importlib.import_module(f"geoalign.{name}")
     from torch.utils import tensorboard  # noqa: F401

@@ -137,9 +137,9 @@ def trained(folder: Path) -> dict[str, str]:
     return found
 
 
-def numbers(path: str) -> Callable[[Path], dict[str, str]]:
-    """The held-out numbers of a JSON file."""
-    return lambda folder: {"held out": json.dumps(json.loads((folder / path).read_text())["held_out"])}
+def numbers(path: str, key: str) -> Callable[[Path], dict[str, str]]:
+    """What a JSON file holds under ``key``."""
+    return lambda folder: {key: json.dumps(json.loads((folder / path).read_text())[key])}
 
 
 def written(path: str) -> Callable[[Path], dict[str, str]]:
@@ -154,6 +154,12 @@ RETAKE = (
 )  # fmt: skip
 SCORE = ("score", "--video", "retake/r.mp4", "--trajectory", "retake/r.json", "--json", "out/s.json", "--plot")
 LORA = ("--checkpoint", "run/checkpoints/step_000003/average.safetensors", "--rank", "2", "--out", "out/l.safetensors")
+BENCHMARK = (
+    "benchmark", "run", *SMALL, "--model", "base=builtin:tiny_base", "--out", "bench",
+    "benchmark.max_clips=1", "benchmark.paths=[arc_left,fly_forward]", "benchmark.speeds=[1]",
+)  # fmt: skip
+FIDELITY = ("fidelity", "run", *SMALL, "--groups", "1", "--json", "out/f.json", "--setting", "flow.tail_solver=dpm2m")
+DRAW = ("path", "draw", "--video", RETAKE[4], "--out", "out/p.html")
 VERBS = (
     Verb("world render", ("world", "render", *SMALL), (), tree("data")),
     Verb("prepare", ("prepare", *SMALL, "data.prepare.clips_per_shard=4"), ("data",), windows),
@@ -164,11 +170,14 @@ VERBS = (
         tree("out"),
     ),
     Verb("export lora", ("export", *BASE, "--format", "lora", *LORA), ("run",), tree("out")),
-    Verb("evaluate", ("evaluate", *SMALL, *BASE, "--json", "out/e.json"), (), numbers("out/e.json")),
+    Verb("evaluate", ("evaluate", *SMALL, *BASE, "--json", "out/e.json"), (), numbers("out/e.json", "held_out")),
     Verb("report", ("report", "run"), ("run",), written("run/report.html")),
     Verb("sample", RETAKE, ("data",), tree("retake")),
     Verb("score", SCORE, ("data", "retake"), tree("retake", "out")),
     Verb("data trajectories", ("data", "trajectories", *SMALL, "--plot", "out/t.png"), ("data",), tree("out")),
+    Verb("benchmark run", BENCHMARK, ("data",), tree("bench/cases.jsonl", "bench/tables", "bench/videos")),
+    Verb("fidelity run", FIDELITY, ("data",), numbers("out/f.json", "rows")),
+    Verb("path draw", DRAW, ("data",), tree("out")),
     Verb("config docs", ("config", "docs", "--out", "out/page.md"), (), tree("out/page.md")),
 )  # fmt: skip
 BY_NAME = {verb.name: verb for verb in VERBS}
