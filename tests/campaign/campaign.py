@@ -45,7 +45,7 @@ GROUPS = {
     "dying_workers": Groups.dying_worker,
 }
 WANTED = {
-    "kills": 25 * len(VERBS),
+    "kills": 20 * len(VERBS),
     "full_disks": 120,
     "read_only": 40,
     "double_signals": 24,
