@@ -58,9 +58,8 @@ class Toy(nn.Module):
 
 
 def learner_of(policy: Toy, objective: ObjectiveConfig | None = None, **changes: Any) -> Learner:
+    """A learner of its own policy: an engine takes the gradients that arrive, so a second one needs a copy."""
     trained = dict(policy.named_parameters())
-    for parameter in trained.values():
-        parameter._post_accumulate_grad_hooks = None  # of an earlier learner's engine, which would take the gradients
     engine = ReplicatedEngine(trained, OptimConfig(grad_clip=1e9, lr=1e-30), LocalRanks(), torch.float64)
     objective = objective or ObjectiveConfig(clip=1e-4)
     return Learner(policy=policy, engine=engine, ranks=LocalRanks(), objective=objective, **changes)  # type: ignore[arg-type]
@@ -99,7 +98,7 @@ def gradient(setting: SimpleNamespace, rollout: Rollout, learner: Learner, **opt
     numbers = learner.update(
         setting.sampler, rollout, setting.conditioning, setting.advantage, setting.valid, **options
     )
-    return numbers, torch.cat([p.grad.flatten() for p in setting.policy.parameters()])  # type: ignore[union-attr]
+    return numbers, torch.cat([p.grad.flatten() for p in learner.policy.parameters()])  # type: ignore[union-attr]
 
 
 def assert_close(found: Tensor, expected: Tensor, summands: Tensor | None = None) -> None:
