@@ -7,6 +7,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import torch
+from conditions import Cond
 from torch import Tensor, nn
 
 from geoalign.config.flow import FlowConfig, ObjectiveConfig
@@ -23,23 +24,6 @@ from geoalign.training.streaming import RowGradients, StreamingBackward
 GROUPS, SIZE = 2, 6
 
 
-class Shift:
-    """Conditions of the toy policy: one vector each."""
-
-    def __init__(self, value: Tensor) -> None:
-        self.value = value
-
-    @property
-    def conditioning(self) -> Shift:
-        return self
-
-    def repeat_interleave(self, count: int) -> Shift:
-        return Shift(self.value.repeat_interleave(count, 0))
-
-    def select(self, index: Tensor | slice) -> Shift:
-        return Shift(self.value[index])
-
-
 class Toy(nn.Module):
     """A float64 velocity; like the camera gains, one trained part acts on the condition alone."""
 
@@ -49,11 +33,11 @@ class Toy(nn.Module):
         self.inner = nn.Parameter(torch.randn(8, 8, generator=generator, dtype=torch.float64) / 3)
         self.gain = nn.Parameter(torch.randn(8, generator=generator, dtype=torch.float64))
 
-    def precompute(self, conditioning: Shift) -> Shift:
+    def precompute(self, conditioning: Cond) -> Cond:
         return conditioning
 
-    def velocity(self, x: Tensor, timestep: Tensor, precomputed: Shift) -> Tensor:
-        shift = torch.tanh(precomputed.value * self.gain)
+    def velocity(self, x: Tensor, timestep: Tensor, precomputed: Cond) -> Tensor:
+        shift = torch.tanh(precomputed.z * self.gain)
         return torch.tanh(x @ self.inner + shift + timestep[:, None] / 1000) - 0.3 * x
 
 
@@ -76,7 +60,7 @@ def setting_of(
     sampler = FlowSampler(
         build_step_table(FlowConfig(steps=8), StepWindow(2, 5)), SIZE, share_prefix, rows_per_forward, window_grad=True
     )
-    conditioning = Shift(torch.randn(GROUPS, 8, generator=generator, dtype=torch.float64))
+    conditioning = Cond(torch.randn(GROUPS, 8, generator=generator, dtype=torch.float64))
     noise = torch.randn(GROUPS, 8, generator=generator, dtype=torch.float64)
     weights = loss_weights(sampler.table, ObjectiveConfig()).tolist()
     trained = dict(policy.named_parameters())
