@@ -146,7 +146,7 @@ def wan_pipeline_with_logprob(
         assert negative_prompt_embeds is not None  # encode_prompt makes one
         tensors["negative"] = negative_prompt_embeds.expand(conditions, *negative_prompt_embeds.shape[1:])
     if determistic:
-        final = group.sample_deterministic(tensors, latents=latents)
+        final = group.sample_deterministic(tensors, latents)
         states, log_probs = [latents, final], []
     else:
         named = {"seed": seed, "iteration": iteration, "group_ids": group_ids}

@@ -184,22 +184,14 @@ class GroupRollout:
         return GroupSamples(rollout, inputs)
 
     def sample_deterministic(
-        self,
-        tensors: Mapping[str, Tensor],
-        *,
-        negative: Mapping[str, Tensor] | None = None,
-        shape: Sequence[int] | None = None,
-        latents: Tensor | None = None,
-        seed: int = 0,
-        iteration: int = 0,
-        group_ids: Tensor | None = None,
+        self, tensors: Mapping[str, Tensor], latents: Tensor, *, negative: Mapping[str, Tensor] | None = None
     ) -> Tensor:
         """One trajectory per condition without noise, for evaluation: latents [M, ...] at sigma = 0.
 
-        Euler steps on the same grid with the exact network; arguments and errors as in ``sample``.
+        Euler steps on the same grid with the exact network, from initial noise [M, ...] (``initial_noise`` of
+        ``geoalign.flow.sampler`` draws what ``sample`` draws). Tensors and errors as in ``sample``.
         """
         inputs = _inputs(tensors, negative or {})
-        _, latents = _start(inputs, shape, latents, seed, iteration, group_ids)
         table = StepTable.from_sigmas(self.table.sigmas, self.table.timesteps)
         sampler = FlowSampler(table, rows_per_forward=self._sampler.rows_per_forward)
         return sampler.sample(self._policy.window, inputs, latents)

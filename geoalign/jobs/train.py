@@ -20,13 +20,10 @@ from geoalign.files.atomic import atomic_write_json, atomic_write_text, nan_to_n
 from geoalign.files.locks import writer_lock
 from geoalign.jobs.checks import require_inputs
 from geoalign.jobs.environment import describe_environment
-from geoalign.jobs.metrics_file import MetricsWriter
 from geoalign.jobs.prepare import encoder_identity, render_missing_data
-from geoalign.jobs.progress import RunProgress, say
+from geoalign.jobs.progress import say
 from geoalign.jobs.stop import StopRequest
-from geoalign.jobs.train_films import FilmWriter
 from geoalign.jobs.train_held_out import RunEvaluator, conditions_of, held_out_summary
-from geoalign.jobs.train_profile import profiled
 from geoalign.jobs.train_resume import (
     refuse_disagreement,
     refuse_other_conditions,
@@ -34,6 +31,7 @@ from geoalign.jobs.train_resume import (
     set_newer_aside,
     state_to_resume,
 )
+from geoalign.jobs.train_watch import watched
 from geoalign.models.codec import PatchCodec
 from geoalign.policy.files import DELTA_FILE, POLICY_FILE, RUN_CONFIG, save_policy
 from geoalign.policy.open import open_base
@@ -201,28 +199,19 @@ def _iterate(
     profile: int | None,
 ) -> None:
     """Iterate to the end or to a stop request; always leaves a checkpoint of the last iteration."""
-    total, main, folder = config.train.iterations, trainer.ranks.rank == 0, config.run.folder
+    total, main = config.train.iterations, trainer.ranks.rank == 0
     base_notes = dict(trainer.notes)
     with (
         StopRequest().installed() as stop,
-        CheckpointWriter(folder / "checkpoints", settings, config.train) as checkpoints,
-        MetricsWriter(folder, config.run, trainer.iteration) if main else nullcontext() as writer,
-        FilmWriter(folder, config.run) if main else nullcontext() as films,
-        RunProgress(total, trainer.iteration) as progress,
+        CheckpointWriter(config.run.folder / "checkpoints", settings, config.train) as checkpoints,
+        watched(config, trainer, profile) as watch,
     ):
         while trainer.iteration < total:
-            trainer.film_wanted = films is not None and films.due(trainer.iteration, total)
-            with profiled(trainer, folder) if main and trainer.iteration == profile else nullcontext():
+            with watch.iteration(trainer):
                 numbers = trainer.step()
             if config.eval.every and trainer.iteration % config.eval.every == 0:
                 numbers |= evaluation.on_the_way()
-            if writer is not None:
-                writer.write(trainer.iteration - 1, numbers)
-            if writer is not None and films is not None:
-                if trainer.film is not None:
-                    films.write(trainer.iteration - 1, trainer.film)
-                writer.add_films(films.finished())
-            progress.tell(trainer.iteration, numbers)
+            watch.saw(trainer, numbers)
             stopping = trainer.ranks.maximum(float(bool(stop.signal_name))) > 0  # all ranks stop together
             if trainer.iteration % config.train.checkpoint_every == 0 or trainer.iteration == total or stopping:
                 trainer.notes |= {"wall_s": clock.wall(base_notes), "cpu_s": clock.cpu(base_notes)}
@@ -231,7 +220,5 @@ def _iterate(
                     checkpoints.save(state)
             if stopping:
                 break
-        if writer is not None and films is not None:
-            writer.add_films(films.finished(wait=True))
     trainer.ranks.barrier()  # one that ended early would make torchrun end the one that still writes
     trainer.notes = base_notes

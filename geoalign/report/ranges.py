@@ -1,18 +1,22 @@
-"""Usual ranges of a run's metrics, and the section of docs/troubleshooting.md for a value outside.
-
-One home for whoever judges numbers: the report links to these sections.
-"""
+"""Usual ranges of a run's metrics: the one table from which a report's troubles and links into the docs come."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
-from fnmatch import fnmatchcase
+from typing import Literal
+
+from geoalign.report.run_folder import RunRecord
 
 PAGE = "docs/troubleshooting.md"
 _ROUNDING = 1e-5
 """float32 means over a window's elements: a ratio that is 1 by construction is at most this far from it."""
+
+Kind = Literal["count", "running", "share", "value", "level"]
+"""How iterations add up, and which of them is judged: counts are summed; running counts and values say their worst;
+shares their mean; one iteration outside is enough. A level says its mean, which alone is judged."""
+Bound = Callable[[RunRecord], float]
 
 
 @dataclass(frozen=True, slots=True)
@@ -20,94 +24,96 @@ class Range:
     """What a metric usually is.
 
     Attributes:
-        metric: its name in docs/metrics.md; ``*`` stands for a reward key or scorer.
-        low, high: bounds, both inclusive.
-        anchor: the section that says what to do outside.
-        says: what it means to be outside, in a few words.
-        over: another metric that the value is a share of.
-        one_update: holds only with ``optim.updates_per_rollout`` 1.
+        metric: pattern of its whole name (docs/metrics.md); the first group, if any, names the part in ``title``.
+        title: what is counted, with ``{}`` for that part.
+        kind: how iterations add up.
+        bound: the last value that is in range.
+        anchor: the section of :data:`PAGE` that says what to do outside.
+        advice: the same in a few words.
+        side: on which side of the bound a value is out of range.
+        over: another metric, of which the value is a share.
     """
 
     metric: str
-    low: float
-    high: float
+    title: str
+    kind: Kind
+    bound: Bound
     anchor: str
-    says: str
+    advice: str
+    side: Literal["above", "below"] = "above"
     over: str = ""
-    one_update: bool = False
-
-
-RANGES = (
-    Range("parity/log_prob_diff_max", 0.0, 1e-6, "the-ratio-is-not-1", "rollout and learner disagree"),
-    Range("policy/ratio_min", 1 - _ROUNDING, math.inf, "the-ratio-is-not-1", "a ratio below 1", one_update=True),
-    Range("policy/ratio_max", 0.0, 1 + _ROUNDING, "the-ratio-is-not-1", "a ratio above 1", one_update=True),
-    Range("policy/skipped_updates", 0.0, 0.0, "nan-and-skipped-updates", "an update was left out"),
-    Range("policy/grad_norm", 1e-12, math.inf, "the-reward-is-flat", "no gradient"),
-    Range("policy/clip_fraction_*", 0.0, 0.5, "most-updates-are-clipped", "most pairs are clipped"),
-    Range("advantage/*/sigma_median", 1e-8, math.inf, "groups-without-variance", "most groups do not differ"),
-    Range("advantage/*/sigma_max_over_median", 0.0, 10.0, "groups-without-variance", "one group rules the rest"),
-    Range("advantage/clip_fraction", 0.0, 0.1, "most-updates-are-clipped", "outliers in a reward"),
-    Range("advantage/lost_groups", 0.0, 0.0, "cameras-are-lost", "whole groups without a camera"),
-    Range("reward/lost_fraction", 0.0, 0.1, "cameras-are-lost", "no camera in many videos"),
-    Range("reward/saturated_fraction", 0.0, 0.01, "errors-at-the-bound", "errors at the reward's bound"),
-    Range("reward/invalid_fraction", 0.0, 0.0, "samples-fail", "samples that could not be scored"),
-    Range("failures/*/timeouts", 0.0, 0.0, "samples-fail", "a scorer came too late"),
-    Range("failures/*/errors", 0.0, 0.0, "samples-fail", "a scorer raised"),
-    Range("time/rollout/decode_s", 0.0, 0.25, "decoding-and-scoring-are-slow", "decoding", over="time/iteration_s"),
-    Range("time/data_s", 0.0, 0.05, "the-run-waits-for-data", "waiting for clips", over="time/iteration_s"),
-    Range("time/between_s", 0.0, 0.25, "time-between-iterations", "time between iterations", over="time/iteration_s"),
-    Range("time/other_s", 0.0, 0.25, "time-between-iterations", "time in no phase", over="time/iteration_s"),
-)
-"""Shares of time are those above which the fix is worth the work; the demo, whose iterations take a second, may exceed
-them."""
-
-
-@dataclass(frozen=True, slots=True)
-class Finding:
-    """A metric outside its range.
-
-    Attributes:
-        metric: its name.
-        value: as it is, or its share.
-        range: what it should be, and where to read on.
-    """
-
-    metric: str
-    value: float
-    range: Range
 
     @property
     def link(self) -> str:
         """Page and section."""
-        return f"{PAGE}#{self.range.anchor}"
+        return f"{PAGE}#{self.anchor}"
 
 
-def findings(numbers: Mapping[str, float | None], *, updates_per_rollout: int = 1) -> list[Finding]:
-    """Metrics of an iteration, or means over several, that are outside their range; NaN and None are.
-
-    Args:
-        numbers: by name; what is not there is not judged.
-        updates_per_rollout: of the run's settings.
-    """
-    found = []
-    for known in RANGES:
-        if known.one_update and updates_per_rollout > 1:
-            continue
-        for name in sorted(name for name in numbers if fnmatchcase(name, known.metric)):
-            value = _number(numbers[name])
-            if known.over:
-                whole = _number(numbers.get(known.over))
-                value = value / whole if whole > 0 else math.nan
-            if not known.low <= value <= known.high and not (known.over and math.isnan(value)):
-                found.append(Finding(name, value, known))
-    return found
+def _at(bound: float) -> Bound:
+    return lambda run: bound
 
 
-def section_of(metric: str) -> str:
-    """Page and section of the docs on ``metric``; the page alone for one that has no range."""
-    anchor = next((f"#{known.anchor}" for known in RANGES if fnmatchcase(metric, known.metric)), "")
-    return f"{PAGE}{anchor}"
+def _setting(key: str, default: float, factor: float = 1.0) -> Bound:
+    def bound(run: RunRecord) -> float:
+        value = run.setting(key)
+        return factor * float(value if isinstance(value, int | float) else default)
+
+    return bound
 
 
-def _number(value: float | None) -> float:
-    return math.nan if value is None else float(value)
+def _one_update(bound: float, otherwise: float) -> Bound:
+    """``bound`` for runs whose ratio is 1 by construction."""
+    return lambda run: bound if _setting("optim.updates_per_rollout", 1)(run) == 1 else otherwise
+
+
+_ONE = "With one update per rollout it is 1: rollout and learner do not run the same thing."
+
+RANGES = (
+    Range("reward/lost_fraction", "samples in which no camera could be read", "share", _at(0), "cameras-are-lost",
+          "The policy breaks its videos, or the evaluator does not know such scenes; look at the films."),
+    Range("advantage/lost_groups", "groups of which every camera was lost", "count", _at(0), "cameras-are-lost",
+          "Such a group teaches nothing; look at its condition."),
+    Range("reward/saturated_fraction", "frames whose position error reaches the bound of the reward", "share",
+          _at(0.01), "errors-at-the-bound", "Cameras are misread, or the reward's translation_bound is too small."),
+    Range("policy/skipped_updates", "updates left out because the gradient was not finite", "count", _at(0),
+          "nan-and-skipped-updates", "NaN in the policy: lower the rate, or look for the input that causes it."),
+    Range(r"failures/([^/]+)", "samples that {} could not score", "count", _at(0), "samples-fail",
+          "They are masked out, never scored 0; the log names the cause."),
+    Range("reward/invalid_fraction", "samples masked out", "share", _at(0), "samples-fail",
+          "Above failures.max_invalid_fraction the run stops."),
+    Range(r"failures/([^/]+)/retries", "calls of {} that were repeated", "running", _at(0), "samples-fail",
+          "The log says why."),
+    Range(r"failures/([^/]+)/timeouts", "calls of {} that came too late", "running", _at(0), "samples-fail",
+          "The log says why."),
+    Range(r"failures/([^/]+)/errors", "calls of {} that raised", "running", _at(0), "samples-fail",
+          "The log says why."),
+    Range("data/bad_clips", "clips that cannot be used", "running", _at(0), "samples-fail",
+          "geoalign data check lists them with their cause."),
+    Range("parity/log_prob_diff_max", "largest difference of log-probability between rollout and learner", "value",
+          _setting("train.max_log_prob_diff", 1e-6), "the-ratio-is-not-1",
+          "The two do not run the same kernels, dtype or batch shape."),
+    Range("policy/ratio_max", "largest probability ratio", "value", _one_update(1 + _ROUNDING, math.inf),
+          "the-ratio-is-not-1", _ONE),
+    Range("policy/ratio_min", "smallest probability ratio", "value", _one_update(1 - _ROUNDING, 0),
+          "the-ratio-is-not-1", _ONE, "below"),
+    Range("policy/grad_norm", "smallest norm of the gradient", "value", _at(1e-12), "the-reward-is-flat",
+          "Without a gradient nothing is learned.", "below"),
+    Range(r"advantage/([^/]+)/zero_variance", "groups whose members all have the same {}", "count",
+          _setting("groups.conditions", 1.0, 0.5), "groups-without-variance",
+          "Most groups teach nothing of it: saturated, or too little noise."),
+    Range(r"advantage/([^/]+)/sigma_max_over_median", "largest over median deviation of {}", "level", _at(10),
+          "groups-without-variance", "One group rules what the others are divided by."),
+    Range("advantage/clip_fraction", "advantages at the clip", "share", _at(0.1), "most-updates-are-clipped",
+          "A reward has outliers."),
+    Range(r"policy/clip_fraction_(high|low)", "pairs whose gradient the {} clip removed", "share", _at(0.5),
+          "most-updates-are-clipped", "Most of the work is thrown away: fewer updates per rollout, or a lower rate."),
+    Range("time/rollout/decode_s", "of an iteration's time go to decoding", "level", _at(0.25),
+          "decoding-and-scoring-are-slow", "Score beside it, in smaller chunks.", over="time/iteration_s"),
+    Range("time/data_s", "of an iteration's time are spent waiting for clips", "level", _at(0.05),
+          "the-run-waits-for-data", "Prepare them, or take another reader.", over="time/iteration_s"),
+    Range("time/between_s", "of an iteration's time pass before the next one", "level", _at(0.25),
+          "time-between-iterations", "Evaluations, checkpoints, a slow disk.", over="time/iteration_s"),
+    Range("time/other_s", "of an iteration's time are in no phase", "level", _at(0.25),
+          "time-between-iterations", "Idle time, or host work without a name.", over="time/iteration_s"),
+)  # fmt: skip
+"""Shares of time are those above which a fix is worth the work."""

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import re
+from pathlib import Path
+from typing import Any
 
 import pytest
 from pydantic import BaseModel
 from repository import ROOT
 
 from geoalign.config.schema import Config
-from geoalign.report.ranges import PAGE, RANGES, findings, section_of
+from geoalign.report.ranges import PAGE, RANGES
+from geoalign.report.run_folder import RunRecord
+from geoalign.report.troubles import Finding, findings
 
 TEXT = (ROOT / PAGE).read_text("utf-8")
 SECTIONS = dict(re.findall(r"^## ([^\n]+)\n\n(.*?)(?=\n## |\Z)", TEXT, re.DOTALL | re.MULTILINE))
@@ -29,11 +33,11 @@ def test_every_section_goes_from_symptom_to_fix(title: str) -> None:
 def test_every_range_leads_to_a_section_and_is_of_a_known_metric() -> None:
     anchors = {anchor_of(title) for title in SECTIONS}
     assert {known.anchor for known in RANGES} <= anchors
-    listed = {re.sub(r"<\w+>", "x", name) for name in re.findall(r"`([a-z_]+/[^`]+)`", METRICS)}
-    listed |= {f"failures/x/{kind}" for kind in ("timeouts", "errors")}  # short in the table
+    listed = re.findall(r"`([a-z_]+/[^`]+)`", METRICS)
+    listed += [f"failures/<scorer>/{kind}" for kind in ("timeouts", "errors")]  # short in the table
     for known in RANGES:
-        pattern = re.compile(re.escape(known.metric).replace(r"\*", r"\w+"))
-        assert any(pattern.fullmatch(name) for name in listed) or known.metric == "time/rollout/decode_s", known.metric
+        example = re.sub(r"\((\w+)\|\w+\)", r"\1", known.metric.replace("([^/]+)", "some"))
+        assert any(re.fullmatch(re.sub(r"<\w+>", r"\\w+", name), example) for name in listed), known.metric
         assert known.over in ("", "time/iteration_s")
 
 
@@ -48,26 +52,35 @@ def test_every_setting_that_it_names_exists() -> None:
             section = section.model_fields[part].annotation  # type: ignore[assignment]
 
 
+USUAL = {
+    "parity/log_prob_diff_max": 0.0, "policy/ratio_max": 1.0, "policy/ratio_min": 1.0, "policy/grad_norm": 0.3,
+    "policy/skipped_updates": 0.0, "advantage/trans/sigma_max_over_median": 4.0, "reward/lost_fraction": 0.0,
+    "time/iteration_s": 100.0, "time/data_s": 5.0, "time/between_s": 1.0, "reward/trans": -3.0,
+}  # fmt: skip
+SET_UP = {"time/between_s": 400.0, "advantage/trans/sigma_max_over_median": 40.0}
+"""Usual in the first iteration."""
+
+
+def outside(rows: list[dict[str, Any]], updates: int = 1) -> dict[str, Finding]:
+    """What a report of these iterations finds."""
+    run = RunRecord(Path("run"), {"optim": {"updates_per_rollout": updates}}, {}, {}, rows)
+    return {finding.key: finding for finding in findings(run) if finding.out_of_range}
+
+
 def test_what_is_outside_is_found_and_nothing_else() -> None:
-    usual = {
-        "parity/log_prob_diff_max": 0.0, "policy/ratio_max": 1.0, "policy/ratio_min": 1.0, "policy/grad_norm": 0.3,
-        "policy/skipped_updates": 0.0, "advantage/trans/sigma_median": 0.02, "reward/lost_fraction": 0.1,
-        "time/iteration_s": 100.0, "time/data_s": 5.0, "time/between_s": 1.0, "reward/trans": -3.0,
+    usual = [USUAL | SET_UP, USUAL, USUAL]
+    assert outside(usual) == {}
+    bad = USUAL | {
+        "policy/ratio_max": 1.02, "policy/grad_norm": 0.0, "time/data_s": 20.0, "failures/hpsv3/timeouts": 2.0,
     }  # fmt: skip
-    assert findings(usual) == []
-    bad = usual | {
-        "policy/ratio_max": 1.02, "policy/grad_norm": None, "advantage/rot/sigma_median": 0.0, "time/data_s": 20.0,
-        "failures/hpsv3/timeouts": 2.0,
-    }  # fmt: skip
-    found = {finding.metric: finding for finding in findings(bad)}
-    assert set(found) == {
-        "policy/ratio_max", "policy/grad_norm", "advantage/rot/sigma_median", "time/data_s", "failures/hpsv3/timeouts"
-    }  # fmt: skip
-    assert found["time/data_s"].value == pytest.approx(0.2)
-    assert found["policy/ratio_max"].link == "docs/troubleshooting.md#the-ratio-is-not-1"
-    assert "policy/ratio_max" not in {finding.metric for finding in findings(bad, updates_per_rollout=2)}
+    found = outside([*usual, bad])
+    assert set(found) == {"policy/ratio_max", "policy/grad_norm", "time/data_s", "failures/hpsv3/timeouts"}
+    assert found["time/data_s"].amount == "10 %"  # of 5, 5 and 20
+    assert found["policy/grad_norm"].where == "in 1 of 4 iterations, at least 0 (iteration 3)"
+    assert found["policy/ratio_max"].range.link == "docs/troubleshooting.md#the-ratio-is-not-1"
+    assert "policy/ratio_max" not in outside([*usual, bad], updates=2)
 
 
-def test_the_report_names_the_section_of_a_metric() -> None:
-    assert section_of("failures/hpsv3/timeouts") == f"{PAGE}#samples-fail"
-    assert section_of("reward/lost_fraction") == f"{PAGE}#cameras-are-lost" and section_of("data/bad_clips") == PAGE
+def test_a_level_is_judged_by_its_mean_and_a_value_by_its_worst() -> None:
+    once = [USUAL, USUAL, USUAL | {"time/data_s": 6.0, "policy/ratio_min": 0.9}, USUAL | {"time/data_s": 3.0}]
+    assert set(outside(once)) == {"policy/ratio_min"}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from copy import deepcopy
 from dataclasses import replace
 from itertools import combinations
 from typing import Any
@@ -63,7 +64,7 @@ def test_chosen_members_add_exactly_their_terms() -> None:
     _, found = gradient(setting, setting.rollout, learner, chosen=chosen)
     assert learner.passes["backward"] == GROUPS + 2 * GROUPS * 2
     setting.advantage = torch.where(chosen, setting.advantage, 0.0)
-    _, expected = gradient(setting, setting.rollout, learner_of(setting.policy))
+    _, expected = gradient(setting, setting.rollout, learner_of(deepcopy(setting.policy)))
     assert_close(found, expected)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from copy import deepcopy
 from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
@@ -32,7 +33,7 @@ def test_merged_first_step_equals_the_plain_gradient_with_clipped_members(settin
     spread = torch.linspace(-0.01, 0.01, GROUPS * SIZE, dtype=torch.float64)[:, None]
     moved = replace(setting.rollout, log_prob=setting.rollout.log_prob + spread)
     plain_numbers, plain = gradient(setting, moved, learner_of(setting.policy, merge_first=False))
-    numbers, merged = gradient(setting, moved, learner_of(setting.policy))
+    numbers, merged = gradient(setting, moved, learner_of(deepcopy(setting.policy)))
     assert numbers["policy/clip_fraction_high"] > 0.1 and numbers["policy/clip_fraction_low"] > 0.1
     assert_close(merged, plain)
     assert numbers["policy/loss"] == pytest.approx(plain_numbers["policy/loss"], rel=1e-12)
@@ -74,7 +75,7 @@ def test_kl_to_a_reference_adds_its_own_gradient(setting: SimpleNamespace) -> No
         policy.inner.add_(0.01)
         policy.gain.mul_(1.1)
     old = {name: p.detach().clone() for name, p in policy.named_parameters()}
-    _, plain = gradient(setting, setting.rollout, learner_of(policy))
+    _, plain = gradient(setting, setting.rollout, learner_of(deepcopy(policy)))
     learner = learner_of(policy, objective, reference=reference)
     numbers, with_kl = gradient(setting, setting.rollout, learner)
     assert all(torch.equal(p, old[name]) for name, p in policy.named_parameters())  # the reference was put back

@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from PIL import Image
+from tiny_base import tiny_vae
 from torch import Tensor
 
 from geoalign.benchmark.records import CaseFiles, ToolResult
@@ -46,17 +47,13 @@ def davis(root: Path, clips: dict[str, int]) -> Path:
 
 def random_policy(folder: Path, seed: int = 0) -> Path:
     """A scaled-down ReDirector with its autoencoder, as ``geoalign export --format diffusers`` writes one."""
-    from diffusers import AutoencoderKLWan
-
     torch.manual_seed(seed)
     model = RetakeDiT(MODEL)
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(0.05 * torch.randn_like(parameter))
     save_pretrained(model.bfloat16(), folder)
-    vae = AutoencoderKLWan(base_dim=3, z_dim=16, dim_mult=[1, 1, 1, 1], num_res_blocks=1,
-                           temperal_downsample=[False, True, True])  # fmt: skip
-    vae.save_pretrained(folder / "vae")
+    tiny_vae().save_pretrained(folder / "vae")
     return folder
 
 

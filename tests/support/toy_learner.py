@@ -7,6 +7,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import torch
+from conditions import Cond
 from torch import Tensor, nn
 
 from geoalign.config.flow import FlowConfig, ObjectiveConfig
@@ -23,23 +24,6 @@ from geoalign.training.streaming import RowGradients, StreamingBackward
 GROUPS, SIZE = 2, 6
 
 
-class Shift:
-    """Conditions of the toy policy: one vector each."""
-
-    def __init__(self, value: Tensor) -> None:
-        self.value = value
-
-    @property
-    def conditioning(self) -> Shift:
-        return self
-
-    def repeat_interleave(self, count: int) -> Shift:
-        return Shift(self.value.repeat_interleave(count, 0))
-
-    def select(self, index: Tensor | slice) -> Shift:
-        return Shift(self.value[index])
-
-
 class Toy(nn.Module):
     """A float64 velocity; like the camera gains, one trained part acts on the condition alone."""
 
@@ -49,18 +33,17 @@ class Toy(nn.Module):
         self.inner = nn.Parameter(torch.randn(8, 8, generator=generator, dtype=torch.float64) / 3)
         self.gain = nn.Parameter(torch.randn(8, generator=generator, dtype=torch.float64))
 
-    def precompute(self, conditioning: Shift) -> Shift:
+    def precompute(self, conditioning: Cond) -> Cond:
         return conditioning
 
-    def velocity(self, x: Tensor, timestep: Tensor, precomputed: Shift) -> Tensor:
-        shift = torch.tanh(precomputed.value * self.gain)
+    def velocity(self, x: Tensor, timestep: Tensor, precomputed: Cond) -> Tensor:
+        shift = torch.tanh(precomputed.z * self.gain)
         return torch.tanh(x @ self.inner + shift + timestep[:, None] / 1000) - 0.3 * x
 
 
 def learner_of(policy: Toy, objective: ObjectiveConfig | None = None, **changes: Any) -> Learner:
+    """A learner of its own policy: an engine takes the gradients that arrive, so a second one needs a copy."""
     trained = dict(policy.named_parameters())
-    for parameter in trained.values():
-        parameter._post_accumulate_grad_hooks = None  # of an earlier learner's engine, which would take the gradients
     engine = ReplicatedEngine(trained, OptimConfig(grad_clip=1e9, lr=1e-30), LocalRanks(), torch.float64)
     objective = objective or ObjectiveConfig(clip=1e-4)
     return Learner(policy=policy, engine=engine, ranks=LocalRanks(), objective=objective, **changes)  # type: ignore[arg-type]
@@ -77,7 +60,7 @@ def setting_of(
     sampler = FlowSampler(
         build_step_table(FlowConfig(steps=8), StepWindow(2, 5)), SIZE, share_prefix, rows_per_forward, window_grad=True
     )
-    conditioning = Shift(torch.randn(GROUPS, 8, generator=generator, dtype=torch.float64))
+    conditioning = Cond(torch.randn(GROUPS, 8, generator=generator, dtype=torch.float64))
     noise = torch.randn(GROUPS, 8, generator=generator, dtype=torch.float64)
     weights = loss_weights(sampler.table, ObjectiveConfig()).tolist()
     trained = dict(policy.named_parameters())
@@ -99,7 +82,7 @@ def gradient(setting: SimpleNamespace, rollout: Rollout, learner: Learner, **opt
     numbers = learner.update(
         setting.sampler, rollout, setting.conditioning, setting.advantage, setting.valid, **options
     )
-    return numbers, torch.cat([p.grad.flatten() for p in setting.policy.parameters()])  # type: ignore[union-attr]
+    return numbers, torch.cat([p.grad.flatten() for p in learner.policy.parameters()])  # type: ignore[union-attr]
 
 
 def assert_close(found: Tensor, expected: Tensor, summands: Tensor | None = None) -> None:

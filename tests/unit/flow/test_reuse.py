@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from conditions import Cond
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
@@ -23,19 +24,6 @@ from geoalign.flow.table import StepTable, StepWindow, build_step_table
 
 GROUP, SHAPE = 3, (2, 4)
 GROUP_IDS = torch.tensor([4, 9])
-
-
-class Cond:
-    """Two conditions of the policy below."""
-
-    def __init__(self, z: Tensor) -> None:
-        self.z = z
-
-    def repeat_interleave(self, count: int) -> Cond:
-        return Cond(self.z.repeat_interleave(count, 0))
-
-    def select(self, index: Tensor | slice) -> Cond:
-        return Cond(self.z[index])
 
 
 def velocity(x: Tensor, timestep: Tensor, cond: Cond) -> Tensor:

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
 
 import pytest
 import torch
+from conditions import Cond
 from torch import Tensor, nn
 
 from geoalign.config.flow import FlowConfig, ObjectiveConfig
@@ -21,19 +21,6 @@ from geoalign_kernels import inside_exact_only
 CONDITIONS, GROUP, SHAPE = 3, 4, (2, 3, 5)
 SEED, ITERATION = 11, 6
 GROUP_IDS = torch.tensor([40, 7, 1000])
-
-
-@dataclass(frozen=True)
-class Cond:
-    """The least that a condition must offer."""
-
-    z: Tensor
-
-    def repeat_interleave(self, count: int) -> Cond:
-        return Cond(self.z.repeat_interleave(count, 0))
-
-    def select(self, index: Tensor) -> Cond:
-        return Cond(self.z[index])
 
 
 def elementwise(x: Tensor, timestep: Tensor, cond: Cond) -> Tensor:

@@ -7,6 +7,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
+from conditions import Cond
 from diffusers import FlowMatchEulerDiscreteScheduler, UniPCMultistepScheduler
 from torch import Tensor
 from torch.distributions import Normal
@@ -25,30 +26,17 @@ IDS = torch.tensor([5, 90])
 SETS = [(2, 5, 6, 8), (0, 4), (7,), (1, 2, 3), (0, 9)]
 
 
-class Shift:
-    """A condition of one number per sample."""
-
-    def __init__(self, z: Tensor) -> None:
-        self.z = z
-
-    def repeat_interleave(self, count: int) -> Shift:
-        return Shift(self.z.repeat_interleave(count, 0))
-
-    def select(self, index: Tensor | slice) -> Shift:
-        return Shift(self.z[index])
+COND = Cond(torch.tensor([0.4, -0.9]))
 
 
-COND = Shift(torch.tensor([0.4, -0.9]))
-
-
-def field(x: Tensor, timestep: Tensor, cond: Shift) -> Tensor:
+def field(x: Tensor, timestep: Tensor, cond: Cond) -> Tensor:
     """A velocity whose result per sample cannot depend on the batch."""
     wide = (-1, *[1] * (x.dim() - 1))
     return torch.tanh(1.2 * x + cond.z.to(x).view(wide)) + (timestep / 1000).view(wide)
 
 
-def guided(x: Tensor, timestep: Tensor, cond: Shift) -> Velocity:
-    return Velocity(field(x, timestep, cond), field(x, timestep, Shift(0 * cond.z)), 4.5)
+def guided(x: Tensor, timestep: Tensor, cond: Cond) -> Velocity:
+    return Velocity(field(x, timestep, cond), field(x, timestep, Cond(0 * cond.z)), 4.5)
 
 
 def unipc() -> UniPCMultistepScheduler:
@@ -150,7 +138,7 @@ def test_walk_and_densities_equal_the_published_formulas_in_float64(grid: str, s
     sigmas = [float(value) for value in GRIDS[grid]()[0]]
     for row in range(run.num_rows):
         group = IDS[row // GROUP : row // GROUP + 1]
-        cond = Shift(COND.z[row // GROUP : row // GROUP + 1])
+        cond = Cond(COND.z[row // GROUP : row // GROUP + 1])
         x = initial_noise(SHAPE, 3, 1, group).double()
         for k in range(STEPS):
             v = field(x, GRIDS[grid]()[1][k : k + 1].double(), cond)
@@ -184,7 +172,7 @@ def test_weights_of_a_set_are_those_of_its_steps() -> None:
 
 
 def test_a_broken_row_of_a_set_is_neutralised_everywhere() -> None:
-    def broken(x: Tensor, timestep: Tensor, cond: Shift) -> Tensor:
+    def broken(x: Tensor, timestep: Tensor, cond: Cond) -> Tensor:
         v = field(x, timestep, cond)
         return v.index_fill(0, torch.tensor([4]), float("nan")) if len(x) == 6 and timestep[0] < 800 else v
 

@@ -194,22 +194,17 @@ def test_pass_counts_by_hand() -> None:
 
 @pytest.mark.parametrize("share", [True, False])
 def test_rollout_counts_equal_what_the_sampler_spends(share: bool) -> None:
+    from conditions import Cond
+
     from geoalign.config.flow import FlowConfig
     from geoalign.flow.sampler import FlowSampler
     from geoalign.flow.table import StepWindow, build_step_table
 
-    class Cond:
-        def repeat_interleave(self, count: int) -> Cond:
-            return self
-
     table = build_step_table(FlowConfig(steps=11, tail_ratio=0.5), StepWindow(2, 5))
-    spent = (
-        FlowSampler(table, 4, share_prefix=share)
-        .rollout(
-            lambda x, timestep, cond: 0 * x, Cond(), torch.zeros(3, 2), seed=0, iteration=0, group_ids=torch.arange(3)
-        )
-        .forwards
-    )
+    cond, noise, groups = Cond(torch.zeros(3)), torch.zeros(3, 2), torch.arange(3)
+    sampler = FlowSampler(table, 4, share_prefix=share)
+    run = sampler.rollout(lambda x, timestep, cond: 0 * x, cond, noise, seed=0, iteration=0, group_ids=groups)
+    spent = run.forwards
     predicted = count_passes(Walk(2, 3, table.num_steps - 5), 3, 4, 1, Plan(share_prefix=share))
     assert (spent.prefix, spent.window, spent.tail) == (predicted.prefix, predicted.window, predicted.tail)
 

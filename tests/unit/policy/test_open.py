@@ -16,6 +16,8 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from sealed_files import unsealed
+from tiny_base import MODEL as PUBLISHED
+from tiny_base import tiny_vae
 from training_cases import smoke
 
 from geoalign.cli.main import main
@@ -38,13 +40,9 @@ from geoalign.training.engines.snapshot import Snapshot
 from geoalign.world.pairs import paired_videos
 
 TINY_BASE = Path(door.__file__).parents[1] / "_assets" / "tiny_base.safetensors"
-LEARNED = {
-    "dim": 96, "heads": 4, "layers": 2, "ffn_dim": 128, "in_channels": 32, "out_channels": 16, "patch": (1, 2, 2),
-    "text_dim": 16, "text_length": 8, "freq_dim": 32, "rope_theta": (1e4, 1e4), "rope_scale": (1.0, 1.0),
-    "source": "frames", "first_frame_given": False, "camera": "learned", "pluecker_adapter": True, "time_stride": 4,
-    "space_stride": 8, "data_variance": None, "timestep_dtype": "bfloat16",
+MODULATED = PUBLISHED | {
+    "in_channels": 16, "camera": "modulated", "pluecker_adapter": False, "rope_layout": "sequential",
 }  # fmt: skip
-MODULATED = LEARNED | {"in_channels": 16, "camera": "modulated", "pluecker_adapter": False, "rope_layout": "sequential"}
 
 VERBS = ("train", "evaluate", "sample", "export", "fingerprint", "prepare")
 
@@ -201,15 +199,11 @@ def write_embedded(folder: Path) -> None:
 
 def write_published(folder: Path) -> None:
     """Scaled-down published weights, what was trained on top, and runs that started there."""
-    from diffusers import AutoencoderKLWan
-
-    learned = smoke(model=LEARNED, codec={"kind": "wan_vae"})
+    learned = smoke(model=PUBLISHED, codec={"kind": "wan_vae"})
     plain = learned.model.model_copy(update={"camera": "none", "source": "none"})
     (folder / "base").mkdir()
     save_file(lively(plain, 2).state_dict(), folder / "base" / "diffusion_pytorch_model.safetensors")
-    vae = AutoencoderKLWan(base_dim=3, z_dim=16, dim_mult=[1, 1, 1, 1], num_res_blocks=1,
-                           temperal_downsample=[False, True, True])  # fmt: skip
-    vae.save_pretrained(folder / "base" / "vae")
+    tiny_vae().save_pretrained(folder / "base" / "vae")
     save_file(self_attention(lively(learned.model, 3)), folder / "delta.safetensors")
     modulated = smoke(model=MODULATED, codec={"kind": "wan_vae"})
     torch.save(lively(modulated.model, 4).state_dict(), folder / "recam.ckpt")
@@ -240,7 +234,7 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def small_layouts(models: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The published layouts, scaled down; the work behind each verb ends after the model is open."""
     monkeypatch.chdir(models)
-    monkeypatch.setattr(door, "REDIRECTOR", ModelConfig(**LEARNED))
+    monkeypatch.setattr(door, "REDIRECTOR", ModelConfig(**PUBLISHED))
     monkeypatch.setattr(door, "RECAMMASTER", ModelConfig(**MODULATED))
     monkeypatch.setattr("geoalign.jobs.evaluate.evaluate", lambda *_, **__: Evaluation({}, {}, {}))
     monkeypatch.setattr("geoalign.jobs.evaluate.HeldOut.build", lambda *_: None)

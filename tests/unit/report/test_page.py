@@ -83,7 +83,7 @@ def folder(tmp_path: Path) -> Path:
         )
     rows = [
         {"iteration": i, "reward/trans": -1.0 / (i + 1), "reward/trans_m": 1.0 / (i + 1),
-         "parity/log_prob_diff_max": 0.0, "policy/ratio_max": 1.0 + i * 1e-4, "failures/vlm": 0.0, "reward/rot": None,
+         "parity/log_prob_diff_max": 0.0, "policy/ratio_max": 1.0 + i * 1e-6, "failures/vlm": 0.0, "reward/rot": None,
          "time/rollout_denoise_s": 2.0, "time/rollout_decode_s": 1.0, "time/update_s": 1.0, "time/iteration_s": 4.5}
         for i in range(6)
     ]  # fmt: skip

@@ -1,0 +1,98 @@
+"""The pages as text: nothing twice in one of them, no file named that is not there, the layers as they are checked."""
+
+from __future__ import annotations
+
+import re
+import tomllib
+from collections import Counter
+from itertools import pairwise
+from pathlib import Path
+
+import pytest
+from repository import ROOT
+
+PAGES = sorted(
+    [*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), *ROOT.glob("*/README.md"), *ROOT.glob("tests/**/README.md")]
+)
+HOMES = [ROOT / folder for folder in (".", "geoalign", "kernels")]
+FOREIGN = {"inference.py", "wan_pipeline_with_logprob.py"}
+"""Files of other projects that the pages name."""
+ARCHITECTURE = (ROOT / "docs" / "architecture.md").read_text("utf-8")
+
+
+def name_of(page: Path) -> str:
+    return str(page.relative_to(ROOT))
+
+
+def prose_of(page: Path) -> str:
+    """The text without code blocks and comments."""
+    text = re.sub(r"^```.*?^```", "", page.read_text("utf-8"), flags=re.DOTALL | re.MULTILINE)
+    return re.sub(r"<!--.*?-->", "", text, flags=re.DOTALL)
+
+
+def twice(texts: list[str]) -> list[str]:
+    return [text for text, count in Counter(texts).items() if count > 1]
+
+
+@pytest.mark.parametrize("page", PAGES, ids=name_of)
+def test_nothing_stands_twice(page: Path) -> None:
+    """Merges leave a section, a paragraph or an entry of a list beside its other version."""
+    text, path, headings = prose_of(page), [""] * 7, []
+    for marks, title in re.findall(r"^(#{1,6}) (.+)$", text, re.MULTILINE):
+        path[len(marks) :] = [title] + [""] * (6 - len(marks))
+        headings.append(" / ".join(path))  # "Added" stands once in every version of the changelog
+    parts = [" ".join(part.split()) for part in re.split(r"\n(?=\n|\s*- |\d+\. |#)", text)]
+    # What is short, such as a command, may serve twice; a table begins with the head of others like it.
+    assert twice(headings) == []
+    assert twice([part for part in parts if len(part) > 60 and not part.startswith("|")]) == []
+    rows = [line for line in text.splitlines() if line.startswith("|") and len(line) > 100]
+    assert twice([row for row in rows if re.search(r"\w", row)]) == []
+
+
+@pytest.mark.parametrize("page", PAGES, ids=name_of)
+def test_a_blank_line_stands_before_every_heading(page: Path) -> None:
+    lines = ["", *prose_of(page).strip().splitlines()]
+    assert [after for before, after in pairwise(lines) if before and re.match("#{1,6} ", after)] == []
+
+
+def test_every_program_that_a_page_names_exists() -> None:
+    """By the end of its path, as a reader would look for it; the log tells of what was."""
+    folders = ("geoalign", "kernels", "csrc", "profiling", "configs", "tests", "examples", ".ci")
+    files = ["/" + name_of(file) for folder in folders for file in (ROOT / folder).rglob("*.*")]
+    named = {
+        (page.name, name)
+        for page in PAGES
+        if page.name != "log.md"
+        for name in re.findall(r"`([\w./-]+\.(?:py|sh|js|cu|cpp))`", page.read_text("utf-8"))
+        if name not in FOREIGN and not re.search(r"[A-Z]{3}", name)  # PATH and NAME stand for something
+    }
+    assert len(named) > 60
+    assert sorted((page, name) for page, name in named if not any(file.endswith("/" + name) for file in files)) == []
+
+
+def test_every_path_of_the_architecture_exists() -> None:
+    paths = re.findall(r"`([\w.-]+/[\w./-]*)`", ARCHITECTURE)
+    paths += re.findall(r"# ([\w/]+\.py)", ARCHITECTURE)  # what a line of the iteration is done by
+    assert len(paths) > 40
+    assert [path for path in paths if not any((home / path).exists() for home in HOMES)] == ["parity/log_prob_diff_max"]
+
+
+def test_the_iteration_of_the_architecture_calls_what_exists() -> None:
+    block = re.search(r"```python\n(.*?)```", ARCHITECTURE, re.DOTALL)
+    assert block is not None
+    trainer = (ROOT / "geoalign" / "training" / "trainer.py").read_text("utf-8")
+    called = set(re.findall(r"(\w+)\(", block[1]))
+    learner = (ROOT / "geoalign" / "training" / "learner.py").read_text("utf-8")
+    assert len(called) > 8
+    assert [name for name in called if f"{name}(" not in trainer + learner] == []
+
+
+def test_the_layers_are_those_that_are_checked() -> None:
+    block = re.search(r"```\n(cli .*?)```", ARCHITECTURE, re.DOTALL)
+    assert block is not None
+    drawn = [set(re.split(r"\s\s+", line.strip())[0].split(" | ")) for line in block[1].splitlines()]
+    contracts = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))["tool"]["importlinter"]["contracts"]
+    layers = next(each["layers"] for each in contracts if each["type"] == "layers" and "containers" not in each)
+    packages = [{name.removeprefix("geoalign.") for name in layer.split(" | ")} for layer in layers]
+    small = {"__main__", "api", "errors", "version"}  # one file each, above and below everything
+    assert drawn == [left for layer in packages if (left := layer - small)]
