@@ -207,7 +207,7 @@ def _iterate(
         StopRequest().installed() as stop,
         CheckpointWriter(folder / "checkpoints", settings, config.train) as checkpoints,
         MetricsWriter(folder, config.run, trainer.iteration) if main else nullcontext() as writer,
-        FilmWriter(folder, config.run) if main else nullcontext() as films,
+        FilmWriter(folder, config.run, trainer.iteration) if main else nullcontext() as films,
         RunProgress(total, trainer.iteration) as progress,
     ):
         while trainer.iteration < total:

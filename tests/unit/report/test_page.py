@@ -358,6 +358,18 @@ def test_damaged_files_are_named(folder: Path, name: str) -> None:
     assert not (folder / "report.html").exists()
 
 
+@pytest.mark.parametrize(
+    ("row", "said"),
+    [('{"iteration": "x"}', "iteration is 'x'"), ('{"iteration": -1}', "iteration is -1"),
+     ('{"iteration": 1.5}', "iteration is 1.5"), ('{"iteration": 1, "reward/mean": [1]}', r"reward/mean is \[1\]")],
+)  # fmt: skip
+def test_metrics_that_are_no_numbers_are_named_with_their_line(folder: Path, row: str, said: str) -> None:
+    file = folder / "metrics.jsonl"
+    file.write_text('{"iteration": 0, "reward/mean": null}\n' + row + '\n{"iteration": 2}\n')
+    with pytest.raises(DataError, match=rf"metrics\.jsonl: line 2: {said}, not a number; delete the line"):
+        read_run(folder)
+
+
 def test_a_cut_archive_is_named(folder: Path) -> None:
     archive = folder / "eval" / "before.npz"
     archive.write_bytes(archive.read_bytes()[:-400])
