@@ -13,7 +13,7 @@ import numpy as np
 
 from geoalign.errors import DataError, UsageError
 from geoalign.files.arrays import read_arrays
-from geoalign.files.atomic import read_jsonl
+from geoalign.files.atomic import nan_to_none, read_jsonl
 from geoalign.files.locks import LOCK_NAME, held_by
 from geoalign.files.parsing import read_json
 from geoalign.files.yaml_text import read_yaml
@@ -147,7 +147,7 @@ def read_run(folder: str | Path) -> RunRecord:
 
 def _read_metrics(path: Path) -> list[dict[str, Any]]:
     """The rows of ``metrics.jsonl``: whole iterations, and numbers or null."""
-    rows = read_jsonl(path)
+    rows: list[dict[str, Any]] = nan_to_none(read_jsonl(path))
     for line, row in enumerate(rows, 1):
         whole = isinstance(row.get("iteration", 0), int) and row.get("iteration", 0) >= 0
         wrong = next((key for key, value in row.items() if not isinstance(value, int | float | None)), None)
@@ -160,9 +160,9 @@ def _read_metrics(path: Path) -> list[dict[str, Any]]:
 def read_summary(folder: Path) -> dict[str, Any]:
     """``summary.json`` of a run folder; empty where the run did not end. Raises DataError if it is damaged."""
     file = folder / "summary.json"
-    summary = _optional(file, read_json)
-    for key in ("held_out", "held_out_per_noise_seed"):
-        _check_stages(file, key, summary.get(key))
+    summary: dict[str, Any] = nan_to_none(_optional(file, read_json))
+    _check_stages(file, "held_out", summary.get("held_out"), several=False)
+    _check_stages(file, "held_out_per_noise_seed", summary.get("held_out_per_noise_seed"), several=True)
     return summary
 
 
@@ -180,13 +180,17 @@ def _mapping(path: Path, value: Any, section: str = "the file") -> dict[str, Any
     return value
 
 
-def _check_stages(path: Path, key: str, value: Any, depth: int = 3) -> None:
-    """Held-out numbers are mappings by set, stage and metric, with a number, a list of numbers or null in them."""
+def _check_stages(path: Path, key: str, value: Any, *, several: bool, depth: int = 3) -> None:
+    """Held-out numbers are mappings by set, stage and metric, with a number, a list of numbers or null in them; of
+    ``several`` noise seeds no single number."""
     if depth and value is not None:
         for name, inner in _mapping(path, value, key).items():
-            _check_stages(path, f"{key}.{name}", inner, depth - 1)
-    elif not all(entry is None or isinstance(entry, int | float) for entry in _listed(value)):
-        raise DataError(f"{path}: {key} must be a number or a list of numbers; restore or delete the file.")
+            _check_stages(path, f"{key}.{name}", inner, several=several, depth=depth - 1)
+    elif not all(entry is None or isinstance(entry, int | float) for entry in _listed(value)) or (
+        several and not isinstance(value, list | None)
+    ):
+        wanted = "a list of numbers" if several else "a number or a list of numbers"
+        raise DataError(f"{path}: {key} must be {wanted}; restore or delete the file.")
 
 
 def _listed(value: Any) -> list[Any]:

@@ -73,7 +73,7 @@ def make_benchmark(folder: Path) -> None:
     metrics = {"translation_error_m": 0.1, "rotation_error_deg": 1.0, "trans_err": None}
     reading = {"status": "ok", "cause": "", "metrics": metrics, "by_frame": by_frame}
     readers = {"planar": {"cameras": True, "metrics": [], "licence": ""}}
-    write_video(folder / "videos" / "v.mp4", np.zeros((2, 3, 16, 16), np.uint8), 12, lossless=True)
+    write_video(folder / "videos" / "v.mp4", np.zeros((2, 16, 16, 3), np.uint8), 12, lossless=True)
     name = "bear_camera_1_speed_1"
     for method in ("base", "trained"):
         row = {
