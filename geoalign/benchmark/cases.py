@@ -9,10 +9,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from geoalign.data.clip_record import VIDEO_SUFFIXES
+from geoalign.data.folders import visible
 from geoalign.errors import UsageError
 from geoalign.geometry.presets import PRESETS
 
-_NAMED = re.compile(r"(?P<clip>.+)_camera_(?P<path>.+?)_speed_(?P<speed>\d+(?:\.\d+)?)")
+_NAMED = re.compile(r"(?P<clip>.+)_camera_(?P<path>.+?)_speed_(?P<speed>[0-9]+(?:\.[0-9]+)?)")
 _METHOD = re.compile(r"[A-Za-z0-9][A-Za-z0-9.+-]*")
 _NOT_PLAIN = re.compile(r"[^A-Za-z0-9.+-]+")
 
@@ -92,19 +93,22 @@ def conditions(clips: Sequence[str], paths: Sequence[str], speeds: Sequence[floa
     return found
 
 
-def find_videos(folder: Path) -> dict[tuple[str, str, float], Path]:
-    """The videos in the published naming in ``folder``, by clip, camera and speed as the names say them.
+def find_videos(folder: Path) -> dict[tuple[str, str, str], Path]:
+    """The videos in the published naming in ``folder``, by clip, camera and speed as :attr:`Condition.name` has them.
 
     Raises:
-        UsageError: there is no such folder, or no such video in it.
+        UsageError: there is no such folder, no such video in it, or two of one clip, camera and speed.
     """
     if not folder.is_dir():
         raise UsageError(f"--videos {folder}: no such folder")
-    found = {}
-    for file in sorted(folder.iterdir()):
+    found: dict[tuple[str, str, str], Path] = {}
+    for file in visible(folder.iterdir()):
         named = _NAMED.fullmatch(file.stem)
         if named and file.suffix.lower() in VIDEO_SUFFIXES:
-            found[named["clip"], named["path"], float(named["speed"])] = file
+            key = named["clip"], named["path"], f"{float(named['speed']):g}"
+            if key in found:
+                raise UsageError(_two(found[key], file))
+            found[key] = file
     if not found:
         raise UsageError(
             f"--videos {folder}: no video called CLIP_camera_K_speed_S.mp4 (K from 1 to 10, or a path's name)"
@@ -112,19 +116,23 @@ def find_videos(folder: Path) -> dict[tuple[str, str, float], Path]:
     return found
 
 
-def video_of(videos: dict[tuple[str, str, float], Path], condition: Condition) -> Path | None:
-    """The video of a condition: by the number of a published preset or by the path's name; None if there is none."""
-    keys = [condition.path_name]
+def video_of(videos: dict[tuple[str, str, str], Path], condition: Condition) -> Path | None:
+    """The video of a condition: by the number of a published preset or by the path's name; None if there is none.
+
+    Raises UsageError where there are both.
+    """
+    cameras = [condition.path_name]
     if condition.path in PRESETS:
-        keys.append(str(PRESETS.index(condition.path) + 1))
-    return next(
-        (
-            videos[condition.clip, key, condition.speed]
-            for key in keys
-            if (condition.clip, key, condition.speed) in videos
-        ),
-        None,
-    )
+        cameras.append(str(PRESETS.index(condition.path) + 1))
+    keys = ((condition.clip, camera, f"{condition.speed:g}") for camera in cameras)
+    found = [videos[key] for key in keys if key in videos]
+    if len(found) > 1:
+        raise UsageError(_two(*found))
+    return found[0] if found else None
+
+
+def _two(first: Path, second: Path) -> str:
+    return f"--videos {first.parent}: {first.name} and {second.name} are of one case; remove one"
 
 
 def shard(cases: Sequence[Case], rank: int, size: int) -> list[Case]:

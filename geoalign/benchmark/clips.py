@@ -229,7 +229,7 @@ def _by_plain_name(root: Path, records: Sequence[ClipRecord]) -> dict[str, ClipR
 
 def _listed(file: Path, records: Mapping[str, ClipRecord]) -> list[str]:
     """The names in a list file; empty lines and what follows ``#`` are left out."""
-    names = [plain(line) for text in read_text(file).splitlines() if (line := text.partition("#")[0].strip())]
+    names = [plain(line) for text in read_text(file).split("\n") if (line := text.partition("#")[0].strip())]
     if not names:
         raise DataError(f"{file}: no name of a clip in it")
     if missing := [name for name in names if name not in records]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
 from pathlib import Path
@@ -11,7 +11,7 @@ from typing import Any, Protocol
 
 import torch
 
-from geoalign.benchmark.cases import Condition, check_method, find_videos, video_of
+from geoalign.benchmark.cases import Condition, check_method, find_videos, plain, video_of
 from geoalign.benchmark.clips import Clips, Source
 from geoalign.config.data import DEFAULT_NEGATIVE_PROMPT
 from geoalign.config.schema import Config
@@ -123,8 +123,9 @@ class TruthMethod:
 class ModelMethod:
     """A model that the project can open; its weights are read when the first retake is made."""
 
-    def __init__(self, name: str, model: str, checkpoint: Path | None, config: Config, *, lossless: bool) -> None:
-        self.name, self._config, self._lossless = check_method(name), config, lossless
+    def __init__(self, name: str, model: str, checkpoint: Path | None, config: Config, clips: Clips) -> None:
+        self.name, self._config, self._lossless = check_method(name), config, clips.lossless
+        self._clips = clips.names
         self._model, self._checkpoint = model, checkpoint
         self.files: ModelFiles = describe(model, checkpoint)
         self.device = device_of(config.run)
@@ -182,7 +183,7 @@ class ModelMethod:
         if not self.reads_text:
             return None
         if given := self._prompts.get(clip):
-            return str(given)
+            return given
         if self._captioner is not None:
             caption = self._captioner.caption(source.clip.video[0])
             return caption if self._published else remove_camera_motion(caption) or caption
@@ -209,9 +210,9 @@ class ModelMethod:
         return None if folder is None else load_captioner(folder, dtype=self.dtype, device=self.device)
 
     @cached_property
-    def _prompts(self) -> Mapping[str, Any]:
+    def _prompts(self) -> Mapping[str, str]:
         file = self._config.benchmark.prompts
-        return {} if file is None else read_json_object(file)
+        return {} if file is None else _read_prompts(file, self._clips)
 
     @cached_property
     def _negative(self) -> str:
@@ -224,6 +225,19 @@ class ModelMethod:
         negative = self._negative if self.reads_text else ""
         batch = RetakeBatch(source.clip, source.clip.camera, ("",))
         return self._encoders(batch, self.prompt(clip, source), negative)
+
+
+def _read_prompts(file: Path, clips: Sequence[str]) -> dict[str, str]:
+    """Prompts by the plain name of their clip; raises DataError for a file of another form, or of other clips."""
+    told, fix = read_json_object(file), "expected {CLIP: PROMPT}"
+    if wrong := [name for name, prompt in told.items() if not isinstance(prompt, str) or not prompt.strip()]:
+        raise DataError(f"{file}: {wrong[0]} has no text; {fix}")
+    found = {plain(name): prompt for name, prompt in told.items()}
+    if len(found) < len(told):
+        raise DataError(f"{file}: two of its clips have one plain name; {fix}, each clip once")
+    if not found.keys() & {*clips}:
+        raise DataError(f"{file}: has a prompt for none of the clips, of which the first is {clips[0]}; {fix}")
+    return found
 
 
 def _fingerprint(files: list[Path]) -> str:
@@ -264,7 +278,7 @@ class MethodArguments:
         found: list[Method] = []
         for name, model in models.items():
             checkpoint = Path(checkpoints[name]) if name in checkpoints else None
-            found.append(ModelMethod(name, model, checkpoint, config, lossless=clips.lossless))
+            found.append(ModelMethod(name, model, checkpoint, config, clips))
         caps = config.benchmark.caps
         found += [VideosMethod(name, Path(folder), caps.get(name)) for name, folder in videos.items()]
         return [*found, TruthMethod(clips)] if clips.knows_truth else found

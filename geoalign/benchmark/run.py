@@ -205,8 +205,9 @@ class _Worker:
         }  # fmt: skip
 
     def _retake(self, case: Case, method: Method, source: Source, target: CameraTrajectory) -> Path:
-        out = case.file(self._store.videos, ".mp4")
-        return out if out.is_file() else method.video(case.condition, source, target, out)
+        out, before = case.file(self._store.videos, ".mp4"), self._store.row(case)
+        again = self._retry and before is not None and before["status"] == "failed"  # the file may be what is wrong
+        return out if out.is_file() and not again else method.video(case.condition, source, target, out)
 
     def _pixels(self, path: Path, frames: int, source: SourceClip) -> Tensor:
         """A retake as everybody else sees it: from its file, at the size of the source."""

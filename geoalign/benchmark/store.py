@@ -13,11 +13,13 @@ from pathlib import Path
 from typing import Any
 
 from geoalign.benchmark.cases import Case
+from geoalign.benchmark.forms import ManifestForm, RowForm
 from geoalign.config.load import flatten, load_config, to_yaml
 from geoalign.config.schema import Config
 from geoalign.data.folders import visible
 from geoalign.errors import DataError, UsageError
-from geoalign.files.atomic import atomic_write_json, atomic_write_text, is_temporary
+from geoalign.files.atomic import atomic_write_json, atomic_write_text
+from geoalign.files.forms import filled
 from geoalign.files.parsing import read_json_object
 from geoalign.jobs.train_held_out import conditions_of
 
@@ -74,7 +76,7 @@ class Store:
     def row(self, case: Case) -> dict[str, Any] | None:
         """The row of a case, or None if it was not measured."""
         file = self.row_file(case)
-        return read_json_object(file) if file.is_file() else None
+        return _read_row(file, case.method) if file.is_file() else None
 
     def write_row(self, case: Case, row: Mapping[str, Any]) -> None:
         """Write a row, whole."""
@@ -86,11 +88,11 @@ class Store:
         Raises DataError for a folder that is no benchmark, or a damaged row.
         """
         methods = self.manifest()["methods"]
-        files = (
-            file for method in methods for file in sorted((self.folder / "rows" / method).glob("*.json"))
-            if not is_temporary(file)
-        )  # fmt: skip
-        rows = [read_json_object(file) for file in files]
+        rows = [
+            _read_row(file, method)
+            for method in methods
+            for file in visible((self.folder / "rows" / method).glob("*.json"))
+        ]
         order = {name: number for number, name in enumerate(self.manifest()["cases"])}
         known = [row for row in rows if row.get("case") in order]
         return sorted(known, key=lambda row: (list(methods).index(row["method"]), order[row["case"]]))
@@ -101,14 +103,16 @@ class Store:
         atomic_write_text(self.folder / ROWS_JSONL, "".join(f"{line}\n" for line in lines))
 
     def keep_numbers(self, path: Path) -> None:
-        """Copy numbers of others into the folder."""
+        """Copy numbers of others, which were read once, into the folder."""
         atomic_write_json(self.folder / NUMBERS, read_json_object(path))
 
     def manifest(self) -> dict[str, Any]:
         """What the benchmark is made of; raises DataError for a folder that is none."""
         if not (self.folder / MANIFEST).is_file():
             raise DataError(f"{self.folder}: no benchmark there ({MANIFEST} is missing); run `geoalign benchmark run`")
-        return read_json_object(self.folder / MANIFEST)
+        told, file = read_json_object(self.folder / MANIFEST), self.folder / MANIFEST
+        filled(ManifestForm, told, file, "restore it, or run the benchmark into another folder")
+        return told
 
     def config(self, overrides: Iterable[str] = ()) -> Config:
         """The configuration that it was last run with."""
@@ -132,6 +136,9 @@ class Store:
                 common = before[kind].keys() & told[kind].keys()
                 self._refuse(kind, *({name: side[kind][name] for name in common} for side in (before, told)))
                 told[kind] = {**before[kind], **told[kind]}
+            caps = (self.config().benchmark.caps, config.benchmark.caps)
+            kept = before["methods"].keys()  # of a new method, none is known yet
+            self._refuse("caps", *({name: cap for name, cap in side.items() if name in kept} for side in caps))
             told["cases"] = list(dict.fromkeys([*before["cases"], *cases]))
         elif self.folder.is_dir() and any(file.name not in _OURS for file in visible(self.folder.iterdir())):
             raise UsageError(f"{self.folder}: holds other files and no benchmark; choose another --out")
@@ -146,6 +153,14 @@ class Store:
                 f"{self.folder} holds a benchmark of other {what}: {name} was {before.get(name)!r}, now "
                 f"{now.get(name)!r}; choose another --out"
             )
+
+
+def _read_row(file: Path, method: str) -> dict[str, Any]:
+    row, fix = read_json_object(file), "delete it: `geoalign benchmark run` makes it again"
+    form = filled(RowForm, row, file, fix)
+    if (form.method, form.case) != (method, file.stem):
+        raise DataError(f"{file}: holds the case {form.case} of {form.method}; {fix}")
+    return row
 
 
 def _settings(config: Config) -> dict[str, Any]:

@@ -10,12 +10,15 @@ from pathlib import Path
 from typing import Any
 
 from geoalign.benchmark.bins import SLICES, Slice
-from geoalign.benchmark.columns import CAMERA, OPEN, Column, Readers, Row, of_method, outcome
+from geoalign.benchmark.columns import CAMERA, OPEN, TITLES, Column, Readers, Row, of_method, outcome
+from geoalign.benchmark.forms import NumbersForm
 from geoalign.benchmark.methods import TRUTH
 from geoalign.benchmark.statistics import Difference, Estimate, difference, estimate
 from geoalign.benchmark.store import NUMBERS, Store
 from geoalign.config.benchmark import BenchmarkConfig
+from geoalign.config.source import did_you_mean
 from geoalign.errors import DataError
+from geoalign.files.forms import filled
 from geoalign.files.parsing import read_json_object
 
 PRINTED = "as printed by its authors"
@@ -95,19 +98,17 @@ class Results:
 def read_numbers(path: Path) -> tuple[dict[str, dict[str, float]], str]:
     """Numbers that a user copied from a paper: ``{"source": TEXT, "methods": {NAME: {METRIC: NUMBER}}}``.
 
-    Raises DataError for a file of another form.
+    Raises DataError for a file of another form, or a metric that no table prints.
     """
-    told = read_json_object(path)
-    methods = told.get("methods")
-    if not isinstance(methods, dict) or not all(isinstance(numbers, dict) for numbers in methods.values()):
-        raise DataError(f'{path}: expected {{"source": TEXT, "methods": {{NAME: {{METRIC: NUMBER}}}}}}')
-    for name, numbers in methods.items():
-        for metric, value in numbers.items():
-            if isinstance(value, bool) or not isinstance(value, int | float):
-                raise DataError(f"{path}: {name}: {metric} is {value!r}, not a number")
-    return {str(name): {m: float(v) for m, v in numbers.items()} for name, numbers in methods.items()}, str(
-        told.get("source", "")
-    )
+    fix = 'expected {"source": TEXT, "methods": {NAME: {METRIC: NUMBER}}}'
+    found = filled(NumbersForm, read_json_object(path), path, fix)
+    for name, numbers in found.methods.items():
+        if unknown := next((metric for metric in numbers if metric not in TITLES), None):
+            raise DataError(
+                f"{path}: {name}: no table prints {unknown!r}{did_you_mean(unknown, tuple(TITLES))}; there are "
+                f"{', '.join(TITLES)}"
+            )
+    return found.methods, found.source
 
 
 def all_tables(results: Results) -> list[Table]:

@@ -139,6 +139,7 @@ def _write_tables(store: Store, numbers: Path | None, overrides: tuple[str, ...]
     from geoalign.benchmark.table import Results, all_tables
 
     if numbers is not None:
+        _read_numbers(numbers)
         store.keep_numbers(numbers)
     tables = all_tables(Results.read(store, overrides))
     store.write_rows_jsonl()

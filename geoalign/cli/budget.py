@@ -89,12 +89,13 @@ def _profile(device: str, core: str | None, results: Path | None) -> DeviceProfi
         return profile
     try:
         rows = [parse_json(line, results) for line in read_text(results).split("\n") if line.strip()]
-    except DataError as error:
-        raise UsageError(f"--results {results}: not a result file of `make gpu` ({error})") from error
-    measured = profile_of(str(rows[0].get("device", ""))) if rows and isinstance(rows[0], dict) else None
-    if measured is None or measured.target != profile.target:
-        raise UsageError(f"--results {results}: its first line does not name a card like --device {device}")
-    return profile.measured(rows[1:])
+        measured = profile_of(str(rows[0].get("device", ""))) if rows and isinstance(rows[0], dict) else None
+        if measured is None or measured.target != profile.target:
+            raise UsageError(f"--results {results}: its first line does not name a card like --device {device}")
+        return profile.measured(rows[1:])
+    except (DataError, AttributeError, LookupError, TypeError, ValueError) as error:  # a line of another form
+        told = str(error) if isinstance(error, DataError) else repr(error)
+        raise UsageError(f"--results {results}: not a result file of `make gpu` ({told})") from error
 
 
 def _numbers(run: RunCost, ladder: Ladder, profile: DeviceProfile, devices: int, guidance: int) -> dict[str, Any]:

@@ -131,6 +131,9 @@ def run_subset(args: argparse.Namespace) -> int:
     )
     if found.left_out:
         print(f"{found.left_out:,} rows name neither a clip nor a scene, or are listed twice")
+    if found.misfits:
+        line, cause = found.misfits[0]
+        print(f"{len(found.misfits):,} rows do not fit the table and were left out; the first, line {line}: {cause}")
     print("\n".join(f"wrote {file}" for file in files))
     return 0
 

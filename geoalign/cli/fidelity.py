@@ -85,42 +85,45 @@ def add_parser(subparsers: Any) -> None:
 def run_table(args: argparse.Namespace) -> int:
     """Measure what is missing, write rows and records, print the table."""
     from geoalign.files.atomic import atomic_write_json, check_writable, nan_to_none
+    from geoalign.files.locks import writer_lock
     from geoalign.jobs.environment import describe_environment
     from geoalign.jobs.fidelity import Bench, check_setting, table_rows
     from geoalign.rl.window import WindowSchedule
 
     check_writable(args.json)
     base = read_config(args)
-    windows = args.window or [WindowSchedule(base.window, base.flow.steps, base.run.seed)(0).start]
+    first = WindowSchedule(base.window, base.flow.steps, base.run.seed)(0).start
+    windows = list(dict.fromkeys(args.window or (first,)))
     if beyond := [w for w in windows if w + base.window.size > base.flow.steps - 1]:
         raise UsageError(f"--window {beyond[0]}: a window of {base.window.size} there reaches the last step")
-    settings = [_setting(args, name) for name in args.setting or DEFAULT_SETTINGS]
+    settings = [_setting(args, name) for name in dict.fromkeys(args.setting or DEFAULT_SETTINGS)]
     for setting in settings:
         check_setting(setting.name, setting.config, base)
     priced = {setting.name: _priced(args, setting.name) for setting in settings}
     made_with = base.model_dump(mode="json", exclude={"eval", "pretrain"})
-    records = _earlier(args.json, made_with)
-    known = {(record.setting, record.window, record.iteration) for record in records}
-    bench = Bench(base, _source(base))
-    try:
-        for record in bench.rounds(settings, windows, args.groups, lambda *key: key in known):
-            records.append(record)
-            kept = {"made_with": made_with, "records": [each.as_json() for each in records], "rows": []}
-            atomic_write_json(args.json, nan_to_none(kept))
-            print(f"{record.setting}: window {record.window}, batch {record.iteration}", flush=True)
-    finally:
-        bench.close()
-    asked = [record for record in records if record.setting in priced and record.window in windows]
-    rows = table_rows(asked, priced)
-    result = {
-        "rows": rows,
-        "price": args.price or args.config,
-        "base": str(base.train.base),
-        "made_with": made_with,
-        "records": [each.as_json() for each in records],
-        **describe_environment(),
-    }
-    atomic_write_json(args.json, nan_to_none(result))
+    with writer_lock(args.json.absolute().parent, "table", f".lock-{args.json.name}"):
+        records = _earlier(args.json, made_with)
+        known = {(record.setting, record.window, record.iteration) for record in records}
+        bench = Bench(base, _source(base))
+        try:
+            for record in bench.rounds(settings, windows, args.groups, lambda *key: key in known):
+                records.append(record)
+                kept = {"made_with": made_with, "records": [each.as_json() for each in records], "rows": []}
+                atomic_write_json(args.json, nan_to_none(kept))
+                print(f"{record.setting}: window {record.window}, batch {record.iteration}", flush=True)
+        finally:
+            bench.close()
+        asked = [record for record in records if record.setting in priced and record.window in windows]
+        rows = table_rows(asked, priced)
+        result = {
+            "rows": rows,
+            "price": args.price or args.config,
+            "base": str(base.train.base),
+            "made_with": made_with,
+            "records": [each.as_json() for each in records],
+            **describe_environment(),
+        }
+        atomic_write_json(args.json, nan_to_none(result))
     print(table_text(rows))
     return 0
 
@@ -186,7 +189,14 @@ def _earlier(path: Path, made_with: dict[str, Any]) -> list[Record]:
     data = read_json_object(path, DataError)
     if data.get("made_with") != made_with:
         raise UsageError(f"--json {path}: made with another configuration; name another file, or delete it")
-    return [Record.of(record) for record in data["records"]]
+    records = data.get("records")
+    if not isinstance(records, list):
+        raise DataError(f"{path}: holds no records; restore the file, or delete it and measure again")
+    found = [Record.of(record, f"{path}: record {number}") for number, record in enumerate(records, 1)]
+    places = [(record.setting, record.window, record.iteration) for record in found]
+    if len(set(places)) < len(places):  # its groups would count twice
+        raise DataError(f"{path}: a batch of a setting is there twice; restore the file, or delete it")
+    return found
 
 
 def _source(config: Config) -> RetakeDataset:

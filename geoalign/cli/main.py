@@ -7,7 +7,9 @@ A verb's module offers ``add_parser(subparsers)``, which adds the parsers of its
 from __future__ import annotations
 
 import argparse
+import contextlib
 import difflib
+import errno
 import importlib
 import os
 import re
@@ -17,13 +19,20 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from geoalign.errors import Stopped, UsageError, UserError
-from geoalign.training.processes.launcher import INTERRUPTED, die_with_launcher, leave_words, started_by_launcher
+from geoalign.training.processes.launcher import (
+    INTERRUPTED,
+    check_environment,
+    die_with_launcher,
+    leave_words,
+    started_by_launcher,
+)
 from geoalign.version import __version__
 
 DEBUG_VARIABLE = "GEOALIGN_DEBUG"
 QUIET = ("torch", "transformers", "diffusers", "huggingface_hub", "tensorboard", "matplotlib", "multiprocessing")
 """Libraries whose warnings tell a user nothing to do."""
 QUIET_LOGS = ("torchao", "torch.utils._pytree")
+OF_DISKS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.ENOENT)
 OVERRIDE = re.compile(r"[A-Za-z_][\w.]*=")
 
 
@@ -110,7 +119,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     if started_by_launcher():
         die_with_launcher()
     try:
-        return _dispatch(arguments)
+        code = _dispatch(arguments)
+        if sys.stdout is not None:
+            sys.stdout.flush()  # a full disk behind it is told here, not by the interpreter when it ends
+        return code
     except Stopped as stopped:
         return _ended(str(stopped), stopped.exit_code)
     except UserError as error:
@@ -120,13 +132,20 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         return _ended("interrupted", INTERRUPTED)
     except BrokenPipeError:
-        # The reader (``| head``) left: nothing more to say, and the interpreter must not try to flush into the pipe.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        _forget_output()  # the reader (``| head``) left: nothing more to say
         return 0
     except Exception as error:
         if os.environ.get(DEBUG_VARIABLE) == "1":
             raise
+        if isinstance(error, OSError) and error.filename is None:
+            _forget_output()
         return _ended(_in_one_line(error), UserError.exit_code)
+
+
+def _forget_output() -> None:
+    """Let what was printed and not written go, so that the interpreter does not try to write it when it ends."""
+    if sys.stdout is not None:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _ended(text: str, exit_code: int) -> int:
@@ -134,7 +153,8 @@ def _ended(text: str, exit_code: int) -> int:
     if started_by_launcher():
         leave_words(text, exit_code)
     else:
-        print(f"{_speaker()}: {text}", file=sys.stderr)
+        with contextlib.suppress(OSError):  # a full disk behind it must not change the exit code
+            print(f"{_speaker()}: {text}", file=sys.stderr)
     return exit_code
 
 
@@ -154,11 +174,14 @@ def _quieten_others() -> None:
 
 
 def _in_one_line(error: Exception) -> str:
-    """What is said of an exception that is no UserError: of a file on a disk, the fix; else where the traceback is."""
-    if isinstance(error, OSError) and error.filename is not None:
+    """What is said of an exception that is no UserError: of disk and home the fix, else where the traceback is."""
+    if isinstance(error, OSError) and (error.filename is not None or error.errno in OF_DISKS):
         from geoalign.files.atomic import fix_of
 
-        return f"error: {error.filename}: {error.strerror}; {fix_of(error)}"
+        where = "the output or a temporary file" if error.filename is None else error.filename
+        return f"error: {where}: {error.strerror}; {fix_of(error)}"
+    if isinstance(error, RuntimeError) and "home directory" in str(error):  # pathlib's, of ~
+        return f"error: ~: {error} Set HOME, or write the path out"
     return f"unexpected error: {_unexpected(error)}"
 
 
@@ -192,6 +215,7 @@ def _dispatch(arguments: list[str]) -> int:
         close = difflib.get_close_matches(arguments[0], verbs, n=1, cutoff=0.5)
         hint = f" Did you mean `geoalign {close[0]}`?" if close else ""
         raise UsageError(f"no such verb: {arguments[0]}.{hint} `geoalign --help` lists all.")
+    check_environment()
     args = _parse(parser_of(verbs[arguments[0]]), arguments)
     return int(args.run(args) or 0)
 

@@ -110,7 +110,7 @@ def _print_comparison(summary: dict[str, Any]) -> None:
         for key in (name for name in names if name in before and name in after):
             change = (
                 f"{after[key] - before[key]:+.2f}"
-                if key == "psnr_db" or key.startswith("gain_")
+                if key == "psnr_db" or key.startswith("gain_") or before[key] == 0
                 else f"{after[key] / before[key] - 1:+.0%}"
             )
             print(f"  {kind:<8} {names[key]:<32} {before[key]:>8.3f} {after[key]:>8.3f} {change:>8}")

@@ -8,6 +8,7 @@ twelve hexadecimal digits and a number of images.
 from __future__ import annotations
 
 import hashlib
+import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -15,11 +16,11 @@ from pathlib import Path, PureWindowsPath
 from typing import Literal
 
 from geoalign.data.tables import Table, read_table, write_csv
-from geoalign.errors import DataError
+from geoalign.errors import DataError, UsageError
 from geoalign.files.atomic import atomic_write_text
 
 FETCH_FILE, TABLE_FILE = "fetch.txt", "metadata.csv"
-_CLIP = re.compile(r"(?P<video>.+)_(?P<first>\d+)_(?P<end>\d+)")
+_CLIP = re.compile(r"(?P<video>.+)_(?P<first>[0-9]{1,12})_(?P<end>[0-9]{1,12})")
 _SCENE = re.compile(r"[0-9a-f]{12}")
 _CLIP_FPS, _SCENE_FPS = 30.0, 24.0
 _IMAGES = ("Total Img Num", "Img Num")
@@ -53,12 +54,14 @@ class Subset:
         items: in the order in which they were chosen.
         columns: of the table.
         left_out: rows that name neither, or what an earlier row names.
+        misfits: (line, cause) of the rows of the first table that do not fit it.
     """
 
     kind: Literal["clips", "scenes"]
     items: tuple[Item, ...]
     columns: tuple[str, ...]
     left_out: int
+    misfits: tuple[tuple[int, str], ...] = ()
 
     @property
     def sources(self) -> list[str]:
@@ -78,14 +81,19 @@ class Subset:
     def write(self, folder: Path) -> list[Path]:
         """Write the list of what to fetch, and of clips the table of those chosen, which training reads.
 
-        Raises DataError or RunError where nothing can be written.
+        Raises:
+            UsageError: the folder has a table that no earlier subset wrote.
+            RunError: nothing can be written.
         """
         if self.kind == "clips":
+            if (folder / TABLE_FILE).exists() and not (folder / FETCH_FILE).exists():
+                raise UsageError(f"{folder / TABLE_FILE}: no earlier subset wrote this table; choose another --out")
             lines = [f"https://www.youtube.com/watch?v={source}" for source in self.sources]
-            write_csv(folder / TABLE_FILE, self.columns, [item.row for item in self.items])
         else:
             lines = [f"annotations/OmniWorld-Game/{uid}/{uid}_others.tar.gz" for uid in self.sources]
-        atomic_write_text(folder / FETCH_FILE, "".join(f"{line}\n" for line in lines))
+        atomic_write_text(folder / FETCH_FILE, "".join(f"{line}\n" for line in lines))  # first: it marks the folder
+        if self.kind == "clips":
+            write_csv(folder / TABLE_FILE, self.columns, [item.row for item in self.items])
         return [folder / FETCH_FILE, *([folder / TABLE_FILE] if self.kind == "clips" else [])]
 
 
@@ -110,7 +118,7 @@ def choose(tables: Sequence[Path], hours: float, seed: int = 0) -> Subset:
         listed = {item.name for item in _items(table, path)[1]}
         items = [item for item in items if item.name in listed]
     order = sorted(items, key=lambda item: (_drawn(seed, item.source), item.name))
-    return Subset(kind, tuple(_until(order, 3600 * hours)), first.columns, left_out)
+    return Subset(kind, tuple(_until(order, 3600 * hours)), first.columns, left_out, first.misfits)
 
 
 def _until(order: Sequence[Item], seconds: float) -> Iterator[Item]:
@@ -145,8 +153,14 @@ def _items(table: Table, path: Path) -> tuple[Literal["clips", "scenes"], list[I
 
 
 def _scene_seconds(row: Mapping[str, str]) -> float:
-    images = next((row[name] for name in _IMAGES if name in row), "0")
+    images = next((row[name] for name in _IMAGES if name in row), "")
+    return _positive(images, 0.0) / _positive(row.get("FPS", ""), _SCENE_FPS)
+
+
+def _positive(text: str, other: float) -> float:
+    """The number, or ``other`` where there is none above 0."""
     try:
-        return max(float(images), 0.0) / (float(row.get("FPS", "")) or _SCENE_FPS)
+        value = float(text)
     except ValueError:
-        return float(images) / _SCENE_FPS if images.isdigit() else 0.0
+        return other
+    return value if 0 < value < math.inf else other

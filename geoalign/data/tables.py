@@ -12,7 +12,6 @@ import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from geoalign.errors import DataError, UsageError
 from geoalign.files.atomic import atomic_write_text
@@ -163,7 +162,7 @@ def _jsonl_table(lines: list[str], path: Path) -> Table:
         if not line.strip():
             continue
         try:
-            row = parse_json(line, f"{path}: line {number}", pairs=_unique)
+            row = parse_json(line, f"{path}: line {number}")
         except DataError:
             misfits.append((number, "not JSON, or a key twice"))
             continue
@@ -175,13 +174,6 @@ def _jsonl_table(lines: list[str], path: Path) -> Table:
         values = {key: str(value).strip() for key, value in row.items() if value is not None and key not in nested}
         rows.append(Row(number, {key: value for key, value in values.items() if value}, nested))
     return Table(tuple(columns), tuple(rows), tuple(misfits))
-
-
-def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    row = dict(pairs)
-    if len(row) != len(pairs):
-        raise ValueError("a key twice")
-    return row
 
 
 def write_csv(path: Path, columns: Sequence[str], rows: Iterable[Mapping[str, object]]) -> None:

@@ -18,6 +18,8 @@ from geoalign.errors import DataError, UserError
 MAX_TEXT = 32 << 20
 """Bytes of a JSON file; its parsed form may take thirty times as much."""
 
+_MOST_DIGITS = 300
+"""Of an integer: ``float`` and NumPy raise errors of their own beyond 308."""
 _HALF = re.compile(rb"\\u[dD][89a-fA-F]")  # may be half a character
 
 Failure = Callable[[str], UserError]
@@ -68,20 +70,15 @@ def read_text(path: str | os.PathLike[str], *, limit: int = MAX_TEXT, failure: F
         raise failure(f"{path}: not UTF-8 (byte {problem.start}); save it as UTF-8") from problem
 
 
-def parse_json(
-    text: str | bytes,
-    where: object,
-    failure: Failure = DataError,
-    *,
-    pairs: Callable[[list[tuple[str, Any]]], Any] | None = None,
-) -> Any:
-    """The value of a JSON text; ``pairs`` makes an object of its keys and values, and raises ValueError to refuse it.
+def parse_json(text: str | bytes, where: object, failure: Failure = DataError) -> Any:
+    """The value of a JSON text.
 
     Raises:
-        failure: not JSON, nested too deeply, or half a character in a string; ``where`` is named first.
+        failure: not JSON, nested too deeply, a key twice in an object, an integer that no float64 holds, or half a
+            character in a string; ``where`` is named first.
     """
     try:
-        value = json.loads(text, object_pairs_hook=pairs)
+        value = json.loads(text, object_pairs_hook=_object, parse_int=_whole)
         if _HALF.search(text if isinstance(text, bytes) else text.encode()):
             json.dumps(value, ensure_ascii=False).encode()  # a lone surrogate could be neither printed nor written
     except RecursionError:
@@ -89,6 +86,21 @@ def parse_json(
     except ValueError as problem:
         raise failure(f"{where}: not valid JSON ({first_line(problem)})") from problem
     return value
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """Of a key that stands there twice, one value would go unseen."""
+    found = dict(pairs)
+    if len(found) != len(pairs):
+        names = [name for name, _ in pairs]
+        raise ValueError(f"{next(name for name in names if names.count(name) > 1)!r} is there twice")
+    return found
+
+
+def _whole(digits: str) -> int:
+    if len(digits) > _MOST_DIGITS:
+        raise ValueError(f"an integer of {len(digits)} digits")
+    return int(digits)
 
 
 def read_json(path: str | os.PathLike[str], failure: Failure = DataError) -> Any:

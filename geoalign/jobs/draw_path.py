@@ -7,7 +7,6 @@ from pathlib import Path
 import torch
 
 from geoalign.config.data import RescaleConfig, TruncatedGaussian
-from geoalign.data.frames import cover_crop
 from geoalign.data.readers import AnyReader
 from geoalign.data.video import PyAVReader, probe_clip, warn_once
 from geoalign.errors import UsageError
@@ -40,7 +39,7 @@ def write_path_page(video: Path, out: Path, law: RescaleConfig, frames: int | No
         raise UsageError(f"--frames {count}: {video} has {info.frames} frames, and a path needs 2 or more")
     size = (info.height, info.width)
     shown = size if info.width <= MAX_WIDTH else (max(round(info.height * MAX_WIDTH / info.width), 1), MAX_WIDTH)
-    pixels = cover_crop(reader.read(video, range(count)), shown)
+    pixels = reader.read(video, range(count), shown)  # scaled one by one: 81 frames of 4K are 2 GB
     lens, plane = torch.tensor(DEFAULT_INTRINSICS, dtype=torch.float64), None
     if (beside := camera_beside(video, lambda _: size)) is not None:
         lens = beside.path.intrinsics[0] if beside.has_lens else lens

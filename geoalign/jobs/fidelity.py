@@ -10,14 +10,16 @@ import copy
 import dataclasses
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, Self
 
 import torch
+from pydantic import ConfigDict, Field, model_validator
 from torch import Tensor
 
 from geoalign.config.load import flatten
 from geoalign.config.schema import Config
 from geoalign.errors import UsageError
+from geoalign.files.forms import Form, filled
 from geoalign.flow.rollout import Rollout
 from geoalign.flow.sampler import FlowSampler, initial_noise
 from geoalign.flow.table import StepWindow, build_step_table
@@ -32,7 +34,7 @@ from geoalign.training.judged import Judged, judge
 from geoalign.training.processes.device import device_of, dtype_of
 from geoalign.training.processes.ranks import LocalRanks
 from geoalign.training.setup import ready, twin_of
-from geoalign.training.tail import agree_on_drift, outcome_of, with_reuse
+from geoalign.training.tail import agree_on_drift, check_profile, outcome_of, with_reuse
 from geoalign.training.trainer import ConditionSource
 from geoalign.types import RetakeBatch
 
@@ -41,7 +43,12 @@ CHANGEABLE = ("flow.tail_", "ode.", "run.dtype", "rewards.")
 
 
 def check_setting(name: str, setting: Config, base: Config) -> None:
-    """Raise UsageError for a setting that changes more than :data:`CHANGEABLE`: its window states would be others."""
+    """Refuse a setting before the work.
+
+    Raises:
+        UsageError: it changes more than :data:`CHANGEABLE`: its window states would be others.
+        ConfigError: its drift profile cannot be read.
+    """
     before, now = (flatten(config.model_dump(mode="json")) for config in (base, setting))
     for key in dict.fromkeys([*before, *now]):
         if before.get(key) != now.get(key) and not key.startswith(CHANGEABLE):
@@ -49,6 +56,7 @@ def check_setting(name: str, setting: Config, base: Config) -> None:
                 f"--setting {name!r} changes {key}: only flow.tail_*, ode.*, run.dtype and rewards.* leave the window "
                 "states as they are"
             )
+    check_profile(setting)
 
 
 @dataclass(slots=True)
@@ -82,10 +90,41 @@ class Record:
         return dataclasses.asdict(self)
 
     @staticmethod
-    def of(data: Mapping[str, Any]) -> Record:
-        """From a result file, where what is not defined is None."""
-        groups = tuple(GroupFidelity(**_defined(group)) for group in data["groups"])
-        return Record(data["setting"], data["window"], data["iteration"], groups)
+    def of(data: Any, where: object) -> Record:
+        """From a result file, where what is not defined is None; raises DataError, which begins with ``where``."""
+        found = filled(_RecordForm, data, where, "restore the file, or delete it and measure again")
+        groups = tuple(GroupFidelity(**_defined(dict(group))) for group in found.groups)
+        return Record(found.setting, found.window, found.iteration, groups)
+
+
+class _GroupForm(Form):
+    """Of :class:`GroupFidelity`."""
+
+    model_config = ConfigDict(extra="forbid")
+    spearman: float | None
+    kendall: float | None
+    pearson: float | None
+    flips: float | None
+    flips_weighted: float | None
+    shift: dict[str, float | None]
+    spread: dict[str, float | None]
+    psnr: float | None
+    distance: float | None
+
+    @model_validator(mode="after")
+    def _one_spread_a_shift(self) -> Self:
+        if self.shift.keys() != self.spread.keys():
+            raise ValueError("shift and spread are not of the same scores")
+        return self
+
+
+class _RecordForm(Form):
+    """Of :class:`Record`."""
+
+    setting: str
+    window: int
+    iteration: int
+    groups: list[_GroupForm] = Field(min_length=1)
 
 
 def _defined(values: Mapping[str, Any]) -> dict[str, Any]:

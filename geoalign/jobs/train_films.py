@@ -31,11 +31,15 @@ _PANEL = 120  # smallest height of a GIF in pixels: the path beside tiny frames 
 class FilmWriter:
     """Writes ``films/iteration_NNNNNN.npz`` (for the report) and ``.gif`` (for everything else) of a run folder.
 
-    At most ``run.keep_films`` films are kept: the first, the newest, and others as evenly spaced as can be.
+    At most ``run.keep_films`` films are kept: the first, the newest, and others as evenly spaced as can be. A resumed
+    run deletes those at or after its first iteration, as it drops their metrics.
     """
 
-    def __init__(self, folder: Path, run: RunConfig) -> None:
+    def __init__(self, folder: Path, run: RunConfig, first_iteration: int = 0) -> None:
         self.folder, self._run = folder / FILMS, run
+        for path in self.folder.glob("iteration_*"):
+            if (number := film_iteration(path)) is not None and number >= first_iteration:
+                path.unlink(missing_ok=True)
         self._thread = ThreadPoolExecutor(1, "films")
         self._pending: list[tuple[int, Future[Path]]] = []
 
@@ -75,7 +79,8 @@ class FilmWriter:
 
     def _thin(self) -> None:
         """Delete films until ``keep_films`` are left, each time the one whose neighbours are closest to each other."""
-        numbers = sorted(film_iteration(path) for path in self.folder.glob("iteration_*.npz"))
+        found = (film_iteration(path) for path in self.folder.glob("iteration_*.npz"))
+        numbers = sorted(number for number in found if number is not None)
         while len(numbers) > self._run.keep_films:
             inner = range(1, len(numbers) - 1) if len(numbers) > 2 else range(1)
             closest = min(inner, key=lambda i: numbers[min(i + 1, len(numbers) - 1)] - numbers[max(i - 1, 0)])

@@ -70,7 +70,7 @@ def watched(config: Config, trainer: Trainer, profile: int | None) -> Iterator[W
     folder, total = config.run.folder, config.train.iterations
     with (
         MetricsWriter(folder, config.run, trainer.iteration) as metrics,
-        FilmWriter(folder, config.run) as films,
+        FilmWriter(folder, config.run, trainer.iteration) as films,
         RunProgress(total, trainer.iteration) as progress,
     ):
         yield _MainWatch(folder, total, profile, metrics, films, progress)

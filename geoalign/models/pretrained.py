@@ -32,7 +32,7 @@ def check_pretrained(folder: Path, what: str, kinds: Collection[str]) -> str:
     """
     config = read_json_object(folder / "config.json", CheckpointError)
     kind = config.get("_class_name") or config.get("model_type")
-    if kind not in kinds:
+    if not isinstance(kind, str) or kind not in kinds:
         raise CheckpointError(f"{folder}: not a {what} (config.json says {kind!r})")
     if any(folder.glob("*.bin*")):
         return f"{kind}, weights in .bin"

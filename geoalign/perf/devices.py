@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import math
 import statistics
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
@@ -74,13 +75,18 @@ class DeviceProfile:
         return replace(self, core=core, attention=rate.forward, attention_backward=rate.backward, kinds=kinds)
 
     def measured(self, rows: Iterable[Mapping[str, Any]]) -> Self:
-        """The same card with what the rows of a result file measured, core by core."""
+        """The same card with what the rows of a result file measured, core by core.
+
+        Raises ValueError for a rate that is none; rows of another form raise whatever Python does.
+        """
         timed = [row for row in rows if row.get("t_ms_median") and row.get("status", "ok") == "ok"]
         found: dict[str, float] = {}
 
         def median(name: str, values: list[float]) -> None:
             if values:
                 found[name] = statistics.median(values)
+                if not 0 < found[name] < math.inf:
+                    raise ValueError(f"{name} is {found[name]}")
 
         streaming = [row["gbps"] * _GIGA for row in timed if row["kind"] == "kernel" and row["impl"] == "ours"
                      and row["gbps"] and row["shape"][0] == _TOKENS]  # fmt: skip

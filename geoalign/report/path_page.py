@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Mapping
 from dataclasses import dataclass
 from html import escape
@@ -88,7 +89,8 @@ def path_page(drawing: PathDrawing) -> str:
         else "The lines lie on the ground that the camera file of the video tells."
     )
     return document(f"{drawing.name} - camera path", _BODY.format(
-        name=escape(drawing.name), film=film_html(film), ground=ground, facts=embedded_json(facts), frames=frames,
+        video=escape(shlex.quote(drawing.name)), film=film_html(film), ground=ground, facts=embedded_json(facts),
+        frames=frames,
     ), styles=["path.css"], scripts=["path.js"])  # fmt: skip
 
 
@@ -115,7 +117,7 @@ looks. The film shows the ground as the drawn camera would see it, on top of wha
 <canvas id="degrees"></canvas></figure></div>
 <p id="limits" class="note"></p>
 {film}<p class="note">{ground}</p>
-<section><h2>Use it</h2><pre>geoalign sample --video {name} --trajectory <span id="file">path.npz</span> ...</pre>
+<section><h2>Use it</h2><pre>geoalign sample --video {video} --trajectory <span id="file">path.npz</span> ...</pre>
 <p class="note">The file holds {frames} camera-to-world poses in metres (OpenCV axes, the first is the first view), the
 lens in pixels and the frame size: what every verb takes as a camera.</p></section></main>
 <script type="application/json" id="drawing">{facts}</script>"""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -12,7 +13,7 @@ import numpy as np
 
 from geoalign.errors import DataError, UsageError
 from geoalign.files.arrays import read_arrays
-from geoalign.files.atomic import read_jsonl
+from geoalign.files.atomic import nan_to_none, read_jsonl
 from geoalign.files.locks import LOCK_NAME, held_by
 from geoalign.files.parsing import read_json
 from geoalign.files.yaml_text import read_yaml
@@ -22,6 +23,7 @@ Shape = tuple[str, tuple[int | None, ...]]
 STAGES = ("before", "after")
 FILMS = "films"
 """Folder of the films made while a run trains, ``iteration_NNNNNN.npz`` each."""
+_FILM = re.compile(r"iteration_([0-9]{6,9})\.(npz|gif)")
 _MAX_CLIPS = 8 << 30  # bytes of an evaluation archive in memory
 
 
@@ -136,19 +138,31 @@ def read_run(folder: str | Path) -> RunRecord:
         config=config,
         environment=_optional(path / "env.json", read_json),
         summary=summary,
-        metrics=read_jsonl(metrics) if metrics.exists() else [],
+        metrics=_read_metrics(metrics) if metrics.exists() else [],
         clips={stage: clips for stage in STAGES if (clips := _read_clips(path / "eval" / f"{stage}.npz"))},
         live=bool(held_by(path / LOCK_NAME)),
         films=read_films(path / FILMS),
     )
 
 
+def _read_metrics(path: Path) -> list[dict[str, Any]]:
+    """The rows of ``metrics.jsonl``: whole iterations, and numbers or null."""
+    rows: list[dict[str, Any]] = nan_to_none(read_jsonl(path))
+    for line, row in enumerate(rows, 1):
+        whole = isinstance(row.get("iteration", 0), int) and row.get("iteration", 0) >= 0
+        wrong = next((key for key, value in row.items() if not isinstance(value, int | float | None)), None)
+        if wrong is not None or not whole:
+            key = "iteration" if wrong is None else wrong
+            raise DataError(f"{path}: line {line}: {key} is {row[key]!r}, not a number; delete the line.")
+    return rows
+
+
 def read_summary(folder: Path) -> dict[str, Any]:
     """``summary.json`` of a run folder; empty where the run did not end. Raises DataError if it is damaged."""
     file = folder / "summary.json"
-    summary = _optional(file, read_json)
-    for key in ("held_out", "held_out_per_noise_seed"):
-        _check_stages(file, key, summary.get(key))
+    summary: dict[str, Any] = nan_to_none(_optional(file, read_json))
+    _check_stages(file, "held_out", summary.get("held_out"), several=False)
+    _check_stages(file, "held_out_per_noise_seed", summary.get("held_out_per_noise_seed"), several=True)
     return summary
 
 
@@ -166,22 +180,27 @@ def _mapping(path: Path, value: Any, section: str = "the file") -> dict[str, Any
     return value
 
 
-def _check_stages(path: Path, key: str, value: Any, depth: int = 3) -> None:
-    """Held-out numbers are mappings by set, stage and metric, with a number, a list of numbers or null in them."""
+def _check_stages(path: Path, key: str, value: Any, *, several: bool, depth: int = 3) -> None:
+    """Held-out numbers are mappings by set, stage and metric, with a number, a list of numbers or null in them; of
+    ``several`` noise seeds no single number."""
     if depth and value is not None:
         for name, inner in _mapping(path, value, key).items():
-            _check_stages(path, f"{key}.{name}", inner, depth - 1)
-    elif not all(entry is None or isinstance(entry, int | float) for entry in _listed(value)):
-        raise DataError(f"{path}: {key} must be a number or a list of numbers; restore or delete the file.")
+            _check_stages(path, f"{key}.{name}", inner, several=several, depth=depth - 1)
+    elif not all(entry is None or isinstance(entry, int | float) for entry in _listed(value)) or (
+        several and not isinstance(value, list | None)
+    ):
+        wanted = "a list of numbers" if several else "a number or a list of numbers"
+        raise DataError(f"{path}: {key} must be {wanted}; restore or delete the file.")
 
 
 def _listed(value: Any) -> list[Any]:
     return value if isinstance(value, list) else [value]
 
 
-def film_iteration(path: Path) -> int:
-    """The iteration of ``iteration_NNNNNN.npz``, counted from 0."""
-    return int(path.stem.rpartition("_")[2])
+def film_iteration(path: Path) -> int | None:
+    """The iteration of ``iteration_NNNNNN.npz`` or ``.gif``, counted from 0; None of a file that no run calls so."""
+    named = _FILM.fullmatch(path.name)
+    return int(named[1]) if named else None
 
 
 def read_films(folder: Path, most: int = 6) -> list[TrainingClip]:
@@ -190,12 +209,12 @@ def read_films(folder: Path, most: int = 6) -> list[TrainingClip]:
     Raises:
         DataError: one of them cannot be read.
     """
-    paths = sorted(path for path in folder.glob("iteration_*.npz") if path.stem.rpartition("_")[2].isdigit())
+    paths = sorted(path for path in folder.glob("*.npz") if film_iteration(path) is not None)
     chosen = np.linspace(0, len(paths) - 1, min(most, len(paths))).round().astype(int)
-    return [_read_film(paths[index]) for index in chosen]
+    return [_read_film(paths[index], film_iteration(paths[index]) or 0) for index in chosen]
 
 
-def _read_film(path: Path) -> TrainingClip:
+def _read_film(path: Path, iteration: int) -> TrainingClip:
     arrays = read_arrays(path, DataError, limit=_MAX_CLIPS)
     if not isinstance(arrays, dict):
         raise DataError(f"{path}: not the film of an iteration; delete it.")
@@ -203,7 +222,7 @@ def _read_film(path: Path) -> TrainingClip:
     _check_arrays(path, arrays, shapes, "the film of an iteration", "delete it")
     if len({len(arrays[name]) for name in shapes if name != "ground_plane"}) > 1:
         raise DataError(f"{path}: its arrays hold unequal numbers of frames; delete it.")
-    return TrainingClip(film_iteration(path), **{name: arrays[name] for name in shapes})
+    return TrainingClip(iteration, **{name: arrays[name] for name in shapes})
 
 
 _SHAPES: dict[str, Shape] = {

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from html import escape
-from typing import Any
 
 from geoalign.report.held_out import comparisons
 from geoalign.report.run_folder import RunRecord
@@ -34,8 +33,8 @@ def _sentences(run: RunRecord) -> list[str]:
 
 
 def _training(run: RunRecord) -> str:
-    conditions, size = run.setting("groups.conditions"), run.setting("groups.size")
-    base, total = run.setting("train.base"), run.setting("train.iterations")
+    conditions, size, total = (_whole(run, key) for key in ("groups.conditions", "groups.size", "train.iterations"))
+    base = run.setting("train.base")
     start = f"This run starts from <code>{escape(str(base))}</code>." if base else ""
     if not (conditions and size and total):
         return start
@@ -45,8 +44,8 @@ def _training(run: RunRecord) -> str:
 
 
 def _frames(run: RunRecord) -> str:
-    frames, height, width = (run.setting(f"data.{name}") for name in ("num_frames", "height", "width"))
-    steps, window = run.setting("flow.steps"), run.setting("window.size")
+    frames, height, width = (_whole(run, f"data.{name}") for name in ("num_frames", "height", "width"))
+    steps, window = _whole(run, "flow.steps"), _whole(run, "window.size")
     if not (frames and height and width and steps):
         return ""
     learnt = (
@@ -60,9 +59,10 @@ def _frames(run: RunRecord) -> str:
 
 def _rewards(run: RunRecord) -> str:
     weights = run.setting("advantage.weights")
-    if not isinstance(weights, dict) or not weights:
+    known = [item for item in weights.items() if isinstance(item[1], int | float)] if isinstance(weights, dict) else []
+    if not known:
         return ""
-    parts = [f"{escape(str(name).replace('_', ' '))} {number(float(weight), 2)}" for name, weight in weights.items()]
+    parts = [f"{escape(str(name).replace('_', ' '))} {number(float(weight), 2)}" for name, weight in known]
     return f"What counts, with its weight: {', '.join(parts)}."
 
 
@@ -77,7 +77,13 @@ def _base(run: RunRecord) -> str:
     return f"Before training, its camera travelled {number(value)} metres for each metre asked for."
 
 
-def _counted(count: Any, noun: str) -> str:
+def _whole(run: RunRecord, key: str) -> int | None:
+    """A setting that is a whole number; None of one that somebody made something else."""
+    value = run.setting(key)
+    return value if isinstance(value, int) else None
+
+
+def _counted(count: int, noun: str) -> str:
     return f"{count} {noun}" + ("" if count == 1 else "s")
 
 

@@ -10,13 +10,16 @@ import logging
 from collections.abc import Mapping, MutableMapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import torch
+from pydantic import Field
 from torch import Tensor
 
 from geoalign.config.schema import Config
+from geoalign.config.training import TailReuse
 from geoalign.errors import ConfigError, RunError, UsageError
+from geoalign.files.forms import Form, filled
 from geoalign.files.parsing import read_json_object
 from geoalign.flow.reuse import DriftMeter, DriftProfile, reused_steps
 from geoalign.flow.rollout import Rollout
@@ -39,13 +42,32 @@ EXACT = "exact_tail_since"
 """Key of the notes: the iteration after which an audit let the run go on with exact tails."""
 
 
-def read_profile(path: Path) -> DriftProfile:
-    """The profile in a file of `geoalign fidelity choose`; raises ConfigError."""
-    data = read_json_object(path, ConfigError)
+class _ProfileForm(Form):
+    sigmas: list[Annotated[float, Field(ge=0, le=1)]]
+    drift: list[float]
+    reuse: TailReuse = "off"
+
+
+def read_profile(path: Path, reuse: TailReuse) -> DriftProfile:
+    """The profile in a file of `geoalign fidelity choose`.
+
+    Raises:
+        ConfigError: it cannot be read, or it was measured with another kind of reuse than ``reuse``.
+    """
+    fix = "make it with `geoalign fidelity choose`"
+    found = filled(_ProfileForm, read_json_object(path, ConfigError), path, fix, ConfigError)
+    if found.reuse not in ("off", reuse):
+        raise ConfigError(f"{path}: the drift of ode.reuse={found.reuse}, and the run says {reuse}; {fix}")
     try:
-        return DriftProfile(*(tuple(map(float, data[name])) for name in ("sigmas", "drift")))
-    except (KeyError, TypeError, ValueError, UsageError) as error:
-        raise ConfigError(f"{path}: no drift profile of `geoalign fidelity choose` ({error})") from error
+        return DriftProfile(found.sigmas, found.drift)
+    except UsageError as error:
+        raise ConfigError(f"{path}: {error}; {fix}") from error
+
+
+def check_profile(config: Config) -> None:
+    """Refuse a drift profile that cannot be used before anything is loaded; raises as :func:`read_profile`."""
+    if config.ode.reuse != "off" and config.ode.reuse_profile is not None:
+        read_profile(config.ode.reuse_profile, config.ode.reuse)
 
 
 def with_reuse(sampler: FlowSampler, config: Config, notes: MutableMapping[str, Any]) -> FlowSampler:
@@ -56,7 +78,7 @@ def with_reuse(sampler: FlowSampler, config: Config, notes: MutableMapping[str, 
     if config.ode.reuse == "off":
         return sampler
     if DRIFT not in notes and config.ode.reuse_profile is not None:
-        profile = read_profile(config.ode.reuse_profile)
+        profile = read_profile(config.ode.reuse_profile, config.ode.reuse)
         notes[DRIFT] = {"sigmas": list(profile.sigmas), "drift": list(profile.drift)}
     if DRIFT not in notes:
         return replace(sampler, drift=DriftMeter(sampler.table))

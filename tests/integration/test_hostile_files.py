@@ -7,6 +7,8 @@ import gzip
 import io
 import json
 import os
+import subprocess
+import sys
 import tarfile
 import tempfile
 import zipfile
@@ -29,6 +31,7 @@ from geoalign.data.tables import read_table
 from geoalign.data.tally import Tally
 from geoalign.errors import CheckpointError, ConfigError, DataError
 from geoalign.files.arrays import read_arrays
+from geoalign.files.parsing import parse_json
 from geoalign.files.weights import TensorFile
 from geoalign.geometry.cameras.door import open_camera
 from geoalign.policy.files import read_policy_file
@@ -93,6 +96,29 @@ def test_an_archive_that_inflates_without_end_is_refused(tmp_path: Path) -> None
     tally = Tally("camera paths")
     assert classify(lambda: not load_scene(path, 4, TrajectoriesConfig(), tally)) == ("accepted_rightly", "")
     assert "unreadable archive" in tally.summary()
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [('{"a": {"b": 1, "b": 2}}', "'b' is there twice"), ("9" * 400, "an integer of 400 digits"),
+     ('[-' + "9" * 5000 + "]", "digits"), ('{"a": 1,}', "not valid JSON")],
+)  # fmt: skip
+def test_json_that_would_be_read_as_something_else_is_refused(text: str, said: str) -> None:
+    with pytest.raises(DataError, match=f"^here: .*{said}"):
+        parse_json(text, "here")
+    assert parse_json('{"a": [1, {"a": 12345678901234567890}]}', "here") == {"a": [1, {"a": 12345678901234567890}]}
+
+
+@pytest.mark.parametrize("command", [["--version"], ["no-such-verb"]])
+def test_a_full_disk_behind_the_output_is_one_line_and_an_exit_code(command: list[str]) -> None:
+    with open("/dev/full", "w") as full:
+        done = subprocess.run(
+            [sys.executable, "-m", "geoalign", *command], stdout=full, stderr=subprocess.PIPE, text=True, check=False
+        )
+        lost = subprocess.run([sys.executable, "-m", "geoalign", *command], stdout=full, stderr=full, check=False)
+    assert done.returncode == lost.returncode == (1 if command == ["--version"] else 2)
+    (line,) = done.stderr.splitlines()
+    assert "No space left on device; free disk space" in line or "no such verb" in line
 
 
 def test_pipes_and_devices_are_refused(tmp_path: Path) -> None:

@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
+import damage_records as records
 import numpy as np
 import torch
 
@@ -176,6 +177,15 @@ def _make_run(folder: Path) -> None:
     np.savez_compressed(folder / "eval" / "before.npz", names=np.array(["a", "b"]), **arrays)
 
 
+def _make_film(folder: Path) -> None:
+    _make_run(folder)
+    (folder / "films").mkdir()
+    video = np.zeros((3, 3, 16, 16), np.uint8)
+    arrays = {"source": video, "retake": video, "target_c2w": np.tile(np.eye(4, dtype=np.float32), (3, 1, 1))}
+    lens = np.tile(np.array(_LENS, np.float32), (3, 1))
+    np.savez(folder / "films" / "iteration_000004.npz", **arrays, intrinsics=lens, frames=np.arange(3) + 1)
+
+
 def _read_report(folder: Path) -> Any:
     return len(report_page(read_run(folder), 1)) > 0
 
@@ -293,6 +303,24 @@ CASES: dict[str, Case] = {
     "report settings": Case(_make_run, "config.yaml", _read_report),
     "report clips": Case(_make_run, "eval/before.npz", _read_report),
     "video": Case(_make_video, "clip.mp4", _read_video),
+    "film of a run": Case(_make_film, "films/iteration_000004.npz", _read_report, told=True),
+    "row of a benchmark": Case(records.make_benchmark, "rows/base/*.json", records.read_benchmark),
+    "manifest of a benchmark": Case(records.make_benchmark, "benchmark.json", records.read_benchmark),
+    "settings of a benchmark": Case(records.make_benchmark, "config.yaml", records.read_benchmark),
+    "numbers of a benchmark": Case(records.make_benchmark, "numbers.json", records.read_benchmark),
+    "prompts of a benchmark": Case(_write("p.json", '{"bear": "a", "dog": "b"}'), "p.json", records.read_prompts),
+    "table of fidelity": Case(records.make_fidelity, "f.json", records.read_fidelity),
+    "drift profile": Case(records.make_profile, "drift.json", records.read_drift),
+    "table of scenes": Case(
+        _write("scenes.csv", "UID,Total Img Num,FPS\n" + "".join(f"{k:012x},2400,24.0\n" for k in range(5))),
+        "scenes.csv", records.read_subset,
+    ),
+    "camera of nerfstudio": Case(
+        _write("transforms.json", json.dumps({
+            "fl_x": 51.2, "fl_y": 51.2, "cx": 32, "cy": 24, "w": 64, "h": 48,
+            "frames": [{"file_path": f"{k:04d}.png", "transform_matrix": _PATH.c2w[k].tolist()} for k in range(8)]})),
+        "transforms.json", lambda folder: _poses(f"{folder / 'transforms.json'}#unit=m"),
+    ),
 }  # fmt: skip
 
 _TRAPS: dict[str, bytes] = {
@@ -342,7 +370,9 @@ def _caller(case: Case, victim: Path, home: Path, data: bytes, damaged: bytes, t
 
 
 def _damage(data: bytes, rng: np.random.Generator) -> tuple[str, bytes]:
-    kind = rng.choice(["flip", "cut", "double", "splice", "trap"], p=[0.5, 0.2, 0.05, 0.15, 0.1])
+    kind = rng.choice(["flip", "cut", "double", "splice", "trap", "value"], p=[0.3, 0.15, 0.05, 0.15, 0.1, 0.25])
+    if kind == "value" and (found := records.with_another_value(data, rng)) is not None:
+        return found
     if kind == "trap":
         name = str(rng.choice(list(_TRAPS)))
         return name, _TRAPS[name]

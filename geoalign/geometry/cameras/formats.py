@@ -165,7 +165,10 @@ def _is_c2w(content: Content) -> bool:
 
 
 def _is_vggt(content: Content) -> bool:
-    return content.has("extrinsic") and np.shape(content.data["extrinsic"])[-2:] == (3, 4)
+    try:
+        return content.has("extrinsic") and np.shape(content.data["extrinsic"])[-2:] == (3, 4)
+    except ValueError:  # lists of unequal length, which the reader of the other format names
+        return False
 
 
 def _is_recammaster(content: Content) -> bool:

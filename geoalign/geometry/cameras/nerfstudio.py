@@ -56,7 +56,7 @@ def _is_frame(frame: Any) -> bool:
 def _in_order(content: Content, frames: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """Each frame over the file's common values, by the last number in its ``file_path``; without numbers as listed."""
     common = {key: value for key, value in content.data.items() if key != "frames"}
-    numbers = [re.findall(r"\d+", str(frame.get("file_path", "")).rpartition("/")[2]) for frame in frames]
+    numbers = [re.findall(r"[0-9]{1,18}", str(frame.get("file_path", "")).rpartition("/")[2]) for frame in frames]
     merged = [{**common, **frame} for frame in frames]
     if not all(numbers):
         return merged

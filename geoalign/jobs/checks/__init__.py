@@ -40,6 +40,7 @@ SOURCES = (
     Source("autoencoder", ("train", "prepare"), inputs.autoencoder),
     Source("encoders", ("prepare",), inputs.encoders),
     Source("rewards", ("train",), inputs.rewards),
+    Source("drift profile", ("train",), inputs.drift),
     Source("clips", ("train", "prepare"), inputs.clips),
     Source("camera paths", ("train",), inputs.camera_paths),
     Source("cache", ("train",), inputs.cache),

@@ -21,6 +21,7 @@ from geoalign.models.encoders import check_image_encoder, check_text_encoder
 from geoalign.models.wan_vae import check_wan_codec
 from geoalign.policy.open import describe_base, locate, vae_of
 from geoalign.rewards.registry import evaluator_needs, reward_needs
+from geoalign.training.tail import check_profile
 from geoalign.world.dataset import is_complete
 
 
@@ -105,6 +106,18 @@ def rewards(config: Config) -> Iterator[Check]:
             continue
         for need in needs:
             yield look_at(Need(f"{need.title} (rewards.{name})", need.path, need.get, need.verify))
+
+
+def drift(config: Config) -> Iterator[Check]:
+    """The profile by which reused steps are chosen, which a run reads in its first iteration."""
+    path, fix = config.ode.reuse_profile, "geoalign fidelity choose --config NAME --out FILE"
+    if config.ode.reuse != "off" and path is not None:
+
+        def opened() -> str:
+            check_profile(config)
+            return str(path)
+
+        yield look("drift profile", fix, opened)
 
 
 def clips(config: Config) -> Iterator[Check]:

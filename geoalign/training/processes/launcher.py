@@ -8,21 +8,23 @@ whose other end the starting process holds, so a rank learns of its death whatev
 from __future__ import annotations
 
 import json
+import math
 import os
 import queue
+import re
 import signal
 import subprocess
 import sys
-import tempfile
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from geoalign.errors import Stopped, UserError
+from geoalign.errors import Stopped, UsageError, UserError
+from geoalign.files.locks import private_folder
 
 FOLDER = "GEOALIGN_RANKS_FOLDER"
 """Environment variable of a rank: the folder that it shares with the others."""
@@ -40,6 +42,21 @@ class Ending:
     text: str
     exit_code: int
     signal: int | None = None
+
+
+def check_environment(environment: Mapping[str, str] = os.environ) -> None:
+    """Refuse variables of a launcher that make no sense: a rank that is none of the ranks would do another's work.
+
+    Raises:
+        UsageError: one is no number, or ``RANK`` is not among ``WORLD_SIZE``.
+    """
+    for ours, of, alone in (("RANK", "WORLD_SIZE", 1), ("LOCAL_RANK", "LOCAL_WORLD_SIZE", math.inf)):
+        told = {name: environment[name] for name in (ours, of) if name in environment}
+        numbers = {name: int(value) if re.fullmatch(r"[0-9]{1,9}", value) else -1 for name, value in told.items()}
+        lacks_rank = numbers.get("WORLD_SIZE", 1) > 1 and ours not in numbers
+        if lacks_rank or not 0 <= numbers.get(ours, 0) < numbers.get(of, alone):
+            named = ", ".join(f"{name}={value!r}" for name, value in told.items()) + f", no {ours}" * lacks_rank
+            raise UsageError(f"{named} in the environment: no rank of a run; use torchrun, or unset these variables")
 
 
 def started_by_launcher() -> bool:
@@ -79,10 +96,10 @@ def run_ranks(count: int, arguments: Sequence[str]) -> int:
     SIGINT and SIGTERM are passed on, each time once to every rank. When a rank fails, the others end by themselves at
     their next collective, or are killed after ``GRACE_S``. A signal that ended the ranks ends this process too.
     """
-    with tempfile.TemporaryDirectory(prefix="geoalign-ranks-") as folder, _started(count, arguments, folder) as ranks:
+    with private_folder("geoalign-ranks-") as folder, _started(count, arguments, str(folder)) as ranks:
         with _passing_signals_on(ranks) as passed_on:
             codes = _wait(ranks)
-        ending = how_it_ended(codes, _words(Path(folder)), passed_on)
+        ending = how_it_ended(codes, _words(folder), passed_on)
     if ending.text:
         print(f"geoalign: {ending.text}", file=sys.stderr)
     if ending.signal is not None:

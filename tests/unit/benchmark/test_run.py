@@ -12,8 +12,10 @@ import pytest
 from benchmark_cases import FakeTool, Told, davis, davis_config, random_policy
 
 from geoalign.benchmark import run as module
+from geoalign.benchmark.cases import Condition, find_videos, video_of
+from geoalign.benchmark.clips import _listed
 from geoalign.benchmark.forecast import forecast
-from geoalign.benchmark.methods import MethodArguments
+from geoalign.benchmark.methods import MethodArguments, _read_prompts
 from geoalign.benchmark.render import as_csv
 from geoalign.benchmark.report import worst_cases, write_report
 from geoalign.benchmark.run import Plan, Shard, left_over, run
@@ -170,6 +172,8 @@ def test_a_benchmark_may_grow_and_may_not_become_another(
     assert {row["speed"] for row in store.rows()} == {1.0, 2.0}
     with pytest.raises(UsageError, match=r"other settings: flow\.steps was 4, now 5; choose another --out"):
         run(plan_of(made, "flow.steps=5"), store, Shard())
+    with pytest.raises(UsageError, match=r"other caps: trained was None, now 3; choose another --out"):
+        run(plan_of(made, "benchmark.caps={trained: 3, later: 3}"), store, Shard())
     with pytest.raises(UsageError, match=r"other methods: base was"):
         run(Plan.build(davis_config(made / "davis"), MethodArguments((f"base={made / 'trained'}",))), store, Shard())
     other = tmp_path / "other"
@@ -179,6 +183,62 @@ def test_a_benchmark_may_grow_and_may_not_become_another(
         run(plan_of(made), Store(other), Shard())
     with pytest.raises(DataError, match="no benchmark there"):
         Store(other).rows()
+
+
+def test_a_failed_case_is_made_again_when_told(made: Path, whole: Store, tool: FakeTool, tmp_path: Path) -> None:
+    """The video is what was wrong: half of it, as a full disk may leave it behind."""
+    store = Store(tmp_path / "out")
+    shutil.copytree(whole.folder, store.folder)
+    name = "bear_camera_1_speed_1"
+    video, row = store.videos / "base" / f"{name}.mp4", store.folder / "rows" / "base" / f"{name}.json"
+    sound = video.read_bytes()
+    video.write_bytes(sound[: len(sound) // 2])
+    row.unlink()
+    assert run(plan_of(made), store, Shard()) == 1
+    assert next(r for r in store.rows() if r["case"] == name and r["method"] == "base")["status"] == "failed"
+    assert run(plan_of(made), store, Shard()) == 0
+    assert run(plan_of(made), store, Shard(), retry_failed=True) == 1
+    assert told(store) == told(whole)
+
+
+@pytest.mark.parametrize(
+    "second", ["bear_camera_1_speed_1.0.mp4", "bear_camera_1_speed_1.mkv", "bear_camera_pan_right_speed_1.mp4"]
+)
+def test_two_videos_of_one_case_are_refused(second: str, tmp_path: Path) -> None:
+    for name in (
+        "bear_camera_1_speed_1.mp4",
+        "._bear_camera_1_speed_1.0.mp4",
+        "bear_camera_1_speed_1.mp4.part",
+        second,
+    ):
+        (tmp_path / name).touch()
+    with pytest.raises(UsageError, match="are of one case; remove one"):
+        video_of(find_videos(tmp_path), Condition("bear", "pan_right", 1.0))
+    (tmp_path / second).unlink()
+    found = find_videos(tmp_path)
+    assert video_of(found, Condition("bear", "pan_right", 1.0)) == tmp_path / "bear_camera_1_speed_1.mp4"
+    assert video_of(found, Condition("bear", "world/pan_right", 1.0)) is None  # a number means a published preset
+
+
+def test_a_list_of_clips_ends_its_lines_with_newlines_only(tmp_path: Path) -> None:
+    records = {"a_b": None, "c": None}
+    (tmp_path / "l.txt").write_text("\ufeffa\u2028b\r\n\n# c\nc  # and why\n", encoding="utf-8", newline="")
+    assert _listed(tmp_path / "l.txt", records) == ["a_b", "c"]
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [('{"bear": {"text": "a bear"}}', "bear has no text"), ('{"bear": " "}', "bear has no text"),
+     ('{"bears.mp4": "a bear"}', "a prompt for none of the clips, of which the first is bear"),
+     ('{"bear": "one", "bear": "two"}', "'bear' is there twice"), ('{"a b": "x", "a_b": "y"}', "one plain name")],
+)  # fmt: skip
+def test_prompts_are_of_these_clips(text: str, said: str, tmp_path: Path) -> None:
+    (tmp_path / "p.json").write_text('{"bear": "a bear", "black swan": "a swan"}')
+    clips = ("bear", "black_swan", "dog")
+    assert _read_prompts(tmp_path / "p.json", clips) == {"bear": "a bear", "black_swan": "a swan"}
+    (tmp_path / "p.json").write_text(text)
+    with pytest.raises(DataError, match=said):
+        _read_prompts(tmp_path / "p.json", clips)
 
 
 def test_the_report_is_one_page_that_needs_no_network(whole: Store, tmp_path: Path) -> None:

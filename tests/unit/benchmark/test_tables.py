@@ -11,6 +11,7 @@ import pytest
 from geoalign.benchmark.render import as_csv, latex, markdown, write_tables
 from geoalign.benchmark.store import Store
 from geoalign.benchmark.table import Results, all_tables, read_numbers
+from geoalign.cli.main import main
 from geoalign.config.load import load_config, to_yaml
 from geoalign.config.schema import Config
 from geoalign.errors import DataError
@@ -33,7 +34,8 @@ def row(method: str, clip: str, path: str, speed: float, error: float | None) ->
     number = {"pan_right": 1, "zoom_in": 5}[path]
     return {
         "method": method, "case": f"{clip}_camera_{number}_speed_{speed:g}", "clip": clip, "path": path, "speed": speed,
-        "status": "ok", "cause": "", "frames": 49, "video": f"videos/{method}/{clip}.mp4", "metrics": {},
+        "status": "ok", "cause": "", "frames": 49, "video": f"videos/{method}/{clip}.mp4",
+        "source": f"sources/{clip}_49.mp4", "metrics": {},
         "facts": {"rotation_deg_per_frame": 0.248 * speed if still else 0.0,
                   "translation_m_per_frame": 0.0 if still else 0.025 * speed,
                   "dynamic_share": {"bear": 0.3, "dog": 0.05, "swan": 0.1}[clip], "near_share": None},
@@ -115,11 +117,72 @@ def test_special_characters_survive_every_format(store: Store) -> None:
     ("text", "message"),
     [
         ('{"methods": []}', "expected"),
-        ('{"methods": {"A": {"rot_err_deg": "1.2"}}}', r"A: rot_err_deg is '1.2', not a number"),
-        ('{"methods": {"A": {"rot_err_deg": true}}}', "not a number"),
+        ('{"methods": {"A": {"rot_err_deg": "1.2"}}}', r"methods\.A\.rot_err_deg: should be a valid number"),
+        ('{"methods": {"A": {"rot_err_deg": true}}}', "valid number"),
+        ('{"methods": {"A": {"rot_err_deg": NaN}}}', "finite number"),
+        ('{"methods": {"A": {"roterr": 1.2}}}', r"A: no table prints 'roterr'; did you mean rot_err_deg\?"),
+        ('{"methods": {"A": {"rot_err_deg": 1}, "A": {"trans_err": 2}}}', "'A' is there twice"),
+        ('{"methods": {}, "source": 3}', "source: should be a valid string"),
     ],
 )
 def test_numbers_of_others_are_checked(text: str, message: str, tmp_path: Path) -> None:
     (tmp_path / "numbers.json").write_text(text)
     with pytest.raises(DataError, match=message):
         read_numbers(tmp_path / "numbers.json")
+
+
+def test_numbers_are_read_before_they_are_kept(
+    store: Store, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    kept, bad = (store.folder / "numbers.json").read_text(), tmp_path / "bad.json"
+    bad.write_text('{"methods": {"A": {"rot_err_deg": "1.2"}}}')
+    assert main(["benchmark", "table", str(store.folder), "--numbers", str(bad)]) == 1
+    assert capsys.readouterr().err.count("\n") == 1 and (store.folder / "numbers.json").read_text() == kept
+
+
+ROW, BENCHMARK = "rows/base/bear_camera_1_speed_1.json", "benchmark.json"
+
+
+@pytest.mark.parametrize(
+    ("file", "place", "value", "said"),
+    [
+        (ROW, ("status",), "done", "status: should be 'ok' or 'failed'"),
+        (ROW, ("speed",), "1", "speed: should be a valid number"),
+        (ROW, ("speed",), float("nan"), "speed: should be a finite number"),
+        (ROW, ("method",), "trained", "holds the case bear_camera_1_speed_1 of trained"),
+        (ROW, ("case",), "dog_camera_1_speed_1", "holds the case dog_camera_1_speed_1 of base"),
+        (ROW, ("readers",), [], "readers: should be a valid dictionary"),
+        (ROW, ("readers", "vipe", "metrics", "rot_err_deg"), "0.2", "readers.vipe.metrics.rot_err_deg: "),
+        (ROW, ("readers", "vipe", "by_frame"), {"frames": [0, 1]}, "unequal numbers of frames"),
+        (ROW, ("frames",), 0, "frames: should be greater than or equal to 1"),
+        (ROW, ("video",), None, "video: should be a valid string"),
+        (ROW, ("facts",), ..., "facts missing"),
+        (ROW, ("facts", "near_share"), "much", "facts.near_share: "),
+        (BENCHMARK, ("methods",), ["base"], "methods: should be a valid dictionary"),
+        (BENCHMARK, ("cases",), {}, "cases: should be a valid list"),
+        (BENCHMARK, ("readers", "vipe", "cameras"), "yes", "readers.vipe.cameras: should be a valid boolean"),
+    ],
+)  # fmt: skip
+def test_a_file_of_another_form_is_one_line_with_its_place(
+    store: Store, file: str, place: tuple[str, ...], value: object, said: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = store.folder / file
+    content = json.loads(path.read_text())
+    holder = content
+    for key in place[:-1]:
+        holder = holder[key]
+    holder[place[-1]] = value
+    if value is ...:
+        del holder[place[-1]]
+    path.write_text(json.dumps(content))
+    for verb in ("table", "report"):
+        assert main(["benchmark", verb, str(store.folder)]) == 1
+        (line,) = capsys.readouterr().err.splitlines()
+        assert line.startswith(f"geoalign: error: {path}: ") and said in line
+
+
+def test_hidden_and_temporary_files_are_no_rows(store: Store) -> None:
+    before = store.rows()
+    for name in ("._bear_camera_1_speed_1.json", "bear_camera_1_speed_1.json.part", "a.tmp.json"):
+        (store.folder / "rows" / "base" / name).write_bytes(b"\0\5")
+    assert store.rows() == before

@@ -102,3 +102,25 @@ def test_a_small_model_is_told_that_seconds_mean_little(capsys: pytest.CaptureFi
 def test_more_devices_than_groups_are_refused(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["budget", "--config", "paper_64xa800", "--devices", "100"]) == 2
     assert "1 to 64 devices" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "row",
+    ["7", "null", "{}", '{"t_ms_median": 1}',
+     '{"t_ms_median": 1, "kind": "kernel", "impl": "ours", "gbps": "x", "shape": [65520]}',
+     '{"t_ms_median": 1, "kind": "ceiling", "name": "matmul", "impl": "torch", "tflops": NaN, "shape": [65520]}',
+     '{"t_ms_median": 1, "kind": "ceiling", "name": "matmul", "impl": "torch", "tflops": -5, "shape": [65520]}',
+     '{"t_ms_median": 1, "kind": "ceiling", "name": "matmul", "impl": "torch", "tflops": 5, "shape": 3}'],
+)  # fmt: skip
+def test_a_result_file_of_another_form_is_refused(row: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = tmp_path / "r.jsonl"
+    command = ["budget", "--config", "paper_64xa800", "--device", "h200", "--results", str(file)]
+    file.write_text('{"device": "NVIDIA H200"}\n')
+    assert main(command) == 0
+    capsys.readouterr()
+    file.write_text('{"device": "NVIDIA H200"}\n' + row + "\n")
+    code, said = main(command), capsys.readouterr().err
+    if row == "{}":  # nothing was timed
+        assert code == 0
+    else:
+        assert code == 2 and said.count("\n") == 1 and f"{file}: not a result file of `make gpu`" in said

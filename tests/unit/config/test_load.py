@@ -14,6 +14,7 @@ from pydantic import Field, model_validator
 from geoalign.config import source
 from geoalign.config.base import Section
 from geoalign.config.load import flatten, load_config, to_yaml, validate
+from geoalign.config.schema import Config
 from geoalign.config.source import RawConfig, load_raw
 from geoalign.errors import ConfigError
 
@@ -81,6 +82,16 @@ def test_null_removes_a_named_entry_and_sets_an_optional_field(tmp_path: Path) -
     config = load_config(Toy, leaf)
     assert config.note is None
     assert list(config.rewards) == ["b"]
+
+
+def test_the_home_folder_is_meant_where_a_path_says_so(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "c.yaml").write_text("extends: smoke\ndata: {root: ~/data, clips: {path: ~/clips}}\n")
+    config = load_config(Config, str(tmp_path / "c.yaml"), ["run.dir=~/runs/{name}", "data.cache=a~/b"])
+    assert config.data.root == tmp_path / "data" and config.data.clips_path == tmp_path / "clips"
+    assert config.run.folder == tmp_path / "runs" / config.run.name and config.data.cache == Path("a~/b")
+    with pytest.raises(ConfigError, match="there is no such home folder; write the path out"):
+        load_config(Config, "smoke", ["data.root=~nobody_of_this_name/data"])
 
 
 def test_three_extends_and_circles_are_refused(tmp_path: Path) -> None:

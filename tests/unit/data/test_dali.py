@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from fractions import Fraction
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ import torch
 from films import bars, film, middles, numbers, remux, spelled, tags
 
 from geoalign.data.dali import CLIPPED, DaliReader
+from geoalign.data.picture import INTERLACED
 from geoalign.data.video import PyAVReader, VideoReader
 from geoalign.errors import DataError
 
@@ -39,6 +41,11 @@ def turned(angle: int, mirrored: bool = False) -> Callable[[Any], None]:
     return lambda stream: stream.set_display_rotation(angle, mirrored, False)
 
 
+def alpha(frames: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
+    """With an opaque alpha channel."""
+    return np.concatenate([frames, np.full_like(frames[..., :1], 255)], -1)
+
+
 def stored(angle: int, mirrored: bool = False) -> np.ndarray[Any, Any]:
     """Pixels that :func:`turned` shows upright."""
     upright = np.flip(spelled(24), 2) if mirrored else spelled(24)
@@ -52,6 +59,10 @@ SHOWN: dict[str, Callable[[Path], Path]] = {
     "wide pixels": lambda p: vp9(p / "c.mp4", setup=wide),
     "odd size": lambda p: vp9(p / "c.webm", spelled(24, 97, 131)),
     "vp8": lambda p: film(p / "c.webm", spelled(24), "libvpx", options={"g": "8", "auto-alt-ref": "1"}),
+    "alpha": lambda p: film(p / "c.webm", alpha(spelled(24)), "libvpx-vp9", options=VP9, pixel_format="yuva420p"),
+    "motion jpeg in avi": lambda p: film(
+        p / "c.avi", spelled(24), "mjpeg", options={"q": "2"}, pixel_format="yuvj420p"
+    ),
     "motion jpeg": lambda p: film(p / "c.mkv", spelled(24), "mjpeg", options={"q": "2"}, pixel_format="yuvj420p"),
     **{
         f"turned by {angle}{' and mirrored' * mirrored}": (
@@ -124,9 +135,19 @@ def edited(path: Path) -> Path:
     return remux(vp9(path / "full.mp4"), path / "c.mp4", earlier)
 
 
+def twice_stamped(path: Path) -> Path:
+    """Two frames at each time stamp, which tell no order."""
+
+    def halve(packet: Any) -> None:
+        packet.pts = packet.dts = packet.pts // 2
+
+    return remux(vp9(path / "full.mkv"), path / "c.mkv", halve)
+
+
 REFUSED: dict[str, tuple[str, Callable[[Path], Path]]] = {
     "two tracks": ("2 video tracks", second_track),
     "edit list": ("hidden frames", edited),
+    "stamps that tell no order": ("time stamps that do not tell the order", twice_stamped),
     "bt2020": ("colour matrix 9", lambda p: vp9(p / "c.mp4", setup=tags(9), dst_colorspace=9)),
 }
 
@@ -135,9 +156,22 @@ REFUSED: dict[str, tuple[str, Callable[[Path], Path]]] = {
 def test_what_only_pyav_can_show_is_refused_with_the_fix(tmp_path: Path, dali: DaliReader, case: str) -> None:
     message, make = REFUSED[case]
     path = make(tmp_path)
-    assert len(PyAVReader().read(path, [0])) == 1
+    assert numbers(PyAVReader().read(path, [1, 0, 1])) == [n + 6 * (case == "edit list") for n in (1, 0, 1)]
     for use in (dali.probe, lambda file: dali.read(file, [0])):
         with pytest.raises(DataError, match=rf"{message}.*data\.clips\.reader=pyav"):
+            use(path)
+
+
+def test_interlaced_films_are_refused_with_the_fix(
+    tmp_path: Path, dali: DaliReader, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What DALI decodes on a CPU is never interlaced, so the film is said to be."""
+    path = vp9(tmp_path / "c.mp4")
+    timeline = PyAVReader().timeline(path)
+    told = replace(timeline, look=replace(timeline.look, remarks=(INTERLACED,)))
+    monkeypatch.setattr(PyAVReader, "timeline", lambda *_: told)
+    for use in (dali.probe, lambda file: dali.read(file, [0])):
+        with pytest.raises(DataError, match=r"interlaced.*data\.clips\.reader=pyav"):
             use(path)
 
 

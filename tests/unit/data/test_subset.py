@@ -11,8 +11,9 @@ from geoalign.cli.main import main
 from geoalign.config.data import ClipsConfig
 from geoalign.data.clips import list_clips
 from geoalign.data.subset import choose
+from geoalign.data.tables import read_table
 from geoalign.data.tally import Tally
-from geoalign.errors import DataError
+from geoalign.errors import DataError, UsageError
 
 
 @pytest.fixture
@@ -76,3 +77,39 @@ def test_a_table_of_neither_is_refused(tmp_path: Path) -> None:
     table.write_text("name,size\na,1\n")
     with pytest.raises(DataError, match=r"other\.csv: names neither clips"):
         choose([table], 1)
+
+
+@pytest.mark.parametrize(
+    ("images", "fps", "seconds"),
+    [("nan", "24", 0.0), ("inf", "24", 0.0), ("-5", "24", 0.0), ("", "24", 0.0), ("2400", "nan", 100.0),
+     ("2400", "-24", 100.0), ("2400", "0", 100.0), ("2400", "12", 200.0), ("2400", "x", 100.0)],
+)  # fmt: skip
+def test_numbers_that_are_none_count_nothing(images: str, fps: str, seconds: float, tmp_path: Path) -> None:
+    table = tmp_path / "scenes.csv"
+    table.write_text(f"UID,Img Num,FPS\n{0:012x},{images},{fps}\n")
+    assert [item.seconds for item in choose([table], 1).items] == [seconds]
+
+
+def test_rows_that_do_not_fit_and_numbers_of_any_length_are_told(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    table = tmp_path / "t.csv"
+    table.write_text(f"videoFile,caption\nv_0_1800.mp4,a\nw_0_1800.mp4,a, b\ny_0_1800.mp4,d\nx_0_{'9' * 5000}.mp4,c\n")
+    assert main(["data", "subset", "--table", str(table), "--hours", "1", "--out", str(tmp_path / "out")]) == 0
+    said = capsys.readouterr().out
+    assert "2 clips of 2 videos" in said and "1 rows name neither" in said
+    assert "1 rows do not fit the table and were left out; the first, line 3: " in said
+
+
+def test_a_table_that_no_subset_wrote_is_not_replaced(sekai: Path) -> None:
+    folder = sekai.parent / "clips"
+    folder.mkdir()
+    own = folder / "metadata.csv"
+    own.write_bytes(sekai.read_bytes())
+    with pytest.raises(UsageError, match=r"metadata\.csv: no earlier subset wrote this table"):
+        choose([own], 0.3).write(folder)
+    assert own.read_bytes() == sekai.read_bytes()
+    own.unlink()
+    for hours in (0.3, 1.0):  # a larger one of our own replaces the smaller
+        choose([sekai], hours).write(folder)
+    assert len(read_table(own).rows) == len(choose([sekai], 1.0).items)

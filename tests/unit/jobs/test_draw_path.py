@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import html
 import json
 import re
+import shlex
 from pathlib import Path
 
 import pytest
@@ -36,6 +38,14 @@ def test_the_page_starts_from_the_video_and_what_is_known_of_it(tmp_path: Path) 
     assert main(["path", "draw", "--video", str(clip), "--out", str(out), "--frames", "5"]) == 0
     facts = json.loads(re.findall(r'id="drawing">(.*?)</script>', out.read_text())[0])
     assert facts["frames"] == 5 and facts["plane"] == PLANE.tolist() and facts["lens"] == pytest.approx(LENS)
+
+
+def test_the_printed_command_takes_a_name_with_spaces(tmp_path: Path) -> None:
+    clip, out = tmp_path / "my 'best' <clip> {0}.mp4", tmp_path / "page.html"
+    write_video(clip, torch.rand(3, 3, 32, 48) * 2 - 1, 12.0)
+    assert main(["path", "draw", "--video", str(clip), "--out", str(out)]) == 0
+    command = html.unescape(re.findall(r"<pre>(geoalign sample .*?)<span", out.read_text())[0])
+    assert shlex.split(command)[2:4] == ["--video", clip.name]
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,8 @@ from geoalign.cli.main import main
 from geoalign.config.load import load_config
 from geoalign.config.schema import Config
 from geoalign.config.training import OdeConfig
-from geoalign.errors import UsageError
+from geoalign.errors import ConfigError, DataError, UsageError
+from geoalign.files.locks import writer_lock
 from geoalign.flow.table import StepWindow
 from geoalign.jobs import fidelity
 from geoalign.jobs.fidelity import Bench, Record, Setting, check_setting, table_rows
@@ -23,6 +25,9 @@ from geoalign.jobs.pricing import hours, tail_cost
 from geoalign.perf.devices import DEVICES
 from geoalign.training.tail import read_profile
 
+GROUP = dict.fromkeys(("spearman", "kendall", "pearson", "flips", "flips_weighted", "psnr", "distance"), 0.5)
+GROUP = {**GROUP, "shift": {"geometry": 0.1}, "spread": {"geometry": None}}
+RECORD = {"setting": "a=1", "window": 1, "iteration": 0, "groups": [GROUP]}
 WINDOW = {"kind": "fixed", "start": 1, "size": 2, "max_start": None}
 
 
@@ -52,7 +57,7 @@ def test_the_same_tail_gives_the_same_bits_and_a_short_one_does_not() -> None:
     assert rows["reuse"]["cost"] == pytest.approx(2 / 5) and rows["reuse"]["hours"] < rows["exact"]["hours"]
     assert rows["one"]["psnr"] < rows["dpm2m"]["psnr"] < rows["exact"]["psnr"]
     assert rows["reuse"]["groups"] == 4 and not rows["reuse"]["accepted"]  # too few groups
-    assert Record.of(json.loads(json.dumps(records[1].as_json()))) == records[1]
+    assert Record.of(json.loads(json.dumps(records[1].as_json())), "f") == records[1]
 
 
 def test_settings_that_touch_the_window_are_refused() -> None:
@@ -61,7 +66,25 @@ def test_settings_that_touch_the_window_are_refused() -> None:
         check_setting("flow.eta=0.5", config(flow={"eta": 0.5}), config())
 
 
-def test_the_command_continues_its_file_and_chooses_steps(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("records", "said"),
+    [(None, "holds no records"), ([{}], "record 1: setting: Field required"), ([RECORD, RECORD], "there twice"),
+     ([RECORD | {"groups": []}], "record 1: groups: "), ([RECORD | {"window": "1"}], "record 1: window: "),
+     ([RECORD | {"groups": [GROUP | {"spread": {}}]}], "not of the same scores"),
+     ([RECORD | {"groups": [GROUP | {"flips": "0.1"}]}], "record 1: groups.0.flips: ")],
+)  # fmt: skip
+def test_a_table_that_is_none_is_refused(records: object, said: str, tmp_path: Path) -> None:
+    file = tmp_path / "f.json"
+    file.write_text(json.dumps({"made_with": {}, "records": [RECORD]}))
+    assert [record.groups[0].spearman for record in verb._earlier(file, {})] == [0.5]
+    file.write_text(json.dumps({"made_with": {}, "records": records}))
+    with pytest.raises(DataError, match=rf"^{re.escape(str(file))}: .*{re.escape(said)}"):
+        verb._earlier(file, {})
+
+
+def test_the_command_continues_its_file_and_chooses_steps(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     made: list[str] = []
     judge = fidelity._judge
     monkeypatch.setattr(fidelity, "_judge", lambda *a, **k: made.append("") or judge(*a, **k))
@@ -69,15 +92,24 @@ def test_the_command_continues_its_file_and_chooses_steps(tmp_path: Path, monkey
     file, own = tmp_path / "f.json", ["--config", "smoke", "flow.steps=6", "train.base=builtin:tiny_base"]
     command = ["fidelity", "run", *own, "--groups", "2", "--json", str(file)]
     assert main([*command, "--setting", "flow.tail_steps=2"]) == 0 and len(made) == 2
-    both = ["--setting", "flow.tail_steps=2", "--setting", "flow.tail_grid=sigma"]
+    both = ["--setting", "flow.tail_steps=2", "--setting", "flow.tail_grid=sigma", "--setting", "flow.tail_grid=sigma"]
     assert main([*command, *both]) == 0 and len(made) == 4  # the exact rollout again, and the new setting
     rows = json.loads(file.read_text())["rows"]
     assert [row["setting"] for row in rows] == ["flow.tail_steps=2", "flow.tail_grid=sigma"]
+    assert [row["groups"] for row in rows] == [2.0, 2.0]  # a setting named twice counts once
     assert main([*command, *both, "run.seed=5"]) == 2
+    with writer_lock(tmp_path, "table", ".lock-f.json"):
+        assert main([*command, *both]) == 2
+    said = capsys.readouterr().err.splitlines()[-1]
+    assert "another process writes this table" in said and not list(tmp_path.glob(".lock*"))
     out = tmp_path / "drift.json"
     assert main(["fidelity", "choose", *own, "--out", str(out)]) == 2
     assert main(["fidelity", "choose", *own, "ode.reuse=residual", "--out", str(out)]) == 0
-    assert len(read_profile(out).sigmas) == 5
+    assert len(read_profile(out, "residual").sigmas) == 5
+    with pytest.raises(ConfigError, match=r"the drift of ode.reuse=residual, and the run says velocity"):
+        read_profile(out, "velocity")
+    profile = "ode.reuse=velocity ode.reuse_profile=" + str(out)
+    assert main([*command, "--setting", profile]) == 2 and main([*command, "--setting", profile + "x"]) == 2
 
 
 def test_prices_are_those_of_the_tail_and_of_the_whole_run() -> None:

@@ -54,6 +54,20 @@ def test_the_first_the_newest_and_evenly_spaced_films_are_kept(tmp_path: Path) -
     assert sorted(int(path.stem[-6:]) for path in (tmp_path / "films").glob("*.gif")) == kept
 
 
+def test_a_resumed_run_has_no_films_of_what_it_does_again(tmp_path: Path) -> None:
+    write(tmp_path, RunConfig(), {i: film(i) for i in (0, 10, 20)})
+    strange = [tmp_path / "films" / name for name in ("iteration_best.npz", "iteration_000020 copy.npz", "notes.txt")]
+    for file in strange:
+        file.write_text("mine")
+    with FilmWriter(tmp_path, RunConfig(keep_films=2), 11) as writer:
+        writer.write(12, film(12))
+    kept = {path.name for path in (tmp_path / "films").iterdir()}
+    assert kept == {file.name for file in strange} | {
+        f"iteration_{i:06d}.{kind}" for i in (0, 12) for kind in ("npz", "gif")
+    }
+    assert [clip.iteration for clip in read_films(tmp_path / "films")] == [0, 12]
+
+
 def test_a_film_shows_source_retake_and_path(tmp_path: Path) -> None:
     ((iteration, gif),) = write(tmp_path, RunConfig(), {7: film(200)})
     picture = Image.open(gif)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from pathlib import Path
 
@@ -10,9 +11,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from geoalign.errors import UsageError
+from geoalign.errors import CheckpointError, UsageError
 from geoalign.models.encoders import (
     ImageEncoder,
+    check_text_encoder,
     clean_text,
     convert_image_state,
     fill_text_encoder,
@@ -183,3 +185,10 @@ def test_text_is_cleaned_as_the_published_tokenizer_does_it(text: str) -> None:
     from diffusers.pipelines.wan.pipeline_wan import prompt_clean
 
     assert clean_text(text) == prompt_clean(text)
+
+
+@pytest.mark.parametrize("kind", [["umt5"], {"a": 1}, 3, None, "bert"])
+def test_a_folder_of_another_kind_is_named(kind: object, tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": kind}))
+    with pytest.raises(CheckpointError, match=r"config.json says "):
+        check_text_encoder(tmp_path)

@@ -259,6 +259,16 @@ def test_what_the_run_is_comes_from_its_own_settings_and_numbers(folder: Path) -
     assert "with its weight: trans 2.0." in page
 
 
+def test_settings_that_somebody_made_another_thing_are_left_out_of_the_sentences(folder: Path) -> None:
+    told = {"groups": {"conditions": "<b>4</b>", "size": 8}, "train": {"iterations": [3]}, "advantage": {"weights": {}}}
+    for weights in ({"geometry": None, "looks": "<i>", "trans": 1.5}, [1], "x"):
+        told["advantage"] = {"weights": weights}
+        (folder / "config.yaml").write_text(yaml.safe_dump(told))
+        page = report_page(read_run(folder)).partition('id="how"')[0]
+        assert "<b>4</b>" not in page and "<i>" not in page and "In each of" not in page
+        assert ("What counts, with its weight: trans 1.5." in page) == isinstance(weights, dict)
+
+
 def test_a_run_that_made_things_worse_says_so_in_three_places(folder: Path) -> None:
     (folder / "summary.json").write_text(json.dumps(with_values("psnr_db", [18.0, 18.1], [17.0, 17.1])))
     page = report_page(read_run(folder), samples=0)
@@ -356,6 +366,35 @@ def test_damaged_files_are_named(folder: Path, name: str) -> None:
     with pytest.raises(DataError, match=re.escape(Path(name).name)):
         write_report(folder)
     assert not (folder / "report.html").exists()
+
+
+@pytest.mark.parametrize(
+    ("row", "said"),
+    [('{"iteration": "x"}', "iteration is 'x'"), ('{"iteration": -1}', "iteration is -1"),
+     ('{"iteration": 1.5}', "iteration is 1.5"), ('{"iteration": 1, "reward/mean": [1]}', r"reward/mean is \[1\]")],
+)  # fmt: skip
+def test_metrics_that_are_no_numbers_are_named_with_their_line(folder: Path, row: str, said: str) -> None:
+    file = folder / "metrics.jsonl"
+    file.write_text('{"iteration": 0, "reward/mean": null}\n' + row + '\n{"iteration": 2}\n')
+    with pytest.raises(DataError, match=rf"metrics\.jsonl: line 2: {said}, not a number; delete the line"):
+        read_run(folder)
+
+
+def test_values_over_noise_seeds_are_lists_and_what_json_cannot_say_is_nothing(folder: Path) -> None:
+    """Python writes NaN into JSON; by hand a list of one becomes a number."""
+    file = folder / "summary.json"
+    summary = json.loads(file.read_text())
+    stage = summary["held_out"]["mean"]["before"]
+    stage["translation_error_m"] = float("nan")
+    file.write_text(json.dumps(summary | {"wall_s": float("inf")}))
+    run = read_run(folder)
+    assert run.summary["wall_s"] is None and "translation_error_m" not in {
+        c.key for c in comparisons(run.summary, "mean")
+    }
+    assert "</html>" in report_page(run)
+    file.write_text(json.dumps(summary | {"held_out_per_noise_seed": {"mean": {"before": {"psnr_db": 20.0}}}}))
+    with pytest.raises(DataError, match=r"held_out_per_noise_seed\.mean\.before\.psnr_db must be a list of numbers"):
+        read_run(folder)
 
 
 def test_a_cut_archive_is_named(folder: Path) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import signal
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -12,9 +13,9 @@ from patience import PATIENCE_S
 
 from geoalign.config.load import load_config
 from geoalign.config.schema import Config
-from geoalign.errors import ConfigError
+from geoalign.errors import ConfigError, UsageError
 from geoalign.training.processes import cores
-from geoalign.training.processes.launcher import Ending, how_it_ended
+from geoalign.training.processes.launcher import Ending, check_environment, how_it_ended, run_ranks
 
 
 def said(rank: int, text: str, code: int) -> dict[str, object]:
@@ -50,6 +51,31 @@ def test_a_rank_ends_with_the_process_that_started_it() -> None:
     assert rank.stdin is not None
     rank.stdin.close()  # as the kernel does for a process that is killed
     assert rank.wait(timeout=PATIENCE_S) == -signal.SIGKILL
+
+
+def test_a_run_removes_what_killed_ones_left_to_their_ranks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "geoalign-ranks-killed").mkdir()
+    (tmp_path / "geoalign-ranks-killed" / ".lock").touch()
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    assert run_ranks(1, ["--version"]) == 0
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    "variables",
+    ["WORLD_SIZE=x", "WORLD_SIZE=2", "RANK=3", "RANK=2 WORLD_SIZE=2", "RANK=-1 WORLD_SIZE=2", "RANK=0 WORLD_SIZE=0",
+     "RANK= WORLD_SIZE=1", "LOCAL_RANK=1.5", "LOCAL_RANK=4 LOCAL_WORLD_SIZE=4",
+     "RANK=\N{SUPERSCRIPT TWO} WORLD_SIZE=4"],
+)  # fmt: skip
+def test_variables_that_name_no_rank_are_refused(variables: str) -> None:
+    with pytest.raises(UsageError, match="no rank of a run"):
+        check_environment(dict(word.split("=") for word in variables.split()))
+
+
+@pytest.mark.parametrize("variables", ["", "RANK=0", "RANK=1 WORLD_SIZE=2 LOCAL_RANK=1 LOCAL_WORLD_SIZE=2",
+                                       "RANK=9 WORLD_SIZE=16 LOCAL_RANK=1", "WORLD_SIZE=1"])  # fmt: skip
+def test_variables_of_launchers_pass(variables: str) -> None:
+    check_environment(dict(word.split("=") for word in variables.split()))
 
 
 @pytest.fixture

@@ -151,7 +151,9 @@ def test_a_profile_from_a_file_serves_the_first_iteration(tmp_path: Path) -> Non
     assert run.step()["perf/forwards_rollout"] == 2 + 2 + 8 + 8 * 2
     assert run.notes[DRIFT] == measured.notes[DRIFT]
     file.write_text('{"sigmas": [0.5]}')
-    with pytest.raises(ConfigError, match=r"profile.json: no drift profile"):
+    with pytest.raises(
+        ConfigError, match=r"profile.json: drift: Field required; make it with `geoalign fidelity choose`"
+    ):
         trainer(ode={"reuse_profile": file}).step()
 
 

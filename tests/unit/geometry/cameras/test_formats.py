@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import copy
 import json
 import math
 from pathlib import Path
@@ -10,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 from camera_files import write_c2w
+from damage_records import ODD, places
 from repository import GOLDEN
 
 from geoalign.errors import DataError
@@ -150,3 +153,32 @@ def test_damaged_files_give_one_clear_error(tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_bytes(b"\0\1\2")
     with pytest.raises(DataError, match="not a camera file, which is an npz"):
         opened(tmp_path / "a.txt")
+
+
+def test_values_of_another_kind_at_any_place_give_one_clear_error(tmp_path: Path) -> None:
+    """Every JSON format with every odd value at every place: the door's error, never one of NumPy's."""
+    eye = np.eye(4).tolist()
+    formats = {
+        "own": {"extrinsic": [eye, eye], "intrinsic": np.eye(3).tolist(), "image_size": [48, 64], "metric": 1},
+        "c2w": {"c2w": [eye, eye], "intrinsics": [0.8, 1.1, 0.5, 0.5], "image_size": [48, 64]},
+        "nerfstudio": {"fl_x": 51.2, "w": 64, "h": 48, "k1": 0.0, "frames": [
+            {"file_path": f"{k}.png", "transform_matrix": eye} for k in range(2)]},
+        "sample": {"target_c2w": [eye, eye], "source_c2w": [eye, eye], "intrinsics": [0.8, 1.1, 0.5, 0.5],
+                   "used": {"size": [48, 64]}, "ground_plane": [0, 1, 0, 2]},
+        "recammaster": {"frame0": {"cam01": "[1 0 0 0] [0 1 0 0] [0 0 1 0] [0 0 0 1]"}},
+    }  # fmt: skip
+    for name, sound in formats.items():
+        file = tmp_path / f"{name}.json"
+        for place in list(places(sound))[1:]:
+            for odd in (*ODD, [[1, 2], [3]], "9" * 5000 + ".png", ...):
+                changed = copy.deepcopy(sound)
+                holder = changed
+                for key in place[:-1]:
+                    holder = holder[key]
+                holder[place[-1]] = odd
+                if odd is ...:
+                    del holder[place[-1]]
+                file.write_text(json.dumps(changed, default=str) if odd != 10**400 else f'{{"c2w": {"9" * 400}}}')
+                with contextlib.suppress(DataError):
+                    found = opened(file, image_size=(48, 64), prefer="target")
+                    assert torch.isfinite(found.c2w).all() and torch.isfinite(found.intrinsics).all()
