@@ -107,8 +107,8 @@ def check_named(config: AdvantageConfig, keys: Iterable[str]) -> None:
     for field, named in (("weights", config.weights), ("floors", config.floors)):
         if unknown := sorted(set(named) - known):
             raise ConfigError(
-                f"advantage.{field} names {', '.join(unknown)}, but the rewards give {', '.join(sorted(known))}; correct "
-                "the name, or keep the reward that gives it: with weight 0 it is measured and teaches nothing"
+                f"advantage.{field} names {', '.join(unknown)}, but the rewards give {', '.join(sorted(known))}; "
+                "correct the name, or keep the reward that gives it: with weight 0 it is measured and teaches nothing"
             )
 
 
