@@ -58,7 +58,7 @@ class LinkedTables:
 
     def _remember(self, title: str, behind: Behind, cases: Sequence[tuple[Row, float | None]]) -> None:
         shown = [[self._place[row["case"]], _shown(behind, row, value)] for row, value in cases[:SHOWN]]
-        method = (behind.rows or behind.base or ())[0]["method"]
+        method = [*behind.rows, *(behind.base or ())][0]["method"]
         self._cells.append({"title": title, "method": method, "of": len(cases), "cases": shown})
 
     def behind(self) -> str:

@@ -201,12 +201,3 @@ def print_held_out(numbers: Mapping[str, Mapping[str, list[float]]]) -> None:
         for name, values in rows.items():
             spread = f" (noise seeds {', '.join(f'{v:.3f}' for v in values)})" if len(values) > 1 else ""
             print(f"  {name:<28} {mean_of_defined(values):8.3f}{spread}")
-
-
-def bytes_text(count: float) -> str:
-    """``count`` bytes with a unit that people read."""
-    for unit in ("B", "kB", "MB", "GB"):
-        if count < 1000:
-            return f"{count:.1f} {unit}"
-        count /= 1000
-    return f"{count:.2f} TB"
