@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,6 +16,7 @@ from geoalign.geometry.presets import PRESETS
 
 _NAMED = re.compile(r"(?P<clip>.+)_camera_(?P<path>.+?)_speed_(?P<speed>[0-9]+(?:\.[0-9]+)?)")
 _METHOD = re.compile(r"[A-Za-z0-9][A-Za-z0-9.+-]*")
+_TRAJECTORY = "trajectory.json"
 _NOT_PLAIN = re.compile(r"[^A-Za-z0-9.+-]+")
 
 
@@ -34,8 +36,12 @@ class Condition:
 
     @property
     def path_name(self) -> str:
-        """The path as tables print it: the preset, or the file's name without its suffix."""
-        return self.path if self.path in PRESETS else plain(Path(self.path.partition("#")[0]).stem)
+        """The path as tables print it: the preset, or the file's name without its suffix; that of the folder of a
+        ``trajectory.json``, as Redirect4D-Bench calls the file of every path."""
+        if self.path in PRESETS:
+            return self.path
+        file = Path(self.path.partition("#")[0])
+        return plain(file.parent.name if file.name == _TRAJECTORY else file.stem)
 
     @property
     def name(self) -> str:
@@ -78,15 +84,15 @@ def check_method(name: str) -> str:
     return name
 
 
-def conditions(clips: Sequence[str], paths: Sequence[str], speeds: Sequence[float]) -> list[Condition]:
-    """All conditions, clip by clip, in a fixed order.
+def conditions(paths: Mapping[str, Sequence[str]], speeds: Sequence[float]) -> list[Condition]:
+    """All conditions of the paths of each clip, clip by clip, in a fixed order.
 
     Raises:
         UsageError: two of them would have one name (two camera files of one name, a speed given twice).
     """
-    found = [Condition(clip, path, speed) for clip in clips for path in paths for speed in speeds]
-    names = [item.name for item in found]
-    if twice := next((name for name in names if names.count(name) > 1), None):
+    found = [Condition(clip, path, speed) for clip, own in paths.items() for path in own for speed in speeds]
+    names = Counter(item.name for item in found)
+    if twice := next((name for name, count in names.items() if count > 1), None):
         raise UsageError(
             f"two cases are called {twice}: give every clip, camera file and speed a name of its own, once"
         )

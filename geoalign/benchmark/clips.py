@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
+from glob import escape, glob
 from pathlib import Path
 from typing import Protocol
 
@@ -16,7 +17,7 @@ from geoalign.config.data import ClipsConfig
 from geoalign.config.schema import Config
 from geoalign.config.world import WorldConfig
 from geoalign.data.clip_record import ClipRecord
-from geoalign.data.clips import list_clips
+from geoalign.data.clips import list_clips, natural_key
 from geoalign.data.readers import AnyReader
 from geoalign.data.tally import Tally
 from geoalign.data.video import PyAVReader, VideoInfo, probe_clip
@@ -34,6 +35,8 @@ from geoalign.world.pairs import PROMPT, HeldOutScene
 
 _WORLD = "world/"
 """Begins the name of an embedded world's path in a condition, so that its ``arc_left`` is not the published one."""
+OF_CLIP = "{clip}"
+"""In a path of ``benchmark.paths``: the clip's name, of a name with folders the first."""
 _WORLD_CLIPS, _WORLD_SEED = 10, 2
 """Scenes by default; offset of their seed, beside those of the two sets that ``evaluate`` shows."""
 
@@ -59,11 +62,14 @@ class Clips(Protocol):
     """Clips by plain name, in the order in which they are worked on."""
 
     names: tuple[str, ...]
-    paths: tuple[str, ...]
     knows_truth: bool
     """Whether :meth:`truth` gives the true retakes."""
     lossless: bool
     """Whether retakes are written without loss (tiny frames) or as the published script writes them."""
+
+    def paths_of(self, name: str) -> tuple[str, ...]:
+        """The paths that are asked for of a clip."""
+        ...
 
     def native_frames(self, name: str) -> int:
         """How many frames the clip has."""
@@ -119,8 +125,12 @@ class WorldClips:
             raise UsageError(
                 f"benchmark.paths: the embedded world flies {', '.join(WORLD_PRESETS)}, not {unknown[0]!r}"
             )
-        self.paths = tuple(_WORLD + path for path in wanted)
+        self._paths = tuple(_WORLD + path for path in wanted)
         self._scene = lru_cache(maxsize=1)(lambda name: HeldOutScene.draw(world, self._seed, name))
+
+    def paths_of(self, name: str) -> tuple[str, ...]:
+        """See :class:`Clips`."""
+        return self._paths
 
     def native_frames(self, name: str) -> int:
         """See :class:`Clips`."""
@@ -162,7 +172,15 @@ class FolderClips:
         self._records = _by_plain_name(self._root, records)
         names = list(self._records) if settings.clip_list is None else _listed(settings.clip_list, self._records)
         self.names = tuple(names[: settings.max_clips])
-        self.paths = tuple(_checked_path(path) for path in settings.paths or PRESETS)
+        self._paths = settings.paths or PRESETS
+        for path in self._paths:
+            if OF_CLIP not in path:
+                _check_path(path)
+
+    def paths_of(self, name: str) -> tuple[str, ...]:
+        """See :class:`Clips`; raises DataError where a pattern finds no file of this clip."""
+        called = Path(self._records[name].clip_id).parts[0]
+        return tuple(path for asked in self._paths for path in _files_of(asked, called))
 
     def native_frames(self, name: str) -> int:
         """See :class:`Clips`."""
@@ -237,8 +255,20 @@ def _listed(file: Path, records: Mapping[str, ClipRecord]) -> list[str]:
     return list(dict.fromkeys(names))
 
 
-def _checked_path(path: str) -> str:
-    """``path`` if it opens as a camera; raises UserError."""
+def _files_of(path: str, clip: str) -> list[str]:
+    """A path itself, or the camera files that it stands for with a clip's name in it; raises DataError for none."""
+    if OF_CLIP not in path:
+        return [path]
+    pattern = path.replace(OF_CLIP, escape(clip))
+    found = sorted(glob(pattern), key=natural_key)
+    if not found:
+        raise DataError(f"benchmark.paths {path}: no file {pattern}; leave clip {clip} out by benchmark.clip_list")
+    for file in found:
+        _check_path(file)
+    return found
+
+
+def _check_path(path: str) -> None:
+    """Raise UserError unless ``path`` opens as a camera."""
     if not is_preset(path):
         open_camera(path, intrinsics=DEFAULT_INTRINSICS, prefer="target")
-    return path

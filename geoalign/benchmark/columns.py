@@ -62,6 +62,14 @@ class Column:
         """LOWER, HIGHER, ONE, or "" if nobody says."""
         return TITLES.get(self.metric, ("", ""))[1]
 
+    def badness(self, value: float) -> float:
+        """What grows as ``value`` gets worse; infinite where there is none (NaN)."""
+        if not math.isfinite(value):
+            return math.inf
+        if self.better == ONE:
+            return abs(math.log(value)) if value > 0 else math.inf
+        return -value if self.better == HIGHER else value
+
     def of(self, row: Row) -> float | None:
         """The number; NaN of a case that failed; None where it is not defined (TransErr of a still path)."""
         status = outcome(row, self.reader)[0] if self.reader else row["status"]

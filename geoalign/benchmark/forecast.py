@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from geoalign.benchmark.methods import ModelMethod
 from geoalign.benchmark.run import Plan, left_over
 from geoalign.benchmark.store import Store
+from geoalign.jobs.progress import bytes_text, clock_text
 from geoalign.jobs.sample import matmul_rate
 from geoalign.perf.cost import TransformerCost
 
@@ -44,13 +45,14 @@ class Forecast:
         lengths = sorted(self.frames)
         span = f"{lengths[0]} to {lengths[-1]}" if len(lengths) > 1 else "".join(map(str, lengths))
         hours = self.device_hours / processes
+        told = f"{hours:,.3g} h" if hours >= 1 else clock_text(3600 * hours)
         return "\n".join(
             (
                 f"cases   {self.cases:,}, of which {self.open_cases:,} are not done; {span} frames each",
                 f"passes  {self.passes:,} of the network, {self.tflop:,.3g} TFLOP",
-                f"time    about {hours:,.3g} h of sampling in {processes} process(es), predicted from a matrix product "
+                f"time    about {told} of sampling in {processes} process(es), predicted from a matrix product "
                 f"on {self.device}; readers and tools come on top",
-                f"disk    about {self.disk_gb:,.3g} GB of videos",
+                f"disk    about {bytes_text(self.disk_gb * 1e9)} of videos",
             )
         )
 

@@ -26,15 +26,16 @@ _SPECIAL = re.compile("|".join(map(re.escape, _LATEX)))
 
 def cell_parts(cell: Cell) -> tuple[str, ...]:
     """A cell for people: the number or text, and what stands behind it: interval, test and pairs that were lost."""
-    if isinstance(cell, str):
-        return (cell,)
-    if isinstance(cell, Estimate):
-        return (number(cell.mean), *_interval(cell)) if cell.cases else ("n/a",)
-    if not cell.estimate.cases:
-        return ("no pair", f"{cell.lost} lost")
-    mean = cell.estimate.mean
-    p = "n/a" if math.isnan(cell.p) else ("< 0.0001" if cell.p < 1e-4 else f"{cell.p:.2g}")
-    return ("+" if mean > 0 else "") + number(mean), *_interval(cell.estimate), f"p {p}", f"{cell.lost} lost"
+    shown = cell.shown
+    if isinstance(shown, str):
+        return (shown,)
+    if isinstance(shown, Estimate):
+        return (number(shown.mean), *_interval(shown)) if shown.cases else ("n/a",)
+    if not shown.estimate.cases:
+        return ("no pair", f"{shown.lost} lost")
+    mean = shown.estimate.mean
+    p = "n/a" if math.isnan(shown.p) else ("< 0.0001" if shown.p < 1e-4 else f"{shown.p:.2g}")
+    return ("+" if mean > 0 else "") + number(mean), *_interval(shown.estimate), f"p {p}", f"{shown.lost} lost"
 
 
 def cell_text(cell: Cell) -> str:

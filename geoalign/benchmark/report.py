@@ -12,9 +12,9 @@ import numpy as np
 
 from geoalign.benchmark.columns import Column, Row, of_method, outcome
 from geoalign.benchmark.methods import TRUTH
-from geoalign.benchmark.render import cell_parts
+from geoalign.benchmark.report_tables import SCRIPT, LinkedTables
 from geoalign.benchmark.store import Store
-from geoalign.benchmark.table import Cell, Results, Table, all_tables
+from geoalign.benchmark.table import Results, all_tables
 from geoalign.data.video import read_video
 from geoalign.errors import DataError
 from geoalign.files.atomic import atomic_write_text, check_writable
@@ -26,7 +26,6 @@ from geoalign.report.svg import Line, line_chart, number
 
 FILMS = 12
 """Worst cases that are shown as films; all others are in the list."""
-_LISTED = 2000
 _OTHERS = (3, 5, 6, 7, 8)
 """Colours of methods that are neither the base, nor the judged one, nor the truth."""
 _FIRST_TABLES = 5
@@ -50,18 +49,23 @@ def report_page(store: Store, results: Results) -> str:
     """The whole document."""
     tables = all_tables(results)
     worst = worst_cases(results)
+    linked = LinkedTables(results, worst)
+    first, others = (list(map(linked.html, part)) for part in (tables[:_FIRST_TABLES], tables[_FIRST_TABLES:]))
+    told = "<p>Every number leads to the cases behind it, the worst first.</p>"
     body = [
         _header(store, results),
         "<main>",
-        _section("results", "Results", *map(_table, tables[:_FIRST_TABLES])),
+        _section("results", "Results", told, *first),
         _curves(results),
         _films(store, results, worst[:FILMS]),
-        _section("failures", "Where it goes wrong", *map(_table, tables[_FIRST_TABLES:])),
-        _case_list(results, worst),
+        _section("failures", "Where it goes wrong", *others),
+        linked.behind(),
+        _section("cases", "Every case", linked.case_list(FILMS)),
         "</main>",
         footer(),
     ]
-    return document(f"{store.folder.name} - geoalign benchmark", "\n".join(part for part in body if part))
+    text = "\n".join(part for part in body if part)
+    return document(f"{store.folder.name} - geoalign benchmark", text, scripts=[SCRIPT])
 
 
 def worst_cases(results: Results) -> list[str]:
@@ -102,21 +106,6 @@ def _headline(results: Results) -> str:
 
 def _section(name: str, title: str, *parts: str) -> str:
     return f'<section id="{name}"><h2>{title}</h2>{"".join(parts)}</section>'
-
-
-def _table(table: Table) -> str:
-    head = "".join(f"<th>{escape(title)}</th>" for title in table.header)
-    rows = "".join(f"<tr><td>{escape(label)}</td>{''.join(map(_cell, cells))}</tr>" for label, cells in table.rows)
-    shown = f'<div class="scroll"><table><thead><tr>{head}</tr></thead><tbody>{rows}</tbody></table></div>'
-    notes = "".join(f'<p class="note">{escape(note)}</p>' for note in table.notes)
-    return f'<h3 id="{escape(table.name)}">{escape(table.title)}</h3>{shown if table.rows else ""}{notes}'
-
-
-def _cell(cell: Cell) -> str:
-    """The number, and below it in small what stands behind it, so that wide tables stay narrow."""
-    first, *others = map(escape, cell_parts(cell))
-    small = "".join(f"<br><small>{part}</small>" for part in others)
-    return f"<td>{first}{small}</td>"
 
 
 def _curves(results: Results) -> str:
@@ -255,33 +244,3 @@ def _target(store: Store, row: Row) -> np.ndarray[Any, Any] | None:
 
 def _frames(store: Store, name: str, frames: int, size: tuple[int, int] | None) -> np.ndarray[Any, Any]:
     return read_video(store.folder / name, range(frames), size=size).numpy()
-
-
-def _case_list(results: Results, worst: Sequence[str]) -> str:
-    """Every case with every method's numbers and videos, the worst first."""
-    by_case: dict[str, dict[str, Row]] = {}
-    for row in results.rows:
-        by_case.setdefault(row["case"], {})[row["method"]] = row
-    column = Column(results.readers.main, "translation_error_m")
-    head = "".join(f"<th>{escape(method)}, m</th>" for method in results.methods)
-    lines = []
-    for place, case in enumerate(worst[:_LISTED]):
-        cells = "".join(_case_cell(by_case[case].get(method), column) for method in results.methods)
-        name = f'<a href="#film-{escape(case)}">{escape(case)}</a>' if place < FILMS else escape(case)
-        lines.append(f'<tr id="case-{escape(case)}"><td>{name}</td>{cells}</tr>')
-    more = f'<p class="note">{len(worst) - _LISTED} more are in cases.jsonl.</p>' if len(worst) > _LISTED else ""
-    body = f"<thead><tr><th>case</th>{head}</tr></thead><tbody>{''.join(lines)}</tbody>"
-    table = f'<div class="scroll"><table>{body}</table></div>'
-    told = "<p>Position error by case, the worst first; each number links to the video that it was read from.</p>"
-    return _section(
-        "cases", "Every case", told, f"<details><summary>{len(worst)} cases</summary>{table}{more}</details>"
-    )
-
-
-def _case_cell(row: Row | None, column: Column) -> str:
-    if row is None:
-        return "<td>not measured yet</td>"
-    value = column.of(row) if column.reader else None
-    text = number(value) if value is not None and math.isfinite(value) else outcome(row, column.reader)[1] or "n/a"
-    linked = f'<a href="{escape(row["video"])}">{escape(text)}</a>' if row.get("video") else escape(text)
-    return f"<td>{linked}</td>"

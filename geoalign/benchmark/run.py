@@ -75,7 +75,7 @@ class Plan:
         clips = open_clips(config)
         methods = arguments.opened(config, clips)
         settings = config.benchmark
-        asked = conditions(clips.names, clips.paths, settings.speeds)
+        asked = conditions({name: clips.paths_of(name) for name in clips.names}, settings.speeds)
         cases = [Case(method.name, condition) for method in methods for condition in asked]
         plan = Plan(config, clips, {method.name: method for method in methods}, cases)
         if not readers:

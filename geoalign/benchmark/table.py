@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from geoalign.benchmark.behind import Behind
 from geoalign.benchmark.bins import SLICES, Slice
 from geoalign.benchmark.columns import CAMERA, OPEN, TITLES, Column, Readers, Row, of_method, outcome
 from geoalign.benchmark.forms import NumbersForm
@@ -24,7 +25,14 @@ from geoalign.files.parsing import read_json_object
 PRINTED = "as printed by its authors"
 _CAUSES = 3
 """Causes of failure that are named, the commonest first."""
-Cell = str | Estimate | Difference
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Cell:
+    """One cell: what it shows, and the cases behind it, None where no number is."""
+
+    shown: str | Estimate | Difference
+    behind: Behind | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -128,11 +136,10 @@ def _means(results: Results, name: str, title: str, methods: Sequence[str], colu
     rows: list[tuple[str, tuple[Cell, ...]]] = []
     for method in methods:
         own = of_method(results.rows, method)
-        cells = [estimate(column.values(own), results.settings.resamples) for column in columns]
-        rows.append((method, (*cells, _lost(results, own))))
+        rows.append((method, (*_estimates(results, columns, own), _lost(results, own))))
     for method, numbers in results.printed.items():
-        printed = [f"{numbers[c.metric]:g}\N{DAGGER}" if c.metric in numbers else "" for c in columns]
-        rows.append((method, (*printed, "")))
+        printed = [Cell(f"{numbers[c.metric]:g}\N{DAGGER}" if c.metric in numbers else "") for c in columns]
+        rows.append((method, (*printed, Cell(""))))
     notes = [_intervals(results), _cameras(results)]
     if missing := results.readers.not_measured():
         notes.append(f"Not measured here: {', '.join(missing)}.")
@@ -145,11 +152,21 @@ def _means(results: Results, name: str, title: str, methods: Sequence[str], colu
     return Table(name, title, header, tuple(rows), tuple(notes))
 
 
-def _lost(results: Results, rows: Sequence[Row]) -> str:
+def _estimates(results: Results, columns: Iterable[Column], own: Sequence[Row]) -> list[Cell]:
+    """Mean and interval of each column over rows of one method."""
+    return [Cell(estimate(c.values(own), results.settings.resamples), Behind(c, own)) for c in columns]
+
+
+def _lost(results: Results, rows: Sequence[Row]) -> Cell:
     """How many cases of a method lack the camera of the main reader, of how many."""
     reader = results.readers.main
-    lost = sum(outcome(row, reader)[0] == "failed" if reader else row["status"] != "ok" for row in rows)
-    return f"{lost} of {len(rows)}"
+    lost = [row for row in rows if (outcome(row, reader)[0] == "failed" if reader else row["status"] != "ok")]
+    return _counted(f"{len(lost)} of {len(rows)}", reader, lost)
+
+
+def _counted(text: str, reader: str, rows: Sequence[Row]) -> Cell:
+    """A count of cases, ordered by their position errors where ``reader`` reads cameras."""
+    return Cell(text, Behind(Column(reader, "translation_error_m"), rows, counted=True) if rows else None)
 
 
 def _differences(results: Results, name: str, title: str, methods: Sequence[str], columns: Sequence[Column]) -> Table:
@@ -159,7 +176,8 @@ def _differences(results: Results, name: str, title: str, methods: Sequence[str]
         if method in (results.settings.base, TRUTH) or not base:
             continue
         own = of_method(results.rows, method)
-        cells = tuple(difference(c.values(own), c.values(base), results.settings.resamples) for c in columns)
+        found = (difference(c.values(own), c.values(base), results.settings.resamples) for c in columns)
+        cells = tuple(Cell(value, Behind(c, own, base)) for c, value in zip(columns, found, strict=True))
         rows.append((method, cells))
     notes = (
         f"Method minus {results.settings.base} on the cases that both have; p: Wilcoxon signed-rank test over the "
@@ -176,12 +194,12 @@ def _by_reader(results: Results) -> Table:
     for reader in results.readers.cameras:
         for method in results.methods:
             own = of_method(results.rows, method)
-            cells = [estimate(Column(reader, m).values(own), results.settings.resamples) for m in CAMERA]
-            lost = Counter(outcome(row, reader)[0] for row in own)
-            told = f"{lost['failed']} of {len(own)}" + (
-                f", {lost['not applicable']} not applicable" if lost["not applicable"] else ""
+            cells = _estimates(results, (Column(reader, metric) for metric in CAMERA), own)
+            failed, elsewhere = (_of_status(own, reader, status) for status in ("failed", "not applicable"))
+            told = f"{len(failed)} of {len(own)}" + (f", {len(elsewhere)} not applicable" if elsewhere else "")
+            rows.append(
+                (f"{results.readers.label(reader)}: {method}", (*cells, _counted(told, reader, failed + elsewhere)))
             )
-            rows.append((f"{results.readers.label(reader)}: {method}", (*cells, told)))
     header = ("reader: method", *(Column("", metric).title for metric in CAMERA), "failed cases")
     notes = (
         "Position, rotation, scale ratio and gain compare both paths from frame 0 and align nothing else. TransErr fits"
@@ -192,6 +210,10 @@ def _by_reader(results: Results) -> Table:
     return Table("readers", "Camera accuracy by every reader", header, tuple(rows), notes)
 
 
+def _of_status(rows: Iterable[Row], reader: str, status: str) -> list[Row]:
+    return [row for row in rows if outcome(row, reader)[0] == status]
+
+
 def _by_speed(results: Results, columns: Sequence[Column]) -> Table:
     clips, told = _read_clips(results)
     rows = []
@@ -199,8 +221,8 @@ def _by_speed(results: Results, columns: Sequence[Column]) -> Table:
         for method in results.methods:
             own = [r for r in of_method(results.rows, method) if r["speed"] == speed and r["clip"] in clips]
             if own:
-                cells = [estimate(column.values(own), results.settings.resamples) for column in columns]
-                rows.append((f"{speed:g} x: {method}", (*cells, _lost(results, own))))
+                cells = (*_estimates(results, columns, own), _lost(results, own))
+                rows.append((f"{speed:g} x: {method}", cells))
     header = ("speed: method", *(column.title for column in columns), "failed cases")
     return Table("table2", "Table 2: over camera speeds", header, tuple(rows), (told, _intervals(results)))
 
@@ -250,11 +272,12 @@ def _slice(results: Results, item: Slice, column: Column) -> Table:
     )
     rows = []
     for label, inside in bins:
-        cells: list[Cell] = [str(len({row["case"] for row in inside}))]
+        judged = Behind(column, of_method(inside, results.judged), counted=True)
+        cells = [Cell(str(len({row["case"] for row in inside})), judged)]
         for method in results.methods:
             own = of_method(inside, method)
-            cells += [estimate(column.values(own), results.settings.resamples), _lost(results, own)]
-        rows.append((label, (*cells, _worst(of_method(inside, results.judged), column))))
+            cells += [*_estimates(results, [column], own), _lost(results, own)]
+        rows.append((label, (*cells, Cell(_worst(judged.rows, column), judged))))
     notes = [] if bins else [f"Not available: {item.source}."]
     if bins:
         notes.append(f"Worst clips: of {results.judged}, by their mean error; failed cases have none.")
@@ -275,12 +298,12 @@ def _failures(results: Results) -> Table:
     for reader in results.readers.told:
         for method in results.methods:
             own = of_method(results.rows, method)
-            found = [outcome(row, reader) for row in own]
-            counts = Counter(status for status, _ in found)
-            causes = Counter(cause for status, cause in found if status == "failed").most_common(_CAUSES)
+            by_status = {s: _of_status(own, reader, s) for s in ("ok", "failed", "not applicable")}
+            counts = [_counted(str(len(found)), reader, found) for found in by_status.values()]
+            causes = Counter(outcome(row, reader)[1] for row in by_status["failed"]).most_common(_CAUSES)
             named = "; ".join(f"{count} x {cause}" for cause, count in causes)
-            numbers = tuple(str(counts[status]) for status in ("ok", "failed", "not applicable"))
-            rows.append((f"{results.readers.label(reader)}: {method}", (*numbers, named)))
+            cells = (*counts, _counted(named, reader, by_status["failed"]))
+            rows.append((f"{results.readers.label(reader)}: {method}", cells))
     header = ("reader: method", "ok", "failed", "not applicable", "commonest causes")
     return Table("failures", "What failed, and why", header, tuple(rows))
 
@@ -305,13 +328,13 @@ def as_plain(table: Table) -> list[dict[str, Any]]:
     found = []
     for label, cells in table.rows:
         for title, cell in zip(table.header[1:], cells, strict=True):
-            found.append({"table": table.name, "row": label, "column": title, **_plain(cell)})
+            found.append({"table": table.name, "row": label, "column": title, **_plain(cell.shown)})
     return found
 
 
-def _plain(cell: Cell) -> dict[str, Any]:
-    if isinstance(cell, str):
-        return {"text": cell}
-    value = cell.estimate if isinstance(cell, Difference) else cell
+def _plain(shown: str | Estimate | Difference) -> dict[str, Any]:
+    if isinstance(shown, str):
+        return {"text": shown}
+    value = shown.estimate if isinstance(shown, Difference) else shown
     told = {"mean": value.mean, "low": value.low, "high": value.high, "cases": value.cases, "clips": value.clips}
-    return told | ({"p": cell.p, "lost": cell.lost} if isinstance(cell, Difference) else {})
+    return told | ({"p": shown.p, "lost": shown.lost} if isinstance(shown, Difference) else {})

@@ -48,7 +48,7 @@ def _add_run(verbs: Any) -> None:
         help="what was trained on top of the model of that name")  # fmt: skip
     add("--videos", action="append", default=[], metavar="NAME=FOLDER",
         help="a method of others: videos called CLIP_camera_K_speed_S.mp4 (repeatable)")  # fmt: skip
-    add("--numbers", type=Path, metavar="FILE", help="JSON of numbers as printed by their authors, shown beside")
+    _add_numbers(parser)
     add("--out", type=Path, metavar="DIR", help="folder of the benchmark (default benchmarks/ and run.name)")
     add("--dry-run", action="store_true", help="print cases, passes, predicted hours and disk, and stop")
     add("--retry-failed", action="store_true", help="do again what failed in an earlier run")
@@ -61,9 +61,8 @@ def _add_table(verbs: Any) -> None:
         help="write and print the tables of a benchmark: markdown, LaTeX, CSV",
         **examples("geoalign benchmark table benchmarks/davis benchmark.base=base"),
     )
-    parser.add_argument("folder", type=Path, metavar="DIR", help="folder of the benchmark")
-    parser.add_argument("--numbers", type=Path, metavar="FILE", help="as of run")
-    parser.add_argument("overrides", nargs="*", metavar="benchmark.key=value", help="settings of the tables")
+    _add_folder(parser)
+    _add_numbers(parser)
     parser.set_defaults(run=table)
 
 
@@ -73,10 +72,21 @@ def _add_report(verbs: Any) -> None:
         help="write the benchmark as one HTML file that opens offline",
         **examples("geoalign benchmark report benchmarks/davis"),
     )
-    parser.add_argument("folder", type=Path, metavar="DIR", help="folder of the benchmark")
+    _add_folder(parser)
     parser.add_argument("--out", type=Path, metavar="FILE", help="default: report.html in the folder")
-    parser.add_argument("overrides", nargs="*", metavar="benchmark.key=value", help="settings of the tables")
     parser.set_defaults(run=report)
+
+
+def _add_folder(parser: argparse.ArgumentParser) -> None:
+    """Add the folder of a benchmark that is there, and settings of its tables."""
+    parser.add_argument("folder", type=Path, metavar="DIR", help="folder of the benchmark")
+    parser.add_argument("overrides", nargs="*", metavar="benchmark.key=value", help="settings of the tables")
+
+
+def _add_numbers(parser: argparse.ArgumentParser) -> None:
+    """Add ``--numbers``."""
+    told = "JSON of numbers as printed by their authors, shown beside"
+    parser.add_argument("--numbers", type=Path, metavar="FILE", help=told)
 
 
 def run(args: argparse.Namespace) -> int:

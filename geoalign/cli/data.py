@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from geoalign.cli.options import add_config, bytes_text, examples, positive, read_config, whole
+from geoalign.cli.options import add_config, examples, positive, read_config, whole
 from geoalign.errors import DataError
 
 if TYPE_CHECKING:
@@ -82,6 +82,7 @@ def run_check(args: argparse.Namespace) -> int:
     from geoalign.data.readers import local_device, open_reader
     from geoalign.data.tally import Tally
     from geoalign.data.trajectories import load_pool
+    from geoalign.jobs.progress import bytes_text
 
     config = read_config(args).data
     clips, paths = Tally("clips"), Tally("camera paths")

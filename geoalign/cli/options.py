@@ -41,7 +41,8 @@ def add_config(parser: argparse.ArgumentParser, *, required: bool = True) -> Non
 CAMERA_HELP = (
     "a preset (pan_right, tilt_up, zoom_in, translate_up, arc_left, ...) or a camera file: npz with extrinsic and "
     "intrinsic (also of VGGT), npy, npz or JSON with c2w, the JSON of `geoalign sample`, ReCamMaster JSON, ViPE npz, "
-    "transforms.json of nerfstudio, text of RealEstate10K, TUM or KITTI; FILE#CAMERA chooses where a file holds "
+    "transforms.json of nerfstudio, trajectory.json of Redirect4D-Bench, text of RealEstate10K, TUM or KITTI; "
+    "FILE#CAMERA chooses where a file holds "
     "several, as in camera_extrinsics.json#cam05; FILE#axes=opengl:direction=w2c:unit=cm:size=1080x1920 says what the "
     "file does not (docs/data.md)"
 )
@@ -200,12 +201,3 @@ def print_held_out(numbers: Mapping[str, Mapping[str, list[float]]]) -> None:
         for name, values in rows.items():
             spread = f" (noise seeds {', '.join(f'{v:.3f}' for v in values)})" if len(values) > 1 else ""
             print(f"  {name:<28} {mean_of_defined(values):8.3f}{spread}")
-
-
-def bytes_text(count: float) -> str:
-    """``count`` bytes with a unit that people read."""
-    for unit in ("B", "kB", "MB", "GB"):
-        if count < 1000:
-            return f"{count:.1f} {unit}"
-        count /= 1000
-    return f"{count:.2f} TB"

@@ -6,7 +6,7 @@ import argparse
 import os
 from typing import Any
 
-from geoalign.cli.options import add_config, announce, bytes_text, read_config
+from geoalign.cli.options import add_config, announce, read_config
 
 EXAMPLES = """\
 examples:
@@ -38,7 +38,7 @@ def run_prepare(args: argparse.Namespace) -> int:
     from geoalign.data.tally import Tally
     from geoalign.jobs.checks import require_inputs
     from geoalign.jobs.prepare import build_encoder, claim_device, render_missing_data
-    from geoalign.jobs.progress import bar
+    from geoalign.jobs.progress import bar, bytes_text
 
     rank, world_size = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
     if rank == 0:

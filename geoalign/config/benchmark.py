@@ -36,7 +36,8 @@ class BenchmarkConfig(Section):
     max_clips: int | None = Field(None, ge=1)
     """Take the first clips only, in the order of the list, else of their names; unset: all (embedded world: 10)."""
     paths: tuple[str, ...] | None = Field(None, min_length=1)
-    """Camera paths: presets, or camera files; unset: all ten presets."""
+    """Camera paths: presets, camera files, or patterns of camera files with ``{clip}`` for the name of a clip, where
+    every clip has paths of its own; unset: all ten presets."""
     speeds: tuple[Factor, ...] = Field((1.0,), min_length=1)
     """Factors of the motion per frame; every path is asked for at each."""
     size: tuple[int, int] | None = (480, 832)

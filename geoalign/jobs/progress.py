@@ -87,6 +87,15 @@ def clock_text(seconds: float) -> str:
     return (f"{days} d " if days else "") + f"{hours}:{minutes:02}:{rest:02}"
 
 
+def bytes_text(count: float) -> str:
+    """``count`` bytes with a unit that people read."""
+    for unit in ("B", "kB", "MB", "GB"):
+        if count < 1000:
+            return f"{count:.1f} {unit}"
+        count /= 1000
+    return f"{count:.2f} TB"
+
+
 class RunProgress:
     """How a training run is watched: the bar on a terminal, one line per iteration elsewhere.
 

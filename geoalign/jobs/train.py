@@ -37,6 +37,7 @@ from geoalign.policy.files import DELTA_FILE, POLICY_FILE, RUN_CONFIG, save_poli
 from geoalign.policy.open import open_base
 from geoalign.policy.safetensors_file import save_safetensors
 from geoalign.rewards.registry import build_rewards, close_rewards
+from geoalign.rl.advantage import check_named
 from geoalign.training.checkpoint import CheckpointWriter, RunSettings, TrainState
 from geoalign.training.engines.snapshot import whole_on_cpu
 from geoalign.training.processes.device import device_of, dtype_of, repeat_exactly
@@ -141,6 +142,7 @@ def _trainer(
     ranks.barrier()  # every rank has looked for checkpoints before rank 0 writes one
     rewards = build_rewards(config.rewards, config.failures, take_turns=config.scoring.take_turns)
     try:
+        check_named(config.advantage, (key for reward in rewards.values() for key in reward.keys))
         encoder = encoder_identity(config) if config.data.use_cache else None
         dataset = RetakeDataset(config.data, seed=config.run.seed, encoder=encoder)
         if state is not None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -101,6 +101,17 @@ def group_advantage(
     return Advantage(total.clamp(-bound, bound).float(), per_key, metrics)
 
 
+def check_named(config: AdvantageConfig, keys: Iterable[str]) -> None:
+    """Raise ConfigError for a weight or a floor of something that is none of the ``keys`` which the rewards give."""
+    known = set(keys)
+    for field, named in (("weights", config.weights), ("floors", config.floors)):
+        if unknown := sorted(set(named) - known):
+            raise ConfigError(
+                f"advantage.{field} names {', '.join(unknown)}, but the rewards give {', '.join(sorted(known))}; "
+                "correct the name, or keep the reward that gives it: with weight 0 it is measured and teaches nothing"
+            )
+
+
 def _lowest(total: Tensor, groups: _Groups) -> Tensor:
     """[N] what a lost member gets: the lowest sum of the readable ones, at most -1; 0 where there are none."""
     readable = torch.where(groups.read > 0, total, 0.0)
@@ -153,10 +164,7 @@ def _denominator(
 
 
 def _check(scores: Mapping[str, Tensor], read: Tensor, group_ids: Tensor, config: AdvantageConfig) -> None:
-    for field, named in (("weights", config.weights), ("floors", config.floors)):
-        unknown = sorted(set(named) - set(scores))
-        if unknown:
-            raise ConfigError(f"advantage.{field} names {unknown}, but the rewards give {sorted(scores)}")
+    check_named(config, scores)
     for key, score in scores.items():
         if score.shape != read.shape or group_ids.shape != read.shape or read.dim() != 1:
             raise UsageError(

@@ -65,6 +65,11 @@ STUDIES = (
         for seed in (1, 2, 3)
     ),
 )
+ABLATION = {
+    "consistency alone": tuple(f"control: perceptual reward only, seed {seed}" for seed in (1, 2, 3)),
+    "full": tuple(f"shipped base, RL seed {seed}" for seed in (1, 2, 3)),
+}
+"""The runs of table 3 by reward: equal but for the geometry reward, which the first has with weight 0."""
 
 
 # How a base that does not ship is pre-trained; the control on fewer pairs and not as long.

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import time_to_quality
-from learning import ORACLES, RESULTS, STUDIES, Study, slug
+from learning import ABLATION, ORACLES, RESULTS, STUDIES, Study, slug
 from oracles import STAGES
 
 from geoalign.jobs.evaluation_table import AXIS_METRICS, mean_of_defined
@@ -21,6 +21,21 @@ _REQUESTS = {
     "axis": "best per axis",
     "frame": "best per axis and frame",
 }
+_ABLATED = {
+    "explained share": ("explained_share", 2),
+    "RotErr (deg)": ("rot_err_deg", 2),
+    "TransErr": ("trans_err", 3),
+    "position (m)": ("translation_error_m", 3),
+    "rotation (deg)": ("rotation_error_deg", 2),
+    "gain": ("translation_gain", 2),
+    "PSNR along its own camera (dB)": ("own_camera_psnr_db", 1),
+    "gradients": ("gradient_energy", 2),
+    "PSNR to the truth (dB)": ("psnr_db", 1),
+}
+"""Columns of table 3, in the paper's order: consistency, camera accuracy, picture; metric and digits of each."""
+_CAMERA_BY_BOTH = (
+    "translation_error_m", "rotation_error_deg", "second_translation_error_m", "second_rotation_error_deg",
+)  # fmt: skip
 Numbers = Mapping[str, Mapping[str, list[float | None]]]
 """Values over noise seeds by kind and metric."""
 
@@ -33,6 +48,7 @@ def page(root: Path) -> str:
         ("What RL learns", error_table(results)),
         ("Travelled over asked, and the picture", axis_table(results)),
         ("By frame", frame_table(results)),
+        ("Table 3 on the embedded default: ablation of the geometry reward", ablation_table(results)),
         ("Time to quality", time_to_quality.table(root)),
     )
     tables = "\n\n".join(f"**{title}**\n\n{table}" for title, table in parts)
@@ -185,6 +201,41 @@ def frame_table(results: Path) -> str:
             for name, row in found.items()
         ]
     return _table(("frame", *map(str, range(1, frames + 1))), rows)
+
+
+def ablation_table(results: Path) -> str:
+    """The base, and what each reward of :data:`learning.ABLATION` makes of it, in the order of the paper's table 3.
+
+    A cell is a mean over training seeds, noise seeds and kinds, with the range over training seeds in brackets. Below
+    stands for how many seeds both camera errors fell, by both evaluators, and what has not been run.
+    """
+    found = {reward: [run for n in names if (run := _read(results, n))] for reward, names in ABLATION.items()}
+    rows, fell = [], []
+    for run in [run for runs in found.values() for run in runs][:1]:
+        rows.append(
+            ("none (the base)", *(_over_seeds([_stage(run, "before")], *column) for column in _ABLATED.values()))
+        )
+    for reward, runs in found.items():
+        after = [_stage(run, "after") for run in runs]
+        cells = [_over_seeds(after, *column) for column in _ABLATED.values()] if runs else ["not run"]
+        rows.append((f"{reward}, {_seeds(runs)}", *cells))
+        count = sum(all(_mean(_stage(run, "after"), metric) < _mean(_stage(run, "before"), metric)
+                        for metric in _CAMERA_BY_BOTH) for run in runs)  # fmt: skip
+        fell.append(f"{reward}: in {count} of {_seeds(runs)}")
+    left = "; ".join(name for names in ABLATION.values() for name in names if _read(results, name) is None)
+    told = f"Position and rotation error fell, by both evaluators; {'; '.join(fell)}."
+    return f"{_table(('reward', *_ABLATED), rows)}\n\n{told}{f' Not run: {left}.' if left else ''}"
+
+
+def _seeds(runs: list[dict[str, Any]]) -> str:
+    return f"{len(runs)} seed{'s' * (len(runs) != 1)}"
+
+
+def _over_seeds(runs: list[dict[str, Any]], metric: str, digits: int) -> str:
+    """Mean over the training seeds, and their range where there are several."""
+    values = [_mean(run, metric) for run in runs]
+    spread = f" ({min(values):.{digits}f} to {max(values):.{digits}f})" if len(values) > 1 else ""
+    return f"{mean_of_defined(values):.{digits}f}{spread}"
 
 
 def provenance(results: Path) -> str:

@@ -58,14 +58,18 @@ def random_policy(folder: Path, seed: int = 0) -> Path:
 
 
 def davis_config(root: Path, *changes: str) -> Config:
-    """Two clips of 5 frames (of 7 and 5), a pan and a dolly, two steps, and an estimator that tells what it is told."""
-    settings = (
+    """The configuration ``smoke`` with :func:`davis_settings`."""
+    return load_config(Config, "smoke", [*davis_settings(root), *changes])
+
+
+def davis_settings(root: Path) -> tuple[str, ...]:
+    """All clips of ``root``, a pan and a dolly, four steps, and an estimator that tells what it is told."""
+    return (
         "run.device=cpu", "world=null", "flow.steps=4", f"benchmark.clips={root}",
         f"benchmark.size=[{SIZE[0]},{SIZE[1]}]",
         "benchmark.paths=[pan_right,zoom_in]", "benchmark.estimators={told: {kind: 'benchmark_cases:Told'}}",
         "benchmark.resamples=200", "benchmark.estimators.planar_second=null", "benchmark.estimators.flow_pnp=null",
     )  # fmt: skip
-    return load_config(Config, "smoke", [*settings, *changes])
 
 
 class Told:

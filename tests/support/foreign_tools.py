@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import shutil
 import sys
-from collections.abc import Mapping
+import threading
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import exr
@@ -26,6 +27,10 @@ asked = parser.parse_args()
 assert asked.pipeline in ("default", "only_pose") and asked.video.exists()
 root = Path(sys.argv[0]).parents[1]
 behaviour = (root / "behaviour").read_text()
+if (root / "by_case").exists():
+    for line in (root / "by_case").read_text().splitlines():
+        part, how = line.split()
+        behaviour = how if part in str(asked.video) else behaviour
 with (root / "cases").open("a") as cases:
     cases.write(behaviour + chr(10))
 print("Reading video stream:  50%|###   |" + chr(13) + "Reading video stream: 100%|######|")
@@ -205,6 +210,35 @@ def behave(root: Path, name: str, how: str) -> None:
     """Say what the tool in ``root/name`` does from now on, and forget what it did."""
     (root / name / "behaviour").write_text(how)
     (root / name / "cases").unlink(missing_ok=True)
+
+
+def behave_by_case(root: Path, name: str, behaviours: Mapping[str, str]) -> None:
+    """Say what the tool does from now on with videos whose path holds a text."""
+    (root / name / "by_case").write_text("".join(f"{part} {how}\n" for part, how in behaviours.items()))
+
+
+def impatient_timer(folder: Path) -> type[threading.Thread]:
+    """A ``threading.Timer`` whose time is up as soon as the tool in ``folder`` hangs, whatever the load of the machine.
+
+    The process that hangs there is named in the file ``hung`` from then on.
+    """
+
+    class Timer(threading.Thread):
+        def __init__(self, seconds: float, function: Callable[[], None]) -> None:
+            super().__init__(daemon=True)
+            self.seconds, self.function, self.cancelled = seconds, function, threading.Event()
+
+        def run(self) -> None:
+            while not (folder / "child").exists():
+                if self.cancelled.wait(0.02):
+                    return
+            (folder / "child").replace(folder / "hung")
+            self.function()
+
+        def cancel(self) -> None:
+            self.cancelled.set()
+
+    return Timer
 
 
 def cases(root: Path, name: str) -> list[str]:

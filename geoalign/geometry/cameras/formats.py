@@ -160,6 +160,20 @@ def _plane(content: Content) -> NDArray[np.float64] | None:
     return plane
 
 
+def _read_redirect4d(content: Content, camera: str) -> Poses:
+    """World-to-camera of every frame, metres; keyframes beside it are what the path was drawn from and are not read."""
+    rows = [
+        content.array(f"camera_path[{frame}].extrinsic", (3, 4), (4, 4), value=entry["extrinsic"])[:3]
+        for frame, entry in enumerate(content.data["camera_path"])
+    ]
+    return Poses(np.stack(rows), "w2c", stated=frozenset({"direction", "unit"}))
+
+
+def _is_redirect4d(content: Content) -> bool:
+    path = content.data.get("camera_path") if isinstance(content.data, dict) else None
+    return isinstance(path, list) and bool(path) and all(isinstance(e, dict) and "extrinsic" in e for e in path)
+
+
 def _is_c2w(content: Content) -> bool:
     return content.has("c2w") or isinstance(content.data, np.ndarray | list)
 
@@ -184,6 +198,10 @@ FORMATS = (
     CameraFormat("VGGT npz", "npz with extrinsic [F, 3, 4] and intrinsic (VGGT)", _is_vggt, _read_vggt),
     CameraFormat("geoalign npz", "npz with extrinsic [F, 4, 4] and intrinsic", lambda c: c.has("extrinsic"), _read_own),
     CameraFormat("nerfstudio transforms.json", "transforms.json of nerfstudio", is_nerfstudio, read_nerfstudio),
+    CameraFormat(
+        "Redirect4D trajectory", "trajectory.json of Redirect4D-Bench, with camera_path", _is_redirect4d,
+        _read_redirect4d,
+    ),
     CameraFormat("RealEstate10K text", "text of RealEstate10K (19 numbers a line)", is_re10k, read_re10k),
     CameraFormat("TUM text", "text of TUM (8 numbers a line)", is_tum, read_tum),
     CameraFormat("KITTI text", "text of KITTI (12 numbers a line)", is_kitti, read_kitti),

@@ -10,7 +10,6 @@ import json
 import os
 import subprocess
 import sys
-import threading
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import IO, Any
@@ -23,6 +22,7 @@ from geoalign.files.locks import private_folder
 from geoalign.files.sealed import write_tensors
 from geoalign.geometry.trajectory import CameraTrajectory
 from geoalign.rewards.base import Reward, RewardOutput, ScorerTimeoutError
+from geoalign.rewards.running.exchange import exchange
 from geoalign.types import RetakeBatch, SourceClip
 
 _START_TIMEOUT_S = 600.0  # imports and gigabytes of weights
@@ -118,23 +118,8 @@ class WorkerReward:
 
     def _ask(self, request: str, timeout_s: float) -> dict[str, Any]:
         process = self._process
-        assert process is not None and process.stdin is not None and process.stdout is not None
-        late = threading.Event()
-
-        def give_up() -> None:
-            late.set()
-            process.kill()
-
-        timer = threading.Timer(timeout_s, give_up)
-        timer.start()
-        try:
-            process.stdin.write(f"{request}\n")
-            process.stdin.flush()
-            line = process.stdout.readline()
-        except BrokenPipeError:
-            line = ""
-        finally:
-            timer.cancel()
+        assert process is not None
+        line = exchange(process, request, timeout_s, process.kill)
         if line:
             answer = json.loads(line)
             if "error" in answer:
@@ -143,7 +128,7 @@ class WorkerReward:
                 )
             return answer
         self._kill()
-        if late.is_set():
+        if line is None:
             raise ScorerTimeoutError(f"worker gave no answer within {timeout_s} s and was killed")
         raise RewardError(f"worker of reward {self.name} ended without an answer; its messages are on stderr")
 

@@ -3,74 +3,26 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
-from typing import Any
 
 import pytest
+from fixed_results import fixed_results
 
 from geoalign.benchmark.render import as_csv, latex, markdown, write_tables
+from geoalign.benchmark.report import worst_cases
+from geoalign.benchmark.report_tables import LinkedTables
 from geoalign.benchmark.store import Store
 from geoalign.benchmark.table import Results, all_tables, read_numbers
 from geoalign.cli.main import main
-from geoalign.config.load import load_config, to_yaml
-from geoalign.config.schema import Config
 from geoalign.errors import DataError
 
 GOLDEN = Path(__file__).parents[2] / "golden" / "benchmark"
-CAMERA = ("rot_err_deg", "trans_err_published", "trans_err", "translation_error_m", "rotation_error_deg", "scale_ratio",
-          "translation_gain")  # fmt: skip
-
-
-def row(method: str, clip: str, path: str, speed: float, error: float | None) -> dict[str, Any]:
-    """A case whose every number follows from ``error``; None: ViPE lost the camera."""
-    still = path == "pan_right"
-    metrics = {} if error is None else {name: error * (1 + place) for place, name in enumerate(CAMERA)}
-    if still and metrics:
-        metrics |= {"trans_err": None, "scale_ratio": None, "translation_gain": None, "trans_err_published": 0.0}
-    found = {"status": "failed", "cause": "timed out after 1800 s", "metrics": {}, "by_frame": {}}
-    if error is not None:
-        found = {"status": "ok", "cause": "", "metrics": metrics, "by_frame": {}}
-    quality = {"subject_consistency": 0.9, "dynamic_degree": 1.0 if error and error > 0.2 else 0.0}
-    number = {"pan_right": 1, "zoom_in": 5}[path]
-    return {
-        "method": method, "case": f"{clip}_camera_{number}_speed_{speed:g}", "clip": clip, "path": path, "speed": speed,
-        "status": "ok", "cause": "", "frames": 49, "video": f"videos/{method}/{clip}.mp4",
-        "source": f"sources/{clip}_49.mp4", "metrics": {},
-        "facts": {"rotation_deg_per_frame": 0.248 * speed if still else 0.0,
-                  "translation_m_per_frame": 0.0 if still else 0.025 * speed,
-                  "dynamic_share": {"bear": 0.3, "dog": 0.05, "swan": 0.1}[clip], "near_share": None},
-        "readers": {"vipe": found, "vbench": {"status": "ok", "cause": "", "metrics": quality, "by_frame": {}},
-                    "planar": {"status": "not applicable", "cause": "no ground plane is known of this clip",
-                               "metrics": {}, "by_frame": {}}},
-    }  # fmt: skip
 
 
 @pytest.fixture
 def store(tmp_path: Path) -> Store:
-    """Three clips x two paths x two speeds x two methods; the base loses one clip at speed 2."""
-    store = Store(tmp_path)
-    rows = []
-    for place, clip in enumerate(("bear", "dog", "swan")):
-        for path in ("pan_right", "zoom_in"):
-            for speed in (1.0, 2.0):
-                base = None if (clip, speed, path) == ("swan", 2.0, "zoom_in") else 0.2 * speed + 0.01 * place
-                rows += [row("base", clip, path, speed, base), row("trained", clip, path, speed, 0.1 + 0.02 * place)]
-    for item in rows:
-        file = tmp_path / "rows" / item["method"] / f"{item['case']}.json"
-        file.parent.mkdir(parents=True, exist_ok=True)
-        file.write_text(json.dumps(item))
-    cases = [item["case"] for item in rows if item["method"] == "base"]
-    readers = {
-        "planar": {"cameras": True, "metrics": [], "licence": "", "kind": "planar", "is_the_reward": True},
-        "vipe": {"cameras": True, "metrics": [], "licence": "Apache-2.0"},
-        "vbench": {"cameras": False, "metrics": ["subject_consistency", "dynamic_degree"], "licence": "Apache-2.0"},
-    }
-    manifest = {"settings": {}, "methods": {"trained": {}, "base": {}}, "cases": cases, "readers": readers}
-    (tmp_path / "benchmark.json").write_text(json.dumps(manifest))
-    (tmp_path / "config.yaml").write_text(to_yaml(load_config(Config, "smoke", ["benchmark.resamples=500"])))
-    numbers = {"source": "arXiv 0000.00000, table 1", "methods": {"OtherMethod": {"rot_err_deg": 1.25}}}
-    (tmp_path / "numbers.json").write_text(json.dumps(numbers))
-    return store
+    return fixed_results(tmp_path)
 
 
 def test_the_tables_of_a_fixed_results_file_are_the_committed_ones(store: Store, tmp_path: Path) -> None:
@@ -91,10 +43,51 @@ def test_what_is_said_of_what_is_missing(store: Store) -> None:
     assert tables["slice_near"].notes == ("Not available: no depth of the sources is known.",)
     assert "Not measured here: MEt3R, Dyn-MEt3R, background consistency" in " ".join(tables["table1"].notes)
     assert "left out: swan" in tables["table2"].notes[0]
-    assert dict(tables["failures"].rows)["planar (is the reward): base"][:3] == ("0", "0", "12")
+    counts = dict(tables["failures"].rows)["planar (is the reward): base"][:3]
+    assert [cell.shown for cell in counts] == ["0", "0", "12"]
     (store.folder / "rows" / "trained" / "bear_camera_1_speed_1.json").unlink()
     unfinished = all_tables(Results.read(store))[0]
     assert unfinished.notes[-1] == "Unfinished: 1 of 24 cases are not measured yet."
+
+
+def test_every_number_leads_to_its_cases_the_worst_first(store: Store) -> None:
+    """Every cell that shows a number is a link; what it leads to is compared with the rows by hand."""
+    results = Results.read(store)
+    cases = worst_cases(results)
+    linked, tables = LinkedTables(results, cases), all_tables(results)
+    html = {table.name: linked.html(table) for table in tables}
+    facts = json.loads(linked.behind().split('id="behind-facts">')[1].split("</script>")[0].replace("\\u003c", "<"))
+    links = re.findall(r'<a href="#case-([^"]+)" data-behind="(\d+)">', "".join(html.values()))
+    assert [int(number) for _, number in links] == list(range(len(facts["cells"])))
+    for case, number in links:
+        behind = facts["cells"][int(number)]
+        assert facts["cases"][behind["cases"][0][0]] == case and len(behind["cases"]) == behind["of"]
+        assert behind["method"] in results.methods
+    for text in html.values():  # no number without its cases, but for counts of nothing and numbers of others
+        for row in re.findall(r"<tr><td>.*?</td>(.*?)</tr>", text):
+            for cell in re.findall(r"<td>(.*?)</td>", row):
+                assert cell.startswith("<a ") or re.match(r"\D*$|0( of \d+)?$|1\.25\N{DAGGER}$", cell), cell
+
+    def behind_cell(title: str) -> list[tuple[str, str]]:
+        found = next(cell for cell in facts["cells"] if cell["title"] == title)
+        return [(facts["cases"][place], shown) for place, shown in found["cases"]]
+
+    position = "position, m \N{DOWNWARDS ARROW}"
+    base = behind_cell(f"Table 1: consistency, camera accuracy and quality: base, {position}")
+    assert base[0] == ("swan_camera_5_speed_2", "timed out after 1800 s") and len(base) == 12
+    assert base[1][0].startswith("swan_camera_1_speed_2") and base[-1][0] == "bear_camera_5_speed_1"
+    trained = behind_cell(f"Table 1: consistency, camera accuracy and quality: trained, {position}")
+    assert [case.split("_")[0] for case, _ in trained] == ["swan"] * 4 + ["dog"] * 4 + ["bear"] * 4
+    pairs = behind_cell(f"Table 1: differences from the base: trained, {position}")
+    assert pairs[0] == ("swan_camera_5_speed_2", "no pair") and len(pairs) == 12
+    differences = [float(shown.replace("\N{MINUS SIGN}", "-")) for _, shown in pairs[1:]]
+    assert differences == sorted(differences, reverse=True) and differences[-1] == pytest.approx(4 * (0.1 - 0.4))
+    ratio = behind_cell("Table 1: consistency, camera accuracy and quality: trained, scale ratio \N{RIGHTWARDS ARROW}1")
+    assert ratio[0][0].startswith("bear_camera_5")  # 0.6 is further from 1 than 0.84
+    degree = behind_cell("Table 1: consistency, camera accuracy and quality: base, dynamic degree \N{UPWARDS ARROW}")
+    assert degree[0][1] == "0" and degree[-1][1] == "1.00"
+    lost = behind_cell("Table 1: consistency, camera accuracy and quality: base, failed cases")
+    assert lost == base[:1]
 
 
 def test_settings_of_the_tables_may_be_changed_afterwards(store: Store) -> None:

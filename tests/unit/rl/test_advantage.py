@@ -235,8 +235,8 @@ def test_normalisation_ignores_scale_and_offset(seed: int, scale: float, offset:
 @pytest.mark.parametrize(
     ("call", "error", "message"),
     [
-        (lambda: values(AdvantageConfig(weights={"x": 1.0})), ConfigError, r"weights names \['x'\]"),
-        (lambda: values(AdvantageConfig(floors={"y": 1.0})), ConfigError, r"floors names \['y'\]"),
+        (lambda: values(AdvantageConfig(weights={"x": 1.0})), ConfigError, "weights names x, but the rewards give r;"),
+        (lambda: values(AdvantageConfig(floors={"y": 1.0})), ConfigError, "floors names y, but the rewards give r;"),
         (lambda: values(AdvantageConfig(), SCORES[:7]), UsageError, r"must all be \[B\]"),
         (lambda: values(AdvantageConfig(), SCORES.log() * float("inf")), UsageError, "not finite"),
     ],

@@ -88,30 +88,15 @@ def test_a_hanging_tool_is_killed_with_its_children(
     vipe._worker.start()
     foreign_tools.behave(environments, "vipe", "hang")
 
-    class Timer(threading.Thread):
-        """Time is up as soon as ViPE hangs, whatever the load of the machine."""
-
-        def __init__(self, seconds: float, function: Callable[[], None]) -> None:
-            super().__init__(daemon=True)
-            self.seconds, self.function, self.cancelled = seconds, function, threading.Event()
-
-        def run(self) -> None:
-            while not (folder / "child").exists():
-                if self.cancelled.wait(0.02):
-                    return
-            self.function()
-
-        cancel = lambda self: self.cancelled.set()  # noqa: E731 - as threading.Timer
-
     left = tmp_path / "out" / ".work" / "left"
     left.parent.mkdir(parents=True)
     left.write_text("by a kill")
     with monkeypatch.context() as patch:
-        patch.setattr(threading, "Timer", Timer)
+        patch.setattr(threading, "Timer", foreign_tools.impatient_timer(folder))
         result = measured(vipe, case_files, tmp_path / "out")
     assert result.cause.startswith("timed out: no answer within 1800 s, killed; it printed: ")
     assert foreign_tools.cases(environments, "vipe") == ["hang"]  # the time is gone: not tried again
-    assert gone(int((folder / "child").read_text()))
+    assert gone(int((folder / "hung").read_text()))
     foreign_tools.behave(environments, "vipe", "well")
     assert measured(vipe, case_files, tmp_path / "out").status == "ok"
 
