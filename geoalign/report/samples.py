@@ -71,15 +71,20 @@ def training_section(run: RunRecord) -> str:
     films = "".join(folded_film(_training_film(clip)) for clip in run.films)
     return f"""<section id="training"><h2>While it trained</h2>
 <p>One training sample of an iteration each: the first one, picked by nobody. Requests change from one iteration to the
-next, so look at whether the ground keeps to the lines of the path asked for.</p>{films}</section>"""
+next, so compare the camera read with the path asked for, and look at whether the ground keeps to its lines.</p>{films}</section>"""
 
 
 def _training_film(clip: TrainingClip) -> Film:
     ground = None if clip.ground_plane is None else Ground(clip.ground_plane, clip.intrinsics)
+    paths, note = [CameraPath("target", PATHS["target"], clip.target_c2w)], ""
+    if clip.read_c2w is not None:
+        paths.append(CameraPath("after", "camera read", clip.read_c2w))
+        note = "" if np.isfinite(clip.read_c2w).any() else "no camera was read"
     return Film(
         title=f"Iteration {clip.iteration}",
+        note=note,
         takes=[Take("source", STAGES["source"], clip.source), Take("after", "Retake", clip.retake)],
-        paths=[CameraPath("target", PATHS["target"], clip.target_c2w)],
+        paths=paths,
         ground=ground,
         frame_labels=[str(frame) for frame in clip.frames],
     )
