@@ -26,7 +26,7 @@ from geoalign.training.trainer import TrainingFilm
 logger = logging.getLogger(__name__)
 _GIF_MS, _HOLD_MS = 160, 800
 _PANEL = 120  # smallest height of a GIF in pixels: the path beside tiny frames must be legible
-_ASKED, _READ = (31, 111, 178), (200, 80, 0)
+_ASKED, _READ = (40, 40, 40), (31, 111, 178)  # as in the report
 
 
 class FilmWriter:
@@ -112,7 +112,7 @@ class FilmWriter:
 def film_gif(source: Array, retake: Array, asked: Array, read: Array | None = None) -> bytes:
     """An endless GIF of uint8 ``[F, 3, H, W]`` videos side by side, with the paths drawn to their right.
 
-    ``asked`` and ``read`` are ``[F, 4, 4]``, the latter NaN where nothing was read: blue the path asked for, orange the
+    ``asked`` and ``read`` are ``[F, 4, 4]``, the latter NaN where nothing was read: black the path asked for, blue the
     camera read. OpenCV axes; the drawing shows the two axes in which the path asked for extends most.
     """
     factor = max(1, -(-_PANEL // source.shape[-2]))
@@ -126,7 +126,7 @@ def film_gif(source: Array, retake: Array, asked: Array, read: Array | None = No
             canvas.paste(picture.resize((width, height), Image.Resampling.NEAREST), (left, 0))
         draw = ImageDraw.Draw(canvas)
         for colour, places in paths:
-            _draw_path(draw, places + (2 * width + 8, 0), index, colour)
+            _draw_path(draw, places + np.array([2 * width + 8, 0]), index, colour)
         pictures.append(canvas.quantize(128, dither=Image.Dither.NONE))
     data = io.BytesIO()
     times = [_GIF_MS] * (len(pictures) - 1) + [_HOLD_MS]
@@ -146,7 +146,7 @@ def _draw_path(draw: ImageDraw.ImageDraw, places: Array, index: int, colour: tup
 
 
 def _places(asked: Array, read: Array | None, size: int) -> list[Array]:
-    """The paths ``[F, 2]`` in a square of ``size`` pixels: right to the right; forward, or up where that is more, up."""
+    """The paths ``[F, 2]`` in a square of ``size`` pixels: right is right; forward, or up where that is more, is up."""
     extent = np.ptp(asked[:, :3, 3], axis=0)
     rises = extent[1] > extent[2]
     flats = [

@@ -22,7 +22,7 @@ from geoalign.report.held_out import Value, judged, present_names
 from geoalign.report.page import REFRESH_S, footer
 from geoalign.report.results import value_text
 from geoalign.report.run_folder import EvaluationClips, RunRecord, read_run
-from geoalign.report.samples import HOW_TO_LOOK, choose_samples, compared_film, folded_film
+from geoalign.report.samples import choose_samples, compared_film, folded_film, how_to_look
 from geoalign.report.state import RunState, duration, seconds_per_iteration
 from geoalign.report.svg import number
 from geoalign.report.words import HELD_OUT, SETS, Metric
@@ -253,10 +253,11 @@ def _films(runs: Sequence[ComparedRun], count: int) -> str:
     errors = np.mean([part.translation_errors() for part in have], axis=0)
     labelled = [(run.css, run.label, part) for run, part in zip(runs, have, strict=True)]
     films = [compared_film(labelled, base, index, rank) for index, rank in choose_samples(errors, count)]
+    look = how_to_look(have[0])
     shown = film_html(films[0]) + "".join(folded_film(film) for film in films[1:])
     return f"""<section id="films"><h2>The same films</h2>
 <p>Held-out conditions that every run was measured on, ordered by the mean position error of the runs and taken at even
-ranks.</p>{HOW_TO_LOOK}{shown}</section>"""
+ranks.</p>{look}{shown}</section>"""
 
 
 def _same_films(part: EvaluationClips, first: EvaluationClips) -> bool:

@@ -44,7 +44,7 @@ class Scored:
     seconds: dict[str, float]
 
     def camera(self, row: int) -> Tensor | None:
-        """The camera ``[F, 4, 4]`` that the first reward that reads cameras read from video ``row``; None without one."""
+        """The camera ``[F, 4, 4]`` that the first reward with cameras read from video ``row``; None without one."""
         return next((o.cameras[row] for o in self.outputs.values() if o.cameras is not None), None)
 
 

@@ -58,8 +58,10 @@ def test_the_first_the_newest_and_evenly_spaced_films_are_kept(tmp_path: Path) -
 
 def test_those_who_keep_every_film_get_few_of_a_long_run(tmp_path: Path) -> None:
     run = RunConfig(films_every=10, keep_films=4)
-    got = [iteration for iteration, _ in write(tmp_path, run, {i: film(9, frames=2) for i in [*range(0, 400, 10), 399]})]
-    # 4 of the first 4 films, 2 of the next 4, 2 of the next 8, 2 of the next 16, the first of the 8 that follow, the last.
+    got = [
+        iteration for iteration, _ in write(tmp_path, run, {i: film(9, frames=2) for i in [*range(0, 400, 10), 399]})
+    ]
+    # 4 of the first 4 films, 2 of the next 4, 2 of the next 8, 2 of the next 16, the first of those behind, the last.
     assert got == [0, 10, 20, 30, 40, 60, 80, 120, 160, 240, 320, 399]
 
 
@@ -74,10 +76,10 @@ def test_a_film_shows_source_retake_and_paths(tmp_path: Path) -> None:
         factor = pixels.shape[0] // 12
         assert (pixels[:, : 16 * factor] == 200).all() and (pixels[:, 16 * factor + 4 : 32 * factor + 4] == 55).all()
         seen.append(pixels[:, 32 * factor + 8 :])
-    # The blue dot goes forward, which is upwards in the drawing, the orange one to the right as well, until it is lost.
-    dots = [np.argwhere((part[..., 2] > 150) & (part[..., 0] < 60)) for part in seen]
+    # The black dot goes forward, which is upwards in the drawing, the blue one to the right as well, until it is lost.
+    dots = [np.argwhere((part < 80).all(-1)) for part in seen]
     assert dots[0][:, 0].min() > dots[-1][:, 0].min() and dots[-1][:, 1].max() == dots[1][:, 1].max()
-    read = [np.argwhere((part[..., 0] > 180) & (part[..., 2] < 60)) for part in seen]
+    read = [np.argwhere((part[..., 2] > 150) & (part[..., 0] < 80)) for part in seen]
     assert all(np.diff([places[:, 1].max() for places in read[:-1]]) > 0)
     assert read[-1][:, 1].max() < read[-2][:, 1].max()  # a line, and no dot at its end
     (clip,) = read_films(tmp_path / "films")
