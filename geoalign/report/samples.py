@@ -76,10 +76,14 @@ def training_section(run: RunRecord) -> str:
     if not run.films:
         return ""
     films = "".join(folded_film(_training_film(clip)) for clip in run.films)
+    look = ["the camera read keeps to the path asked for"] * any(clip.read_c2w is not None for clip in run.films)
+    look += ["the ground keeps to the lines of the path asked for"] * any(
+        clip.ground_plane is not None for clip in run.films
+    )
+    advice = f", so look at whether {' and '.join(look)}" if look else ""
     return f"""<section id="training"><h2>While it trained</h2>
 <p>One training sample of an iteration each: the first one, picked by nobody. Requests change from one iteration to the
-next, so compare the camera read with the path asked for, and look at whether the ground keeps to its
-lines.</p>{films}</section>"""
+next{advice}.</p>{films}</section>"""
 
 
 def _training_film(clip: TrainingClip) -> Film:

@@ -29,6 +29,7 @@ def take(browser: Browser, page: Path, name: str, width: int, height: int, scrip
     from PIL import Image
 
     tab = browser.new_page(viewport={"width": width, "height": height}, device_scale_factor=1.5 if width < 500 else 1)
+    tab.set_default_timeout(600_000)  # of a machine with much else to do
     tab.goto(page.resolve().as_uri())
     tab.locator("article.film.live").first.wait_for()
     if script:
