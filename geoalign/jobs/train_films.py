@@ -136,7 +136,7 @@ def film_gif(source: Array, retake: Array, asked: Array, read: Array | None = No
 
 def _draw_path(draw: ImageDraw.ImageDraw, places: Array, index: int, colour: tuple[int, int, int]) -> None:
     """The way up to frame ``index`` in colour, the rest pale, a dot at the frame; places that are NaN are left out."""
-    known = np.isfinite(places).all(1)
+    known = np.isfinite(places.sum(axis=1))
     pale = tuple((2 * 255 + value) // 3 for value in colour)
     for upto, shade, thick in ((len(places), pale, 2), (index + 1, colour, 3)):
         draw.line([(float(x), float(y)) for x, y in places[:upto][known[:upto]]], fill=shade, width=thick)

@@ -88,14 +88,23 @@ def compare_page(records: Sequence[RunRecord], samples: int = 4) -> str:
 
 
 def _labelled(records: Sequence[RunRecord]) -> list[ComparedRun]:
-    names = [record.name for record in records]
-    labels = [
-        name if names.count(name) == 1 else str(record.folder) for name, record in zip(names, records, strict=True)
-    ]
     return [
         ComparedRun(label, f"run-{index}", record)
-        for index, (label, record) in enumerate(zip(labels, records, strict=True), 1)
+        for index, (label, record) in enumerate(zip(_labels(records), records, strict=True), 1)
     ]
+
+
+def _labels(records: Sequence[RunRecord]) -> list[str]:
+    """The names of the runs; of equal names, the ends of their folders' paths, as short as they tell the runs apart."""
+    labels = [record.name for record in records]
+    same = [index for index, label in enumerate(labels) if labels.count(label) > 1]
+    paths = [records[index].folder.absolute().parts for index in same]
+    for length in range(1, max(map(len, paths), default=0) + 1):
+        for index, path in zip(same, paths, strict=True):
+            labels[index] = "/".join(path[-length:])
+        if len(set(labels)) == len(labels):
+            break
+    return labels
 
 
 def _same_conditions(runs: Sequence[ComparedRun]) -> bool:
@@ -160,8 +169,9 @@ def _overview(runs: Sequence[ComparedRun]) -> str:
         cells = "".join(_cell(name, escape(text)) for name, text in told.items())
         rows.append(f"<tr><td>{run.mark}</td>{cells}</tr>")
     head = "".join(f"<th>{name}</th>" for name in facts)
-    return f"""<section id="runs"><h2>The runs</h2><table class="labelled"><thead><tr><th></th>{head}</tr></thead>
-<tbody>{"".join(rows)}</tbody></table></section>"""
+    return f"""<section id="runs"><h2>The runs</h2>
+<div class="scroll"><table class="labelled"><thead><tr><th></th>{head}</tr></thead>
+<tbody>{"".join(rows)}</tbody></table></div></section>"""
 
 
 def _settings(runs: Sequence[ComparedRun]) -> str:
@@ -176,7 +186,10 @@ def _settings(runs: Sequence[ComparedRun]) -> str:
             + "</tr>"
             for key in keys
         )
-        text = f'<table class="labelled">{_head(run.mark for run in runs)}<tbody>{rows}</tbody></table>'
+        text = (
+            f'<div class="scroll"><table class="labelled">{_head(run.mark for run in runs)}'
+            f"<tbody>{rows}</tbody></table></div>"
+        )
     return f'<section id="settings"><h2>What was set differently</h2>{text}</section>'
 
 
