@@ -11,13 +11,16 @@ from geoalign.cli.options import examples
 
 SHELLS = ("bash", "zsh")
 _FILES = ("FILE", "FOLDER", "CAMERA", "MODEL", "PATH", "RUN", "PNG")
-_TEMPLATE = """\
-_geoalign() {{
-    local cur=${{COMP_WORDS[COMP_CWORD]}} prev=${{COMP_WORDS[COMP_CWORD - 1]}} verb= words= files= word
-    for word in "${{COMP_WORDS[@]:1:COMP_CWORD - 1}}"; do
+_OFFER = """\
+# Sets `offered` and `files` to what may follow the words given, those behind `geoalign`.
+_geoalign_offer() {{
+    local word verb= prev=
+    offered= files=
+    for word in "$@"; do
         case "$verb/$word" in
         {verbs}) verb=${{verb:+$verb }}$word ;;
         esac
+        prev=$word
     done
     case "$verb/$prev" in
 {values}
@@ -27,14 +30,54 @@ _geoalign() {{
         esac
         ;;
     esac
-    COMPREPLY=($(compgen -W "$words" -- "$cur"))
-    [ -n "$files" ] && COMPREPLY+=($(compgen -f -- "$cur"))
-    [[ ${{COMPREPLY[0]}} == *[=.] ]] && compopt -o nospace 2>/dev/null
-    return 0
 }}
-complete -o filenames -F _geoalign geoalign
 """
-_ZSH = "#compdef geoalign\nautoload -Uz bashcompinit && bashcompinit\n"
+_BASH = """\
+_geoalign() {
+    local offered= files= cur=${COMP_WORDS[COMP_CWORD]} last=$((COMP_CWORD - 1)) found
+    if [[ $cur == = ]]; then  # bash ends a word at "="
+        cur= last=$COMP_CWORD
+    fi
+    if [[ ${COMP_WORDS[last]} != = ]]; then
+        _geoalign_offer "${COMP_WORDS[@]:1:last}"
+    elif [[ ${COMP_WORDS[last - 1]} == --* ]]; then
+        _geoalign_offer "${COMP_WORDS[@]:1:last - 1}"
+    else
+        files=1
+    fi
+    COMPREPLY=()
+    [[ $offered ]] && mapfile -t COMPREPLY < <(compgen -W "$offered" -- "$cur")
+    [[ ${COMPREPLY[0]} == *[=.] ]] && compopt -o nospace
+    if [[ $files ]]; then
+        mapfile -t found < <(compgen -f -- "$cur")
+        (( ${#found[@]} )) && compopt -o filenames && COMPREPLY+=("${found[@]}")
+    fi
+    return 0
+}
+complete -F _geoalign geoalign
+"""
+_ZSH = """\
+_geoalign() {
+    local offered= files= ret=1
+    local -a open closed
+    if [[ $PREFIX == --*=* ]]; then
+        _geoalign_offer "${(@)words[2,CURRENT-1]}" "${PREFIX%%=*}"
+        compset -P '*='
+    elif [[ $PREFIX == *=* ]]; then
+        files=1
+        compset -P '*='
+    else
+        _geoalign_offer "${(@)words[2,CURRENT-1]}"
+    fi
+    open=(${(M)${=offered}:#*[=.]}) closed=(${${=offered}:#*[=.]})
+    (( $#open )) && compadd -S '' -a open && ret=0
+    (( $#closed )) && compadd -a closed && ret=0
+    [[ -n $files ]] && _files && ret=0
+    return ret
+}
+# A file _geoalign of $fpath is this function at its first call; sourced, it names the function.
+if [[ $funcstack[1] == _geoalign ]]; then _geoalign "$@"; else compdef _geoalign geoalign; fi
+"""
 
 
 def add_parser(subparsers: Any) -> None:
@@ -46,7 +89,7 @@ def add_parser(subparsers: Any) -> None:
     parser = subparsers.add_parser(
         "completion",
         help="a completion script for bash or zsh",
-        description="Print a script that completes verbs, options, presets and settings.",
+        description="Print a script that completes verbs, options, presets, camera paths and settings.",
         **shown,
     )
     parser.add_argument("shell", choices=SHELLS, help="which shell the script is for")
@@ -60,23 +103,21 @@ def run(args: argparse.Namespace) -> int:
 
 
 def script(shell: str) -> str:
-    """The script for ``shell``; zsh reads that of bash."""
-    from geoalign.config.source import preset_names
-
+    """The script for ``shell``: what may stand where is the same text for both."""
     found = dict(parsers())
     tree = [f'"{" ".join(path[:-1])}/{path[-1]}"' for path in found if path]
     values, options = [], []
     for path, parser in found.items():
         name = " ".join(path)
         words = _words(parser)
-        options.append(f'        "{name}") words="{" ".join(words)}"{_files_if(parser)} ;;')
+        options.append(f'        "{name}") offered="{" ".join(words)}"{_files_if(parser)} ;;')
         for action in parser._actions:
-            told = _values(action, preset_names())
+            told = _values(action)
             if told is not None and action.option_strings:
                 patterns = "|".join(f'"{name}/{option}"' for option in action.option_strings)
                 values.append(f"    {patterns}) {told} ;;")
-    text = _TEMPLATE.format(verbs="|".join(tree), values="\n".join(values), options="\n".join(options))
-    return (_ZSH if shell == "zsh" else "") + text
+    offer = _OFFER.format(verbs="|".join(tree), values="\n".join(values), options="\n".join(options))
+    return f"#compdef geoalign\n{offer}{_ZSH}" if shell == "zsh" else offer + _BASH
 
 
 def parsers() -> Iterator[tuple[tuple[str, ...], argparse.ArgumentParser]]:
@@ -126,15 +167,21 @@ def settings() -> list[str]:
     return list(walk(Config, ""))
 
 
-def _values(action: argparse.Action, presets: list[str]) -> str | None:
+def _values(action: argparse.Action) -> str | None:
     """Shell assignments for what may follow an option; None for one that takes nothing."""
     if action.nargs == 0:
         return None
     if "--config" in action.option_strings or "--against" in action.option_strings:
-        return f'words="{" ".join(presets)}"; files=1'
+        from geoalign.config.source import preset_names
+
+        return f'offered="{" ".join(preset_names())}"; files=1'
+    if action.metavar == "CAMERA":
+        from geoalign.geometry.presets import PRESETS
+
+        return f'offered="{" ".join(PRESETS)}"; files=1'
     if action.choices:
-        return f'words="{" ".join(map(str, action.choices))}"'
-    return "files=1" if _takes_file(action) else "words="
+        return f'offered="{" ".join(map(str, action.choices))}"'
+    return "files=1" if _takes_file(action) else ":"
 
 
 def _takes_file(action: argparse.Action) -> bool:

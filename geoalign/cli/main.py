@@ -31,7 +31,7 @@ from geoalign.version import __version__
 DEBUG_VARIABLE = "GEOALIGN_DEBUG"
 QUIET = ("torch", "transformers", "diffusers", "huggingface_hub", "tensorboard", "matplotlib", "multiprocessing")
 """Libraries whose warnings tell a user nothing to do."""
-QUIET_LOGS = ("torchao", "torch.utils._pytree")
+QUIET_LOGS = ("torchao", "torch.utils._pytree", "matplotlib.font_manager")
 OF_DISKS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.ENOENT)
 OVERRIDE = re.compile(r"[A-Za-z_][\w.]*=")
 

@@ -25,6 +25,9 @@ if TYPE_CHECKING:
     from geoalign.jobs.score import ScoringTask, Source
     from geoalign.rewards.base import Reward
 
+_SIDE_BY_SIDE = 4
+"""Up to so many videos are columns of a table whose lines are numbers."""
+
 EPILOG = """\
 Frames 0..F-1 of a video are compared with the F poses of the path (a preset has as many as the video); `frames` and
 `video_frames` in the output say how many of how many that were. A video that fails becomes a row with an error, and the
@@ -198,12 +201,16 @@ def _told(error: Exception) -> str:
 
 
 def _print_table(rows: Sequence[dict[str, Any]]) -> None:
-    """The numbers to stdout."""
+    """The numbers to stdout: a line for each number of a few videos, a line for each video of many."""
     columns = list(dict.fromkeys(name for row in rows for name in row if name not in ("video", "error")))
-    width = max(len(Path(row["video"]).name) for row in rows)
-    print(f"{'video':<{width}}  " + "  ".join(f"{name:>18}" for name in columns))
-    for row in rows:
-        print(f"{Path(row['video']).name:<{width}}  " + "  ".join(f"{_cell(row.get(name)):>18}" for name in columns))
+    lines = [["video", *columns]]
+    lines += [[Path(row["video"]).name, *(_cell(row.get(name)) for name in columns)] for row in rows]
+    if len(rows) <= _SIDE_BY_SIDE:
+        lines = [list(line) for line in zip(*lines, strict=True)]
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    for first, *others in lines:
+        rest = (f"{text:>{width}}" for text, width in zip(others, widths[1:], strict=True))
+        print("  ".join([f"{first:<{widths[0]}}", *rest]))
 
 
 def _print_notes(rows: Sequence[dict[str, Any]]) -> None:

@@ -75,7 +75,7 @@ VIDEOALIGN = Published(
     _hub("KlingTeam/VideoReward", "checkpoint-11352/*"), "the videoalign reward",
 )  # fmt: skip
 HPSV3 = Published(
-    "HPSv3: human preference of frames", "MIT", 16.6, "weights/hpsv3",
+    "HPSv3: human preference of frames", "Apache-2.0", 16.6, "weights/hpsv3",
     _hub("MizzenAI/HPSv3", "HPSv3.safetensors"), "the hpsv3 reward",
 )  # fmt: skip
 HPSV3_TOKENIZER = Published(

@@ -44,10 +44,12 @@ class RunConfig(Section):
     wandb: str | None = None
     """Weights & Biases project that gets the metrics too (extra ``wandb``; WANDB_MODE=offline needs no network)."""
     films_every: int = Field(10, ge=0)
-    """Iterations between films of a training sample (source, retake, path asked for) under ``films/``, in TensorBoard
-    and W&B, beside one of the last iteration; 0: none. One is at most 33 frames of 320 pixels width, below 15 MB."""
+    """Iterations between films of a training sample (source, retake, paths asked for and read) under ``films/``, in
+    TensorBoard and W&B, beside one of the last iteration; 0: none. One is at most 33 frames of 320 pixels width, below
+    15 MB."""
     keep_films: int = Field(20, gt=0)
-    """Films kept in the run folder: the first, the newest, and others evenly spaced."""
+    """Films kept in the run folder: the first, the newest, and others evenly spaced. TensorBoard and W&B, which keep
+    what they get, get this many and half as many again each time the run doubles its length."""
     compile: bool = False
     """Run the network's blocks through ``torch.compile``, one graph for all, in rollout and learner alike."""
     attention: Literal[

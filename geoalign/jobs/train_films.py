@@ -1,4 +1,4 @@
-"""Films while a run trains: source, retake and the path asked for, as files, in TensorBoard and for the report.
+"""Films while a run trains: source, retake, the paths asked for and read; as files, in TensorBoard, for the report.
 
 What a film costs the loop is one copy of one decoded video to the host; scaling, drawing and writing are done by a
 thread beside the next iteration. A film that cannot be written is said in the log and stops nothing.
@@ -26,6 +26,7 @@ from geoalign.training.trainer import TrainingFilm
 logger = logging.getLogger(__name__)
 _GIF_MS, _HOLD_MS = 160, 800
 _PANEL = 120  # smallest height of a GIF in pixels: the path beside tiny frames must be legible
+_ASKED, _READ = (40, 40, 40), (31, 111, 178)  # as in the report
 
 
 class FilmWriter:
@@ -53,13 +54,26 @@ class FilmWriter:
         self._pending.append((iteration, self._thread.submit(self._write, iteration, film)))
 
     def finished(self, wait: bool = False) -> Iterator[tuple[int, Path]]:
-        """Iteration and GIF of the films written since the last call, once each; all of them with ``wait``."""
+        """Iteration and GIF of films written since the last call, once each, of all films with ``wait``.
+
+        Those who get them keep them for good, so they get fewer as a run grows long: all of the first ``keep_films``,
+        half of the next as many, then a quarter of twice as many, and so on; and the last one.
+        """
         while self._pending and (wait or self._pending[0][1].done()):
             iteration, future = self._pending.pop(0)
             try:
-                yield iteration, future.result()
+                gif = future.result()
+                if self._passed_on(iteration):
+                    yield iteration, gif
             except Exception as error:  # of whatever kind: a film is no reason to end a run
                 logger.warning("the film of iteration %d was not written: %s", iteration, error)
+
+    def _passed_on(self, iteration: int) -> bool:
+        number, rest = divmod(iteration, self._run.films_every)
+        stride = 1
+        while number >= stride * self._run.keep_films:
+            stride *= 2
+        return rest > 0 or number % stride == 0
 
     def _write(self, iteration: int, film: TrainingFilm) -> Path:
         kept = thinned(film.source.shape[0])
@@ -70,10 +84,13 @@ class FilmWriter:
         arrays |= {"target_c2w": film.target_c2w[kept], "intrinsics": film.intrinsics[kept]}
         if film.ground_plane is not None:
             arrays["ground_plane"] = film.ground_plane
+        read = None if film.read_c2w is None else film.read_c2w[kept]
+        if read is not None:
+            arrays["read_c2w"] = read
         with atomic_path(path) as temporary, temporary.open("wb") as file:
             np.savez_compressed(file, **arrays)
         gif = path.with_suffix(".gif")
-        atomic_write_bytes(gif, film_gif(source, retake, film.target_c2w[kept, :3, 3]))
+        atomic_write_bytes(gif, film_gif(source, retake, film.target_c2w[kept], read))
         self._thin()
         return gif
 
@@ -97,14 +114,15 @@ class FilmWriter:
         self._thread.shutdown(wait=True)
 
 
-def film_gif(source: Array, retake: Array, position: Array) -> bytes:
-    """An endless GIF of uint8 ``[F, 3, H, W]`` videos side by side, with the path asked for drawn to their right.
+def film_gif(source: Array, retake: Array, asked: Array, read: Array | None = None) -> bytes:
+    """An endless GIF of uint8 ``[F, 3, H, W]`` videos side by side, with the paths drawn to their right.
 
-    ``position`` ``[F, 3]`` are the target's, OpenCV axes; the drawing shows the two axes in which it extends most.
+    ``asked`` and ``read`` are ``[F, 4, 4]``, the latter NaN where nothing was read: black the path asked for, blue the
+    camera read. OpenCV axes; the drawing shows the two axes in which the path asked for extends most.
     """
     factor = max(1, -(-_PANEL // source.shape[-2]))
     height, width = source.shape[-2] * factor, source.shape[-1] * factor
-    places = _places(position, height)
+    paths = list(zip((_ASKED, _READ), _places(asked, read, height), strict=False))
     pictures = []
     for index in range(len(source)):
         canvas = Image.new("RGB", (2 * width + height + 8, height), "white")
@@ -112,11 +130,8 @@ def film_gif(source: Array, retake: Array, position: Array) -> bytes:
             picture = Image.fromarray(np.ascontiguousarray(np.moveaxis(frame, 0, -1)))
             canvas.paste(picture.resize((width, height), Image.Resampling.NEAREST), (left, 0))
         draw = ImageDraw.Draw(canvas)
-        path = [(2 * width + 8 + x, y) for x, y in places]
-        draw.line(path, fill=(150, 150, 150), width=2)
-        draw.line(path[: index + 1], fill=(31, 111, 178), width=3)
-        x, y = path[index]
-        draw.ellipse((x - 4, y - 4, x + 4, y + 4), fill=(31, 111, 178))
+        for colour, places in paths:
+            _draw_path(draw, places + np.array([2 * width + 8, 0]), index, colour)
         pictures.append(canvas.quantize(128, dither=Image.Dither.NONE))
     data = io.BytesIO()
     times = [_GIF_MS] * (len(pictures) - 1) + [_HOLD_MS]
@@ -124,11 +139,27 @@ def film_gif(source: Array, retake: Array, position: Array) -> bytes:
     return data.getvalue()
 
 
-def _places(position: Array, size: int) -> list[tuple[float, float]]:
-    """The path in a square of ``size`` pixels: right to the right, and forward, or up where that is more, upwards."""
-    extent = np.ptp(position, axis=0)
-    up = position[:, 2] if extent[2] >= extent[1] else -position[:, 1]
-    flat = np.stack([position[:, 0], -up], -1)
-    middle = (flat.max(0) + flat.min(0)) / 2
-    scale = (size / 2 - 12) / max(float(np.ptp(flat, axis=0).max()) / 2, 1e-6)
-    return [(float(size / 2 + x), float(size / 2 + y)) for x, y in (flat - middle) * scale]
+def _draw_path(draw: ImageDraw.ImageDraw, places: Array, index: int, colour: tuple[int, int, int]) -> None:
+    """The way up to frame ``index`` in colour, the rest pale, a dot at the frame; places that are NaN are left out."""
+    known = np.isfinite(places.sum(axis=1))
+    pale = tuple((2 * 255 + value) // 3 for value in colour)
+    for upto, shade, thick in ((len(places), pale, 2), (index + 1, colour, 3)):
+        draw.line([(float(x), float(y)) for x, y in places[:upto][known[:upto]]], fill=shade, width=thick)
+    if known[index]:
+        x, y = (float(value) for value in places[index])
+        draw.ellipse((x - 4, y - 4, x + 4, y + 4), fill=colour)
+
+
+def _places(asked: Array, read: Array | None, size: int) -> list[Array]:
+    """The paths ``[F, 2]`` in a square of ``size`` pixels: right is right; forward, or up where that is more, is up."""
+    extent = np.ptp(asked[:, :3, 3], axis=0)
+    rises = extent[1] > extent[2]
+    flats = [
+        np.stack([c2w[:, 0, 3], c2w[:, 1, 3] if rises else -c2w[:, 2, 3]], -1)
+        for c2w in (asked, read)
+        if c2w is not None
+    ]
+    every = np.concatenate(flats)
+    low, high = np.nanmin(every, axis=0), np.nanmax(every, axis=0)
+    scale = (size / 2 - 12) / max(float((high - low).max()) / 2, 1e-6)
+    return [size / 2 + (flat - (low + high) / 2) * scale for flat in flats]

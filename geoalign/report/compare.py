@@ -22,7 +22,7 @@ from geoalign.report.held_out import Value, judged, present_names
 from geoalign.report.page import REFRESH_S, footer
 from geoalign.report.results import value_text
 from geoalign.report.run_folder import EvaluationClips, RunRecord, read_run
-from geoalign.report.samples import HOW_TO_LOOK, choose_samples, compared_film, folded_film
+from geoalign.report.samples import choose_samples, compared_film, folded_film, how_to_look
 from geoalign.report.state import RunState, duration, seconds_per_iteration
 from geoalign.report.svg import number
 from geoalign.report.words import HELD_OUT, SETS, Metric
@@ -88,14 +88,23 @@ def compare_page(records: Sequence[RunRecord], samples: int = 4) -> str:
 
 
 def _labelled(records: Sequence[RunRecord]) -> list[ComparedRun]:
-    names = [record.name for record in records]
-    labels = [
-        name if names.count(name) == 1 else str(record.folder) for name, record in zip(names, records, strict=True)
-    ]
     return [
         ComparedRun(label, f"run-{index}", record)
-        for index, (label, record) in enumerate(zip(labels, records, strict=True), 1)
+        for index, (label, record) in enumerate(zip(_labels(records), records, strict=True), 1)
     ]
+
+
+def _labels(records: Sequence[RunRecord]) -> list[str]:
+    """The names of the runs; of equal names, the ends of their folders' paths, as short as they tell the runs apart."""
+    labels = [record.name for record in records]
+    same = [index for index, label in enumerate(labels) if labels.count(label) > 1]
+    paths = [records[index].folder.absolute().parts for index in same]
+    for length in range(1, max(map(len, paths), default=0) + 1):
+        for index, path in zip(same, paths, strict=True):
+            labels[index] = "/".join(path[-length:])
+        if len(set(labels)) == len(labels):
+            break
+    return labels
 
 
 def _same_conditions(runs: Sequence[ComparedRun]) -> bool:
@@ -160,8 +169,9 @@ def _overview(runs: Sequence[ComparedRun]) -> str:
         cells = "".join(_cell(name, escape(text)) for name, text in told.items())
         rows.append(f"<tr><td>{run.mark}</td>{cells}</tr>")
     head = "".join(f"<th>{name}</th>" for name in facts)
-    return f"""<section id="runs"><h2>The runs</h2><table class="labelled"><thead><tr><th></th>{head}</tr></thead>
-<tbody>{"".join(rows)}</tbody></table></section>"""
+    return f"""<section id="runs"><h2>The runs</h2>
+<div class="scroll"><table class="labelled"><thead><tr><th></th>{head}</tr></thead>
+<tbody>{"".join(rows)}</tbody></table></div></section>"""
 
 
 def _settings(runs: Sequence[ComparedRun]) -> str:
@@ -176,7 +186,10 @@ def _settings(runs: Sequence[ComparedRun]) -> str:
             + "</tr>"
             for key in keys
         )
-        text = f'<table class="labelled">{_head(run.mark for run in runs)}<tbody>{rows}</tbody></table>'
+        text = (
+            f'<div class="scroll"><table class="labelled">{_head(run.mark for run in runs)}'
+            f"<tbody>{rows}</tbody></table></div>"
+        )
     return f'<section id="settings"><h2>What was set differently</h2>{text}</section>'
 
 
@@ -253,10 +266,11 @@ def _films(runs: Sequence[ComparedRun], count: int) -> str:
     errors = np.mean([part.translation_errors() for part in have], axis=0)
     labelled = [(run.css, run.label, part) for run, part in zip(runs, have, strict=True)]
     films = [compared_film(labelled, base, index, rank) for index, rank in choose_samples(errors, count)]
+    look = how_to_look(have[0])
     shown = film_html(films[0]) + "".join(folded_film(film) for film in films[1:])
     return f"""<section id="films"><h2>The same films</h2>
 <p>Held-out conditions that every run was measured on, ordered by the mean position error of the runs and taken at even
-ranks.</p>{HOW_TO_LOOK}{shown}</section>"""
+ranks.</p>{look}{shown}</section>"""
 
 
 def _same_films(part: EvaluationClips, first: EvaluationClips) -> bool:

@@ -196,7 +196,7 @@ const geoalignFilm = (() => {
     }
     compass(width, height) {
       const c = this.context, soft = variable("--soft");
-      const at = [34, height - 34], names = [["right", [1, 0, 0]], ["down", [0, 1, 0]], ["view", [0, 0, 1]]];
+      const at = [56, height - 36], names = [["right", [1, 0, 0]], ["down", [0, 1, 0]], ["view", [0, 0, 1]]];
       const origin = this.project(this.centre), length = 20 / this.scale;
       c.font = "10.5px ui-sans-serif, system-ui, sans-serif"; c.fillStyle = soft;
       for (const [name, direction] of names) {

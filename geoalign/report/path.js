@@ -119,14 +119,14 @@ const geoalignPath = (() => {
       });
     }
     grid(c) {
-      const step = niceStep(this.half / 2.5), [a0, b0] = this.metres(0, this.height), [a1, b1] = this.metres(this.width, 0);
+      const step = niceStep(this.half / 2.5), digits = Math.max(0, -Math.floor(Math.log10(step) + 1e-9)), [a0, b0] = this.metres(0, this.height), [a1, b1] = this.metres(this.width, 0);
       c.font = "11px sans-serif"; c.fillStyle = variable("--soft"); c.textAlign = "left";
       for (const [from, to, ends] of [[a0, a1, (v) => [this.place(v, b0), this.place(v, b1)]], [b0, b1, (v) => [this.place(a0, v), this.place(a1, v)]]]) {
         for (let i = Math.ceil(from / step); i <= to / step; i++) {
           const [p, q] = ends(i * step);
           c.strokeStyle = variable(i ? "--faint" : "--line"); c.lineWidth = i ? 1 : 1.6;
           c.beginPath(); c.moveTo(...p); c.lineTo(...q); c.stroke();
-          const label = round(i * step, 2);
+          const label = (i * step).toFixed(digits).replace("-", "\u2212");
           if (p[0] === q[0]) c.fillText(label, p[0] + 3, this.height - 5); else if (i) c.fillText(label, 5, p[1] - 3);
         }
       }

@@ -62,11 +62,11 @@ def _verdicts(items: list[Comparison]) -> str:
     groups = {"good": "better", "bad": "worse", "even": "within the spread of the noise"}
     shown = [item for item in items if item.key in CARD_METRICS]
     parts = [
-        f"{', '.join(item.metric.title.lower() for item in shown if item.verdict == verdict)}: {words}"
+        f"{words}: {', '.join(item.metric.title.lower() for item in shown if item.verdict == verdict)}"
         for verdict, words in groups.items()
         if any(item.verdict == verdict for item in shown)
     ]
-    return f" In short \N{EN DASH} {'; '.join(parts)}." if parts else ""
+    return f" In short, {'; '.join(parts)}." if parts else ""
 
 
 def _lead_of_samples(run: RunRecord) -> str:

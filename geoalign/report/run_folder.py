@@ -64,9 +64,9 @@ class EvaluationClips:
 
 @dataclass(frozen=True, slots=True)
 class TrainingClip:
-    """A training sample of one iteration, counted from 0: uint8 [F, 3, H, W] videos and the path asked for.
+    """A training sample of one iteration, counted from 0: uint8 [F, 3, H, W] videos, the paths asked for and read.
 
-    ``frames`` are the numbers of the F frames among those of the video, from 1.
+    ``frames`` are the numbers of the F frames among those of the video, from 1; poses of ``read_c2w`` may be NaN.
     """
 
     iteration: int
@@ -76,6 +76,7 @@ class TrainingClip:
     intrinsics: Array
     frames: Array
     ground_plane: Array | None = None
+    read_c2w: Array | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -218,7 +219,7 @@ def _read_film(path: Path, iteration: int) -> TrainingClip:
     arrays = read_arrays(path, DataError, limit=_MAX_CLIPS)
     if not isinstance(arrays, dict):
         raise DataError(f"{path}: not the film of an iteration; delete it.")
-    shapes = {key: value for key, value in _FILM_SHAPES.items() if key in arrays or key != "ground_plane"}
+    shapes = {key: value for key, value in _FILM_SHAPES.items() if key in arrays or key not in _FILM_OPTIONAL}
     _check_arrays(path, arrays, shapes, "the film of an iteration", "delete it")
     if len({len(arrays[name]) for name in shapes if name != "ground_plane"}) > 1:
         raise DataError(f"{path}: its arrays hold unequal numbers of frames; delete it.")
@@ -246,7 +247,9 @@ _FILM_SHAPES: dict[str, Shape] = {
     "intrinsics": ("f", (None, 4)),
     "frames": ("i", (None,)),
     "ground_plane": ("f", (4,)),
+    "read_c2w": ("f", (None, 4, 4)),
 }
+_FILM_OPTIONAL = ("ground_plane", "read_c2w")
 _WITHOUT_FRAMES = ("names", "ground_plane")
 
 

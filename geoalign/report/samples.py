@@ -12,9 +12,8 @@ from geoalign.report.run_folder import Array, EvaluationClips, RunRecord, Traini
 from geoalign.report.svg import number
 from geoalign.report.words import PATHS, STAGES
 
-HOW_TO_LOOK = """<p class="note">Switch between the takes in place: what jumps is what differs. <em>Ground lines</em>
-lie on the ground as a camera would see them; a retake that follows its path keeps to the lines of the path asked for.
-Drag the view in space to turn it.</p>"""
+_GROUND = """ <em>Ground lines</em> lie on the ground as a camera would see them; a retake that follows its path keeps
+to the lines of the path asked for."""
 
 
 def samples_section(run: RunRecord, count: int) -> str:
@@ -22,13 +21,21 @@ def samples_section(run: RunRecord, count: int) -> str:
     if not run.clips or not count:
         return ""
     last = run.clips.get("after") or run.clips["before"]
+    look = how_to_look(last)
     chosen = choose_samples(last.translation_errors(), count)
     first, *others = (held_out_film(run.clips, index, rank) for index, rank in chosen)
     films = film_html(first) + "".join(folded_film(film) for film in others)
     return f"""<section id="samples"><h2>See for yourself</h2>
 <p>Held-out scenes and paths, which no training step saw. These are not picked by taste: samples are ordered by their
 position error {"after training" if "after" in run.clips else "so far"} and taken at even ranks, from the best to the
-worst.</p>{HOW_TO_LOOK}{films}</section>"""
+worst.</p>{look}{films}</section>"""
+
+
+def how_to_look(clips: EvaluationClips) -> str:
+    """What a reader can do with the films of these clips."""
+    lines = "" if clips.ground_plane is None or clips.intrinsics is None else _GROUND
+    return f"""<p class="note">Switch between the takes in place: what jumps is what differs.{lines} Drag the view in
+space to turn it.</p>"""
 
 
 def folded_film(film: Film) -> str:
@@ -69,17 +76,27 @@ def training_section(run: RunRecord) -> str:
     if not run.films:
         return ""
     films = "".join(folded_film(_training_film(clip)) for clip in run.films)
+    look = ["the camera read keeps to the path asked for"] * any(clip.read_c2w is not None for clip in run.films)
+    look += ["the ground keeps to the lines of the path asked for"] * any(
+        clip.ground_plane is not None for clip in run.films
+    )
+    advice = f", so look at whether {' and '.join(look)}" if look else ""
     return f"""<section id="training"><h2>While it trained</h2>
 <p>One training sample of an iteration each: the first one, picked by nobody. Requests change from one iteration to the
-next, so look at whether the ground keeps to the lines of the path asked for.</p>{films}</section>"""
+next{advice}.</p>{films}</section>"""
 
 
 def _training_film(clip: TrainingClip) -> Film:
     ground = None if clip.ground_plane is None else Ground(clip.ground_plane, clip.intrinsics)
+    paths, note = [CameraPath("target", PATHS["target"], clip.target_c2w)], ""
+    if clip.read_c2w is not None:
+        paths.append(CameraPath("after", "camera read", clip.read_c2w))
+        note = "" if np.isfinite(clip.read_c2w).any() else "no camera was read"
     return Film(
         title=f"Iteration {clip.iteration}",
+        note=note,
         takes=[Take("source", STAGES["source"], clip.source), Take("after", "Retake", clip.retake)],
-        paths=[CameraPath("target", PATHS["target"], clip.target_c2w)],
+        paths=paths,
         ground=ground,
         frame_labels=[str(frame) for frame in clip.frames],
     )

@@ -63,10 +63,10 @@ HELD_OUT = {
     "gain_vertical": _gain("up and down"),
     "gain_yaw": _gain("while turning"),
     "last_translation_error_m": Metric(
-        "Position error, last frame", "m", "lower", "As the position error, at the end of the clip."
+        "Position error at the last frame", "m", "lower", "As the position error, at the end of the clip."
     ),
     "last_rotation_error_deg": Metric(
-        "Rotation error, last frame", "\N{DEGREE SIGN}", "lower", "As the rotation error, at the end of the clip."
+        "Rotation error at the last frame", "\N{DEGREE SIGN}", "lower", "As the rotation error, at the end of the clip."
     ),
     "psnr_db": Metric(
         "Likeness to the truth", "dB", "higher", "PSNR against the true render; it is never part of a reward."

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Protocol, runtime_checkable
 
 import torch
@@ -29,6 +29,8 @@ class RewardOutput:
         lost: ``[B]`` bool; True marks a content failure: the reward ran, but the video shows nothing that it can read
             (no camera). Scores and parts are NaN there. Such a sample stays valid, leaves mean and std, and gets the
             lowest advantage of its group (R4). By default none is lost.
+        cameras: ``[B, F, 4, 4]``, the camera that was read from each video relative to its first frame, in metres, for
+            people to look at; NaN at frames that were not read and where it is lost. None: reads no cameras.
     """
 
     scores: Mapping[str, Tensor]
@@ -36,6 +38,7 @@ class RewardOutput:
     parts: Mapping[str, Tensor] = field(default_factory=dict)
     diagnostics: Mapping[str, Tensor] = field(default_factory=dict)
     lost: Tensor = field(default_factory=lambda: torch.zeros((), dtype=torch.bool))
+    cameras: Tensor | None = None
 
     def __post_init__(self) -> None:
         if self.lost.dim() == 0:
@@ -47,13 +50,14 @@ class RewardOutput:
         for score in self.scores.values():
             finite &= torch.isfinite(score) | self.lost
         scores = {key: torch.where(finite, score, torch.zeros_like(score)) for key, score in self.scores.items()}
-        return RewardOutput(scores, finite, self.parts, self.diagnostics, self.lost & finite)
+        return replace(self, scores=scores, valid=finite, lost=self.lost & finite)
 
     def map(self, change: Callable[[Tensor], Tensor]) -> RewardOutput:
         """The same with every tensor replaced by ``change(tensor)``."""
         groups = (self.scores, self.parts, self.diagnostics)
         scores, parts, diagnostics = ({key: change(value) for key, value in group.items()} for group in groups)
-        return RewardOutput(scores, change(self.valid), parts, diagnostics, change(self.lost))
+        cameras = None if self.cameras is None else change(self.cameras)
+        return RewardOutput(scores, change(self.valid), parts, diagnostics, change(self.lost), cameras)
 
 
 @runtime_checkable

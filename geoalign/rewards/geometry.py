@@ -79,7 +79,10 @@ class GeometryReward:
         scores, parts = (
             {key: value.masked_fill(lost, torch.nan) for key, value in values.items()} for values in (scores, parts)
         )
-        return RewardOutput(scores, valid, parts, {"tracked": estimate.tracked, **estimate.diagnostics}, lost & valid)
+        cameras = estimate.c2w.new_full((*videos.shape[:2], 4, 4), torch.nan)
+        cameras[:, estimate.frame_indices] = estimate.c2w.masked_fill(lost[:, None, None, None], torch.nan)
+        diagnostics = {"tracked": estimate.tracked, **estimate.diagnostics}
+        return RewardOutput(scores, valid, parts, diagnostics, lost & valid, cameras)
 
 
 class SourceConsistencyReward:

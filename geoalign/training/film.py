@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
@@ -21,6 +21,8 @@ class TrainingFilm:
         target_c2w: ``[F, 4, 4]``, what was asked for.
         intrinsics: ``[F, 4]`` of the retake.
         ground_plane: ``[4]``, or None where no plane is known.
+        read_c2w: ``[F, 4, 4]``, what a reward read from the retake, in axes of the target; NaN where it read nothing,
+            None where no reward reads cameras.
     """
 
     source: NDArray[np.uint8]
@@ -28,6 +30,7 @@ class TrainingFilm:
     target_c2w: NDArray[np.float32]
     intrinsics: NDArray[np.float32]
     ground_plane: NDArray[np.float32] | None
+    read_c2w: NDArray[np.float32] | None = None
 
     @classmethod
     def of(cls, conditions: RetakeBatch, decoded: Tensor) -> TrainingFilm:
@@ -40,3 +43,7 @@ class TrainingFilm:
             target.intrinsics[0].float().cpu().numpy(),
             None if plane is None else plane[0].float().cpu().numpy(),
         )
+
+    def with_camera(self, camera: Tensor | None) -> TrainingFilm:
+        """The same with the camera ``[F, 4, 4]`` that was read from the retake, relative to its first frame."""
+        return self if camera is None else replace(self, read_c2w=self.target_c2w[0] @ camera.float().cpu().numpy())

@@ -255,6 +255,8 @@ class Trainer:
                 self.rewards, decode, batch, mine // self.rank_rows.member_ids.numel(),
                 chunk=layout.chunk or self.rank_rows.member_ids.numel(), beside=layout.beside_decode,
             )  # fmt: skip
+        if self.film is not None:
+            self.film = self.film.with_camera(scored.camera(0))
         scores = gather_scores(self.ranks, self.rank_rows, merged(scored, usable[mine]))
         self._refuse_too_many_failures(scores)
         return scores

@@ -39,6 +39,9 @@ def check_output(output: RewardOutput, keys: Sequence[str], count: int) -> Rewar
     shapes = {key: tuple(value.shape) for key, value in values.items()}
     if set(output.scores) != set(keys) or any(shape != (count,) for shape in shapes.values()):
         raise RewardError(f"expected {count} values for each of {sorted({*keys, *shapes})}, got {shapes}")
+    cameras = output.cameras
+    if cameras is not None and (cameras.dim() != 4 or cameras.shape[0] != count or cameras.shape[2:] != (4, 4)):
+        raise RewardError(f"expected cameras of shape ({count}, frames, 4, 4), got {tuple(cameras.shape)}")
     return output.masked_by_finite()
 
 
@@ -159,11 +162,18 @@ class GuardedReward:
 
 
 def concatenate(outputs: Sequence[RewardOutput]) -> RewardOutput:
-    """Join batches of one reward; parts and diagnostics that some batch lacks are NaN there."""
+    """Join batches of one reward; parts, diagnostics and cameras that some batch lacks are NaN there."""
 
     def join(name: str) -> dict[str, Tensor]:
         keys = {key: None for output in outputs for key in getattr(output, name)}
         return {key: torch.cat([getattr(o, name).get(key, o.valid * torch.nan) for o in outputs]) for key in keys}
 
     valid, lost = torch.cat([output.valid for output in outputs]), torch.cat([output.lost for output in outputs])
-    return RewardOutput(join("scores"), valid, join("parts"), join("diagnostics"), lost)
+    read = next((output.cameras for output in outputs if output.cameras is not None), None)
+    cameras = None
+    if read is not None:
+        nothing = torch.full_like(read[:1], torch.nan)
+        cameras = torch.cat(
+            [o.cameras if o.cameras is not None else nothing.expand(len(o.valid), -1, -1, -1) for o in outputs]
+        )
+    return RewardOutput(join("scores"), valid, join("parts"), join("diagnostics"), lost, cameras)

@@ -43,6 +43,10 @@ class Scored:
     outputs: dict[str, RewardOutput]
     seconds: dict[str, float]
 
+    def camera(self, row: int) -> Tensor | None:
+        """The camera ``[F, 4, 4]`` that the first reward with cameras read from video ``row``; None without one."""
+        return next((o.cameras[row] for o in self.outputs.values() if o.cameras is not None), None)
+
 
 def score_all(rewards: Mapping[str, Reward], videos: Tensor, batch: RetakeBatch) -> Scored:
     """Score ``videos`` ``[R, F, 3, H, W]`` of R conditions with all rewards.

@@ -187,6 +187,7 @@ def save_output(path: Path, output: RewardOutput) -> None:
     groups = {"scores": output.scores, "parts": output.parts, "diagnostics": output.diagnostics}
     tensors = {f"{group}/{key}": value for group, values in groups.items() for key, value in values.items()}
     tensors |= {"valid": output.valid, "lost": output.lost}
+    tensors |= {} if output.cameras is None else {"cameras": output.cameras}
     _write(tensors, path)
 
 
@@ -197,11 +198,11 @@ def load_output(path: Path, device: torch.device) -> RewardOutput:
     # Cloned: on the CPU they are views of the file, which the next answer replaces.
     tensors = {name: value.clone() for name, value in load_file(path, device=str(device)).items()}
     groups: dict[str, dict[str, Tensor]] = {"scores": {}, "parts": {}, "diagnostics": {}}
-    valid, lost = tensors.pop("valid"), tensors.pop("lost")
+    valid, lost, cameras = tensors.pop("valid"), tensors.pop("lost"), tensors.pop("cameras", None)
     for name, value in tensors.items():
         group, key = name.split("/", 1)
         groups[group][key] = value
-    return RewardOutput(groups["scores"], valid, groups["parts"], groups["diagnostics"], lost)
+    return RewardOutput(groups["scores"], valid, groups["parts"], groups["diagnostics"], lost, cameras)
 
 
 def serve(setup: Mapping[str, Any], requests: IO[str], answers: IO[str]) -> None:

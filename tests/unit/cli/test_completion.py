@@ -1,70 +1,79 @@
-"""The completion scripts: bash is asked as the shell asks it; every verb and option of the parsers is offered."""
+"""The completion scripts, in the shells that read them: somebody types, presses a key, and the command gets words."""
 
 from __future__ import annotations
 
-import subprocess
+import shutil
 from pathlib import Path
 
 import pytest
+from shells import EVERY, TAB, typed
 
 from geoalign.cli import completion
 from geoalign.cli.main import VERBS, main
 from geoalign.config.source import preset_names
+from geoalign.geometry.presets import PRESETS
+
+SHELLS = [
+    pytest.param(shell, marks=pytest.mark.skipif(shutil.which(shell) is None, reason=f"{shell} is not installed"))
+    for shell in completion.SHELLS
+]
 
 
-@pytest.fixture(scope="module")
-def scripts(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("completion")
-    (folder / "geoalign.bash").write_text(completion.script("bash"))
-    (folder / "clip.mp4").touch()
-    (folder / "mine.yaml").touch()
-    return folder
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """A folder as after the demo: with folders that are named like verbs, and with a clip."""
+    (tmp_path / "data").mkdir()
+    for name in ("clip.mp4", "my film.mp4", "mine.yaml"):
+        (tmp_path / name).touch()
+    return tmp_path
 
 
-def complete(folder: Path, *lines: str) -> list[list[str]]:
-    """What the shell would offer for the last word of each line."""
-    ask = """
-        source geoalign.bash
-        while IFS= read -r line; do
-            IFS='|' read -ra COMP_WORDS <<< "$line"
-            [[ $line == *'|' ]] && COMP_WORDS+=("")
-            COMP_CWORD=$((${#COMP_WORDS[@]} - 1)) COMPREPLY=()
-            _geoalign
-            echo "${COMPREPLY[*]}"
-        done
-    """
-    text = "".join(f"{line.replace(' ', '|')}\n" for line in lines)
-    done = subprocess.run(["bash", "-c", ask], cwd=folder, input=text, capture_output=True, text=True, check=True)
-    assert done.stderr == ""
-    return [line.split() for line in done.stdout.split("\n")[:-1]]
+def complete(shell: str, folder: Path, *lines: str) -> list[list[str]]:
+    script = folder / f"geoalign.{shell}"
+    script.write_text(completion.script(shell))
+    return typed(shell, script, "geoalign", [f"geoalign {line}" for line in lines])
 
 
-def test_verbs_options_choices_presets_settings_and_files(scripts: Path) -> None:
-    offered = complete(
-        scripts, "geoalign ", "geoalign data ", "geoalign data check --con", "geoalign train --config ti",
-        "geoalign train --config tiny_cpu optim.we", "geoalign train optim.lr=1 --resu", "geoalign export --format l",
-        "geoalign completion ", "geoalign sample --video cl", "geoalign train --config mi",
-        "geoalign sample --seed ",
-    )  # fmt: skip
-    assert set(offered[0]) == {verb.name for verb in VERBS}
-    assert {"check", "trajectories", "subset"} <= set(offered[1])
-    assert offered[2:] == [
-        ["--config"], ["tiny_cpu"], ["optim.weight_decay="], ["--resume"], ["lora"], ["-h", "--help", "bash", "zsh"],
-        ["clip.mp4"], ["mine.yaml"], [],
-    ]  # fmt: skip
+@pytest.mark.parametrize("shell", SHELLS)
+def test_one_key_completes_verbs_options_choices_presets_settings_and_files(shell: str, folder: Path) -> None:
+    wanted = {
+        f"da{TAB}check": ["data", "check"],  # and not the folder data/
+        f"data check --con{TAB}ti{TAB}": ["data", "check", "--config", "tiny_cpu"],
+        f"train --config mi{TAB}": ["train", "--config", "mine.yaml"],
+        f"train --config=ti{TAB}": ["train", "--config=tiny_cpu"],
+        f"train --config tiny_cpu optim.we{TAB}0": ["train", "--config", "tiny_cpu", "optim.weight_decay=0"],
+        f"train optim.lr=1 --resu{TAB}": ["train", "optim.lr=1", "--resume"],
+        f"train data.root=cl{TAB}": ["train", "data.root=clip.mp4"],  # a value: a file, and no setting
+        f"export --format l{TAB}": ["export", "--format", "lora"],
+        f"sample --video cl{TAB}": ["sample", "--video", "clip.mp4"],
+        f"sample --video my{TAB}": ["sample", "--video", "my film.mp4"],
+        f"sample --trajectory pan_r{TAB}": ["sample", "--trajectory", "pan_right"],
+        f"sample --seed {TAB}1": ["sample", "--seed", "1"],
+        f"completion z{TAB}": ["completion", "zsh"],
+    }
+    assert dict(zip(wanted, complete(shell, folder, *wanted), strict=True)) == wanted
 
 
-def test_every_option_of_every_verb_is_offered(scripts: Path) -> None:
+@pytest.mark.parametrize("shell", SHELLS)
+def test_every_verb_option_preset_and_setting_is_offered(shell: str, folder: Path) -> None:
     found = {words: parser for words, parser in completion.parsers() if words}
-    assert {words[0] for words in found} == {verb.name for verb in VERBS}
-    lines = [f"geoalign {' '.join(words)} " for words in found]
-    for (words, parser), offered in zip(found.items(), complete(scripts, *lines), strict=True):
+    lines = [f"{' '.join(words)} -{EVERY}" for words in found]
+    asked = (
+        EVERY, f"doctor --config {EVERY}", f"score --trajectory {EVERY}", f"train flow.{EVERY}", f"data {EVERY}"
+    )  # fmt: skip
+    verbs, presets, paths, flow, data, *offered = complete(shell, folder, *asked, *lines)
+    assert set(verbs) == {verb.name for verb in VERBS} == {words[0] for words in found}
+    assert {"data", *preset_names()} <= {name.rstrip("/") for name in presets}
+    assert set(PRESETS) <= set(paths) and {"check", "trajectories", "subset"} <= set(data)
+    settings = {name for name in completion.settings() if name.startswith("flow.")}
+    assert {word.rstrip() for word in flow} == {"train", *settings}
+    for (words, parser), got in zip(found.items(), offered, strict=True):
         options = {option for action in parser._actions for option in action.option_strings}
-        assert options <= set(offered), words
-    assert set(preset_names()) <= set(complete(scripts, "geoalign doctor --config ")[0])
+        assert set(got) == {*words, *options}, words
 
 
-def test_zsh_gets_the_same_function(capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["completion", "zsh"]) == 0
-    first, second, rest = capsys.readouterr().out.split("\n", 2)
-    assert (first, "bashcompinit" in second, rest) == ("#compdef geoalign", True, completion.script("bash"))
+def test_the_verb_prints_a_script_of_either_shell(capsys: pytest.CaptureFixture[str]) -> None:
+    for shell in completion.SHELLS:
+        assert main(["completion", shell]) == 0
+        assert capsys.readouterr().out == completion.script(shell)
+    assert completion.script("zsh").startswith("#compdef geoalign\n")

@@ -15,6 +15,7 @@ from camera_files import write_c2w
 from PIL import Image
 
 from geoalign.cli.main import main
+from geoalign.cli.score import _print_table
 from geoalign.config.world import WorldConfig
 from geoalign.data.plots import cameras_figure
 from geoalign.data.video import write_video
@@ -91,6 +92,19 @@ def test_a_row_has_every_camera_error(
     code, (row,) = score()
     undefined = {name for name in CAMERA_METRICS if row[name] is None}
     assert code == 0 and undefined == {"scale_ratio", "translation_gain", "trans_err"}
+
+
+@pytest.mark.parametrize("count", [1, 4, 5])
+def test_few_videos_are_columns_and_many_are_lines(count: int, capsys: pytest.CaptureFixture[str]) -> None:
+    rows = [{"video": f"a/{i}.mp4", "trans_m": i / 8, "valid": True} for i in range(count)] + [{"video": "b.mp4"}]
+    _print_table(rows[-count:])
+    table = [line.split() for line in capsys.readouterr().out.splitlines()]
+    if count < 5:
+        table = [list(line) for line in zip(*table, strict=True)]
+    assert table[0] == ["video", "trans_m", "valid"][: len(table[0])] and len(table) == count + 1
+    assert table[-1] == (["b.mp4", "-", "-"] if count > 1 else ["b.mp4"])
+    if count > 1:
+        assert table[1] == ["1.mp4", "0.1250", "True"]
 
 
 def test_the_lens_follows_the_crop(score: Callable) -> None:

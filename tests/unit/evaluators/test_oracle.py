@@ -51,6 +51,7 @@ def test_a_perfect_camera_has_no_error_in_any_world_frame() -> None:
         # Positions of size 9 m have a rounding step of 1e-6.
         torch.testing.assert_close(out.scores[key], torch.zeros(2), rtol=0, atol=5e-6)
     torch.testing.assert_close(out.parts["scale_ratio"], torch.ones(2), rtol=0, atol=1e-5)
+    torch.testing.assert_close(out.cameras, TARGETS, rtol=0, atol=5e-6)
 
 
 def test_a_target_that_stands_still_has_errors_and_no_scale() -> None:
@@ -62,6 +63,14 @@ def test_a_target_that_stands_still_has_errors_and_no_scale() -> None:
     torch.testing.assert_close(out.parts["trans_m"], torch.tensor([1.5, 0.0]), rtol=0, atol=1e-6)
     values, valid = torch.tensor([math.nan, 2.0, 4.0, 9.0]), torch.tensor([True, True, True, False])
     assert _mean_of_defined(values, valid) == 3.0 and math.isnan(_mean_of_defined(values[:1], valid[:1]))
+
+
+def test_cameras_to_look_at_are_unknown_where_none_was_read() -> None:
+    videos, told = torch.zeros(2, FRAMES, 3, 2, 2), dict(zip("ab", TARGETS, strict=True))
+    seen = GeometryReward(OracleEvaluator(told, frame_stride=2))(videos, batch_of(TARGETS)).cameras
+    torch.testing.assert_close(seen[:, ::2], TARGETS[:, ::2], rtol=0, atol=1e-6)
+    assert torch.isnan(seen[:, 1]).all()
+    assert torch.isnan(GeometryReward(OracleEvaluator(told, tracked=0.1))(videos, batch_of(TARGETS)).cameras).all()
 
 
 def test_half_the_path_costs_half_its_weighted_length() -> None:

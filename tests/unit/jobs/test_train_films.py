@@ -30,7 +30,9 @@ def film(level: int, frames: int = FRAMES, height: int = 12, width: int = 16) ->
     c2w[:, 2, 3] = np.arange(frames)
     video = np.full((frames, 3, height, width), level, np.uint8)
     lens = np.tile(np.array([0.9, 1.2, 0.5, 0.5], np.float32), (frames, 1))
-    return TrainingFilm(video, 255 - video, c2w, lens, np.array([0, 1, 0, 2], np.float32))
+    read = c2w.copy()
+    read[:, 0, 3], read[-1] = np.arange(frames), np.nan
+    return TrainingFilm(video, 255 - video, c2w, lens, np.array([0, 1, 0, 2], np.float32), read)
 
 
 def write(folder: Path, run: RunConfig, films: dict[int, TrainingFilm]) -> list[tuple[int, Path]]:
@@ -68,7 +70,16 @@ def test_a_resumed_run_has_no_films_of_what_it_does_again(tmp_path: Path) -> Non
     assert [clip.iteration for clip in read_films(tmp_path / "films")] == [0, 12]
 
 
-def test_a_film_shows_source_retake_and_path(tmp_path: Path) -> None:
+def test_those_who_keep_every_film_get_few_of_a_long_run(tmp_path: Path) -> None:
+    run = RunConfig(films_every=10, keep_films=4)
+    got = [
+        iteration for iteration, _ in write(tmp_path, run, {i: film(9, frames=2) for i in [*range(0, 400, 10), 399]})
+    ]
+    # 4 of the first 4 films, 2 of the next 4, 2 of the next 8, 2 of the next 16, the first of those behind, the last.
+    assert got == [0, 10, 20, 30, 40, 60, 80, 120, 160, 240, 320, 399]
+
+
+def test_a_film_shows_source_retake_and_paths(tmp_path: Path) -> None:
     ((iteration, gif),) = write(tmp_path, RunConfig(), {7: film(200)})
     picture = Image.open(gif)
     assert iteration == 7 and picture.n_frames == FRAMES and picture.info["loop"] == 0
@@ -79,12 +90,16 @@ def test_a_film_shows_source_retake_and_path(tmp_path: Path) -> None:
         factor = pixels.shape[0] // 12
         assert (pixels[:, : 16 * factor] == 200).all() and (pixels[:, 16 * factor + 4 : 32 * factor + 4] == 55).all()
         seen.append(pixels[:, 32 * factor + 8 :])
-    # The dot goes forward, which is upwards in the drawing.
-    dots = [np.argwhere((part[..., 2] > 150) & (part[..., 0] < 60))[:, 0].min() for part in seen]
-    assert dots[0] > dots[-1] and not np.array_equal(seen[0], seen[1])
+    # The black dot goes forward, which is upwards in the drawing, the blue one to the right as well, until it is lost.
+    dots = [np.argwhere((part < 80).all(-1)) for part in seen]
+    assert dots[0][:, 0].min() > dots[-1][:, 0].min() and dots[-1][:, 1].max() == dots[1][:, 1].max()
+    read = [np.argwhere((part[..., 2] > 150) & (part[..., 0] < 80)) for part in seen]
+    assert all(np.diff([places[:, 1].max() for places in read[:-1]]) > 0)
+    assert read[-1][:, 1].max() < read[-2][:, 1].max()  # a line, and no dot at its end
     (clip,) = read_films(tmp_path / "films")
     assert clip.iteration == 7 and (clip.retake == 55).all() and clip.ground_plane is not None
     assert np.array_equal(clip.target_c2w[:, 2, 3], np.arange(FRAMES))
+    assert np.array_equal(clip.read_c2w[:-1, 0, 3], np.arange(FRAMES - 1)) and np.isnan(clip.read_c2w[-1]).all()
 
 
 def test_a_large_film_is_bounded(tmp_path: Path) -> None:
@@ -146,3 +161,7 @@ def test_what_is_filmed_is_the_first_sample_with_its_request() -> None:
     assert np.array_equal(filmed.source, ((video[0] + 1) * 127.5).round().to(torch.uint8).numpy())
     assert filmed.retake.shape == (3, 3, 4, 4) and filmed.ground_plane is None
     assert np.allclose(filmed.intrinsics[0], lens)
+    assert filmed.with_camera(None).read_c2w is None
+    camera = torch.eye(4).repeat(3, 1, 1)
+    camera[:, 0, 3] = torch.arange(3)
+    assert np.array_equal(filmed.with_camera(camera).read_c2w, camera)  # its target begins at the identity

@@ -106,3 +106,14 @@ def test_runs_that_cannot_be_compared_are_refused(tmp_path: Path, capsys: pytest
     assert main(["report", str(one), str(two), "--follow"]) == 2
     assert main(["report", str(one), str(two), "--samples", "1"]) == 0
     assert capsys.readouterr().out.strip() == str(one / "compare.html") and (one / "compare.html").exists()
+
+
+def test_runs_of_one_name_are_told_apart_by_the_ends_of_their_folders(tmp_path: Path) -> None:
+    """``make demo`` in two clones gives two runs named tiny_cpu in folders named tiny_cpu."""
+    folders = [tmp_path / name / "runs" / "tiny_cpu" for name in ("one", "two")]
+    made = page(*(make_run(folder, [error]) for folder, error in zip(folders, (0.2, 0.3), strict=True)))
+    assert "one/runs/tiny_cpu" in made and str(tmp_path) not in text(made.partition('id="settings"')[0])
+    other = make_run(tmp_path / "three", [0.3], config="")
+    (other / "config.yaml").write_text("run: {name: tiny_cpu}\n")
+    shown = text(page(folders[1], other))
+    assert "three" in shown and "runs/tiny_cpu" not in shown  # one part tells them apart

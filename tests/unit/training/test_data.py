@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from repository import ROOT
+from torch import Tensor
 
 from geoalign.config.load import load_config
 from geoalign.config.schema import Config
@@ -16,6 +17,7 @@ from geoalign.data.source import RetakeDataset
 from geoalign.errors import CheckpointError
 from geoalign.jobs.train_resume import refuse_other_data
 from geoalign.policy.files import new_policy
+from geoalign.rewards.base import Reward, RewardOutput
 from geoalign.rewards.registry import build_rewards
 from geoalign.training.checkpoint import TrainState
 from geoalign.training.engines.snapshot import Snapshot
@@ -36,6 +38,19 @@ class Plain:
         return self.dataset.batch(iteration, group_ids)
 
 
+class Watched:
+    """The same reward; keeps the cameras that it read."""
+
+    def __init__(self, reward: Reward) -> None:
+        self.reward, self.name, self.keys = reward, reward.name, reward.keys
+        self.cameras: list[Tensor | None] = []
+
+    def __call__(self, videos: Tensor, batch: RetakeBatch) -> RewardOutput:
+        output = self.reward(videos, batch)
+        self.cameras.append(output.cameras)
+        return output
+
+
 def test_drawing_ahead_changes_nothing_and_its_counters_are_explained(tmp_path: Path) -> None:
     config = load_config(
         Config,
@@ -48,7 +63,9 @@ def test_drawing_ahead_changes_nothing_and_its_counters_are_explained(tmp_path: 
     for ahead in (True, False):
         dataset = RetakeDataset(config.data, seed=1)
         source = dataset if ahead else Plain(dataset)
-        trainer = Trainer(config, new_policy(config.model, config.codec, 0), source, build_rewards(config.rewards))
+        rewards = build_rewards(config.rewards)
+        rewards["geometry"] = Watched(rewards["geometry"])
+        trainer = Trainer(config, new_policy(config.model, config.codec, 0), source, rewards)
         trainer.film_wanted = ahead  # a film changes no number either
         first = trainer.step()
         assert (trainer.film is not None) == ahead
@@ -56,6 +73,8 @@ def test_drawing_ahead_changes_nothing_and_its_counters_are_explained(tmp_path: 
             wanted = dataset.batch(0, [0])
             assert np.array_equal(trainer.film.source, to_uint8(wanted.source.video[0]).numpy())
             assert np.array_equal(trainer.film.target_c2w, wanted.target_camera.c2w[0].float().numpy())
+            first_read = trainer.rewards["geometry"].cameras[0][0]
+            assert np.array_equal(trainer.film.read_c2w, trainer.film.target_c2w[0] @ first_read.numpy(), True)
         assert list(dataset._pending) == ([(1, (0, 1))] if ahead else [])
         second = trainer.step()
         assert not dataset._pending, "nothing is drawn beyond the last iteration"

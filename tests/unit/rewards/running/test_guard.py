@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import threading
 import time
+from dataclasses import replace
 
 import pytest
 import torch
@@ -79,6 +80,31 @@ def test_parts_of_another_shape_are_a_failure_of_their_scorer() -> None:
     guarded = GuardedReward(Total(), retries=0)
     assert not guarded(videos, batch).valid.any() and guarded.counts.errors == {"RewardError": 4}
     assert not score_all({"bare": Total()}, videos, batch).outputs["bare"].valid.any()
+
+
+@pytest.mark.parametrize("shape", [(2, 4, 4, 4), (3, 4, 4), (3, 4, 3, 4)])
+def test_cameras_of_another_shape_are_a_failure_of_their_scorer(shape: tuple[int, ...]) -> None:
+    class Reads(MeanReward):
+        def __call__(self, videos: torch.Tensor, batch: RetakeBatch) -> RewardOutput:
+            return replace(super().__call__(videos, batch), cameras=torch.zeros(shape))
+
+    guarded = GuardedReward(Reads(), retries=0)
+    assert not guarded(videos_of(3), batch_of(3)).valid.any() and guarded.counts.errors["RewardError"]
+
+
+@pytest.mark.parametrize("chunk", [1, 2, 3])
+def test_cameras_stay_with_their_videos_and_are_unknown_where_a_scorer_failed(chunk: int) -> None:
+    class Reads(MeanReward):
+        def __call__(self, videos: torch.Tensor, batch: RetakeBatch) -> RewardOutput:
+            means = videos.mean((2, 3, 4))[..., None, None]  # [B, F, 1, 1]
+            return replace(super().__call__(videos, batch), cameras=means.expand(-1, -1, 4, 4))
+
+    videos, rewards = videos_of(3, bad=1), {"blind": Other(), "reads": GuardedReward(Reads("raise"), retries=0)}
+    scored = decode_and_score(rewards, lambda rows, part: videos[rows], batch_of(3), chunk=chunk)
+    for row, known in enumerate((True, False, True)):
+        camera = scored.camera(row)
+        assert torch.equal(camera[:, 0, 0], videos[row].mean((1, 2, 3))) if known else torch.isnan(camera).all()
+    assert decode_and_score({"blind": Other()}, lambda rows, part: videos[rows], batch_of(3)).camera(0) is None
 
 
 def test_a_bare_reward_that_loses_rows_is_invalid() -> None:

@@ -127,7 +127,10 @@ def test_an_answer_stays_when_the_next_one_overwrites_its_file(tmp_path: Path) -
     with path.open("r+b") as file:  # the same file, as other versions of the library write it
         file.write((tmp_path / "next").read_bytes())
     assert float(first.parts["part"]) == 1.0 and first.lost.tolist() == [True]
-    assert load_output(path, torch.device("cpu")).lost.tolist() == [False]
+    assert load_output(path, torch.device("cpu")).lost.tolist() == [False] and first.cameras is None
+    read = torch.rand(1, 5, 4, 4)
+    save_output(path, RewardOutput({"s": torch.zeros(1)}, valid, cameras=read))
+    assert torch.equal(load_output(path, torch.device("cpu")).cameras, read)
 
 
 @pytest.mark.parametrize("fps", [None, 29.97])
