@@ -18,7 +18,7 @@ from geoalign.config.load import flatten, load_config, to_yaml
 from geoalign.config.schema import Config
 from geoalign.data.folders import visible
 from geoalign.errors import DataError, UsageError
-from geoalign.files.atomic import atomic_write_json, atomic_write_text
+from geoalign.files.atomic import atomic_write_json, atomic_write_text, remove_leftovers
 from geoalign.files.forms import filled
 from geoalign.files.parsing import read_json_object
 from geoalign.jobs.train_held_out import conditions_of
@@ -142,6 +142,7 @@ class Store:
             told["cases"] = list(dict.fromkeys([*before["cases"], *cases]))
         elif self.folder.is_dir() and any(file.name not in _OURS for file in visible(self.folder.iterdir())):
             raise UsageError(f"{self.folder}: holds other files and no benchmark; choose another --out")
+        remove_leftovers(self.folder)
         atomic_write_text(self.folder / CONFIG, to_yaml(config))
         atomic_write_json(self.folder / MANIFEST, told)
 

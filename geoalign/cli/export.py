@@ -63,14 +63,14 @@ def _run(args: argparse.Namespace) -> int:
             )
         tensors = report.tensors
     elif args.format == "diffusers":
-        tensors = formats.save_pretrained(model, args.out, loaded, files.patch, card)
+        tensors = formats.save_pretrained(model, args.out, loaded, files.patch, card, listing=manifest)
     elif args.format == "recammaster":
         tensors = formats.export_recammaster(model, args.out, loaded)
     else:
         tensors = formats.export_redirector(model, args.out, loaded)
     summary = formats.manifest(tensors)
-    atomic_write_json(manifest, summary)
     if args.format != "diffusers":
+        atomic_write_json(manifest, summary)
         atomic_write_text(beside, card)
     print(f"{args.out}: {summary['tensors']} tensors, {summary['parameters']:,} parameters, {rounding}")
     return 0

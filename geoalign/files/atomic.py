@@ -12,7 +12,7 @@ import shutil
 import socket
 import tempfile
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -118,13 +118,28 @@ _MARK = ".geoalign-"
 
 def _temporary(folder: Path) -> Path:
     """A name in ``folder`` that tells host and process; deletes what dead processes left there, once per process."""
-    host = "".join(letter if letter.isalnum() else "_" for letter in socket.gethostname())
     if (os.getpid(), str(folder)) not in _looked_at:
         _looked_at.add((os.getpid(), str(folder)))
-        for left in filter(is_temporary, folder.iterdir()):
-            if _is_dead(left, host):
-                shutil.rmtree(left, ignore_errors=True)
-    return folder / f"{_MARK}{host}-{os.getpid()}-{secrets.token_hex(4)}.tmp"
+        _remove_dead(filter(is_temporary, folder.iterdir()))
+    return folder / f"{_MARK}{_host()}-{os.getpid()}-{secrets.token_hex(4)}.tmp"
+
+
+def remove_leftovers(folder: Path) -> None:
+    """Delete what dead processes left in ``folder`` and below it.
+
+    For who goes on from files that are there: where nothing is written again, nobody else looks.
+    """
+    _remove_dead(list(folder.rglob(f"{_MARK}*.tmp")))
+
+
+def _remove_dead(temporaries: Iterable[Path]) -> None:
+    for left in temporaries:
+        if _is_dead(left, _host()):
+            shutil.rmtree(left, ignore_errors=True)
+
+
+def _host() -> str:
+    return "".join(letter if letter.isalnum() else "_" for letter in socket.gethostname())
 
 
 def _is_dead(temporary: Path, host: str) -> bool:

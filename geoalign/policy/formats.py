@@ -13,7 +13,7 @@ from torch import Tensor
 
 from geoalign.config.model import ModelConfig
 from geoalign.errors import CheckpointError, UsageError
-from geoalign.files.atomic import atomic_folder, atomic_path
+from geoalign.files.atomic import atomic_folder, atomic_path, atomic_write_json
 from geoalign.files.sealed import save_sealed
 from geoalign.files.weights import require_finite
 from geoalign.models.codec import PatchCodec
@@ -84,11 +84,13 @@ def save_pretrained(
     dtype: torch.dtype | None = None,
     codec: PatchCodec | None = None,
     card: str | None = None,
+    listing: Path | None = None,
 ) -> dict[str, Tensor]:
     """Write a folder with ``config.json`` and safetensors in diffusers' names; appears complete or not at all.
 
     A patch codec lies beside them in ``codec.safetensors``, which diffusers does not look at; a VAE is not copied. A
-    model ``card`` is its ``README.md``.
+    model ``card`` is its ``README.md``. The :func:`manifest` goes into the file ``listing`` just before the folder
+    appears: who finds the folder finds both.
     A model without source video and cameras is a stock ``WanTransformer3DModel`` and loads as one. Camera modules have
     no home in that class: they keep their own names, and the door (:func:`geoalign.policy.open.describe`) reads them.
 
@@ -105,6 +107,8 @@ def save_pretrained(
             save_codec_file(temporary / CODEC_FILE, codec)
         if card is not None:
             (temporary / CARD_FILE).write_text(card, "utf-8")
+        if listing is not None:
+            atomic_write_json(listing, manifest(tensors))
     return tensors
 
 

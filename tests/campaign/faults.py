@@ -25,7 +25,7 @@ from typing import Any
 CHANGES = ("os.rename", "os.remove", "os.mkdir", "os.rmdir", "os.chmod", "os.truncate")
 WRITING = os.O_WRONLY | os.O_RDWR | os.O_CREAT
 TIMEOUT_S = 180.0
-_ERROR = re.compile(r"geoalign( \[rank \d+\])?: error: ")
+_ERROR = re.compile(r"geoalign( \[rank \d+\])?: error: |^failed: ")  # the second: one of several videos
 
 
 @dataclass(frozen=True)

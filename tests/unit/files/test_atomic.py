@@ -135,7 +135,13 @@ def test_what_dead_processes_left_is_deleted_by_the_next_writer(tmp_path: Path) 
         (tmp_path / name / "new.tmp").touch()
     old = time.time() - 2 * 86400
     os.utime(tmp_path / ".geoalign-elsewhere-1-1.tmp", (old, old))
+    deep = tmp_path / "b" / "c" / f".geoalign-{host}-{dead_pid()}-0.tmp"
+    deep.mkdir(parents=True)
     atomic_write_text(tmp_path / "a", "")
+    assert {name: (tmp_path / name).exists() for name in names} == names
+    assert deep.exists()  # nobody has written there yet
+    atomic.remove_leftovers(tmp_path)
+    assert not deep.exists() and deep.parent.exists()
     assert {name: (tmp_path / name).exists() for name in names} == names
 
 

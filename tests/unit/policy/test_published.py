@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
 import torch
 from benchmark_cases import SIZE, random_policy
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 from geoalign.cli.main import main
 from geoalign.data.video import read_video, write_video
@@ -15,6 +16,7 @@ from geoalign.errors import UsageError
 from geoalign.geometry.presets import preset
 from geoalign.geometry.trajectory import CameraTrajectory
 from geoalign.models.layouts import is_self_attention
+from geoalign.policy.formats import WEIGHTS_FILE, save_pretrained
 from geoalign.policy.open import describe
 from geoalign.policy.policy import RetakePolicy
 from geoalign.policy.published import published_noise, published_retake, truncated
@@ -101,3 +103,18 @@ def test_sample_writes_a_published_retake(base: Path, tmp_path: Path, capsys: py
     assert read_video(tmp_path / "out.mp4").shape == (FRAMES, 3, *SIZE)
     assert main([*common, "--steps", "25"]) == UsageError.exit_code
     assert "--settings published has its own --steps" in capsys.readouterr().err
+
+
+def test_who_finds_an_exported_folder_finds_its_listing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A kill between the two left a folder without one, and the next run refused the folder."""
+    model, listing, renamed = describe("builtin:tiny_base").network()[0], tmp_path / "f.manifest.json", []
+    rename = Path.rename
+
+    def watched(path: Path, target: Path) -> Path:
+        renamed.append((target, listing.exists()))
+        return rename(path, target)
+
+    monkeypatch.setattr(Path, "rename", watched)
+    save_pretrained(model, tmp_path / "f", listing=listing)
+    assert renamed == [(tmp_path / "f", True)]
+    assert json.loads(listing.read_text())["tensors"] == len(load_file(tmp_path / "f" / WEIGHTS_FILE))
