@@ -9,7 +9,6 @@ import shutil
 import signal
 import subprocess
 import tempfile
-import threading
 import weakref
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -25,7 +24,7 @@ from geoalign.benchmark.tools.settings import (
 )
 from geoalign.errors import UserError
 from geoalign.files.parsing import parse_json
-from geoalign.rewards.running.worker import choose_device
+from geoalign.rewards.running.worker import ask_line, choose_device
 
 Kind = Literal["absent", "wrong version", "raised", "died", "timed out", "incomplete output", "identity poses"]
 _AGAIN: frozenset[Kind] = frozenset({"raised", "died", "incomplete output"})
@@ -147,25 +146,10 @@ class ToolWorker:
 
     def _send(self, request: Mapping[str, Any], timeout_s: float) -> dict[str, Any]:
         process, errors = self._process, self._errors
-        assert process is not None and process.stdin is not None and process.stdout is not None and errors is not None
-        late = threading.Event()
+        assert process is not None and errors is not None
         os.ftruncate(errors.fileno(), 0)  # an offset is shared with the process: it goes on writing from the beginning
         os.lseek(errors.fileno(), 0, os.SEEK_SET)
-
-        def give_up() -> None:
-            late.set()
-            kill_group(process)
-
-        timer = threading.Timer(timeout_s, give_up)
-        timer.start()
-        try:
-            process.stdin.write(f"{json.dumps(request)}\n")
-            process.stdin.flush()
-            line = process.stdout.readline()
-        except BrokenPipeError:
-            line = ""
-        finally:
-            timer.cancel()
+        line, late = ask_line(process, json.dumps(request), timeout_s, lambda: kill_group(process))
         told = parse_json(line, f"answer of {self.name}") if line.endswith("\n") else None
         code = None if told is not None else _exit_code(process)
         self.log = _printed(errors)
@@ -176,7 +160,7 @@ class ToolWorker:
             self.log += f"\n{told['traceback']}"
             raise ToolFailure("raised", _joined(told["error"], tail))
         self.close()
-        if late.is_set():
+        if late:
             raise ToolFailure("timed out", _joined(f"no answer within {timeout_s:g} s, killed", tail))
         how = f"by signal {-code}" if code is not None and code < 0 else f"with exit code {code}"
         raise ToolFailure("died", _joined(f"ended {how}", tail))

@@ -11,7 +11,7 @@ import os
 import subprocess
 import sys
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import IO, Any
 
@@ -118,24 +118,9 @@ class WorkerReward:
 
     def _ask(self, request: str, timeout_s: float) -> dict[str, Any]:
         process = self._process
-        assert process is not None and process.stdin is not None and process.stdout is not None
-        late = threading.Event()
-
-        def give_up() -> None:
-            late.set()
-            process.kill()
-
-        timer = threading.Timer(timeout_s, give_up)
-        timer.start()
-        try:
-            process.stdin.write(f"{request}\n")
-            process.stdin.flush()
-            line = process.stdout.readline()
-        except BrokenPipeError:
-            line = ""
-        finally:
-            timer.cancel()
-        if line:
+        assert process is not None
+        line, late = ask_line(process, request, timeout_s, process.kill)
+        if line.endswith("\n"):  # else it ended, perhaps within a line
             answer = json.loads(line)
             if "error" in answer:
                 raise (UsageError if answer["usage"] else RewardError)(
@@ -143,7 +128,7 @@ class WorkerReward:
                 )
             return answer
         self._kill()
-        if late.is_set():
+        if late:
             raise ScorerTimeoutError(f"worker gave no answer within {timeout_s} s and was killed")
         raise RewardError(f"worker of reward {self.name} ended without an answer; its messages are on stderr")
 
@@ -156,6 +141,39 @@ class WorkerReward:
                     with contextlib.suppress(OSError):
                         pipe.close()
             self._process = None
+
+
+def ask_line(
+    process: subprocess.Popen[str], request: str, timeout_s: float, kill: Callable[[], object]
+) -> tuple[str, bool]:
+    """Give a process one line, and wait for the line that it answers with.
+
+    Args:
+        process: with pipes for input and output.
+        request: without a newline.
+        timeout_s: seconds, after which ``kill`` is called in a thread beside.
+
+    Returns:
+        (its line, which ends with a newline unless the process ended before, whether it was killed).
+    """
+    assert process.stdin is not None and process.stdout is not None
+    late = threading.Event()
+
+    def give_up() -> None:
+        late.set()
+        kill()
+
+    timer = threading.Timer(timeout_s, give_up)
+    timer.start()
+    try:
+        process.stdin.write(f"{request}\n")
+        process.stdin.flush()
+        line = process.stdout.readline()
+    except BrokenPipeError:
+        line = ""
+    finally:
+        timer.cancel()
+    return line, late.is_set()
 
 
 def save_request(stem: Path, videos: Tensor, batch: RetakeBatch) -> None:

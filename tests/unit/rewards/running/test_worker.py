@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import io
 import os
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -21,6 +23,7 @@ from geoalign.rewards.running.guard import GuardedReward
 from geoalign.rewards.running.turns import score_all
 from geoalign.rewards.running.worker import (
     WorkerReward,
+    ask_line,
     choose_device,
     load_output,
     load_request,
@@ -117,6 +120,22 @@ def test_workers_of_different_rewards_score_at_the_same_time(worker_module: Path
     finally:
         for worker in workers.values():
             worker.close()
+
+
+@pytest.mark.parametrize(
+    ("program", "timeout_s", "answer"),
+    [
+        ("print(input() + '!', flush=True)", PATIENCE_S, ("ask!\n", False)),
+        ("import os; input(); os.write(1, b'par'); os._exit(3)", PATIENCE_S, ("par", False)),
+        ("input(); print('', end='', flush=True); input()", 0.5, ("", True)),
+    ],
+    ids=["answers", "ends within a line", "says nothing"],
+)
+def test_a_process_is_asked_line_by_line(program: str, timeout_s: float, answer: tuple[str, bool]) -> None:
+    command, pipe = [sys.executable, "-S", "-c", program], subprocess.PIPE
+    with subprocess.Popen(command, stdin=pipe, stdout=pipe, text=True) as process:
+        assert ask_line(process, "ask", timeout_s, process.kill) == answer
+        process.kill()
 
 
 def test_an_answer_stays_when_the_next_one_overwrites_its_file(tmp_path: Path) -> None:
