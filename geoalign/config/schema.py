@@ -190,6 +190,6 @@ class Config(Section):
                     "share tokens; change data.num_frames, data.height or data.width"
                 )
         if parallel.engine == "fsdp" and self.ode != OdeConfig():
-            raise ValueError("parallel.engine=fsdp runs one network, the exact one: remove the settings of ode")
+            raise ValueError("parallel.engine=fsdp runs one network on all ranks together: remove the settings of ode")
         if parallel.engine != "ddp" and self.optim.states != "float32":
             raise ValueError(f"parallel.engine={parallel.engine} shards float32 states: set optim.states=float32")

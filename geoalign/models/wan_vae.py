@@ -15,6 +15,7 @@ from geoalign.files.weights import TensorFile, shapes_of
 from geoalign.models.checkpoint import place
 from geoalign.models.layouts import summary
 from geoalign.models.pretrained import check_pretrained, open_pretrained
+from geoalign.models.wan_decoder import make_lean
 
 if TYPE_CHECKING:
     from diffusers import AutoencoderKLWan
@@ -52,6 +53,7 @@ class WanCodec:
 
     def __init__(self, vae: AutoencoderKLWan, *, tiled: bool = False) -> None:
         self.vae = vae.eval().requires_grad_(False)
+        make_lean(vae)
         self.latent_channels = int(vae.config.z_dim)
         if tiled:
             vae.enable_tiling()

@@ -21,7 +21,11 @@ def study(name: str) -> ModuleType:
 
 @pytest.mark.parametrize(
     ("name", "page", "word"),
-    [("foreign_kernels", "kernels.md", "SageAttention 1"), ("budgets", "profiling.md", "eager, nothing shared")],
+    [
+        ("foreign_kernels", "kernels.md", "SageAttention 1"),
+        ("budgets", "profiling.md", "eager, nothing shared"),
+        ("decode", "engine.md", "diffusers' decoder"),
+    ],
 )
 def test_generated_tables_are_up_to_date(name: str, page: str, word: str) -> None:
     text = (ROOT / "docs" / page).read_text()

@@ -16,6 +16,7 @@ from training_cases import Brightness, Conditions, lively_policy, on_fake_ranks,
 
 from geoalign.config.schema import Config
 from geoalign.errors import ConfigError, RunError
+from geoalign.models import execution
 from geoalign.models.dit import BlockResidual, RetakeDiT
 from geoalign.policy.open import open_policy
 from geoalign.rewards.registry import build_rewards
@@ -32,6 +33,8 @@ AUDIT = {"audit_every": 2, "audit_action": "report"}
 EVERYTHING: dict[str, Any] = {
     "window": WINDOW, "flow": TAIL, "ode": ODE | AUDIT, "advantage": {"weights": {}}, "groups": {"rows_per_forward": 2},
 }  # fmt: skip
+LESS: dict[str, Any] = {"learn": {"window_steps": 1, "members": 2}, "groups": {"rows_per_forward": 1}}
+"""Beside everything: updates made of less, some steps of the window and some members."""
 
 
 def trainer(ranks: Ranks | None = None, **changes: Any) -> Trainer:
@@ -39,10 +42,10 @@ def trainer(ranks: Ranks | None = None, **changes: Any) -> Trainer:
     return trainer_of(smoke(**merged), ranks, rewards={"b": Brightness()})
 
 
-@pytest.mark.parametrize("levers", [{}, {"streaming": "graphs"}], ids=str)
-def test_everything_approximate_leaves_ratio_and_counters_alone(levers: dict[str, Any]) -> None:
-    run = trainer(levers=levers)
-    for iteration in range(2 if levers else 3):
+@pytest.mark.parametrize("changes", [{}, {"levers": {"streaming": "graphs"}}, LESS], ids=str)
+def test_everything_approximate_leaves_ratio_and_counters_alone(changes: dict[str, Any]) -> None:
+    run = trainer(**changes)
+    for iteration in range(3 if changes == {} else 2):
         metrics = run.step()
         assert metrics["parity/log_prob_diff_max"] == 0.0
         assert metrics["policy/ratio_min"] == metrics["policy/ratio_max"] == 1.0
@@ -58,7 +61,7 @@ def test_everything_approximate_leaves_ratio_and_counters_alone(levers: dict[str
 
 def test_a_resumed_run_goes_on_bit_for_bit() -> None:
     """Through the JSON of a checkpoint: the drift is remembered, so no step is measured or chosen anew."""
-    whole = trainer()
+    whole = trainer(**LESS)
     for _ in range(2):
         whole.step()
     state = whole.state()
@@ -66,13 +69,30 @@ def test_a_resumed_run_goes_on_bit_for_bit() -> None:
         state.snapshot.values, state.snapshot.average, state.snapshot.optimizer
     )))  # fmt: skip
     state = replace(state, snapshot=kept, notes=json.loads(json.dumps(state.notes)))
-    resumed = trainer()
+    resumed = trainer(**LESS)
     resumed.load(state)
     first, second = whole.step(), resumed.step()
     same = [name for name in first if name.startswith(("reward", "policy", "fidelity", "advantage", "perf/forward"))]
     assert all(first[name] == second[name] for name in same) and len(same) > 20
     for name, value in whole.engine.trained.items():
         assert torch.equal(value, resumed.engine.trained[name]), name
+
+
+def test_compiled_blocks_tail_off_as_eager_ones_do(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Reuse lies outside of the compiled block, int8 inside. Its graphs are traced, and run without a compiler."""
+    traced = torch.compile(execution._eager, fullgraph=True, dynamic=False, backend="aot_eager")
+    monkeypatch.setattr(execution, "_compiled", lambda: traced)
+    eager, compiled = trainer(), trainer(run={"compile": True})
+    for _ in range(2):
+        there, here = eager.step(), compiled.step()
+        assert here["parity/log_prob_diff_max"] == 0.0 and here["policy/ratio_max"] == 1.0
+        counted = [name for name in there if name.startswith("perf/forward")]
+        assert [here[name] for name in counted] == [there[name] for name in counted]
+        # The graphs hold the same operators; float32 sums may be taken in another order.
+        for name in ("reward/bright", "policy/grad_norm"):
+            assert here[name] == pytest.approx(there[name], rel=1e-3), name
+    assert compiled.notes[DRIFT]["drift"] == pytest.approx(eager.notes[DRIFT]["drift"], rel=1e-3)
+    assert compiled.policy.model.execution.compiled and not eager.policy.model.execution.compiled
 
 
 def clone(value: Any) -> Any:

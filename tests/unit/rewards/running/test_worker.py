@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import io
 import os
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -17,6 +19,7 @@ from geoalign.config.rewards import RewardConfig
 from geoalign.errors import RewardError
 from geoalign.rewards.base import RewardOutput
 from geoalign.rewards.registry import build_rewards
+from geoalign.rewards.running.exchange import exchange
 from geoalign.rewards.running.guard import GuardedReward
 from geoalign.rewards.running.turns import score_all
 from geoalign.rewards.running.worker import (
@@ -117,6 +120,22 @@ def test_workers_of_different_rewards_score_at_the_same_time(worker_module: Path
     finally:
         for worker in workers.values():
             worker.close()
+
+
+@pytest.mark.parametrize(
+    ("program", "timeout_s", "answer"),
+    [
+        ("print(input() + '!', flush=True)", PATIENCE_S, "ask!\n"),
+        ("import os; input(); os.write(1, b'par'); os._exit(3)", PATIENCE_S, ""),
+        ("input(); print('', end='', flush=True); input()", 0.5, None),
+    ],
+    ids=["answers", "ends within a line", "says nothing"],
+)
+def test_a_process_is_asked_line_by_line(program: str, timeout_s: float, answer: str | None) -> None:
+    command, pipe = [sys.executable, "-S", "-c", program], subprocess.PIPE
+    with subprocess.Popen(command, stdin=pipe, stdout=pipe, text=True) as process:
+        assert exchange(process, "ask", timeout_s, process.kill) == answer
+        process.kill()
 
 
 def test_an_answer_stays_when_the_next_one_overwrites_its_file(tmp_path: Path) -> None:
