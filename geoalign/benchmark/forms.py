@@ -44,7 +44,7 @@ class RowForm(Form):
     status: Literal["ok", "failed"]
     cause: str
     readers: dict[str, _ReadingForm]
-    frames: int = Field(0, ge=1)
+    frames: int = Field(1, ge=1)
     video: str = ""
     source: str = ""
     facts: dict[str, float | None] = Field(default_factory=dict)
