@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import re
 import sys
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,33 @@ from geoalign.files.parsing import first_line, read_json_object
 from geoalign.files.shards import weight_files
 from geoalign.files.weights import TensorFile, require_finite
 from geoalign.models.layouts import summary
+
+_MOST_LAYERS = 1000
+"""The libraries make one module after the other, however many a file asks for; published networks have below 100."""
+_DEPTH = re.compile(r"(^|_)(num|n)_(\w+_)?(layers|blocks)$|^depths?$")
+
+
+def read_settings(folder: Path) -> dict[str, Any]:
+    """The ``config.json`` of a folder of diffusers or transformers.
+
+    Raises:
+        CheckpointError: it cannot be read, or asks for more layers than any network has.
+    """
+    file = folder / "config.json"
+    settings = read_json_object(file, CheckpointError)
+    _refuse_depth(settings, file)
+    return settings
+
+
+def _refuse_depth(settings: Mapping[str, Any], file: Path) -> None:
+    for key, value in settings.items():
+        if isinstance(value, Mapping):
+            _refuse_depth(value, file)
+        numbers = [n for n in (value if isinstance(value, list) else [value]) if isinstance(n, int)]
+        if _DEPTH.search(key) and max(numbers, default=0) > _MOST_LAYERS:
+            raise CheckpointError(
+                f"{file}: {key} is {max(numbers)}, at most {_MOST_LAYERS} are read here; download the folder again"
+            )
 
 
 def check_pretrained(folder: Path, what: str, kinds: Collection[str]) -> str:
@@ -30,7 +58,7 @@ def check_pretrained(folder: Path, what: str, kinds: Collection[str]) -> str:
     Raises:
         CheckpointError: another kind of model, or missing or damaged files.
     """
-    config = read_json_object(folder / "config.json", CheckpointError)
+    config = read_settings(folder)
     kind = config.get("_class_name") or config.get("model_type")
     if not isinstance(kind, str) or kind not in kinds:
         raise CheckpointError(f"{folder}: not a {what} (config.json says {kind!r})")
@@ -69,6 +97,8 @@ def open_pretrained(network: Any, folder: Path, what: str, **options: Any) -> nn
     """
     if not any(folder.glob("*.bin*")):  # both libraries also read those
         weight_files(folder)
+    if (folder / "config.json").exists():
+        read_settings(folder)
     try:
         with _without_notices(network):
             model, told = network.from_pretrained(folder, local_files_only=True, output_loading_info=True, **options)

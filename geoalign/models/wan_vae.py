@@ -10,11 +10,11 @@ import torch
 from torch import Tensor
 
 from geoalign.errors import CheckpointError, UsageError
-from geoalign.files.parsing import first_line, read_json_object
+from geoalign.files.parsing import first_line
 from geoalign.files.weights import TensorFile, shapes_of
 from geoalign.models.checkpoint import place
 from geoalign.models.layouts import summary
-from geoalign.models.pretrained import check_pretrained, open_pretrained
+from geoalign.models.pretrained import check_pretrained, open_pretrained, read_settings
 from geoalign.models.wan_decoder import make_lean
 
 if TYPE_CHECKING:
@@ -122,7 +122,7 @@ def empty_wan_codec(path: Path) -> WanCodec:
         return WanCodec(_on_meta())
     from diffusers import AutoencoderKLWan
 
-    settings = read_json_object(path / "config.json", CheckpointError)
+    settings = read_settings(path)
     try:
         with torch.device("meta"):
             vae: Any = AutoencoderKLWan.from_config(settings)

@@ -135,19 +135,19 @@ def edited(path: Path) -> Path:
     return remux(vp9(path / "full.mp4"), path / "c.mp4", earlier)
 
 
-def twice_stamped(path: Path) -> Path:
-    """Two frames at each time stamp, which tell no order."""
+def equally_stamped(path: Path) -> Path:
+    """Several frames at each time stamp, which tell no order."""
 
-    def halve(packet: Any) -> None:
-        packet.pts = packet.dts = packet.pts // 2
+    def coarser(packet: Any) -> None:
+        packet.pts = packet.dts = packet.pts // 100 * 100  # milliseconds
 
-    return remux(vp9(path / "full.mkv"), path / "c.mkv", halve)
+    return remux(vp9(path / "full.mkv"), path / "c.mkv", coarser)
 
 
 REFUSED: dict[str, tuple[str, Callable[[Path], Path]]] = {
     "two tracks": ("2 video tracks", second_track),
     "edit list": ("hidden frames", edited),
-    "stamps that tell no order": ("time stamps that do not tell the order", twice_stamped),
+    "stamps that tell no order": ("time stamps that do not tell the order", equally_stamped),
     "bt2020": ("colour matrix 9", lambda p: vp9(p / "c.mp4", setup=tags(9), dst_colorspace=9)),
 }
 

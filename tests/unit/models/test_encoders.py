@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import math
+import re
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -22,8 +23,9 @@ from geoalign.models.encoders import (
     fill_text_encoder,
     original_text_name,
 )
+from geoalign.models.pretrained import open_pretrained
 from geoalign.models.wan_decoder import make_lean
-from geoalign.models.wan_vae import WanCodec, fill_vae, original_name
+from geoalign.models.wan_vae import WanCodec, empty_wan_codec, fill_vae, original_name
 
 if TYPE_CHECKING:
     from diffusers import AutoencoderKLWan
@@ -233,3 +235,17 @@ def test_a_folder_of_another_kind_is_named(kind: object, tmp_path: Path) -> None
     (tmp_path / "config.json").write_text(json.dumps({"model_type": kind}))
     with pytest.raises(CheckpointError, match=r"config.json says "):
         check_text_encoder(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [{"num_layers": 10**9}, {"vision_config": {"num_hidden_layers": 10**9}}, {"num_res_blocks": 10**9},
+     {"depths": [2, 10**9]}, {"n_layers": 1001}],
+)  # fmt: skip
+def test_a_folder_that_asks_for_a_billion_layers_is_refused(settings: dict[str, object], tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "umt5", "block_size": 4096} | settings))
+    (tmp_path / "model.safetensors").write_bytes(b"")
+    (key, *_) = (name for name in re.findall(r"[a-z_]+", json.dumps(settings)) if name != "vision_config")
+    for use in (check_text_encoder, empty_wan_codec, lambda path: open_pretrained(None, path, "text encoder")):
+        with pytest.raises(CheckpointError, match=rf"config\.json: {key} is \d+, at most 1000"):
+            use(tmp_path)
