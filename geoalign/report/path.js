@@ -57,6 +57,7 @@ const geoalignPath = (() => {
   function strengthen() {
     const s = Number(element("strength").value);
     points = start.map((p) => Object.fromEntries(KEYS.map((key) => [key, p[key] * s])));
+    for (const view of views) view.fit();
     draw();
   }
 

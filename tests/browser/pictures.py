@@ -22,7 +22,7 @@ from geoalign.report.page import write_report
 
 IMAGES = Path(__file__).parents[2] / "docs" / "images"
 FILM = "const p = document.querySelector('article.film').player; if (p.selects.lines) p.show({lines: 'asked'});"
-DRAWN = """for (const [id, value, kind] of [["preset", "arc_right", "change"], ["strength", "16", "input"]]) {
+DRAWN = """for (const [id, value, kind] of [["preset", "arc_right", "change"], ["strength", "10", "input"]]) {
   const field = document.getElementById(id); field.value = value; field.dispatchEvent(new Event(kind)); }"""
 
 
