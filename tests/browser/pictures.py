@@ -38,6 +38,7 @@ def take(browser: Browser, page: Path, name: str, width: int, height: int, scrip
         tab.evaluate(script)
     if at:
         tab.locator(at).first.evaluate("e => e.scrollIntoView()")
+    tab.wait_for_timeout(2000)  # what follows the film's start is drawn
     path = IMAGES / f"{name}.png"
     tab.screenshot(path=path)
     Image.open(path).convert("RGB").quantize(256, dither=Image.Dither.FLOYDSTEINBERG).save(path, optimize=True)
