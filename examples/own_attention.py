@@ -36,7 +36,7 @@ def main() -> None:
     y = block(x, angles, scale, shift, gate)
     y.square().mean().backward()
     print(f"out {tuple(y.shape)}, gradient of the query norm {block.norm_q.grad.norm():.3g}")
-    print(report())
+    print("\n".join(f"{row['op']:<28} {row['backend']}" for row in report()))
 
 
 if __name__ == "__main__":

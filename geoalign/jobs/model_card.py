@@ -14,8 +14,21 @@ from geoalign.policy.files import CHECKPOINT_NAME, RUN_CONFIG
 from geoalign.policy.open import ModelFiles
 from geoalign.report.held_out import Value, comparisons
 from geoalign.report.run_folder import read_summary
+from geoalign.report.words import SETS
 from geoalign.version import __version__
 
+_WHAT = "Give it a source video and a camera path, and it returns the same scene filmed along that path."
+_EMBEDDED = (
+    "It knows the small rendered world of geoalign's demo alone: a model to try the method with, and not one for real "
+    "videos."
+)
+_BESIDE = "geoalign sample --model BASE --checkpoint FILE --video in.mp4 --trajectory pan_right --out out.mp4"
+_USE = {
+    "diffusers": "geoalign sample --model FOLDER --video in.mp4 --trajectory pan_right --out out.mp4",
+    "redirector": _BESIDE,
+    "recammaster": _BESIDE,
+}
+"""How an export of a layout is sampled from; a LoRA is for other programs."""
 _NOT_KNOWN = "not known to geoalign: state that of the weights you trained on"
 _PUBLISHED = (
     (REDIRECTOR, "Apache-2.0 (code of ReDirector and Wan2.1; see the files you downloaded)"),
@@ -38,13 +51,17 @@ def model_card(name: Path | str, files: ModelFiles, *, layout: str, rounding: st
     run = _run_of(Path(name))
     summary = _summary(run, Path(name))
     base = str(summary.get("base") or files.notes.get("base") or files.location.home)
+    licence = _licence(base, files)
     lines = [
-        "---", "library_name: geoalign", "pipeline_tag: video-to-video", "tags: [camera-control, grpo]", "---", "",
+        "---", "library_name: geoalign", "pipeline_tag: video-to-video", "tags: [camera-control, grpo]",
+        f"license: {'apache-2.0' if licence.startswith('Apache-2.0') else 'other'}", "---", "",
         "# A retake model", "",
-        f"{files.title}, written by `geoalign export --format {layout}`; {rounding}.", "",
+        f"{_WHAT} {_EMBEDDED}" if _ships(base) else _WHAT, "",
+        f"{files.title[:1].upper()}{files.title[1:]}, written by `geoalign export --format {layout}`; {rounding}.", "",
+        *([f"    {_USE[layout]}", ""] if layout in _USE else []),
         "| what | value |", "| --- | --- |",
         f"| trained on top of | `{base}` |",
-        f"| licence of the base | {_licence(base, files)} |",
+        f"| licence of the base | {licence} |",
         f"| exported from | {files.location.what} |",
         f"| geoalign | {__version__} |",
         f"| commit of the training | {summary.get('commit', 'not recorded')} |",
@@ -68,8 +85,13 @@ def _summary(run: Path | None, name: Path) -> dict[str, Any]:
     return summary
 
 
+def _ships(base: str) -> bool:
+    """Whether the base is the one inside the package."""
+    return base.startswith("builtin:") or "_assets" in base
+
+
 def _licence(base: str, files: ModelFiles) -> str:
-    if base.startswith("builtin:") or "_assets" in base:
+    if _ships(base):
         return "Apache-2.0 (ships with geoalign)"
     return next((licence for config, licence in _PUBLISHED if config == files.config), _NOT_KNOWN)
 
@@ -80,16 +102,16 @@ def _numbers(summary: dict[str, Any]) -> Iterator[str]:
     if not summary.get("held_out"):
         yield "None were recorded with these weights."
         return
-    yield "Mean over held-out pairs; +- is the standard deviation over noise seeds, where there are several."
+    yield "Mean over held-out pairs; \N{PLUS-MINUS SIGN} is the deviation over noise seeds, where there are several."
     for kind in summary["held_out"]:
-        yield from ("", f"### {kind}", "", "| metric | before | after |", "| --- | --- | --- |")
+        yield from ("", f"### {SETS.get(kind, kind)}", "", "| metric | before | after |", "| --- | --- | --- |")
         for row in comparisons(summary, kind):
             unit = f" ({row.metric.unit})" if row.metric.unit else ""
             yield f"| {row.metric.title}{unit} | {_cell(row.before)} | {_cell(row.after)} |"
 
 
 def _cell(value: Value) -> str:
-    return f"{value.mean:.3f}" + ("" if value.spread is None else f" +- {value.spread:.3f}")
+    return f"{value.mean:.3f}" + ("" if value.spread is None else f" \N{PLUS-MINUS SIGN} {value.spread:.3f}")
 
 
 def _settings(run: Path | None, files: ModelFiles) -> Iterator[str]:

@@ -57,6 +57,7 @@ const geoalignPath = (() => {
   function strengthen() {
     const s = Number(element("strength").value);
     points = start.map((p) => Object.fromEntries(KEYS.map((key) => [key, p[key] * s])));
+    for (const view of views) view.fit();
     draw();
   }
 
@@ -126,7 +127,7 @@ const geoalignPath = (() => {
           const [p, q] = ends(i * step);
           c.strokeStyle = variable(i ? "--faint" : "--line"); c.lineWidth = i ? 1 : 1.6;
           c.beginPath(); c.moveTo(...p); c.lineTo(...q); c.stroke();
-          const label = (i * step).toFixed(digits).replace("-", "\u2212");
+          const label = i ? (i * step).toFixed(digits).replace("-", "\u2212") : "0";
           if (p[0] === q[0]) c.fillText(label, p[0] + 3, this.height - 5); else if (i) c.fillText(label, 5, p[1] - 3);
         }
       }

@@ -112,11 +112,14 @@ def report(device: torch.device | str | None = None) -> list[dict[str, str]]:
 
 def row(op: str, chosen: str, reasons: dict[str, str]) -> dict[str, str]:
     """A row of ``report``; ``reasons`` is empty for what is available and says why for what is not."""
+    alike: dict[str, list[str]] = {}
+    for name, reason in reasons.items():
+        alike.setdefault(reason, []).append(name)
     return {
         "op": op,
         "backend": chosen,
-        "available": ", ".join(name for name, reason in reasons.items() if not reason),
-        "missing": "; ".join(f"{name}: {reason}" for name, reason in reasons.items() if reason),
+        "available": ", ".join(alike.get("", [])),
+        "missing": "; ".join(f"{', '.join(names)}: {reason}" for reason, names in alike.items() if reason),
     }
 
 

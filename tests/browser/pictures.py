@@ -22,7 +22,8 @@ from geoalign.report.page import write_report
 
 IMAGES = Path(__file__).parents[2] / "docs" / "images"
 FILM = "const p = document.querySelector('article.film').player; if (p.selects.lines) p.show({lines: 'asked'});"
-DRAWN = "const s = document.getElementById('preset'); s.value = 'arc_right'; s.dispatchEvent(new Event('change'));"
+DRAWN = """for (const [id, value, kind] of [["preset", "arc_right", "change"], ["strength", "10", "input"]]) {
+  const field = document.getElementById(id); field.value = value; field.dispatchEvent(new Event(kind)); }"""
 
 
 def take(browser: Browser, page: Path, name: str, width: int, height: int, script: str = "", at: str = "") -> None:
@@ -37,6 +38,7 @@ def take(browser: Browser, page: Path, name: str, width: int, height: int, scrip
         tab.evaluate(script)
     if at:
         tab.locator(at).first.evaluate("e => e.scrollIntoView()")
+    tab.wait_for_timeout(2000)  # what follows the film's start is drawn
     path = IMAGES / f"{name}.png"
     tab.screenshot(path=path)
     Image.open(path).convert("RGB").quantize(256, dither=Image.Dither.FLOYDSTEINBERG).save(path, optimize=True)

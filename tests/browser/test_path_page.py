@@ -101,6 +101,12 @@ def test_presets_are_followed_and_speeds_are_told_against_the_law(
     assert f"peak {peak:.3g} m/s: inside the law" in tab.inner_text("#metres-said")
     tab.get_by_label("strength").fill("20")
     assert "faster than trained" in tab.inner_text("#metres-said")
+    for view, name in enumerate(("top", "side")):  # the whole path stays in sight
+        box = tab.locator(f"#{name}").bounding_box()
+        assert box
+        for point in range(5):
+            x, y = tab.evaluate(f"geoalignPath.place({view}, {point})")
+            assert 0 < x < box["width"] and 0 < y < box["height"]
     assert np.abs(open_camera(saved(tab, tmp_path)).path.c2w[-1, :3, 3].numpy() - 20 * drawn[-1, :, 3]).max() < 1e-6
     tab.get_by_role("button", name="Undo").click()
     assert not np.array(tab.evaluate("geoalignPath.poses()"))[:, :, 3].any()

@@ -59,7 +59,7 @@ def test_the_chain_of_the_readme(
     printed = []
     for line in CHAIN:
         assert "plane" not in line
-        assert main(line.split("#")[0].replace("CLIP", "clip.mp4").split()[1:]) == 0, line
+        assert main(line.split("#")[0].replace("$CLIP", "clip.mp4").split()[1:]) == 0, line
         printed.append(capsys.readouterr())
     assert "poses, lens, ground plane from clip.npz, found beside the video" in printed[0].out
     assert "source   clip.mp4, its camera told by out.json" in printed[1].err

@@ -79,3 +79,9 @@ def test_report_has_a_row_per_op_with_reasons() -> None:
     rows = {row["op"]: row for row in gk.report("cpu")}
     assert rows["qk_norm_rotary"]["backend"] == "reference"
     assert "CUDA" in rows["qk_norm_rotary"]["missing"] or "triton" in rows["qk_norm_rotary"]["available"]
+
+
+def test_backends_that_lack_the_same_share_its_words() -> None:
+    reasons = {"reference": "", "a": "needs X", "cpp": "", "b": "needs X", "c": "needs Y"}
+    told = dispatch.row("op", "cpp", reasons)
+    assert told == {"op": "op", "backend": "cpp", "available": "reference, cpp", "missing": "a, b: needs X; c: needs Y"}

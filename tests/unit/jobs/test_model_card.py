@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 
 import pytest
+import yaml
 
 from geoalign.errors import DataError
 from geoalign.jobs.model_card import model_card
@@ -32,6 +33,9 @@ def test_a_card_holds_what_the_run_recorded(summary: dict[str, object] | None, t
         assert ("| seed | 3 |" in text) == ("| iterations | 40 |" in text) == ("seed" in recorded)
         assert ("0.500 | 0.250" in text) == ("held_out" in recorded) == ("None were recorded" not in text)
         assert ("| abc |" in text) == ("commit" in recorded)
+        metadata = yaml.safe_load(text.split("---\n")[1])
+        assert metadata["license"] == "apache-2.0" and "geoalign sample --model FOLDER" in text
+        assert "rendered world" in text  # whoever finds the card must not expect real videos
 
 
 def test_an_earlier_checkpoint_does_not_take_the_numbers_of_the_last(tmp_path: Path) -> None:

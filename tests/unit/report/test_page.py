@@ -275,7 +275,7 @@ def test_a_run_that_made_things_worse_says_so_in_three_places(folder: Path) -> N
     assert "1 thing to look at" in page and "Likeness to the truth got worse: 18.1 to 17.1 dB" in page
     (folder / "summary.json").write_text(json.dumps(with_values("translation_error_m", [0.4, 0.41], [0.6, 0.61])))
     page = report_page(read_run(folder), samples=0)
-    assert "strays 49&thinsp;% more" in page and "position error: worse" in page
+    assert "strays 49&thinsp;% more" in page and "worse: position error" in page
 
 
 def test_troubles_are_counted_and_placed(folder: Path) -> None:
