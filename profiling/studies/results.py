@@ -39,8 +39,6 @@ PAGES: dict[Path, Callable[[Path], str]] = {
 
 PENDING = (
     "control: base with unbiased labels",
-    "control: perceptual reward only, seed 2",
-    "control: perceptual reward only, seed 3",
     "fidelity",
     "time to quality",
 )
