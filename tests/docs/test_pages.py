@@ -15,7 +15,7 @@ PAGES = sorted(
     [*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), *ROOT.glob("*/README.md"), *ROOT.glob("tests/**/README.md")]
 )
 HOMES = [ROOT / folder for folder in (".", "geoalign", "kernels")]
-FOREIGN = {"inference.py", "wan_pipeline_with_logprob.py"}
+FOREIGN = {"inference.py", "wan_pipeline_with_logprob.py", "reconstruct_source_tracks.py"}
 """Files of other projects that the pages name."""
 ARCHITECTURE = (ROOT / "docs" / "architecture.md").read_text("utf-8")
 
