@@ -155,7 +155,7 @@ def _plane(content: Content) -> NDArray[np.float64] | None:
     if not content.has("ground_plane"):
         return None
     plane = content.array("ground_plane", (4,), (1, 4)).reshape(4)
-    if not abs(np.linalg.norm(plane[:3]) - 1) < 1e-3 or not abs(plane[3]) < LARGEST:
+    if not (np.abs(plane) < LARGEST).all() or not abs(np.linalg.norm(plane[:3]) - 1) < 1e-3:
         raise content.error(f"ground_plane {plane.tolist()} must be (n, d) with |n| = 1; divide it by |n|")
     return plane
 
