@@ -288,6 +288,11 @@ CASES: dict[str, Case] = {
     "camera of KITTI": Case(
         _write("k.txt", "".join(f"1 0 0 0 0 1 0 0 0 0 1 {k / 10}\n" for k in range(8))), "k.txt", _camera
     ),
+    "camera of Redirect4D": Case(
+        _write("trajectory.json", json.dumps({"camera_path": [
+            {"extrinsic": [[1, 0, 0, k / 10], [0, 1, 0, 0], [0, 0, 1, 0]]} for k in range(8)]})),
+        "trajectory.json", _camera,
+    ),
     "stamp of a world": Case(_make_world, "data/world.json", _read_world, told=True),
     "encoder settings": Case(_make_encoder, "config.json", _read_encoder),
     "encoder weights": Case(_make_encoder, "model.safetensors", _read_encoder),
