@@ -207,6 +207,9 @@ class OdeConfig(Section):
     """Smallest rank correlation of the advantages under exact and approximate tail that an audit lets pass."""
     audit_bias: float = Field(1.0, gt=0)
     """Largest change of a reward's group mean, in deviations inside the group, that an audit lets pass."""
+    audit_margin: float | None = None
+    """Smallest distance, in dB, of the approximate videos' error below the difference between members of the group that
+    an audit lets pass; None: any. It varies far less from group to group than a correlation of a few members."""
     audit_action: Literal["stop", "exact", "report"] = "stop"
     """After a bad audit: stop the run before its update, go on with exact tails, or only log it."""
 

@@ -235,11 +235,15 @@ class Auditor:
             for name, value in numbers.items()
             if name.startswith("bias_") and abs(value) > ode.audit_bias
         ]
+        margin = numbers["psnr"] - numbers["distance"]
+        if ode.audit_margin is not None and margin < ode.audit_margin:
+            bad.append(f"videos {margin:.3g} dB nearer to the exact ones than members to each other")
         if not bad or ode.audit_action == "report":
             return False
         found = (
             f"iteration {iteration}: the approximate tail does not keep what a group teaches: {', '.join(bad)} "
-            f"(bounds ode.audit_spearman={ode.audit_spearman:g}, ode.audit_bias={ode.audit_bias:g}) with "
+            f"(bounds ode.audit_spearman={ode.audit_spearman:g}, ode.audit_bias={ode.audit_bias:g}, "
+            f"ode.audit_margin={ode.audit_margin}) with "
             f"{', '.join(f'{name}={value}' for name, value in self.config.approximations().items())}"
         )
         if ode.audit_action == "stop":
