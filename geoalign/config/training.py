@@ -205,9 +205,9 @@ class OdeConfig(Section):
     the probability ratio cannot: what approximate tails do to the order of a group."""
     audit_spearman: float = Field(0.8, ge=-1, le=1)
     """Smallest rank correlation of the advantages under exact and approximate tail that an audit lets pass."""
-    audit_bias: float = Field(1.0, gt=0)
+    audit_bias: float = Field(3.0, gt=0)
     """Largest change of a reward's group mean, in deviations inside the group, that an audit lets pass."""
-    audit_margin: float | None = None
+    audit_margin: float | None = 10.0
     """Smallest distance, in dB, of the approximate videos' error below the difference between members of the group that
     an audit lets pass; None: any. It varies far less from group to group than a correlation of a few members."""
     audit_action: Literal["stop", "exact", "report"] = "stop"

@@ -123,8 +123,8 @@ def test_ranks_that_share_members_and_tokens_choose_and_audit_as_one_process_doe
     assert sum(numbers[0]["perf/forwards_audit"] for numbers, _ in results) / 2 == alone[0]["perf/forwards_audit"]
 
 
-MARGIN_ALONE = {"audit_spearman": -1.0, "audit_bias": 1e9, "audit_margin": 10.0}
-"""2 to 3 dB are seen of one step, 21 and more of six."""
+MARGIN_ALONE = {"audit_spearman": -1.0, "audit_bias": 1e9}
+"""The default margin of 10 dB: 2 to 3 are seen of one step, 21 and more of six."""
 
 
 def audited(action: str, bounds: dict[str, float] | None = None, **flow: Any) -> Trainer:
@@ -150,7 +150,7 @@ def test_the_audit_stops_a_tail_of_one_step_at_once(bounds: dict[str, float], fo
 
 
 def test_the_audit_passes_a_good_tail() -> None:
-    metrics = audited("stop", {"audit_margin": 10.0}, **GOOD).step()
+    metrics = audited("stop", **GOOD).step()
     assert metrics["fidelity/spearman"] >= 0.9 and metrics["perf/forwards_audit"] == 8 * 7
     assert metrics["fidelity/psnr"] > metrics["fidelity/distance"] + 15
 
