@@ -38,7 +38,6 @@ PAGES: dict[Path, Callable[[Path], str]] = {
 }
 
 PENDING = (
-    "control: base with unbiased labels",
     "fidelity",
     "time to quality",
 )

@@ -46,16 +46,17 @@ GROUPS = {
 }
 WANTED = {
     "kills": 20 * len(VERBS),
-    "full_disks": 120,
-    "read_only": 40,
-    "double_signals": 24,
-    "two_processes": 24,
-    "dying_ranks": 12,
+    "full_disks": 75,
+    "read_only": 25,
+    "double_signals": 16,
+    "two_processes": 15,
+    "dying_ranks": 8,
     "signalled_ranks": 8,
-    "dying_preparers": 12,
-    "dying_workers": 8,
+    "dying_preparers": 8,
+    "dying_workers": 6,
     "inputs": 1600,
 }
+"""What an hour of two cores is spent on."""
 GOLDEN = 0.6180339887498949
 INPUTS_AT_ONCE = 50
 SIZES = (1, 100, 5000, 60_000, 400_000, 1_500_000)  # bytes, on both sides of what the verbs write
