@@ -23,7 +23,8 @@ def environments(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """An empty folder of environments; what speaks of another environment must not reach the tools."""
     monkeypatch.setenv(FOLDER_VARIABLE, str(tmp_path / "environments"))
     monkeypatch.setenv("PYTHONPATH", "/nowhere")
-    monkeypatch.setenv("RANK", "3")
+    for name, value in {"RANK": "3", "WORLD_SIZE": "4"}.items():
+        monkeypatch.setenv(name, value)
     return tmp_path / "environments"
 
 
