@@ -205,6 +205,6 @@ def test_scoring_in_chunks_beside_the_decode_changes_nothing(config: Config) -> 
         metrics = [trainer.step() for _ in range(2)]
         found[name] = [{k: v for k, v in m.items() if not k.startswith(("time/", "perf/"))} for m in metrics]
     assert found["beside"] == found["turn"]
-    # Another batch shape inside codec and aligner: float32 roundings (2^-24 each, some 16 of them). Only before the first
-    # update: Adam divides a gradient that is all rounding by itself, so afterwards the two are two runs.
+    # Another batch shape inside codec and aligner: float32 roundings (2^-24 each, some 16 of them). Only before the
+    # first update: Adam divides a gradient that is all rounding by itself, so afterwards the two are two runs.
     assert found["turn"][0] == pytest.approx(found["all"][0], rel=1e-6, abs=1e-6)
