@@ -50,9 +50,9 @@ def run_render(args: argparse.Namespace) -> int:
         check_writable(args.sheet, (".png",))
         write_sheet(config.world, args.sheet)
         print(f"contact sheet: {args.sheet}")
-    elif is_complete(config.data, config.world):
-        print(f"{config.data.root}: complete already")
     else:
-        write_world(config.data, config.world)
-        print(f"{config.data.root}: {config.world.clips} clips, {config.world.trajectories} target paths")
+        found = is_complete(config.data, config.world)
+        write_world(config.data, config.world)  # of a complete one, what a kill left goes
+        written = f"{config.world.clips} clips, {config.world.trajectories} target paths"
+        print(f"{config.data.root}: {'complete already' if found else written}")
     return 0

@@ -24,6 +24,7 @@ from geoalign.data.loader import CameraEstimate, ClipLoader, cause_of
 from geoalign.data.readers import READER_VERSION, open_reader
 from geoalign.data.tally import Tally
 from geoalign.errors import ConfigError, DataError, UsageError
+from geoalign.files.atomic import remove_leftovers
 from geoalign.files.locks import is_locked, writer_lock
 
 logger = logging.getLogger(__name__)
@@ -128,6 +129,7 @@ def _cache_lock(folder: CacheFolder, rank: int, world_size: int) -> Iterator[Non
     """Lock the share of this rank; refuses if processes of another division into ranks write the folder."""
     name = f".lock-{rank}-of-{world_size}"
     with writer_lock(folder.path, "cache", name):
+        remove_leftovers(folder.path)
         for other in sorted(folder.path.glob(".lock-*")):
             if not other.name.endswith(f"-of-{world_size}") and (holder := is_locked(other)):
                 raise UsageError(f"{folder.path}: another process writes this cache ({holder}); wait for it, or end it")

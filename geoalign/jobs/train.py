@@ -16,7 +16,7 @@ from geoalign.config.load import to_yaml
 from geoalign.config.schema import Config
 from geoalign.data.source import RetakeDataset
 from geoalign.errors import Stopped
-from geoalign.files.atomic import atomic_write_json, atomic_write_text, nan_to_none
+from geoalign.files.atomic import atomic_write_json, atomic_write_text, nan_to_none, remove_leftovers
 from geoalign.files.locks import writer_lock
 from geoalign.jobs.checks import require_inputs
 from geoalign.jobs.environment import describe_environment
@@ -99,6 +99,7 @@ def _run(
             if state is not None:
                 set_newer_aside(folder, state, config.train.iterations, resume)
             folder.mkdir(parents=True, exist_ok=True)
+            remove_leftovers(folder)
             atomic_write_text(folder / RUN_CONFIG, to_yaml(config))
             atomic_write_json(folder / "env.json", environment)
         evaluation, clock = RunEvaluator.of(config, trainer, folder), _Clock(ranks)

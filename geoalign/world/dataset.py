@@ -24,7 +24,7 @@ from geoalign.data.citywalk import write_metadata
 from geoalign.data.omniworld import ARCHIVE_SUFFIX, split_record, write_archive
 from geoalign.data.video import write_video
 from geoalign.errors import DataError
-from geoalign.files.atomic import atomic_write_json, is_temporary
+from geoalign.files.atomic import atomic_write_json, is_temporary, remove_leftovers
 from geoalign.files.locks import LOCK_NAME, writer_lock
 from geoalign.files.parsing import read_json_object
 from geoalign.geometry.cameras.camera_file import write_clip_camera
@@ -74,7 +74,10 @@ def write_world(data: DataConfig, world: WorldConfig, progress: Callable[[int], 
     """
     _earlier_files(data)  # a folder that is not ours gets no lock either
     with writer_lock(data.root, "world"):
-        if not is_complete(data, world):  # by another process, in the meantime
+        remove_leftovers(data.root)
+        if is_complete(data, world):  # by another process in the meantime, or by one that was killed at its very end
+            (data.root / _UNFINISHED).unlink(missing_ok=True)
+        else:
             _render_all(data, world, progress)
 
 

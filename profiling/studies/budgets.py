@@ -6,9 +6,10 @@ python profiling/studies/budgets.py --write docs/profiling.md
 from __future__ import annotations
 
 import argparse
-import re
 import sys
 from pathlib import Path
+
+from record import between
 
 from geoalign.config.load import load_config
 from geoalign.config.schema import Config
@@ -48,8 +49,7 @@ def table() -> list[str]:
 
 def page(text: str) -> str:
     """The page with the table between its marks made anew."""
-    body = "\n".join([MARK, "", *table(), "", MARK])
-    return re.sub(re.escape(MARK) + ".*" + re.escape(MARK), lambda _: body, text, flags=re.DOTALL)
+    return between(text, MARK, table())
 
 
 def main() -> int:

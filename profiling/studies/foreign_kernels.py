@@ -22,6 +22,8 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+from record import between
+
 from geoalign_kernels.static import check
 
 ROOT = Path(__file__).parents[2]
@@ -141,8 +143,7 @@ def table(ours: dict[str, Any], foreign: list[dict[str, Any]]) -> list[str]:
 def page(text: str) -> str:
     """The page with the table between its marks made anew from the stored results."""
     lines = table(json.loads(check.EXPECTATIONS.read_text()), json.loads(RESULTS.read_text())["kernels"])
-    body = "\n".join([MARK, "", *lines, "", MARK])
-    return re.sub(re.escape(MARK) + ".*" + re.escape(MARK), lambda _: body, text, flags=re.DOTALL)
+    return between(text, MARK, lines)
 
 
 def main() -> int:

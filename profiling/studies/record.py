@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+import re
+from collections.abc import Mapping, Sequence
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -48,15 +49,29 @@ def state(result: Path, settings: Mapping[str, Any]) -> str:
     return "finished" if made_with == fingerprint(settings) else "stale"
 
 
+def portable(command: str) -> str:
+    """A command line as others may run it: names in place of absolute paths, ``geoalign`` for the module."""
+    named = re.sub(r"(?<![^\s=])/(?:[^\s/]+/)*([^\s/]+)", r"\1", command)
+    return re.sub(r"^__main__\.py\b", "geoalign", named)
+
+
 def write_result(path: Path, result: Mapping[str, Any], settings: Mapping[str, Any]) -> None:
     """Write a result with the fingerprint of its settings, at once or not at all."""
-    text = json.dumps(nan_to_none({**result, "fingerprint": fingerprint(settings)}), indent=1, allow_nan=False)
+    told = {"command": portable(str(result["command"]))} if "command" in result else {}
+    whole = {**result, **told, "fingerprint": fingerprint(settings)}
+    text = json.dumps(nan_to_none(whole), indent=1, allow_nan=False)
     atomic_write_text(path, text + "\n")
 
 
 def generated(page: Path) -> str:
     """What stands between the marks of a page."""
     return page.read_text().split(BEGIN)[1].split(END)[0].strip("\n")
+
+
+def between(text: str, mark: str, lines: Sequence[str]) -> str:
+    """The text of a page with ``lines`` in place of what stands between the two occurrences of ``mark``."""
+    body = "\n".join([mark, "", *lines, "", mark])
+    return re.sub(re.escape(mark) + ".*" + re.escape(mark), lambda _: body, text, flags=re.DOTALL)
 
 
 def write_generated(page: Path, text: str) -> None:

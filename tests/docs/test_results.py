@@ -112,3 +112,16 @@ def test_the_whole_command_on_the_smoke_configuration(tmp_path: Path) -> None:
     assert "running" in outputs[0] and "running" not in outputs[1]
     page = (tmp_path / "root" / "docs" / "learning.md").read_text()
     assert "not run" not in page and page != (ROOT / "docs" / "learning.md").read_text()
+
+
+def test_a_result_names_its_command_as_others_may_run_it() -> None:
+    import record
+
+    told = (
+        "/home/me/geoalign/__main__.py train run.dir=/tmp/x/run train.base=builtin:tiny_base a/b.json --out /tmp/y.json"
+    )
+    assert record.portable(told) == "geoalign train run.dir=run train.base=builtin:tiny_base a/b.json --out y.json"
+    files = [path for part in ("docs/results", "profiling/results") for path in (ROOT / part).rglob("*.json*")]
+    commands = [line for path in files for line in path.read_text().splitlines() if '"command": "' in line]
+    assert len(commands) > 15
+    assert [line for line in commands if record.portable(line) != line] == []

@@ -21,7 +21,7 @@ from geoalign.models.encoders import check_image_encoder, check_text_encoder
 from geoalign.models.wan_vae import check_wan_codec
 from geoalign.policy.open import describe_base, locate, vae_of
 from geoalign.rewards.registry import evaluator_needs, reward_needs
-from geoalign.training.tail import check_profile
+from geoalign.training.tail import read_profile
 from geoalign.world.dataset import is_complete
 
 
@@ -110,11 +110,12 @@ def rewards(config: Config) -> Iterator[Check]:
 
 def drift(config: Config) -> Iterator[Check]:
     """The profile by which reused steps are chosen, which a run reads in its first iteration."""
-    path, fix = config.ode.reuse_profile, "geoalign fidelity choose --config NAME --out FILE"
-    if config.ode.reuse != "off" and path is not None:
+    path, reuse = config.ode.reuse_profile, config.ode.reuse
+    fix = "geoalign fidelity choose --config NAME --out FILE"
+    if reuse != "off" and path is not None:
 
         def opened() -> str:
-            check_profile(config)
+            read_profile(path, reuse)
             return str(path)
 
         yield look("drift profile", fix, opened)

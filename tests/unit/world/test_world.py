@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from dataclasses import replace
 from pathlib import Path
 
@@ -254,6 +255,16 @@ class TestDataset:
         (tmp_path / ".lock").touch()
         write_world(data, WORLD)
         assert is_complete(data, WORLD)
+
+    def test_what_a_kill_behind_the_last_file_leaves_goes_with_the_next_run(self, tmp_path: Path) -> None:
+        data = self.data(tmp_path)
+        write_world(data, WORLD)
+        before = contents(data.root)
+        (tmp_path / ".writing").write_text((tmp_path / "world.json").read_text())
+        (tmp_path / ".geoalign-elsewhere-1-1.tmp").mkdir()
+        os.utime(tmp_path / ".geoalign-elsewhere-1-1.tmp", (0, 0))  # of a machine that was never heard of again
+        write_world(data, WORLD, lambda _: pytest.fail("rendered again"))
+        assert contents(data.root) == before and not list(tmp_path.glob(".*"))
 
     @pytest.mark.parametrize("damage", ["gone", "empty"])
     def test_files_that_are_gone_or_empty_are_rendered_again(self, damage: str, tmp_path: Path) -> None:
