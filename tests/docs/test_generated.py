@@ -2,23 +2,15 @@
 
 from __future__ import annotations
 
-import importlib.util
+from importlib import import_module
 from pathlib import Path
-from types import ModuleType
 
 import pytest
 
 ROOT = Path(__file__).parents[2]
 
 
-def study(name: str) -> ModuleType:
-    spec = importlib.util.spec_from_file_location(name, ROOT / f"profiling/studies/{name}.py")
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
+@pytest.mark.usefixtures("studies")
 @pytest.mark.parametrize(
     ("name", "page", "word"),
     [
@@ -29,5 +21,5 @@ def study(name: str) -> ModuleType:
 )
 def test_generated_tables_are_up_to_date(name: str, page: str, word: str) -> None:
     text = (ROOT / "docs" / page).read_text()
-    assert study(name).page(text) == text, f"run profiling/studies/{name}.py --write docs/{page}"
+    assert import_module(name).page(text) == text, f"run profiling/studies/{name}.py --write docs/{page}"
     assert word in text
