@@ -2,7 +2,7 @@
 
 The structure of Flow-GRPO (every step but the last is stochastic and trained, nothing is shared), MixGRPO's window
 without sharing, the same with our exact levers, and with the approximations of the fast preset that a CPU profits from
-(reuse; int8 is emulated here and would cost time). T = 25, two groups of eight, three seeds. About 40 CPU-minutes;
+(reuse; int8 is emulated here and would cost time). T = 25, two groups of eight, three seeds. About 90 CPU-minutes;
 `make results` runs what is missing, and an interrupted run is continued.
 """
 
@@ -24,7 +24,7 @@ RESULTS, FIGURE = Path("docs/results/time_to_quality"), Path("docs/images/time_t
 CONFIG, SEEDS, TARGET = "bench_levers", (1, 2, 3), 0.95
 """Quality is reached where the error has fallen to ``TARGET`` of the base's."""
 SHAPE = (
-    "groups.conditions=2", "groups.size=8", "train.iterations=60", "eval.every=5", "eval.samples=10",
+    "groups.conditions=2", "groups.size=8", "train.iterations=60", "eval.every=10", "eval.samples=10",
     "flow.sde=cps", "objective.loss_weight=exact_inverse",  # as the demo; docs/log.md has what flow did
 )  # fmt: skip
 NOTHING_SHARED = (
