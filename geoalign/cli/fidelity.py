@@ -38,6 +38,7 @@ DEFAULT_SETTINGS = (
     "ode.reuse=residual ode.reuse_share=0.3",
     "ode.reuse=velocity ode.reuse_share=0.45",
     "ode.reuse=residual ode.reuse_share=0.45 ode.attention=int8",
+    "ode.reuse=residual ode.reuse_share=0.3 ode.attention=int8",
 )
 """Two controls, and what the rungs of the ladder are made of."""
 

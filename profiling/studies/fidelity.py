@@ -1,7 +1,7 @@
 """How faithful are approximate tails? The table of docs/fidelity.md, on the shipped base and on a trained policy.
 
 Every variant is one call of `geoalign fidelity run`, whose JSON in --work is continued after a stop. The rows also go
-into the package, where `geoalign budget` reads them. About 40 CPU-minutes.
+into the package, where `geoalign budget` reads them. About 50 CPU-minutes.
 """
 
 from __future__ import annotations
@@ -13,14 +13,14 @@ from pathlib import Path
 from typing import Any
 
 import learning
-from record import config_settings, fingerprint, shipped_base, write_result
+from record import Scale, config_settings, fingerprint, shipped_base, write_result
 
 from geoalign.cli.fidelity import DEFAULT_SETTINGS
 from geoalign.files.atomic import atomic_write_text
 
 RESULT, PAGE = Path("docs/results/fidelity.json"), Path("docs/fidelity.md")
 SHIPPED = Path("geoalign/_assets/fidelity.json")
-CONFIG, PRICED, GROUPS = "bench_levers", "paper_64xa800", 16
+CONFIG, PRICED = "bench_levers", "paper_64xa800"
 SECOND = "{levels: [[3.0, 5], [1.5, 3]], step: 5, offset: 1, reference: first}"
 CONTROL = " ".join(
     f"rewards.{name}.options.evaluator_options={SECOND}".replace(" ", "") for name in ("geometry", "consistency")
@@ -53,38 +53,44 @@ VARIANTS = (
 )
 
 
-def settings() -> dict[str, Any]:
+def settings(scale: Scale) -> dict[str, Any]:
     """What the table depends on."""
     made_of = {
         variant.name: {
-            **config_settings(variant.config, variant.overrides),
+            **config_settings(variant.config, (*scale.grouped, *variant.overrides)),
             "windows": variant.windows,
             "settings": variant.settings,
         }
         for variant in VARIANTS
     }
-    return {"variants": made_of, "base": shipped_base(), "groups": GROUPS}
+    return {"variants": made_of, "base": shipped_base(), "groups": scale.groups}
 
 
-def run(result: Path, work: Path, config: str) -> None:
+def run(result: Path, work: Path, scale: Scale) -> None:
     """Measure all variants and write the table, also where the package keeps it."""
-    world, rows, made = learning.render_world(work, config), [], {}
+    rows, made = [], {}
     for variant in VARIANTS:
-        base = str(_trained(work, config)) if variant.trained else "builtin:tiny_base"
-        file = work / f"fidelity_{learning.slug(variant.name)}_{fingerprint(settings())}.json"
-        own = (f"data.root={world}", f"train.base={base}", "groups.conditions=8", "groups.size=16")
-        options = [word for setting in variant.settings for word in ("--setting", setting)]
-        options += [word for start in variant.windows for word in ("--window", str(start))]
-        command = ("--config", variant.config, *own, *variant.overrides, "--groups", str(GROUPS), "--json", str(file))
-        learning.geoalign("fidelity", "run", *command, "--price", PRICED, *options)
-        made = json.loads(file.read_text())
+        made = json.loads(measure(variant, work, scale).read_text())
         rows += [
             {"variant": variant.name, "ladder": variant.ladder and "rewards." not in row["setting"], **row}
             for row in made["rows"]
         ]
     named = {name: made[name] for name in ("price", "versions", "device", "cores", "commit")}
-    write_result(result, {**named, "rows": rows}, settings())
+    write_result(result, {**named, "rows": rows}, settings(scale))
     atomic_write_text(result.parents[2] / SHIPPED, result.read_text())
+
+
+def measure(variant: Variant, work: Path, scale: Scale) -> Path:
+    """One call of `geoalign fidelity run`; its JSON, which another call continues or finds finished."""
+    base = str(_trained(work, scale.learning)) if variant.trained else "builtin:tiny_base"
+    file = work / f"fidelity_{learning.slug(variant.name)}_{fingerprint(settings(scale))}.json"
+    world = learning.render_world(work, variant.config)
+    own = (f"data.root={world}", f"train.base={base}", *scale.grouped)
+    options = [word for setting in variant.settings for word in ("--setting", setting)]
+    options += [word for start in variant.windows for word in ("--window", str(start))]
+    command = ("--config", variant.config, *own, *variant.overrides, "--groups", str(scale.groups), "--json", str(file))
+    learning.geoalign("fidelity", "run", *command, "--price", PRICED, *options)
+    return file
 
 
 def _trained(work: Path, config: str) -> Path:

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import rungs
 import time_to_quality
 from learning import ABLATION, ORACLES, RESULTS, STUDIES, Study, slug
 from oracles import STAGES
@@ -50,6 +51,7 @@ def page(root: Path) -> str:
         ("By frame", frame_table(results)),
         ("Table 3 on the embedded default: ablation of the geometry reward", ablation_table(results)),
         ("Time to quality", time_to_quality.table(root)),
+        ("Learning with each rung of the ladder", rungs.table(root)),
     )
     tables = "\n\n".join(f"**{title}**\n\n{table}" for title, table in parts)
     return f"{tables}\n\n{provenance(results)}"

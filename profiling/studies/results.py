@@ -26,10 +26,11 @@ import fidelity
 import learning
 import learning_tables
 import levers
+import rungs
 import time_to_quality
-from record import state, write_generated
+from record import SMALL, WHOLE, Scale, state, write_generated
 
-ROOT = Path(__file__).parents[2]
+ROOT, TIMED = Path(__file__).parents[2], "bench_levers"
 PAGES: dict[Path, Callable[[Path], str]] = {
     learning_tables.PAGE: learning_tables.page,
     evaluators.PAGE: evaluators.page,
@@ -40,6 +41,7 @@ PAGES: dict[Path, Callable[[Path], str]] = {
 PENDING = (
     "fidelity",
     "time to quality",
+    "rung",
 )
 """How the names of runs begin whose results are not committed yet; their tables say so. `make results` makes them."""
 
@@ -63,8 +65,9 @@ class Run:
     alone: bool = False
 
 
-def runs(config: str, timed: str, repeats: int, work: Path) -> list[Run]:
+def runs(scale: Scale, work: Path) -> list[Run]:
     """The one list: every run behind a page. A new row of a table is a new entry of what it is made of here."""
+    config = scale.learning
     found = [
         Run(
             study.name,
@@ -84,19 +87,19 @@ def runs(config: str, timed: str, repeats: int, work: Path) -> list[Run]:
         for base, name in learning.ORACLES.items()
     ]
     found.append(Run("evaluators", evaluators.RESULT, evaluators.settings(), evaluators.run))
-    found.append(Run("fidelity", fidelity.RESULT, fidelity.settings(), partial(fidelity.run, work=work, config=config)))
-    found += [
-        Run(
-            f"time to quality: {arm}, seed {seed}",
-            time_to_quality.file_of(arm, seed),
-            time_to_quality.settings(arm, seed),
-            partial(time_to_quality.run, arm, seed, work=work),
-        )
-        for arm in time_to_quality.ARMS
-        for seed in time_to_quality.SEEDS
-    ]
-    timing = partial(levers.run, config=timed, repeats=repeats)
-    return [*found, Run("levers", levers.RESULT, levers.settings(timed, repeats), timing, alone=True)]
+    measured = partial(fidelity.run, work=work, scale=scale)
+    found.append(Run("fidelity", fidelity.RESULT, fidelity.settings(scale), measured))
+    for kind, study, names in (
+        ("time to quality", time_to_quality, time_to_quality.ARMS),
+        ("rung", rungs, rungs.CHANGED),
+    ):
+        for name in names:
+            for seed in scale.seeds:
+                changed, file = study.overrides(name, seed, scale), study.file_of(name, seed)
+                make = partial(time_to_quality.run, name, seed, changed, work=work)
+                found.append(Run(f"{kind}: {name}, seed {seed}", file, time_to_quality.settings(changed), make))
+    timing = partial(levers.run, config=TIMED, repeats=scale.repeats)
+    return [*found, Run("levers", levers.RESULT, levers.settings(TIMED, scale.repeats), timing, alone=True)]
 
 
 def carry_out(run: Run, root: Path) -> None:
@@ -124,14 +127,15 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--status", action="store_true", help="say what is there and run nothing")
     parser.add_argument("--again", action="append", default=[], metavar="NAME", help="run it although it is finished")
-    parser.add_argument("--config", default="tiny_cpu", help="of the learning runs (another one: with another --root)")
-    parser.add_argument("--timed-config", default="bench_levers", help="of the levers")
-    parser.add_argument("--repeats", type=int, default=5, help="timed iterations of the levers")
+    parser.add_argument("--small", action="store_true", help="rehearse: every run cut short, for another --root")
     parser.add_argument("--root", type=Path, default=ROOT, help="where results and pages lie (default: this checkout)")
     parser.add_argument("--work", type=Path, default=Path(tempfile.gettempdir()) / "geoalign_results")
     parser.add_argument("--workers", type=int, default=2, help="learning runs at a time")
     args = parser.parse_args()
-    found = runs(args.config, args.timed_config, args.repeats, args.work)
+    if args.small and args.root.resolve() == ROOT:
+        parser.error("--small would replace the tables of this checkout: give another --root")
+    scale = SMALL if args.small else WHOLE
+    found = runs(scale, args.work)
     if unknown := sorted(set(args.again) - {run.name for run in found}):
         parser.error(
             f"--again: no run is called {', '.join(unknown)}; there are {', '.join(run.name for run in found)}"
@@ -145,7 +149,8 @@ def main() -> None:
     together = [run for run in wanted if not run.alone]
     if together:
         args.work.mkdir(parents=True, exist_ok=True)
-        learning.render_world(args.work, args.config)
+        for name in (scale.learning, TIMED):
+            learning.render_world(args.work, name)
     with ThreadPoolExecutor(args.workers) as pool:
         for future in [pool.submit(carry_out, run, args.root) for run in together]:
             future.result()

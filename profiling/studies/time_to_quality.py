@@ -15,13 +15,13 @@ from pathlib import Path
 from typing import Any
 
 import learning
-from record import config_settings, fingerprint, shipped_base, write_result
+from record import WHOLE, Scale, config_settings, fingerprint, shipped_base, write_result
 
 from geoalign.jobs.evaluate import METRICS
 from geoalign.report.svg import number
 
 RESULTS, FIGURE = Path("docs/results/time_to_quality"), Path("docs/images/time_to_quality.svg")
-CONFIG, SEEDS, TARGET = "bench_levers", (1, 2, 3), 0.95
+CONFIG, TARGET = "bench_levers", 0.95
 """Quality is reached where the error has fallen to ``TARGET`` of the base's."""
 SHAPE = (
     "groups.conditions=2", "groups.size=8", "train.iterations=60", "eval.every=10", "eval.samples=10",
@@ -42,14 +42,14 @@ ARMS: dict[str, tuple[str, ...]] = {
 KINDS = ("presets", "random")
 
 
-def overrides(arm: str, seed: int) -> tuple[str, ...]:
+def overrides(arm: str, seed: int, scale: Scale) -> tuple[str, ...]:
     """Settings of one run."""
-    return (*SHAPE, *ARMS[arm], f"run.seed={seed}")
+    return (*SHAPE, *scale.shorter, *ARMS[arm], f"run.seed={seed}")
 
 
-def settings(arm: str, seed: int) -> dict[str, Any]:
-    """What a run depends on."""
-    return {**config_settings(CONFIG, overrides(arm, seed)), "base": shipped_base(), "metrics": METRICS}
+def settings(changed: tuple[str, ...]) -> dict[str, Any]:
+    """What a run with these overrides depends on."""
+    return {**config_settings(CONFIG, changed), "base": shipped_base(), "metrics": METRICS}
 
 
 def file_of(arm: str, seed: int) -> Path:
@@ -57,13 +57,13 @@ def file_of(arm: str, seed: int) -> Path:
     return RESULTS / f"{learning.slug(arm)}_{seed}.json"
 
 
-def run(arm: str, seed: int, result: Path, work: Path) -> None:
-    """Train, or go on, and write the curve."""
-    made_with = settings(arm, seed)
-    folder = work / f"quality_{learning.slug(arm)}_{seed}_{fingerprint(made_with)}"
+def run(arm: str, seed: int, changed: tuple[str, ...], result: Path, work: Path) -> None:
+    """Train, or go on, and write CPU seconds and held-out errors."""
+    made_with = settings(changed)
+    folder = work / f"{learning.slug(arm)}_{seed}_{fingerprint(made_with)}"
     world = learning.render_world(work, CONFIG)
     places = (f"run.dir={folder}", f"data.root={world}", "run.ranks=1")
-    learning.geoalign("train", "--config", CONFIG, "--resume", "auto", *places, *overrides(arm, seed))
+    learning.geoalign("train", "--config", CONFIG, "--resume", "auto", *places, *changed)
     summary = json.loads((folder / "summary.json").read_text())
     before = summary["held_out"]
     points = [(0.0, _mean({kind: before[kind]["before"]["translation_error_m"] for kind in KINDS}))]
@@ -97,7 +97,7 @@ def table(root: Path) -> str:
     times = {key: reached(run["points"], TARGET * run["points"][0][1]) for key, run in found.items()}
     plain = "window of 4, nothing shared"
     for arm in ARMS:
-        mine = [seed for seed in SEEDS if (arm, seed) in found]
+        mine = [seed for seed in WHOLE.seeds if (arm, seed) in found]
         if not mine:
             lines.append(f"| {arm} | not run | | | |")
             continue
@@ -105,7 +105,7 @@ def table(root: Path) -> str:
         factors = [times[plain, s] / times[arm, s] for s in mine if (plain, s) in times]
         ends = [found[arm, s]["points"][-1][1] for s in mine]
         told = ", ".join(_told(times[arm, s]) for s in mine)
-        lines.append(f"| {arm} | {sum(each) / len(each):.2f} | {told} | {_span(factors)} | {_span(ends, 3)} |")
+        lines.append(f"| {arm} | {sum(each) / len(each):.2f} | {told} | {span(factors)} | {span(ends, 3)} |")
     error = sorted({f"{TARGET * run['points'][0][1]:.3f} m" for run in found.values()})
     note = f"The stated error is {TARGET:.0%} of the base's: {', '.join(error) or 'not run'}."
     picture = [f"![Error against CPU seconds]({FIGURE.relative_to('docs')})"] if found else []
@@ -134,22 +134,28 @@ def draw(root: Path) -> None:
 
 
 def _results(root: Path) -> dict[tuple[str, int], dict[str, Any]]:
-    paths = {(arm, seed): root / file_of(arm, seed) for arm in ARMS for seed in SEEDS}
-    return {key: json.loads(path.read_text()) for key, path in paths.items() if path.exists()}
+    paths = {(arm, seed): root / file_of(arm, seed) for arm in ARMS for seed in WHOLE.seeds}
+    return {key: result for key, path in paths.items() if (result := read(path))}
+
+
+def read(path: Path) -> dict[str, Any] | None:
+    """A result, or None where it is not made yet."""
+    return json.loads(path.read_text()) if path.exists() else None
 
 
 def _told(seconds: float) -> str:
     return "not reached" if seconds != seconds else number(seconds)
 
 
-def _span(values: Sequence[float], digits: int = 2) -> str:
-    """Mean, and smallest to largest."""
+def span(values: Sequence[float], digits: int = 2, *, signed: bool = False) -> str:
+    """Mean, and smallest to largest; "not reached" where no value is a number."""
     defined = [value for value in values if value == value]
     if not defined:
         return "not reached"
     lowest, highest, middle = min(defined), max(defined), sum(defined) / len(defined)
     missing = f", {len(values) - len(defined)} not reached" if len(defined) < len(values) else ""
-    return f"{middle:.{digits}f} ({lowest:.{digits}f} to {highest:.{digits}f}){missing}"
+    form = f"{'+' if signed else ''}.{digits}f"
+    return f"{middle:{form}} ({lowest:{form}} to {highest:{form}}){missing}"
 
 
 def _mean(values: dict[str, float]) -> float:

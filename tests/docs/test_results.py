@@ -26,7 +26,7 @@ def test_every_run_has_a_file_and_a_fingerprint_of_its_own(tmp_path: Path) -> No
     import record
     import results
 
-    runs = results.runs("tiny_cpu", "bench_levers", 5, tmp_path)
+    runs = results.runs(record.WHOLE, tmp_path)
     assert len({run.result for run in runs}) == len({record.fingerprint(run.settings) for run in runs}) == len(runs)
     for run in runs:  # one that is made leaves the list
         assert (ROOT / run.result).exists() != run.name.startswith(results.PENDING), run.name
@@ -96,16 +96,9 @@ def test_an_interrupted_command_makes_only_what_is_left(
 
 @pytest.mark.slow
 @pytest.mark.timeout(1800)
-def test_the_whole_command_on_the_smoke_configuration(tmp_path: Path) -> None:
+def test_the_whole_command_cut_short(tmp_path: Path) -> None:
     """Every run and page, small, in a place of its own; a second call finds nothing to do."""
-    command = [
-        sys.executable,
-        str(ROOT / "profiling" / "studies" / "results.py"),
-        "--config",
-        "smoke",
-        "--repeats",
-        "1",
-    ]
+    command = [sys.executable, str(ROOT / "profiling" / "studies" / "results.py"), "--small"]
     command += ["--root", str(tmp_path / "root"), "--work", str(tmp_path / "work")]
     outputs = [subprocess.run(command, capture_output=True, text=True, check=True).stdout for _ in range(2)]
     assert "missing" in outputs[0] and "stale" not in outputs[0] and "missing" not in outputs[1]
