@@ -12,6 +12,8 @@ from pathlib import Path
 from geoalign.data.clip_record import VIDEO_SUFFIXES
 from geoalign.data.folders import visible
 from geoalign.errors import UsageError
+from geoalign.geometry.cameras.door import split_name
+from geoalign.geometry.cameras.options import parse_choice
 from geoalign.geometry.presets import PRESETS
 
 _NAMED = re.compile(r"(?P<clip>.+)_camera_(?P<path>.+?)_speed_(?P<speed>[0-9]+(?:\.[0-9]+)?)")
@@ -37,11 +39,12 @@ class Condition:
     @property
     def path_name(self) -> str:
         """The path as tables print it: the preset, or the file's name without its suffix; that of the folder of a
-        ``trajectory.json``, as Redirect4D-Bench calls the file of every path."""
+        ``trajectory.json``, as Redirect4D-Bench calls the file of every path. A camera chosen of a file follows."""
         if self.path in PRESETS:
             return self.path
-        file = Path(self.path.partition("#")[0])
-        return plain(file.parent.name if file.name == _TRAJECTORY else file.stem)
+        file, choice = split_name(self.path)
+        stem = file.parent.name if file.name == _TRAJECTORY else file.stem
+        return plain(f"{stem}_{parse_choice(choice)[0]}")
 
     @property
     def name(self) -> str:

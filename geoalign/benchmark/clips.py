@@ -23,8 +23,9 @@ from geoalign.data.tally import Tally
 from geoalign.data.video import PyAVReader, VideoInfo, probe_clip
 from geoalign.errors import ConfigError, DataError, UsageError
 from geoalign.evaluators.flow_pnp import plane_depth
+from geoalign.files.digest import content_hash
 from geoalign.files.parsing import read_text
-from geoalign.geometry.cameras.door import is_preset, open_camera, open_target
+from geoalign.geometry.cameras.door import files_of, is_preset, open_camera, open_target, split_name
 from geoalign.geometry.presets import PRESETS
 from geoalign.geometry.trajectory import DEFAULT_INTRINSICS, CameraTrajectory
 from geoalign.jobs.sample import find_source_camera, read_source
@@ -69,6 +70,10 @@ class Clips(Protocol):
 
     def paths_of(self, name: str) -> tuple[str, ...]:
         """The paths that are asked for of a clip."""
+        ...
+
+    def contents(self) -> dict[str, str]:
+        """What clips and paths hold, by name: a benchmark is not taken up with others."""
         ...
 
     def native_frames(self, name: str) -> int:
@@ -132,6 +137,10 @@ class WorldClips:
         """See :class:`Clips`."""
         return self._paths
 
+    def contents(self) -> dict[str, str]:
+        """See :class:`Clips`: nothing that its settings do not say."""
+        return {}
+
     def native_frames(self, name: str) -> int:
         """See :class:`Clips`."""
         return self._world.frames
@@ -181,6 +190,13 @@ class FolderClips:
         """See :class:`Clips`; raises DataError where a pattern finds no file of this clip."""
         called = Path(self._records[name].clip_id).parts[0]
         return tuple(path for asked in self._paths for path in _files_of(asked, called))
+
+    def contents(self) -> dict[str, str]:
+        """See :class:`Clips`: by what lies in their files."""
+        paths = {path for name in self.names for path in self.paths_of(name) if not is_preset(path)}
+        files = {str(file): file for path in paths for file in files_of(split_name(path)[0])}
+        files |= {name: self._records[name].path for name in self.names}
+        return {name: _content(file) for name, file in sorted(files.items())}
 
     def native_frames(self, name: str) -> int:
         """See :class:`Clips`."""
@@ -266,6 +282,14 @@ def _files_of(path: str, clip: str) -> list[str]:
     for file in found:
         _check_path(file)
     return found
+
+
+def _content(file: Path) -> str:
+    """Hash of a clip or camera file; one that cannot be read fails in its own cases."""
+    try:
+        return content_hash(file)
+    except DataError:
+        return "cannot be read"
 
 
 def _check_path(path: str) -> None:

@@ -72,6 +72,7 @@ class ManifestForm(Form):
 
     settings: dict[str, Any]
     methods: dict[str, Any]
+    contents: dict[str, str]
     cases: list[str]
     readers: dict[str, _ReaderForm]
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
@@ -19,6 +20,7 @@ from geoalign.data.captions import remove_camera_motion
 from geoalign.data.readers import AnyReader
 from geoalign.data.video import PyAVReader, probe_clip, write_video
 from geoalign.errors import DataError, UsageError
+from geoalign.files.digest import content_hash
 from geoalign.files.parsing import read_json_object
 from geoalign.files.shards import weight_files
 from geoalign.geometry.trajectory import CameraTrajectory
@@ -36,7 +38,6 @@ from geoalign.types import Encodings, RetakeBatch
 
 TRUTH = "truth"
 """Name of the method that shows the true retakes."""
-_SAMPLED = 1 << 20
 """Bytes at either end of a weight file that stand for it: many gigabytes are told apart without reading them."""
 
 
@@ -145,10 +146,12 @@ class ModelMethod:
         return STEPS if self._published else self._config.flow.steps
 
     def identity(self) -> dict[str, Any]:
-        """See :class:`Method`; the weights by both ends of their files."""
+        """See :class:`Method`; weights and texts by their content."""
         files = sorted({file for part in self.files.parts for file in weight_files(part.path)})
         told = {"model": self._model, "checkpoint": self._checkpoint and str(self._checkpoint)}
-        return told | {"weights": _fingerprint(files)}
+        texts = json.dumps([dict(self._prompts), self._negative], sort_keys=True) if self.reads_text else ""
+        contents = [*map(content_hash, files), texts]
+        return told | {"content": hashlib.sha256("\0".join(contents).encode()).hexdigest()[:32]}
 
     def frames(self, condition: Condition, native: int) -> int:
         """See :class:`Method`."""
@@ -238,18 +241,6 @@ def _read_prompts(file: Path, clips: Sequence[str]) -> dict[str, str]:
     if not found.keys() & {*clips}:
         raise DataError(f"{file}: has a prompt for none of the clips, of which the first is {clips[0]}; {fix}")
     return found
-
-
-def _fingerprint(files: list[Path]) -> str:
-    found = hashlib.sha256()
-    for file in files:
-        size = file.stat().st_size
-        found.update(f"{file.name} {size} ".encode())
-        with file.open("rb") as stream:
-            found.update(stream.read(_SAMPLED))
-            stream.seek(max(size - _SAMPLED, 0))
-            found.update(stream.read(_SAMPLED))
-    return found.hexdigest()
 
 
 @dataclass(frozen=True, slots=True)

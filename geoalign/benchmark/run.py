@@ -123,7 +123,7 @@ def run(
     with writer_lock(store.folder / "locks", "share of a benchmark", f"{at.rank:04d}.lock"):
         identities = {name: method.identity() for name, method in plan.methods.items()}
         names = list(dict.fromkeys(case.condition.name for case in plan.cases))
-        store.open(plan.config, identities, names, plan.readers)
+        store.open(plan.config, identities, plan.clips.contents(), names, plan.readers)
         worker = _Worker(plan, store, retry_failed)
         todo = [case for case in shard(plan.cases, at.rank, at.size) if worker.is_open(case)]
         try:

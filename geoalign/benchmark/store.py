@@ -120,19 +120,22 @@ class Store:
         return load_config(Config, str(self.folder / CONFIG), tuple(overrides))
 
     def open(
-        self, config: Config, methods: Mapping[str, Any], cases: list[str], readers: Mapping[str, Mapping[str, Any]]
-    ) -> None:
+        self, config: Config, methods: Mapping[str, Any], contents: Mapping[str, str], cases: list[str],
+        readers: Mapping[str, Mapping[str, Any]],
+    ) -> None:  # fmt: skip
         """Begin, or take up, a benchmark: new methods, readers and clips may come, nothing may become another.
 
         Raises:
-            UsageError: the folder holds one of other settings, or a method or estimator of that name was another.
+            UsageError: the folder holds one of other settings, or a method, estimator, clip or camera file of that
+                name was another.
         """
         told: dict[str, Any] = {"settings": flatten(_settings(config)), "methods": dict(methods), "cases": cases}
+        told["contents"] = dict(contents)
         told["readers"] = {name: dict(reader) for name, reader in readers.items()}
         if (self.folder / MANIFEST).is_file():
             before = self.manifest()
             self._refuse("settings", before["settings"], told["settings"])
-            for kind in ("methods", "readers"):
+            for kind in ("methods", "contents", "readers"):
                 common = before[kind].keys() & told[kind].keys()
                 self._refuse(kind, *({name: side[kind][name] for name in common} for side in (before, told)))
                 told[kind] = {**before[kind], **told[kind]}

@@ -6,6 +6,7 @@ import argparse
 import json
 import math
 import re
+import shlex
 import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -97,7 +98,8 @@ def read_config(args: argparse.Namespace) -> Config:
     from geoalign.config.load import load_config
     from geoalign.config.schema import Config
 
-    return load_config(Config, args.config, args.overrides)
+    words = ["--config", args.config, *args.overrides]
+    return load_config(Config, args.config, args.overrides).asked_for(shlex.join(words))
 
 
 def announce(text: str, *, log: bool = True) -> None:

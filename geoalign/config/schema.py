@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any, Self
 
-from pydantic import Field, model_validator
+from pydantic import Field, PrivateAttr, model_validator
 
 from geoalign.config.base import Section
 from geoalign.config.benchmark import BenchmarkConfig
@@ -75,6 +75,18 @@ class Config(Section):
     """Supervised base policy of the embedded world."""
     benchmark: BenchmarkConfig = BenchmarkConfig()
     """Clips, paths and metrics of ``geoalign benchmark``."""
+
+    _asked: str = PrivateAttr("--config NAME")
+
+    @property
+    def asked(self) -> str:
+        """Words of a command line that ask for this configuration, for advice that repeats it."""
+        return self._asked
+
+    def asked_for(self, words: str) -> Self:
+        """This configuration, asked for by ``words``."""
+        self._asked = words
+        return self
 
     def approximations(self) -> dict[str, Any]:
         """Settings, by dotted name, by which the steps outside the window differ from exact ones on the full grid."""

@@ -17,6 +17,7 @@ from geoalign.config.data import DEFAULT_NEGATIVE_PROMPT, PrepareConfig
 from geoalign.config.schema import Config
 from geoalign.errors import ConfigError, DataError, RunError
 from geoalign.evaluators.base import PoseEstimate, PoseEvaluator
+from geoalign.files.digest import content_hash
 from geoalign.geometry import so3
 from geoalign.geometry.trajectory import CameraTrajectory
 from geoalign.jobs.progress import bar, say
@@ -32,8 +33,6 @@ from geoalign.world.dataset import is_complete, write_world
 
 if TYPE_CHECKING:
     from geoalign.models.captions import Captioner
-
-_BLOCK, _BLOCKS = 1 << 20, 64
 
 
 @dataclass(frozen=True, slots=True)
@@ -153,13 +152,13 @@ def encoder_identity(config: Config) -> dict[str, str]:
     identity = {"codec": _codec_hash(config)}
     if settings.text is not None:
         words = settings.tokenizer or settings.text
-        identity["text"] = f"{weights_hash(settings.text)} {weights_hash(words)} {settings.text_length}"
+        identity["text"] = f"{content_hash(settings.text)} {content_hash(words)} {settings.text_length}"
         if settings.negative_prompt is not None:
             identity["negative"] = hashlib.sha256(str(negative_text(settings)).encode()).hexdigest()[:16]
     if settings.image is not None:
-        identity["image"] = weights_hash(settings.image)
+        identity["image"] = content_hash(settings.image)
     if settings.captioner is not None:
-        identity["captioner"] = weights_hash(settings.captioner)
+        identity["captioner"] = content_hash(settings.captioner)
     if settings.evaluator is not None:
         identity["evaluator"] = _evaluator_identity(settings)
     return identity
@@ -174,31 +173,6 @@ def negative_text(settings: PrepareConfig) -> str | None:
     if settings.negative_prompt is not None and settings.text is None:
         raise ConfigError("data.prepare.negative_prompt needs the text encoder data.prepare.text")
     return DEFAULT_NEGATIVE_PROMPT if settings.negative_prompt == "default" else settings.negative_prompt
-
-
-def weights_hash(path: Path) -> str:
-    """Hash of a weight file, or of the files of a folder: names, sizes and 64 blocks of 1 MiB spread over each file.
-
-    Files of up to 64 MiB are read whole; of larger ones a sample, because all ranks of a run check 11 GB of text
-    encoder at every start and training changes every block of a network.
-
-    Raises:
-        DataError: missing or unreadable.
-    """
-    digest = hashlib.sha256()
-    try:
-        files = sorted(file for file in path.rglob("*") if file.is_file()) if path.is_dir() else [path]
-        for file in files:
-            size = file.stat().st_size
-            digest.update(f"{file.relative_to(path) if file != path else ''}\0{size}\0".encode())
-            blocks = min(-(-size // _BLOCK), _BLOCKS)
-            with file.open("rb") as stream:
-                for number in range(blocks):
-                    stream.seek(number * max(size - _BLOCK, 0) // max(blocks - 1, 1))
-                    digest.update(stream.read(_BLOCK))
-    except OSError as error:
-        raise DataError(f"{path}: cannot be read ({error.strerror or error})") from error
-    return digest.hexdigest()[:32]
 
 
 def render_missing_data(config: Config, rank: int) -> None:
@@ -240,11 +214,11 @@ def _codec(config: Config, device: str) -> LatentCodec:
 def _codec_hash(config: Config) -> str:
     """Of a policy file only the codec counts, so that a cache serves all policies that share it."""
     if config.data.prepare.codec is not None:
-        return weights_hash(config.data.prepare.codec)
+        return content_hash(config.data.prepare.codec)
     base = _base(config)
     codec = patch_codec(base)
     if codec is None:
-        return weights_hash(vae_of(base))
+        return content_hash(vae_of(base))
     settings = f"{codec.name} {codec.patch} {codec.luma} {codec.chroma} ".encode()
     return hashlib.sha256(settings + codec.channel_std.numpy().tobytes()).hexdigest()[:32]
 
@@ -252,7 +226,7 @@ def _codec_hash(config: Config) -> str:
 def _evaluator_identity(settings: PrepareConfig) -> str:
     """Name and options; options that name existing files count by their content."""
     options = {
-        name: weights_hash(Path(value)) if isinstance(value, str) and Path(value).exists() else value
+        name: content_hash(Path(value)) if isinstance(value, str) and Path(value).exists() else value
         for name, value in sorted(settings.evaluator_options.items())
     }
     return f"{settings.evaluator} {json.dumps(options)}"

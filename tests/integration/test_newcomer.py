@@ -125,7 +125,9 @@ def test_from_an_empty_machine_to_a_trained_policy(machine: Path, capsys: pytest
     write_weights(machine)
     write_data()
     assert geoalign("doctor") == 1
-    rows = [line for line in capsys.readouterr().out.splitlines() if line.startswith(("  [ ] ", "  [!] "))]
+    said = capsys.readouterr().out
+    assert "\n        geoalign prepare --config first.yaml\n" in said  # as it is to be typed
+    rows = [line for line in said.splitlines() if line.startswith(("  [ ] ", "  [!] "))]
     assert [row.split("  ")[1].strip() for row in rows if "flash-attn" not in row] == ["[ ] prepared windows"]
     assert geoalign("prepare") == 0
     assert geoalign("doctor", "--json", "found.json") == 0

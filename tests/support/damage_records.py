@@ -83,7 +83,7 @@ def make_benchmark(folder: Path) -> None:
         }  # fmt: skip
         (folder / "rows" / method).mkdir(parents=True)
         (folder / "rows" / method / f"{name}.json").write_text(json.dumps(row))
-    told = {"settings": {}, "methods": {"base": {}, "trained": {}}, "cases": [name], "readers": readers}
+    told = {"settings": {}, "methods": {"base": {}, "trained": {}}, "contents": {}, "cases": [name], "readers": readers}
     (folder / "benchmark.json").write_text(json.dumps(told))
     (folder / "config.yaml").write_text(to_yaml(load_config(Config, "smoke", ["benchmark.resamples=100"])))
     numbers = {"source": "a paper", "methods": {"A": {"rot_err_deg": 1.2}}}

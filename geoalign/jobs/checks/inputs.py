@@ -67,7 +67,7 @@ def _base_line(config: Config, base: Path) -> str:
     """What makes a base: a download for the published codec, pre-training for the embedded one."""
     if config.codec.kind == "wan_vae":
         return _published_base(config).line(base)
-    return f"geoalign pretrain --config NAME --out {base}"
+    return f"geoalign pretrain {config.asked} --out {base}"
 
 
 def _vae(base: Path) -> str:
@@ -111,7 +111,7 @@ def rewards(config: Config) -> Iterator[Check]:
 def drift(config: Config) -> Iterator[Check]:
     """The profile by which reused steps are chosen, which a run reads in its first iteration."""
     path, reuse = config.ode.reuse_profile, config.ode.reuse
-    fix = "geoalign fidelity choose --config NAME --out FILE"
+    fix = f"geoalign fidelity choose {config.asked} --out {path}"
     if reuse != "off" and path is not None:
 
         def opened() -> str:
@@ -182,7 +182,7 @@ def cache(config: Config) -> Iterator[Check]:
         found = open_cache(config.data.cache, data_settings(config.data), identity)
         return f"{found.path}: {len(found.entries()):,} windows"
 
-    fix = "geoalign prepare --config NAME, with the same settings"
+    fix = f"geoalign prepare {config.asked}"
     if not config.data.cache.exists():
         yield Check("prepared windows", "absent", f"{config.data.cache} is not there", fix)
     else:

@@ -73,6 +73,8 @@ def test_paths_of_one_name_are_refused() -> None:
     with pytest.raises(UsageError, match="two cases are called bear_camera_a_speed_1"):
         conditions({"bear": ("x/a.npz", "y/a.npz")}, (1.0,))
     assert len(conditions({"bear": ("x/a.npz",), "wolf": ("y/a.npz",)}, (1.0,))) == 2
+    two = conditions({"bear": ("x/a.json#cam01", "x/a.json#cam02:unit=cm")}, (1.0,))
+    assert [condition.path_name for condition in two] == ["a_cam01", "a_cam02"]
 
 
 def test_a_trajectory_that_is_cut_off_is_named(tmp_path: Path) -> None:

@@ -176,6 +176,12 @@ def test_a_benchmark_may_grow_and_may_not_become_another(
         run(plan_of(made, "benchmark.caps={trained: 3, later: 3}"), store, Shard())
     with pytest.raises(UsageError, match=r"other methods: base was"):
         run(Plan.build(davis_config(made / "davis"), MethodArguments((f"base={made / 'trained'}",))), store, Shard())
+    first, second, *_ = sorted((made / "davis" / "JPEGImages").rglob("bear/*.jpg"))
+    held = second.read_bytes()
+    second.write_bytes(first.read_bytes())
+    with pytest.raises(UsageError, match=r"other contents: bear was '\w+', now '\w+'; choose another --out"):
+        run(plan_of(made), store, Shard())
+    second.write_bytes(held)
     other = tmp_path / "other"
     other.mkdir()
     (other / "thesis.tex").touch()

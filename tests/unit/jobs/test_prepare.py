@@ -25,10 +25,11 @@ from geoalign.data.prepare import PrepareReport
 from geoalign.data.source import RetakeDataset
 from geoalign.errors import DataError, RunError
 from geoalign.evaluators.base import PoseEstimate
+from geoalign.files.digest import content_hash
 from geoalign.geometry.cameras.camera_file import write_clip_camera
 from geoalign.geometry.trajectory import CameraTrajectory
 from geoalign.jobs import prepare as encoders
-from geoalign.jobs.prepare import encoder_identity, every_frame, render_missing_data, weights_hash
+from geoalign.jobs.prepare import encoder_identity, every_frame, render_missing_data
 from geoalign.models.captions import load_captioner
 from geoalign.models.dit import RetakeDiT
 from geoalign.models.encoders import load_image_encoder, load_text_encoder
@@ -288,15 +289,15 @@ def test_check_looks_at_the_cameras(
 def test_identities_see_every_byte_of_small_files_and_the_ends_of_large_ones(tmp_path: Path) -> None:
     file = tmp_path / "weights.pth"
     file.write_bytes(bytes(3 << 20))
-    known = {weights_hash(file)}
+    known = {content_hash(file)}
     for position in (0, 1 << 20, (3 << 20) - 1):
         content = bytearray(3 << 20)
         content[position] = 1
         file.write_bytes(content)
-        known.add(weights_hash(file))
+        known.add(content_hash(file))
     assert len(known) == 4
     with pytest.raises(DataError, match="cannot be read"):
-        weights_hash(tmp_path / "none.pth")
+        content_hash(tmp_path / "none.pth")
 
 
 def test_estimates_without_an_answer_are_data_errors() -> None:
