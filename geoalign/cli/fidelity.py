@@ -24,7 +24,10 @@ examples:
   geoalign fidelity choose --config paper_64xa800 groups.conditions=1 ode.reuse=residual --out drift.json
 
 The policy is train.base of the configuration. Settings may change flow.tail_*, ode.*, and as controls run.dtype and
-rewards.*; settings that are not measured together are not added up. A run that was stopped goes on from its JSON."""
+rewards.*, each from the exact form of the configuration, whose own approximations are measured as the first setting
+where no other is named. Settings that are not measured together are not added up. Take as many groups.conditions as
+memory allows: advantage.std=batch_max divides by the largest deviation among them. A run that was stopped goes on from
+its JSON; several GPUs share the work by --window, with a file each."""
 
 DEFAULT_SETTINGS = (
     "run.dtype=bfloat16",
@@ -39,6 +42,7 @@ DEFAULT_SETTINGS = (
     "ode.reuse=velocity ode.reuse_share=0.45",
     "ode.reuse=residual ode.reuse_share=0.45 ode.attention=int8",
     "ode.reuse=residual ode.reuse_share=0.3 ode.attention=int8",
+    "flow.tail_grid=sigma flow.tail_steps=5 flow.tail_solver=dpm2m ode.attention=int8",
 )
 """Two controls, and what the rungs of the ladder are made of."""
 
@@ -59,7 +63,8 @@ def add_parser(subparsers: Any) -> None:
     add_config(run)
     run.add_argument(
         "--setting", action="append", metavar="'KEY=VALUE ...'",
-        help="overrides of one setting (repeatable; default: a set of reuse, coarse tails, int8 and controls)",
+        help="overrides of one setting (repeatable; default: what --config has, and a set of reuse, coarse tails, int8 "
+        "and controls)",
     )  # fmt: skip
     run.add_argument(
         "--groups", type=whole("--groups", 1), default=16, metavar="N", help="groups a window (default 16)"
@@ -68,7 +73,9 @@ def add_parser(subparsers: Any) -> None:
         "--window", type=whole("--window", 0), action="append", metavar="START",
         help="window start (repeatable; default: that of the first iteration)",
     )  # fmt: skip
-    run.add_argument("--price", metavar="NAME|FILE", help="run whose tail and hours are priced (default: --config)")
+    run.add_argument(
+        "--price", metavar="NAME|FILE", help="run of as many steps whose tail and hours are priced (default: --config)"
+    )
     run.add_argument(
         "--json", type=Path, required=True, metavar="FILE", help="rows and records; continued if it is there"
     )
@@ -89,6 +96,7 @@ def run_table(args: argparse.Namespace) -> int:
     from geoalign.files.locks import writer_lock
     from geoalign.jobs.environment import describe_environment
     from geoalign.jobs.fidelity import Bench, check_setting, table_rows
+    from geoalign.jobs.pricing import exactly
     from geoalign.rl.window import WindowSchedule
 
     check_writable(args.json)
@@ -97,31 +105,36 @@ def run_table(args: argparse.Namespace) -> int:
     windows = list(dict.fromkeys(args.window or (first,)))
     if beyond := [w for w in windows if w + base.window.size > base.flow.steps - 1]:
         raise UsageError(f"--window {beyond[0]}: a window of {base.window.size} there reaches the last step")
-    settings = [_setting(args, name) for name in dict.fromkeys(args.setting or DEFAULT_SETTINGS)]
+    settings = [_setting(args, name, base) for name in dict.fromkeys(args.setting or [*_own(base), *DEFAULT_SETTINGS])]
     for setting in settings:
-        check_setting(setting.name, setting.config, base)
-    priced = {setting.name: _priced(args, setting.name) for setting in settings}
-    made_with = base.model_dump(mode="json", exclude={"eval", "pretrain"})
+        check_setting(setting.name, setting.config, exactly(base))
+    priced = {setting.name: _priced(args, setting.name, base) for setting in settings}
+    made_with = exactly(base).model_dump(mode="json", exclude={"eval", "pretrain"})
     with writer_lock(args.json.absolute().parent, "table", f".lock-{args.json.name}"):
-        records = _earlier(args.json, made_with)
+        records, notes = _earlier(args.json, made_with)
+        for setting in settings:
+            setting.notes.update(notes.get(setting.name, {}))
         known = {(record.setting, record.window, record.iteration) for record in records}
         bench = Bench(base, _source(base))
         try:
             for record in bench.rounds(settings, windows, args.groups, lambda *key: key in known):
                 records.append(record)
-                kept = {"made_with": made_with, "records": [each.as_json() for each in records], "rows": []}
-                atomic_write_json(args.json, nan_to_none(kept))
+                told = {"made_with": made_with, "records": [each.as_json() for each in records], "rows": []}
+                notes |= {setting.name: setting.notes for setting in settings if setting.notes}
+                told["notes"] = notes
+                atomic_write_json(args.json, nan_to_none(told))
                 print(f"{record.setting}: window {record.window}, batch {record.iteration}", flush=True)
         finally:
-            bench.close()
+            bench.close(settings)
         asked = [record for record in records if record.setting in priced and record.window in windows]
-        rows = table_rows(asked, priced)
+        rows = table_rows(asked, priced, base)
         result = {
             "rows": rows,
             "price": args.price or args.config,
             "base": str(base.train.base),
             "made_with": made_with,
             "records": [each.as_json() for each in records],
+            "notes": notes,
             **describe_environment(),
         }
         atomic_write_json(args.json, nan_to_none(result))
@@ -145,11 +158,7 @@ def run_choose(args: argparse.Namespace) -> int:
         raise UsageError("say what is reused: add ode.reuse=residual (or velocity) to the command")
     config = config.model_copy(update={"ode": config.ode.model_copy(update={"reuse_profile": None})})
     window = WindowSchedule(config.window, config.flow.steps, config.run.seed)(0)
-    bench = Bench(config, _source(config))
-    try:
-        drift = bench.drift(Setting("", config), window.start)[DRIFT]
-    finally:
-        bench.close()
+    drift = Bench(config, _source(config), rewards={}).drift(Setting("", config), window.start)[DRIFT]
     atomic_write_json(
         args.out, {**drift, "reuse": config.ode.reuse, "base": str(config.train.base), **describe_environment()}
     )
@@ -162,42 +171,57 @@ def run_choose(args: argparse.Namespace) -> int:
     return 0
 
 
-def _setting(args: argparse.Namespace, name: str) -> Setting:
+def _own(base: Config) -> list[str]:
+    """The setting that the configuration itself is."""
+    words = [f"{key}={value}" for key, value in base.approximations().items()]
+    return [" ".join(words)] if words else []
+
+
+def _setting(args: argparse.Namespace, name: str, base: Config) -> Setting:
+    """A setting on top of the exact form of the configuration."""
     from geoalign.config.load import load_config
     from geoalign.config.schema import Config
     from geoalign.jobs.fidelity import Setting
+    from geoalign.jobs.ladder import undone
 
-    return Setting(name, load_config(Config, args.config, [*args.overrides, *name.split()]))
+    return Setting(name, load_config(Config, args.config, [*args.overrides, *undone(base), *name.split()]))
 
 
-def _priced(args: argparse.Namespace, name: str) -> Config:
+def _priced(args: argparse.Namespace, name: str, base: Config) -> Config:
     """The run that is priced, with what the setting changes of its tail."""
     from geoalign.config.load import load_config
     from geoalign.config.schema import Config
+    from geoalign.jobs.ladder import undone
 
     words = [word for word in name.split() if word.startswith(("flow.", "ode."))]
     own = [] if args.price else args.overrides
-    return load_config(Config, args.price or args.config, [*own, *words])
+    plain = load_config(Config, args.price or args.config, own)
+    if (shape := (plain.flow.steps, plain.window.size)) != (base.flow.steps, base.window.size):
+        raise UsageError(
+            f"--price {args.price}: samples in {shape[0]} steps with a window of {shape[1]}, the table in "
+            f"{base.flow.steps} with {base.window.size}: another tail; name a run of that sampler"
+        )
+    return load_config(Config, args.price or args.config, [*own, *undone(plain), *words])
 
 
-def _earlier(path: Path, made_with: dict[str, Any]) -> list[Record]:
-    """The records of a file that this command began."""
+def _earlier(path: Path, made_with: dict[str, Any]) -> tuple[list[Record], dict[str, dict[str, Any]]]:
+    """The records of a file that this command began, and what its settings noted then."""
     from geoalign.files.parsing import read_json_object
-    from geoalign.jobs.fidelity import Record
+    from geoalign.jobs.fidelity import Record, notes_of
 
     if not path.exists():
-        return []
-    data = read_json_object(path, DataError)
+        return [], {}
+    data, fix = read_json_object(path, DataError), "restore the file, or delete it and measure again"
     if data.get("made_with") != made_with:
         raise UsageError(f"--json {path}: made with another configuration; name another file, or delete it")
-    records = data.get("records")
-    if not isinstance(records, list):
-        raise DataError(f"{path}: holds no records; restore the file, or delete it and measure again")
+    records, notes = data.get("records"), data.get("notes", {})
+    if not isinstance(records, list) or not isinstance(notes, dict):
+        raise DataError(f"{path}: holds no records; {fix}")
     found = [Record.of(record, f"{path}: record {number}") for number, record in enumerate(records, 1)]
     places = [(record.setting, record.window, record.iteration) for record in found]
     if len(set(places)) < len(places):  # its groups would count twice
-        raise DataError(f"{path}: a batch of a setting is there twice; restore the file, or delete it")
-    return found
+        raise DataError(f"{path}: a batch of a setting is there twice; {fix}")
+    return found, {name: notes_of(noted, f"{path}: notes of {name}") for name, noted in notes.items()}
 
 
 def _source(config: Config) -> RetakeDataset:

@@ -6,11 +6,10 @@ run's rewards. Nothing is trained.
 
 from __future__ import annotations
 
-import copy
 import dataclasses
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, Self
+from typing import Annotated, Any, Self
 
 import torch
 from pydantic import ConfigDict, Field, model_validator
@@ -18,13 +17,15 @@ from torch import Tensor
 
 from geoalign.config.load import flatten
 from geoalign.config.schema import Config
-from geoalign.errors import UsageError
+from geoalign.errors import DataError, UsageError
 from geoalign.files.forms import Form, filled
+from geoalign.flow.reuse import DriftProfile
 from geoalign.flow.rollout import Rollout
 from geoalign.flow.sampler import FlowSampler, initial_noise
 from geoalign.flow.table import StepWindow, build_step_table
 from geoalign.jobs.pricing import exactly, hours, tail_cost
-from geoalign.perf.devices import DEVICES, DeviceProfile
+from geoalign.models.fast import attention_modes, in_dtype, set_attention_modes
+from geoalign.perf.devices import DEVICES
 from geoalign.policy.open import open_base
 from geoalign.policy.policy import Precomputed, RetakePolicy
 from geoalign.rewards.base import Reward
@@ -35,7 +36,7 @@ from geoalign.training.processes.device import device_of, dtype_of
 from geoalign.training.processes.ranks import LocalRanks
 from geoalign.training.setup import ready, twin_of
 from geoalign.training.tail import agree_on_drift, check_profile, outcome_of, with_reuse
-from geoalign.training.trainer import ConditionSource
+from geoalign.training.trainer import MODES, ConditionSource
 from geoalign.types import RetakeBatch
 
 CHANGEABLE = ("flow.tail_", "ode.", "run.dtype", "rewards.")
@@ -66,7 +67,7 @@ class Setting:
     Attributes:
         name: its overrides, as they were given.
         config: the run's with them.
-        notes: what it remembers from round to round, as a trainer does (the drift of reuse).
+        notes: what it remembers from round to round, as a trainer does (the drift of reuse, the 8-bit modes).
     """
 
     name: str
@@ -127,6 +128,32 @@ class _RecordForm(Form):
     groups: list[_GroupForm] = Field(min_length=1)
 
 
+class _DriftForm(Form):
+    sigmas: list[Annotated[float, Field(ge=0, le=1)]]
+    drift: list[float]
+
+
+class _NotesForm(Form):
+    """Of :attr:`Setting.notes`."""
+
+    tail_drift: _DriftForm | None = None
+    ode_modes: list[str] | None = None
+
+
+def notes_of(data: Any, where: object) -> dict[str, Any]:
+    """Notes of a setting from a result file; raises DataError, which begins with ``where``."""
+    fix = "restore the file, or delete it and measure again"
+    if not isinstance(data, dict):
+        raise DataError(f"{where}: no object; {fix}")
+    found = filled(_NotesForm, data, where, fix)
+    if found.tail_drift is not None:
+        try:
+            DriftProfile(found.tail_drift.sigmas, found.tail_drift.drift)
+        except UsageError as error:
+            raise DataError(f"{where}: {error}; {fix}") from error
+    return dict(data)
+
+
 def _defined(values: Mapping[str, Any]) -> dict[str, Any]:
     nan = float("nan")
     return {
@@ -160,10 +187,12 @@ class Bench:
         self._own = rewards is None
         self.rewards = build_rewards(config.rewards, config.failures) if rewards is None else rewards
 
-    def close(self) -> None:
-        """End the workers of the rewards."""
+    def close(self, settings: Sequence[Setting] = ()) -> None:
+        """End the workers of the rewards, also of those that ``settings`` have for themselves."""
         if self._own:
             close_rewards(self.rewards)
+        for setting in settings:
+            close_rewards(setting.rewards or {})
 
     def rounds(
         self,
@@ -188,19 +217,43 @@ class Bench:
                     round_ = _Round.begin(self, StepWindow(start, start + self.config.window.size), iteration)
                     yield from (Record(setting.name, start, iteration, round_.fidelity(setting)) for setting in wanted)
 
+    @torch.no_grad()
     def drift(self, setting: Setting, start: int) -> dict[str, Any]:
         """The notes of ``setting`` after one batch of groups has shown the drift that its reuse chooses by."""
-        _Round.begin(self, StepWindow(start, start + self.config.window.size), 0).finish(setting)
+        window = StepWindow(start, start + self.config.window.size)
+        sampler = with_reuse(self.sampler(setting.config, window), setting.config, setting.notes)
+        self.rollout(self.policy_of(setting), sampler, 0)
+        agree_on_drift(sampler, LocalRanks(), setting.notes)
         return setting.notes
+
+    def sampler(self, config: Config, window: StepWindow) -> FlowSampler:
+        """The sampler of ``config`` with a window."""
+        groups = self.config.groups
+        return FlowSampler(build_step_table(config.flow, window), groups.size, rows_per_forward=groups.rows_per_forward)
+
+    def rollout(
+        self, policy: RetakePolicy, sampler: FlowSampler, iteration: int
+    ) -> tuple[RetakeBatch, Precomputed, Rollout]:
+        """The rollouts of one batch of groups, with what they were made from."""
+        config = self.config
+        ids = list(range(config.groups.conditions))
+        batch = self.source.batch(iteration, ids).to(self.device)
+        precomputed, groups = policy.prepare(batch), torch.tensor(ids, device=self.device)
+        noise = initial_noise(policy.latent_shape(batch), config.run.seed, iteration, groups)
+        rollout = sampler.rollout(
+            policy.phased(), precomputed, noise, seed=config.run.seed, iteration=iteration, group_ids=groups
+        )
+        return batch, precomputed, rollout
 
     def policy_of(self, setting: Setting) -> RetakePolicy:
         """The policy with the steps that a setting asks for; made once."""
         if setting.policy is None:
             policy, config = self.policy, setting.config
             if config.run.dtype != self.config.run.dtype:
-                model = copy.deepcopy(policy.model, {id(policy.model.execution): policy.model.execution})
-                policy = replace(policy, model=model.to(dtype_of(config.run, self.device)))
+                policy = replace(policy, model=in_dtype(policy.model, dtype_of(config.run, self.device)))
             twin = twin_of(config, policy.model)
+            if twin is not None and MODES in setting.notes:
+                set_attention_modes(twin, setting.notes[MODES])
             setting.policy = replace(policy, fast=twin, reuse=config.ode.reuse)
         return setting.policy
 
@@ -221,18 +274,8 @@ class _Round:
     @torch.no_grad()
     def begin(bench: Bench, window: StepWindow, iteration: int) -> _Round:
         """Run the exact rollouts and score them."""
-        config, policy = bench.config, bench.policy
-        ids = list(range(config.groups.conditions))
-        batch = bench.source.batch(iteration, ids).to(bench.device)
-        precomputed = policy.prepare(batch)
-        sampler = FlowSampler(
-            build_step_table(config.flow, window), config.groups.size, rows_per_forward=config.groups.rows_per_forward
-        )
-        groups = torch.tensor(ids, device=bench.device)
-        noise = initial_noise(policy.latent_shape(batch), config.run.seed, iteration, groups)
-        rollout = sampler.rollout(
-            policy.phased(), precomputed, noise, seed=config.run.seed, iteration=iteration, group_ids=groups
-        )
+        policy, sampler = bench.policy, bench.sampler(bench.config, window)
+        batch, precomputed, rollout = bench.rollout(policy, sampler, iteration)
         position, last = rollout.num_window_steps - 1, window.stop - 1
         parts = [
             sampler.replay(policy.velocity, rollout, position, precomputed, rows).velocity.combined()
@@ -257,6 +300,8 @@ class _Round:
         if chosen.drift is not None:
             agree_on_drift(chosen, LocalRanks(), setting.notes)
             final, _ = with_reuse(sampler, config, setting.notes).finish(*states)
+        if policy.fast is not None and (modes := attention_modes(policy.fast)):
+            setting.notes[MODES] = modes
         return final
 
     def fidelity(self, setting: Setting) -> tuple[GroupFidelity, ...]:
@@ -292,26 +337,31 @@ def _judge(
     return replace(judged, scores=on_cpu)
 
 
-def table_rows(records: Sequence[Record], priced: Mapping[str, Config], device: str = "a800") -> list[dict[str, Any]]:
+def table_rows(
+    records: Sequence[Record], priced: Mapping[str, Config], measured: Config, device: str = "a800"
+) -> list[dict[str, Any]]:
     """One row per setting and window: fidelity, cost, hours, and what keeps it from being accepted.
 
     Args:
         records: of :meth:`Bench.rounds`.
-        priced: setting -> configuration whose tail and run are priced.
+        priced: setting -> configuration whose tail after that window, and whose whole run, are priced.
+        measured: of the records; its sampler is told.
         device: name of a device profile; one card per condition.
     """
-    rows = []
+    card, rows = DEVICES[device], []
+    sampler = {"steps": measured.flow.steps, "shift": measured.flow.shift, "sde": measured.flow.sde}
     places = list(dict.fromkeys((record.setting, record.window) for record in records))
-    costs = {name: _price(priced[name], DEVICES[device]) for name in dict.fromkeys(name for name, _ in places)}
+    whole = {name: hours(config, card, config.groups.conditions) for name, config in priced.items()}
     for name, window in places:
         groups = [g for record in records if (record.setting, record.window) == (name, window) for g in record.groups]
-        numbers, (cost, whole) = summary(groups), costs[name]
+        numbers, cost = summary(groups), tail_cost(_with_window(priced[name], window), card)
         missed = shortfalls(numbers, cost)
         words = {key: str(value) for key, value in priced[name].approximations().items()}
-        row = {"setting": name, "approximations": words, "window": window, "cost": cost, "hours": whole, **numbers}
-        rows.append(row | {"accepted": not missed, "shortfalls": missed})
+        row = {"setting": name, "approximations": words, **sampler, "window": window, "cost": cost}
+        rows.append({**row, "hours": whole[name], **numbers, "accepted": not missed, "shortfalls": missed})
     return rows
 
 
-def _price(config: Config, device: DeviceProfile) -> tuple[float, float]:
-    return tail_cost(config, device), hours(config, device, config.groups.conditions)
+def _with_window(config: Config, start: int) -> Config:
+    window = config.window.model_copy(update={"kind": "fixed", "start": start, "max_start": start})
+    return config.model_copy(update={"window": window})

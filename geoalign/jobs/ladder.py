@@ -81,7 +81,7 @@ def priced_rungs(name: str, overrides: Sequence[str], device: DeviceProfile, dev
             continue
         settings = rung.settings.format(**halves)
         try:
-            config = load_config(Config, name, [*overrides, *_undone(base), *settings.split()])
+            config = load_config(Config, name, [*overrides, *undone(base), *settings.split()])
         except ConfigError:  # of a reward that the run does not have, or frames that it cannot
             continue
         # On top of all EXACT levers, so no better founded than the least founded of them.
@@ -113,7 +113,7 @@ def fidelity_rows() -> list[dict[str, Any]]:
     return json.loads(file.read_text(encoding="utf-8"))["rows"] if file.is_file() else []
 
 
-def _undone(config: Config) -> list[str]:
+def undone(config: Config) -> list[str]:
     """Overrides that take back what ``config`` CHANGES."""
     found = ["ode.audit_every=0"]
     for key in config.changes():

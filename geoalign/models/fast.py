@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import cast
+from typing import Any, cast
 
+import torch
 from torch import nn
 
 from geoalign.errors import ConfigError
 from geoalign.models.dit import RetakeDiT
+from geoalign.models.execution import Execution
 from geoalign.models.layers import Block
 from geoalign_kernels import ProbedInt8Attention
 from geoalign_kernels.ops.attention.probe import Mode
@@ -29,17 +31,24 @@ def fast_twin(model: RetakeDiT, *, attention: Sequence[Mode], threshold: float, 
         ConfigError: int8 linears without torchao.
     """
     shared = {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())}
-    # The execution is copied by the twin's own line below, and must not be deep-copied: it may hold a process group.
-    twin = copy.deepcopy(model, shared | {id(model.execution): model.execution})
     execution = replace(model.execution)
     if attention:
         execution.probe = ProbedInt8Attention(threshold, modes=attention)
-    twin.execution = execution
-    for block in twin.blocks:
-        block.self_attn.execution = execution
+    twin = _copy(model, execution, shared)
     if linears:
         _quantise(twin)
     return twin
+
+
+def in_dtype(model: RetakeDiT, dtype: torch.dtype) -> RetakeDiT:
+    """A copy of ``model`` with weights and matrix products in ``dtype``."""
+    return _copy(model, replace(model.execution, dtype=dtype), {}).to(dtype)
+
+
+def _copy(model: RetakeDiT, execution: Execution, shared: Mapping[int, Any]) -> RetakeDiT:
+    """A copy with an execution of its own and the ``shared`` objects (by id); the execution of ``model`` must not be
+    copied deeply, because it may hold a process group."""
+    return copy.deepcopy(model, {**shared, id(model.execution): execution})
 
 
 def attention_modes(twin: RetakeDiT) -> list[Mode] | None:

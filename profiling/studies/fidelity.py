@@ -31,7 +31,12 @@ SHORT_SETTINGS = ("flow.tail_solver=dpm2m", "flow.tail_ratio=0.4 flow.tail_solve
 
 @dataclass(frozen=True)
 class Variant:
-    """A policy, a sampler and windows; ``ladder``: the paper's sampler, whose rows `geoalign budget` shows."""
+    """A policy, a sampler and windows.
+
+    Attributes:
+        ladder: whether `geoalign budget` shows its rows, controls aside.
+        price: the run whose tail and hours are priced; None: no hours, and the cost of this policy's own tail.
+    """
 
     name: str
     trained: bool = False
@@ -40,6 +45,7 @@ class Variant:
     config: str = CONFIG
     settings: tuple[str, ...] = (CONTROL, *DEFAULT_SETTINGS)
     ladder: bool = True
+    price: str | None = PRICED
 
 
 CPS = ("flow.sde=cps", "objective.loss_weight=exact_inverse")
@@ -49,7 +55,9 @@ VARIANTS = (
     Variant("base, cps", overrides=CPS, ladder=False),
     Variant("trained, cps", trained=True, overrides=CPS, ladder=False),
     Variant("base, flow, late window", windows=(18,), ladder=False),
-    Variant("base, T = 6", windows=(0, 2), config="tiny_cpu", settings=SHORT_SETTINGS, ladder=False),
+    Variant(
+        "base, T = 6", windows=(0, 2), config="tiny_cpu", settings=SHORT_SETTINGS, ladder=False, price=None
+    ),  # its tail has other steps than the paper's
 )
 
 
@@ -60,10 +68,12 @@ def settings(scale: Scale) -> dict[str, Any]:
             **config_settings(variant.config, (*scale.grouped, *variant.overrides)),
             "windows": variant.windows,
             "settings": variant.settings,
+            "price": variant.price,
         }
         for variant in VARIANTS
     }
-    return {"variants": made_of, "base": shipped_base(), "groups": scale.groups}
+    priced = config_settings(PRICED)
+    return {"variants": made_of, "base": shipped_base(), "groups": scale.groups, "priced": priced}
 
 
 def run(result: Path, work: Path, scale: Scale) -> None:
@@ -72,11 +82,12 @@ def run(result: Path, work: Path, scale: Scale) -> None:
     for variant in VARIANTS:
         made = json.loads(measure(variant, work, scale).read_text())
         rows += [
-            {"variant": variant.name, "ladder": variant.ladder and "rewards." not in row["setting"], **row}
+            {"variant": variant.name, "ladder": variant.ladder and row["approximations"] != {}, **row}
+            | ({} if variant.price else {"hours": None})
             for row in made["rows"]
         ]
-    named = {name: made[name] for name in ("price", "versions", "device", "cores", "commit")}
-    write_result(result, {**named, "rows": rows}, settings(scale))
+    named = {name: made[name] for name in ("versions", "device", "cores", "commit")}
+    write_result(result, {"price": PRICED, **named, "rows": rows}, settings(scale))
     atomic_write_text(result.parents[2] / SHIPPED, result.read_text())
 
 
@@ -89,7 +100,8 @@ def measure(variant: Variant, work: Path, scale: Scale) -> Path:
     options = [word for setting in variant.settings for word in ("--setting", setting)]
     options += [word for start in variant.windows for word in ("--window", str(start))]
     command = ("--config", variant.config, *own, *variant.overrides, "--groups", str(scale.groups), "--json", str(file))
-    learning.geoalign("fidelity", "run", *command, "--price", PRICED, *options)
+    options += ["--price", variant.price] if variant.price else []
+    learning.geoalign("fidelity", "run", *command, *options)
     return file
 
 
@@ -134,6 +146,6 @@ def _cells(row: Mapping[str, Any]) -> tuple[str, ...]:
         f"{row['bias_trans']:+.2f}, {row['bias_rot']:+.2f}",
         f"{row['psnr']:.0f}, {row['distance']:.0f}",
         f"{row['cost']:.2f}",
-        f"{row['hours']:.1f}",
+        "" if row["hours"] is None else f"{row['hours']:.1f}",
         "yes" if row["accepted"] else "no: " + ", ".join(text.split()[0] for text in row["shortfalls"]),
     )

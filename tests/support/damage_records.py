@@ -103,12 +103,12 @@ def make_fidelity(folder: Path) -> None:
     numbers = dict.fromkeys(("spearman", "kendall", "pearson", "flips", "flips_weighted", "psnr", "distance"), 0.5)
     group = numbers | {"shift": {"geometry": 0.1}, "spread": {"geometry": None}}
     records = [{"setting": "a=1", "window": 1, "iteration": k, "groups": [group, group]} for k in range(2)]
-    (folder / "f.json").write_text(json.dumps({"made_with": {}, "records": records, "rows": []}))
+    (folder / "f.json").write_text(json.dumps({"made_with": {}, "records": records, "notes": {"a=1": {}}}))
 
 
 def read_fidelity(folder: Path) -> Any:
     """Its records, in order."""
-    return [record.setting for record in _earlier(folder / "f.json", {})]
+    return [record.setting for record in _earlier(folder / "f.json", {})[0]]
 
 
 def make_profile(folder: Path) -> None:

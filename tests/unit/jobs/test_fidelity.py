@@ -23,7 +23,7 @@ from geoalign.jobs import fidelity
 from geoalign.jobs.fidelity import Bench, Record, Setting, check_setting, table_rows
 from geoalign.jobs.pricing import hours, tail_cost
 from geoalign.perf.devices import DEVICES
-from geoalign.training.tail import read_profile
+from geoalign.training.tail import DRIFT, read_profile
 
 GROUP = dict.fromkeys(("spearman", "kendall", "pearson", "flips", "flips_weighted", "psnr", "distance"), 0.5)
 GROUP = {**GROUP, "shift": {"geometry": 0.1}, "spread": {"geometry": None}}
@@ -45,19 +45,42 @@ def test_the_same_tail_gives_the_same_bits_and_a_short_one_does_not() -> None:
         Setting("dpm2m", config(flow={"tail_solver": "dpm2m"})),
         Setting("reuse", config(ode={"reuse": "velocity", "reuse_share": 0.4})),
         Setting("one", config(flow={"tail_steps": 1})),
+        Setting("bfloat16", config(run={"dtype": "bfloat16"})),
     ]
     records = list(bench.rounds(settings, [1], 3, lambda name, *_: name == "known"))
-    assert [(r.setting, r.iteration, len(r.groups)) for r in records[:5]] == [
-        ("exact", 0, 2), ("dpm2m", 0, 2), ("reuse", 0, 2), ("one", 0, 2), ("exact", 1, 2),
+    assert [(r.setting, r.iteration, len(r.groups)) for r in records[:6]] == [
+        ("exact", 0, 2), ("dpm2m", 0, 2), ("reuse", 0, 2), ("one", 0, 2), ("bfloat16", 0, 2), ("exact", 1, 2),
     ]  # fmt: skip
     assert all(group.spearman == 1.0 and group.psnr == pytest.approx(10 * 12 + 6.02, abs=0.01)  # 4 over 1e-12
                for record in records if record.setting == "exact" for group in record.groups)  # fmt: skip
-    rows = {row["setting"]: row for row in table_rows(records, {s.name: s.config for s in settings})}
+    rows = {row["setting"]: row for row in table_rows(records, {s.name: s.config for s in settings}, config())}
     assert rows["exact"]["cost"] == 1.0 and rows["one"]["cost"] == pytest.approx(1 / 5)
     assert rows["reuse"]["cost"] == pytest.approx(2 / 5) and rows["reuse"]["hours"] < rows["exact"]["hours"]
     assert rows["one"]["psnr"] < rows["dpm2m"]["psnr"] < rows["exact"]["psnr"]
+    assert rows["one"]["psnr"] < rows["bfloat16"]["psnr"] < rows["exact"]["psnr"]
+    assert bench.policy.model.execution.dtype == torch.float32  # the copy has an execution of its own
+    assert (rows["one"]["steps"], rows["one"]["sde"]) == (8, config().flow.sde)
     assert rows["reuse"]["groups"] == 4 and not rows["reuse"]["accepted"]  # too few groups
     assert Record.of(json.loads(json.dumps(records[1].as_json())), "f") == records[1]
+
+
+def test_a_row_is_priced_behind_its_own_window() -> None:
+    """T = 25: nine steps stand for 19 behind a window that ends at step 6, and for 11 where it ends at 14."""
+    paper = load_config(Config, "paper_64xa800", ["flow.tail_grid=sigma", "flow.tail_steps=9"])
+    records = [Record.of(RECORD | {"window": start}, "f") for start in (2, 10)]
+    rows = table_rows(records, {"a=1": paper}, paper)
+    assert [row["cost"] for row in rows] == pytest.approx([9 / 19, 9 / 11])
+    assert rows[0]["hours"] == rows[1]["hours"] == hours(paper, DEVICES["a800"], 64)
+
+
+def test_the_drift_alone_needs_no_scorer() -> None:
+    source, policy = Conditions(config()), lively_policy(config())
+    wanted = config(ode={"reuse": "residual"})
+    found = Bench(wanted, source, policy, rewards={}).drift(Setting("", wanted), 1)[DRIFT]
+    asked = Setting("", wanted)  # as a table measures it: on the exact rollouts, after their window
+    list(Bench(wanted, source, policy, {"b": Brightness()}).rounds([asked], [1], 1))
+    assert found["sigmas"] == asked.notes[DRIFT]["sigmas"]
+    assert found["drift"] == pytest.approx(asked.notes[DRIFT]["drift"], rel=1e-5)  # sums in another order
 
 
 def test_settings_that_touch_the_window_are_refused() -> None:
@@ -71,13 +94,16 @@ def test_settings_that_touch_the_window_are_refused() -> None:
     [(None, "holds no records"), ([{}], "record 1: setting: Field required"), ([RECORD, RECORD], "there twice"),
      ([RECORD | {"groups": []}], "record 1: groups: "), ([RECORD | {"window": "1"}], "record 1: window: "),
      ([RECORD | {"groups": [GROUP | {"spread": {}}]}], "not of the same scores"),
-     ([RECORD | {"groups": [GROUP | {"flips": "0.1"}]}], "record 1: groups.0.flips: ")],
+     ([RECORD | {"groups": [GROUP | {"flips": "0.1"}]}], "record 1: groups.0.flips: "),
+     ({"a=1": 3}, "notes of a=1: no object"), ({"a=1": {"ode_modes": 1}}, "notes of a=1: ode_modes: "),
+     ({"a=1": {"tail_drift": {"sigmas": [1.0], "drift": []}}}, "notes of a=1: ")],
 )  # fmt: skip
 def test_a_table_that_is_none_is_refused(records: object, said: str, tmp_path: Path) -> None:
     file = tmp_path / "f.json"
     file.write_text(json.dumps({"made_with": {}, "records": [RECORD]}))
-    assert [record.groups[0].spearman for record in verb._earlier(file, {})] == [0.5]
-    file.write_text(json.dumps({"made_with": {}, "records": records}))
+    assert [record.groups[0].spearman for record in verb._earlier(file, {})[0]] == [0.5]
+    kept = {"records": [RECORD], "notes": records} if isinstance(records, dict) else {"records": records}
+    file.write_text(json.dumps({"made_with": {}, **kept}))
     with pytest.raises(DataError, match=rf"^{re.escape(str(file))}: .*{re.escape(said)}"):
         verb._earlier(file, {})
 
@@ -91,7 +117,16 @@ def test_the_command_continues_its_file_and_chooses_steps(
     monkeypatch.setattr(verb, "_source", lambda loaded: Conditions(loaded))
     file, own = tmp_path / "f.json", ["--config", "smoke", "flow.steps=6", "train.base=builtin:tiny_base"]
     command = ["fidelity", "run", *own, "--groups", "2", "--json", str(file)]
-    assert main([*command, "--setting", "flow.tail_steps=2"]) == 0 and len(made) == 2
+    reuse = "ode.reuse=residual ode.reuse_share=0.5"
+    assert main([*command, "--setting", reuse, "--setting", "flow.tail_steps=2"]) == 0 and len(made) == 3
+    noted = json.loads(file.read_text())["notes"]
+    made.clear()
+    assert main([*command, "--setting", reuse, "--window", "1"]) == 0 and len(made) == 2
+    assert json.loads(file.read_text())["notes"] == noted  # its steps are chosen once
+    made.clear()
+    assert main([*command, "--setting", "flow.tail_steps=2"]) == 0 and not made
+    assert json.loads(file.read_text())["notes"] == noted
+    made += ["", ""]
     both = ["--setting", "flow.tail_steps=2", "--setting", "flow.tail_grid=sigma", "--setting", "flow.tail_grid=sigma"]
     assert main([*command, *both]) == 0 and len(made) == 4  # the exact rollout again, and the new setting
     rows = json.loads(file.read_text())["rows"]
@@ -109,6 +144,8 @@ def test_the_command_continues_its_file_and_chooses_steps(
     with pytest.raises(ConfigError, match=r"the drift of ode.reuse=residual, and the run says velocity"):
         read_profile(out, "velocity")
     profile = "ode.reuse=velocity ode.reuse_profile=" + str(out)
+    assert main([*command, "--price", "paper_64xa800"]) == 2
+    assert "samples in 25 steps" in capsys.readouterr().err
     assert main([*command, "--setting", profile]) == 2 and main([*command, "--setting", profile + "x"]) == 2
 
 
