@@ -92,6 +92,8 @@ class Config(Section):
     def approximations(self) -> dict[str, Any]:
         """Settings, by dotted name, by which the steps outside the window differ from exact ones on the full grid."""
         changed = self._changed("flow", FlowConfig.TAIL) | self._changed("ode", OdeConfig.APPROXIMATE)
+        if "ode.attention" in changed:  # another bound is another approximation
+            changed |= self._changed("ode", ("int8_threshold",))
         return changed | ({"ode.reuse_share": self.ode.reuse_share} if "ode.reuse" in changed else {})
 
     def changes(self) -> dict[str, Any]:

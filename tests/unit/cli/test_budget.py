@@ -139,7 +139,8 @@ def test_an_audit_takes_the_time_of_one_device_on_all() -> None:
 
 CHANGED = (
     "flow.tail_steps=9", "flow.tail_grid=sigma", "flow.tail_solver=dpm2m", "flow.tail_ratio=0.5",
-    "ode.attention=int8", "ode.linears=int8", "ode.reuse=residual", "learn.window_steps=3", "optim.states=int8",
+    "ode.attention=int8", "ode.attention=int8 ode.int8_threshold=0.1", "ode.linears=int8", "ode.reuse=residual",
+    "learn.window_steps=3", "optim.states=int8",
     "learn.short_frames=49 learn.short_iterations=70", "learn.members=6 levers.streaming=off",
     "rewards.hpsv3.options.frame_stride=4",
 )  # fmt: skip
@@ -159,7 +160,7 @@ def test_the_exact_form_undoes_what_changes_and_nothing_else(setting: str) -> No
 
 
 def test_the_exact_form_keeps_settings_that_change_nothing() -> None:
-    kept = ["ode.int8_threshold=0.1", "optim.lr=1e-5", "rewards.hpsv3.options.best_share=0.5"]
+    kept = ["ode.audit_spearman=0.9", "optim.lr=1e-5", "rewards.hpsv3.options.best_share=0.5"]
     config = load_config(Config, "paper_64xa800", [*kept, "ode.attention=int8", "ode.audit_every=20"])
     assert exactly(config) == load_config(Config, "paper_64xa800", kept)
     assert exactly(config.asked_for("--config x")).asked == "--config x"
@@ -207,6 +208,9 @@ def test_fidelity_is_that_of_the_approximations_and_the_sampler(monkeypatch: pyt
     control = row(approximations={})
     assert found([control]) == found([control], "learn.window_steps=3") == (None, "")
     assert found([row(ladder=False)], *ASKED) == (None, "")
+    int8 = row(approximations={"ode.attention": "int8"})
+    assert found([int8], "ode.attention=int8") == (0.98, "")
+    assert found([int8], "ode.attention=int8", "ode.int8_threshold=0.5") == (None, "")
     # Another sampler, and rows that do not say which.
     for other, word in (({"steps": 20}, "T = 20"), ({"shift": 3.0}, "shift 3"), ({"sde": "cps"}, "cps SDE")):
         assert found([row(**other)], *ASKED) == (None, word)
