@@ -8,10 +8,11 @@ from pathlib import Path
 from typing import Any
 
 from geoalign.cli.options import add_config, add_json, check_json, read_config, write_json
+from geoalign.config.schema import Config
 from geoalign.errors import DataError, UsageError
 from geoalign.files.parsing import parse_json, read_text
-from geoalign.jobs.ladder import PricedRung, measured, priced_rungs
-from geoalign.jobs.pricing import exactly, hours, left_out, run_cost
+from geoalign.jobs.ladder import PricedRung, measured, measured_elsewhere, priced_rungs
+from geoalign.jobs.pricing import audit_cost, exactly, hours, left_out, run_cost
 from geoalign.perf.budget import Ladder, Plan, RunCost, climb
 from geoalign.perf.devices import DEVICES, INT8_WORTH, DeviceProfile, core_rates, profile_of
 
@@ -71,8 +72,7 @@ def run_budget(args: argparse.Namespace) -> int:
     numbers = _numbers(run, ladder, profile, devices, guidance)
     numbers["changes"] = [_changes(rung) for rung in priced_rungs(args.config, args.overrides, profile, devices)]
     if config != exact:
-        own = {"hours": hours(config, profile, devices), "fidelity": measured(config)}
-        numbers["as_configured"] = {"settings": config.changes(), **own}
+        numbers["as_configured"] = _as_configured(config, profile, devices)
     if write_json(args, numbers):
         print(_text(numbers, ladder, args.config, left_out(config)))
     return 0
@@ -190,9 +190,15 @@ def _text(numbers: dict[str, Any], ladder: Ladder, name: str, left_out: list[str
         lines.append(f"  int8 attention is left out: not {INT8_WORTH} times as fast as {numbers['core']} here")
     if own := numbers.get("as_configured"):
         named = ", ".join(f"{key}={value}" for key, value in own["settings"].items())
-        told = _fidelity({**own, "changes_videos": True})
-        lines += ["", f"  as configured: {_hours(own['hours'])} with {named}", f"  fidelity of them together: {told}"]
-        lines.append("  assumed to hold on other weights until `geoalign fidelity run` has measured it there")
+        lines += ["", f"  as configured: {_hours(own['hours'])} with {named}"]
+        if own["audits"]:
+            lines.append(
+                f"  of that, audits: {_hours(own['audit_hours'])} (in {own['audits']} iterations the device that holds "
+                "one group finishes it exactly too, and the others wait)"
+            )
+        lines.append(f"  fidelity of them together: {_fidelity(own)}")
+        if own["changes_videos"]:
+            lines.append("  assumed to hold on other weights until `geoalign fidelity run` has measured it there")
     return "\n".join(lines)
 
 
@@ -213,6 +219,20 @@ def _changes(priced: PricedRung) -> dict[str, Any]:
         "hours": priced.hours,
         "rests_on": priced.kind,
         "fidelity": priced.fidelity,
+        "fidelity_elsewhere": priced.elsewhere,
+    }
+
+
+def _as_configured(config: Config, device: DeviceProfile, devices: int) -> dict[str, Any]:
+    audits, audit_hours = audit_cost(config, device)
+    return {
+        "settings": config.changes(),
+        "changes_videos": bool(config.approximations()),
+        "hours": hours(config, device, devices),
+        "audits": audits,
+        "audit_hours": audit_hours,
+        "fidelity": measured(config),
+        "fidelity_elsewhere": measured_elsewhere(config),
     }
 
 
@@ -222,7 +242,7 @@ def _fidelity(rung: Mapping[str, Any]) -> str:
         return "videos as before; changes what is learned"
     found = rung["fidelity"]
     if found is None:
-        return "not measured"
+        return f"measured at {elsewhere} only" if (elsewhere := rung["fidelity_elsewhere"]) else "not measured"
     told = (
         f"Spearman {found['spearman']:.3f}, p10 {found['spearman_p10']:.2f}, signs changed {100 * found['flips']:.1f} %"
     )

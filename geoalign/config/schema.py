@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any, Self
 
 from pydantic import Field, PrivateAttr, model_validator
@@ -90,27 +91,43 @@ class Config(Section):
 
     def approximations(self) -> dict[str, Any]:
         """Settings, by dotted name, by which the steps outside the window differ from exact ones on the full grid."""
-        changed = {
-            f"{section}.{name}": value
-            for section, names in (("flow", FlowConfig.TAIL), ("ode", OdeConfig.APPROXIMATE))
-            for name in names
-            if (value := getattr(settings := getattr(self, section), name)) != type(settings).model_fields[name].default
-        }
+        changed = self._changed("flow", FlowConfig.TAIL) | self._changed("ode", OdeConfig.APPROXIMATE)
+        if "ode.attention" in changed:  # another bound is another approximation
+            changed |= self._changed("ode", ("int8_threshold",))
         return changed | ({"ode.reuse_share": self.ode.reuse_share} if "ode.reuse" in changed else {})
 
     def changes(self) -> dict[str, Any]:
-        """:meth:`approximations`, and settings by which updates are made of less."""
-        fields = LearnConfig.model_fields
-        learn = {f"learn.{name}": getattr(self.learn, name) for name in fields}
-        return self.approximations() | {
-            name: value for name, value in learn.items() if value != fields[name.partition(".")[2]].default
+        """All settings, by dotted name, that CHANGE the run: :meth:`approximations`, and what updates are made of."""
+        learn = self._changed("learn", LearnConfig.model_fields) | self._changed("optim", ("states",))
+        strides = {
+            f"rewards.{name}.options.frame_stride": stride
+            for name, reward in self.rewards.items()
+            if reward.kind == "hpsv3" and (stride := reward.options.get("frame_stride", 1)) != 1
+        }
+        return self.approximations() | learn | strides
+
+    def undone(self) -> dict[str, Any]:
+        """The values, by dotted name, that take :meth:`changes` back; without approximations, audits have no work."""
+        exact = {
+            f"{section}.{field}": info.default
+            for section in ("flow", "ode", "learn", "optim")
+            for field, info in type(getattr(self, section)).model_fields.items()
+        }
+        return {"ode.audit_every": 0} | {name: exact.get(name, 1) for name in self.changes()}  # 1: every frame
+
+    def _changed(self, section: str, names: Iterable[str]) -> dict[str, Any]:
+        """Those settings of a section that are not at their defaults."""
+        settings = getattr(self, section)
+        fields = type(settings).model_fields
+        return {
+            f"{section}.{name}": value for name in names if (value := getattr(settings, name)) != fields[name].default
         }
 
     @model_validator(mode="after")
     def _possible(self) -> Self:
         checks = (
             self._window_fits, self._weight_flattens, self._updates_fit, self._streaming_is_exact, self._parallel_fits,
-            self._audit_has_work, self._subsets_fit,
+            self._audit_has_work, self._subsets_fit, self._rewards_have_plain_names,
         )  # fmt: skip
         for check in checks:
             check()
@@ -185,6 +202,10 @@ class Config(Section):
     def _audit_has_work(self) -> None:
         if self.ode.audit_every and not self.approximations():
             raise ValueError("ode.audit_every watches approximate tails, but every step is exact: set it to 0")
+
+    def _rewards_have_plain_names(self) -> None:
+        if dotted := [name for name in self.rewards if "." in name]:
+            raise ValueError(f"rewards.{dotted[0]}: no setting section.key=value reaches a name with a dot; rename it")
 
     def _parallel_fits(self) -> None:
         parallel = self.parallel

@@ -25,6 +25,9 @@ REUSE, SIGMA, INT8 = (
     "ode.attention=int8",
 )
 
+SAMPLER = {"steps": "T = {}", "shift": "shift {:g}", "sde": "{} SDE"}
+"""Settings of ``flow`` that a row of the fidelity table speaks of alone, and how they are told."""
+
 
 @dataclass(frozen=True, slots=True)
 class Rung:
@@ -43,6 +46,7 @@ RUNGS = (
     Rung("9 steps by sigma", f"{SIGMA}9"),
     Rung("7 steps by sigma", f"{SIGMA}7"),
     Rung("5 steps by sigma, second order", f"{SIGMA}5 flow.tail_solver=dpm2m"),
+    Rung("5 steps by sigma, second order, int8", f"{SIGMA}5 flow.tail_solver=dpm2m {INT8}", rate="attention_int8"),
     Rung("45 % of the steps, others reuse", f"{REUSE}0.45"),
     Rung("30 % of the steps, others reuse", f"{REUSE}0.3"),
     Rung("45 % of the steps, others reuse, int8", f"{REUSE}0.45 {INT8}", rate="attention_int8"),
@@ -57,13 +61,17 @@ RUNGS = (
 
 @dataclass(frozen=True, slots=True)
 class PricedRung:
-    """A rung on a run: its settings there, predicted hours with all EXACT levers and it alone, and its fidelity."""
+    """A rung on a run: its settings there, predicted hours with all EXACT levers and it alone, and its fidelity.
+
+    ``elsewhere``: the samplers that its fidelity was measured with, where it was not with the run's.
+    """
 
     rung: Rung
     settings: str
     hours: float
     kind: Kind
     fidelity: Mapping[str, Any] | None
+    elsewhere: str
 
 
 def priced_rungs(name: str, overrides: Sequence[str], device: DeviceProfile, devices: int) -> list[PricedRung]:
@@ -86,15 +94,17 @@ def priced_rungs(name: str, overrides: Sequence[str], device: DeviceProfile, dev
             continue
         # On top of all EXACT levers, so no better founded than the least founded of them.
         kind = max(founded, device.kinds.get(rung.rate, "assumed"), key=CERTAINTY.index)
-        fidelity = measured(config) if rung.video else None
-        found.append(PricedRung(rung, settings, hours(config, device, devices), kind, fidelity))
+        spent = hours(config, device, devices)
+        found.append(PricedRung(rung, settings, spent, kind, measured(config), measured_elsewhere(config)))
     return found
 
 
 def measured(config: Config) -> dict[str, Any] | None:
-    """The worst of the rows of the fidelity table that hold exactly the approximations of ``config``; None: no row."""
-    wanted = _words(config)
-    rows = [row for row in fidelity_rows() if row["approximations"] == wanted and row["ladder"]]
+    """The worst of the rows of the fidelity table with the approximations and the sampler of ``config``.
+
+    None: there is no such row, or nothing is approximated.
+    """
+    rows = [row for row in _rows_of(config) if _sampler(row) == _own_sampler(config)]
     if not rows:
         return None
     worst = min(rows, key=lambda row: row["spearman"])
@@ -107,6 +117,22 @@ def measured(config: Config) -> dict[str, Any] | None:
     }
 
 
+def measured_elsewhere(config: Config) -> str:
+    """What tells the samplers that the approximations of ``config`` were measured with from its own.
+
+    Empty: they were measured with its own, or not at all.
+    """
+    own = _own_sampler(config)
+    others = [sampler for row in _rows_of(config) if (sampler := _sampler(row)) is not None]
+    if own in others:
+        return ""
+    told = []
+    for other in others:
+        pairs = zip(SAMPLER.values(), other, own, strict=True)
+        told.append(", ".join(word.format(theirs) for word, theirs, mine in pairs if theirs != mine))
+    return " or ".join(dict.fromkeys(told))
+
+
 def fidelity_rows() -> list[dict[str, Any]]:
     """The table that ships with the package, made on the embedded policy; empty before it was made."""
     file = resources.files("geoalign").joinpath("_assets", "fidelity.json")
@@ -115,13 +141,19 @@ def fidelity_rows() -> list[dict[str, Any]]:
 
 def undone(config: Config) -> list[str]:
     """Overrides that take back what ``config`` CHANGES."""
-    found = ["ode.audit_every=0"]
-    for key in config.changes():
-        section, name = key.split(".")
-        default = type(getattr(config, section)).model_fields[name].default
-        found.append(f"{key}={'null' if default is None else default}")
-    return found
+    return [f"{name}={'null' if value is None else value}" for name, value in config.undone().items()]
 
 
-def _words(config: Config) -> dict[str, str]:
-    return {name: str(value) for name, value in config.approximations().items()}
+def _rows_of(config: Config) -> list[dict[str, Any]]:
+    """Rows of the fidelity table with exactly the approximations of ``config``, under any sampler; none without any."""
+    wanted = {name: str(value) for name, value in config.approximations().items()}
+    return [row for row in fidelity_rows() if row["ladder"] and row["approximations"] == wanted] if wanted else []
+
+
+def _own_sampler(config: Config) -> tuple[Any, ...]:
+    return tuple(getattr(config.flow, name) for name in SAMPLER)
+
+
+def _sampler(row: Mapping[str, Any]) -> tuple[Any, ...] | None:
+    """What a row was measured with; None where it does not say."""
+    return tuple(row[name] for name in SAMPLER) if SAMPLER.keys() <= row.keys() else None

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
+from typing import Any
 
 from geoalign.config.schema import Config
-from geoalign.config.training import LearnConfig, OdeConfig
-from geoalign.flow.table import build_step_table
+from geoalign.errors import ConfigError
+from geoalign.flow.table import StepWindow, build_step_table
 from geoalign.perf.budget import Plan, RunCost, Walk, exact_plan
 from geoalign.perf.cost import TransformerCost, VideoCost, video_cost
 from geoalign.perf.devices import DeviceProfile
@@ -20,13 +21,15 @@ from geoalign.training.telemetry import walk_of
 def run_cost(config: Config, iterations: Iterable[int] | None = None, frames: int | None = None) -> RunCost:
     """The run of a configuration: all of its iterations on its longest videos, or some of them on shorter ones."""
     shape = (frames or config.data.num_frames, *config.data.video[1:])
+    iterations = range(config.train.iterations) if iterations is None else tuple(iterations)
     return RunCost(
         transformer=TransformerCost.of(config.model, *shape),
         video=_video(config, shape),
-        walks=_walks(config, range(config.train.iterations) if iterations is None else iterations),
+        walks=_walks(config, iterations),
         conditions=config.groups.conditions,
         group_size=config.groups.size,
         updates=config.optim.updates_per_rollout,
+        audits=_audits(config, iterations),
     )
 
 
@@ -36,8 +39,10 @@ def left_out(config: Config) -> list[str]:
 
 
 def exactly(config: Config) -> Config:
-    """The same run without anything that CHANGES it: exact steps on the full grid, learning from all of them."""
-    return config.model_copy(update={"flow": config.flow.with_exact_tail(), "ode": OdeConfig(), "learn": LearnConfig()})
+    """The same run without anything that CHANGES it (``Config.changes``), and without audits; all else as it was."""
+    for name, value in config.undone().items():
+        config = _with(config, name.split("."), value)
+    return config
 
 
 def plan_with_levers(config: Config) -> Plan:
@@ -50,33 +55,73 @@ def plan_with_levers(config: Config) -> Plan:
 
 
 def hours(config: Config, device: DeviceProfile, devices: int) -> float:
-    """Predicted hours with all EXACT levers and what the configuration asks for besides."""
-    plan, total = plan_with_levers(config), 0.0
-    by_frames: dict[int, list[int]] = {}
-    for iteration in range(config.train.iterations):
-        by_frames.setdefault(config.learn.frames(iteration, config.data.num_frames), []).append(iteration)
-    for frames, iterations in by_frames.items():
-        total += run_cost(config, iterations, frames).hours(device, plan, devices)
-    return total
+    """Predicted hours with all EXACT levers and what the configuration asks for besides, its audits too."""
+    plan = plan_with_levers(config)
+    return sum(run.hours(device, plan, devices) for run in _runs(config))
+
+
+def audit_cost(config: Config, device: DeviceProfile) -> tuple[int, float]:
+    """Number of audits, and the predicted hours that :func:`hours` holds for them."""
+    plan, runs = plan_with_levers(config), _runs(config)
+    return sum(sum(run.audits.values()) for run in runs), sum(run.audit_seconds(device, plan) for run in runs) / 3600
 
 
 def tail_cost(config: Config, device: DeviceProfile) -> float:
-    """Predicted seconds of the steps after the window as a share of those of exact steps on the full grid."""
+    """Predicted seconds of the steps after the window as a share of those of exact steps on the full grid.
+
+    The first iteration of a run that reuses steps, which may evaluate all of them, counts like the others.
+    """
     seconds = []
     for each in (config, exactly(config)):
-        run = run_cost(each)
-        steps = sum(times * walk.tail for walk, times in run.walks.items())
-        seconds.append(steps * run.outside(device, plan_with_levers(each)))
+        windows = _windows(each, range(each.train.iterations))
+        steps = sum(
+            times * walk_of(each, build_step_table(each.flow, window)).tail for window, times in windows.items()
+        )
+        seconds.append(steps * run_cost(each).outside(device, plan_with_levers(each)))
     return seconds[0] / seconds[1]
 
 
-def _walks(config: Config, iterations: Iterable[int]) -> dict[Walk, int]:
+def _runs(config: Config) -> list[RunCost]:
+    """The iterations of a run, together where their videos have equally many frames."""
+    by_frames: dict[int, list[int]] = {}
+    for iteration in range(config.train.iterations):
+        by_frames.setdefault(config.learn.frames(iteration, config.data.num_frames), []).append(iteration)
+    return [run_cost(config, iterations, frames) for frames, iterations in by_frames.items()]
+
+
+def _walks(config: Config, iterations: Sequence[int]) -> dict[Walk, int]:
     """The evaluated steps of some iterations, from the very schedule and table that training uses."""
-    schedule = WindowSchedule(config.window, config.flow.steps, config.run.seed)
+    # The first iteration evaluates all steps where it has to measure the drift by which reused ones are chosen.
+    measures = 0 in iterations and config.ode.reuse != "off" and config.ode.reuse_profile is None
+    first = (0,) if measures else ()
     walks: Counter[Walk] = Counter()
-    for window, count in Counter(schedule(iteration) for iteration in iterations).items():
-        walks[walk_of(config, build_step_table(config.flow, window))] += count
+    for some, reused in ((first, 0), ([each for each in iterations if each not in first], None)):
+        for window, count in _windows(config, some).items():
+            walks[walk_of(config, build_step_table(config.flow, window), reused)] += count
     return dict(walks)
+
+
+def _audits(config: Config, iterations: Iterable[int]) -> dict[int, int]:
+    """Exact steps after the window -> the audits among some iterations that take them."""
+    every = config.ode.audit_every
+    due = _windows(config, (iteration for iteration in iterations if every and iteration % every == 0))
+    counts: Counter[int] = Counter()
+    for window, count in due.items():
+        counts[config.flow.steps - window.stop] += count
+    return dict(counts)
+
+
+def _windows(config: Config, iterations: Iterable[int]) -> Counter[StepWindow]:
+    schedule = WindowSchedule(config.window, config.flow.steps, config.run.seed)
+    return Counter(schedule(iteration) for iteration in iterations)
+
+
+def _with(value: Any, path: Sequence[str], new: Any) -> Any:
+    """A copy of a section or mapping whose setting at ``path`` is ``new``."""
+    key, *rest = path
+    if isinstance(value, Mapping):
+        return {**value, key: _with(value[key], rest, new) if rest else new}
+    return value.model_copy(update={key: _with(getattr(value, key), rest, new) if rest else new})
 
 
 def _video(config: Config, shape: tuple[int, int, int]) -> VideoCost:
@@ -86,5 +131,7 @@ def _video(config: Config, shape: tuple[int, int, int]) -> VideoCost:
     strides = [reward.options.get("frame_stride", 1) for reward in config.rewards.values() if reward.kind == "hpsv3"]
     if not strides:
         return cost
+    if not isinstance(strides[0], int) or strides[0] < 1:
+        raise ConfigError(f"frame_stride of the hpsv3 reward must be a whole number from 1, got {strides[0]!r}")
     seen = len(range(0, shape[0], strides[0])) / shape[0]
     return replace(cost, scorers=cost.scorers | {"hpsv3": cost.scorers["hpsv3"] * seen})

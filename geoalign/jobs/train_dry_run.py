@@ -55,7 +55,12 @@ def _passes(config: Config, window: StepWindow) -> str:
     walk = walk_of(config, table)
     count = count_passes(walk, groups.conditions, groups.size, config.optim.updates_per_rollout, plan_of(config))
     learner = f"{count.replay + count.reference:,} learner forwards, {count.backward:,} backwards"
-    return f"{count.rollout:,} rollout forwards, {learner}, {count.recompute:,} recomputed (first window, all ranks)"
+    audit = ""
+    if config.ode.audit_every:
+        forwards = plan_of(config).guidance * groups.size * (config.flow.steps - window.stop)
+        audit = f", {forwards:,} in an audit every {config.ode.audit_every} iterations"
+    told = f"{count.rollout:,} rollout forwards, {learner}, {count.recompute:,} recomputed"
+    return f"{told}{audit} (first window, all ranks)"
 
 
 def _execution(config: Config) -> str:

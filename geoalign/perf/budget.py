@@ -162,6 +162,7 @@ class RunCost:
         transformer, video: costs per sample and per video.
         walks: walk -> number of iterations that take it.
         conditions, group_size, updates: per iteration.
+        audits: exact steps after the window -> number of audits that take them for one group.
     """
 
     transformer: TransformerCost
@@ -170,6 +171,7 @@ class RunCost:
     conditions: int
     group_size: int
     updates: int = 1
+    audits: Mapping[int, int] = field(default_factory=dict)
 
     @property
     def iterations(self) -> int:
@@ -181,7 +183,7 @@ class RunCost:
         return {walk: count_passes(walk, self.conditions, self.group_size, self.updates, plan) for walk in self.walks}
 
     def seconds(self, device: DeviceProfile, plan: Plan) -> PhaseSeconds:
-        """Predicted device seconds of the whole run."""
+        """Predicted device seconds of the whole run, without its audits (:meth:`audit_seconds`)."""
         forward = self.transformer.forward(device, plan.speedups)
         outside = self.outside(device, plan)
         backward = self.transformer.backward(device, plan.speedups).total
@@ -205,10 +207,22 @@ class RunCost:
         int8 = plan.int8_attention and device.int8_pays()
         return self.transformer.forward(device, speedups, int8_attention=int8, no_gradient=True).total
 
+    def audit_seconds(self, device: DeviceProfile, plan: Plan) -> float:
+        """Predicted wall seconds of all audits: the device that holds the group works while all others wait.
+
+        Its members are finished exactly, decoded and scored, and their approximate videos are decoded beside them.
+        """
+        forward = plan.guidance * self.outside(device, plan.with_int8(attention=False, linears=False))
+        judged = self.video.seconds(device, hide_host=plan.hide_host) + self.video.decode / device.convolution
+        return sum(times * self.group_size * (tail * forward + judged) for tail, times in self.audits.items())
+
     def hours(self, device: DeviceProfile, plan: Plan, devices: int) -> float:
-        """Predicted wall hours on ``devices`` equal devices, each with whole groups: the fullest one sets the pace."""
+        """Predicted wall hours on ``devices`` equal devices, each with whole groups: the fullest one sets the pace.
+
+        More devices do not shorten audits.
+        """
         share = -(-self.conditions // devices) / self.conditions
-        return self.seconds(device, plan).total * share / 3600.0
+        return (self.seconds(device, plan).total * share + self.audit_seconds(device, plan)) / 3600.0
 
 
 @dataclass(frozen=True, slots=True)

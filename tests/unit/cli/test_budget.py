@@ -4,15 +4,22 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
 
 from geoalign.cli.main import main
-from geoalign.config.load import load_config
+from geoalign.config.load import flatten, load_config
 from geoalign.config.schema import Config
-from geoalign.jobs.pricing import hours, left_out, plan_with_levers, run_cost
+from geoalign.flow.sampler import FlowSampler
+from geoalign.flow.table import StepWindow, build_step_table
+from geoalign.jobs import ladder
+from geoalign.jobs.pricing import audit_cost, exactly, hours, left_out, plan_with_levers, run_cost
 from geoalign.perf.budget import Walk, count_passes
 from geoalign.perf.devices import DEVICES
+from geoalign.training.processes.ranks import LocalRanks, RankRows
+from geoalign.training.tail import Auditor
 
 
 def test_prints_the_ladder_and_every_rung_alone(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
@@ -57,7 +64,12 @@ def test_walks_come_from_the_schedule_of_the_run() -> None:
     coarse = load_config(Config, "paper_64xa800", ["flow.tail_ratio=0.4"])
     assert [walk.tail for walk in run_cost(coarse).walks] == [7, 7, 7, 6, 6, 5]
     reuse = load_config(Config, "paper_64xa800", ["ode.reuse=velocity", "ode.reuse_share=0.45"])
-    assert [walk.tail for walk in run_cost(reuse).walks] == [10, 9, 9, 9, 8, 8]  # 0.45 of 21 to 16, rounded up
+    # All steps of the first iteration, which measures the drift; then 0.45 of 21 to 16, rounded up.
+    assert [(walk.tail, times) for walk, times in run_cost(reuse).walks.items()] == [
+        (21, 1), (10, 24), (9, 25), (9, 25), (9, 25), (8, 25), (8, 15),
+    ]  # fmt: skip
+    known = load_config(Config, "paper_64xa800", ["ode.reuse=velocity", "ode.reuse_share=0.45", "ode.reuse_profile=d"])
+    assert [walk.tail for walk in run_cost(known).walks] == [10, 9, 9, 9, 8, 8]
     assert left_out(paper) == []
 
 
@@ -89,8 +101,151 @@ def test_the_fast_preset_says_what_it_rests_on(capsys: pytest.CaptureFixture[str
     file = tmp_path / "budget.json"
     assert main(["budget", "--config", "paper_64xa800_fast", "--json", str(file)]) == 0
     own = json.loads(file.read_text())["as_configured"]
-    assert own["hours"] <= 45.0
-    assert "assumed to hold on other weights" in capsys.readouterr().out
+    assert own["hours"] <= 45.0 and own["audits"] == 7 and 0 < own["audit_hours"] < 0.1 * own["hours"]
+    text = capsys.readouterr().out
+    assert "assumed to hold on other weights" in text
+    assert f"of that, audits: {own['audit_hours']:.1f} h (in 7 iterations" in text
+
+
+def test_an_audit_takes_the_time_of_one_device_on_all() -> None:
+    """For every member of one group an exact tail, two videos decoded, one scored; iterations as in training."""
+    card = DEVICES["a800"]
+    fast = load_config(Config, "paper_64xa800_fast")
+    rows = RankRows.of(64, 12, LocalRanks())
+    auditor = Auditor(fast, LocalRanks(), rows, {}, torch.device("cpu"))
+    audited = [iteration for iteration in range(140) if auditor.due(iteration, {}) is not None]
+    assert audited == [0, 20, 40, 60, 80, 100, 120]
+    tails = [21, 21, 20, 19, 18, 17, 17]  # the window moves on after 25 iterations; 25 steps, 4 of them in it
+    for start, tail in enumerate((21, 20, 19)):
+        sampler = FlowSampler(build_step_table(fast.flow, StepWindow(start, start + 4)), 12)
+        assert auditor.passes(0, sampler) == 12 * tail
+    run = run_cost(fast)
+    # Exact attention, and frozen linears in bfloat16: what the paper's own run takes outside its window.
+    paper = load_config(Config, "paper_64xa800")
+    forward = run_cost(paper).outside(card, plan_with_levers(paper))
+    decode, score = run.video.decode / card.convolution, sum(run.video.scorers.values()) / card.reward
+    seconds = sum(12 * (tail * forward + 2 * decode + score) for tail in tails)
+    assert audit_cost(fast, card) == (7, pytest.approx(seconds / 3600))
+    alone = fast.model_copy(update={"ode": fast.ode.model_copy(update={"audit_every": 0})})
+    assert audit_cost(alone, card) == (0, 0.0)
+    for devices in (64, 32):  # the others wait, however many they are
+        assert hours(fast, card, devices) - hours(alone, card, devices) == pytest.approx(seconds / 3600)
+    guided = load_config(Config, "paper_64xa800_fast", ["flow.guidance=5"])
+    assert audit_cost(guided, card)[1] - seconds / 3600 == pytest.approx(sum(tails) * 12 * forward / 3600)
+    # Audits of the first half see fewer tokens and frames.
+    short = load_config(Config, "paper_64xa800_fast", ["learn.short_frames=49", "learn.short_iterations=70"])
+    assert audit_cost(short, card)[0] == 7 and audit_cost(short, card)[1] < 0.8 * seconds / 3600
+
+
+CHANGED = (
+    "flow.tail_steps=9", "flow.tail_grid=sigma", "flow.tail_solver=dpm2m", "flow.tail_ratio=0.5",
+    "ode.attention=int8", "ode.attention=int8 ode.int8_threshold=0.1", "ode.linears=int8", "ode.reuse=residual",
+    "learn.window_steps=3", "optim.states=int8",
+    "learn.short_frames=49 learn.short_iterations=70", "learn.members=6 levers.streaming=off",
+    "rewards.hpsv3.options.frame_stride=4",
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("setting", CHANGED)
+def test_the_exact_form_undoes_what_changes_and_nothing_else(setting: str) -> None:
+    words = setting.split()
+    config = load_config(Config, "paper_64xa800", words)
+    plain = load_config(Config, "paper_64xa800", [word for word in words if word.startswith("levers.")])
+    named = {word.partition("=")[0] for word in words} - {"levers.streaming"}
+    assert config.changes().keys() - {"ode.reuse_share"} == named
+    before, after = flatten(plain.model_dump()), flatten(exactly(config).model_dump())
+    # Every frame, and the option says so.
+    assert after.pop("rewards.hpsv3.options.frame_stride", 1) == 1 and before == after
+    assert exactly(config).changes() == {} and exactly(plain) == plain
+
+
+def test_the_exact_form_keeps_settings_that_change_nothing() -> None:
+    kept = ["ode.audit_spearman=0.9", "optim.lr=1e-5", "rewards.hpsv3.options.best_share=0.5"]
+    config = load_config(Config, "paper_64xa800", [*kept, "ode.attention=int8", "ode.audit_every=20"])
+    assert exactly(config) == load_config(Config, "paper_64xa800", kept)
+    assert exactly(config.asked_for("--config x")).asked == "--config x"
+
+
+def test_a_stride_counts_among_changes(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    def told(*overrides: str) -> dict[str, Any]:
+        file = tmp_path / "budget.json"
+        assert main(["budget", "--config", "paper_64xa800", *overrides, "--json", str(file)]) == 0
+        return json.loads(file.read_text())
+
+    stride = "rewards.hpsv3.options.frame_stride=4"
+    plain, seen = told(), told(stride)
+    assert seen["hours"] == plain["hours"] and seen["changes"] == plain["changes"]
+    assert seen["as_configured"]["settings"] == {"rewards.hpsv3.options.frame_stride": 4}
+    (rung,) = (rung for rung in plain["changes"] if rung["settings"] == stride)
+    assert seen["as_configured"]["hours"] == rung["hours"] < plain["hours"]["exact"]
+    text = capsys.readouterr().out
+    assert "fidelity of them together: videos as before" in text and "audits" not in text
+    for value in ("0", "four"):
+        assert main(["budget", "--config", "paper_64xa800", f"rewards.hpsv3.options.frame_stride={value}"]) == 2
+        assert "frame_stride of the hpsv3 reward must be a whole number from 1" in capsys.readouterr().err
+
+
+def row(**changes: Any) -> dict[str, Any]:
+    """One of a fidelity table: of 5 steps by sigma with the paper's sampler, if not said otherwise."""
+    made = {"approximations": dict(SIGMA5), "ladder": True, "steps": 25, "shift": 5.0, "sde": "flow", "window": 2}
+    return made | {"spearman": 0.98, "spearman_p10": 0.95, "flips": 0.02, "accepted": True} | changes
+
+
+SIGMA5 = {"flow.tail_grid": "sigma", "flow.tail_steps": "5", "flow.tail_solver": "dpm2m"}
+ASKED = ("flow.tail_grid=sigma", "flow.tail_steps=5", "flow.tail_solver=dpm2m")
+
+
+def test_fidelity_is_that_of_the_approximations_and_the_sampler(monkeypatch: pytest.MonkeyPatch) -> None:
+    def found(rows: list[dict[str, Any]], *overrides: str, name: str = "paper_64xa800") -> tuple[float | None, str]:
+        monkeypatch.setattr(ladder, "fidelity_rows", lambda: rows)
+        config = load_config(Config, name, overrides)
+        known = ladder.measured(config)
+        return known and known["spearman"], ladder.measured_elsewhere(config)
+
+    assert found([row(), row(spearman=0.97, window=10)], *ASKED) == (0.97, "")
+    assert found([row()], *ASKED, "ode.attention=int8") == (None, "")
+    # Nothing is approximated: a control of precision says nothing of it.
+    control = row(approximations={})
+    assert found([control]) == found([control], "learn.window_steps=3") == (None, "")
+    assert found([row(ladder=False)], *ASKED) == (None, "")
+    int8 = row(approximations={"ode.attention": "int8"})
+    assert found([int8], "ode.attention=int8") == (0.98, "")
+    assert found([int8], "ode.attention=int8", "ode.int8_threshold=0.5") == (None, "")
+    # Another sampler, and rows that do not say which.
+    for other, word in (({"steps": 20}, "T = 20"), ({"shift": 3.0}, "shift 3"), ({"sde": "cps"}, "cps SDE")):
+        assert found([row(**other)], *ASKED) == (None, word)
+        assert found([row(**other), row()], *ASKED) == (0.98, "")
+        silent = {key: value for key, value in row().items() if key not in other}
+        assert found([silent], *ASKED) == (None, "")
+    assert found([row(), row(shift=3.0)], *ASKED, name="tiny_cpu") == (
+        None, "T = 25, shift 5, flow SDE or T = 25, flow SDE",
+    )  # fmt: skip
+    fast = [row(steps=6, shift=3.0, sde="cps"), row()]
+    assert found(fast, *ASKED, name="tiny_cpu") == (0.98, "")
+
+
+def test_rungs_say_where_they_were_measured(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(ladder, "fidelity_rows", lambda: [row()])
+    assert main(["budget", "--config", "paper_64xa800", "flow.steps=20", *ASKED]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    told = {line[2:50].strip(): line for line in lines if " CHANGES " in line}
+    assert told["5 steps by sigma, second order"].endswith("measured at T = 25 only")
+    assert told["5 steps by sigma, second order, int8"].endswith("not measured")
+    assert "  fidelity of them together: measured at T = 25 only" in lines
+    assert main(["budget", "--config", "paper_64xa800", *ASKED]) == 0
+    assert "  fidelity of them together: Spearman 0.980, p10 0.95, signs changed 2.0 %" in capsys.readouterr().out
+
+
+def test_the_cheapest_pair_is_a_rung(tmp_path: Path) -> None:
+    file = tmp_path / "budget.json"
+    assert main(["budget", "--config", "paper_64xa800", "--json", str(file)]) == 0
+    spent = {rung["settings"]: rung["hours"] for rung in json.loads(file.read_text())["changes"]}
+    pair = "flow.tail_grid=sigma flow.tail_steps=5 flow.tail_solver=dpm2m"
+    assert spent[f"{pair} ode.attention=int8"] < min(
+        spent[pair], spent["ode.reuse=residual ode.reuse_share=0.3 ode.attention=int8"]
+    )
 
 
 def test_a_small_model_is_told_that_seconds_mean_little(capsys: pytest.CaptureFixture[str]) -> None:

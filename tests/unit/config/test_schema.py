@@ -61,6 +61,13 @@ def test_settings_that_are_no_finite_number_are_refused(path: str, value: float)
         load_config(Config, "smoke", [f"{path}={str(value).replace('inf', '.inf').replace('nan', '.nan')}"])
 
 
+def test_a_reward_that_no_override_reaches_is_refused() -> None:
+    with pytest.raises(
+        ValidationError, match=r"rewards\.a\.b: no setting section\.key=value reaches a name with a dot"
+    ):
+        Config.model_validate({"rewards": {"a.b": {"kind": "hpsv3"}}})
+
+
 def test_an_option_of_a_reward_may_be_infinite() -> None:
     config = load_config(Config, "smoke", ["rewards.geometry.options.translation_bound=.inf"])
     assert config.rewards["geometry"].options["translation_bound"] == math.inf
