@@ -185,7 +185,7 @@ class Bench:
         parts = ready(self.config, opened, LocalRanks())
         self.policy, self.device = parts.policy, parts.device
         self._own = rewards is None
-        self.rewards = build_rewards(config.rewards, config.failures) if rewards is None else rewards
+        self.rewards = build_rewards(self.config.rewards, config.failures) if rewards is None else rewards
 
     def close(self, settings: Sequence[Setting] = ()) -> None:
         """End the workers of the rewards, also of those that ``settings`` have for themselves."""

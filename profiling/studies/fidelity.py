@@ -34,7 +34,7 @@ class Variant:
     """A policy, a sampler and windows.
 
     Attributes:
-        ladder: whether `geoalign budget` shows its rows, controls aside.
+        ladder: whether `geoalign budget` may show its rows, controls aside: of windows that training has.
         price: the run whose tail and hours are priced; None: no hours, and the cost of this policy's own tail.
     """
 
@@ -52,11 +52,11 @@ CPS = ("flow.sde=cps", "objective.loss_weight=exact_inverse")
 VARIANTS = (
     Variant("base, flow"),
     Variant("trained, flow", trained=True),
-    Variant("base, cps", overrides=CPS, ladder=False),
-    Variant("trained, cps", trained=True, overrides=CPS, ladder=False),
+    Variant("base, cps", overrides=CPS),
+    Variant("trained, cps", trained=True, overrides=CPS),
     Variant("base, flow, late window", windows=(18,), ladder=False),
     Variant(
-        "base, T = 6", windows=(0, 2), config="tiny_cpu", settings=SHORT_SETTINGS, ladder=False, price=None
+        "base, T = 6", windows=(0, 2), config="tiny_cpu", settings=SHORT_SETTINGS, price=None
     ),  # its tail has other steps than the paper's
 )
 
