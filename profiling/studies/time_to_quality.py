@@ -1,4 +1,4 @@
-"""Held-out position error against CPU seconds, for four ways to run the same algorithm: part of docs/learning.md.
+"""Held-out position error against CPU seconds, for five ways to run the same algorithm: part of docs/learning.md.
 
 The structure of Flow-GRPO (every step but the last is stochastic and trained, nothing is shared), MixGRPO's window
 without sharing, the same with our exact levers, and with the approximations of the fast preset that a CPU profits from
@@ -38,6 +38,8 @@ ARMS: dict[str, tuple[str, ...]] = {
     "window of 4, exact levers": (*MOVING, "levers.streaming=graphs"),
     "window of 4, exact levers, reuse": (*MOVING, "levers.streaming=graphs", "ode.reuse=residual",
                                          "ode.reuse_share=0.3", "ode.audit_every=20", "learn.window_steps=3"),
+    "window of 4, exact levers, 5 tail steps": (*MOVING, "levers.streaming=graphs", "flow.tail_grid=sigma",
+                                                "flow.tail_steps=5", "flow.tail_solver=dpm2m", "ode.audit_every=20"),
 }  # fmt: skip
 REFERENCES = ("every step stochastic, nothing shared", "window of 4, nothing shared")
 KINDS = ("presets", "random")
