@@ -30,7 +30,7 @@ def test_the_first_crossing_counts_linear_between_evaluations() -> None:
 def test_factors_are_of_equal_seeds_and_a_goal_not_reached_is_a_bound(tmp_path: Path) -> None:
     import time_to_quality as study
 
-    first, plain, exact, fast = study.ARMS
+    first, plain, exact, fast, _ = study.ARMS
     for seed, slow in ((1, 40.0), (2, 60.0)):
         write(tmp_path / study.file_of(first, seed), (0, 1.0), (100 * seed, 0.95))
         write(tmp_path / study.file_of(plain, seed), (0, 1.0), (slow, 0.95), (80, 0.9))
