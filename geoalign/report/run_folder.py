@@ -80,6 +80,30 @@ class TrainingClip:
 
 
 @dataclass(frozen=True, slots=True)
+class Started:
+    """How a run's processes were started, last.
+
+    Attributes:
+        count: of them; None of older runs, which did not record it.
+        nodes: machines that they ran on.
+        torchrun: whether torchrun started them; else the run itself did, of which ``run.ranks`` decides the number.
+    """
+
+    count: int | None
+    nodes: int = 1
+    torchrun: bool = False
+
+    @classmethod
+    def parse(cls, entry: Any) -> Started:
+        """Read what ``env.json`` keeps; what somebody made something else is not known."""
+        found = entry if isinstance(entry, dict) else {}
+        count, nodes = found.get("count"), found.get("nodes", 1)
+        if not (isinstance(count, int) and isinstance(nodes, int) and 1 <= nodes <= count and count % nodes == 0):
+            return cls(None)
+        return cls(count, nodes, found.get("torchrun") is True)
+
+
+@dataclass(frozen=True, slots=True)
 class RunRecord:
     """Everything the report shows; ``live``: a process is writing the run."""
 
@@ -96,6 +120,16 @@ class RunRecord:
     def name(self) -> str:
         """The name given in the configuration, else the folder's name."""
         return str(self.config.get("run", {}).get("name") or self.folder.name)
+
+    @property
+    def started(self) -> Started:
+        """How its processes were started."""
+        return Started.parse(self.environment.get("processes"))
+
+    @property
+    def held_out(self) -> bool:
+        """Whether the run is measured on held-out conditions: in the rendered world, which has true retakes."""
+        return self.setting("world") is not None
 
     def setting(self, key: str) -> Any:
         """A value of the resolved configuration by its dotted key; None where there is none."""
@@ -141,9 +175,14 @@ def read_run(folder: str | Path) -> RunRecord:
         summary=summary,
         metrics=_read_metrics(metrics) if metrics.exists() else [],
         clips={stage: clips for stage in STAGES if (clips := _read_clips(path / "eval" / f"{stage}.npz"))},
-        live=bool(held_by(path / LOCK_NAME)),
+        live=is_live(path),
         films=read_films(path / FILMS),
     )
+
+
+def is_live(folder: Path) -> bool:
+    """Whether a process is writing the run."""
+    return bool(held_by(folder / LOCK_NAME))
 
 
 def _read_metrics(path: Path) -> list[dict[str, Any]]:
@@ -205,18 +244,25 @@ def film_iteration(path: Path) -> int | None:
 
 
 def read_films(folder: Path, most: int = 6) -> list[TrainingClip]:
-    """At most ``most`` films of a run's folder, evenly spaced, in order.
+    """At most ``most`` films of a run's folder, evenly spaced, in order; without those that vanish meanwhile.
 
     Raises:
         DataError: one of them cannot be read.
     """
     paths = sorted(path for path in folder.glob("*.npz") if film_iteration(path) is not None)
     chosen = np.linspace(0, len(paths) - 1, min(most, len(paths))).round().astype(int)
-    return [_read_film(paths[index], film_iteration(paths[index]) or 0) for index in chosen]
+    read = (_read_film(paths[index], film_iteration(paths[index]) or 0) for index in chosen)
+    return [film for film in read if film is not None]
 
 
-def _read_film(path: Path, iteration: int) -> TrainingClip:
-    arrays = read_arrays(path, DataError, limit=_MAX_CLIPS)
+def _read_film(path: Path, iteration: int) -> TrainingClip | None:
+    """The film of a file; None of one that is gone, because a running training has thinned its films out since."""
+    try:
+        arrays = read_arrays(path, DataError, limit=_MAX_CLIPS)
+    except DataError:
+        if path.exists():
+            raise
+        return None
     if not isinstance(arrays, dict):
         raise DataError(f"{path}: not the film of an iteration; delete it.")
     shapes = {key: value for key, value in _FILM_SHAPES.items() if key in arrays or key not in _FILM_OPTIONAL}
