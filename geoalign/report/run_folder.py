@@ -7,7 +7,7 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 
@@ -19,6 +19,7 @@ from geoalign.files.parsing import read_json
 from geoalign.files.yaml_text import read_yaml
 
 Array = np.ndarray[Any, np.dtype[Any]]
+Read = TypeVar("Read")
 Shape = tuple[str, tuple[int | None, ...]]
 STAGES = ("before", "after")
 FILMS = "films"
@@ -167,14 +168,13 @@ def read_run(folder: str | Path) -> RunRecord:
         raise UsageError(f"{path} is not a run folder: it has no metrics.jsonl, summary.json or config.yaml.")
     config, summary = _optional(path / "config.yaml", read_yaml), read_summary(path)
     _mapping(path / "config.yaml", config.get("run", {}), "run")
-    metrics = path / "metrics.jsonl"
     return RunRecord(
         folder=path,
         config=config,
         environment=_optional(path / "env.json", read_json),
         summary=summary,
-        metrics=_read_metrics(metrics) if metrics.exists() else [],
-        clips={stage: clips for stage in STAGES if (clips := _read_clips(path / "eval" / f"{stage}.npz"))},
+        metrics=_if_there(path / "metrics.jsonl", _read_metrics) or [],
+        clips={stage: clips for stage in STAGES if (clips := _if_there(path / "eval" / f"{stage}.npz", _read_clips))},
         live=is_live(path),
         films=read_films(path / FILMS),
     )
@@ -206,11 +206,22 @@ def read_summary(folder: Path) -> dict[str, Any]:
     return summary
 
 
+def _if_there(path: Path, read: Callable[[Path], Read]) -> Read | None:
+    """What ``read`` finds in a file; None where there is none.
+
+    Nor is there one that vanishes meanwhile: a run under way thins its films out and sets results aside.
+    """
+    try:
+        return read(path)
+    except DataError:
+        if path.exists():
+            raise
+        return None
+
+
 def _optional(path: Path, read: Callable[[Path], Any]) -> dict[str, Any]:
     """The mapping in a file; an empty one where there is no file."""
-    if not path.exists():
-        return {}
-    value = read(path)
+    value = _if_there(path, read)
     return {} if value is None else _mapping(path, value)
 
 
@@ -251,25 +262,19 @@ def read_films(folder: Path, most: int = 6) -> list[TrainingClip]:
     """
     paths = sorted(path for path in folder.glob("*.npz") if film_iteration(path) is not None)
     chosen = np.linspace(0, len(paths) - 1, min(most, len(paths))).round().astype(int)
-    read = (_read_film(paths[index], film_iteration(paths[index]) or 0) for index in chosen)
+    read = (_if_there(paths[index], _read_film) for index in chosen)
     return [film for film in read if film is not None]
 
 
-def _read_film(path: Path, iteration: int) -> TrainingClip | None:
-    """The film of a file; None of one that is gone, because a running training has thinned its films out since."""
-    try:
-        arrays = read_arrays(path, DataError, limit=_MAX_CLIPS)
-    except DataError:
-        if path.exists():
-            raise
-        return None
+def _read_film(path: Path) -> TrainingClip:
+    arrays = read_arrays(path, DataError, limit=_MAX_CLIPS)
     if not isinstance(arrays, dict):
         raise DataError(f"{path}: not the film of an iteration; delete it.")
     shapes = {key: value for key, value in _FILM_SHAPES.items() if key in arrays or key not in _FILM_OPTIONAL}
     _check_arrays(path, arrays, shapes, "the film of an iteration", "delete it")
     if len({len(arrays[name]) for name in shapes if name != "ground_plane"}) > 1:
         raise DataError(f"{path}: its arrays hold unequal numbers of frames; delete it.")
-    return TrainingClip(iteration, **{name: arrays[name] for name in shapes})
+    return TrainingClip(film_iteration(path) or 0, **{name: arrays[name] for name in shapes})
 
 
 _SHAPES: dict[str, Shape] = {
@@ -299,9 +304,7 @@ _FILM_OPTIONAL = ("ground_plane", "read_c2w")
 _WITHOUT_FRAMES = ("names", "ground_plane")
 
 
-def _read_clips(path: Path) -> EvaluationClips | None:
-    if not path.exists():
-        return None
+def _read_clips(path: Path) -> EvaluationClips:
     arrays = read_arrays(path, DataError, limit=_MAX_CLIPS)
     if not isinstance(arrays, dict):
         raise DataError(f"{path}: not an evaluation archive; run `geoalign evaluate` again.")
