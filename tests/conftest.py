@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import importlib.util
 import os
-import shutil
 from pathlib import Path
 
 # Before anything imports torch: two workers share two cores, and a reduction must not depend on the number of cores.
@@ -22,10 +21,10 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("MPLBACKEND", "Agg")
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read at the first product; deterministic runs need it
 
+import chromium
 import pytest
 
 MOST_GROUPS = 14
-CHROMIUM = ("chromium", "chromium-browser", "google-chrome")
 INTERPRETED_FOLDER = Path(__file__).parent / "kernels" / "interpreted"
 
 # The kernel tests also run on a GPU machine that has little beside torch: `pytest tests/kernels -m gpu`.
@@ -57,7 +56,7 @@ def _missing(marker: str) -> str | None:
     if marker == "browser":
         if not importlib.util.find_spec("playwright"):
             return "playwright is not installed (geoalign[test])"
-        return None if any(shutil.which(name) for name in CHROMIUM) else f"no {' or '.join(CHROMIUM)} on the PATH"
+        return None if chromium.binary() else f"no {' or '.join(chromium.NAMES)} on the PATH"
     if marker == "weights":
         return None if os.environ.get("GEOALIGN_WEIGHTS") else "GEOALIGN_WEIGHTS does not name a folder of weights"
     import torch

@@ -6,8 +6,6 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from geoalign.errors import UsageError
-
 
 def add_parser(subparsers: Any) -> None:
     """Add ``report``."""
@@ -26,7 +24,7 @@ def add_parser(subparsers: Any) -> None:
     )
     parser.add_argument("--samples", type=int, default=4, metavar="N", help="held-out samples with clips (default 4)")
     parser.add_argument(
-        "--follow", action="store_true", help="keep the report of a running training up to date until it ends"
+        "--follow", action="store_true", help="keep the page of trainings under way up to date until they end"
     )
     parser.set_defaults(run=run)
 
@@ -34,13 +32,12 @@ def add_parser(subparsers: Any) -> None:
 def run(args: argparse.Namespace) -> int:
     """Write the report and print where it lies."""
     from geoalign.report.compare import write_comparison
-    from geoalign.report.page import follow_report, write_report
+    from geoalign.report.page import follow, write_report
 
-    if len(args.run_folders) > 1:
-        if args.follow:
-            raise UsageError("--follow keeps the report of one run up to date; give one folder")
-        print(write_comparison(args.run_folders, args.out, samples=args.samples))
-    else:
-        write = follow_report if args.follow else write_report
-        print(write(args.run_folders[0], args.out, samples=args.samples))
+    def write() -> Path:
+        if len(args.run_folders) > 1:
+            return write_comparison(args.run_folders, args.out, samples=args.samples)
+        return write_report(args.run_folders[0], args.out, samples=args.samples)
+
+    print(follow(args.run_folders, write) if args.follow else write())
     return 0

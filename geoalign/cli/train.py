@@ -70,7 +70,7 @@ def run_train(args: argparse.Namespace) -> int:
     from geoalign.report.page import write_report
 
     report = write_report(folder)
-    _print_comparison(read_json_object(summary))
+    print_comparison(read_json_object(summary))
     print(f"report: {report}")
     return 0
 
@@ -91,7 +91,10 @@ def _arguments(args: argparse.Namespace) -> list[str]:
     return [*words, *args.overrides]
 
 
-def _print_comparison(summary: dict[str, Any]) -> None:
+def print_comparison(summary: dict[str, Any]) -> None:
+    """The table of held-out numbers; nothing for real clips, which have none."""
+    if not summary["held_out"]:
+        return
     from geoalign.geometry.metrics import AXES
 
     names = {

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from geoalign.training.processes.launcher import started_by_launcher
 from geoalign.version import __version__
 
 
@@ -30,6 +31,13 @@ def describe_environment() -> dict[str, Any]:
         "commit": source_commit(),
         "command": " ".join(sys.argv),
     }
+
+
+def describe_processes() -> dict[str, Any]:
+    """How many processes the run has, on how many machines, and whether torchrun started them."""
+    count = int(os.environ.get("WORLD_SIZE", "1"))
+    nodes = count // int(os.environ.get("LOCAL_WORLD_SIZE", count))
+    return {"count": count, "nodes": nodes, "torchrun": count > 1 and not started_by_launcher()}
 
 
 def _cpu_name() -> str:

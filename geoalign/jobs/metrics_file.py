@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import io
 import json
 import threading
 from collections.abc import Iterable, Mapping
@@ -69,13 +70,13 @@ class MetricsWriter:
         proto: Any = summary_pb2  # generated when it is imported: its messages are known to no type checker
         board: Any = self._board._get_file_writer()
         for iteration, path in films:
-            if not path.exists():  # already thinned out
+            try:
+                data = path.read_bytes()
+            except FileNotFoundError:  # thinned out, by the thread that writes films
                 continue
-            with Image.open(path) as picture:
+            with Image.open(io.BytesIO(data)) as picture:
                 width, height = picture.size
-            image = proto.Summary.Image(
-                height=height, width=width, colorspace=3, encoded_image_string=path.read_bytes()
-            )
+            image = proto.Summary.Image(height=height, width=width, colorspace=3, encoded_image_string=data)
             shown = proto.Summary(value=[proto.Summary.Value(tag="film", image=image)])
             with disk_errors(self._events, _FIX):
                 board.add_summary(shown, iteration)

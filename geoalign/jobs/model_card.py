@@ -7,10 +7,11 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from geoalign.files.checkpoints import iteration_of
 from geoalign.files.parsing import read_text
 from geoalign.files.yaml_text import MAX_YAML
 from geoalign.models.layouts import RECAMMASTER, REDIRECTOR
-from geoalign.policy.files import CHECKPOINT_NAME, RUN_CONFIG
+from geoalign.policy.files import RUN_CONFIG
 from geoalign.policy.open import ModelFiles
 from geoalign.report.held_out import Value, comparisons
 from geoalign.report.run_folder import read_summary
@@ -72,16 +73,16 @@ def model_card(name: Path | str, files: ModelFiles, *, layout: str, rounding: st
 
 def _run_of(path: Path) -> Path | None:
     """The run folder that was named, or that a checkpoint or policy file lies in."""
-    parents = (path, path.parent.parent if CHECKPOINT_NAME.search(path.name) else path.parent)
+    parents = (path, path.parent if iteration_of(path) is None else path.parent.parent)
     return next((folder for folder in parents if (folder / RUN_CONFIG).is_file()), None)
 
 
 def _summary(run: Path | None, name: Path) -> dict[str, Any]:
     """What the end of the run said; of an earlier checkpoint without its numbers, which were measured on the last."""
     summary = {} if run is None else read_summary(run)
-    if found := CHECKPOINT_NAME.search(name.name):
+    if (iteration := iteration_of(name)) is not None:
         summary = {key: summary[key] for key in ("base", "commit", "seed") if key in summary}
-        summary["iterations"] = int(found[0].removeprefix("step_"))
+        summary["iterations"] = iteration
     return summary
 
 

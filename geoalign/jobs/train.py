@@ -17,9 +17,10 @@ from geoalign.config.schema import Config
 from geoalign.data.source import RetakeDataset
 from geoalign.errors import Stopped
 from geoalign.files.atomic import atomic_write_json, atomic_write_text, nan_to_none, remove_leftovers
+from geoalign.files.checkpoints import CHECKPOINTS
 from geoalign.files.locks import writer_lock
 from geoalign.jobs.checks import require_inputs
-from geoalign.jobs.environment import describe_environment
+from geoalign.jobs.environment import describe_environment, describe_processes
 from geoalign.jobs.prepare import encoder_identity, render_missing_data
 from geoalign.jobs.progress import say
 from geoalign.jobs.stop import StopRequest
@@ -101,7 +102,7 @@ def _run(
             folder.mkdir(parents=True, exist_ok=True)
             remove_leftovers(folder)
             atomic_write_text(folder / RUN_CONFIG, to_yaml(config))
-            atomic_write_json(folder / "env.json", environment)
+            atomic_write_json(folder / "env.json", environment | {"processes": describe_processes()})
         evaluation, clock = RunEvaluator.of(config, trainer, folder), _Clock(ranks)
         if state is None:
             if config.world is not None:
@@ -206,7 +207,7 @@ def _iterate(
     base_notes = dict(trainer.notes)
     with (
         StopRequest().installed() as stop,
-        CheckpointWriter(config.run.folder / "checkpoints", settings, config.train) as checkpoints,
+        CheckpointWriter(config.run.folder / CHECKPOINTS, settings, config.train) as checkpoints,
         watched(config, trainer, profile) as watch,
     ):
         while trainer.iteration < total:

@@ -10,23 +10,18 @@ from typing import Any
 import numpy as np
 import torch
 
-from geoalign.config.load import flatten
 from geoalign.config.schema import Config
 from geoalign.files.atomic import atomic_path, nan_to_none
 from geoalign.jobs.evaluate import METRICS, Evaluation, HeldOut, evaluate
 from geoalign.jobs.evaluation_table import mean_of_defined
-from geoalign.report.held_out import present_names
+from geoalign.report.held_out import conditions, present_names
 from geoalign.training.processes.ranks import LocalRanks, Ranks
 from geoalign.training.trainer import Trainer
 
 
 def conditions_of(config: Config) -> dict[str, Any]:
     """The settings, by dotted key, that decide on which held-out conditions a run is measured."""
-    measured = {name: getattr(config.eval, name) for name in ("samples", "seed")}
-    measured["noise_seeds"] = list(config.eval.noise_seeds)
-    world = {} if config.world is None else config.world.model_dump(mode="json")
-    drawn = {name: value for name, value in world.items() if name not in ("clips", "trajectories", "seed")}
-    return flatten({"eval": measured, "world": drawn})
+    return conditions(config.model_dump(mode="json"))
 
 
 @dataclass(frozen=True, slots=True)

@@ -9,19 +9,18 @@ from typing import Any
 
 from geoalign.errors import CheckpointError, ConfigError, RunError, UsageError
 from geoalign.files.atomic import disk_errors
+from geoalign.files.checkpoints import CHECKPOINTS, iteration_of, list_checkpoints
 from geoalign.policy.files import DELTA_FILE, POLICY_FILE
 from geoalign.training.checkpoint import (
     RunSettings,
     TrainState,
     differences,
-    iteration_of,
-    list_checkpoints,
     load_checkpoint,
 )
 from geoalign.training.processes.ranks import Ranks
 
 logger = logging.getLogger(__name__)
-_RESULTS = ("summary.json", POLICY_FILE, DELTA_FILE, "report.html")
+_RESULTS = ("summary.json", POLICY_FILE, DELTA_FILE, "report.html", "eval/after.npz")
 
 
 def state_to_resume(
@@ -39,11 +38,11 @@ def state_to_resume(
         return load_checkpoint(path, config=config, allow_config_change=allow_config_change)
 
     if resume == "auto":
-        return _newest_whole(list_checkpoints(folder / "checkpoints"), load)
+        return _newest_whole(list_checkpoints(folder / CHECKPOINTS), load)
     checkpoint = find_checkpoint(folder, resume)
     if checkpoint is not None:
         return load(checkpoint)
-    if resume is None and list_checkpoints(folder / "checkpoints"):
+    if resume is None and list_checkpoints(folder / CHECKPOINTS):
         raise UsageError(
             f"{folder} already holds checkpoints: continue with --resume auto, or choose another run.name or run.dir"
         )
@@ -83,7 +82,7 @@ def find_checkpoint(folder: Path, resume: str | None) -> Path | None:
                 f"--resume {resume}: no such checkpoint folder (use auto, latest or .../checkpoints/step_NNNNNN)"
             )
         return path
-    found = list_checkpoints(folder / "checkpoints")
+    found = list_checkpoints(folder / CHECKPOINTS)
     if not found:
         raise CheckpointError(f"{folder / 'checkpoints'}: no checkpoint to resume; start without --resume")
     return found[-1]
@@ -96,7 +95,7 @@ def set_newer_aside(folder: Path, state: TrainState, total: int, resume: str | N
     and the results of a finished run if iterations are left to do, get the suffix ``.aside-N``. They are named in the
     log and never deleted.
     """
-    found = list_checkpoints(folder / "checkpoints")
+    found = list_checkpoints(folder / CHECKPOINTS)
     newer = [path for path in found if (iteration_of(path) or 0) > state.iteration]
     if resume not in ("auto", "latest"):
         chosen = Path(str(resume)).resolve()

@@ -6,7 +6,6 @@ The names and formats of the other files that hold a trained model (run folder, 
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -31,8 +30,7 @@ from geoalign.policy.policy import RetakePolicy
 
 # In a run folder.
 RUN_CONFIG, POLICY_FILE, DELTA_FILE = "config.yaml", "policy.safetensors", "delta.safetensors"
-# In a checkpoint folder.
-CHECKPOINT_NAME = re.compile(r"step_(\d{6})$")
+# In a checkpoint folder (geoalign.files.checkpoints names it).
 CHECKPOINT_FORMAT, STATE_FILE, AVERAGE_FILE = 1, "state.json", "average.safetensors"
 _PARTS_KEY, _SEAL_KEY = "parts", "sha256"  # in the state: of the files beside it, and of the state itself
 

@@ -21,6 +21,7 @@ from geoalign.config.model import ModelConfig
 from geoalign.config.schema import Config
 from geoalign.config.training import compiles
 from geoalign.errors import CheckpointError, ConfigError, UsageError
+from geoalign.files.checkpoints import iteration_of
 from geoalign.files.parsing import read_json_object
 from geoalign.files.weights import Shapes, TensorFile
 from geoalign.files.yaml_text import read_yaml
@@ -39,7 +40,6 @@ from geoalign.models.layouts import LAYOUTS, RECAMMASTER, REDIRECTOR, count, ide
 from geoalign.models.wan_vae import check_wan_codec, empty_wan_codec, load_wan_codec
 from geoalign.policy.files import (
     AVERAGE_FILE,
-    CHECKPOINT_NAME,
     DELTA_FILE,
     POLICY_FILE,
     RUN_CONFIG,
@@ -234,7 +234,7 @@ def locate(name: Path | str, delta: Path | None = None) -> Location:
     path = _existing(name)
     if path.is_file():
         found = Location("policy file", path)
-    elif CHECKPOINT_NAME.search(path.name) or (path / STATE_FILE).is_file():
+    elif iteration_of(path) is not None or (path / STATE_FILE).is_file():
         read_checkpoint_state(path)
         found = _on_its_base(path.absolute().parent.parent, path / AVERAGE_FILE, "checkpoint")
     elif (path / RUN_CONFIG).is_file():

@@ -18,18 +18,23 @@ from geoalign.files.atomic import atomic_write_text, check_writable
 from geoalign.report.curves import compared_curves
 from geoalign.report.document import document
 from geoalign.report.film import film_html
-from geoalign.report.held_out import Value, judged, present_names
+from geoalign.report.held_out import Value, conditions, judged, present_names
 from geoalign.report.page import REFRESH_S, footer
 from geoalign.report.results import value_text
 from geoalign.report.run_folder import EvaluationClips, RunRecord, read_run
-from geoalign.report.samples import choose_samples, compared_film, folded_film, how_to_look
-from geoalign.report.state import RunState, duration, seconds_per_iteration
+from geoalign.report.samples import (
+    choose_samples,
+    compared_film,
+    compared_training_section,
+    folded_film,
+    how_to_look,
+)
+from geoalign.report.state import RunState, duration, followed, seconds_per_iteration
 from geoalign.report.svg import number
 from geoalign.report.words import HELD_OUT, SETS, Metric
 
 MOST_RUNS = 8  # as many colours as the pages have
 _OWN = ("run.name", "run.dir")  # settings in which any two runs differ
-_CONDITIONS = ("eval.samples", "eval.seed", "eval.noise_seeds", "world.")
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,6 +68,11 @@ class ComparedRun:
 _PAIRED = """Every run was measured on the same scenes, paths and noise, so a difference is taken noise seed by noise
 seed: &plusmn; of a difference is the sample deviation of these paired differences, which is smaller than that of the
 values where the noise moves both runs alike. A difference is coloured only where it exceeds it."""
+_ONE_SEED = """Every run was measured on the same scenes, paths and noise, with one evaluation noise seed. That gives no
+spread: differences are not coloured, because chance alone may explain them. Name several in
+<code>eval.noise_seeds</code>."""
+_UNPAIRED = """Not every run kept its values by noise seed, so none can be subtracted noise seed by noise seed and no
+difference is shown."""
 _UNLIKE = """<b class="bad">The runs were measured on different held-out conditions (settings of eval or world): their
 numbers do not compare, and no difference is shown.</b>"""
 
@@ -78,6 +88,7 @@ def compare_page(records: Sequence[RunRecord], samples: int = 4) -> str:
         _settings(runs),
         _held_out(runs, alike),
         _films(runs, samples),
+        compared_training_section([(run.css, run.label, run.record.films) for run in runs]),
         compared_curves([(run.label, run.record) for run in runs]),
         "</main>",
         footer(),
@@ -109,9 +120,7 @@ def _labels(records: Sequence[RunRecord]) -> list[str]:
 
 def _same_conditions(runs: Sequence[ComparedRun]) -> bool:
     """Whether the runs were measured on the same scenes, paths and noise, by their settings."""
-    flat = [flatten(run.record.config) for run in runs]
-    drawn = ("world.clips", "world.trajectories", "world.seed")  # of training, not of the held-out sets
-    return not any(key.startswith(_CONDITIONS) and key not in drawn for key in differing_keys(*flat))
+    return not differing_keys(*(conditions(run.record.config) for run in runs))
 
 
 def difference(run: ComparedRun, first: ComparedRun, kind: str, metric: str) -> Value | None:
@@ -146,13 +155,18 @@ def _headline(runs: Sequence[ComparedRun], alike: bool) -> str:
         return f"{len(runs)} runs side by side"
     best, second = sorted(measured, key=lambda run: run.numbers("mean")[metric].mean)[:2]
     least, other = (number(run.numbers("mean")[metric].mean) for run in (best, second))
+    paired = difference(best, second, "mean", metric)
+    if paired is None or paired.spread is None:
+        return (
+            f"The camera strays {least} metres from its path in {escape(best.label)}, {other} in {escape(second.label)}"
+        )
     if _verdict(best, second, "mean", metric) != "good":
         return f"No difference beyond the spread: the least position errors are {least} and {other} metres"
     return f"{escape(best.label)} strays least: {least} metres, {escape(second.label)} {other}"
 
 
 def _overview(runs: Sequence[ComparedRun]) -> str:
-    rows = []
+    rows, records = [], [run.record for run in runs]
     for run in runs:
         record, state = run.record, RunState.of(run.record)
         seconds = seconds_per_iteration(record)
@@ -171,7 +185,7 @@ def _overview(runs: Sequence[ComparedRun]) -> str:
     head = "".join(f"<th>{name}</th>" for name in facts)
     return f"""<section id="runs"><h2>The runs</h2>
 <div class="scroll"><table class="labelled"><thead><tr><th></th>{head}</tr></thead>
-<tbody>{"".join(rows)}</tbody></table></div></section>"""
+<tbody>{"".join(rows)}</tbody></table></div>{followed(records) if any(r.live for r in records) else ""}</section>"""
 
 
 def _settings(runs: Sequence[ComparedRun]) -> str:
@@ -215,8 +229,19 @@ def _held_out(runs: Sequence[ComparedRun], alike: bool) -> str:
     main, *rest = reversed(kinds)
     folded = "".join(f"<h3>{SETS[kind]}</h3>{_numbers(runs, kind, alike)}" for kind in reversed(rest))
     more = f"<details><summary>Each set of paths by itself</summary>{folded}</details>" if folded else ""
-    return f"""<section id="held-out"><h2>Held-out numbers after training</h2><p>{_PAIRED if alike else _UNLIKE}</p>
+    return f"""<section id="held-out"><h2>Held-out numbers after training</h2><p>{_how_compared(runs, kinds, alike)}</p>
 <h3>{SETS[main]}</h3>{_numbers(runs, main, alike)}{more}</section>"""
+
+
+def _how_compared(runs: Sequence[ComparedRun], kinds: Sequence[str], alike: bool) -> str:
+    """What stands above the tables: how differences were taken, or why there are none or no colours."""
+    if not alike:
+        return _UNLIKE
+    pairs = ((run, kind, name) for run in runs[1:] for kind in kinds for name in run.numbers(kind))
+    found = [part for run, kind, name in pairs if (part := difference(run, runs[0], kind, name))]
+    if not found:
+        return _UNPAIRED
+    return _PAIRED if any(part.spread is not None for part in found) else _ONE_SEED
 
 
 def _numbers(runs: Sequence[ComparedRun], kind: str, alike: bool) -> str:

@@ -7,7 +7,11 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from geoalign.config.load import flatten
 from geoalign.report.words import HELD_OUT, Better, Metric
+
+_MEASURED = ("samples", "seed", "noise_seeds")  # of eval
+_DRAWN = ("clips", "trajectories", "seed")  # of the world, for what is trained on
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,6 +96,22 @@ def comparisons(summary: Mapping[str, Any], kind: str) -> Iterator[Comparison]:
         if first and second:
             metric = HELD_OUT.get(key, Metric(key.replace("_", " "), "", "unknown", ""))
             yield Comparison(key, metric, first, second)
+
+
+def conditions(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings, by dotted key, that decide on which held-out scenes, paths and noise a run is measured.
+
+    Args:
+        settings: those of the run by section, as ``config.yaml`` holds them; one that is not there has no key.
+    """
+    measured = {name: part for name, part in _section(settings, "eval").items() if name in _MEASURED}
+    world = {name: part for name, part in _section(settings, "world").items() if name not in _DRAWN}
+    return flatten({"eval": measured, "world": world})
+
+
+def _section(settings: Mapping[str, Any], name: str) -> Mapping[str, Any]:
+    found = settings.get(name)
+    return found if isinstance(found, Mapping) else {}
 
 
 def present_names(rows: Mapping[str, Any]) -> dict[str, Any]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import shlex
 import time
+from collections.abc import Callable, Sequence
 from html import escape
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ from geoalign.files.atomic import atomic_write_text, check_writable
 from geoalign.report.curves import curves_section, phases_section
 from geoalign.report.document import document
 from geoalign.report.results import headline, lead, results_section, worse_numbers
-from geoalign.report.run_folder import RunRecord, read_run
+from geoalign.report.run_folder import RunRecord, is_live, read_run
 from geoalign.report.samples import samples_section, training_section
 from geoalign.report.state import RunState, duration, progress_section
 from geoalign.report.troubles import findings, troubles_section
@@ -98,17 +99,37 @@ def _how(run: RunRecord) -> str:
         blocks.append(f"<details><summary>Machine and versions</summary><pre>{text}</pre></details>")
     if not blocks:
         return ""
-    command = escape(_command(run))
     return f"""<section id="how"><h2>How to make it again</h2><p>Every random draw follows from the seed, so the same
-configuration on the same kind of machine gives the same run.</p><pre>{command}</pre>{"".join(blocks)}</section>"""
+configuration on as many processes of the same kind of machine gives the same run. {_processes(run)}</p>
+<pre>{escape(_command(run))}</pre>{"".join(blocks)}</section>"""
+
+
+def _processes(run: RunRecord) -> str:
+    """How many processes it was, in a sentence; of nodes also what the command leaves open."""
+    started, count = run.started, run.started.count
+    if count is None:
+        return "How many processes it was is not recorded."
+    if started.nodes == 1:
+        return f"It was {count} {'process' if count == 1 else 'processes'}."
+    return (
+        f"It was {count} processes on {started.nodes} nodes: give each node the command with its number and the "
+        "address of the first one (<code>--node-rank</code>, <code>--master-addr</code>; examples/cluster does)."
+    )
 
 
 def _command(run: RunRecord) -> str:
     """Train with the resolved configuration into another folder, also where ``run.dir`` does not hold the name."""
-    words = ["geoalign", "train", "--config", str(run.folder / "config.yaml"), f"run.name={run.name}-again"]
+    started = run.started
+    words = ["geoalign"]
+    if started.torchrun:
+        nodes = ["--nnodes", str(started.nodes)] if started.nodes > 1 else []
+        words = ["torchrun", *nodes, "--nproc-per-node", str((started.count or 1) // started.nodes), "-m", "geoalign"]
+    words += ["train", "--config", str(run.folder / "config.yaml"), f"run.name={run.name}-again"]
     folder = str(run.config.get("run", {}).get("dir") or "{name}")
     if "{name}" not in folder:
         words.append(f"run.dir={folder.rstrip('/')}-again")
+    if not started.torchrun and started.count not in (None, run.setting("run.ranks") or 1):
+        words.append(f"run.ranks={started.count}")
     return shlex.join(words)
 
 
@@ -127,9 +148,9 @@ def write_report(folder: str | Path, output: Path | None = None, *, samples: int
     return path
 
 
-def follow_report(folder: str | Path, output: Path | None = None, *, samples: int = 4) -> Path:
-    """As :func:`write_report`, again and again until the run is no longer written; the last page is that of its end."""
-    while read_run(folder).live:
-        write_report(folder, output, samples=samples)
+def follow(folders: Sequence[str | Path], write: Callable[[], Path]) -> Path:
+    """Call ``write`` again and again until none of the runs is written any more; the last page is that of their end."""
+    while any(is_live(Path(folder)) for folder in folders):
+        write()
         time.sleep(REFRESH_S)
-    return write_report(folder, output, samples=samples)
+    return write()

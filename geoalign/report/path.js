@@ -29,6 +29,7 @@ const geoalignPath = (() => {
     return [[c, s * q, s * p, x], [0, p, -q, y], [-s, c * q, c * p, z]];  // yaw to the right after pitch upwards
   }
   const poses = () => Array.from({ length: F }, (_, frame) => pose(frame));
+  const nearest = (yaw, to) => yaw + 360 * Math.round((to - yaw) / 360);  // of one direction's headings, so that no curve goes the long way round
   function angle(a, b) {
     let square = 0;
     for (let i = 0; i < 3; i++) for (let j = 0; j < 3; j++) square += (a[i][j] - b[i][j]) ** 2;
@@ -43,11 +44,12 @@ const geoalignPath = (() => {
   // ---- editing ----
   function change(edit) { history.push(JSON.stringify(points)); if (history.length > 50) history.shift(); edit(); draw(); }
   function load(name) {
-    const path = facts.presets[name];
+    const path = facts.presets[name], yaws = [];
+    for (const m of path || []) yaws.push(nearest(Math.atan2(m[0][2], m[2][2]) / DEGREE, yaws.length ? yaws[yaws.length - 1] : 0));
     start = frames.map((frame) => {
       if (!path) return still()[0];
-      const m = path[frame], f = [m[0][2], m[1][2], m[2][2]];
-      return { x: m[0][3], y: m[1][3], z: m[2][3], yaw: Math.atan2(f[0], f[2]) / DEGREE, pitch: Math.asin(Math.max(-1, Math.min(1, -f[1]))) / DEGREE };
+      const m = path[frame];
+      return { x: m[0][3], y: m[1][3], z: m[2][3], yaw: yaws[frame], pitch: Math.asin(Math.max(-1, Math.min(1, -m[1][2]))) / DEGREE };
     });
     element("strength").value = 1;
     change(() => { points = start.map((p) => ({ ...p })); });
@@ -136,7 +138,7 @@ const geoalignPath = (() => {
   const coordinate = (key, row, sign = 1) => ({ get: (p) => sign * p[key], set: (p, v) => { p[key] = sign * v; }, of: (m) => sign * m[row][3] });
   const turning = (key, direction) => ({
     direction: (p) => direction(p[key] * DEGREE),
-    set: (p, dx, dy) => { const raw = Math.atan2(...(key === "yaw" ? [dx, dy] : [dy, dx])) / DEGREE; p[key] = key === "pitch" ? Math.max(-89, Math.min(89, raw)) : raw; },
+    set: (p, dx, dy) => { const raw = Math.atan2(...(key === "yaw" ? [dx, dy] : [dy, dx])) / DEGREE; p[key] = key === "pitch" ? Math.max(-89, Math.min(89, raw)) : nearest(raw, p[key]); },
   });
   const views = [
     new View(element("top"), coordinate("x", 0), coordinate("z", 2), turning("yaw", (a) => [Math.sin(a), Math.cos(a)])),

@@ -18,7 +18,7 @@ def headline(run: RunRecord) -> str:
     found = {item.key: item for item in comparisons(run.summary, "mean")}
     main = found.get("translation_error_m")
     if main is None:
-        return "This run has no held-out result" + ("" if run.summary else " yet")
+        return "This run has no held-out result" + (" yet" if run.held_out and not run.summary else "")
     if main.before.spread is None or main.after.spread is None:
         before, after = number(main.before.mean), number(main.after.mean)
         return f"The camera strays {after} metres from its path, {before} before training"

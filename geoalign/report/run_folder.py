@@ -7,7 +7,7 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 
@@ -19,6 +19,7 @@ from geoalign.files.parsing import read_json
 from geoalign.files.yaml_text import read_yaml
 
 Array = np.ndarray[Any, np.dtype[Any]]
+Read = TypeVar("Read")
 Shape = tuple[str, tuple[int | None, ...]]
 STAGES = ("before", "after")
 FILMS = "films"
@@ -80,6 +81,30 @@ class TrainingClip:
 
 
 @dataclass(frozen=True, slots=True)
+class Started:
+    """How a run's processes were started, last.
+
+    Attributes:
+        count: of them; None of older runs, which did not record it.
+        nodes: machines that they ran on.
+        torchrun: whether torchrun started them; else the run itself did, of which ``run.ranks`` decides the number.
+    """
+
+    count: int | None
+    nodes: int = 1
+    torchrun: bool = False
+
+    @classmethod
+    def parse(cls, entry: Any) -> Started:
+        """Read what ``env.json`` keeps; what somebody made something else is not known."""
+        found = entry if isinstance(entry, dict) else {}
+        count, nodes = found.get("count"), found.get("nodes", 1)
+        if not (isinstance(count, int) and isinstance(nodes, int) and 1 <= nodes <= count and count % nodes == 0):
+            return cls(None)
+        return cls(count, nodes, found.get("torchrun") is True)
+
+
+@dataclass(frozen=True, slots=True)
 class RunRecord:
     """Everything the report shows; ``live``: a process is writing the run."""
 
@@ -96,6 +121,16 @@ class RunRecord:
     def name(self) -> str:
         """The name given in the configuration, else the folder's name."""
         return str(self.config.get("run", {}).get("name") or self.folder.name)
+
+    @property
+    def started(self) -> Started:
+        """How its processes were started."""
+        return Started.parse(self.environment.get("processes"))
+
+    @property
+    def held_out(self) -> bool:
+        """Whether the run is measured on held-out conditions: in the rendered world, which has true retakes."""
+        return self.setting("world") is not None
 
     def setting(self, key: str) -> Any:
         """A value of the resolved configuration by its dotted key; None where there is none."""
@@ -133,17 +168,21 @@ def read_run(folder: str | Path) -> RunRecord:
         raise UsageError(f"{path} is not a run folder: it has no metrics.jsonl, summary.json or config.yaml.")
     config, summary = _optional(path / "config.yaml", read_yaml), read_summary(path)
     _mapping(path / "config.yaml", config.get("run", {}), "run")
-    metrics = path / "metrics.jsonl"
     return RunRecord(
         folder=path,
         config=config,
         environment=_optional(path / "env.json", read_json),
         summary=summary,
-        metrics=_read_metrics(metrics) if metrics.exists() else [],
-        clips={stage: clips for stage in STAGES if (clips := _read_clips(path / "eval" / f"{stage}.npz"))},
-        live=bool(held_by(path / LOCK_NAME)),
+        metrics=_if_there(path / "metrics.jsonl", _read_metrics) or [],
+        clips={stage: clips for stage in STAGES if (clips := _if_there(path / "eval" / f"{stage}.npz", _read_clips))},
+        live=is_live(path),
         films=read_films(path / FILMS),
     )
+
+
+def is_live(folder: Path) -> bool:
+    """Whether a process is writing the run."""
+    return bool(held_by(folder / LOCK_NAME))
 
 
 def _read_metrics(path: Path) -> list[dict[str, Any]]:
@@ -167,11 +206,22 @@ def read_summary(folder: Path) -> dict[str, Any]:
     return summary
 
 
+def _if_there(path: Path, read: Callable[[Path], Read]) -> Read | None:
+    """What ``read`` finds in a file; None where there is none.
+
+    Nor is there one that vanishes meanwhile: a run under way thins its films out and sets results aside.
+    """
+    try:
+        return read(path)
+    except DataError:
+        if path.exists():
+            raise
+        return None
+
+
 def _optional(path: Path, read: Callable[[Path], Any]) -> dict[str, Any]:
     """The mapping in a file; an empty one where there is no file."""
-    if not path.exists():
-        return {}
-    value = read(path)
+    value = _if_there(path, read)
     return {} if value is None else _mapping(path, value)
 
 
@@ -205,17 +255,18 @@ def film_iteration(path: Path) -> int | None:
 
 
 def read_films(folder: Path, most: int = 6) -> list[TrainingClip]:
-    """At most ``most`` films of a run's folder, evenly spaced, in order.
+    """At most ``most`` films of a run's folder, evenly spaced, in order; without those that vanish meanwhile.
 
     Raises:
         DataError: one of them cannot be read.
     """
     paths = sorted(path for path in folder.glob("*.npz") if film_iteration(path) is not None)
     chosen = np.linspace(0, len(paths) - 1, min(most, len(paths))).round().astype(int)
-    return [_read_film(paths[index], film_iteration(paths[index]) or 0) for index in chosen]
+    read = (_if_there(paths[index], _read_film) for index in chosen)
+    return [film for film in read if film is not None]
 
 
-def _read_film(path: Path, iteration: int) -> TrainingClip:
+def _read_film(path: Path) -> TrainingClip:
     arrays = read_arrays(path, DataError, limit=_MAX_CLIPS)
     if not isinstance(arrays, dict):
         raise DataError(f"{path}: not the film of an iteration; delete it.")
@@ -223,7 +274,7 @@ def _read_film(path: Path, iteration: int) -> TrainingClip:
     _check_arrays(path, arrays, shapes, "the film of an iteration", "delete it")
     if len({len(arrays[name]) for name in shapes if name != "ground_plane"}) > 1:
         raise DataError(f"{path}: its arrays hold unequal numbers of frames; delete it.")
-    return TrainingClip(iteration, **{name: arrays[name] for name in shapes})
+    return TrainingClip(film_iteration(path) or 0, **{name: arrays[name] for name in shapes})
 
 
 _SHAPES: dict[str, Shape] = {
@@ -253,9 +304,7 @@ _FILM_OPTIONAL = ("ground_plane", "read_c2w")
 _WITHOUT_FRAMES = ("names", "ground_plane")
 
 
-def _read_clips(path: Path) -> EvaluationClips | None:
-    if not path.exists():
-        return None
+def _read_clips(path: Path) -> EvaluationClips:
     arrays = read_arrays(path, DataError, limit=_MAX_CLIPS)
     if not isinstance(arrays, dict):
         raise DataError(f"{path}: not an evaluation archive; run `geoalign evaluate` again.")

@@ -75,7 +75,7 @@ def training_section(run: RunRecord) -> str:
     """Films of training samples, in order, each behind its fold; nothing when the run made none."""
     if not run.films:
         return ""
-    films = "".join(folded_film(_training_film(clip)) for clip in run.films)
+    films = "".join(folded_film(_training_film([("after", "Retake", clip)], "camera read")) for clip in run.films)
     look = ["the camera read keeps to the path asked for"] * any(clip.read_c2w is not None for clip in run.films)
     look += ["the ground keeps to the lines of the path asked for"] * any(
         clip.ground_plane is not None for clip in run.films
@@ -86,18 +86,55 @@ def training_section(run: RunRecord) -> str:
 next{advice}.</p>{films}</section>"""
 
 
-def _training_film(clip: TrainingClip) -> Film:
-    ground = None if clip.ground_plane is None else Ground(clip.ground_plane, clip.intrinsics)
-    paths, note = [CameraPath("target", PATHS["target"], clip.target_c2w)], ""
-    if clip.read_c2w is not None:
-        paths.append(CameraPath("after", "camera read", clip.read_c2w))
-        note = "" if np.isfinite(clip.read_c2w).any() else "no camera was read"
+def compared_training_section(runs: Sequence[tuple[str, str, Sequence[TrainingClip]]]) -> str:
+    """Training samples of several runs (role, name, films): those of one request in one film, else the newest of each.
+
+    Nothing unless every run made films.
+    """
+    if not all(films for _, _, films in runs):
+        return ""
+    by_iteration = [{film.iteration: film for film in films} for _, _, films in runs]
+    same = [
+        [(role, name, films[i]) for (role, name, _), films in zip(runs, by_iteration, strict=True)]
+        for i in by_iteration[0]
+        if all(i in films and _same_request(films[i], by_iteration[0][i]) for films in by_iteration)
+    ]
+    if same:
+        films = [_training_film(takes, "camera read of {}") for takes in same]
+        told = "The first sample of iterations in which every run had the same request: source, path and lens"
+    else:
+        films = [_training_film([("after", "Retake", films[-1])], "camera read", name) for _, name, films in runs]
+        told = "The newest film of each run: they share no request, so they cannot be laid over one another"
+    return f"""<section id="training"><h2>While they trained</h2><p>{told}. They are samples that the runs learnt from;
+only held-out conditions tell a gain.</p>{"".join(map(folded_film, films))}</section>"""
+
+
+def _same_request(clip: TrainingClip, other: TrainingClip) -> bool:
+    pairs = ((part.source, part.frames, part.target_c2w, part.intrinsics) for part in (clip, other))
+    return all(np.array_equal(a, b) for a, b in zip(*pairs, strict=True))
+
+
+def _training_film(takes: Sequence[tuple[str, str, TrainingClip]], camera: str, whose: str = "") -> Film:
+    """Retakes (role, label, film) of one request in one film.
+
+    ``camera`` names a path that was read, with ``{}`` for the label; ``whose`` is the run in the title.
+    """
+    clip = takes[0][2]
+    read = [(role, label, part.read_c2w) for role, label, part in takes if part.read_c2w is not None]
+    lost = [label for _, label, c2w in read if not np.isfinite(c2w).any()]
+    note = "" if not lost else "no camera was read" + (f" of {', '.join(lost)}" if len(takes) > 1 else "")
     return Film(
-        title=f"Iteration {clip.iteration}",
+        title=f"{whose}, iteration {clip.iteration}" if whose else f"Iteration {clip.iteration}",
         note=note,
-        takes=[Take("source", STAGES["source"], clip.source), Take("after", "Retake", clip.retake)],
-        paths=paths,
-        ground=ground,
+        takes=[
+            Take("source", STAGES["source"], clip.source),
+            *(Take(role, label, part.retake) for role, label, part in takes),
+        ],
+        paths=[
+            CameraPath("target", PATHS["target"], clip.target_c2w),
+            *(CameraPath(role, camera.format(label), c2w) for role, label, c2w in read),
+        ],
+        ground=None if clip.ground_plane is None else Ground(clip.ground_plane, clip.intrinsics),
         frame_labels=[str(frame) for frame in clip.frames],
     )
 

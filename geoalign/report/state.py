@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import shlex
 import statistics
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from html import escape
 from typing import Literal
 
+from geoalign.files.checkpoints import CHECKPOINTS, list_checkpoints
 from geoalign.report.run_folder import RunRecord
 from geoalign.report.svg import number
 
@@ -24,6 +27,7 @@ class RunState:
         done, total: iterations; ``total`` is None where the configuration does not say.
         seconds_left: of the iterations that are left at their recent speed, without the evaluation at the end.
         silent_s: seconds since the last iteration was written.
+        held_out: whether it is measured on held-out conditions; real clips have no true retake to measure against.
         missing: what a finished run has and this one lacks, in words.
     """
 
@@ -32,6 +36,7 @@ class RunState:
     total: int | None
     seconds_left: float | None
     silent_s: float | None
+    held_out: bool
     missing: tuple[str, ...]
 
     @classmethod
@@ -45,7 +50,8 @@ class RunState:
         left = seconds * (total - done) if kind == "live" and seconds and total is not None else None
         file = run.folder / "metrics.jsonl"
         silent = time.time() - file.stat().st_mtime if kind == "live" and file.exists() else None
-        return cls(kind, done, total, left, silent, () if kind == "finished" else _missing(run, done, total))
+        missing = () if kind == "finished" else _missing(run, done, total)
+        return cls(kind, done, total, left, silent, run.held_out, missing)
 
     @property
     def share(self) -> float:
@@ -58,7 +64,8 @@ class RunState:
         if not self.done:
             return "Getting ready: no iteration is done yet"
         if self.total is not None and self.done >= self.total:
-            return f"All {self.total} iterations are done; the result is being measured"
+            doing = "measured" if self.held_out else "written"
+            return f"All {self.total} iterations are done; the result is being {doing}"
         return f"Iteration {self.done} of {self.total} is done" if self.total else f"{self.done} iterations are done"
 
 
@@ -75,7 +82,7 @@ def seconds_per_iteration(run: RunRecord) -> float | None:
 
 def _missing(run: RunRecord, done: int, total: int | None) -> tuple[str, ...]:
     parts = []
-    if run.setting("world") is not None:
+    if run.held_out:
         parts += [
             f"the held-out evaluation {stage} training" for stage in ("before", "after") if stage not in run.clips
         ]
@@ -101,23 +108,27 @@ def progress_section(run: RunRecord, state: RunState) -> str:
         facts.append(f"the last one was written {duration(state.silent_s)} before this page{warning}")
     listed = "".join(f"<li>{escape(part)}</li>" for part in state.missing)
     told = f"<p>{'; '.join(facts)}.</p>" if facts else ""
-    keep = f"geoalign report {run.folder} --follow"
-    after = (
-        f'<p class="note">Written at {time.strftime("%H:%M:%S")}. The page loads itself anew; '
-        f"<code>{escape(keep)}</code> keeps its file up to date until the run ends.</p>"
-        if state.kind == "live"
-        else f'<p class="note">{_continue(run)}</p>'
-    )
+    after = followed([run]) if state.kind == "live" else f'<p class="note">{_continue(run)}</p>'
     return f"""<section id="progress"><h2>{"How far it is" if state.kind == "live" else "Where it stopped"}</h2>
 <div class="progress" role="img" aria-label="{100 * state.share:.0f} per cent">
 <i style="width:{100 * state.share:.1f}%"></i></div>{told}<h3>Missing yet</h3><ul>{listed}</ul>{after}</section>"""
 
 
+def followed(runs: Sequence[RunRecord]) -> str:
+    """What stands on the page of live runs, as markup: it loads itself anew, and what keeps its file up to date."""
+    keep = shlex.join(["geoalign", "report", *(str(run.folder) for run in runs), "--follow"])
+    return (
+        f'<p class="note">Written at {time.strftime("%H:%M:%S")}. The page loads itself anew; '
+        f"<code>{escape(keep)}</code> keeps its file up to date until {'the run ends' if len(runs) == 1 else 'all end'}"
+        ".</p>"
+    )
+
+
 def _continue(run: RunRecord) -> str:
-    newest = max((path.name for path in run.folder.glob("checkpoints/step_*")), default=None)
-    if newest is None:
+    found = list_checkpoints(run.folder / CHECKPOINTS)
+    if not found:
         return "It left no checkpoint to continue from."
-    told = f"Its newest checkpoint is <code>{escape(newest)}</code>"
+    told = f"Its newest checkpoint is <code>{escape(found[-1].name)}</code>"
     return f"{told}; the same command with <code>--resume auto</code> goes on."
 
 

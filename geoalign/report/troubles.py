@@ -7,6 +7,7 @@ import statistics
 from collections.abc import Iterator
 from dataclasses import dataclass
 from html import escape
+from pathlib import Path
 
 from geoalign.report.ranges import PAGE, RANGES, Range
 from geoalign.report.run_folder import RunRecord
@@ -89,6 +90,12 @@ def findings(run: RunRecord) -> Iterator[Finding]:
                 yield Finding(known, key, steps, values, known.bound(run))
 
 
+def _link(known: Range) -> str:
+    """The section that helps, as markup: a link where the docs lie beside the package, in a source tree."""
+    page, text = Path(__file__).parents[2] / PAGE, escape(known.link)
+    return f'<a href="{escape(page.as_uri())}#{known.anchor}">{text}</a>' if page.is_file() else text
+
+
 def troubles_section(run: RunRecord, worse: list[str]) -> str:
     """What is out of range first, then everything that was looked at; nothing for a run without metrics.
 
@@ -102,7 +109,7 @@ def troubles_section(run: RunRecord, worse: list[str]) -> str:
     listed = [f"<li><b>{escape(text)}</b></li>" for text in worse]
     listed += [
         f"<li><b>{finding.amount} {escape(finding.title)}</b>, {escape(finding.where)}. {escape(finding.range.advice)} "
-        f"<small><code>{escape(finding.key)}</code>, {escape(finding.range.link)}</small></li>"
+        f"<small><code>{escape(finding.key)}</code>, {_link(finding.range)}</small></li>"
         for finding in bad
     ]
     told = (

@@ -2,33 +2,125 @@
 
 from __future__ import annotations
 
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
 from html import escape
 
 from geoalign.report.held_out import comparisons
 from geoalign.report.run_folder import RunRecord
 from geoalign.report.svg import number
 
-_STEPS = (
-    ("Request", "source video + camera path"),
-    ("Model", "makes several retakes"),
-    ("Evaluator", "reads cameras from pixels"),
-    ("Compare", "metres and degrees off"),
-)
+_CAMERA = {"trans": "metres", "rot": "degrees"}
+"""Reward keys that say how far the camera is from the request, and their units."""
+_KEY = re.compile(r"advantage/([^/]+)/mean")
 
 
 def what_section(run: RunRecord) -> str:
     """What a retake model is, what this run gave it, and how the loop goes."""
+    taught = _Taught.of(run)
     return f"""<section id="what"><h2>What this run is</h2>
 <p>A <em>retake model</em> films a scene again: it is given a source video and a camera path, and generates the video
 which that camera would have seen. geoalign trains one by <em>reinforcement learning</em>: of several retakes of one
-request, those whose camera was closer to the request are made more likely. The cameras are read from the pixels by an
-evaluator that is never told what was asked for; no correct video is shown.</p>
-<p>{" ".join(_sentences(run))}</p>{_loop()}</section>"""
+request, {taught.favoured}. No correct video is shown.</p>
+<p>{" ".join(_sentences(run, taught))}</p>{taught.loop}</section>"""
 
 
-def _sentences(run: RunRecord) -> list[str]:
+@dataclass(frozen=True, slots=True)
+class _Taught:
+    """What a run makes more likely.
+
+    Attributes:
+        weights: of each reward that it measured, 1 where its settings name none; None where that is not known.
+        shuffled: whether the scores decide nothing, as a control.
+    """
+
+    weights: dict[str, float] | None
+    shuffled: bool
+
+    @classmethod
+    def of(cls, run: RunRecord) -> _Taught:
+        """From the settings, and from the keys of the metrics: settings may leave rewards unnamed."""
+        named = run.setting("advantage.weights")
+        keys = [match[1] for key in run.metric_keys("advantage/") if (match := _KEY.fullmatch(key))]
+        weights = None
+        if isinstance(named, dict) and keys:
+            found = {key: named.get(key, 1.0) for key in keys}
+            weights = {key: float(value) for key, value in found.items() if isinstance(value, int | float)}
+        return cls(weights, run.setting("train.shuffle_advantages") is True)
+
+    @property
+    def nothing(self) -> bool:
+        """Whether every weight is 0."""
+        return self.weights is not None and not any(self.weights.values())
+
+    @property
+    def units(self) -> list[str]:
+        """The units in which a camera that is closer to the request is rewarded."""
+        return [unit for key, unit in _CAMERA.items() if (self.weights or {}).get(key, 0.0) > 0]
+
+    @property
+    def other(self) -> dict[str, float]:
+        """What else counts, with its weight."""
+        weights = (self.weights or {}).items()
+        return {key: value for key, value in weights if value and not (key in _CAMERA and value > 0)}
+
+    @property
+    def favoured(self) -> str:
+        """Which of several retakes become more likely, as markup."""
+        if self.nothing:
+            return "none is made more likely in this run, for no reward counts: every weight is 0"
+        if self.shuffled:
+            return (
+                "those drawn by lot are made more likely in this run. It is a control "
+                "(<code>train.shuffle_advantages</code>): its scores are measured and decide nothing"
+            )
+        parts = ["whose camera was closer to the request"] * bool(self.units)
+        for way, sign in (("higher", 1), ("lower", -1)):
+            names = [_told(key) for key, value in self.other.items() if sign * value > 0]
+            parts += [f"that score {way} in {_listed(names)}"] * bool(names)
+        read = ". The cameras are read from the pixels by an evaluator that is never told what was asked for"
+        told = _listed(parts) or "that its rewards score higher"
+        return f"those {told} are made more likely{read * bool(self.units)}"
+
+    @property
+    def counted(self) -> str:
+        """What is rewarded with which weight, and what is measured only; markup."""
+        weights = self.weights or {}
+        counted = ", ".join(f"{_told(key)} {number(value, 2)}" for key, value in weights.items() if value)
+        silent = _listed([_told(key) for key, value in weights.items() if not value])
+        told = [f"What counts, with its weight: {counted}."] * bool(counted)
+        return " ".join([*told, *[f"Measured without counting: {silent}."] * bool(silent)])
+
+    @property
+    def loop(self) -> str:
+        """The loop in a drawing; markup."""
+        steps = [("Request", "source video + camera path"), ("Model", "makes several retakes")]
+        closer = "score higher"
+        if self.units:
+            off = f"{' and '.join(self.units)} off" + ", and other scores" * bool(self.other)
+            steps += [("Evaluator", "reads cameras from pixels"), ("Compare", off)]
+            closer = "are closer" if not self.other else "do better"
+        else:
+            steps += [("Rewards", "score every retake"), ("Compare", "with its siblings' scores")]
+        boxes = "".join(f"<li><b>{title}</b><span>{subtitle}</span></li>" for title, subtitle in steps)
+        again = f"retakes that {closer} than their siblings become more likely"
+        if self.nothing or self.shuffled:
+            again = "no retake becomes more likely" if self.nothing else "retakes drawn by lot become more likely"
+        return f'<ol class="loop">{boxes}</ol><p class="loop-back note">and again: {again}</p>'
+
+
+def _told(key: str) -> str:
+    return escape(key.replace("_", " "))
+
+
+def _listed(parts: Sequence[str]) -> str:
+    return " and ".join(filter(None, (", ".join(parts[:-1]), *parts[-1:])))
+
+
+def _sentences(run: RunRecord, taught: _Taught) -> list[str]:
     """Each from settings or results that the run has; a run that says nothing gets none."""
-    told = [_training(run), _frames(run), _rewards(run), _base(run)]
+    told = [_training(run), _frames(run), taught.counted, _base(run)]
     return [sentence for sentence in told if sentence]
 
 
@@ -57,15 +149,6 @@ def _frames(run: RunRecord) -> str:
     )
 
 
-def _rewards(run: RunRecord) -> str:
-    weights = run.setting("advantage.weights")
-    known = [item for item in weights.items() if isinstance(item[1], int | float)] if isinstance(weights, dict) else []
-    if not known:
-        return ""
-    parts = [f"{escape(str(name).replace('_', ' '))} {number(float(weight), 2)}" for name, weight in known]
-    return f"What counts, with its weight: {', '.join(parts)}."
-
-
 def _base(run: RunRecord) -> str:
     """What the base did wrong in scale, measured, where it was measured."""
     gain = next((item for item in comparisons(run.summary, "mean") if item.key == "translation_gain"), None)
@@ -85,11 +168,3 @@ def _whole(run: RunRecord, key: str) -> int | None:
 
 def _counted(count: int, noun: str) -> str:
     return f"{count} {noun}" + ("" if count == 1 else "s")
-
-
-def _loop() -> str:
-    boxes = "".join(f"<li><b>{title}</b><span>{subtitle}</span></li>" for title, subtitle in _STEPS)
-    return (
-        f'<ol class="loop">{boxes}</ol><p class="loop-back note">and again: retakes closer than their siblings become '
-        "more likely</p>"
-    )

@@ -19,11 +19,11 @@ from geoalign.config.load import differing_keys, flatten
 from geoalign.config.training import TrainConfig
 from geoalign.errors import CheckpointError, ConfigError, RunError
 from geoalign.files.atomic import atomic_folder, remove_folder
+from geoalign.files.checkpoints import list_checkpoints
 from geoalign.files.sealed import save_sealed
 from geoalign.files.weights import TensorFile
 from geoalign.policy.files import (
     AVERAGE_FILE,
-    CHECKPOINT_NAME,
     STATE_FILE,
     check_part,
     checkpoint_state,
@@ -159,17 +159,6 @@ class CheckpointWriter:
         self._pool.shutdown(wait=True)
         if error is None:
             self.wait()
-
-
-def list_checkpoints(folder: Path) -> list[Path]:
-    """Checkpoints, oldest first; those being written, deleted or set aside have other names and are never listed."""
-    return sorted(path for path in folder.glob("step_*") if iteration_of(path) is not None)
-
-
-def iteration_of(path: Path) -> int | None:
-    """The iterations that a checkpoint's name tells; None for another name, such as that of one set aside."""
-    found = CHECKPOINT_NAME.search(path.name)
-    return None if found is None else int(found[1])
 
 
 def load_checkpoint(path: Path, *, config: RunSettings, allow_config_change: bool = False) -> TrainState:

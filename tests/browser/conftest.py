@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
+from chromium import binary
 
 if TYPE_CHECKING:
     from playwright.sync_api import Browser, Page
-
-NAMES = ("chromium", "chromium-browser", "google-chrome")
 
 Opener = Callable[..., "Page"]
 
@@ -21,10 +19,9 @@ Opener = Callable[..., "Page"]
 def chromium() -> Iterator[Browser]:
     from playwright.sync_api import sync_playwright
 
-    binary = next(found for name in NAMES if (found := shutil.which(name)))
     with sync_playwright() as playwright:
         # The sandbox of Chromium needs rights that containers and root do not have; the pages are our own.
-        browser = playwright.chromium.launch(executable_path=binary, args=["--no-sandbox"])
+        browser = playwright.chromium.launch(executable_path=binary(), args=["--no-sandbox"])
         yield browser
         browser.close()
 

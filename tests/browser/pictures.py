@@ -8,7 +8,7 @@ written lies in docs/images; look at it before it is committed.
 from __future__ import annotations
 
 import argparse
-import shutil
+import sys
 import tempfile
 from pathlib import Path
 
@@ -19,6 +19,9 @@ from geoalign.config.schema import Config
 from geoalign.jobs.draw_path import write_path_page
 from geoalign.report.compare import write_comparison
 from geoalign.report.page import write_report
+
+sys.path.append(str(Path(__file__).parents[1] / "support"))  # where pytest finds it
+from chromium import binary
 
 IMAGES = Path(__file__).parents[2] / "docs" / "images"
 FILM = "const p = document.querySelector('article.film').player; if (p.selects.lines) p.show({lines: 'asked'});"
@@ -52,9 +55,8 @@ def main() -> None:
     parser.add_argument("--live", type=Path)
     parser.add_argument("--video", type=Path)
     args = parser.parse_args()
-    binary = next(found for name in ("chromium", "chromium-browser", "google-chrome") if (found := shutil.which(name)))
     with tempfile.TemporaryDirectory() as folder, sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=binary, args=["--no-sandbox"])
+        browser = playwright.chromium.launch(executable_path=binary(), args=["--no-sandbox"])
         if args.runs:
             page = write_report(args.runs[0], Path(folder) / "report.html")
             take(browser, page, "report", 1180, 1500)

@@ -23,8 +23,23 @@ FRAMES, SIZE, LENS = 17, (96, 128), (0.8, 1.1, 0.5, 0.48)
 PLANE = np.array([0.0, 0.6, 0.8, 9.0])
 
 
+def spin(degrees: float) -> np.ndarray:
+    """Poses that turn to the right on the spot."""
+    c2w = np.tile(np.eye(4), (FRAMES, 1, 1))
+    for frame, angle in enumerate(np.radians(np.linspace(0, degrees, FRAMES))):
+        c2w[frame, :3:2, :3:2] = [[np.cos(angle), np.sin(angle)], [-np.sin(angle), np.cos(angle)]]
+    return c2w
+
+
+def turned(tab: Page) -> float:
+    """Degrees by which the drawn camera turns from frame to frame, all together."""
+    ahead = np.array(tab.evaluate("geoalignPath.poses()"))[:, :3, 2]
+    return float(np.degrees(np.arccos(np.clip((ahead[1:] * ahead[:-1]).sum(-1), -1, 1))).sum())
+
+
 def page() -> str:
     names = ("arc_right", "tilt_up")
+    presets = {name: preset(name, FRAMES, dtype=torch.float64).c2w.numpy() for name in names}
     return path_page(
         PathDrawing(
             name="my clip.mp4",
@@ -32,7 +47,7 @@ def page() -> str:
             size=SIZE,
             intrinsics=np.array(LENS),
             plane=PLANE,
-            presets={name: preset(name, FRAMES, dtype=torch.float64).c2w.numpy() for name in names},
+            presets=presets | {"spin": spin(270)},
             fps=16.0,
             metres_per_s=SpeedBand(1.0, 0.2, 1.6),
             degrees_per_s=SpeedBand(12.0, 2.0, 30.0),
@@ -110,3 +125,32 @@ def test_presets_are_followed_and_speeds_are_told_against_the_law(
     assert np.abs(open_camera(saved(tab, tmp_path)).path.c2w[-1, :3, 3].numpy() - 20 * drawn[-1, :, 3]).max() < 1e-6
     tab.get_by_role("button", name="Undo").click()
     assert not np.array(tab.evaluate("geoalignPath.poses()"))[:, :, 3].any()
+
+
+def test_a_camera_turned_past_half_a_circle_does_not_turn_back(open_page: Callable[..., Page], tmp_path: Path) -> None:
+    tab = open_page(page())
+    tab.locator("article.film.live").wait_for()
+    tab.get_by_label("preset").select_option(label="spin")
+    assert abs(turned(tab) - 270) < 1  # of one camera, all of it to the right
+    tab.get_by_label("preset").select_option(label="none")
+    tab.get_by_label("right", exact=True).fill("2")
+    tab.get_by_label("turned right", exact=True).fill("170")
+    tab.keyboard.press("Tab")
+    tab.evaluate("scrollTo(0, 0)")
+    box, at = tab.locator("#top").bounding_box(), tab.evaluate("geoalignPath.place(0, 4)")
+    assert box
+
+    def to(degrees: float) -> None:  # the handle stands 38 pixels from its point
+        angle = np.radians(degrees)
+        tab.mouse.move(box["x"] + at[0] + 38 * np.sin(angle), box["y"] + at[1] - 38 * np.cos(angle))
+
+    to(170)
+    tab.mouse.down()
+    for degrees in range(172, 192, 2):
+        to(degrees)
+    tab.mouse.up()
+    assert abs(tab.evaluate("geoalignPath.points()[4].yaw") - 190) < 3  # a pixel is 1.5 degrees
+    # 190 degrees to the right, and the little to the left with which a smooth curve takes a run-up.
+    assert 187 < turned(tab) < 240
+    last = open_camera(saved(tab, tmp_path)).path.c2w[-1, :3, 2].numpy()
+    assert abs(np.degrees(np.arctan2(last[0], last[2])) + 170) < 3

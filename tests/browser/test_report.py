@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import pytest
 
+from geoalign.report.compare import write_comparison
 from geoalign.report.document import document
 from geoalign.report.page import write_report
 
@@ -21,12 +22,15 @@ pytestmark = pytest.mark.browser
 
 @pytest.fixture
 def run_folder(tmp_path: Path) -> Path:
-    """A finished run with films, numbers of two noise seeds, curves and troubles."""
-    folder = tmp_path / "run"
+    return make_run(tmp_path / "run")
+
+
+def make_run(folder: Path, gain: float = 1.0) -> Path:
+    """A finished run with films, numbers of two noise seeds, curves and troubles, whose camera goes ``gain`` as far."""
     (folder / "eval").mkdir(parents=True)
     c2w = np.tile(np.eye(4), (3, 4, 1, 1))
     c2w[..., 0, 3] = np.arange(4)
-    for stage, factor in (("before", 1.4), ("after", 1.0)):
+    for stage, factor in (("before", 1.4), ("after", gain)):
         read = c2w.copy()
         read[..., 0, 3] *= factor
         video = np.random.default_rng(0).integers(0, 255, (3, 4, 3, 12, 16), np.uint8)
@@ -35,7 +39,8 @@ def run_folder(tmp_path: Path) -> Path:
             truth=video, target_c2w=c2w, estimated_c2w=read,
         )  # fmt: skip
     names = ("translation_error_m", "rotation_error_deg", "scale_ratio", "translation_gain", "psnr_db")
-    seeds = {stage: {name: [base, base + 0.01] for name in names} for stage, base in (("before", 1.4), ("after", 1.1))}
+    levels = {"before": 1.4, "after": gain + 0.1}
+    seeds = {stage: {name: [base, base + 0.01] for name in names} for stage, base in levels.items()}
     means = {stage: {name: sum(values) / 2 for name, values in rows.items()} for stage, rows in seeds.items()}
     kinds = ("presets", "random", "mean")
     summary = {"held_out": dict.fromkeys(kinds, means), "held_out_per_noise_seed": dict.fromkeys(kinds, seeds)}
@@ -46,8 +51,13 @@ def run_folder(tmp_path: Path) -> Path:
         for i in range(4)
     ]  # fmt: skip
     (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    (folder / "config.yaml").write_text(f"run: {{name: {'long_name_' * 9}}}\ntrain: {{iterations: 4}}\n")
+    settings = f"run: {{name: {'long_name_' * 9}{folder.name}}}\ntrain: {{iterations: {round(4 * gain)}}}\n"
+    (folder / "config.yaml").write_text(settings)
     return folder
+
+
+def cells(tab: Page) -> list[str]:
+    return [text.strip() for text in tab.locator("td:visible, .card .change:visible").all_inner_texts()]
 
 
 CUT_OFF = """[...document.querySelectorAll('main *, header *')].filter(e => {
@@ -65,12 +75,27 @@ def test_a_phone_shows_every_number_of_the_report(open_page: Callable[..., Page]
         tab.evaluate("document.querySelectorAll('details').forEach(fold => { fold.open = true; })")
     assert phone.evaluate("document.documentElement.scrollWidth") <= 390
     assert phone.evaluate(CUT_OFF) == []
-
-    def cells(tab: Page) -> list[str]:
-        return [text.strip() for text in tab.locator("td:visible, .card .change:visible").all_inner_texts()]
-
     assert len(cells(wide)) > 60 and cells(phone) == cells(wide)
     assert phone.locator("article.film.live").count() == 3
+
+
+def test_a_phone_shows_every_number_of_two_runs(open_page: Callable[..., Page], tmp_path: Path) -> None:
+    runs = [make_run(tmp_path / "one"), make_run(tmp_path / "two", 1.25)]
+    path = write_comparison(runs)
+    wide, phone = open_page(path), open_page(path, width=390, height=800)
+    for tab in (wide, phone):
+        tab.locator("article.film.live").first.wait_for()
+        tab.evaluate("document.querySelectorAll('details').forEach(fold => { fold.open = true; })")
+    assert phone.evaluate("document.documentElement.scrollWidth") <= 390
+    assert phone.evaluate(CUT_OFF) == []
+    assert len(cells(wide)) > 60 and cells(phone) == cells(wide)
+    # What a table's head says on a wide page stands before every number on a narrow one.
+    named = phone.locator("#held-out td[data-label]").first
+    before = named.evaluate("cell => getComputedStyle(cell, '::before').content")
+    assert before == json.dumps(named.get_attribute("data-label"))
+    player = phone.locator("article.film").first
+    for name in ("one", "two"):
+        player.locator("button.take", has_text=f"long_name_{name}").click()
 
 
 def test_a_fold_draws_its_film_when_it_is_opened(open_page: Callable[..., Page], run_folder: Path) -> None:

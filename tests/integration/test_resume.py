@@ -69,7 +69,10 @@ def test_newer_checkpoints_and_results_are_set_aside_and_never_taken_by_auto(
         "step_000001", "step_000002", "step_000002.aside-1", "step_000003", "step_000003.aside-1"
     ]  # fmt: skip
     assert "step_000003: newer than iteration 1, set aside as step_000003.aside-1" in caplog.text
-    assert (run / "summary.json.aside-1").exists() and (run / "policy.safetensors.aside-1").exists()
+    for name in ("summary.json", "policy.safetensors", "eval/after.npz"):  # eval/before.npz is of this run too
+        assert (run / name).exists() and (run / f"{name}.aside-1").exists()
+    assert not (run / "eval" / "before.npz.aside-1").exists()
+    assert json.loads((run / "env.json").read_text())["processes"] == {"count": 1, "nodes": 1, "torchrun": False}
     assert_equal_runs(run, finished)
     shutil.rmtree(run / "checkpoints" / "step_000003")
     shutil.rmtree(run / "checkpoints" / "step_000002")

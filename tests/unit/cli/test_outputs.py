@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from geoalign.cli.main import main
+from geoalign.cli.train import print_comparison
 from geoalign.errors import DataError, RunError, UsageError
 from geoalign.files.atomic import atomic_path, atomic_write_text, check_writable
 from geoalign.jobs.evaluate import Evaluation
@@ -87,3 +88,10 @@ def test_a_failed_write_is_one_error_and_keeps_the_old_file(tmp_path: Path) -> N
     with pytest.raises(RunError, match="cannot be written"):
         atomic_write_text(target / "below.json", "new")
     assert [path.name for path in tmp_path.iterdir()] == ["result.json"] and target.read_text() == "old"
+
+
+def test_a_run_on_real_clips_prints_no_table(capsys: pytest.CaptureFixture[str]) -> None:
+    numbers = {"mean": {"before": {"translation_error_m": 0.4}, "after": {"translation_error_m": 0.3}}}
+    for held_out, lines in (({}, 0), (numbers, 3)):  # an empty line, the head, a row
+        print_comparison({"held_out": held_out})
+        assert capsys.readouterr().out.count("\n") == lines

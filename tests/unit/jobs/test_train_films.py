@@ -14,6 +14,8 @@ import torch
 from PIL import Image
 
 from geoalign.config.training import RunConfig
+from geoalign.errors import DataError
+from geoalign.files.arrays import read_arrays
 from geoalign.geometry.trajectory import CameraTrajectory
 from geoalign.jobs.metrics_file import MetricsWriter
 from geoalign.jobs.train_films import FilmWriter
@@ -121,6 +123,38 @@ def test_tensorboard_gets_the_moving_picture(tmp_path: Path) -> None:
     (image,) = events.Images("film")
     assert image.step == 3 and image.encoded_image_string == written[0][1].read_bytes()
     assert Image.open(io.BytesIO(image.encoded_image_string)).n_frames == FRAMES
+
+
+def test_a_film_that_is_thinned_out_meanwhile_ends_neither_run_nor_report(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from tensorboard.backend.event_processing.event_accumulator import IMAGES, EventAccumulator
+
+    run = RunConfig()
+    written = dict(write(tmp_path, run, {i: film(100 + i) for i in (3, 4, 5)}))
+    whole, opened = written[3].read_bytes(), Image.open
+
+    def thin_then_open(file: Any) -> Image.Image:
+        written[3].unlink(missing_ok=True)
+        return opened(file)
+
+    monkeypatch.setattr("geoalign.jobs.metrics_file.Image.open", thin_then_open)
+    with MetricsWriter(tmp_path, run) as metrics:
+        metrics.add_films([(3, written[3]), (9, tmp_path / "films" / "gone.gif"), (4, written[4])])
+    events = EventAccumulator(str(tmp_path / "tb"), size_guidance={IMAGES: 0}).Reload()
+    assert [image.step for image in events.Images("film")] == [3, 4]
+    assert events.Images("film")[0].encoded_image_string == whole
+
+    def thin_then_read(path: Path, *rest: Any, **named: Any) -> Any:
+        if path.name == "iteration_000004.npz":
+            path.unlink()
+        return read_arrays(path, *rest, **named)
+
+    monkeypatch.setattr("geoalign.report.run_folder.read_arrays", thin_then_read)
+    assert [clip.iteration for clip in read_films(tmp_path / "films")] == [3, 5]
+    (tmp_path / "films" / "iteration_000005.npz").write_bytes(b"PK")  # damaged, which is said
+    with pytest.raises(DataError, match="iteration_000005"):
+        read_films(tmp_path / "films")
 
 
 def test_wandb_gets_the_file(tmp_path: Path) -> None:

@@ -5,14 +5,20 @@ from __future__ import annotations
 import json
 import re
 import statistics
+from contextlib import ExitStack
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 from geoalign.cli.main import main
+from geoalign.config.load import load_config, to_yaml
+from geoalign.config.schema import Config
 from geoalign.errors import UsageError
+from geoalign.files.locks import writer_lock
+from geoalign.jobs.train_held_out import conditions_of
 from geoalign.report.compare import compare_page, write_comparison
+from geoalign.report.held_out import conditions
 from geoalign.report.run_folder import read_run
 
 METRIC = "translation_error_m"
@@ -73,6 +79,33 @@ def test_runs_measured_on_other_conditions_are_not_subtracted(tmp_path: Path) ->
     assert "noise seed by noise seed" in text(alike)
 
 
+def test_without_a_spread_nothing_is_said_of_one(tmp_path: Path) -> None:
+    """With one noise seed a difference has no deviation: no verdict, and no words about a +- that is not there."""
+    made = page(make_run(tmp_path / "one", [0.2]), make_run(tmp_path / "two", [0.1]))
+    assert "<h1>The camera strays 0.100 metres from its path in two, 0.200 in one</h1>" in made
+    assert "with one evaluation noise seed" in made and "&plusmn;" not in made and "beyond the spread" not in made
+    assert re.findall(r'<td data-label="two \S one" class="?(\w+)"?>(.*?)</td>', made) == [("even", "&minus;0.100")]
+    bare = make_run(tmp_path / "three", [0.1, 0.2])
+    summary = json.loads((bare / "summary.json").read_text())
+    del summary["held_out_per_noise_seed"]
+    (bare / "summary.json").write_text(json.dumps(summary))
+    made = page(make_run(tmp_path / "four", [0.3, 0.4]), bare)
+    assert "<h1>The camera strays 0.150 metres from its path in three, 0.350 in four</h1>" in made
+    assert "Not every run kept its values by noise seed" in text(made) and "one evaluation noise seed" not in made
+
+
+def test_conditions_are_those_by_which_a_run_refuses_to_go_on(tmp_path: Path) -> None:
+    for name, overrides in (("tiny_cpu", ()), ("tiny_cpu", ("world.fps=3", "eval.every=2")), ("paper_64xa800", ())):
+        config = load_config(Config, name, overrides)
+        (tmp_path / "config.yaml").write_text(to_yaml(config))
+        found = conditions(read_run(tmp_path).config)
+        assert found == conditions_of(config) and {"eval.samples", "eval.seed", "eval.noise_seeds"} <= found.keys()
+        assert not {"world.clips", "world.trajectories", "world.seed", "eval.every"} & found.keys()
+        assert found["eval.noise_seeds"] == [11, 12, 13] and found.get("world.fps") == (
+            None if config.world is None else config.world.fps
+        )
+
+
 def test_changed_settings_are_those_of_config_diff_without_name_and_folder(tmp_path: Path) -> None:
     made = page(
         make_run(tmp_path / "one", [0.2, 0.3], "optim: {lr: 0.1, wd: 0}\n"),
@@ -97,13 +130,68 @@ def test_curves_share_one_axis_and_films_one_stage(tmp_path: Path) -> None:
     assert [path["role"] for path in facts["paths"]] == ["target", "base", "run-1", "run-2", "run-3"]
 
 
+def film(folder: Path, iteration: int, source: int, retake: int) -> None:
+    """A film of a training sample, in grey values."""
+    (folder / "films").mkdir(exist_ok=True)
+    c2w, shape = np.tile(np.eye(4), (4, 1, 1)), (4, 3, 12, 16)
+    np.savez(
+        folder / "films" / f"iteration_{iteration:06d}.npz", source=np.full(shape, source, np.uint8),
+        retake=np.full(shape, retake, np.uint8), target_c2w=c2w, read_c2w=c2w, intrinsics=np.ones((4, 4)),
+        frames=np.arange(1, 5),
+    )  # fmt: skip
+
+
+def test_training_films_of_one_request_lie_over_one_another(tmp_path: Path) -> None:
+    """The only films that runs on real clips have."""
+    runs = [make_run(tmp_path / name, [0.2]) for name in ("one", "two")]
+    for number, folder in enumerate(runs):
+        (folder / "summary.json").unlink()
+        film(folder, 0, 10, 20 + number)
+        film(folder, 8, 11 + number, 30)  # another request
+    made = page(*runs).partition('id="training"')[2].partition("</section>")[0]
+    (facts,) = map(json.loads, re.findall(r'<script type="application/json">(.*?)</script>', made))
+    assert [take["label"] for take in facts["takes"]] == ["Source", "one", "two"] and "Iteration 0" in made
+    assert [path["label"] for path in facts["paths"]] == ["path asked for", "camera read of one", "camera read of two"]
+    (runs[1] / "films" / "iteration_000000.npz").unlink()
+    made = page(*runs).partition('id="training"')[2].partition("</section>")[0]
+    assert (
+        re.findall(r"<summary>([^<]+)", made) == ["one, iteration 8", "two, iteration 8"] and "share no request" in made
+    )
+    (runs[1] / "films" / "iteration_000008.npz").unlink()
+    assert 'id="training"' not in page(*runs)
+
+
+def test_a_comparison_of_runs_under_way_is_kept_up_to_date_until_all_end(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    one, two = (make_run(tmp_path / name, [0.2]) for name in ("on e", "two"))
+    locks = {folder: ExitStack() for folder in (one, two)}
+    for folder, lock in locks.items():
+        lock.enter_context(writer_lock(folder, "run"))
+    seen: list[str] = []
+
+    def wait(seconds: float) -> None:
+        seen.append((one / "compare.html").read_text())
+        locks[(one, two)[len(seen) - 1]].close()
+
+    monkeypatch.setattr("geoalign.report.page.time.sleep", wait)
+    assert main(["report", str(one), str(two), "--follow"]) == 0
+    assert len(seen) == 2
+    for live in seen:
+        assert (
+            f"<code>geoalign report &#x27;{one}&#x27; {two} --follow</code> keeps its file up to date until all" in live
+        )
+        assert "const geoalignRefresh = 20" in live
+    after = (one / "compare.html").read_text()
+    assert "geoalignRefresh" not in after and "--follow" not in after
+
+
 def test_runs_that_cannot_be_compared_are_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     one, two = make_run(tmp_path / "one", [0.2]), make_run(tmp_path / "two", [0.2])
     with pytest.raises(UsageError, match="given twice"):
         write_comparison([one, tmp_path / "two" / ".." / "one"])
     with pytest.raises(UsageError, match="2 to 8"):
         write_comparison([one] * 9)
-    assert main(["report", str(one), str(two), "--follow"]) == 2
     assert main(["report", str(one), str(two), "--samples", "1"]) == 0
     assert capsys.readouterr().out.strip() == str(one / "compare.html") and (one / "compare.html").exists()
 

@@ -12,6 +12,7 @@ from contextlib import ExitStack
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
+from urllib.request import url2pathname
 
 import numpy as np
 import pytest
@@ -220,6 +221,36 @@ def test_shares_of_the_time_add_up_to_the_iteration(folder: Path) -> None:
 
 
 @pytest.mark.parametrize(
+    ("ranks", "processes", "start", "end", "said"),
+    [
+        (1, {"count": 8, "nodes": 1, "torchrun": True}, "torchrun --nproc-per-node 8 -m geoalign train", "x-again",
+         "It was 8 processes."),
+        (1, {"count": 64, "nodes": 8, "torchrun": True}, "torchrun --nnodes 8 --nproc-per-node 8 -m geoalign train",
+         "x-again", "It was 64 processes on 8 nodes: give each node"),
+        ("auto", {"count": 4, "nodes": 1, "torchrun": False}, "geoalign train", "run.ranks=4", "It was 4 processes."),
+        ("auto", {"count": 1, "nodes": 1, "torchrun": False}, "geoalign train", "run.ranks=1", "It was 1 process."),
+        (4, {"count": 4, "nodes": 1, "torchrun": False}, "geoalign train", "x-again", "It was 4 processes."),
+        # Runs of before did not record it, and what somebody made something else is not known.
+        (1, None, "geoalign train", "x-again", "How many processes it was is not recorded."),
+        (1, {"count": "8"}, "geoalign train", "x-again", "How many processes it was is not recorded."),
+        (1, {"count": 8, "nodes": 3}, "geoalign train", "x-again", "How many processes it was is not recorded."),
+    ],
+)  # fmt: skip
+def test_the_printed_command_starts_as_many_processes(
+    folder: Path, ranks: int | str, processes: Any, start: str, end: str, said: str
+) -> None:
+    (folder / "config.yaml").write_text(yaml.safe_dump({"run": {"name": "x", "ranks": ranks}}))
+    (folder / "env.json").write_text(
+        json.dumps({"commit": "abc"} | ({} if processes is None else {"processes": processes}))
+    )
+    how = html.unescape(report_page(read_run(folder), samples=0).partition('id="how"')[2])
+    command = how.partition("<pre>")[2].partition("</pre>")[0]
+    assert command.startswith(f"{start} --config ") and command.endswith(end) and said in how
+    words = shlex.split(command.partition(" --config ")[2])
+    assert load_config(Config, words[0], words[1:]).run.name == "x-again"
+
+
+@pytest.mark.parametrize(
     "settings", [{"name": "a b"}, {"name": "x", "dir": "out/{name}"}, {"name": "x", "dir": "out/one"}]
 )
 def test_the_printed_command_is_accepted_and_goes_elsewhere(folder: Path, settings: dict[str, str]) -> None:
@@ -252,21 +283,66 @@ def test_what_the_run_is_comes_from_its_own_settings_and_numbers(folder: Path) -
     assert "its camera travelled 1.40 metres for each metre asked for" in bare
     settings = {"train": {"base": "runs/<b>", "iterations": 7}, "groups": {"conditions": 1, "size": 4}}
     settings |= {"data": {"num_frames": 9, "height": 48, "width": 64}, "flow": {"steps": 6}}
-    (folder / "config.yaml").write_text(yaml.safe_dump(settings | {"advantage": {"weights": {"trans": 2.0}}}))
+    (folder / "config.yaml").write_text(yaml.safe_dump(settings))
     page = report_page(read_run(folder), samples=0)
     assert "In each of 7 iterations it makes 4 retakes of each of 1 request." in page and "runs/&lt;b&gt;" in page
     assert "9 frames of 64 \N{MULTIPLICATION SIGN} 48 pixels and takes 6 denoising steps." in page
-    assert "with its weight: trans 2.0." in page
+
+
+def what_is_said(folder: Path, keys: tuple[str, ...], settings: dict[str, Any]) -> str:
+    """The section on what the run is, of a run that measured rewards of these keys."""
+    row = {"iteration": 0, "advantage/clip_fraction": 0.0} | {f"advantage/{key}/mean": 0.5 for key in keys}
+    (folder / "metrics.jsonl").write_text(json.dumps(row) + "\n")
+    (folder / "config.yaml").write_text(yaml.safe_dump(settings))
+    section = report_page(read_run(folder), samples=0).partition('id="what"')[2].partition("</section>")[0]
+    return re.sub(r"\s+", " ", re.sub(r"<[^>]+>", " ", section))
+
+
+CAMERA = "those whose camera was closer to the request"
+
+
+@pytest.mark.parametrize(
+    ("keys", "weights", "said", "drawn"),
+    [
+        (("rot", "trans"), {}, [f"{CAMERA} are made", "weight: rot 1.0, trans 1.0."], "metres and degrees off and"),
+        (("trans", "vlm"), {"vlm": 0.0}, [f"{CAMERA} are made", "trans 1.0. Measured without counting: vlm."],
+         "metres off and again: retakes that are closer"),
+        (("trans", "rot", "consistency"), {"trans": 0.0, "rot": 0.0},
+         ["those that score higher in consistency are made", "Measured without counting: trans and rot."],
+         "Rewards score every retake Compare with its siblings' scores and again: retakes that score higher"),
+        (("rot", "VQ", "MQ"), {"rot": 2.0, "MQ": -0.5},
+         [f"{CAMERA}, that score higher in VQ and that score lower in MQ"],
+         "degrees off, and other scores and again: retakes that do better"),
+        (("trans",), {"trans": 0.0}, ["none is made more likely in this run"], "no retake becomes more likely"),
+        ((), {"trans": 1.0}, ["those that its rewards score higher are made"], "Rewards score every retake"),
+    ],
+)  # fmt: skip
+def test_it_says_what_this_run_rewards_and_nothing_else(
+    folder: Path, keys: tuple[str, ...], weights: dict[str, float], said: list[str], drawn: str
+) -> None:
+    told = what_is_said(folder, keys, {"advantage": {"weights": weights}})
+    assert all(part in told for part in said) and drawn in told
+    counts = any(weights.get(key, 1.0) > 0 for key in keys if key in ("trans", "rot"))
+    for of_cameras in (CAMERA, "never told what was asked for", "reads cameras from pixels"):
+        assert (of_cameras in told) == counts
+    assert ("What counts" in told) == any(weights.get(key, 1.0) for key in keys)
+
+
+def test_a_control_with_shuffled_advantages_is_not_said_to_learn_from_its_scores(folder: Path) -> None:
+    told = what_is_said(folder, ("trans",), {"advantage": {"weights": {}}, "train": {"shuffle_advantages": True}})
+    assert "drawn by lot are made more likely in this run" in told and CAMERA not in told
+    assert "and again: retakes drawn by lot" in told
 
 
 def test_settings_that_somebody_made_another_thing_are_left_out_of_the_sentences(folder: Path) -> None:
     told = {"groups": {"conditions": "<b>4</b>", "size": 8}, "train": {"iterations": [3]}, "advantage": {"weights": {}}}
     for weights in ({"geometry": None, "looks": "<i>", "trans": 1.5}, [1], "x"):
         told["advantage"] = {"weights": weights}
-        (folder / "config.yaml").write_text(yaml.safe_dump(told))
+        said = what_is_said(folder, ("geometry", "looks", "trans"), told)
         page = report_page(read_run(folder)).partition('id="how"')[0]
         assert "<b>4</b>" not in page and "<i>" not in page and "In each of" not in page
-        assert ("What counts, with its weight: trans 1.5." in page) == isinstance(weights, dict)
+        assert ("What counts, with its weight: trans 1.5." in said) == isinstance(weights, dict)
+        assert (CAMERA in said) == isinstance(weights, dict)
 
 
 def test_a_run_that_made_things_worse_says_so_in_three_places(folder: Path) -> None:
@@ -299,6 +375,20 @@ def test_troubles_are_counted_and_placed(folder: Path) -> None:
     assert "All 9 things looked at" in section
 
 
+def test_latents_that_are_not_finite_are_no_sample_that_a_scorer_failed_on(folder: Path) -> None:
+    rows = [{"iteration": i, "failures/policy": float(i), "failures/policy_net": 1.0} for i in range(3)]
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    section = report_page(read_run(folder), samples=0).partition('id="troubles"')[2].partition("</section>")[0]
+    links = re.findall(r'<a href="(file:///[^"]+)#([^"]+)">([^<]+)</a>', section)
+    assert [(anchor, text) for _, anchor, text in links] == [
+        (anchor, f"docs/troubleshooting.md#{anchor}") for anchor in ("nan-and-skipped-updates", "samples-fail")
+    ]
+    assert all(Path(url2pathname(page.removeprefix("file://"))).is_file() for page, _, _ in links)
+    listed = re.sub(r"<[^>]+>", "", section)
+    assert "3 samples whose latents are not finite" in listed and "3 samples that policy net could not score" in listed
+    assert "All 2 things looked at" in section
+
+
 def test_a_run_without_troubles_says_that_it_looked(folder: Path) -> None:
     (folder / "summary.json").unlink()
     page = report_page(read_run(folder), samples=0)
@@ -322,6 +412,25 @@ def test_a_live_run_shows_how_far_it_is_and_what_is_missing(folder: Path) -> Non
     os.utime(folder / "metrics.jsonl", (old, old))
     with writer_lock(folder, "run"):
         assert "it may hang" in report_page(read_run(folder), samples=0)
+
+
+def test_the_newest_checkpoint_is_one_that_resume_would_take(folder: Path) -> None:
+    (folder / "summary.json").unlink()
+    for name in ("step_000004", "step_000006", "step_000006.aside-1", "step_000008.aside-1", "step_000009.tmp"):
+        (folder / "checkpoints" / name).mkdir(parents=True)
+    assert "Its newest checkpoint is <code>step_000006</code>;" in report_page(read_run(folder), samples=0)
+
+
+def test_real_clips_have_no_result_that_could_still_come(folder: Path) -> None:
+    (folder / "summary.json").unlink()
+    for stage in ("before", "after"):
+        (folder / "eval" / f"{stage}.npz").unlink()
+    for settings, yet, doing in (("", "", "written"), ("world: {}\n", " yet", "measured")):
+        (folder / "config.yaml").write_text(f"train: {{iterations: 6}}\n{settings}")
+        assert f"<h1>This run has no held-out result{yet}</h1>" in report_page(read_run(folder), samples=0)
+        with writer_lock(folder, "run"):
+            page = report_page(read_run(folder), samples=0)
+        assert f"All 6 iterations are done; the result is being {doing}" in page
 
 
 def test_follow_writes_until_the_run_ends(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -356,7 +465,7 @@ def test_a_run_stopped_early_gives_a_report_that_says_so(folder: Path) -> None:
     for stage in ("before", "after"):
         (folder / "eval" / f"{stage}.npz").unlink()
     page = report_page(read_run(folder))
-    assert "no held-out result yet" in page and 'id="curves"' in page
+    assert "no held-out result" in page and 'id="curves"' in page
     assert 'id="samples"' not in page and 'id="results"' not in page
 
 
