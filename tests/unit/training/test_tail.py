@@ -307,6 +307,8 @@ def test_a_drift_of_something_else_is_dropped_on_resume(tmp_path: Path, caplog: 
     other, spent, said = resumed(reuse_profile=file)
     assert spent == CHOSEN and other.notes[DRIFT]["drift"] == [0.0, 0.1, 0.2, 0.3, 0.4]
     assert f'from "measured" -> "{file}"' in said
+    _, spent, said = resumed(int8_threshold=0.4)
+    assert spent == CHOSEN and "choice of 8-bit layers is dropped" in said and "ode.int8_threshold 0.5 -> 0.4" in said
     older = {name: value for name, value in state.notes.items() if not name.endswith("_under")}
     for notes in (None, older):
         other, spent, said = resumed(notes)
