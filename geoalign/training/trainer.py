@@ -146,7 +146,7 @@ class Trainer:
             stream = self._stream(sampler, positions)
             self.ranks.check_alive()
             rollout = self._rollout(sampler, batch, precomputed, stream)
-            tail = None if audited is None else Tail(audited, rollout.x_next[-1], rollout.final)
+            tail = None if audited is None else Tail(audited, rollout.x_next[-1].clone(), rollout.final)
             rollout, usable = rollout.neutralised()  # usable: [R] bool
             scores = self._score(rollout, batch, usable)
             with phase("advantage"):
