@@ -316,7 +316,7 @@ class _Round:
         found = []
         for first in range(0, self.rollout.num_rows, size):
             rows = slice(first, first + size)
-            distance = float(self.exact.neighbours[first + 1 : first + size].mean())
+            distance = float(self.exact.neighbours[first + 1 : first + size].nanmean())  # NaN beside a failed video
             found.append(compare(*(o.select(rows) for o in outcomes), error=other.error[rows], distance=distance))
         return tuple(found)
 

@@ -68,6 +68,15 @@ def set_attention_modes(twin: RetakeDiT, modes: Sequence[str]) -> bool:
     return True
 
 
+def forget_attention_modes(twin: RetakeDiT) -> None:
+    """Measure the blocks of ``twin`` anew, if it has a probe: its inputs are others now."""
+    if twin.execution.probe is None:
+        return
+    twin.execution.probe = ProbedInt8Attention(twin.execution.probe.threshold, modes=twin.execution.probe.modes)
+    for block in cast("list[Block]", twin.blocks):
+        block.self_attn.mode = None
+
+
 def _quantise(model: RetakeDiT) -> None:
     try:
         from torchao.quantization import Int8DynamicActivationInt8WeightConfig, quantize_

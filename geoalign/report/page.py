@@ -20,7 +20,7 @@ from geoalign.report.results import headline, lead, results_section, worse_numbe
 from geoalign.report.run_folder import RunRecord, is_live, read_run
 from geoalign.report.samples import samples_section, training_section
 from geoalign.report.state import RunState, duration, progress_section
-from geoalign.report.troubles import findings, troubles_section
+from geoalign.report.troubles import fallback, findings, troubles_section
 from geoalign.report.what import what_section
 from geoalign.version import __version__
 
@@ -81,7 +81,7 @@ def _header(run: RunRecord, state: RunState) -> str:
     kinds = {"live": "running now", "stopped": "stopped early", "finished": "run report"}
     title = state.activity if state.kind == "live" else headline(run)
     return f"""<header><div class="eyebrow {state.kind}">geoalign {kinds[state.kind]}</div><h1>{title}</h1>
-<p class="lead">{lead(run)}</p><ul class="chips">{"".join(chips)}</ul></header>"""
+<p class="lead">{lead(run)}{fallback(run)}</p><ul class="chips">{"".join(chips)}</ul></header>"""
 
 
 def _seconds(value: Any) -> str | None:

@@ -96,6 +96,17 @@ def _link(known: Range) -> str:
     return f'<a href="{escape(page.as_uri())}#{known.anchor}">{text}</a>' if page.is_file() else text
 
 
+def fallback(run: RunRecord) -> str:
+    """A sentence on the iterations that an audit left without the approximations of the run; empty without any."""
+    flags = run.series("fidelity/exact_tails")[1]
+    if not any(flags):
+        return ""
+    return (
+        f" An audit found the approximate steps of this run bad: {sum(flags):g} of {len(flags)} iterations took exact "
+        "ones."
+    )
+
+
 def troubles_section(run: RunRecord, worse: list[str]) -> str:
     """What is out of range first, then everything that was looked at; nothing for a run without metrics.
 

@@ -64,10 +64,15 @@ class GroupFidelity:
     psnr: float
     distance: float
 
+    @property
+    def margin(self) -> float:
+        """How much nearer, in dB, the approximate videos are to the exact ones than members to each other."""
+        return self.psnr - self.distance
+
     def numbers(self) -> dict[str, float]:
         """What one group says alone; the bias is in deviations of the group."""
         bias = {f"bias_{key}": _ratio(self.shift[key], self.spread[key]) for key in self.shift}
-        names = ("spearman", "flips", "flips_weighted", "psnr", "distance")
+        names = ("spearman", "flips", "flips_weighted", "psnr", "distance", "margin")
         return {name: getattr(self, name) for name in names} | bias
 
 
@@ -86,7 +91,7 @@ def compare(exact: Outcome, other: Outcome, error: Tensor, distance: float) -> G
     read = valid & ~exact.lost & ~other.lost
     flipped, magnitude = (a.sign() != b.sign()).double(), a.abs()
     correlations = [math.nan] * 3
-    if len(a) >= LEAST_MEMBERS and float(a.std()) > 0:  # members that no longer differ are in no order
+    if _differ(a):  # members that no longer differ are in no order
         told = float(b.std()) > 0
         measures = (spearmanr, kendalltau, pearsonr)
         correlations = [float(measure(a.numpy(), b.numpy())[0]) if told else 0.0 for measure in measures]
@@ -102,6 +107,18 @@ def compare(exact: Outcome, other: Outcome, error: Tensor, distance: float) -> G
         psnr=_decibel(float(error[valid].double().mean())) if len(a) else math.nan,
         distance=_decibel(distance),
     )
+
+
+def told(exact: Outcome, distance: float) -> frozenset[str]:
+    """Which of ``spearman``, ``margin`` and biases a group's exact tail defines: NaN there is the other tail's doing.
+
+    A number needs three members that count for it and differ, the margin a ``distance`` (as in :func:`compare`) too.
+    """
+    read = exact.valid & ~exact.lost
+    found = {f"bias_{key}" for key, scores in exact.scores.items() if _differ(scores[read])}
+    if _differ(exact.advantage[exact.valid]):
+        found |= {"spearman"} if math.isnan(distance) else {"spearman", "margin"}
+    return frozenset(found)
 
 
 def mean_square(first: Tensor, second: Tensor) -> Tensor:
@@ -151,6 +168,10 @@ def shortfalls(row: Mapping[str, float], cost: float) -> list[str]:
         ("pearson", row["pearson"] ** 2 / cost > 1.0, "squared, above the cost"),
     ]
     return [f"{name} {row[name]:.3g} ({wanted})" for name, met, wanted in bounds if not met]
+
+
+def _differ(values: Tensor) -> bool:
+    return len(values) >= LEAST_MEMBERS and float(values.double().std()) > 0
 
 
 def _mean(values: Sequence[float]) -> float:

@@ -22,8 +22,10 @@ class Judged:
 
     Attributes:
         scores: of the run's rewards.
-        error: [n] float64 mean square difference from the videos beside them; 0 without any.
-        neighbours: [n] float64 mean square difference of a video from the one before it; NaN for the first.
+        error: [n] float64 mean square difference from the videos beside them; 0 without any, NaN where one is not
+            finite.
+        neighbours: [n] float64 mean square difference of a video from the one before it; NaN for the first, and where
+            one is not finite.
     """
 
     scores: Scores
@@ -41,7 +43,7 @@ def judge(
     chunk: int | None,
     beside: Tensor | None = None,
 ) -> Judged:
-    """Score the videos of ``latents``.
+    """Score the videos of ``latents``. Scorers see zeros in place of one that is not finite, which is invalid.
 
     Args:
         policy: decodes.
@@ -55,10 +57,12 @@ def judge(
     errors: list[Tensor] = []
     apart: list[Tensor] = []
     last: list[Tensor] = []
+    usable = torch.isfinite(latents).flatten(1).all(1)  # [n]
+    shown = torch.where(usable.view(-1, 1, 1, 1, 1), latents, torch.zeros_like(latents))
 
     def decode(rows: Tensor, conditions: RetakeBatch) -> Tensor:
         source = conditions.source.video
-        video = policy.decode(latents[rows].float(), source)
+        video = policy.decode(shown[rows].float(), source)
         other = video if beside is None else policy.decode(beside[rows].float(), source)
         errors.append(mean_square(other, video).cpu())
         before = torch.cat([last[0] if last else torch.full_like(video[:1], torch.nan), video[:-1]])
@@ -67,5 +71,7 @@ def judge(
         return video
 
     scored = decode_and_score(rewards, decode, batch, owner, chunk=chunk)
-    usable = torch.isfinite(latents).flatten(1).all(1)
-    return Judged(merged(scored, usable), torch.cat(errors), torch.cat(apart))
+    finite = usable.cpu()
+    both = finite & finite.roll(1)  # the first has none before it
+    error, neighbours = torch.cat(errors).where(finite, torch.nan), torch.cat(apart).where(both, torch.nan)
+    return Judged(merged(scored, usable), error, neighbours)

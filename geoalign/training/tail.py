@@ -7,7 +7,8 @@ checkpoints remember it.
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping, MutableMapping
+import math
+from collections.abc import Collection, Mapping, MutableMapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any
@@ -22,16 +23,16 @@ from geoalign.errors import ConfigError, RunError, UsageError
 from geoalign.files.forms import Form, filled
 from geoalign.files.parsing import read_json_object
 from geoalign.flow.reuse import DriftMeter, DriftProfile, reused_steps
-from geoalign.flow.rollout import Rollout
 from geoalign.flow.sampler import FlowSampler
 from geoalign.flow.table import build_step_table
 from geoalign.perf.timer import phase
 from geoalign.policy.policy import Precomputed, RetakePolicy
 from geoalign.rewards.base import Reward
 from geoalign.rl.advantage import group_advantage
-from geoalign.rl.fidelity import GroupFidelity, Outcome, compare
+from geoalign.rl.fidelity import LEAST_MEMBERS, Outcome, compare, told
 from geoalign.rl.score import Scores
 from geoalign.training.judged import judge
+from geoalign.training.notes import kept
 from geoalign.training.processes.ranks import RankRows, Ranks
 from geoalign.types import RetakeBatch
 
@@ -40,6 +41,8 @@ DRIFT = "tail_drift"
 """Key of the notes: the profile by which reused steps are chosen."""
 EXACT = "exact_tail_since"
 """Key of the notes: the iteration after which an audit let the run go on with exact tails."""
+OWED = "audit_owed"
+"""Key of the notes: the group whose audit the next iteration makes, because this one measured the drift."""
 
 
 class _ProfileForm(Form):
@@ -70,22 +73,45 @@ def check_profile(config: Config) -> None:
         read_profile(config.ode.reuse_profile, config.ode.reuse)
 
 
-def with_reuse(sampler: FlowSampler, config: Config, notes: MutableMapping[str, Any]) -> FlowSampler:
+def with_reuse(
+    sampler: FlowSampler, config: Config, notes: MutableMapping[str, Any], frames: int | None = None
+) -> FlowSampler:
     """The sampler with the steps that it reuses, chosen by the profile of the notes or of the file that is named.
 
-    Without either it evaluates all steps and measures the profile: :func:`agree_on_drift` takes it from there.
+    Without either it evaluates all steps and measures the profile: :func:`agree_on_drift` takes it from there. A
+    profile of the notes that is of another kind of reuse, another file or videos of another length is dropped.
+
+    Args:
+        frames: of the videos; None: those of the data.
     """
     if config.ode.reuse == "off":
         return sampler
-    if DRIFT not in notes and config.ode.reuse_profile is not None:
+    if not kept(notes, DRIFT, _source_of_drift(config, frames), "the drift of ode.reuse"):
+        if config.ode.reuse_profile is None:
+            return replace(sampler, drift=DriftMeter(sampler.table))
         profile = read_profile(config.ode.reuse_profile, config.ode.reuse)
         notes[DRIFT] = {"sigmas": list(profile.sigmas), "drift": list(profile.drift)}
-    if DRIFT not in notes:
-        return replace(sampler, drift=DriftMeter(sampler.table))
     table = sampler.table
     assert table.window is not None
     count = config.ode.evaluated(table.num_steps - table.window.stop)
     return replace(sampler, reused=reused_steps(table, DriftProfile(**notes[DRIFT]), count))
+
+
+def _source_of_drift(config: Config, frames: int | None) -> dict[str, Any]:
+    """What a profile was measured with and on how many frames; a file serves videos of every length."""
+    if config.ode.reuse_profile is not None:
+        return {"ode.reuse": config.ode.reuse, "from": str(config.ode.reuse_profile)}
+    return {"ode.reuse": config.ode.reuse, "from": "measured", "frames": frames or config.data.num_frames}
+
+
+def keep_exact(config: Config, notes: MutableMapping[str, Any]) -> bool:
+    """Whether a fall back to exact tails is noted; one from other approximations than ``config``'s is dropped."""
+    ode = config.ode
+    settings = {
+        "ode.int8_threshold": ode.int8_threshold,
+        "ode.reuse_profile": ode.reuse_profile and str(ode.reuse_profile),
+    }
+    return kept(notes, EXACT, config.approximations() | settings, "the fall back to exact tails")
 
 
 def agree_on_drift(sampler: FlowSampler, ranks: Ranks, notes: MutableMapping[str, Any]) -> None:
@@ -96,7 +122,37 @@ def agree_on_drift(sampler: FlowSampler, ranks: Ranks, notes: MutableMapping[str
     meter.sums = ranks.all_reduce(meter.sums, "sum")
     profile = meter.profile()
     notes[DRIFT] = {"sigmas": list(profile.sigmas), "drift": list(profile.drift)}
-    logger.info("ode.reuse: drift measured over %d steps of the first tail", len(profile.sigmas) - 1)
+    logger.info("ode.reuse: drift measured over %d steps of a tail", len(profile.sigmas) - 1)
+
+
+@dataclass(frozen=True, slots=True)
+class Tail:
+    """The steps after the window of this rank's rows [R], as they are before failed rows are set to zero.
+
+    Attributes:
+        group: that is audited, its global id.
+        start: the states they began in.
+        final: the latents they ended in.
+    """
+
+    group: int
+    start: Tensor
+    final: Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class Audit:
+    """What an audit found.
+
+    Attributes:
+        numbers: of ``fidelity/``.
+        bad: those beyond their bounds, in words.
+        passes: spent on this rank.
+    """
+
+    numbers: Mapping[str, float]
+    bad: Sequence[str]
+    passes: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -116,12 +172,23 @@ class Auditor:
     rewards: Mapping[str, Reward]
     device: torch.device
 
-    def due(self, iteration: int, notes: Mapping[str, Any]) -> int | None:
-        """The group to audit in ``iteration``, or None."""
+    def due(self, iteration: int, notes: MutableMapping[str, Any], measures: bool) -> int | None:
+        """The group to audit in ``iteration``, or None; to be asked once in every iteration.
+
+        Args:
+            measures: the iteration evaluates its tail whole to measure the drift of reuse. An audit would compare exact
+                with exact; the next iteration makes it.
+        """
         every = self.config.ode.audit_every
-        if every == 0 or EXACT in notes or iteration % every:
+        if every == 0 or EXACT in notes:
             return None
-        return iteration // every % self.rank_rows.conditions
+        group = notes.pop(OWED, None)
+        if iteration % every == 0:
+            group = iteration // every % self.rank_rows.conditions
+        if group is not None and measures:
+            notes[OWED] = group
+            return None
+        return group
 
     def passes(self, group: int | None, sampler: FlowSampler) -> int:
         """Network passes that an audit of ``group`` takes on this rank."""
@@ -133,32 +200,30 @@ class Auditor:
 
     def audit(
         self,
-        group: int,
+        tail: Tail,
         sampler: FlowSampler,
-        rollout: Rollout,
         policy: RetakePolicy,
         precomputed: Precomputed,
         batch: RetakeBatch,
         scores: Scores,
-    ) -> tuple[GroupFidelity, int]:
-        """The fidelity of ``group``, and the passes spent here; a collective.
+    ) -> Audit:
+        """The fidelity of the group of ``tail``; a collective.
 
         Args:
-            group: its global id.
-            sampler, rollout: of the iteration, this rank's rows.
+            tail, sampler: of the iteration, this rank's rows.
             policy: whose exact network is run.
             precomputed, batch: this rank's conditions.
             scores: of all ranks, under the approximate tail.
         """
-        size, keys = self.rank_rows.group_size, sorted(scores.scores)
+        group, size, keys = tail.group, self.rank_rows.group_size, sorted(scores.scores)
         found = torch.zeros(3 + len(keys), size, dtype=torch.float64)  # valid, lost, error, scores
         pairs = torch.zeros(2, dtype=torch.float64)  # sum and number of distances between members
         spent = 0
         if group in (held := self.rank_rows.group_ids.tolist()):
             place = held.index(group)
             with phase("audit"):
-                final, spent = self._finish(place, sampler, rollout, policy, precomputed)
-                self._score(place, final, rollout, policy, batch, keys, found, pairs)
+                final, spent = self._finish(place, sampler, tail, policy, precomputed)
+                self._score(place, final, tail, policy, batch, keys, found, pairs)
         found, pairs = self.ranks.all_reduce(found, "sum", "audit"), self.ranks.all_reduce(pairs, "sum", "audit")
         rows = slice(group * size, (group + 1) * size)
         exact = replace(
@@ -168,11 +233,13 @@ class Auditor:
             scores={key: _with(scores.scores[key], rows, found[3 + n]) for n, key in enumerate(keys)},
         )
         distance = float(pairs[0] / pairs[1])  # NaN without a pair
-        outcomes = (outcome_of(each, self.config, size).select(rows) for each in (exact, scores))
-        return compare(*outcomes, error=found[2], distance=distance), spent
+        under_exact, under_tail = (outcome_of(each, self.config, size).select(rows) for each in (exact, scores))
+        numbers = compare(under_exact, under_tail, error=found[2], distance=distance).numbers()
+        bad = self._bad(numbers, told(under_exact, distance), group)
+        return Audit(numbers | {"bad": float(len(bad))}, bad, spent)
 
     def _finish(
-        self, place: int, sampler: FlowSampler, rollout: Rollout, policy: RetakePolicy, precomputed: Precomputed
+        self, place: int, sampler: FlowSampler, tail: Tail, policy: RetakePolicy, precomputed: Precomputed
     ) -> tuple[Tensor, int]:
         """The exact latents of the members here of the ``place``-th group here, and the passes spent."""
         assert sampler.table.window is not None
@@ -183,7 +250,7 @@ class Auditor:
             drift=None,
         )
         members = self.rank_rows.member_ids.numel()
-        state = rollout.x_next[-1][place * members : (place + 1) * members]
+        state = tail.start[place * members : (place + 1) * members]
         condition = precomputed.select(slice(place, place + 1))
         final, spent = exact.finish(policy.exact().phased(), condition, state)
         return final, spent.tail
@@ -192,7 +259,7 @@ class Auditor:
         self,
         place: int,
         final: Tensor,
-        rollout: Rollout,
+        tail: Tail,
         policy: RetakePolicy,
         batch: RetakeBatch,
         keys: list[str],
@@ -213,31 +280,47 @@ class Auditor:
             batch,
             torch.full_like(mine, place),
             chunk=self.config.scoring.chunk,
-            beside=rollout.final[mine],
+            beside=tail.final[mine],
         )
         columns, table = self.rank_rows.member_ids[local.cpu()], judged.scores
         found[0, columns], found[1, columns] = table.valid.double().cpu(), table.lost.double().cpu()
         found[2, columns] = judged.error
         for number, key in enumerate(keys):
             found[3 + number, columns] = table.scores[key].double().cpu()
-        pairs += torch.tensor([float(judged.neighbours[1:].sum()), len(mine) - 1], dtype=torch.float64)
+        apart = judged.neighbours[torch.isfinite(judged.neighbours)]  # a failed video must not hide the others
+        pairs += torch.tensor([float(apart.sum()), len(apart)], dtype=torch.float64)
 
-    def refuse(self, numbers: Mapping[str, float], iteration: int) -> bool:
-        """Whether the run goes on with exact tails, which is noted in the log.
+    def _bad(self, numbers: Mapping[str, float], defined: Collection[str], group: int) -> list[str]:
+        """The numbers beyond their bounds, in words, and those that the exact tail defines and the other made NaN.
 
-        Raises:
-            RunError: the fidelity is below a bound, and ``ode.audit_action`` is ``stop``.
+        Where the exact tail itself leaves too little to compare, NaN is not bad, and the log says so.
         """
         ode = self.config.ode
-        bad = [] if not numbers["spearman"] < ode.audit_spearman else [f"spearman {numbers['spearman']:.3g}"]
-        bad += [
-            f"{name} {value:.3g}"
-            for name, value in numbers.items()
-            if name.startswith("bias_") and abs(value) > ode.audit_bias
-        ]
-        margin = numbers["psnr"] - numbers["distance"]
-        if ode.audit_margin is not None and margin < ode.audit_margin:
-            bad.append(f"videos {margin:.3g} dB nearer to the exact ones than members to each other")
+        beyond = {"spearman": numbers["spearman"] < ode.audit_spearman}
+        beyond |= {name: abs(value) > ode.audit_bias for name, value in numbers.items() if name.startswith("bias_")}
+        words = {name: f"{name} {numbers[name]:.3g}" for name in beyond}
+        if ode.audit_margin is not None:
+            beyond["margin"] = numbers["margin"] < ode.audit_margin
+            words["margin"] = f"videos {numbers['margin']:.3g} dB nearer to the exact ones than members to each other"
+        undefined = [name for name in beyond if math.isnan(numbers[name])]
+        if silent := [name for name in undefined if name not in defined]:
+            logger.info(
+                "audit of group %d: no %s, because the exact tail leaves fewer than %d members that differ (or, for "
+                "the margin, no two neighbours on one rank)",
+                group,
+                ", ".join(silent),
+                LEAST_MEMBERS,
+            )
+        bad = [words[name] for name, value in beyond.items() if value]
+        return bad + [f"no {name} (NaN)" for name in undefined if name in defined]
+
+    def refuse(self, bad: Sequence[str], iteration: int) -> bool:
+        """Whether the run goes on with exact tails because an audit found something ``bad``; the log says so.
+
+        Raises:
+            RunError: ``ode.audit_action`` is ``stop``.
+        """
+        ode = self.config.ode
         if not bad or ode.audit_action == "report":
             return False
         found = (

@@ -19,7 +19,6 @@ from geoalign.errors import ConfigError, RunError
 from geoalign.flow.rollout import Rollout
 from geoalign.flow.sampler import FlowSampler, initial_noise
 from geoalign.flow.table import StepWindow, build_step_table
-from geoalign.models.fast import attention_modes, set_attention_modes
 from geoalign.perf.timer import PhaseTimer, phase
 from geoalign.policy.policy import Precomputed, RetakePolicy
 from geoalign.rewards.base import Reward
@@ -34,18 +33,17 @@ from geoalign.training.checkpoint import TrainState
 from geoalign.training.engines.optim import set_learning_rate
 from geoalign.training.film import TrainingFilm
 from geoalign.training.learner import Learner
+from geoalign.training.modes import agree_on_modes, refresh_modes, restore_modes
 from geoalign.training.processes.ranks import LocalRanks, RankRows, Ranks, gather_scores
 from geoalign.training.setup import ready
 from geoalign.training.streaming import RowGradients, StreamingBackward
-from geoalign.training.tail import EXACT, Auditor, agree_on_drift, with_reuse
+from geoalign.training.tail import EXACT, Auditor, Tail, agree_on_drift, keep_exact, with_reuse
 from geoalign.training.telemetry import WorkMeter
 from geoalign.types import RetakeBatch
 from geoalign_kernels import philox_uniform, streams
 from geoalign_kernels.ops.attention.cores import why_not
 
 logger = logging.getLogger(__name__)
-MODES = "ode_modes"
-"""Key of the notes: the attention mode of every block outside the window."""
 SKIPPED = "skipped_iterations"
 """Key of the notes: iterations in a row, up to now, in which every update was skipped."""
 CORE = "attention_core"
@@ -134,23 +132,29 @@ class Trainer:
         """
         config, rank_rows, self.film = self.config, self.rank_rows, None
         window, began = self.schedule(self.iteration), time.process_time()
-        sampler, audited = self._sampler(window), self.auditor.due(self.iteration, self.notes)
+        frames = config.learn.frames(self.iteration, config.data.num_frames)
+        refresh_modes(self.policy.fast, config, frames, self.notes)
+        exact, sampler = EXACT in self.notes, self._sampler(window, frames)
+        audited = self.auditor.due(self.iteration, self.notes, measures=sampler.drift is not None)
         with self.clock.active():
             with phase("data"):
-                batch = self._draw(rank_rows.group_ids.tolist()).to(self.device)
+                batch = self._draw(rank_rows.group_ids.tolist(), frames).to(self.device)
                 frames = batch.source.video.shape[1]
             with phase("rollout/encode"):
                 precomputed = self.policy.prepare(batch)
             positions = learned_positions(window.size, config.learn.window_steps, config.run.seed, self.iteration)
             stream = self._stream(sampler, positions)
             self.ranks.check_alive()
-            rollout, usable = self._rollout(sampler, batch, precomputed, stream)
+            rollout = self._rollout(sampler, batch, precomputed, stream)
+            tail = None if audited is None else Tail(audited, rollout.x_next[-1].clone(), rollout.final)
+            rollout, usable = rollout.neutralised()  # usable: [R] bool
             scores = self._score(rollout, batch, usable)
             with phase("advantage"):
                 advantage = self._advantage(scores)
-            fidelity, spent_on_audit = {}, 0
-            if audited is not None:
-                fidelity, spent_on_audit = self._audit(audited, sampler, rollout, batch, precomputed, scores)
+            fidelity, spent_on_audit = {"fidelity/exact_tails": float(exact)} if config.ode.audit_every else {}, 0
+            if tail is not None:
+                found, spent_on_audit = self._audit(tail, sampler, batch, precomputed, scores)
+                fidelity |= found
             self.ranks.check_alive()
             factor = set_learning_rate(self.engine.optimizer, config.optim, self.iteration, config.train.iterations)
             rows = rank_rows.rows  # [R] among N
@@ -161,7 +165,7 @@ class Trainer:
             )
         self._refuse_drift(update["parity/log_prob_diff_max"])
         self._refuse_standstill(update)
-        self._agree_on_modes()
+        agree_on_modes(self.policy.fast, self.ranks, self.notes)
         agree_on_drift(sampler, self.ranks, self.notes)
         self.iteration += 1
         seconds = self.clock.collect() | {f"time/reward/{name}_s": value for name, value in scores.seconds.items()}
@@ -174,17 +178,16 @@ class Trainer:
         counts = self._failure_counts()
         return _reward_metrics(scores, advantage) | counts | fidelity | update | work | seconds | where | data
 
-    def _draw(self, group_ids: list[int]) -> RetakeBatch:
-        """The batch of this iteration; the next one is assembled while this one trains."""
+    def _draw(self, group_ids: list[int], frames: int) -> RetakeBatch:
+        """The batch of this iteration, of so many frames; the next one is assembled while this one trains."""
         batch = self.source.batch(self.iteration, group_ids)
         if isinstance(self.source, PrefetchingSource) and self.iteration + 1 < self.config.train.iterations:
             self.source.prefetch(self.iteration + 1, group_ids)
-        frames = self.config.learn.frames(self.iteration, self.config.data.num_frames)
         height, width = batch.source.video.shape[-2:]
         return batch.first_frames(frames, self.policy.codec.latent_shape(frames, height, width)[1])
 
-    def _sampler(self, window: StepWindow) -> FlowSampler:
-        """The sampler of one iteration.
+    def _sampler(self, window: StepWindow, frames: int) -> FlowSampler:
+        """The sampler of one iteration on videos of ``frames``.
 
         With several updates per rollout, forwards run in batches of at most one update's members: rollout and learner
         then have equal batch shapes (the ratio stays exactly 1) although every update replays only its own rows.
@@ -205,7 +208,7 @@ class Trainer:
             groups_per_forward=groups,
             window_grad=True,
         )
-        return sampler if exact else with_reuse(sampler, config, self.notes)
+        return sampler if exact else with_reuse(sampler, config, self.notes, frames)
 
     def _stream(self, sampler: FlowSampler, positions: Sequence[int]) -> StreamingBackward | None:
         if self.config.levers.streaming == "off":
@@ -224,8 +227,8 @@ class Trainer:
 
     def _rollout(
         self, sampler: FlowSampler, batch: RetakeBatch, precomputed: Precomputed, stream: StreamingBackward | None
-    ) -> tuple[Rollout, Tensor]:
-        """The rollouts of this rank, zeros where a sample is not finite, and which are (``[R]`` bool)."""
+    ) -> Rollout:
+        """The rollouts of this rank, as they come."""
         groups, members = (ids.to(self.device) for ids in (self.rank_rows.group_ids, self.rank_rows.member_ids))
         noise = initial_noise(self.policy.latent_shape(batch), self.config.run.seed, self.iteration, groups)
         return sampler.rollout(
@@ -237,7 +240,7 @@ class Trainer:
             group_ids=groups,
             member_ids=members,
             observer=stream,
-        ).neutralised()
+        )
 
     def _score(self, rollout: Rollout, batch: RetakeBatch, usable: Tensor) -> Scores:
         """Decode and score this rank's videos; scores of all ranks."""
@@ -263,20 +266,19 @@ class Trainer:
 
     def _audit(
         self,
-        group: int,
+        tail: Tail,
         sampler: FlowSampler,
-        rollout: Rollout,
         batch: RetakeBatch,
         precomputed: Precomputed,
         scores: Scores,
     ) -> tuple[dict[str, float], int]:
         """What the exact tail of one group says of the approximate one, and the passes that it took here."""
-        fidelity, spent = self.auditor.audit(group, sampler, rollout, self.policy, precomputed, batch, scores)
-        numbers = fidelity.numbers()
-        if self.auditor.refuse(numbers, self.iteration):
+        audit = self.auditor.audit(tail, sampler, self.policy, precomputed, batch, scores)
+        if self.auditor.refuse(audit.bad, self.iteration):
+            keep_exact(self.config, self.notes)  # notes what this is found under
             self.notes[EXACT] = self.iteration
             self.policy = self.policy.exact()
-        return {f"fidelity/{name}": value for name, value in numbers.items()}, spent
+        return {f"fidelity/{name}": value for name, value in audit.numbers.items()}, audit.passes
 
     def _failure_counts(self) -> dict[str, float]:
         """What the guards of all ranks counted since the start of the process."""
@@ -306,11 +308,9 @@ class Trainer:
         self.iteration, chosen = state.iteration, self.notes[CORE]
         self.notes = {CORE: chosen, **state.notes}
         self._keep_core(self.notes[CORE], chosen)
-        if EXACT in self.notes:
+        if keep_exact(self.config, self.notes):
             self.policy = self.policy.exact()
-        modes = self.notes.pop(MODES, None)
-        if modes and self.policy.fast is not None and set_attention_modes(self.policy.fast, modes):
-            self.notes[MODES] = modes
+        restore_modes(self.policy.fast, self.notes)
 
     def _keep_core(self, before: str, chosen: str) -> None:
         """Go on with the attention core of the checkpoint, where it was found by a measurement and runs here."""
@@ -325,17 +325,6 @@ class Trainer:
             return
         for network in filter(None, (model, self.policy.fast)):
             network.execution.core = before
-
-    def _agree_on_modes(self) -> None:
-        """After the first iteration: where ranks measured other 8-bit modes for a layer, the most exact one is kept."""
-        twin = self.policy.fast
-        if twin is None or twin.execution.probe is None or MODES in self.notes:
-            return
-        order = (*twin.execution.probe.modes, "exact")
-        modes = attention_modes(twin) or ["exact"] * len(twin.blocks)
-        agreed = self.ranks.all_reduce(torch.tensor([order.index(mode) for mode in modes]), "max")
-        self.notes[MODES] = [order[index] for index in agreed.tolist()]
-        set_attention_modes(twin, self.notes[MODES])
 
     def _shuffled(self, values: Tensor) -> Tensor:
         """Permute advantages inside each group by counter-based draws (control experiment)."""

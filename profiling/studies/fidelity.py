@@ -21,10 +21,10 @@ from geoalign.files.atomic import atomic_write_text
 RESULT, PAGE = Path("docs/results/fidelity.json"), Path("docs/fidelity.md")
 SHIPPED = Path("geoalign/_assets/fidelity.json")
 CONFIG, PRICED = "bench_levers", "paper_64xa800"
-SECOND = "{levels: [[3.0, 5], [1.5, 3]], step: 5, offset: 1, reference: first}"
-CONTROL = " ".join(
-    f"rewards.{name}.options.evaluator_options={SECOND}".replace(" ", "") for name in ("geometry", "consistency")
+SECOND = json.dumps(
+    {"levels": [[3.0, 5], [1.5, 3]], "step": 5, "offset": 1, "reference": "first"}, separators=(",", ":")
 )
+CONTROL = " ".join(f"rewards.{name}.options.evaluator_options={SECOND}" for name in ("geometry", "consistency"))
 """The second evaluator scores the same exact videos: how repeatable the reward itself is."""
 SHORT_SETTINGS = ("flow.tail_solver=dpm2m", "flow.tail_ratio=0.4 flow.tail_solver=dpm2m", "flow.tail_grid=sigma")
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from pathlib import Path
 from typing import Any
@@ -56,15 +57,16 @@ def test_every_setting_that_it_names_exists() -> None:
 USUAL = {
     "parity/log_prob_diff_max": 0.0, "policy/ratio_max": 1.0, "policy/ratio_min": 1.0, "policy/grad_norm": 0.3,
     "policy/skipped_updates": 0.0, "advantage/trans/sigma_max_over_median": 4.0, "reward/lost_fraction": 0.0,
+    "fidelity/spearman": 0.9, "fidelity/margin": 16.0, "fidelity/bad": 0.0, "fidelity/exact_tails": 0.0,
     "time/iteration_s": 100.0, "time/data_s": 5.0, "time/between_s": 1.0, "reward/trans": -3.0,
 }  # fmt: skip
 SET_UP = {"time/between_s": 400.0, "advantage/trans/sigma_max_over_median": 40.0}
 """Usual in the first iteration."""
 
 
-def outside(rows: list[dict[str, Any]], updates: int = 1) -> dict[str, Finding]:
+def outside(rows: list[dict[str, Any]], updates: int = 1, **ode: Any) -> dict[str, Finding]:
     """What a report of these iterations finds."""
-    run = RunRecord(Path("run"), {"optim": {"updates_per_rollout": updates}}, {}, {}, rows)
+    run = RunRecord(Path("run"), {"optim": {"updates_per_rollout": updates}, "ode": ode}, {}, {}, rows)
     return {finding.key: finding for finding in findings(run) if finding.out_of_range}
 
 
@@ -80,6 +82,21 @@ def test_what_is_outside_is_found_and_nothing_else() -> None:
     assert found["policy/grad_norm"].where == "in 1 of 4 iterations, at least 0 (iteration 3)"
     assert found["policy/ratio_max"].range.link == "docs/troubleshooting.md#the-ratio-is-not-1"
     assert "policy/ratio_max" not in outside([*usual, bad], updates=2)
+
+
+def test_a_bad_audit_and_the_fall_back_after_it_are_troubles() -> None:
+    bounds = {"audit_spearman": 0.8, "audit_margin": 10.0}
+    assert outside([USUAL], **bounds) == {}
+    bad = USUAL | {"fidelity/spearman": 0.7, "fidelity/margin": 9.0, "fidelity/bad": 2.0}
+    fallen = {"fidelity/exact_tails": 1.0}
+    found = outside([USUAL, bad, fallen, fallen], **bounds)
+    assert set(found) == {f"fidelity/{name}" for name in ("spearman", "margin", "bad", "exact_tails")}
+    assert {finding.range.link for finding in found.values()} == {"docs/troubleshooting.md#an-audit-is-bad"}
+    assert found["fidelity/spearman"].where == "in 1 of 2 iterations, at least 0.700 (iteration 1)"
+    assert found["fidelity/exact_tails"].amount == "2"
+    assert set(outside([bad], audit_spearman=-1, audit_margin=None)) == {"fidelity/bad"}
+    nothing_but_nan = USUAL | {"fidelity/spearman": math.nan, "fidelity/margin": math.nan, "fidelity/bad": 4.0}
+    assert set(outside([nothing_but_nan], **bounds)) == {"fidelity/bad"}
 
 
 def test_a_level_is_judged_by_its_mean_and_a_value_by_its_worst() -> None:

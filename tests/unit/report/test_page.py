@@ -389,6 +389,17 @@ def test_latents_that_are_not_finite_are_no_sample_that_a_scorer_failed_on(folde
     assert "All 2 things looked at" in section
 
 
+def test_a_fall_back_to_exact_steps_stands_in_the_head_and_under_troubles(folder: Path) -> None:
+    rows = [{"iteration": i, "fidelity/exact_tails": float(i > 1)} for i in range(5)]
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    page = report_page(read_run(folder), samples=0)
+    head = page.partition('class="lead"')[2].partition("</p>")[0]
+    assert "An audit found the approximate steps of this run bad: 3 of 5 iterations took exact ones." in head
+    assert "3 iterations with exact steps after the window" in page and "troubleshooting.md#an-audit-is-bad" in page
+    (folder / "metrics.jsonl").write_text(json.dumps(rows[0]) + "\n")
+    assert "An audit found" not in report_page(read_run(folder), samples=0)
+
+
 def test_a_run_without_troubles_says_that_it_looked(folder: Path) -> None:
     (folder / "summary.json").unlink()
     page = report_page(read_run(folder), samples=0)

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from geoalign.rl.fidelity import GroupFidelity, Outcome, compare, mean_square, shortfalls, summary
+from geoalign.rl.fidelity import GroupFidelity, Outcome, compare, mean_square, shortfalls, summary, told
 
 EXACT = torch.tensor([0.9, -0.4, 0.1, -1.2, 0.3, 0.7])
 OTHER = torch.tensor([0.8, 0.2, -0.3, -1.0, 0.4, 0.6])
@@ -48,6 +48,16 @@ def test_failures_leave_and_lost_samples_keep_their_rank() -> None:
     a, b = EXACT[1:].double().numpy(), OTHER[1:].double().numpy()
     assert found.pearson == pytest.approx(np.corrcoef(a, b)[0, 1], abs=1e-12)
     assert found.shift["rot"] == pytest.approx(-(b - a)[1:].mean(), rel=1e-5)
+
+
+def test_what_an_exact_tail_tells_of_a_group() -> None:
+    everything = {"spearman", "margin", "bias_trans", "bias_rot"}
+    assert told(outcome(EXACT), 0.1) == everything
+    assert told(outcome(EXACT), math.nan) == everything - {"margin"}  # no two members on one rank
+    assert told(outcome(EXACT, lost=torch.arange(6) > 1), 0.1) == {"spearman", "margin"}
+    assert told(outcome(EXACT, valid=torch.arange(6) < 3), 0.1) == everything
+    assert told(outcome(EXACT, valid=torch.arange(6) < 2), 0.1) == set()
+    assert told(outcome(torch.full((6,), 0.25)), 0.1) == set()
 
 
 def test_a_group_that_an_approximation_makes_equal_has_lost_its_order() -> None:

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import logging
+import math
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -19,10 +22,14 @@ from geoalign.errors import ConfigError, RunError
 from geoalign.models import execution
 from geoalign.models.dit import BlockResidual, RetakeDiT
 from geoalign.policy.open import open_policy
+from geoalign.policy.policy import RetakePolicy
 from geoalign.rewards.registry import build_rewards
+from geoalign.training.checkpoint import TrainState
 from geoalign.training.engines.snapshot import Snapshot
+from geoalign.training.modes import MODES
+from geoalign.training.notes import under
 from geoalign.training.processes.ranks import Ranks
-from geoalign.training.tail import DRIFT, EXACT
+from geoalign.training.tail import DRIFT, EXACT, Auditor
 from geoalign.training.trainer import Trainer
 from geoalign.types import Encodings
 
@@ -53,25 +60,33 @@ def test_everything_approximate_leaves_ratio_and_counters_alone(changes: dict[st
         # 2 groups of 4: one prefix step and one window forward a group, one more window forward a row, then the tail:
         # all 5 steps in the first iteration, which measures the drift, and 2 of them from then on.
         assert metrics["perf/forwards_rollout"] == 2 + 2 + 8 + 8 * (5 if iteration == 0 else 2)
-        audited = iteration % 2 == 0
+        audited = iteration > 0  # the one of iteration 0, which evaluates the whole tail, is made in the next
         assert metrics["perf/forwards_audit"] == (4 * (10 - 3) if audited else 0)
-        assert ("fidelity/spearman" in metrics) == audited
+        assert ("fidelity/spearman" in metrics) == audited and metrics["fidelity/exact_tails"] == 0.0
     assert len(run.notes[DRIFT]["sigmas"]) == 5
 
 
-def test_a_resumed_run_goes_on_bit_for_bit() -> None:
-    """Through the JSON of a checkpoint: the drift is remembered, so no step is measured or chosen anew."""
-    whole = trainer(**LESS)
-    for _ in range(2):
-        whole.step()
-    state = whole.state()
+def written(run: Trainer) -> TrainState:
+    """The state of a run through the JSON of a checkpoint, which no further step changes."""
+    state = run.state()
     kept = Snapshot(*({k: clone(v) for k, v in part.items()} for part in (
         state.snapshot.values, state.snapshot.average, state.snapshot.optimizer
     )))  # fmt: skip
-    state = replace(state, snapshot=kept, notes=json.loads(json.dumps(state.notes)))
+    return replace(state, snapshot=kept, notes=json.loads(json.dumps(state.notes)))
+
+
+@pytest.mark.parametrize("after", [1, 2])
+def test_a_resumed_run_goes_on_bit_for_bit(after: int) -> None:
+    """The drift is remembered, so no step is measured or chosen anew; so is an audit that was put off."""
+    whole = trainer(**LESS)
+    for _ in range(after):
+        whole.step()
+    state = written(whole)
     resumed = trainer(**LESS)
     resumed.load(state)
     first, second = whole.step(), resumed.step()
+    assert "fidelity/spearman" in first and "fidelity/spearman" in second
+    assert second["perf/forward_equivalents"] == second["perf/predicted_forward_equivalents"]
     same = [name for name in first if name.startswith(("reward", "policy", "fidelity", "advantage", "perf/forward"))]
     assert all(first[name] == second[name] for name in same) and len(same) > 20
     for name, value in whole.engine.trained.items():
@@ -99,6 +114,10 @@ def clone(value: Any) -> Any:
     return value.clone() if isinstance(value, Tensor) else {k: clone(v) for k, v in value.items()}
 
 
+BY_NEIGHBOURS = ("fidelity/distance", "fidelity/margin", "fidelity/bad")
+"""Only members of one rank are compared with each other."""
+
+
 def test_ranks_that_share_members_and_tokens_choose_and_audit_as_one_process_does() -> None:
     """Half of the group and half of the tokens each. int8 aside: each rank would settle it on its own rows."""
     settings: dict[str, Any] = {
@@ -118,19 +137,20 @@ def test_ranks_that_share_members_and_tokens_choose_and_audit_as_one_process_doe
         for here, there in zip(numbers, alone, strict=True):
             assert here["perf/forward_equivalents"] == here["perf/predicted_forward_equivalents"]
             assert here["parity/log_prob_diff_max"] == 0.0
-            for name in (name for name in there if name.startswith("fidelity/") and name != "fidelity/distance"):
+            for name in (name for name in there if name.startswith("fidelity/") and name not in BY_NEIGHBOURS):
                 assert here[name] == pytest.approx(there[name], rel=2e-2, abs=1e-3), name
-    assert sum(numbers[0]["perf/forwards_audit"] for numbers, _ in results) / 2 == alone[0]["perf/forwards_audit"]
+    assert sum(numbers[1]["perf/forwards_audit"] for numbers, _ in results) / 2 == alone[1]["perf/forwards_audit"] > 0
 
 
 MARGIN_ALONE = {"audit_spearman": -1.0, "audit_bias": 1e9}
 """The default margin of 10 dB: 2 to 3 are seen of one step, 21 and more of six."""
 
 
-def audited(action: str, bounds: dict[str, float] | None = None, **flow: Any) -> Trainer:
+def audited(action: str, bounds: dict[str, float] | None = None, sections: Any = None, **flow: Any) -> Trainer:
     """The shipped base under its own rewards: groups of eight, seven steps after the window."""
     ode = {"audit_every": 1, "audit_action": action} | (bounds or {})
-    config = smoke(window=WINDOW, flow={"steps": 10, **flow}, ode=ode, groups={"size": 8})
+    given = {"window": WINDOW, "flow": {"steps": 10, **flow}, "ode": ode, "groups": {"size": 8}} | (sections or {})
+    config = smoke(**given)
     return Trainer(config, open_policy("builtin:tiny_base"), Conditions(config), build_rewards(config.rewards))
 
 
@@ -152,7 +172,76 @@ def test_the_audit_stops_a_tail_of_one_step_at_once(bounds: dict[str, float], fo
 def test_the_audit_passes_a_good_tail() -> None:
     metrics = audited("stop", **GOOD).step()
     assert metrics["fidelity/spearman"] >= 0.9 and metrics["perf/forwards_audit"] == 8 * 7
-    assert metrics["fidelity/psnr"] > metrics["fidelity/distance"] + 15
+    assert metrics["fidelity/margin"] == metrics["fidelity/psnr"] - metrics["fidelity/distance"] > 15
+    assert metrics["fidelity/bad"] == 0.0
+
+
+@pytest.mark.parametrize("bounds", [{}, MARGIN_ALONE])
+def test_a_bad_reuse_is_caught_in_the_iteration_after_its_drift_was_measured(bounds: dict[str, float]) -> None:
+    run = audited("stop", {"reuse": "velocity", "reuse_share": 0.01, "audit_every": 5} | bounds)
+    first = run.step()
+    assert first["perf/forwards_rollout"] == 2 + 2 + 16 + 16 * 7 and "fidelity/spearman" not in first
+    assert first["perf/forward_equivalents"] == first["perf/predicted_forward_equivalents"]
+    state = written(run)
+    reported = audited("report", {"reuse": "velocity", "reuse_share": 0.01, "audit_every": 5} | bounds)
+    reported.load(state)
+    rows = [reported.step() for _ in range(2)]
+    assert [row["perf/forwards_audit"] for row in rows] == [8 * 7, 0] and rows[0]["fidelity/bad"] > 0
+    assert all(row["perf/forward_equivalents"] == row["perf/predicted_forward_equivalents"] for row in rows)
+    run.load(state)
+    with pytest.raises(RunError, match=r"iteration 1: .*ode\.reuse_share=0\.01; take"):
+        run.step()
+
+
+def spoiled(policy: RetakePolicy) -> RetakePolicy:
+    """With deterministic steps that are NaN, and window and audit as they were."""
+    broken = copy.deepcopy(policy.model)
+    with torch.no_grad():
+        next(iter(broken.parameters())).fill_(torch.nan)
+    return replace(policy, fast=broken)
+
+
+FIRST = {"window": {"kind": "fixed", "start": 0, "size": 2, "max_start": None}, "failures": {"max_invalid_fraction": 1}}
+"""No step before the window, and a run that goes on with invalid samples."""
+
+
+def test_a_tail_that_makes_a_group_nan_is_bad() -> None:
+    run = audited("stop", sections=FIRST, **GOOD)
+    run.policy = spoiled(run.policy)
+    with pytest.raises(RunError, match=r"iteration 0: .*no spearman \(NaN\), no bias_.*, no margin \(NaN\) \(bounds"):
+        run.step()
+
+
+def exact_ends(monkeypatch: pytest.MonkeyPatch, spoil: Callable[[Tensor], None]) -> None:
+    """Change what the exact tail of an audit ends in."""
+    finish = Auditor._finish
+
+    def changed(self: Auditor, *args: Any) -> tuple[Tensor, int]:
+        final, spent = finish(self, *args)
+        spoil(final)
+        return final, spent
+
+    monkeypatch.setattr(Auditor, "_finish", changed)
+
+
+def test_one_member_that_is_nan_exactly_switches_no_bound_off(monkeypatch: pytest.MonkeyPatch) -> None:
+    exact_ends(monkeypatch, lambda final: final[3].fill_(torch.nan))
+    with pytest.raises(RunError, match=r"iteration 0: .*group teaches: videos .* dB nearer .*flow\.tail_steps=1; take"):
+        audited("stop", MARGIN_ALONE, **BAD).step()
+    row = audited("stop", **GOOD).step()
+    assert row["fidelity/spearman"] >= 0.9 and row["fidelity/margin"] > 15 and row["fidelity/bad"] == 0
+
+
+@pytest.mark.parametrize("left", ["two", "equal"])
+def test_where_the_exact_tail_leaves_nothing_to_compare_nothing_is_bad(
+    left: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    exact_ends(monkeypatch, lambda f: f[2:].fill_(torch.nan) if left == "two" else f.copy_(f[:1].expand_as(f)))
+    run = audited("stop", {"audit_margin": None, "audit_bias": 1e9}, **BAD)
+    with caplog.at_level(logging.INFO):
+        row = run.step()
+    assert row["fidelity/bad"] == 0.0 and math.isnan(row["fidelity/spearman"])
+    assert "audit of group 0: no spearman, " in caplog.text and "fewer than 3 members that differ" in caplog.text
 
 
 def test_after_a_bad_audit_the_run_goes_on_exactly_and_remembers_it(caplog: pytest.LogCaptureFixture) -> None:
@@ -160,13 +249,23 @@ def test_after_a_bad_audit_the_run_goes_on_exactly_and_remembers_it(caplog: pyte
     with caplog.at_level(logging.WARNING):
         first = run.step()
     assert "from here on the tails are exact" in caplog.text and run.notes[EXACT] == 0
+    assert first["fidelity/exact_tails"] == 0.0
     second = run.step()
     assert first["perf/forwards_rollout"] == 2 + 2 + 16 + 16 and second["perf/forwards_rollout"] == 2 + 2 + 16 + 16 * 7
     assert second["perf/forward_equivalents"] == second["perf/predicted_forward_equivalents"]
-    assert "fidelity/spearman" not in second
-    resumed = audited("exact", **BAD)
-    resumed.load(run.state())
-    assert resumed.step()["perf/forwards_rollout"] == 2 + 2 + 16 + 16 * 7
+    assert "fidelity/spearman" not in second and second["fidelity/exact_tails"] == 1.0
+    state = written(run)
+    for notes in (state.notes, {k: v for k, v in state.notes.items() if k != under(EXACT)}):  # and of before this
+        resumed = audited("exact", **BAD)
+        resumed.load(replace(state, notes=notes))
+        assert resumed.step()["perf/forwards_rollout"] == 2 + 2 + 16 + 16 * 7
+    changed = audited("exact", **GOOD)
+    with caplog.at_level(logging.INFO):
+        changed.load(state)
+    assert "fall back to exact tails is dropped" in caplog.text and "flow.tail_steps 1 -> 6" in caplog.text
+    row = changed.step()
+    assert row["perf/forwards_rollout"] == 2 + 2 + 16 + 16 * 6 and row["fidelity/exact_tails"] == 0.0
+    assert row["fidelity/spearman"] >= 0.9
 
 
 def test_a_profile_from_a_file_serves_the_first_iteration(tmp_path: Path) -> None:
@@ -182,6 +281,81 @@ def test_a_profile_from_a_file_serves_the_first_iteration(tmp_path: Path) -> Non
         ConfigError, match=r"profile.json: drift: Field required; make it with `geoalign fidelity choose`"
     ):
         trainer(ode={"reuse_profile": file}).step()
+
+
+MEASURED, CHOSEN = 2 + 2 + 8 + 8 * 5, 2 + 2 + 8 + 8 * 2
+"""Forwards of a rollout that measures the drift, and of one whose steps are chosen."""
+
+
+def test_a_drift_of_something_else_is_dropped_on_resume(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    run = trainer()
+    run.step()
+    state, file = written(run), tmp_path / "profile.json"
+    file.write_text(json.dumps(run.notes[DRIFT] | {"drift": [0.0, 0.1, 0.2, 0.3, 0.4]}))
+
+    def resumed(notes: Any = None, **ode: Any) -> tuple[Trainer, float, str]:
+        caplog.clear()
+        other = trainer(ode=ode)
+        with caplog.at_level(logging.INFO):
+            other.load(replace(state, notes=notes or state.notes))
+            spent = other.step()["perf/forwards_rollout"]
+        return other, spent, caplog.text
+
+    other, spent, said = resumed(reuse="velocity")
+    assert spent == MEASURED and other.notes[DRIFT] != run.notes[DRIFT]
+    assert "drift of ode.reuse is dropped" in said and 'ode.reuse "residual" -> "velocity"' in said
+    other, spent, said = resumed(reuse_profile=file)
+    assert spent == CHOSEN and other.notes[DRIFT]["drift"] == [0.0, 0.1, 0.2, 0.3, 0.4]
+    assert f'from "measured" -> "{file}"' in said
+    _, spent, said = resumed(int8_threshold=0.4)
+    assert spent == CHOSEN and "choice of 8-bit layers is dropped" in said and "ode.int8_threshold 0.5 -> 0.4" in said
+    older = {name: value for name, value in state.notes.items() if not name.endswith("_under")}
+    for notes in (None, older):
+        other, spent, said = resumed(notes)
+        assert spent == CHOSEN and other.notes[DRIFT] == run.notes[DRIFT] and "dropped" not in said
+
+
+def test_drift_and_8_bit_layers_are_measured_again_at_full_length(caplog: pytest.LogCaptureFixture) -> None:
+    settings: dict[str, Any] = {"learn": {"short_frames": 3, "short_iterations": 2}, "ode": {"audit_every": 1}}
+    run = trainer(**settings)
+    spent, drift, probes, states = [], [], [], []
+    with caplog.at_level(logging.INFO):
+        for _ in range(4):
+            states.append(written(run))
+            row = run.step()
+            assert row["perf/forward_equivalents"] == row["perf/predicted_forward_equivalents"]
+            spent.append((row["perf/forwards_rollout"], "fidelity/spearman" in row))
+            drift.append(run.notes[DRIFT])
+            assert run.policy.fast is not None and run.notes[MODES] == ["int8"] * run.config.model.layers
+            probes.append(run.policy.fast.execution.probe)
+    assert spent == [(MEASURED, False), (CHOSEN, True)] * 2
+    assert drift[0] == drift[1] != drift[2] == drift[3]
+    assert probes[0] is probes[1] is not probes[2] is probes[3]
+    assert probes[2] is not None and len(probes[2].errors) == run.config.model.layers
+    assert [caplog.text.count(f"{what} is dropped") for what in ("drift of ode.reuse", "choice of 8-bit layers")] == [
+        1,
+        1,
+    ]
+    for start in (1, 2, 3):  # before, at and after the first long iteration
+        resumed = trainer(**settings)
+        resumed.load(states[start])
+        again = [resumed.step() for _ in range(4 - start)]
+        assert [row["perf/forwards_rollout"] for row in again] == [forwards for forwards, _ in spent[start:]]
+        assert resumed.notes[DRIFT] == run.notes[DRIFT] and resumed.notes[MODES] == run.notes[MODES]
+
+
+def test_ranks_measure_the_long_videos_together() -> None:
+    settings: dict[str, Any] = {"learn": {"short_frames": 3, "short_iterations": 1}, "ode": {"attention": "exact"}}
+
+    def run(ranks: Ranks | None) -> dict[str, Any]:
+        made = trainer(ranks, **settings)
+        for _ in range(2):
+            made.step()
+        return made.notes[DRIFT] | made.notes[under(DRIFT)]
+
+    alone, (first, second) = run(None), on_fake_ranks(2, run)
+    assert first == second and alone["frames"] == first["frames"] == 5
+    assert first["drift"] == pytest.approx(alone["drift"], rel=1e-4)  # sums in another order
 
 
 def test_an_audit_of_exact_tails_is_refused() -> None:
