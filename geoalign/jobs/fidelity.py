@@ -32,11 +32,12 @@ from geoalign.rewards.base import Reward
 from geoalign.rewards.registry import build_rewards, close_rewards
 from geoalign.rl.fidelity import GroupFidelity, compare, shortfalls, summary
 from geoalign.training.judged import Judged, judge
+from geoalign.training.modes import MODES
 from geoalign.training.processes.device import device_of, dtype_of
 from geoalign.training.processes.ranks import LocalRanks
 from geoalign.training.setup import ready, twin_of
 from geoalign.training.tail import agree_on_drift, check_profile, outcome_of, with_reuse
-from geoalign.training.trainer import MODES, ConditionSource
+from geoalign.training.trainer import ConditionSource
 from geoalign.types import RetakeBatch
 
 CHANGEABLE = ("flow.tail_", "ode.", "run.dtype", "rewards.")
