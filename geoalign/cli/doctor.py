@@ -21,6 +21,8 @@ from geoalign.version import __version__
 CHECKED = ("name", "state", "what", "fix")
 # Versions on which the whole test suite has been run; other versions from ``requires-python`` on are expected to work.
 PYTHON_TRIED = ("3.11",)
+_ANSWER_S = 120.0
+"""For a version from `nvcc` or `nvidia-smi`: a broken driver never answers, a busy machine late."""
 SHOWN_PACKAGES = (
     "torch",
     "triton",
@@ -231,7 +233,7 @@ def _first_line(command: list[str]) -> str | None:
     if shutil.which(command[0]) is None:
         return None
     try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=20, check=False)
+        done = subprocess.run(command, capture_output=True, text=True, timeout=_ANSWER_S, check=False)
     except (OSError, subprocess.TimeoutExpired) as error:
         return f"does not answer ({type(error).__name__})"
     lines = [line for line in done.stdout.splitlines() if line.strip()]
