@@ -118,7 +118,7 @@ def run(args: argparse.Namespace) -> int:
     bad = sum(check.state != "present" for check in found)
     lost = sum(check.state != "present" for check in tools)
     rows = [{name: getattr(check, name) for name in CHECKED} for check in (*found, *tools)]
-    if write_json(args, report | {"config": args.config, "checks": rows}):
+    if write_json(args, report | {"config": args.config, "folder": str(config.run.folder), "checks": rows}):
         state = f"{bad} of {len(found)} are missing or wrong: a run could not start" if bad else "a run can start"
         if lost:
             state += f"; what {lost} of {len(tools)} environments of tools would measure is counted as failed"
