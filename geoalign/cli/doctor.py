@@ -110,11 +110,16 @@ def run(args: argparse.Namespace) -> int:
         if write_json(args, report):
             print(render(report))
         return 0
-    from geoalign.benchmark.tools.checks import tool_environments
-    from geoalign.jobs import checks
+    from geoalign.config.packages import missing_base
+    from geoalign.files.check import lines_of
 
     config = read_config(args)
-    found, tools = checks.collect(config), list(tool_environments(config))
+    found, tools = missing_base(), []
+    if not found:  # nothing else could be looked at
+        from geoalign.benchmark.tools.checks import tool_environments
+        from geoalign.jobs import checks
+
+        found, tools = checks.collect(config), list(tool_environments(config))
     bad = sum(check.state != "present" for check in found)
     lost = sum(check.state != "present" for check in tools)
     rows = [{name: getattr(check, name) for name in CHECKED} for check in (*found, *tools)]
@@ -122,7 +127,7 @@ def run(args: argparse.Namespace) -> int:
         state = f"{bad} of {len(found)} are missing or wrong: a run could not start" if bad else "a run can start"
         if lost:
             state += f"; what {lost} of {len(tools)} environments of tools would measure is counted as failed"
-        lines = checks.lines_of([*found, *tools])
+        lines = lines_of([*found, *tools])
         print("\n".join([render(report), "", f"Configuration {args.config}: {state}", *lines]))
     return int(bad > 0)
 

@@ -180,6 +180,11 @@ def _in_one_line(error: Exception) -> str:
 
         where = "the output or a temporary file" if error.filename is None else error.filename
         return f"error: {where}: {error.strerror}; {fix_of(error)}"
+    if isinstance(error, ModuleNotFoundError) and error.name is not None:
+        from geoalign.config.packages import BASE, INSTALL
+
+        if (package := error.name.partition(".")[0]) in BASE:
+            return f"error: package {package} is not installed; {INSTALL}"
     if isinstance(error, RuntimeError) and "home directory" in str(error):  # pathlib's, of ~
         return f"error: ~: {error} Set HOME, or write the path out"
     return f"unexpected error: {_unexpected(error)}"

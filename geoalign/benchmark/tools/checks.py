@@ -18,7 +18,7 @@ from geoalign.benchmark.tools.settings import (
 from geoalign.benchmark.tools.worker import ABOUT_TIMEOUT_S, ToolFailure, check_about, child_environment
 from geoalign.config.schema import Config
 from geoalign.errors import ConfigError
-from geoalign.jobs.checks import Check
+from geoalign.files.check import Check
 
 
 def tool_environments(config: Config) -> Iterator[Check]:
