@@ -136,6 +136,7 @@ def run_choose(args: argparse.Namespace) -> int:
     from geoalign.flow.table import build_step_table
     from geoalign.jobs.environment import describe_environment
     from geoalign.jobs.fidelity import Bench, Setting
+    from geoalign.jobs.progress import bar
     from geoalign.rl.window import WindowSchedule
     from geoalign.training.tail import DRIFT
 
@@ -147,7 +148,8 @@ def run_choose(args: argparse.Namespace) -> int:
     window = WindowSchedule(config.window, config.flow.steps, config.run.seed)(0)
     bench = Bench(config, _source(config))
     try:
-        drift = bench.drift(Setting("", config), window.start)[DRIFT]
+        with bar(2, "measuring the drift", "half") as shown:
+            drift = bench.drift(Setting("", config), window.start, shown.update)[DRIFT]
     finally:
         bench.close()
     atomic_write_json(

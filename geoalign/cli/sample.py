@@ -11,7 +11,6 @@ from geoalign.cli.options import (
     add_cameras,
     add_model,
     add_reward,
-    announce,
     examples,
     four_numbers,
     frame_count,
@@ -113,7 +112,6 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
 
 def _run(args: argparse.Namespace) -> int:
     _check_arguments(args)
-    announce(f"sample: {args.video} along {args.trajectory}", log=False)
     import torch
 
     from geoalign.files.atomic import check_writable

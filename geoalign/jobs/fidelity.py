@@ -188,9 +188,15 @@ class Bench:
                     round_ = _Round.begin(self, StepWindow(start, start + self.config.window.size), iteration)
                     yield from (Record(setting.name, start, iteration, round_.fidelity(setting)) for setting in wanted)
 
-    def drift(self, setting: Setting, start: int) -> dict[str, Any]:
-        """The notes of ``setting`` after one batch of groups has shown the drift that its reuse chooses by."""
-        _Round.begin(self, StepWindow(start, start + self.config.window.size), 0).finish(setting)
+    def drift(self, setting: Setting, start: int, progress: Callable[[int], object]) -> dict[str, Any]:
+        """The notes of ``setting`` after one batch of groups has shown the drift that its reuse chooses by.
+
+        ``progress`` is called with 1 when the exact rollouts are done, and when their tail is.
+        """
+        begun = _Round.begin(self, StepWindow(start, start + self.config.window.size), 0)
+        progress(1)
+        begun.finish(setting)
+        progress(1)
         return setting.notes
 
     def policy_of(self, setting: Setting) -> RetakePolicy:
