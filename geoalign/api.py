@@ -244,4 +244,5 @@ def train(config: Name | Config, *overrides: str, resume: str | None = None) -> 
         if overrides:
             raise UsageError("overrides replace settings of a preset or file; change a Config before it is given")
         return run_training(config, resume=resume)
-    return run_training(load_config(Config, str(config), overrides), resume=resume)
+    chosen = load_config(Config, str(config), overrides).asked_for(config, overrides)
+    return run_training(chosen, resume=resume)

@@ -1,6 +1,8 @@
 #!/bin/bash
-# One node of a run. train.slurm starts it on every node; without a scheduler, on every node (NODE counts from 0):
+# One node of a run. train.slurm starts it on every node; without a scheduler, for one node and on every one of several (NODE
+# counts from 0):
 #
+#   bash examples/cluster/node.sh --config node_8gpu
 #   MASTER_ADDR=host0 MASTER_PORT=29500 NODES=2 NODE=0 bash examples/cluster/node.sh --config node_8gpu groups.conditions=32
 #
 # Ends with 0 (done), 75 (stopped by SIGTERM after a checkpoint: start it again) or an error; always continues from the newest
@@ -10,6 +12,15 @@ set -u
 python=${PYTHON:-python}
 node=${NODE:-${SLURM_NODEID:-0}}
 gpus=${GPUS:-$(nvidia-smi --list-gpus | wc -l)}
+
+run=
+stopped=
+# To the ranks: they finish the iteration, write a checkpoint and end with 75. Before torchrun has any, to what there is.
+stop() {
+    stopped=1
+    [ -z "$run" ] || pkill -TERM -P "$run" || kill -TERM -- "-$run" 2>/dev/null || kill -TERM "$run" 2>/dev/null
+}
+trap stop TERM
 
 # Every rank holds clips, shards and sockets open; page-locked memory (levers.streaming=host, scoring.take_turns) is locked.
 ulimit -n "$(ulimit -Hn)"
@@ -29,12 +40,11 @@ export NCCL_DEBUG=${NCCL_DEBUG:-WARN} # NCCL_SOCKET_IFNAME=eth0 where a node has
 
 # Fixed places instead of elastic ones: a run has a fixed number of ranks, and rank 0 (log, checkpoints) is on the first node.
 # In a session of its own: a signal to this task must not reach torchrun, which gives its ranks half a minute and kills them.
-setsid "$python" -m torch.distributed.run --nnodes="$NODES" --node-rank="$node" --nproc-per-node="$gpus" \
-    --master-addr="$MASTER_ADDR" --master-port="$MASTER_PORT" --rdzv-conf=timeout=900 --max-restarts=0 \
+setsid "$python" -m torch.distributed.run --nnodes="${NODES:-1}" --node-rank="$node" --nproc-per-node="$gpus" \
+    --master-addr="${MASTER_ADDR:-127.0.0.1}" --master-port="${MASTER_PORT:-29500}" --rdzv-conf=timeout=900 --max-restarts=0 \
     -m geoalign train "$@" --resume auto &
 run=$!
-stopped=
-trap 'stopped=1; pkill -TERM -P "$run"' TERM # the ranks: they finish the iteration, write a checkpoint and end with 75
+[ -z "$stopped" ] || stop # the signal came before there was anything to pass it on to
 finish "$run"
 code=$?
 [ "$code" -ne 0 ] && [ -n "$stopped" ] && exit 75 # torchrun turns every failure of a rank into 1

@@ -17,14 +17,13 @@ from geoalign.config.data import ClipsConfig
 from geoalign.config.schema import Config
 from geoalign.config.world import WorldConfig
 from geoalign.data.clip_record import ClipRecord
-from geoalign.data.clips import list_clips, natural_key
+from geoalign.data.clips import list_clips, natural_key, read_clip_list
 from geoalign.data.readers import AnyReader
 from geoalign.data.tally import Tally
 from geoalign.data.video import PyAVReader, VideoInfo, probe_clip
 from geoalign.errors import ConfigError, DataError, UsageError
 from geoalign.evaluators.flow_pnp import plane_depth
 from geoalign.files.digest import content_hash
-from geoalign.files.parsing import read_text
 from geoalign.geometry.cameras.door import files_of, is_preset, open_camera, open_target, split_name
 from geoalign.geometry.presets import PRESETS
 from geoalign.geometry.trajectory import DEFAULT_INTRINSICS, CameraTrajectory
@@ -262,10 +261,8 @@ def _by_plain_name(root: Path, records: Sequence[ClipRecord]) -> dict[str, ClipR
 
 
 def _listed(file: Path, records: Mapping[str, ClipRecord]) -> list[str]:
-    """The names in a list file; empty lines and what follows ``#`` are left out."""
-    names = [plain(line) for text in read_text(file).split("\n") if (line := text.partition("#")[0].strip())]
-    if not names:
-        raise DataError(f"{file}: no name of a clip in it")
+    """The plain names in a list file."""
+    names = [plain(name) for name in read_clip_list(file)]
     if missing := [name for name in names if name not in records]:
         raise DataError(f"{file}: {len(missing)} clips of the list are not there, first {missing[0]}")
     return list(dict.fromkeys(names))

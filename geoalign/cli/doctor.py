@@ -21,6 +21,8 @@ from geoalign.version import __version__
 CHECKED = ("name", "state", "what", "fix")
 # Versions on which the whole test suite has been run; other versions from ``requires-python`` on are expected to work.
 PYTHON_TRIED = ("3.11",)
+_ANSWER_S = 120.0
+"""For a version from `nvcc` or `nvidia-smi`: a broken driver never answers, a busy machine late."""
 SHOWN_PACKAGES = (
     "torch",
     "triton",
@@ -108,19 +110,24 @@ def run(args: argparse.Namespace) -> int:
         if write_json(args, report):
             print(render(report))
         return 0
-    from geoalign.benchmark.tools.checks import tool_environments
-    from geoalign.jobs import checks
+    from geoalign.config.packages import missing_base
+    from geoalign.files.check import lines_of
 
     config = read_config(args)
-    found, tools = checks.collect(config), list(tool_environments(config))
+    found, tools = missing_base(), []
+    if not found:  # nothing else could be looked at
+        from geoalign.benchmark.tools.checks import tool_environments
+        from geoalign.jobs import checks
+
+        found, tools = checks.collect(config), list(tool_environments(config))
     bad = sum(check.state != "present" for check in found)
     lost = sum(check.state != "present" for check in tools)
     rows = [{name: getattr(check, name) for name in CHECKED} for check in (*found, *tools)]
-    if write_json(args, report | {"config": args.config, "checks": rows}):
+    if write_json(args, report | {"config": args.config, "folder": str(config.run.folder), "checks": rows}):
         state = f"{bad} of {len(found)} are missing or wrong: a run could not start" if bad else "a run can start"
         if lost:
             state += f"; what {lost} of {len(tools)} environments of tools would measure is counted as failed"
-        lines = checks.lines_of([*found, *tools])
+        lines = lines_of([*found, *tools])
         print("\n".join([render(report), "", f"Configuration {args.config}: {state}", *lines]))
     return int(bad > 0)
 
@@ -231,7 +238,7 @@ def _first_line(command: list[str]) -> str | None:
     if shutil.which(command[0]) is None:
         return None
     try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=20, check=False)
+        done = subprocess.run(command, capture_output=True, text=True, timeout=_ANSWER_S, check=False)
     except (OSError, subprocess.TimeoutExpired) as error:
         return f"does not answer ({type(error).__name__})"
     lines = [line for line in done.stdout.splitlines() if line.strip()]

@@ -9,7 +9,6 @@ from geoalign.cli.options import (
     add_config,
     add_json,
     add_model,
-    announce,
     check_json,
     examples,
     positive,
@@ -44,15 +43,17 @@ def add_parser(subparsers: Any) -> None:
 def run_evaluate(args: argparse.Namespace) -> int:
     """Evaluate a policy on the held-out sets of the configuration."""
     config = read_config(args)
-    announce(f"evaluate {args.model}: {config.eval.samples} held-out conditions of each kind", log=False)
     from geoalign.jobs.environment import describe_environment
     from geoalign.jobs.evaluate import HeldOut, evaluate
+    from geoalign.jobs.progress import bar
     from geoalign.policy.open import open_policy
 
     check_json(args)
     held_out = HeldOut.build(config)
     policy = open_policy(args.model, args.checkpoint)
-    result = evaluate(policy, config, held_out, condition_scale=args.condition_scale)
+    total = len(config.eval.noise_seeds) * sum(len(pairs.batch) for pairs in held_out.sets.values())
+    with bar(total, "evaluating", "video") as shown:
+        result = evaluate(policy, config, held_out, condition_scale=args.condition_scale, progress=shown.update)
     named = {"model": str(args.model), "checkpoint": args.checkpoint and str(args.checkpoint)}
     if write_json(args, named | {"held_out": result.numbers, **describe_environment()}):
         print_held_out(result.numbers)

@@ -149,6 +149,7 @@ def run_choose(args: argparse.Namespace) -> int:
     from geoalign.flow.table import build_step_table
     from geoalign.jobs.environment import describe_environment
     from geoalign.jobs.fidelity import Bench, Setting
+    from geoalign.jobs.progress import bar
     from geoalign.rl.window import WindowSchedule
     from geoalign.training.tail import DRIFT
 
@@ -158,7 +159,9 @@ def run_choose(args: argparse.Namespace) -> int:
         raise UsageError("say what is reused: add ode.reuse=residual (or velocity) to the command")
     config = config.model_copy(update={"ode": config.ode.model_copy(update={"reuse_profile": None})})
     window = WindowSchedule(config.window, config.flow.steps, config.run.seed)(0)
-    drift = Bench(config, _source(config), rewards={}).drift(Setting("", config), window.start)[DRIFT]
+    with bar(1, "measuring the drift", "batch") as shown:
+        drift = Bench(config, _source(config), rewards={}).drift(Setting("", config), window.start)[DRIFT]
+        shown.update(1)
     atomic_write_json(
         args.out, {**drift, "reuse": config.ode.reuse, "base": str(config.train.base), **describe_environment()}
     )

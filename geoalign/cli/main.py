@@ -11,6 +11,7 @@ import contextlib
 import difflib
 import errno
 import importlib
+import io
 import os
 import re
 import shlex
@@ -86,6 +87,10 @@ VERBS = (
     Verb("completion", "geoalign.cli.completion", "Inspect", "complete verbs, options and settings in bash or zsh"),
 )
 
+COMPUTE = ("evaluate", "benchmark", "data", "score", "world", "path", "sample", "export", "fidelity")
+"""Verbs of which the first line is said here, before slow imports; those of train, pretrain and prepare tell more."""
+LOADING = "loading"
+
 EXAMPLES = """\
 examples:
   geoalign train --config tiny_cpu                       the demo: no GPU, no weights, no downloads
@@ -115,6 +120,8 @@ def help_text() -> str:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command line and return its exit code."""
     _quieten_others()
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(line_buffering=True)  # a log shows lines when they are said, as a terminal does
     arguments = list(sys.argv[1:] if argv is None else argv)
     if started_by_launcher():
         die_with_launcher()
@@ -180,6 +187,11 @@ def _in_one_line(error: Exception) -> str:
 
         where = "the output or a temporary file" if error.filename is None else error.filename
         return f"error: {where}: {error.strerror}; {fix_of(error)}"
+    if isinstance(error, ModuleNotFoundError) and error.name is not None:
+        from geoalign.config.packages import BASE, INSTALL
+
+        if (package := error.name.partition(".")[0]) in BASE:
+            return f"error: package {package} is not installed; {INSTALL}"
     if isinstance(error, RuntimeError) and "home directory" in str(error):  # pathlib's, of ~
         return f"error: ~: {error} Set HOME, or write the path out"
     return f"unexpected error: {_unexpected(error)}"
@@ -217,6 +229,10 @@ def _dispatch(arguments: list[str]) -> int:
         raise UsageError(f"no such verb: {arguments[0]}.{hint} `geoalign --help` lists all.")
     check_environment()
     args = _parse(parser_of(verbs[arguments[0]]), arguments)
+    if arguments[0] in COMPUTE:
+        from geoalign.jobs.progress import say
+
+        say(f"{arguments[0]}: {LOADING}")
     return int(args.run(args) or 0)
 
 

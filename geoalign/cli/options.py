@@ -6,8 +6,6 @@ import argparse
 import json
 import math
 import re
-import shlex
-import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -98,16 +96,7 @@ def read_config(args: argparse.Namespace) -> Config:
     from geoalign.config.load import load_config
     from geoalign.config.schema import Config
 
-    words = ["--config", args.config, *args.overrides]
-    return load_config(Config, args.config, args.overrides).asked_for(shlex.join(words))
-
-
-def announce(text: str, *, log: bool = True) -> None:
-    """Say what begins before slow imports; without ``log`` only a person at a terminal is told."""
-    from geoalign.jobs.progress import say
-
-    if log or sys.stderr.isatty():
-        say(text)
+    return load_config(Config, args.config, args.overrides).asked_for(args.config, args.overrides)
 
 
 def add_json(parser: argparse.ArgumentParser, what: str) -> None:

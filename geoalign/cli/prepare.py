@@ -6,7 +6,7 @@ import argparse
 import os
 from typing import Any
 
-from geoalign.cli.options import add_config, announce, read_config
+from geoalign.cli.options import add_config, read_config
 
 EXAMPLES = """\
 examples:
@@ -31,8 +31,10 @@ def add_parser(subparsers: Any) -> None:
 
 def run_prepare(args: argparse.Namespace) -> int:
     """Encode this process's share of the windows."""
+    from geoalign.jobs.progress import say
+
     config = read_config(args)
-    announce(f"prepare: windows of {config.data.clips_path} into {config.data.cache}")
+    say(f"prepare: windows of {config.data.clips_path} into {config.data.cache}")
     from geoalign.data.clips import list_clips
     from geoalign.data.prepare import prepare
     from geoalign.data.tally import Tally

@@ -7,7 +7,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from geoalign.cli.options import add_config, announce, examples, print_held_out, read_config
+from geoalign.cli.options import add_config, examples, print_held_out, read_config
 
 
 def add_parser(subparsers: Any) -> None:
@@ -28,15 +28,15 @@ def run_pretrain(args: argparse.Namespace) -> int:
     config = read_config(args)
     from geoalign.errors import UsageError
     from geoalign.files.atomic import check_writable, nan_to_none
+    from geoalign.jobs.progress import bar, say
 
     if args.out.suffix != ".safetensors":
         raise UsageError(f"--out {args.out}: policies are read by this suffix; name a .safetensors file")
     check_writable(args.out)
-    announce(f"pretrain: {config.pretrain.steps:,} steps on {config.pretrain.pool:,} pairs")
+    say(f"pretrain: {config.pretrain.steps:,} steps on {config.pretrain.pool:,} pairs")
     from geoalign.jobs.environment import describe_environment
     from geoalign.jobs.evaluate import HeldOut, evaluate
     from geoalign.jobs.pretrain import pretrain
-    from geoalign.jobs.progress import bar
     from geoalign.policy.files import save_policy
 
     if config.run.threads:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -12,7 +11,6 @@ from geoalign.cli.options import (
     add_cameras,
     add_model,
     add_reward,
-    announce,
     examples,
     four_numbers,
     frame_count,
@@ -22,14 +20,12 @@ from geoalign.cli.options import (
     whole,
 )
 from geoalign.config.data import DEFAULT_NEGATIVE_PROMPT
-from geoalign.errors import CheckpointError
 from geoalign.evaluators.table import EVALUATORS, WITH_WEIGHTS
 
 if TYPE_CHECKING:
     from torch import Tensor
 
     from geoalign.config.flow import FlowConfig
-    from geoalign.files.need import Need
     from geoalign.jobs.sample import CostEstimate
     from geoalign.policy.open import ModelFiles
     from geoalign.policy.policy import RetakePolicy
@@ -116,7 +112,6 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
 
 def _run(args: argparse.Namespace) -> int:
     _check_arguments(args)
-    announce(f"sample: {args.video} along {args.trajectory}", log=False)
     import torch
 
     from geoalign.files.atomic import check_writable
@@ -174,6 +169,7 @@ def _run(args: argparse.Namespace) -> int:
 
 def _check_files(args: argparse.Namespace, files: ModelFiles, batch: RetakeBatch) -> None:
     """Look at the headers of everything that will be loaded, and read the texts; raises UserError before any is."""
+    from geoalign.files.check import require
     from geoalign.jobs.encode import check_encoders, read_text
     from geoalign.models.captions import check_captioner
     from geoalign.rewards.registry import evaluator_needs, reward_needs
@@ -186,21 +182,13 @@ def _check_files(args: argparse.Namespace, files: ModelFiles, batch: RetakeBatch
     if args.prompt is None and args.captioner is not None:
         check_captioner(args.captioner)
     if args.source_estimator in WITH_WEIGHTS:
-        _require(evaluator_needs(args.source_estimator, {"checkpoint": str(args.estimator_weights)}))
+        require(evaluator_needs(args.source_estimator, {"checkpoint": str(args.estimator_weights)}))
     if args.best_of > 1:
         from geoalign.jobs.best_of import check_reward
 
         kind, options = read_reward(args)
         check_reward(options.get("evaluator"), batch)
-        _require(reward_needs("--set", kind, options))
-
-
-def _require(needs: Sequence[Need]) -> None:
-    """Raise UserError for the first that is missing or another thing."""
-    for need in needs:
-        if not need.path.exists():
-            raise CheckpointError(f"{need.title}: {need.path} is not there; {need.get}")
-        need.verify(need.path)
+        require(reward_needs("--set", kind, options))
 
 
 def _check_arguments(args: argparse.Namespace) -> None:

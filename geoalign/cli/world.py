@@ -40,6 +40,7 @@ def run_render(args: argparse.Namespace) -> int:
     """Render the world to ``data.root`` or a contact sheet to ``--sheet``."""
     from geoalign.errors import ConfigError
     from geoalign.files.atomic import check_writable
+    from geoalign.jobs.progress import bar
     from geoalign.world.dataset import is_complete, write_world
     from geoalign.world.sheet import write_sheet
 
@@ -52,7 +53,8 @@ def run_render(args: argparse.Namespace) -> int:
         print(f"contact sheet: {args.sheet}")
     else:
         found = is_complete(config.data, config.world)
-        write_world(config.data, config.world)  # of a complete one, what a kill left goes
+        with bar(0 if found else config.world.clips, "rendering", "clip") as shown:
+            write_world(config.data, config.world, shown.update)  # of a complete one, what a kill left goes
         written = f"{config.world.clips} clips, {config.world.trajectories} target paths"
         print(f"{config.data.root}: {'complete already' if found else written}")
     return 0

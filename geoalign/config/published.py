@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import shlex
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -23,6 +24,7 @@ class Published:
         folder: where the presets look for it.
         get: the command, with ``{folder}`` where the files go.
         use: what of geoalign reads it.
+        files: what ``get`` leaves in the folder that settings name by itself.
     """
 
     title: str
@@ -31,6 +33,15 @@ class Published:
     folder: str
     get: str
     use: str
+    files: tuple[str, ...] = ()
+
+    def line_for(self, path: Path) -> str:
+        """The command that puts the file ``path`` there; for a name that the download does not have, what to do."""
+        for name in self.files:
+            parts = Path(name).parts
+            if path.parts[-len(parts) :] == parts:
+                return self.line(Path(*path.parts[: -len(parts)]))
+        return "put it there, or name the one that you have"
 
     def line(self, folder: Path | str | None = None) -> str:
         """The command that fetches it into ``folder`` (default: where the presets look)."""
@@ -44,39 +55,44 @@ def _hub(repository: str, *files: str, data: bool = False) -> str:
     return " ".join(["hf download", repository, *["--repo-type dataset"] * data, *chosen, "--local-dir {folder}"])
 
 
+_WAN = ("Wan2.1_VAE.pth", "models_t5_umt5-xxl-enc-bf16.pth", "google/umt5-xxl")
 BASE = Published(
     "Wan2.1-Fun-V1.1-1.3B-Control-Camera: transformer, Wan VAE, umT5 and CLIP encoders",
     "Apache-2.0", 20, "weights/Wan2.1-Fun-V1.1-1.3B-Control-Camera",
     _hub("alibaba-pai/Wan2.1-Fun-V1.1-1.3B-Control-Camera"), "the base of train and sample, and their encoders",
+    (*_WAN, "models_clip_open-clip-xlm-roberta-large-vit-huge-14.pth"),
 )  # fmt: skip
 REDIRECTOR = Published(
     "ReDirector: self-attention trained on top of the base", "Apache-2.0 (its code; the files state none)", 1.4,
     "weights/redirector", _hub("byeongjun-park/ReDirector", "step20000.safetensors"),
-    "train.delta, sample --checkpoint",
+    "train.delta, sample --checkpoint", ("step20000.safetensors",),
 )  # fmt: skip
 WAN_T2V = Published(
     "Wan2.1-T2V-1.3B: transformer, Wan VAE and umT5", "Apache-2.0", 17, "weights/Wan2.1-T2V-1.3B",
-    _hub("Wan-AI/Wan2.1-T2V-1.3B"), "the base of ReCamMaster",
+    _hub("Wan-AI/Wan2.1-T2V-1.3B"), "the base of ReCamMaster", _WAN,
 )  # fmt: skip
 RECAMMASTER = Published(
     "ReCamMaster: a whole state dict", "MIT (its code)", 6, "weights/recammaster",
     _hub("KwaiVGI/ReCamMaster-Wan2.1", "step20000.ckpt"), "train.delta of recammaster_node_8gpu",
+    ("step20000.ckpt",),
 )  # fmt: skip
 MAPANYTHING = Published(
     "MapAnything v1.1: metric cameras", "Apache-2.0", 4.9, "weights/map-anything-apache",
     _hub("facebook/map-anything-apache", "model.safetensors"), "the geometry reward, and source cameras",
+    ("model.safetensors",),
 )  # fmt: skip
 MAPANYTHING_V1 = Published(
     "MapAnything v1", "Apache-2.0", 2.3, "weights/map-anything-apache-v1",
-    _hub("facebook/map-anything-apache-v1", "model.safetensors"), "the same with layout v1",
+    _hub("facebook/map-anything-apache-v1", "model.safetensors"), "the same with layout v1", ("model.safetensors",),
 )  # fmt: skip
 VIDEOALIGN = Published(
     "VideoAlign: visual and motion quality, with its tokenizer", "MIT (its code)", 5.1, "weights/videoalign",
     _hub("KlingTeam/VideoReward", "checkpoint-11352/*"), "the videoalign reward",
+    ("checkpoint-11352/model.pth", "checkpoint-11352/tokenizer"),
 )  # fmt: skip
 HPSV3 = Published(
     "HPSv3: human preference of frames", "Apache-2.0", 16.6, "weights/hpsv3",
-    _hub("MizzenAI/HPSv3", "HPSv3.safetensors"), "the hpsv3 reward",
+    _hub("MizzenAI/HPSv3", "HPSv3.safetensors"), "the hpsv3 reward", ("HPSv3.safetensors",),
 )  # fmt: skip
 HPSV3_TOKENIZER = Published(
     "Tokenizer of Qwen2-VL-7B-Instruct", "Apache-2.0", 0.02, "weights/qwen2-vl-7b",
@@ -98,7 +114,7 @@ TEMPLATES = Published(
 )  # fmt: skip
 CLIPS = Published(
     "Sekai-Real-Walking-HQ, of which OmniWorld-CityWalk is a part: table of clips (the videos are on YouTube)",
-    "non-commercial research; the videos belong to their makers", 600, "data/citywalk/clips",
+    "non-commercial research; the videos belong to their makers", 10, "data/citywalk/clips",
     _hub("Lixsp11/Sekai-Project", "train/sekai-real-walking-hq.csv", data=True).replace("{folder}", "data/citywalk")
     + " && geoalign data subset --table data/citywalk/train/sekai-real-walking-hq.csv --hours 5 --out {folder}",
     "source clips",
@@ -113,9 +129,10 @@ CAMERAS = Published(
 )  # fmt: skip
 
 DAVIS = Published(
-    "DAVIS 2016, for the benchmark: 50 films as pictures", "BSD (its code); the films belong to their makers",
-    2, "data/davis",
-    "get DAVIS-data.zip from https://davischallenge.org/davis2016/code.html and unzip it into {folder}",
+    "DAVIS 2017 (trainval, 480p), for the benchmark: films as pictures",
+    "BSD (its code); the films belong to their makers", 0.8, "data/davis",
+    "get the 480p trainval archive from https://davischallenge.org/davis2017/code.html and unpack it so that "
+    "{folder}/JPEGImages/480p exists",
     "`geoalign benchmark` of the preset davis",
 )  # fmt: skip
 
@@ -125,3 +142,10 @@ OTHERS = (WAN_T2V, RECAMMASTER, DEPTH_ANYTHING)
 """What further presets and evaluators read."""
 DATA = (CLIPS, CAMERAS, DAVIS)
 """The data sets of the presets: two for training, one for the benchmark."""
+
+
+def gigabytes_of(fixes: Iterable[str]) -> float:
+    """What the commands among ``fixes`` fetch, each row once."""
+    told = list(fixes)
+    rows = (*WEIGHTS, *OTHERS, *DATA, MAPANYTHING_V1)
+    return sum(row.gigabytes for row in rows if any(fix.startswith(row.get.split("{folder}")[0]) for fix in told))

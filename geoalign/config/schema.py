@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import shlex
+from collections.abc import Iterable, Sequence
+from pathlib import Path
 from typing import Any, Self
 
 from pydantic import Field, PrivateAttr, model_validator
@@ -84,9 +86,9 @@ class Config(Section):
         """Words of a command line that ask for this configuration, for advice that repeats it."""
         return self._asked
 
-    def asked_for(self, words: str) -> Self:
-        """This configuration, asked for by ``words``."""
-        self._asked = words
+    def asked_for(self, name: str | Path, overrides: Sequence[str]) -> Self:
+        """This configuration, asked for by the name of its file and by overrides."""
+        self._asked = shlex.join(["--config", str(name), *overrides])
         return self
 
     def approximations(self) -> dict[str, Any]:

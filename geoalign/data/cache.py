@@ -315,7 +315,8 @@ def open_cache(cache: Path, data_settings: Mapping[str, Any], encoder: Mapping[s
             differences.append(f"{path.parent}: differs in {', '.join(keys) or 'the encoder'}")
     if len(fitting) != 1:
         found = "\n  ".join(differences) or "nothing is prepared there"
-        reason = "several encoders were used; remove all but one folder" if fitting else "run `geoalign prepare`"
+        missing = "run `geoalign prepare` with the --config and settings of this run"
+        reason = "several encoders were used; remove all but one folder" if fitting else missing
         raise DataError(f"{cache}: no single cache for these settings; {reason}\n  {found}")
     return CacheFolder(cache, fitting[0])
 

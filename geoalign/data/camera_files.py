@@ -21,15 +21,26 @@ _MULTICAM_FPS = 15.0
 _FILE_FPS = 16.0  # files do not say; the rescale replaces speeds anyway
 
 
+def camera_files(path: Path) -> list[Path]:
+    """Files under ``path`` that may hold cameras, by name; of texts those that begin like one. Or the file itself."""
+    root = split_name(path)[0]
+    return [root] if root.is_file() else [file for file in walk(root) if _may_hold_cameras(file)]
+
+
+def multicam_files(path: Path) -> list[Path]:
+    """All ``camera_extrinsics.json`` under ``path``, or the file itself."""
+    root = split_name(path)[0]
+    return [root] if root.is_file() else [file for file in walk(root) if file.name == MULTICAM_NAME]
+
+
 def load_camera_files(path: Path, num_frames: int, config: TrajectoriesConfig, tally: Tally) -> list[CameraTrack]:
     """Tracks of all camera files under ``path``, or of ``FILE`` or ``FILE#CAMERA``; damaged ones go to ``tally``.
 
-    Options behind ``#`` hold for all files of a folder. Of texts those are camera files that begin like one.
+    Options behind ``#`` hold for all files of a folder.
     """
     root, chosen = split_name(path)
-    files = [root] if root.is_file() else [file for file in walk(root) if _may_hold_cameras(file)]
     tracks = []
-    for file in files:
+    for file in camera_files(path):
         name = file.name if root.is_file() else file.relative_to(root).as_posix()
         tracks += _load(file, chosen, partial(_track_name, name), _FILE_FPS, num_frames, config, tally)
     return tracks
@@ -39,7 +50,7 @@ def load_multicam(path: Path, num_frames: int, config: TrajectoriesConfig, tally
     """Tracks ``scene/camNN`` of all ``camera_extrinsics.json`` under ``path``, or of that file (``FILE#CAMERA``)."""
     root, chosen = split_name(path)
     tracks = []
-    for file in [root] if root.is_file() else [file for file in walk(root) if file.name == MULTICAM_NAME]:
+    for file in multicam_files(path):
         scene = file.parent.name if root.is_file() else file.parent.relative_to(root).as_posix()
         tracks += _load(file, chosen, f"{scene}/{{}}".format, _MULTICAM_FPS, num_frames, config, tally)
     return tracks

@@ -13,6 +13,7 @@ from geoalign.data.clip_record import VIDEO_SUFFIXES, ClipRecord
 from geoalign.data.folders import is_visible, walk
 from geoalign.data.tally import Tally
 from geoalign.errors import DataError
+from geoalign.files.parsing import read_text
 
 IMAGE_SUFFIXES = frozenset({".jpg", ".jpeg", ".png"})
 Split = Literal["train", "val", "all"]
@@ -65,6 +66,14 @@ def list_clips(root: Path, config: ClipsConfig, tally: Tally) -> list[ClipRecord
         raise DataError(f"{root}: no usable clips (layout {layout})\n{tally.summary()}")
     tally.accepted += len(records)
     return sorted(records, key=lambda record: record.clip_id)
+
+
+def read_clip_list(file: Path) -> list[str]:
+    """The names in a list of clips; empty lines and what follows ``#`` are left out. Raises DataError for none."""
+    names = [line for text in read_text(file).split("\n") if (line := text.partition("#")[0].strip())]
+    if not names:
+        raise DataError(f"{file}: no name of a clip in it")
+    return names
 
 
 def _guess_layout(root: Path, tables: list[Path]) -> Literal["videos", "frames", "davis"]:

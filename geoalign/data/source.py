@@ -169,7 +169,10 @@ class RetakeDataset:
             else:
                 found.append(entry)
         if not found:
-            raise DataError(f"{self.cache.path}: no prepared window of split '{self.split}'; run `geoalign prepare`")
+            raise DataError(
+                f"{self.cache.path}: no prepared window of split '{self.split}'; run `geoalign prepare` with the "
+                "--config and settings of this run"
+            )
         return found
 
     def _is_chosen(self, record: ClipRecord, entry: Entry) -> bool:

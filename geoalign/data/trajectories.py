@@ -12,7 +12,7 @@ from typing import Literal
 import numpy as np
 
 from geoalign.config.data import RescaleConfig, TrajectoriesConfig, TruncatedGaussian
-from geoalign.data.camera_files import MULTICAM_NAME, load_camera_files, load_multicam
+from geoalign.data.camera_files import MULTICAM_NAME, camera_files, load_camera_files, load_multicam, multicam_files
 from geoalign.data.clips import Split, is_held_out
 from geoalign.data.folders import walk
 from geoalign.data.omniworld import find_scene_table, find_scenes, load_scene, read_metadata, scene_id
@@ -99,6 +99,14 @@ def _guess_layout(path: Path) -> Literal["omniworld", "multicam", "files"]:
         return "omniworld"
     found = path.name == MULTICAM_NAME if path.is_file() else any(file.name == MULTICAM_NAME for file in walk(path))
     return "multicam" if found else "files"
+
+
+def list_path_files(path: Path, config: TrajectoriesConfig) -> list[Path]:
+    """The scenes or camera files that :func:`load_pool` would read, by their names."""
+    layout = config.layout if config.layout != "auto" else _guess_layout(path)
+    if layout == "omniworld":
+        return find_scenes(path)
+    return multicam_files(path) if layout == "multicam" else camera_files(path)
 
 
 def _load_omniworld(path: Path, num_frames: int, config: TrajectoriesConfig, tally: Tally) -> list[CameraTrack]:

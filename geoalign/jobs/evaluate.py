@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 
 import torch
@@ -118,6 +118,7 @@ def evaluate(
     evaluator: PoseEvaluator | None = None,
     condition_scale: float | Tensor = 1.0,
     ranks: Ranks | None = None,
+    progress: Callable[[int], object] = lambda videos: None,
 ) -> Evaluation:
     """Evaluate ``policy`` on all held-out sets and noise seeds.
 
@@ -131,6 +132,7 @@ def evaluate(
         condition_scale: as in :func:`held_out_retake`.
         evaluator: reads the cameras; default: the reward's planar aligner. The second evaluator always runs beside it.
         ranks: share the work, each of them with a whole model; all of them call this. Default: this process alone.
+        progress: called with the number of videos that this process has made and read since the last call.
     """
     ranks, primary = ranks or LocalRanks(), evaluator or PlanarAligner()
     seeds = config.eval.noise_seeds
@@ -150,6 +152,7 @@ def evaluate(
         found = _camera_quality(pose, other, pairs.batch.target_camera)
         found |= _picture_quality(video, pose, pairs, energies[kind])
         tables[kind].take(number, rows, found, video, pose)
+        progress(len(rows))
     joined = {kind: table.joined(ranks) for kind, table in tables.items()}
     return Evaluation(
         {kind: table.means() for kind, table in joined.items()},

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 from chromium import binary
+from patience import PATIENCE_S
 
 if TYPE_CHECKING:
     from playwright.sync_api import Browser, Page
@@ -17,11 +18,12 @@ Opener = Callable[..., "Page"]
 
 @pytest.fixture(scope="session")
 def chromium() -> Iterator[Browser]:
-    from playwright.sync_api import sync_playwright
+    from playwright.sync_api import expect, sync_playwright
 
+    expect.set_options(timeout=PATIENCE_S * 1e3)  # its own, of which a page's knows nothing
     with sync_playwright() as playwright:
         # The sandbox of Chromium needs rights that containers and root do not have; the pages are our own.
-        browser = playwright.chromium.launch(executable_path=binary(), args=["--no-sandbox"])
+        browser = playwright.chromium.launch(executable_path=binary(), args=["--no-sandbox"], timeout=PATIENCE_S * 1e3)
         yield browser
         browser.close()
 
@@ -40,7 +42,7 @@ def open_page(chromium: Browser, tmp_path: Path) -> Iterator[Opener]:
         context = chromium.new_context(viewport={"width": width, "height": height}, accept_downloads=True, **options)
         contexts.append(context)
         tab = context.new_page()
-        tab.set_default_timeout(120_000)  # of a machine with much else to do
+        tab.set_default_timeout(PATIENCE_S * 1e3)
         own = path.resolve().as_uri()
         inside = ("data:", "blob:", own)
         tab.on("request", lambda request: request.url.startswith(inside) or outside.append(request.url))

@@ -34,6 +34,7 @@ sys.path[:0] = [str(ROOT / part) for part in ("", "kernels", "tests/support", "t
 from damage import Damaged, classify, damaged_inputs  # noqa: E402
 from faults import Child, Ended, Fault, apart, run, state_of  # noqa: E402
 from groups import DELAYS, Groups  # noqa: E402
+from patience import PATIENCE_S  # noqa: E402
 from verbs import BY_NAME, VERBS, Verb, different, leftovers  # noqa: E402
 
 KINDS = ("clear_error", "accepted_rightly", "accepted_wrongly", "traceback", "hang", "lost")
@@ -198,7 +199,7 @@ def must(ended: Ended) -> Ended:
     return ended
 
 
-def stopped(pid: int, timeout_s: float = 120.0) -> bool:
+def stopped(pid: int, timeout_s: float = PATIENCE_S) -> bool:
     """Wait until a child stopped itself; False if it ended first."""
     deadline = time.monotonic() + timeout_s
     while time.monotonic() < deadline:

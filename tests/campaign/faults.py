@@ -22,9 +22,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from patience import PATIENCE_S
+
 CHANGES = ("os.rename", "os.remove", "os.mkdir", "os.rmdir", "os.chmod", "os.truncate")
 WRITING = os.O_WRONLY | os.O_RDWR | os.O_CREAT
-TIMEOUT_S = 180.0
+TIMEOUT_S = PATIENCE_S
 _ERROR = re.compile(r"geoalign( \[rank \d+\])?: error: |^failed: ")  # the second: one of several videos
 
 

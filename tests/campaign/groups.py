@@ -14,13 +14,14 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 
 from faults import Child, Ended, Fault, state_of
+from patience import HANG_S, PATIENCE_S
 from verbs import BY_NAME, SMALL, different, trained, windows
 
 from geoalign.files.atomic import read_jsonl
 
 DELAYS = (0.0, 0.05, 0.3, 2.0)
 ENGINES = ("ddp", "fsdp")
-GONE_S = 20.0
+GONE_S = HANG_S
 """How long a worker may outlive the training that it belongs to."""
 _PREPARE = ("prepare", *SMALL, "data.prepare.clips_per_shard=2")
 
@@ -28,7 +29,7 @@ _PREPARE = ("prepare", *SMALL, "data.prepare.clips_per_shard=2")
 def train(engine: str) -> tuple[str, ...]:
     """The command of every rank."""
     return (
-        "train", *SMALL, "train.iterations=4", "train.checkpoint_every=2", "train.rank_timeout_s=60",
+        "train", *SMALL, "train.iterations=4", "train.checkpoint_every=2", f"train.rank_timeout_s={HANG_S}",
         f"parallel.engine={engine}",
     )  # fmt: skip
 
@@ -180,7 +181,7 @@ def _free_port() -> int:
         return probe.getsockname()[1]
 
 
-def until(true: Callable[[], object], timeout_s: float = 60.0) -> None:
+def until(true: Callable[[], object], timeout_s: float = PATIENCE_S) -> None:
     """Wait until a condition holds, or not longer than ``timeout_s``."""
     deadline = time.monotonic() + timeout_s
     while not true() and time.monotonic() < deadline:

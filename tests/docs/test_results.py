@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from patience import LONG_S
 
 ROOT = Path(__file__).parents[2]
 pytestmark = pytest.mark.usefixtures("studies")
@@ -95,7 +96,7 @@ def test_an_interrupted_command_makes_only_what_is_left(
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(1800)
+@pytest.mark.timeout(LONG_S)
 def test_the_whole_command_cut_short(tmp_path: Path) -> None:
     """Every run and page, small, in a place of its own; a second call finds nothing to do."""
     command = [sys.executable, str(ROOT / "profiling" / "studies" / "results.py"), "--small"]

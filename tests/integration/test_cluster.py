@@ -1,6 +1,6 @@
 """The scripts of examples/cluster: a killed node and a signal lead back into the queue, and the run goes on.
 
-Slurm is stood in for by four small scripts; two nodes are two sets of processes of this machine.
+Slurm is stood in for by five small scripts; two nodes are two sets of processes of this machine.
 """
 
 from __future__ import annotations
@@ -15,9 +15,12 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
 from patience import PATIENCE_S
 from repository import ROOT
+from safetensors.torch import load_file
 
+from geoalign.cli.main import main
 from geoalign.files.atomic import read_jsonl
 
 CLUSTER = ROOT / "examples" / "cluster"
@@ -47,12 +50,15 @@ STAND_INS = {
         for SLURM_RESTART_COUNT in 0 1 2; do
             export SLURM_RESTART_COUNT
             rm -f "$STATE/requeued"
-            bash "$@"
+            bash "$@" &
+            echo $! > "$STATE/script.pid"
+            wait $!
             code=$?
             [ -e "$STATE/requeued" ] || exit $code
         done
         exit 99
     """,
+    "squeue": "cat $STATE/state",
     "nvidia-smi": "echo GPU 0",
 }
 
@@ -65,6 +71,7 @@ def slurm(tmp_path: Path) -> dict[str, str]:
     for name, text in STAND_INS.items():
         (folder / name).write_text(f"#!/bin/bash\n{text}")
         (folder / name).chmod(0o755)
+    (tmp_path / "state").write_text("RUNNING\n")
     return os.environ | {
         "PATH": f"{folder}:{os.environ['PATH']}", "STATE": str(tmp_path), "PYTHON": sys.executable,
         "SLURM_JOB_ID": str(os.getpid()), "SLURM_JOB_NUM_NODES": "2", "SLURM_JOB_NODELIST": "local",
@@ -86,37 +93,55 @@ def tree_of(pid: int) -> list[int]:
 
 
 SETTINGS = (
-    "--config", "smoke", "run.dir=run", "data.root=data", "world.clips=6", "world.trajectories=8", "eval.samples=2",
-    "groups.conditions=2", "groups.size=4", "data.clips.val_fraction=0", "train.iterations=8",
-    "train.checkpoint_every=3", "train.rank_timeout_s=600",
+    "--config", "smoke", "data.root=data", "world.clips=6", "world.trajectories=8", "eval.samples=2",
+    "groups.conditions=2", "groups.size=4", "data.clips.val_fraction=0", "train.iterations=12",
+    "train.checkpoint_every=3", f"train.rank_timeout_s={PATIENCE_S}",
 )  # fmt: skip
 
 
 @pytest.mark.dist(groups=1)
-def test_a_killed_node_is_requeued_and_what_was_lost_is_done_again_alike(
+def test_a_killed_node_and_a_signal_lead_back_to_what_an_undisturbed_run_gives(
     slurm: dict[str, str], launch: Callable[..., subprocess.Popen[str]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """First a node dies, in the second start the job gets SIGTERM, the third is done; one process is the truth."""
+    monkeypatch.chdir(tmp_path)
     for name, value in slurm.items():
         monkeypatch.setenv(name, value)
     queue = "import os, sys; os.execvp(sys.argv[1], sys.argv[1:])"
-    job = launch(1, "-c", queue, "sbatch", str(CLUSTER / "train.slurm"), *SETTINGS, folder=tmp_path)
+    settings = (*SETTINGS, "run.dir=run")
+    job = launch(1, "-c", queue, "sbatch", str(CLUSTER / "train.slurm"), *settings, folder=tmp_path)
     metrics, deadline = tmp_path / "run" / "metrics.jsonl", time.monotonic() + PATIENCE_S
-    while not (metrics.exists() and len(metrics.read_text().splitlines()) > 3):  # one more than the checkpoint holds
-        assert job.poll() is None and time.monotonic() < deadline
-        time.sleep(0.02)
-    before = read_jsonl(metrics)
+
+    def wait_for(rows: int) -> None:
+        while not (metrics.exists() and len(metrics.read_text().splitlines()) >= rows):
+            assert job.poll() is None and time.monotonic() < deadline
+            time.sleep(0.02)
+
+    wait_for(4)  # one more than the checkpoint holds
     for process in tree_of(int((tmp_path / "node1.pid").read_text())):
         os.kill(process, signal.SIGKILL)
+    first = int((tmp_path / "script.pid").read_text())
+    while (script := int((tmp_path / "script.pid").read_text() or first)) == first:
+        assert job.poll() is None and time.monotonic() < deadline
+        time.sleep(0.02)
+    wait_for(len(read_jsonl(metrics)) + 1)
+    os.kill(script, signal.SIGTERM)
     output, _ = job.communicate(timeout=PATIENCE_S)
     assert job.returncode == 0, output[-4000:]
-    assert "back into the queue" in output and "another rank died or hangs" in output
-    after = read_jsonl(metrics)
-    assert [row["iteration"] for row in after] == list(range(8))
-    # The fourth iteration was run before the kill and again after it, from the checkpoint of the third.
-    assert len(before) < 8
-    keys = [key for key in before[3] if key.startswith(("iteration", "reward/", "policy/", "advantage/", "parity/"))]
-    assert [before[3][key] for key in keys] == [after[3][key] for key in keys]
-    assert json.loads((tmp_path / "run" / "summary.json").read_text())["iterations"] == 8
+    assert "another rank died or hangs" in output and output.count("back into the queue") == 2, output[-4000:]
+    assert output.index("(failed); back into the queue") < output.index("ended with 75 (stopped by a signal)")
+    for name in ("SLURM_JOB_ID", "STATE"):
+        monkeypatch.delenv(name)
+    assert main(["train", *SETTINGS, "run.dir=alone"]) == 0
+    found, expected = (read_jsonl(tmp_path / run / "metrics.jsonl") for run in ("run", "alone"))
+    assert [row["iteration"] for row in found] == list(range(12))
+    keys = [key for key in expected[0] if key.startswith(("iteration", "reward/", "policy/", "advantage/", "parity/"))]
+    assert [[row[key] for key in keys] for row in found] == [[row[key] for key in keys] for row in expected]
+    policies = [load_file(tmp_path / run / "policy.safetensors") for run in ("run", "alone")]
+    assert policies[0].keys() == policies[1].keys()
+    assert all(torch.equal(policies[0][name], policies[1][name]) for name in policies[0])
+    summaries = [json.loads((tmp_path / run / "summary.json").read_text()) for run in ("run", "alone")]
+    assert summaries[0]["held_out"] == summaries[1]["held_out"] and summaries[0]["iterations"] == 12
 
 
 RANKS = """
@@ -125,35 +150,89 @@ assert sys.argv[1] == "-m" and sys.argv[2].endswith("distributed.run")
 assert sys.argv[-4:] == ["--config", "x", "--resume", "auto"]
 signal.signal(signal.SIGTERM, lambda *_: print("torchrun got it", flush=True))
 rank = "import signal, sys, time; signal.signal(signal.SIGTERM, lambda *_: sys.exit(75)); "
-rank += "print('up', flush=True); time.sleep(600)"
+rank += "print('up', flush=True); time.sleep(3600)"
 sys.exit(subprocess.run([sys.executable, "-c", rank]).returncode and 1)
 """
+NO_RANKS = """
+import time
+print("up", flush=True)
+time.sleep(3600)
+"""
+FAILING = "import pathlib; {}; raise SystemExit(1)"
+CHECKPOINT = "pathlib.Path('run/checkpoints/step_000007').mkdir(parents=True, exist_ok=True)"
 
 
-def test_a_signal_stops_the_ranks_and_requeues(slurm: dict[str, str], tmp_path: Path) -> None:
-    """Of torchrun only the exit code is kept: it turns the ranks' 75 into 1, and must not get the signal itself."""
-    python = tmp_path / "bin" / "python-stub"
-    python.write_text(f'#!/bin/bash\nexec {sys.executable} {tmp_path / "ranks.py"} "$@"\n')
-    python.chmod(0o755)
-    (tmp_path / "ranks.py").write_text(RANKS)
-    environment = slurm | {"PYTHON": str(python)}
-    job = subprocess.Popen(
+@pytest.fixture
+def stub(slurm: dict[str, str], tmp_path: Path) -> Callable[..., dict[str, str]]:
+    """``stub(code)``: an environment whose Python is that code for torchrun; `geoalign doctor` ends as told."""
+
+    def build(code: str, doctor: int = 0, **variables: str) -> dict[str, str]:
+        (tmp_path / "torchrun.py").write_text(code)
+        python = tmp_path / "bin" / "python-stub"
+        python.write_text(
+            "#!/bin/bash\n"
+            'case "$*" in\n'
+            f'*geoalign\\ doctor*) echo \'{{"folder": "run"}}\' > "${{@: -1}}"; exit {doctor} ;;\n'
+            f'-c*) exec {sys.executable} "$@" ;;\n'
+            "esac\n"
+            f'exec {sys.executable} {tmp_path / "torchrun.py"} "$@"\n'
+        )
+        python.chmod(0o755)
+        return slurm | {"PYTHON": str(python)} | variables
+
+    return build
+
+
+def start(environment: dict[str, str], folder: Path) -> subprocess.Popen[str]:
+    return subprocess.Popen(
         ["bash", CLUSTER / "train.slurm", "--config", "x"],
-        env=environment, cwd=tmp_path, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+        env=environment, cwd=folder, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
     )  # fmt: skip
+
+
+@pytest.mark.parametrize("code", [RANKS, NO_RANKS], ids=["ranks", "before there are any"])
+def test_a_signal_stops_the_ranks_and_requeues(code: str, stub: Callable[..., dict[str, str]], tmp_path: Path) -> None:
+    """Of torchrun only the exit code is kept: it turns the ranks' 75 into 1, and must not get the signal while it has
+    ranks."""
+    environment = stub(code)
+    job = start(environment, tmp_path)
     assert job.stdout is not None
     seen = ""
     while seen.count("up") < 2:
-        seen += job.stdout.readline()
+        line = job.stdout.readline()
+        assert line, seen
+        seen += line
     job.send_signal(signal.SIGTERM)
     output, _ = job.communicate(timeout=PATIENCE_S)
     assert "ended with 75 (stopped by a signal); back into the queue" in output and "torchrun got it" not in output
     assert (tmp_path / "requeued").read_text().split() == [environment["SLURM_JOB_ID"]]
 
 
-def test_after_many_restarts_it_gives_up(slurm: dict[str, str], tmp_path: Path) -> None:
-    environment = slurm | {"PYTHON": "false", "SLURM_RESTART_COUNT": "20"}
-    command = ["bash", CLUSTER / "train.slurm", "--config", "x"]
-    done = subprocess.run(command, env=environment, cwd=tmp_path, capture_output=True, text=True, timeout=PATIENCE_S)
-    assert done.returncode == 1 and "not started again" in done.stderr
-    assert not (tmp_path / "requeued").exists()
+def ended(environment: dict[str, str], folder: Path) -> tuple[int, str, bool]:
+    """Exit code and output of a start, and whether it asked for another."""
+    (folder / "requeued").unlink(missing_ok=True)
+    job = start(environment, folder)
+    output, _ = job.communicate(timeout=PATIENCE_S)
+    return job.returncode, output, (folder / "requeued").exists()
+
+
+def test_it_gives_up_after_failures_without_a_new_checkpoint(
+    stub: Callable[..., dict[str, str]], tmp_path: Path
+) -> None:
+    """However often it was stopped before: two in a row are the most here, and a checkpoint in between begins anew."""
+    for restarts, done in enumerate(("0", CHECKPOINT, "0", "0")):
+        environment = stub(FAILING.format(done), MOST_FAILURES="2", SLURM_RESTART_COUNT=str(20 * restarts))
+        code, output, again = ended(environment, tmp_path)
+        assert again == (restarts < 3), output
+    assert code == 1 and not again and "2 times in a row without a new checkpoint; not started again" in output
+
+
+@pytest.mark.parametrize("code", [1, 2])
+def test_what_cannot_start_does_not_come_back(code: int, stub: Callable[..., dict[str, str]], tmp_path: Path) -> None:
+    assert ended(stub("raise AssertionError", doctor=code), tmp_path) == (code, "", False)
+
+
+def test_a_cancelled_job_is_not_put_back(stub: Callable[..., dict[str, str]], tmp_path: Path) -> None:
+    (tmp_path / "state").write_text("COMPLETING\n")
+    code, output, again = ended(stub(FAILING.format("0")), tmp_path)
+    assert code == 1 and not again and "the job is COMPLETING" in output

@@ -11,13 +11,14 @@ import time
 from pathlib import Path
 
 import pytest
-from patience import PATIENCE_S
+from patience import LONG_S, PATIENCE_S
 from seams import seam_ratio
 
 from geoalign.files.atomic import read_jsonl
 from geoalign.jobs.evaluate import AXIS_METRICS
 from geoalign.policy.open import describe, open_policy
 
+pytestmark = pytest.mark.timeout(LONG_S)  # the whole demo runs inside the first of them
 ROOT = Path(__file__).parents[2]
 
 

@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 import torch
-from patience import PATIENCE_S
+from patience import HANG_S, PATIENCE_S
 from safetensors.torch import load_file
 
 from geoalign.files.atomic import read_jsonl
@@ -121,8 +121,7 @@ def test_a_killed_rank_ends_the_run_which_another_number_of_ranks_resumes(
 @pytest.mark.dist(groups=1)
 def test_a_hung_rank_ends_the_run_with_a_message(train: Launch, tmp_path: Path) -> None:
     folder = tmp_path / "run"
-    # Long enough for one rank to evaluate two videos while the other waits, also on a slow machine.
-    limit = ("train.rank_timeout_s=30", "eval.samples=2")
+    limit = (f"train.rank_timeout_s={HANG_S}", "eval.samples=2")  # one rank waits while the other evaluates two videos
     process = train(folder, 1, "run.ranks=2", "train.iterations=4000", *limit)
     wait_for(folder / "checkpoints" / "step_000001", process)
     hung = rank_1_of(process)

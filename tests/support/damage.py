@@ -21,6 +21,7 @@ from typing import Any, Literal, NamedTuple
 import damage_records as records
 import numpy as np
 import torch
+from patience import PATIENCE_S, READ_CPU_S
 
 from geoalign.config.data import DataConfig, TrajectoriesConfig
 from geoalign.config.load import load_config
@@ -47,7 +48,7 @@ from geoalign.training.engines.snapshot import Snapshot
 from geoalign.world.dataset import write_world
 
 Outcome = Literal["clear_error", "accepted_rightly", "accepted_wrongly", "traceback", "hang"]
-MAX_SECONDS, MAX_WAIT, MAX_BYTES = 10.0, 60.0, 1 << 30
+MAX_BYTES = 1 << 30
 _LENS = (0.8, 0.8 * 64 / 48, 0.5, 0.5)
 _PATH = CameraTrajectory.identity(8, _LENS, dtype=torch.float64)
 _TINY = ModelConfig(
@@ -398,8 +399,7 @@ def _damage(data: bytes, rng: np.random.Generator) -> tuple[str, bytes]:
 def classify(call: Callable[[], bool]) -> tuple[Outcome, str]:
     """What became of one damaged input, and the message of the error.
 
-    ``hang``: beyond 1 GB or ten seconds of computing, which is what an input costs on a busy machine too, or one that
-    waited for a minute.
+    ``hang``: beyond 1 GB or ``READ_CPU_S`` of computing, or one that waited for ``PATIENCE_S``.
     """
     began, computed = time.monotonic(), time.process_time()
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
@@ -413,7 +413,7 @@ def classify(call: Callable[[], bool]) -> tuple[Outcome, str]:
     except Exception as error:
         outcome, said = "traceback", f"{type(error).__name__}: {error}"
     grown = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) << 10
-    slow = time.process_time() - computed > MAX_SECONDS or time.monotonic() - began > MAX_WAIT
+    slow = time.process_time() - computed > READ_CPU_S or time.monotonic() - began > PATIENCE_S
     return ("hang" if slow or grown > MAX_BYTES else outcome), said
 
 

@@ -15,12 +15,10 @@ from geoalign.benchmark.tools.settings import (
     interpreter,
     read_tool,
 )
-from geoalign.benchmark.tools.worker import ToolFailure, check_about, child_environment
+from geoalign.benchmark.tools.worker import ABOUT_TIMEOUT_S, ToolFailure, check_about, child_environment
 from geoalign.config.schema import Config
 from geoalign.errors import ConfigError
-from geoalign.jobs.checks import Check
-
-_TIMEOUT_S = 30.0
+from geoalign.files.check import Check
 
 
 def tool_environments(config: Config) -> Iterator[Check]:
@@ -59,7 +57,7 @@ def _about(name: str, environment: EnvironmentSettings) -> dict[str, Any]:
     try:
         done = subprocess.run(
             [str(python), str(RUNNERS / "host.py"), setup], input='{"do": "about"}\n', capture_output=True, text=True,
-            timeout=_TIMEOUT_S, check=False, start_new_session=True, env=child_environment(os.environ, python),
+            timeout=ABOUT_TIMEOUT_S, check=False, start_new_session=True, env=child_environment(os.environ, python),
         )  # fmt: skip
         return json.loads(done.stdout)
     except (OSError, ValueError, subprocess.TimeoutExpired) as error:

@@ -29,8 +29,10 @@ from geoalign.rewards.running.worker import choose_device
 
 Kind = Literal["absent", "wrong version", "raised", "died", "timed out", "incomplete output", "identity poses"]
 _AGAIN: frozenset[Kind] = frozenset({"raised", "died", "incomplete output"})
-_ABOUT_TIMEOUT_S = 60.0
-_LAST_BREATH_S = 5.0
+ABOUT_TIMEOUT_S = 600.0
+"""Nothing but Python is started for that; a machine with much else to do may take minutes all the same."""
+_LAST_BREATH_S = 120.0
+"""How long a process that has closed its side may take to end: one that crashed may write gigabytes of memory first."""
 _MAX_FAILED_LOADS = 4
 """After as many in a row a tool is taken for broken: loading may take minutes, and would again in every case."""
 _TAIL_BYTES, _TAIL_LINES, _LINE = 1 << 16, 2, 200
@@ -102,7 +104,7 @@ class ToolWorker:
             raise ToolFailure(last.kind, f"not tried again after {_MAX_FAILED_LOADS} starts that ended so: {last.text}")
         self._launch()
         try:
-            check_about(self._send({"do": "about"}, _ABOUT_TIMEOUT_S), self.name, self.environment)
+            check_about(self._send({"do": "about"}, ABOUT_TIMEOUT_S), self.name, self.environment)
             self._load()
         except ToolFailure:  # what cannot be loaded leaves no process behind
             self.close()

@@ -54,7 +54,8 @@ def find_weights(path: str | Path, layout_name: str) -> Path:
 
 
 def _download(path: Path, layout_name: str) -> str:
-    return PUBLISHED[layout_name].line(path.parent if path.suffix else path)
+    published = PUBLISHED[layout_name]
+    return published.line_for(path) if path.suffix else published.line(path)
 
 
 def needs(checkpoint: str, *, layout: str = "v1.1", backend: str = "native", **_: Any) -> tuple[Need, ...]:

@@ -6,17 +6,14 @@ everything it looks for.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
+from geoalign.config.packages import packages
 from geoalign.config.schema import Config
 from geoalign.errors import MissingInputsError
+from geoalign.files.check import Check, lines_of
 from geoalign.jobs.checks import inputs, machine
-from geoalign.jobs.checks.check import Check, State, look, look_at
-
-__all__ = ["SOURCES", "Check", "Source", "State", "collect", "lines_of", "look", "look_at", "require_inputs"]
-
-MARKS = {"present": "[x]", "absent": "[ ]", "wrong": "[!]"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,7 +32,7 @@ class Source:
 
 
 SOURCES = (
-    Source("packages", ("train", "prepare"), machine.packages),
+    Source("packages", ("train", "prepare"), packages),
     Source("policy", ("train",), inputs.policy),
     Source("autoencoder", ("train", "prepare"), inputs.autoencoder),
     Source("encoders", ("prepare",), inputs.encoders),
@@ -45,15 +42,14 @@ SOURCES = (
     Source("camera paths", ("train",), inputs.camera_paths),
     Source("cache", ("train",), inputs.cache),
     Source("benchmark", ("benchmark",), inputs.benchmark),
-    Source("disk", (), machine.disk),
-    Source("device", (), machine.devices),
 )
 """In the order in which a person gets them."""
 
 
 def collect(config: Config, verb: str | None = None) -> list[Check]:
-    """Everything that ``config`` needs, or only what ``verb`` refuses to start without."""
-    return [check for source in SOURCES if verb is None or verb in source.verbs for check in source.look(config)]
+    """Everything that ``config`` needs, of the machine too, or only what ``verb`` refuses to start without."""
+    found = [check for source in SOURCES if verb is None or verb in source.verbs for check in source.look(config)]
+    return found if verb is not None else [*found, *machine.disk(config, found), *machine.devices(config)]
 
 
 def require_inputs(config: Config, verb: str) -> None:
@@ -69,15 +65,3 @@ def require_inputs(config: Config, verb: str) -> None:
     if bad:
         verdict = f"{len(bad)} of the things that this run reads cannot be used (docs/real-weights.md):"
         raise MissingInputsError("\n".join([verdict, *lines_of(bad)]))
-
-
-def lines_of(checks: Sequence[Check]) -> list[str]:
-    """A line for each, and its way out below; a way out that serves several is said once, below the last of them."""
-    last = {check.fix: number for number, check in enumerate(checks)}
-    width = max((len(check.name) for check in checks), default=0) + 2
-    lines = []
-    for number, check in enumerate(checks):
-        lines.append(f"  {MARKS[check.state]} {check.name:<{width}}{check.what}")
-        if check.fix and last[check.fix] == number:
-            lines += [f"{'':<8}{line}" for line in check.fix.splitlines()]
-    return lines

@@ -5,16 +5,18 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+from geoalign.config.data import ClipsConfig
 from geoalign.config.published import BASE, BLIP2, CAMERAS, CLIPS, DAVIS, RECAMMASTER, REDIRECTOR, WAN_T2V, Published
 from geoalign.config.schema import Config
 from geoalign.data.cache import open_cache
-from geoalign.data.clips import list_clips
+from geoalign.data.clips import list_clips, read_clip_list
 from geoalign.data.prepare import data_settings
 from geoalign.data.tally import Tally
+from geoalign.data.trajectories import list_path_files
 from geoalign.errors import UserError
+from geoalign.files.check import Check, absent, look, look_at
 from geoalign.files.need import Need, looks_like_tokenizer
 from geoalign.geometry.cameras.door import split_name
-from geoalign.jobs.checks.check import Check, look, look_at
 from geoalign.jobs.prepare import encoder_identity
 from geoalign.models.captions import check_captioner
 from geoalign.models.encoders import check_image_encoder, check_text_encoder
@@ -30,9 +32,9 @@ def policy(config: Config) -> Iterator[Check]:
     base, delta = config.train.base, config.train.delta
     parts = [] if base is None else [("base weights", base, _base_line(config, base))]
     trained = RECAMMASTER if config.model.camera == "modulated" else REDIRECTOR
-    parts += [] if delta is None else [("weights trained on the base", delta, trained.line(delta.parent))]
+    parts += [] if delta is None else [("weights trained on the base", delta, trained.line_for(delta))]
     if missing := [part for part in parts if _is_missing(part[1])]:
-        yield from (Check(name, "absent", f"{path} is not there", get) for name, path, get in missing)
+        yield from (absent(name, path, get) for name, path, get in missing)
         return
 
     def opened() -> str:
@@ -44,13 +46,13 @@ def policy(config: Config) -> Iterator[Check]:
 
 
 def autoencoder(config: Config) -> Iterator[Check]:
-    """The video autoencoder beside the base, where the codec is one and ``data.prepare`` names no other."""
+    """The video autoencoder beside the base, where the codec is one."""
     base = config.train.base
     if config.codec.kind != "wan_vae" or base is None:
         return
-    get = _published_base(config).line(base)
+    get = _base_line(config, base)
     if _is_missing(base):
-        yield Check("video autoencoder", "absent", f"{base} is not there", get)
+        yield absent("video autoencoder", base, get)
     else:
         yield look("video autoencoder", get, lambda: _vae(base))
 
@@ -66,7 +68,8 @@ def _published_base(config: Config) -> Published:
 def _base_line(config: Config, base: Path) -> str:
     """What makes a base: a download for the published codec, pre-training for the embedded one."""
     if config.codec.kind == "wan_vae":
-        return _published_base(config).line(base)
+        published = _published_base(config)
+        return published.line_for(base) if base.suffix else published.line(base)
     return f"geoalign pretrain {config.asked} --out {base}"
 
 
@@ -80,13 +83,14 @@ def encoders(config: Config) -> Iterator[Check]:
     settings = config.data.prepare
     named: list[tuple[str, Path, str, Callable[[Path], str]]] = []
     if settings.codec is not None:
-        named.append(("autoencoder of prepare", settings.codec, BASE.line(settings.codec.parent), check_wan_codec))
+        get = _published_base(config).line_for(settings.codec)
+        named.append(("autoencoder of prepare", settings.codec, get, check_wan_codec))
     if settings.text is not None:
-        get = _published_base(config).line(settings.text.parent)
-        named.append(("text encoder", settings.text, get, check_text_encoder))
-        named.append(("tokenizer", settings.tokenizer or settings.text, get, looks_like_tokenizer))
+        published, words = _published_base(config), settings.tokenizer or settings.text
+        named.append(("text encoder", settings.text, published.line_for(settings.text), check_text_encoder))
+        named.append(("tokenizer", words, published.line_for(words), looks_like_tokenizer))
     if settings.image is not None:
-        named.append(("image encoder", settings.image, BASE.line(settings.image.parent), check_image_encoder))
+        named.append(("image encoder", settings.image, BASE.line_for(settings.image), check_image_encoder))
     if settings.captioner is not None:
         named.append(("captioner", settings.captioner, BLIP2.line(settings.captioner), check_captioner))
     for name, path, get, verify in named:
@@ -128,39 +132,49 @@ def clips(config: Config) -> Iterator[Check]:
         state = "complete" if is_complete(config.data, config.world) else "is rendered when a run starts"
         yield Check("embedded world", "present", f"{config.data.root}: {state}")
     elif not path.exists():
-        yield Check("source clips", "absent", f"{path} is not there", CLIPS.line(path))
+        yield absent("source clips", path, CLIPS.line(path))
     else:
-        yield look("source clips", "put clips there, or set data.root and data.clips", lambda: _listed(config))
+        fix = "put clips there, or set data.root and data.clips"
+        yield look("source clips", fix, lambda: _listed(path, config.data.clips))
 
 
 def camera_paths(config: Config) -> Iterator[Check]:
-    """Target camera paths: there, and not an empty folder."""
+    """Target camera paths: files that may hold some, by their names."""
     path = split_name(config.data.trajectories_path)[0]
     if config.world is not None:
         return
-    if not path.exists() or (path.is_dir() and not any(path.iterdir())):
-        yield Check("camera paths", "absent", f"{path} is not there or empty", CAMERAS.line(path))
+    found = list_path_files(config.data.trajectories_path, config.data.trajectories) if path.exists() else []
+    if not found:
+        yield absent("camera paths", path, CAMERAS.line(path), empty=True)
     else:
-        yield Check("camera paths", "present", f"{path} (`geoalign data trajectories` looks into it)")
+        what = f"{path}: {len(found):,} archives or files (`geoalign data trajectories` looks into them)"
+        yield Check("camera paths", "present", what)
 
 
-def _listed(config: Config) -> str:
+def _listed(path: Path, settings: ClipsConfig) -> str:
     tally = Tally("clips")
-    records = list_clips(config.data.clips_path, config.data.clips, tally)
-    tally.check(config.data.clips.max_bad_fraction)
+    records = list_clips(path, settings, tally)
+    tally.check(settings.max_bad_fraction)
     left_out = f", {len(tally.rejected):,} rows left out" if tally.rejected else ""
-    return f"{config.data.clips_path}: {len(records):,} clips{left_out} (`geoalign data check` looks into them)"
+    return f"{path}: {len(records):,} clips{left_out} (`geoalign data check` looks into them)"
 
 
 def benchmark(config: Config) -> Iterator[Check]:
-    """What the benchmark's section names: clips, captioner and the weights of its pose estimators."""
+    """What the benchmark's section names: clips, their list, captioner and the weights of its pose estimators."""
     settings = config.benchmark
-    if settings.clips is not None:
-        name, get = "benchmark clips", DAVIS.line(settings.clips)
-        if settings.clips.exists():
-            yield Check(name, "present", str(settings.clips))
+    folder, chosen = settings.clips, settings.clip_list
+    if folder is not None:
+        name, get = "benchmark clips", DAVIS.line(folder)
+        if not folder.exists():
+            yield absent(name, folder, get)
         else:
-            yield Check(name, "absent", f"{settings.clips} is not there", get)
+            yield look(name, get, lambda: _listed(folder, ClipsConfig()))
+    if folder is not None and chosen is not None:
+        name, fix = "list of clips", "write the names of the clips there, one a line (docs/benchmark.md)"
+        if not chosen.exists():
+            yield absent(name, chosen, fix)
+        else:
+            yield look(name, fix, lambda: f"{chosen}: {len(read_clip_list(chosen)):,} names")
     if settings.captioner is not None:
         get = BLIP2.line(settings.captioner)
         yield look_at(Need("captioner (benchmark)", settings.captioner, get, check_captioner))
@@ -184,6 +198,6 @@ def cache(config: Config) -> Iterator[Check]:
 
     fix = f"geoalign prepare {config.asked}"
     if not config.data.cache.exists():
-        yield Check("prepared windows", "absent", f"{config.data.cache} is not there", fix)
+        yield absent("prepared windows", config.data.cache, fix)
     else:
         yield look("prepared windows", fix, opened)

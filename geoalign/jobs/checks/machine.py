@@ -1,18 +1,18 @@
-"""What a run needs of the machine itself: packages, free disk, the device."""
+"""What a run needs of the machine itself: free disk, the device."""
 
 from __future__ import annotations
 
-import importlib.util
 import re
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import torch
 
+from geoalign.config.published import gigabytes_of
 from geoalign.config.schema import Config
 from geoalign.errors import UserError
-from geoalign.jobs.checks.check import Check
+from geoalign.files.check import Check
 from geoalign.models.layouts import count, model_shapes
 from geoalign.perf.memory import predict_memory
 from geoalign.training.processes.device import device_of, dtype_of
@@ -20,41 +20,10 @@ from geoalign.training.processes.device import device_of, dtype_of
 _CHECKPOINTS_IN_HAND = 1
 """A checkpoint is whole before an older one is deleted."""
 
-_PACKAGES: tuple[tuple[str, str, Callable[[Config], bool]], ...] = (
-    ("deepspeed", "pip install 'geoalign[gpu]'", lambda c: c.parallel.engine == "deepspeed"),
-    ("torchao", "pip install 'geoalign[gpu]'", lambda c: c.optim.states == "int8" or c.ode.linears == "int8"),
-    ("nvidia.dali", "pip install 'geoalign[dali-cu13]'", lambda c: c.data.clips.reader == "dali"),
-    ("wandb", "pip install 'geoalign[wandb]'", lambda c: c.run.wandb is not None),
-    ("flash_attn", "pip install --no-build-isolation 'geoalign[flash]'", lambda c: c.run.attention == "flash2"),
-    ("depth_anything_3", "see docs/rewards.md", lambda c: _runs_inline(c, "depth_anything_3")),
-)
-"""Optional packages, and the settings that ask for them."""
-_BASE = ("torch", "numpy", "scipy", "safetensors", "av", "diffusers", "transformers", "PIL", "tensorboard", "cv2")
 
-
-def packages(config: Config) -> Iterator[Check]:
-    """Every package that these settings import; those that are there are one line together."""
-    wanted = [(name, "pip install geoalign") for name in _BASE]
-    wanted += [(name, get) for name, get, asked in _PACKAGES if asked(config)]
-    missing = [(name, get) for name, get in wanted if not _importable(name)]
-    yield from (Check(f"package {name}", "absent", "is not installed", get) for name, get in missing)
-    if not missing:
-        yield Check("packages", "present", ", ".join(name for name, _ in wanted))
-
-
-def _importable(name: str) -> bool:
-    try:
-        return importlib.util.find_spec(name) is not None
-    except ModuleNotFoundError:  # of a package around it
-        return False
-
-
-def _runs_inline(config: Config, evaluator: str) -> bool:
-    return any(r.placement == "inline" and r.options.get("evaluator") == evaluator for r in config.rewards.values())
-
-
-def disk(config: Config) -> Iterator[Check]:
-    """Room for the checkpoints that a run keeps, counted from the trained parameters."""
+def disk(config: Config, found: Sequence[Check]) -> Iterator[Check]:
+    """Room for the checkpoints that a run keeps, counted from the trained parameters, and for what ``found`` says is
+    still to be fetched to the same disk."""
     trained = _trained(config)
     per_state = 4 if config.optim.states == "float32" else 1
     # Masters and their average, and the two moments of AdamW; the result is one more copy of the masters.
@@ -62,9 +31,13 @@ def disk(config: Config) -> Iterator[Check]:
     needed = (config.train.keep_checkpoints + _CHECKPOINTS_IN_HAND) * each + 4 * trained
     folder = _nearest(config.run.folder)
     free = shutil.disk_usage(folder).free
+    device = folder.stat().st_dev
+    here = [check for check in found if check.place is not None and _nearest(check.place).stat().st_dev == device]
+    missing = 1e9 * gigabytes_of(check.fix for check in here)
     what = f"{folder}: {free / 1e9:,.1f} GB free, {needed / 1e9:,.1f} GB for checkpoints and result"
-    if free < needed:
-        yield Check("disk", "wrong", what, "free space, or point run.dir to another disk")
+    what += f", {missing / 1e9:,.1f} GB still to be fetched" if missing else ""
+    if free < needed + missing:
+        yield Check("disk", "wrong", what, "free space, or put weights, data or run.dir on another disk")
     else:
         yield Check("disk", "present", what)
 

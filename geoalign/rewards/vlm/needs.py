@@ -25,7 +25,6 @@ def videoalign(
 ) -> tuple[Need, ...]:
     """What :func:`geoalign.rewards.vlm.scorers.build_videoalign` reads with these options."""
     path = Path(checkpoint).expanduser()
-    get = VIDEOALIGN.line(path.parent.parent)  # the release has a folder around the file
 
     def verify(path: Path) -> str:
         file = TensorFile(path)
@@ -34,8 +33,8 @@ def videoalign(
 
     words = Path(tokenizer).expanduser() if tokenizer else path.parent / "tokenizer"
     return (
-        Need("VideoAlign weights", path, get, verify),
-        Need("VideoAlign tokenizer", words, get, looks_like_tokenizer),
+        Need("VideoAlign weights", path, VIDEOALIGN.line_for(path), verify),
+        Need("VideoAlign tokenizer", words, VIDEOALIGN.line_for(words), looks_like_tokenizer),
         _template_need("videoalign", template_folder),
     )
 
@@ -50,7 +49,7 @@ def hpsv3(checkpoint: str, *, tokenizer: str, template_folder: str | None = None
         return summary(file.shapes)
 
     return (
-        Need("HPSv3 weights", path, HPSV3.line(path.parent), verify),
+        Need("HPSv3 weights", path, HPSV3.line_for(path), verify),
         Need("HPSv3 tokenizer", words, HPSV3_TOKENIZER.line(words), looks_like_tokenizer),
         _template_need("hpsv3_instruction", template_folder),
         _template_need("hpsv3_suffix", template_folder),

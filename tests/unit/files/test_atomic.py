@@ -159,7 +159,7 @@ from pathlib import Path
 from geoalign.files.locks import writer_lock
 with writer_lock(Path(sys.argv[1]), "run"):
     print("held", flush=True)
-    time.sleep(60)
+    time.sleep(3600)
 """
 
 

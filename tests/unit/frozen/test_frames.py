@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from patience import PATIENCE_S
 from repository import ROOT, SUPPORT
 from reward_cases import score_videos
 from torch import Tensor
@@ -88,7 +89,7 @@ def same_scores(found: Scores, expected: Scores, tolerance: float) -> None:
         torch.testing.assert_close(found.scores[key], score, rtol=tolerance, atol=tolerance)
 
 
-@pytest.mark.parametrize("failures", [None, FailureConfig(timeout_s=60.0)])
+@pytest.mark.parametrize("failures", [None, FailureConfig(timeout_s=PATIENCE_S)])
 def test_a_batch_scored_by_three_rewards_is_preprocessed_once(passes, failures: FailureConfig | None) -> None:
     rewards, videos, batch = build_rewards(ALL, failures), videos_of(), batch_of()
     for count in (1, 2):  # another tensor is another batch, whatever it holds
@@ -221,7 +222,7 @@ def test_a_worker_process_gives_the_same_scores_as_the_shared_pass() -> None:
     folder, root = SUPPORT, ROOT
     worker = WorkerReward(
         "hpsv3", (), "tiny_scorers:hpsv3",
-        environment={"PYTHONPATH": f"{folder}:{root}:{root / 'kernels'}", "OMP_NUM_THREADS": "1"}, timeout_s=120.0,
+        environment={"PYTHONPATH": f"{folder}:{root}:{root / 'kernels'}", "OMP_NUM_THREADS": "1"}, timeout_s=PATIENCE_S,
     )  # fmt: skip
     try:
         found = worker(videos, batch)

@@ -9,6 +9,7 @@ from collections.abc import Mapping
 
 import pytest
 import torch
+from patience import PATIENCE_S
 from repository import ROOT, SUPPORT
 from reward_cases import BODIES, MeanReward, tiny_geometry, tiny_hpsv3
 from torch import Tensor, nn
@@ -142,7 +143,7 @@ class OnTheHost(MeanReward):
 def rewards_on_cuda() -> dict[str, Reward]:
     return {
         "geometry": GuardedReward(tiny_geometry("cuda")),
-        "hps": GuardedReward(tiny_hpsv3("cuda"), timeout_s=120.0),
+        "hps": GuardedReward(tiny_hpsv3("cuda"), timeout_s=PATIENCE_S),
         "host": GuardedReward(OnTheHost()),
     }
 

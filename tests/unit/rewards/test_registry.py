@@ -123,9 +123,9 @@ def test_wrong_set_up_is_raised_not_masked(pairs: PairedVideos) -> None:
 
 def test_a_worker_gives_equal_scores_and_raises_usage_errors(pairs: PairedVideos) -> None:
     worker = GEOMETRY.model_copy(update={"placement": "worker", "environment": ONE_THREAD})
-    rewards = build_rewards({"geometry": worker}, FailureConfig(timeout_s=60.0))
+    rewards = build_rewards({"geometry": worker}, FailureConfig(timeout_s=PATIENCE_S))
     inside = rewards["geometry"].reward
-    assert isinstance(inside, WorkerReward) and inside.timeout_s == 60.0 and inside.starts == 1
+    assert isinstance(inside, WorkerReward) and inside.timeout_s == PATIENCE_S and inside.starts == 1
     try:
         assert rewards["geometry"].keys == ("rot", "trans")
         expected = score_videos(build_rewards({"geometry": GEOMETRY}), pairs.truth, pairs.batch)
@@ -163,8 +163,8 @@ def test_a_worker_that_cannot_be_built_says_so_before_the_run(tmp_path: Path) ->
 def test_settings_that_cannot_work_are_refused() -> None:
     with pytest.raises(ConfigError, match="placement to worker"):
         load_config(Config, "tiny_cpu", ["rewards.geometry.python=python3"])
-    placed = load_config(Config, "tiny_cpu", ["rewards.geometry.placement=worker", "failures.timeout_s=5"])
-    assert placed.rewards["geometry"].placement == "worker" and placed.failures.timeout_s == 5.0
+    placed = load_config(Config, "tiny_cpu", ["rewards.geometry.placement=worker", f"failures.timeout_s={PATIENCE_S}"])
+    assert placed.rewards["geometry"].placement == "worker" and placed.failures.timeout_s == PATIENCE_S
     config = RewardConfig(kind="source_consistency", options={"evaluator": "mapanything"})
     with pytest.raises(ConfigError, match=r"measures no residual.*use one of: flow_pnp, planar"):
         build_rewards({"consistency": config})

@@ -46,7 +46,7 @@ def test_a_run_ends_as_its_ranks_did(case: str) -> None:
 
 
 def test_a_rank_ends_with_the_process_that_started_it() -> None:
-    code = "from geoalign.training.processes.launcher import *; import time; die_with_launcher(); time.sleep(300)"
+    code = "from geoalign.training.processes.launcher import *; import time; die_with_launcher(); time.sleep(3600)"
     rank = subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE)
     assert rank.stdin is not None
     rank.stdin.close()  # as the kernel does for a process that is killed

@@ -42,7 +42,7 @@ def case_files(tmp_path: Path) -> CaseFiles:
 
 @pytest.fixture
 def tool(tmp_path: Path) -> Iterator[Callable[..., Any]]:
-    """``tool("vipe", "worker", timeout_s=2)``: a built-in one with other settings of its worker, ended by the test."""
+    """``tool("vipe", "worker", retries=0)``: a built-in one with other settings of its worker, ended by the test."""
     opened: list[Any] = []
 
     def build(name: str, worker: str = "worker", **settings: Any) -> Tool:

@@ -11,6 +11,7 @@ from typing import get_args
 import foreign_tools
 import pytest
 import torch
+from patience import PATIENCE_S
 from repository import ROOT
 
 from geoalign.benchmark.records import CaseFiles
@@ -62,7 +63,7 @@ def test_a_tool_of_ones_own(tmp_path: Path) -> None:
     code = "def load(options):\n    return lambda request: {'sharpness': options['gain']}\n"
     (tmp_path / "sharp.py").write_text(code)
     environment = {"python": sys.executable, "distribution": "numpy", "versions": ["2"], "commands": ["true"]}
-    worker = {"runner": "sharp.py", "environment": "mine", "options": {"gain": 3}, "timeout_s": 60}
+    worker = {"runner": "sharp.py", "environment": "mine", "options": {"gain": 3}, "timeout_s": PATIENCE_S}
     settings = {
         "licence": "mine", "metrics": ["sharpness"], "workers": {"worker": worker},
         "environments": {"mine": environment},

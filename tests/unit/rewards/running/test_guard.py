@@ -58,14 +58,14 @@ def test_a_hung_scorer_times_out_once_and_recovers() -> None:
 
 
 def test_the_first_batch_of_a_shape_may_take_longer() -> None:
-    """A call of 1.5 s against a limit of 1 s: in time while its shape is new (ten times that), late afterwards."""
+    """A call of 1 s against a limit of 0.9 s: in time while its shape is new (ten times that), late afterwards."""
 
     class Slow(MeanReward):
         def __call__(self, videos: torch.Tensor, batch: RetakeBatch) -> RewardOutput:
-            time.sleep(1.5)
+            time.sleep(1.0)
             return super().__call__(videos, batch)
 
-    guarded = GuardedReward(Slow(), timeout_s=1.0)
+    guarded = GuardedReward(Slow(), timeout_s=0.9)
     assert guarded(videos_of(2), batch_of(2)).valid.all()
     assert not guarded(videos_of(2), batch_of(2)).valid.any()
 

@@ -153,7 +153,7 @@ def test_decoded_chunks_do_not_pile_up(beside: bool, others: int) -> None:
         alive.append(weakref.ref(video))
         return video
 
-    rewards = {"guarded": GuardedReward(Posed("raise"), timeout_s=60.0), "plain": Posed()}
+    rewards = {"guarded": GuardedReward(Posed("raise"), timeout_s=PATIENCE_S), "plain": Posed()}
     decode_and_score(rewards, decode, batch_of(12), chunk=2, beside=beside)
     assert len(alive) == 6 and not any(ref() is not None for ref in alive)
 
@@ -202,7 +202,7 @@ def test_rewards_elsewhere_run_while_the_others_do(beside: bool) -> None:
     rewards = {
         "here": Meeting(barrier, False),
         "there": GuardedReward(Meeting(barrier, True)),
-        "yonder": GuardedReward(Meeting(barrier, True), timeout_s=30.0),
+        "yonder": GuardedReward(Meeting(barrier, True), timeout_s=PATIENCE_S),
     }
     found = decode_and_score(rewards, lambda rows, _: videos_of(4)[rows], batch_of(4), chunk=2, beside=beside)
     assert list(found.outputs) == list(rewards)  # in the order of the configuration, whoever ends first
