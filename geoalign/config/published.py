@@ -12,6 +12,9 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
+_OF_FILES = (".safetensors", ".pth", ".pt", ".ckpt", ".bin")
+"""Suffixes of weights; "Wan2.1-Fun" has a dot too."""
+
 
 @dataclass(frozen=True, slots=True)
 class Published:
@@ -42,6 +45,10 @@ class Published:
             if path.parts[-len(parts) :] == parts:
                 return self.line(Path(*path.parts[: -len(parts)]))
         return "put it there, or name the one that you have"
+
+    def line_into(self, path: Path) -> str:
+        """The command for a folder that settings name, or for a file in one as :meth:`line_for`."""
+        return self.line_for(path) if path.suffix in _OF_FILES else self.line(path)
 
     def line(self, folder: Path | str | None = None) -> str:
         """The command that fetches it into ``folder`` (default: where the presets look)."""

@@ -54,8 +54,7 @@ def find_weights(path: str | Path, layout_name: str) -> Path:
 
 
 def _download(path: Path, layout_name: str) -> str:
-    published = PUBLISHED[layout_name]
-    return published.line_for(path) if path.suffix else published.line(path)
+    return PUBLISHED[layout_name].line_into(path)
 
 
 def needs(checkpoint: str, *, layout: str = "v1.1", backend: str = "native", **_: Any) -> tuple[Need, ...]:

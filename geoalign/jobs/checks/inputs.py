@@ -68,8 +68,7 @@ def _published_base(config: Config) -> Published:
 def _base_line(config: Config, base: Path) -> str:
     """What makes a base: a download for the published codec, pre-training for the embedded one."""
     if config.codec.kind == "wan_vae":
-        published = _published_base(config)
-        return published.line_for(base) if base.suffix else published.line(base)
+        return _published_base(config).line_into(base)
     return f"geoalign pretrain {config.asked} --out {base}"
 
 

@@ -11,7 +11,7 @@ from geoalign.cli.main import main
 from geoalign.cli.train import print_comparison
 from geoalign.errors import DataError, RunError, UsageError
 from geoalign.files.atomic import atomic_path, atomic_write_text, check_writable
-from geoalign.jobs.evaluate import Evaluation
+from geoalign.jobs.evaluate import Evaluation, HeldOut
 
 
 @pytest.mark.parametrize(
@@ -59,7 +59,7 @@ def test_numbers_that_are_not_finite_are_null(
 ) -> None:
     found = Evaluation({"presets": {"psnr_db": [float("nan"), 20.0]}}, {}, {})
     monkeypatch.setattr("geoalign.jobs.evaluate.evaluate", lambda *_, **__: found)
-    monkeypatch.setattr("geoalign.jobs.evaluate.HeldOut.build", lambda *_: None)
+    monkeypatch.setattr("geoalign.jobs.evaluate.HeldOut.build", lambda *_: HeldOut({}))
     command = ["evaluate", "--config", "smoke", "--model", "builtin:tiny_base", "--json", str(tmp_path / "e.json")]
     assert main(command) == 0
     assert json.loads((tmp_path / "e.json").read_text())["held_out"] == {"presets": {"psnr_db": [None, 20.0]}}

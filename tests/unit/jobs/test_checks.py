@@ -33,6 +33,7 @@ def look(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., dict[
 def test_a_download_is_advised_only_for_the_names_that_it_has(look: Callable[..., dict[str, Check]]) -> None:
     published = look("single_gpu")
     assert published["weights trained on the base"].fix == REDIRECTOR.line("weights/redirector")
+    assert published["base weights"].fix == published["video autoencoder"].fix == BASE.line()
     assert published["tokenizer"].fix == published["text encoder"].fix == BASE.line()
     moved = look("single_gpu", "train.delta=/a b/step20000.safetensors")
     assert moved["weights trained on the base"].fix == REDIRECTOR.line("/a b")

@@ -28,7 +28,7 @@ from geoalign.config.world import WorldConfig
 from geoalign.data.video import write_video
 from geoalign.errors import UserError
 from geoalign.files import weights
-from geoalign.jobs.evaluate import Evaluation
+from geoalign.jobs.evaluate import Evaluation, HeldOut
 from geoalign.jobs.prepare import encoder_identity
 from geoalign.models.dit import RetakeDiT
 from geoalign.policy import open as door
@@ -237,7 +237,7 @@ def small_layouts(models: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(door, "REDIRECTOR", ModelConfig(**PUBLISHED))
     monkeypatch.setattr(door, "RECAMMASTER", ModelConfig(**MODULATED))
     monkeypatch.setattr("geoalign.jobs.evaluate.evaluate", lambda *_, **__: Evaluation({}, {}, {}))
-    monkeypatch.setattr("geoalign.jobs.evaluate.HeldOut.build", lambda *_: None)
+    monkeypatch.setattr("geoalign.jobs.evaluate.HeldOut.build", lambda *_: HeldOut({}))
     # None of these folders holds the 11 GB of a text encoder, without which `sample` refuses them.
     monkeypatch.setattr("geoalign.jobs.encode.reads_text_of", lambda *_: False)
 
