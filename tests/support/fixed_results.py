@@ -57,7 +57,13 @@ def fixed_results(folder: Path) -> Store:
         "vipe": {"cameras": True, "metrics": [], "licence": "Apache-2.0"},
         "vbench": {"cameras": False, "metrics": ["subject_consistency", "dynamic_degree"], "licence": "Apache-2.0"},
     }
-    manifest = {"settings": {}, "methods": {"trained": {}, "base": {}}, "cases": cases, "readers": readers}
+    manifest = {
+        "settings": {},
+        "methods": {"trained": {}, "base": {}},
+        "contents": {},
+        "cases": cases,
+        "readers": readers,
+    }
     (folder / "benchmark.json").write_text(json.dumps(manifest))
     (folder / "config.yaml").write_text(to_yaml(load_config(Config, "smoke", ["benchmark.resamples=500"])))
     numbers = {"source": "arXiv 0000.00000, table 1", "methods": {"OtherMethod": {"rot_err_deg": 1.25}}}
