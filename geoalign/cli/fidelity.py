@@ -19,8 +19,7 @@ EXAMPLES = """\
 examples:
   geoalign fidelity run --config bench_levers groups.conditions=8 groups.size=16 --groups 16 --json fidelity.json \\
       --setting "flow.tail_grid=sigma flow.tail_steps=9" --setting "ode.reuse=residual ode.reuse_share=0.4"
-  geoalign fidelity run --config paper_64xa800 groups.conditions=1 --groups 16 --json real.json \\
-      --setting "ode.reuse=residual ode.reuse_share=0.4 ode.attention=int8"
+  geoalign fidelity run --config paper_64xa800_fast groups.conditions=16 --groups 16 --json real.json
   geoalign fidelity choose --config paper_64xa800 groups.conditions=1 ode.reuse=residual --out drift.json
 
 The policy is train.base of the configuration. Settings may change flow.tail_*, ode.*, and as controls run.dtype and

@@ -21,7 +21,7 @@ RESULTS = Path("docs/results/rungs")
 EXACT = "window of 4, exact levers"
 ARMS = {
     "exact levers": EXACT,
-    "reuse at 30 %, gradients of 3 of 4 window steps": "window of 4, exact levers, reuse",
+    "reuse at 45 %, gradients of 2 of 4 window steps": "window of 4, exact levers, reuse",
     "5 steps by sigma, second order": "window of 4, exact levers, 5 tail steps",
 }
 """The arms of time to quality that stand in this table too."""

@@ -37,7 +37,7 @@ ARMS: dict[str, tuple[str, ...]] = {
     "window of 4, nothing shared": (*MOVING, *NOTHING_SHARED),
     "window of 4, exact levers": (*MOVING, "levers.streaming=graphs"),
     "window of 4, exact levers, reuse": (*MOVING, "levers.streaming=graphs", "ode.reuse=residual",
-                                         "ode.reuse_share=0.3", "ode.audit_every=20", "learn.window_steps=3"),
+                                         "ode.reuse_share=0.45", "ode.audit_every=20", "learn.window_steps=2"),
     "window of 4, exact levers, 5 tail steps": (*MOVING, "levers.streaming=graphs", "flow.tail_grid=sigma",
                                                 "flow.tail_steps=5", "flow.tail_solver=dpm2m", "ode.audit_every=20"),
 }  # fmt: skip
