@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 import torch
-from patience import HANG_S, PATIENCE_S
+from patience import HANG_S, LONG_S, PATIENCE_S
 from safetensors.torch import load_file
 
 from geoalign.files.atomic import read_jsonl
@@ -49,13 +49,14 @@ CHECKS = [
 ]  # fmt: skip
 
 
+@pytest.mark.timeout(LONG_S)
 @pytest.mark.parametrize(
     "device", [pytest.param("cpu", marks=pytest.mark.dist(groups=1)), pytest.param("cuda", marks=pytest.mark.multigpu)]
 )
 def test_every_engine_and_layout_equals_one_process(device: str, launch: Launch, tmp_path: Path) -> None:
     checks = str(Path(__file__).with_name("rank_checks.py"))
     process = launch(2, checks, "--device", device, folder=tmp_path)
-    output, _ = process.communicate(timeout=PATIENCE_S)
+    output, _ = process.communicate(timeout=LONG_S - PATIENCE_S)  # many runs, one after the other
     assert process.returncode == 0, output
     assert [line.split(":")[0] for line in output.splitlines() if line.startswith("ok ")] == CHECKS
 
