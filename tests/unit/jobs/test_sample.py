@@ -213,7 +213,10 @@ def test_tiled_reaches_the_autoencoder(
         ("--out /proc/none/out.mp4", "cannot be written"),
         ("--negative-prompt @none.txt", "none.txt"),
         ("--source-estimator mapanything --estimator-weights none", "hf download facebook/map-anything-apache"),
-        ("--best-of 2 --reward hpsv3 --set checkpoint=none --set tokenizer=none", "hf download MizzenAI/HPSv3"),
+        (
+            "--best-of 2 --reward hpsv3 --set checkpoint=HPSv3.safetensors --set tokenizer=none",
+            "hf download MizzenAI/HPSv3",
+        ),
         ("--best-of 2 --reward geometry --set evaluator=planar", "ground plane"),
     ],
 )

@@ -387,8 +387,9 @@ def test_an_export_never_loses_the_camera(
         monkeypatch.setattr(door, "load_dit", lambda *_, **__: pytest.fail("read weights before the check"))
     named = ["--model", case.model, *(["--checkpoint", case.delta] if case.delta else [])]
     code = main(["export", "--format", target, "--out", str(tmp_path / f"out{suffix}"), *named])
-    message = capsys.readouterr().err
-    assert code == (2 if refused else 0) and refused in message and len(message.splitlines()) == bool(refused)
+    began, *message = capsys.readouterr().err.splitlines()
+    assert began.endswith(" export: loading") and len(message) == bool(refused)
+    assert code == (2 if refused else 0) and refused in "".join(message)
     assert bool(list(tmp_path.iterdir())) == (not refused)
 
 
