@@ -38,7 +38,6 @@ from geoalign.types import Encodings, RetakeBatch
 
 TRUTH = "truth"
 """Name of the method that shows the true retakes."""
-"""Bytes at either end of a weight file that stand for it: many gigabytes are told apart without reading them."""
 
 
 class Method(Protocol):
@@ -150,6 +149,8 @@ class ModelMethod:
         files = sorted({file for part in self.files.parts for file in weight_files(part.path)})
         told = {"model": self._model, "checkpoint": self._checkpoint and str(self._checkpoint)}
         texts = json.dumps([dict(self._prompts), self._negative], sort_keys=True) if self.reads_text else ""
+        if self.reads_text and (captioner := self._config.benchmark.captioner) is not None:
+            files.append(captioner)
         contents = [*map(content_hash, files), texts]
         return told | {"content": hashlib.sha256("\0".join(contents).encode()).hexdigest()[:32]}
 

@@ -118,10 +118,8 @@ def run_table(args: argparse.Namespace) -> int:
         try:
             for record in bench.rounds(settings, windows, args.groups, lambda *key: key in known):
                 records.append(record)
-                told = {"made_with": made_with, "records": [each.as_json() for each in records], "rows": []}
                 notes |= {setting.name: setting.notes for setting in settings if setting.notes}
-                told["notes"] = notes
-                atomic_write_json(args.json, nan_to_none(told))
+                atomic_write_json(args.json, nan_to_none({"rows": []} | _kept(made_with, records, notes)))
                 print(f"{record.setting}: window {record.window}, batch {record.iteration}", flush=True)
         finally:
             bench.close(settings)
@@ -131,14 +129,17 @@ def run_table(args: argparse.Namespace) -> int:
             "rows": rows,
             "price": args.price or args.config,
             "base": str(base.train.base),
-            "made_with": made_with,
-            "records": [each.as_json() for each in records],
-            "notes": notes,
+            **_kept(made_with, records, notes),
             **describe_environment(),
         }
         atomic_write_json(args.json, nan_to_none(result))
     print(table_text(rows))
     return 0
+
+
+def _kept(made_with: dict[str, Any], records: Sequence[Record], notes: dict[str, dict[str, Any]]) -> dict[str, Any]:
+    """What :func:`_earlier` reads."""
+    return {"made_with": made_with, "records": [each.as_json() for each in records], "notes": notes}
 
 
 def run_choose(args: argparse.Namespace) -> int:

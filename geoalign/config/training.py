@@ -198,8 +198,8 @@ class OdeConfig(Section):
     reuse_share: float = Field(0.5, gt=0, le=1)
     """Share of the steps after the window that ``reuse`` evaluates, rounded up."""
     reuse_profile: Path | None = None
-    """Drift measured by `geoalign fidelity choose`; None: measured in the first iteration, which evaluates all steps.
-    """
+    """Drift measured by `geoalign fidelity choose`; None: measured in the first iteration, and in the first of full
+    length after ``learn.short_frames``, which evaluate all steps."""
     audit_every: int = Field(0, ge=0)
     """Iterations between audits, which finish one group exactly as well and log ``fidelity/*``; 0: none. They see what
     the probability ratio cannot: what approximate tails do to the order of a group."""
@@ -212,6 +212,10 @@ class OdeConfig(Section):
     an audit lets pass; None: any. It varies far less from group to group than a correlation of a few members."""
     audit_action: Literal["stop", "exact", "report"] = "stop"
     """After a bad audit: stop the run before its update, go on with exact tails, or only log it."""
+
+    def audits(self, iteration: int) -> bool:
+        """Whether an audit falls on ``iteration``."""
+        return self.audit_every > 0 and iteration % self.audit_every == 0
 
     def evaluated(self, tail_steps: int) -> int:
         """How many of so many steps after the window are evaluated."""

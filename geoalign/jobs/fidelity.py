@@ -138,6 +138,7 @@ class _NotesForm(Form):
     """Of :attr:`Setting.notes`."""
 
     tail_drift: _DriftForm | None = None
+    tail_drift_under: dict[str, Any] | None = None
     ode_modes: list[str] | None = None
 
 

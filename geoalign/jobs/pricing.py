@@ -91,9 +91,9 @@ def _runs(config: Config) -> list[RunCost]:
 
 def _walks(config: Config, iterations: Sequence[int]) -> dict[Walk, int]:
     """The evaluated steps of some iterations, from the very schedule and table that training uses."""
-    # The first iteration evaluates all steps where it has to measure the drift by which reused ones are chosen.
-    measures = 0 in iterations and config.ode.reuse != "off" and config.ode.reuse_profile is None
-    first = (0,) if measures else ()
+    # The first iteration of each length evaluates all steps where it measures the drift that chooses reused ones.
+    measures = config.ode.reuse != "off" and config.ode.reuse_profile is None
+    first = iterations[:1] if measures else ()
     walks: Counter[Walk] = Counter()
     for some, reused in ((first, 0), ([each for each in iterations if each not in first], None)):
         for window, count in _windows(config, some).items():
@@ -103,8 +103,7 @@ def _walks(config: Config, iterations: Sequence[int]) -> dict[Walk, int]:
 
 def _audits(config: Config, iterations: Iterable[int]) -> dict[int, int]:
     """Exact steps after the window -> the audits among some iterations that take them."""
-    every = config.ode.audit_every
-    due = _windows(config, (iteration for iteration in iterations if every and iteration % every == 0))
+    due = _windows(config, filter(config.ode.audits, iterations))
     counts: Counter[int] = Counter()
     for window, count in due.items():
         counts[config.flow.steps - window.stop] += count

@@ -179,12 +179,12 @@ class Auditor:
             measures: the iteration evaluates its tail whole to measure the drift of reuse. An audit would compare exact
                 with exact; the next iteration makes it.
         """
-        every = self.config.ode.audit_every
-        if every == 0 or EXACT in notes:
+        ode = self.config.ode
+        if ode.audit_every == 0 or EXACT in notes:
             return None
         group = notes.pop(OWED, None)
-        if iteration % every == 0:
-            group = iteration // every % self.rank_rows.conditions
+        if ode.audits(iteration):
+            group = iteration // ode.audit_every % self.rank_rows.conditions
         if group is not None and measures:
             notes[OWED] = group
             return None

@@ -1,7 +1,7 @@
 """How faithful are approximate tails? The table of docs/fidelity.md, on the shipped base and on a trained policy.
 
 Every variant is one call of `geoalign fidelity run`, whose JSON in --work is continued after a stop. The rows also go
-into the package, where `geoalign budget` reads them. About 50 CPU-minutes.
+into the package, where `geoalign budget` reads them. About 95 CPU-minutes.
 """
 
 from __future__ import annotations

@@ -5,7 +5,7 @@
 
 A result file holds a fingerprint of what it was made with (configuration, base, metrics); one with another fingerprint
 is stale. Finished runs are skipped and an interrupted one is continued, so the command may be stopped at any time. A
-change of code alone makes nothing stale: name those runs with --again. About four CPU-hours in all.
+change of code alone makes nothing stale: name those runs with --again. About six CPU-hours in all.
 """
 
 from __future__ import annotations

@@ -30,7 +30,7 @@ _NEEDED = {"the most telling half of the members": ("groups.rows_per_forward=1",
 _ONLY_ENDS = "eval.every=1000"  # the curve is not asked for
 
 _NAMES = (
-    "30 % of the steps, others reuse, int8",
+    "45 % of the steps, others reuse, int8",
     "gradients of a random half of the window",
     "30 % of the steps, others reuse",
     "9 steps by sigma",
