@@ -20,7 +20,7 @@ _OPTIONAL: tuple[tuple[str, str, Callable[[Config], bool]], ...] = (
     ("flash_attn", _FLASH, lambda c: c.run.attention == "flash2"),
     ("flash_attn_interface", "build FlashAttention 3 (folder hopper of github.com/Dao-AILab/flash-attention)",
      lambda c: c.run.attention == "flash3"),
-    ("flash_attn.cute", _FLASH, lambda c: c.run.attention == "flash4"),
+    ("flash_attn.cute", "pip install --pre flash-attn-4", lambda c: c.run.attention == "flash4"),
     ("depth_anything_3", "see docs/rewards.md", lambda c: _runs_inline(c, "depth_anything_3")),
 )  # fmt: skip
 """Optional packages, and the settings that ask for them."""
