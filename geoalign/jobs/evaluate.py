@@ -127,7 +127,7 @@ def evaluate(
 
     Args:
         policy: model and codec.
-        config: its sampler settings and noise seeds; sampling is deterministic.
+        config: its sampler settings, ``flow.tail_*`` aside, and noise seeds; sampling is deterministic.
         held_out: conditions and truth.
         condition_scale: as in :func:`held_out_retake`.
         evaluator: reads the cameras; default: the reward's planar aligner. The second evaluator always runs beside it.
@@ -135,6 +135,7 @@ def evaluate(
         progress: called with the number of videos that this process has made and read since the last call.
     """
     ranks, primary = ranks or LocalRanks(), evaluator or PlanarAligner()
+    flow = config.flow.with_exact_tail()  # or runs that train with other tails would be measured by other samplers
     seeds = config.eval.noise_seeds
     tables = {kind: EvaluationTable.empty(_BY_VIDEO, pairs, len(seeds)) for kind, pairs in held_out.sets.items()}
     energies = {kind: float(_gradient_energy(pairs.truth[:, 1:]).mean()) for kind, pairs in held_out.sets.items()}
@@ -147,7 +148,7 @@ def evaluate(
     for kind, number, rows in pieces[ranks.rank :: ranks.size]:
         pairs = held_out.sets[kind].select(rows)
         seed, scale = seeds[number], condition_scale
-        video = held_out_retake(policy, pairs.batch, config.flow, seed=seed, condition_scale=scale, rows=rows)
+        video = held_out_retake(policy, pairs.batch, flow, seed=seed, condition_scale=scale, rows=rows)
         pose, other = primary(video, pairs.batch.source), second_evaluator()(video, pairs.batch.source)
         found = _camera_quality(pose, other, pairs.batch.target_camera)
         found |= _picture_quality(video, pose, pairs, energies[kind])

@@ -124,9 +124,9 @@ def refuse_other_data(state: TrainState, fingerprint: str, allowed: bool) -> Non
 def refuse_other_conditions(state: TrainState, conditions: Mapping[str, Any]) -> None:
     """Raise ConfigError if "before" was measured on other held-out conditions than "after" would be.
 
-    Never allowed: the table of the run would compare them. Checkpoints of older versions do not tell theirs.
+    Never allowed: the table of the run would compare them. Checkpoints of older versions do not tell all of theirs.
     """
-    known = state.notes.get("conditions", conditions)
+    known = {**conditions, **state.notes.get("conditions", {})}
     if state.notes.get("before") and known != conditions:
         raise ConfigError(
             f"the held-out conditions changed since the run began ({differences(known, conditions)}): restore them, and"

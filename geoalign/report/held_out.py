@@ -12,6 +12,7 @@ from geoalign.report.words import HELD_OUT, Better, Metric
 
 _MEASURED = ("samples", "seed", "noise_seeds")  # of eval
 _DRAWN = ("clips", "trajectories", "seed")  # of the world, for what is trained on
+_SAMPLER = ("steps", "shift", "guidance", "t_dtype")  # of flow: the tail's settings do not count
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,14 +100,16 @@ def comparisons(summary: Mapping[str, Any], kind: str) -> Iterator[Comparison]:
 
 
 def conditions(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """The settings, by dotted key, that decide on which held-out scenes, paths and noise a run is measured.
+    """The settings, by dotted key, that decide on which held-out scenes, paths and noise a run is measured, and how its
+    retakes are sampled.
 
     Args:
         settings: those of the run by section, as ``config.yaml`` holds them; one that is not there has no key.
     """
     measured = {name: part for name, part in _section(settings, "eval").items() if name in _MEASURED}
     world = {name: part for name, part in _section(settings, "world").items() if name not in _DRAWN}
-    return flatten({"eval": measured, "world": world})
+    flow = {name: part for name, part in _section(settings, "flow").items() if name in _SAMPLER}
+    return flatten({"eval": measured, "world": world, "flow": flow})
 
 
 def _section(settings: Mapping[str, Any], name: str) -> Mapping[str, Any]:

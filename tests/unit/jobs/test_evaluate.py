@@ -57,6 +57,20 @@ def test_errors_of_a_subset_of_frames_are_means_over_the_defined_videos() -> Non
     assert numbers.keys() == set(job.METRICS) | seconds and set(job.METRICS) >= set(metrics.CAMERA_METRICS)
 
 
+def test_the_sampler_of_an_evaluation_is_not_the_tail_of_training() -> None:
+    """A run that trains with a coarse second-order tail is measured by the same Euler steps as the exact run."""
+    policy = open_policy("builtin:tiny_base")
+
+    def measured(*tail: str) -> Tensor:
+        config = load_config(Config, "smoke", ["eval.samples=2", "eval.noise_seeds=[5]", "flow.steps=5", *tail])
+        held_out = job.HeldOut({"presets": job.HeldOut.build(config).sets["presets"]})
+        return job.evaluate(policy, config, held_out).videos["presets"]
+
+    exact = measured()
+    assert torch.equal(measured("flow.tail_solver=dpm2m", "flow.tail_ratio=0.4"), exact)
+    assert not torch.equal(measured("flow.steps=4"), exact)
+
+
 def test_the_picture_is_judged_along_its_own_camera() -> None:
     """A true render along a wrong path: far from the truth, perfect along its own camera; a flat one is flat."""
     config = load_config(Config, "smoke", ["eval.samples=4"])

@@ -100,7 +100,8 @@ def test_conditions_are_those_by_which_a_run_refuses_to_go_on(tmp_path: Path) ->
         (tmp_path / "config.yaml").write_text(to_yaml(config))
         found = conditions(read_run(tmp_path).config)
         assert found == conditions_of(config) and {"eval.samples", "eval.seed", "eval.noise_seeds"} <= found.keys()
-        assert not {"world.clips", "world.trajectories", "world.seed", "eval.every"} & found.keys()
+        assert {"flow.steps", "flow.shift"} <= found.keys()  # of the sampler that is measured with, whatever the tail
+        assert not {"world.clips", "world.trajectories", "world.seed", "eval.every", "flow.tail_solver"} & found.keys()
         assert found["eval.noise_seeds"] == [11, 12, 13] and found.get("world.fps") == (
             None if config.world is None else config.world.fps
         )
