@@ -40,7 +40,7 @@ _NAMES = (
 _OF_THE_LADDER = {rung.name: rung.settings for rung in RUNGS}
 CHANGED: dict[str, tuple[str, ...]] = {
     **{name: (*_NEEDED.get(name, ()), *_OF_THE_LADDER[name].format(**_HALVES).split()) for name in _NAMES},
-    "5 of 9 frames in half of the iterations": ("learn.short_frames=5", "learn.short_iterations=30"),
+    "3 of 5 frames in half of the iterations": ("learn.short_frames=3", "learn.short_iterations=60"),
     "control: a tail of one step": ("flow.tail_steps=1",),
 }
 """Rungs, one approximation of each kind; HPSv3's frames are missing, because this world has no aesthetic scorer."""
