@@ -22,7 +22,7 @@ EXACT = "window of 4, exact levers"
 ARMS = {
     "exact levers": EXACT,
     "reuse at 45 %, gradients of 2 of 4 window steps": "window of 4, exact levers, reuse",
-    "5 steps by sigma, second order": "window of 4, exact levers, 5 tail steps",
+    "8 steps by sigma, gradients of 3 of 4 window steps": "window of 4, exact levers, 8 tail steps",
 }
 """The arms of time to quality that stand in this table too."""
 _HALVES = {"half_window": 2, "half_group": 4}
@@ -33,7 +33,7 @@ _NAMES = (
     "45 % of the steps, others reuse, int8",
     "gradients of a random half of the window",
     "30 % of the steps, others reuse",
-    "9 steps by sigma",
+    "8 steps by sigma",
     "40 % of the time grid (MixGRPO-Flash)",
     "the most telling half of the members",
 )
