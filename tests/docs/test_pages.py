@@ -96,3 +96,22 @@ def test_the_layers_are_those_that_are_checked() -> None:
     packages = [{name.removeprefix("geoalign.") for name in layer.split(" | ")} for layer in layers]
     small = {"__main__", "api", "errors", "version"}  # one file each, above and below everything
     assert drawn == [left for layer in packages if (left := layer - small)]
+
+
+def test_advice_to_install_leads_to_a_clone_and_to_parts_that_exist() -> None:
+    """No index holds geoalign: by its name pip would find nothing, or somebody else's package."""
+    from geoalign.install import install
+
+    sources = [file for folder in ("geoalign", "kernels", "profiling", "examples", "configs", "tests")
+               for file in (ROOT / folder).rglob("*") if file.suffix in (".py", ".yaml", ".sh", ".slurm")]  # fmt: skip
+    texts = {name_of(file): file.read_text("utf-8") for file in (*sources, *PAGES) if file != Path(__file__)}
+    by_name = re.compile(r"pip install[^\n]*?\bgeoalign(?![\w/-])(?! *clone)|\bgeoalign\[")
+    assert [name for name, text in texts.items() if by_name.search(text.replace("clone of geoalign", ""))] == []
+    extras = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))["project"]["optional-dependencies"]
+    asked = {extra for name, text in texts.items() for extra in re.findall(r"install\([\"']([\w-]+)[\"']", text)}
+    written = {
+        part for text in texts.values() for parts in re.findall(r"'\.\[([\w,-]+)\]'", text) for part in parts.split(",")
+    }
+    assert asked >= {"gpu", "flash", "wandb", "dali-cu13"} and asked | written <= extras.keys()
+    assert install() == "pip install . in a clone of geoalign"
+    assert install("gpu") == "pip install '.[gpu]' in a clone of geoalign"
