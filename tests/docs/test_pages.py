@@ -50,6 +50,11 @@ def test_nothing_stands_twice(page: Path) -> None:
 
 
 @pytest.mark.parametrize("page", PAGES, ids=name_of)
+def test_no_merge_was_left_open(page: Path) -> None:
+    assert re.findall(r"^(?:<{7}|={7}|>{7})(?: .*)?$", prose_of(page), re.MULTILINE) == []
+
+
+@pytest.mark.parametrize("page", PAGES, ids=name_of)
 def test_a_blank_line_stands_before_every_heading(page: Path) -> None:
     lines = ["", *prose_of(page).strip().splitlines()]
     assert [after for before, after in pairwise(lines) if before and re.match("#{1,6} ", after)] == []
@@ -94,7 +99,7 @@ def test_the_layers_are_those_that_are_checked() -> None:
     contracts = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))["tool"]["importlinter"]["contracts"]
     layers = next(each["layers"] for each in contracts if each["type"] == "layers" and "containers" not in each)
     packages = [{name.removeprefix("geoalign.") for name in layer.split(" | ")} for layer in layers]
-    small = {"__main__", "api", "errors", "version"}  # one file each, above and below everything
+    small = {"__main__", "api", "errors", "install", "version"}  # one file each, above and below everything
     assert drawn == [left for layer in packages if (left := layer - small)]
 
 
