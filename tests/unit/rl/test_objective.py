@@ -55,8 +55,9 @@ def test_longcat_is_taken_with_the_samplers_that_it_evens_out_and_no_others(sde:
     plan = table(sde=sde, eta=0.7, **({"noise_cap": 10.0} if sde == "longcat_truncated" else {}))  # below the cap
     _, b, c, _ = plan.coefficients[:24].unbind(1)
     scale = (b.abs() / c * weights("longcat", plan))[1:]
-    even = float(scale.max() / scale.min()) < 1 + 1e-12
-    assert even or float(scale.max() / scale.min()) > 2
+    spread = float(scale.max() / scale.min())
+    even = spread < 1 + 1e-12
+    assert even or spread > 1.3  # 1.4 for cps, 5 for linear, 11 for dance
     if even:
         Config.model_validate({"flow": {"sde": sde}})
     else:
