@@ -55,7 +55,7 @@ def _missing(marker: str) -> str | None:
     """Say why tests of ``marker`` cannot run here, or None when they can."""
     if marker == "browser":
         if not importlib.util.find_spec("playwright"):
-            return "playwright is not installed (geoalign[test])"
+            return "playwright is not installed (pip install '.[test]')"
         return None if chromium.binary() else f"no {' or '.join(chromium.NAMES)} on the PATH"
     if marker == "weights":
         return None if os.environ.get("GEOALIGN_WEIGHTS") else "GEOALIGN_WEIGHTS does not name a folder of weights"

@@ -58,7 +58,7 @@ class Forecast:
 
 
 def forecast(plan: Plan, store: Store) -> Forecast:
-    """Predict a whole run; reads the lengths of the clips and of other methods' videos, and no weights."""
+    """Predict a whole run: the cases of our models. Reads the lengths of clips, no weights and no other videos."""
     native = {clip: plan.clips.native_frames(clip) for clip in plan.clips.names}
     lengths: Counter[int] = Counter()
     passes, flop, pixels, hours, device = 0, 0.0, 0.0, 0.0, "none"

@@ -16,6 +16,7 @@ from typing import Any
 
 from geoalign.cli.options import add_config, add_json, check_json, read_config, write_json
 from geoalign.errors import UsageError
+from geoalign.install import install
 from geoalign.version import __version__
 
 CHECKED = ("name", "state", "what", "fix")
@@ -59,13 +60,13 @@ EXTRAS = (
         "dali",
         ("nvidia-dali-cuda130", "nvidia-dali-cuda120"),
         "decoding clips on the GPU (data.clips.reader=dali); PyAV is used without it",
-        "pip install 'geoalign[dali-cu13]'   (CUDA 12 driver: dali-cu12)",
+        f"{install('dali-cu13')} (CUDA 12 driver: dali-cu12)",
     ),
     Extra(
         "flash",
         ("flash-attn", "flash-attn-4"),
         "FlashAttention kernels; PyTorch's own flash kernels are used without it",
-        "pip install --no-build-isolation 'geoalign[flash]'   (needs nvcc)",
+        f"{install('flash', '--no-build-isolation')} (needs nvcc)",
     ),
 )
 
@@ -153,9 +154,7 @@ def render(report: dict[str, Any]) -> str:
     lines += [f"  Python    {python['version']} (suite run on {', '.join(python['tried'])})  {python['executable']}"]
     lines += [f"  System    {system['platform']}, {system['cpus']} CPUs, {system['memory_gib']} GiB"]
     lines += ["", "Packages"]
-    lines += [
-        f"  {name:<14}{version or 'missing: pip install geoalign'}" for name, version in report["packages"].items()
-    ]
+    lines += [f"  {name:<14}{version or f'missing: {install()}'}" for name, version in report["packages"].items()]
     lines += ["", "Devices"]
     if "error" in torch_:
         lines += [f"  torch cannot be imported: {torch_['error']}"]
@@ -203,7 +202,7 @@ def _torch_report() -> dict[str, Any]:
 def _kernel_report() -> dict[str, Any]:
     """Ask the kernel package which backend each op would use here."""
     if importlib.util.find_spec("geoalign_kernels") is None:
-        return {"ops": [], "error": "geoalign_kernels is not importable: install geoalign (pip install -e .)"}
+        return {"ops": [], "error": f"geoalign_kernels is not importable: {install()}"}
     try:
         import geoalign_kernels  # noqa: F401  (registers the ops)
         from geoalign_kernels import dispatch

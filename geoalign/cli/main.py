@@ -20,6 +20,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from geoalign.errors import Stopped, UsageError, UserError
+from geoalign.install import install
 from geoalign.training.processes.launcher import (
     INTERRUPTED,
     check_environment,
@@ -188,10 +189,10 @@ def _in_one_line(error: Exception) -> str:
         where = "the output or a temporary file" if error.filename is None else error.filename
         return f"error: {where}: {error.strerror}; {fix_of(error)}"
     if isinstance(error, ModuleNotFoundError) and error.name is not None:
-        from geoalign.config.packages import BASE, INSTALL
+        from geoalign.config.packages import BASE
 
         if (package := error.name.partition(".")[0]) in BASE:
-            return f"error: package {package} is not installed; {INSTALL}"
+            return f"error: package {package} is not installed; {install()}"
     if isinstance(error, RuntimeError) and "home directory" in str(error):  # pathlib's, of ~
         return f"error: ~: {error} Set HOME, or write the path out"
     return f"unexpected error: {_unexpected(error)}"

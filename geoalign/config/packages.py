@@ -7,16 +7,16 @@ from collections.abc import Callable, Iterator
 
 from geoalign.config.schema import Config
 from geoalign.files.check import Check
+from geoalign.install import install
 
 BASE = ("torch", "numpy", "scipy", "safetensors", "av", "diffusers", "transformers", "PIL", "tensorboard", "cv2")
 """What every installation has."""
-INSTALL = "pip install geoalign"
-_FLASH = "pip install --no-build-isolation 'geoalign[flash]'"
+_FLASH = install("flash", "--no-build-isolation")
 _OPTIONAL: tuple[tuple[str, str, Callable[[Config], bool]], ...] = (
-    ("deepspeed", "pip install 'geoalign[gpu]'", lambda c: c.parallel.engine == "deepspeed"),
-    ("torchao", "pip install 'geoalign[gpu]'", lambda c: c.optim.states == "int8" or c.ode.linears == "int8"),
-    ("nvidia.dali", "pip install 'geoalign[dali-cu13]'", lambda c: c.data.clips.reader == "dali"),
-    ("wandb", "pip install 'geoalign[wandb]'", lambda c: c.run.wandb is not None),
+    ("deepspeed", install("gpu"), lambda c: c.parallel.engine == "deepspeed"),
+    ("torchao", install("gpu"), lambda c: c.optim.states == "int8" or c.ode.linears == "int8"),
+    ("nvidia.dali", install("dali-cu13"), lambda c: c.data.clips.reader == "dali"),
+    ("wandb", install("wandb"), lambda c: c.run.wandb is not None),
     ("flash_attn", _FLASH, lambda c: c.run.attention == "flash2"),
     ("flash_attn_interface", "build FlashAttention 3 (folder hopper of github.com/Dao-AILab/flash-attention)",
      lambda c: c.run.attention == "flash3"),
@@ -28,12 +28,12 @@ _OPTIONAL: tuple[tuple[str, str, Callable[[Config], bool]], ...] = (
 
 def missing_base() -> list[Check]:
     """The packages of every installation that are not there; without them nothing else can be looked at."""
-    return [_absent(name, INSTALL) for name in BASE if not importable(name)]
+    return [_absent(name, install()) for name in BASE if not importable(name)]
 
 
 def packages(config: Config) -> Iterator[Check]:
     """Every package that these settings import; those that are there are one line together."""
-    wanted = [(name, INSTALL) for name in BASE] + [(name, get) for name, get, asked in _OPTIONAL if asked(config)]
+    wanted = [(name, install()) for name in BASE] + [(name, get) for name, get, asked in _OPTIONAL if asked(config)]
     missing = [_absent(name, get) for name, get in wanted if not importable(name)]
     yield from missing
     if not missing:

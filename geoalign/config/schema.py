@@ -12,7 +12,7 @@ from pydantic import Field, PrivateAttr, model_validator
 from geoalign.config.base import Section
 from geoalign.config.benchmark import BenchmarkConfig
 from geoalign.config.data import DataConfig
-from geoalign.config.flow import AdvantageConfig, FlowConfig, ObjectiveConfig, WindowConfig
+from geoalign.config.flow import LONGCAT_FLATTENS, AdvantageConfig, FlowConfig, ObjectiveConfig, WindowConfig
 from geoalign.config.model import ModelConfig
 from geoalign.config.rewards import FailureConfig, RewardConfig, ScoringConfig
 from geoalign.config.training import (
@@ -67,7 +67,7 @@ class Config(Section):
     levers: LeversConfig = LeversConfig()
     """Exact savings."""
     ode: OdeConfig = OdeConfig()
-    """Approximate deterministic steps."""
+    """Approximate steps after the window."""
     learn: LearnConfig = LearnConfig()
     """Cheaper learning."""
     parallel: ParallelConfig = ParallelConfig()
@@ -92,7 +92,7 @@ class Config(Section):
         return self
 
     def approximations(self) -> dict[str, Any]:
-        """Settings, by dotted name, by which the steps outside the window differ from exact ones on the full grid."""
+        """Settings, by dotted name, by which the steps after the window differ from exact ones on the full grid."""
         changed = self._changed("flow", FlowConfig.TAIL) | self._changed("ode", OdeConfig.APPROXIMATE)
         if "ode.attention" in changed:  # another bound is another approximation
             changed |= self._changed("ode", ("int8_threshold",))
@@ -142,7 +142,7 @@ class Config(Section):
             raise ValueError(reason)
 
     def _weight_flattens(self) -> None:
-        if self.objective.loss_weight == "longcat" and self.flow.sde in ("dance", "cps"):
+        if self.objective.loss_weight == "longcat" and self.flow.sde not in LONGCAT_FLATTENS:
             raise ValueError(
                 f"objective.loss_weight longcat does not even out the steps of flow.sde {self.flow.sde}; set "
                 "objective.loss_weight to exact_inverse, which does so for every sampler"

@@ -179,8 +179,9 @@ TailReuse = Literal["off", "residual", "velocity"]
 
 
 class OdeConfig(Section):
-    """Approximations of deterministic steps outside the window: each CHANGES which videos are sampled, by rounding of
-    its kind, and leaves the probability ratio unbiased, because no log-probability is taken there."""
+    """Approximations of the steps after the window: each CHANGES which videos are sampled, by rounding of its kind, and
+    leaves the probability ratio unbiased, because no log-probability is taken there. Steps before the window, which a
+    group shares, are exact."""
 
     APPROXIMATE: ClassVar[tuple[str, ...]] = ("attention", "linears", "reuse")
     """Fields that, if they are not at their defaults, make steps approximate."""

@@ -24,6 +24,7 @@ from geoalign.data.timeline import Timeline
 from geoalign.data.video import PyAVReader, VideoInfo, check_indices
 from geoalign.errors import DataError, UsageError
 from geoalign.geometry.lens import cover_size
+from geoalign.install import install
 
 CLIPPED = "BT.709 through DALI, saturated colours differ from PyAV's by up to 38 of 255 levels"
 _ELSEWHERE = "use data.clips.reader=pyav"
@@ -48,7 +49,7 @@ class DaliReader:
             import nvidia.dali  # noqa: F401
         except ImportError as error:
             raise UsageError(
-                "reader=dali needs NVIDIA DALI: pip install 'geoalign[dali-cu13]' (or dali-cu12), or use reader=pyav"
+                f"reader=dali needs NVIDIA DALI: {install('dali-cu13')} (or dali-cu12), or use reader=pyav"
             ) from error
         self._device_id = device_id
         self._prober = PyAVReader()

@@ -69,14 +69,14 @@ class Condition(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class PhasedPolicy:
-    """One policy executed in up to three ways.
+    """One policy executed in up to two ways.
 
     ``window`` must be the very artefact that the learner runs (same kernels, dtype, graph, gradient mode), because its
-    log-probabilities enter the ratio. ``prefix`` and ``tail`` may be anything faster: no log-probability is taken
-    there.
+    log-probabilities enter the ratio. It serves the steps before the window too: a group shares them, so they are few,
+    and what they end in decides which states are trained, which no comparison of tails would see. ``tail`` may be
+    anything faster: no log-probability is taken there.
     """
 
-    prefix: VelocityFn
     window: VelocityFn
     tail: VelocityFn
     reuse: Reuse | None = None
@@ -84,5 +84,5 @@ class PhasedPolicy:
 
     @staticmethod
     def of(policy: VelocityFn | PhasedPolicy) -> PhasedPolicy:
-        """A phased policy as it is; a plain velocity function for all three phases."""
-        return policy if isinstance(policy, PhasedPolicy) else PhasedPolicy(policy, policy, policy)
+        """A phased policy as it is; a plain velocity function for all phases."""
+        return policy if isinstance(policy, PhasedPolicy) else PhasedPolicy(policy, policy)

@@ -274,7 +274,7 @@ class FlowSampler:
         """Steps up to and including the first stochastic one; returns its rows, their states and history."""
         first, per_lane = self._window_steps[0], run.rows_per_lane
         with phase("rollout/prefix"):
-            x, _ = self._ode(run.phases.prefix, x, None, range(first), cond, run.forwards, "prefix")
+            x, _ = self._ode(run.phases.window, x, None, range(first), cond, run.forwards, "prefix")
         run.x_start[lanes] = x  # [lanes, ...]
         with phase("rollout/window"), exact_only():
             velocity = self._window_velocity(run, x, first, cond).map(lambda v: _repeat(_working(v), per_lane))

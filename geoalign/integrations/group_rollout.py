@@ -84,8 +84,8 @@ class GroupRollout:
             passes, one after the other.
         rows_per_forward: largest batch of one forward; None: all rows at once. Rollout and replay use the same batches.
         share_prefix: compute once per condition what its members have in common; the numbers are the same without.
-        fast: an approximate network for the deterministic steps (other kernels, 8-bit). It CHANGES the videos; the
-            stochastic steps never use it.
+        fast: an approximate network for the deterministic steps after the first stochastic one (other kernels, 8-bit).
+            It CHANGES the videos; the stochastic steps and those before them never use it.
         decode: latents [n, ...] to videos.
     """
 
@@ -104,7 +104,7 @@ class GroupRollout:
         exact = _velocity(network, guidance)
         cheap = exact if fast is None else _velocity(fast, guidance)
         self.table, self._decode = table, decode
-        self._policy = PhasedPolicy(prefix=cheap, window=exact, tail=cheap)
+        self._policy = PhasedPolicy(window=exact, tail=cheap)
         self._sampler = FlowSampler(table, group_size, share_prefix, rows_per_forward)
 
     @classmethod

@@ -40,8 +40,8 @@ class Rung:
 
 
 RUNGS = (
-    Rung("int8 attention outside the window", INT8, rate="attention_int8"),
-    Rung("int8 frozen linears outside the window", "ode.linears=int8", rate="matmul_int8"),
+    Rung("int8 attention after the window", INT8, rate="attention_int8"),
+    Rung("int8 frozen linears after the window", "ode.linears=int8", rate="matmul_int8"),
     Rung("40 % of the time grid (MixGRPO-Flash)", "flow.tail_ratio=0.4 flow.tail_solver=dpm2m"),
     Rung("8 steps by sigma", f"{SIGMA}8"),
     Rung("8 steps by sigma, int8", f"{SIGMA}8 {INT8}", rate="attention_int8"),

@@ -17,6 +17,7 @@ from PIL import Image
 from geoalign.config.training import RunConfig
 from geoalign.errors import ConfigError, DataError
 from geoalign.files.atomic import append_text, atomic_write_text, disk_errors, nan_to_none, read_jsonl
+from geoalign.install import install
 
 _FIX = "free disk space or bring the folder back, then --resume auto"
 
@@ -109,9 +110,7 @@ def _tracker(folder: Path, run: RunConfig) -> Any:
     try:
         import wandb
     except ImportError as error:
-        raise ConfigError(
-            f"run.wandb={run.wandb} needs the package: pip install 'geoalign[wandb]' ({error})"
-        ) from error
+        raise ConfigError(f"run.wandb={run.wandb} needs the package: {install('wandb')} ({error})") from error
     identity = hashlib.sha256(str(folder.resolve()).encode()).hexdigest()[:12]
     return wandb.init(project=run.wandb, name=run.name, dir=str(folder), id=identity, resume="allow")
 

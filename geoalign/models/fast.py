@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from geoalign.errors import ConfigError
+from geoalign.install import install
 from geoalign.models.dit import RetakeDiT
 from geoalign.models.execution import Execution
 from geoalign.models.layers import Block
@@ -81,7 +82,7 @@ def _quantise(model: RetakeDiT) -> None:
     try:
         from torchao.quantization import Int8DynamicActivationInt8WeightConfig, quantize_
     except ImportError as error:
-        raise ConfigError(f"ode.linears=int8 needs torchao (pip install 'geoalign[gpu]'): {error}") from error
+        raise ConfigError(f"ode.linears=int8 needs torchao ({install('gpu')}): {error}") from error
 
     def frozen(module: nn.Module, name: str) -> bool:
         return isinstance(module, nn.Linear) and not any(p.requires_grad for p in module.parameters())

@@ -42,7 +42,7 @@ class Plan:
         stream_backward: the backward starts from the rollout's graph; no learner forward (one update per rollout).
         replay_first: with it, a first window step that serves a group is replayed, so that no graph waits for rewards.
         hide_host: host code of the rewards off the critical path.
-        int8_attention, int8_linears: int8 scores and W8A8 products of frozen linears in steps outside the window.
+        int8_attention, int8_linears: int8 scores and W8A8 products of frozen linears in steps after the window.
         guidance: forwards per velocity (2 with classifier-free guidance), in rollout and learner.
         reference: whether a KL term needs one forward of a reference policy per learner pass.
         learned_steps: window steps, drawn at random, that are learned from; None: all.
@@ -65,8 +65,12 @@ class Plan:
     learned_members: int | None = None
 
     def with_int8(self, *, attention: bool, linears: bool) -> Plan:
-        """The same with 8-bit steps outside the window."""
+        """The same with 8-bit steps after the window."""
         return replace(self, int8_attention=attention, int8_linears=linears)
+
+    def with_exact_steps(self) -> Plan:
+        """The same without 8-bit steps: steps before the window and audits are exact in every plan."""
+        return self.with_int8(attention=False, linears=False)
 
 
 @dataclass(frozen=True, slots=True)
@@ -185,13 +189,13 @@ class RunCost:
     def seconds(self, device: DeviceProfile, plan: Plan) -> PhaseSeconds:
         """Predicted device seconds of the whole run, without its audits (:meth:`audit_seconds`)."""
         forward = self.transformer.forward(device, plan.speedups)
-        outside = self.outside(device, plan)
+        before, after = self.outside(device, plan.with_exact_steps()), self.outside(device, plan)
         backward = self.transformer.backward(device, plan.speedups).total
         recompute = forward.total - (forward.attention if plan.keep_attention else 0.0)
         rollout = learner = 0.0
         for walk, count in self.passes(plan).items():
             times = self.walks[walk]
-            rollout += times * (count.window * forward.total + (count.prefix + count.tail) * outside)
+            rollout += times * (count.prefix * before + count.window * forward.total + count.tail * after)
             # Any subset of steps is equally likely, so each is learned from in that share of the iterations.
             share = times * (1.0 if plan.learned_steps is None else min(1.0, plan.learned_steps / walk.window))
             learner += share * ((count.replay + count.reference) * forward.total + count.recompute * recompute)
@@ -202,7 +206,7 @@ class RunCost:
         return PhaseSeconds(rollout, learner, reward)
 
     def outside(self, device: DeviceProfile, plan: Plan) -> float:
-        """Predicted seconds of one forward outside the window."""
+        """Predicted seconds of one deterministic forward, without gradients, as ``plan`` runs it after the window."""
         speedups = replace(plan.speedups, int8_linear=plan.int8_linears)
         int8 = plan.int8_attention and device.int8_pays()
         return self.transformer.forward(device, speedups, int8_attention=int8, no_gradient=True).total
@@ -212,7 +216,7 @@ class RunCost:
 
         Its members are finished exactly, decoded and scored, and their approximate videos are decoded beside them.
         """
-        forward = plan.guidance * self.outside(device, plan.with_int8(attention=False, linears=False))
+        forward = plan.guidance * self.outside(device, plan.with_exact_steps())
         judged = self.video.seconds(device, hide_host=plan.hide_host) + self.video.decode / device.convolution
         return sum(times * self.group_size * (tail * forward + judged) for tail, times in self.audits.items())
 

@@ -36,7 +36,7 @@ def phase_work(
     if plan.stream_backward:
         streamed = 1.0 - count.replay / count.backward
 
-    def forwards(number: float, *, outside: bool = False, recompute: bool = False) -> PhaseWork:
+    def forwards(number: float, *, outside: bool = False, recompute: bool = False, plan: Plan = plan) -> PhaseWork:
         kept = recompute and plan.keep_attention
         flops = cost.forward_flops() - kept * cost.layers * cost.block_flops()["self_attention"]
         traffic = cost.traffic_bytes(speedups.kernels, no_gradient=outside)
@@ -54,7 +54,7 @@ def phase_work(
     )
     learner = _sum((forwards(count.recompute, recompute=True), 1.0), (backwards, 1.0))
     return {
-        "rollout/prefix": forwards(count.prefix, outside=True),
+        "rollout/prefix": forwards(count.prefix, outside=True, plan=plan.with_exact_steps()),
         "rollout/window": _sum((forwards(count.window), 1.0), (learner, streamed)),
         "rollout/tail": forwards(count.tail, outside=True),
         "update/forward": forwards(count.replay),

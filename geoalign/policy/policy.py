@@ -41,7 +41,7 @@ class RetakePolicy:
         model: the DiT; its output is the velocity. Stochastic steps and the learner run it.
         codec: pixels to latents.
         guidance: scale of classifier-free guidance in rollout and learner alike; 1 skips the negative prompt.
-        fast: an approximate twin of ``model`` with the same trained parameters, for deterministic steps, or None.
+        fast: an approximate twin of ``model`` with the same trained parameters, for steps after the window, or None.
         reuse: what an evaluated step after the window leaves for later ones.
     """
 
@@ -176,10 +176,8 @@ class RetakePolicy:
         return replace(self, fast=None, reuse="off")
 
     def phased(self) -> PhasedPolicy:
-        """Rule R2: stochastic steps run what the learner runs, deterministic ones the fast twin."""
-        return PhasedPolicy(
-            prefix=self.fast_velocity, window=self.velocity, tail=self.fast_velocity, reuse=self._reuse()
-        )
+        """Rule R2: stochastic steps, and those before them, run what the learner runs, later ones the fast twin."""
+        return PhasedPolicy(window=self.velocity, tail=self.fast_velocity, reuse=self._reuse())
 
     def _velocity(
         self,

@@ -150,7 +150,7 @@ def _denominator(
     """[N] denominators, one per group."""
     floor = config.floor_of(key)
     match config.std:
-        case "group" | "group_floor":
+        case "group":
             return std.clamp_min(floor)
         case "batch_max":
             shared = torch.quantile(comparable, config.quantile) if comparable.numel() else std.new_zeros(())

@@ -1,4 +1,4 @@
-"""The attention mode of every block outside the window: measured, agreed on by the ranks, remembered by checkpoints."""
+"""The attention mode of every block after the window: measured, agreed on by the ranks, remembered by checkpoints."""
 
 from __future__ import annotations
 
@@ -35,9 +35,17 @@ def refresh_modes(twin: RetakeDiT | None, config: Config, frames: int, notes: Mu
         forget_attention_modes(twin)
 
 
-def agree_on_modes(twin: RetakeDiT | None, ranks: Ranks, notes: MutableMapping[str, Any]) -> None:
-    """After rollouts that measured: where ranks found other modes for a layer, the most exact one is kept."""
+def agree_on_modes(twin: RetakeDiT | None, ranks: Ranks, notes: MutableMapping[str, Any], *, longest: bool) -> None:
+    """After rollouts that measured: where ranks found other modes for a layer, the most exact one is kept.
+
+    Not before early, middle and late steps were measured, or all that a run has: a later tail may begin in more noise.
+
+    Args:
+        longest: no tail of the run is longer than that of these rollouts.
+    """
     if twin is None or twin.execution.probe is None or MODES in notes:
+        return
+    if not (longest or twin.execution.probe.saw_all_stages):
         return
     order = (*twin.execution.probe.modes, "exact")
     modes = attention_modes(twin) or ["exact"] * len(twin.blocks)

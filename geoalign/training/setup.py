@@ -80,7 +80,7 @@ def configure(execution: Execution, config: Config, dtype: torch.dtype, ranks: R
 
 
 def twin_of(config: Config, model: RetakeDiT, int8: bool = True) -> RetakeDiT | None:
-    """The network of deterministic steps, where ``ode`` asks for another; ``int8``: whether 8-bit attention pays."""
+    """The network of steps after the window, where ``ode`` asks for another; ``int8``: whether 8-bit attention pays."""
     kind = config.ode.attention if int8 else "exact"
     if kind == "exact" and config.ode.linears == "exact":
         return None

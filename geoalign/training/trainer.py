@@ -165,7 +165,7 @@ class Trainer:
             )
         self._refuse_drift(update["parity/log_prob_diff_max"])
         self._refuse_standstill(update)
-        agree_on_modes(self.policy.fast, self.ranks, self.notes)
+        agree_on_modes(self.policy.fast, self.ranks, self.notes, longest=window.start == config.window.start)
         agree_on_drift(sampler, self.ranks, self.notes)
         self.iteration += 1
         seconds = self.clock.collect() | {f"time/reward/{name}_s": value for name, value in scores.seconds.items()}

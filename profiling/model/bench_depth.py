@@ -9,7 +9,7 @@ All tokens of 81 x 480 x 832, random weights of the true shapes, one group of 4,
 real video decoder with random weights, no scorers (`bench_rewards.py` times those). The time of every phase is a line
 in the number of blocks: two depths fix it, a third checks it (within 3 %), and one forward and one with its backward of
 all blocks check its end. Settings: `off` runs plain torch kernels and no lever; `exact` all exact levers, fused kernels
-and compiled blocks; `int8` the same with int8 attention outside the window. Gradients of `off` and `exact` are
+and compiled blocks; `int8` the same with int8 attention after the window. Gradients of `off` and `exact` are
 compared. Exit code: 0, or 1 if an extrapolated time misses or gradients differ (`--self-check`: gradients only).
 """
 

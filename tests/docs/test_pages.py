@@ -11,6 +11,8 @@ from pathlib import Path
 import pytest
 from repository import ROOT
 
+from geoalign.install import install
+
 PAGES = sorted(
     [*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), *ROOT.glob("*/README.md"), *ROOT.glob("tests/**/README.md")]
 )
@@ -47,6 +49,11 @@ def test_nothing_stands_twice(page: Path) -> None:
     assert twice([part for part in parts if len(part) > 60 and not part.startswith("|")]) == []
     rows = [line for line in text.splitlines() if line.startswith("|") and len(line) > 100]
     assert twice([row for row in rows if re.search(r"\w", row)]) == []
+
+
+@pytest.mark.parametrize("page", PAGES, ids=name_of)
+def test_no_merge_was_left_open(page: Path) -> None:
+    assert re.findall(r"^(?:<{7}|={7}|>{7})(?: .*)?$", prose_of(page), re.MULTILINE) == []
 
 
 @pytest.mark.parametrize("page", PAGES, ids=name_of)
@@ -94,5 +101,22 @@ def test_the_layers_are_those_that_are_checked() -> None:
     contracts = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))["tool"]["importlinter"]["contracts"]
     layers = next(each["layers"] for each in contracts if each["type"] == "layers" and "containers" not in each)
     packages = [{name.removeprefix("geoalign.") for name in layer.split(" | ")} for layer in layers]
-    small = {"__main__", "api", "errors", "version"}  # one file each, above and below everything
+    small = {"__main__", "api", "errors", "install", "version"}  # one file each, above and below everything
     assert drawn == [left for layer in packages if (left := layer - small)]
+
+
+def test_advice_to_install_leads_to_a_clone_and_to_parts_that_exist() -> None:
+    """No index holds geoalign: by its name pip would find nothing, or somebody else's package."""
+    folders, kinds = ("geoalign", "kernels", "profiling", "examples", "configs", "tests"), (".py", ".yaml", ".sh")
+    sources = [file for folder in folders for file in (ROOT / folder).rglob("*") if file.suffix in kinds]
+    files = [file for file in (*sources, *PAGES) if file != Path(__file__) and file.name != "CHANGELOG.md"]
+    texts = {name_of(file): file.read_text("utf-8").replace("in a clone of geoalign", "") for file in files}
+    by_name = re.compile(r"pip install[^\n]*?\bgeoalign(?![\w/-])|\bgeoalign\[")
+    assert [name for name, text in texts.items() if by_name.search(text)] == []
+    extras = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))["project"]["optional-dependencies"]
+    every = "\n".join(texts.values())
+    asked = set(re.findall(r"install\([\"']([\w-]+)[\"']", every))
+    written = {part for parts in re.findall(r"'\.\[([\w,-]+)\]'", every) for part in parts.split(",")}
+    assert asked >= {"gpu", "flash", "wandb", "dali-cu13"} and asked | written <= extras.keys()
+    assert install() == "pip install . in a clone of geoalign"
+    assert install("gpu") == "pip install '.[gpu]' in a clone of geoalign"

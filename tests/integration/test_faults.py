@@ -77,8 +77,8 @@ def test_nan_from_the_policy_masks_one_sample(place: str, levers: dict[str, Any]
         velocity = original(self, x, timestep, precomputed)
         seen.append(len(x))
         # In one batch: the first forward of all rows. One by one: a group shares prefix and first window step, so the
-        # fourth call is the window of row 2, and the sixth the tail of row 1.
-        alone = len(seen) == (4 if place == "window" else 6) and len(x) == 1
+        # fifth call is the window of row 2; the sixth of a tail is that of row 1.
+        alone = len(seen) == (5 if place == "window" else 6) and len(x) == 1
         if alone or (len(x) == ROWS and seen.count(ROWS) == 1):
             velocity.value[len(x) // 2].fill_(float("nan"))
         return velocity

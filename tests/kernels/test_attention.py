@@ -190,11 +190,13 @@ def test_probe_lets_the_worst_of_early_middle_and_late_steps_count() -> None:
     spoiled = q.clone()
     spoiled[:, ::7, :, 0] *= 3000.0
     probe = ProbedInt8Attention(threshold=2e-2)
-    for noise, inputs, measures, expected in (
-        (1.0, q, True, "int8"), (0.9, spoiled, False, "int8"),  # a second early step is not measured
-        (0.5, q, True, "int8"), (0.1, spoiled, True, "exact"), (0.0, q, False, "exact"), (1.0, q, False, "exact"),
+    for noise, inputs, measures, expected, complete in (
+        (1.0, q, True, "int8", False), (0.9, spoiled, False, "int8", False),  # a second early step is not measured
+        (0.5, q, True, "int8", False), (0.1, spoiled, True, "exact", True), (0.0, q, False, "exact", True),
+        (1.0, q, False, "exact", True),
     ):  # fmt: skip
         probe.at(noise)
+        assert probe.saw_all_stages == complete
         assert probe.measures(0) == measures
         assert torch.equal(probe(0, inputs, k, v), gk.attention(inputs, k, v, mode=expected).out)
     probe.at(1.0)

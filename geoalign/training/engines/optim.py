@@ -12,6 +12,7 @@ from torch.distributed.tensor import DTensor
 
 from geoalign.config.training import OptimConfig
 from geoalign.errors import CheckpointError, ConfigError
+from geoalign.install import install
 from geoalign.models.dit import RetakeDiT
 
 
@@ -49,7 +50,7 @@ def build_adamw(values: Mapping[str, nn.Parameter], config: OptimConfig) -> torc
         try:
             from torchao.optim import AdamW8bit
         except ImportError as error:
-            raise ConfigError(f"optim.states=int8 needs torchao (pip install 'geoalign[gpu]'): {error}") from error
+            raise ConfigError(f"optim.states=int8 needs torchao ({install('gpu')}): {error}") from error
         return AdamW8bit(groups, lr=config.lr, betas=config.betas, eps=config.eps)
     return torch.optim.AdamW(groups, lr=config.lr, betas=config.betas, eps=config.eps, foreach=False)
 

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from geoalign.config.training import OptimConfig
 from geoalign.errors import ConfigError
+from geoalign.install import install
 from geoalign.training.engines.optim import build_adamw
 from geoalign.training.engines.snapshot import Snapshot, copy_strictly, whole_on_cpu
 from geoalign.training.engines.whole import WholeParameters
@@ -108,9 +109,7 @@ def _initialise(values: Mapping[str, nn.Parameter], optimizer: torch.optim.Optim
     try:
         import deepspeed
     except ImportError as error:
-        raise ConfigError(
-            f"parallel.engine=deepspeed needs the package: pip install 'geoalign[gpu]' ({error})"
-        ) from error
+        raise ConfigError(f"parallel.engine=deepspeed needs the package: {install('gpu')} ({error})") from error
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
     # Its shared-memory collective would be compiled for minutes at the first use on a CPU; gloo does without it.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False

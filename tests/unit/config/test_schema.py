@@ -20,6 +20,7 @@ from geoalign.rewards.registry import build_rewards
     [
         ({"flow": {"sde": "dance"}}, "longcat does not even out the steps of flow.sde dance; set .* exact_inverse"),
         ({"flow": {"sde": "cps"}, "objective": {"loss_weight": "longcat"}}, "steps of flow.sde cps"),
+        ({"flow": {"sde": "linear"}}, "steps of flow.sde linear"),
         ({"flow": {"noise_cap": 0.3}}, "noise_cap 0.3 is read by sde: longcat_truncated only, not by flow"),
         ({"flow": {"sde": "dance", "noise_cap": 0.3}, "objective": {"loss_weight": "none"}}, "not by dance"),
     ],
@@ -36,6 +37,7 @@ def test_what_the_sampler_does_not_read_or_even_out_is_refused(sections: dict[st
         {"flow": {"sde": "longcat_truncated", "noise_cap": 0.3}},
         {"flow": {"sde": "dance"}, "objective": {"loss_weight": "exact_inverse"}},
         {"flow": {"sde": "cps"}, "objective": {"loss_weight": "guard"}},
+        {"flow": {"sde": "linear"}, "objective": {"loss_weight": "exact_inverse"}},
     ],
 )
 def test_what_acts_is_taken_and_so_is_its_resolved_form(sections: dict[str, Any]) -> None:

@@ -39,7 +39,7 @@ def roll(sampler: FlowSampler, policy: Any) -> Any:
     return sampler.rollout(policy, Cond(torch.tensor([0.3, -0.7])), noise, seed=1, iteration=2, group_ids=GROUP_IDS)
 
 
-PHASES = PhasedPolicy(velocity, velocity, velocity, Reuse.of_velocity(velocity))
+PHASES = PhasedPolicy(velocity, velocity, Reuse.of_velocity(velocity))
 
 
 @given(

@@ -104,14 +104,15 @@ def test_counts_are_what_the_policy_saw() -> None:
 
     def phase(name: str):  # type: ignore[no-untyped-def]
         def velocity(x: Tensor, timestep: Tensor, cond: Cond) -> Tensor:
-            seen[name] += x.shape[0]
+            # Before the window runs what the window runs, and takes no gradients.
+            seen["prefix" if name == "window" and not torch.is_grad_enabled() else name] += x.shape[0]
             assert timestep.shape == x.shape[:1] == cond.z.shape
-            assert torch.is_grad_enabled() == (name == "window")
+            assert name == "window" or not torch.is_grad_enabled()
             return elementwise(x, timestep, cond)
 
         return velocity
 
-    policy = PhasedPolicy(phase("prefix"), phase("window"), phase("tail"))
+    policy = PhasedPolicy(window=phase("window"), tail=phase("tail"))
     run = roll(FlowSampler(table(**FLASH), GROUP, rows_per_forward=2, window_grad=True), policy)
     assert ForwardCount(**seen) == run.forwards
     assert not run.log_prob.requires_grad and not run.final.requires_grad
@@ -308,16 +309,17 @@ def test_a_table_without_window_cannot_be_rolled_out_and_vice_versa() -> None:
 @pytest.mark.parametrize("steps", [WINDOW, StepSet((2, 5))])
 @pytest.mark.parametrize("share", [True, False])
 def test_only_the_window_and_its_replay_are_held_to_exact_kernels(share: bool, steps: StepSet) -> None:
-    seen: dict[str, set[bool]] = {"prefix": set(), "window": set(), "tail": set(), "observer": set()}
+    seen: dict[str, set[bool]] = {"before": set(), "window": set(), "tail": set(), "observer": set()}
 
     def phase(name: str) -> Callable[[Tensor, Tensor, Cond], Tensor]:
         def velocity(x: Tensor, timestep: Tensor, cond: Cond) -> Tensor:
-            seen[name].add(inside_exact_only())
+            before = name == "window" and float(timestep[0]) > float(sampler.table.timesteps[steps.start])
+            seen["before" if before else name].add(inside_exact_only())
             return elementwise(x, timestep, cond)
 
         return velocity
 
-    policy = PhasedPolicy(*(phase(name) for name in ("prefix", "window", "tail")))
+    policy = PhasedPolicy(window=phase("window"), tail=phase("tail"))
     sampler = FlowSampler(table(window=steps), GROUP, share_prefix=share)
     cond, ids = Cond(torch.zeros(CONDITIONS)), GROUP_IDS
     x = torch.randn(CONDITIONS, *SHAPE)
@@ -325,7 +327,7 @@ def test_only_the_window_and_its_replay_are_held_to_exact_kernels(share: bool, s
         policy, cond, x, seed=SEED, iteration=ITERATION, group_ids=ids,
         observer=lambda step: seen["observer"].add(inside_exact_only()),
     )  # fmt: skip
-    assert seen == {"prefix": {False}, "window": {True}, "tail": {False}, "observer": {True}}
+    assert seen == {"before": {False}, "window": {True}, "tail": {False}, "observer": {True}}
     seen["window"].clear()
     sampler.replay(policy, rollout, 1, cond)
     assert seen["window"] == {True} and not inside_exact_only()

@@ -18,6 +18,7 @@ from geoalign.config.load import load_config
 from geoalign.config.published import BASE, CAMERAS, DATA, DAVIS, OTHERS, REDIRECTOR, VIDEOALIGN, WEIGHTS
 from geoalign.config.schema import Config
 from geoalign.files.check import Check
+from geoalign.install import install
 from geoalign.jobs.checks import collect
 
 OWN = "put it there, or name the one that you have"
@@ -127,6 +128,6 @@ def test_a_package_of_every_installation_that_is_gone_is_a_row(
     assert main(["doctor", "--config", "single_gpu", "--json", str(tmp_path / "found.json")]) == 1
     rows = json.loads((tmp_path / "found.json").read_text())["checks"]
     assert [(row["name"], row["state"], row["fix"]) for row in rows] == [
-        (f"package {name}", "absent", "pip install geoalign") for name in ("torch", "safetensors")
+        (f"package {name}", "absent", install()) for name in ("torch", "safetensors")
     ]
     assert "[ ] package torch" in capsys.readouterr().out

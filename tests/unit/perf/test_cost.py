@@ -11,6 +11,7 @@ from geoalign.config.model import ModelConfig
 from geoalign.perf.budget import LEVERS, PassCount, Plan, RunCost, Walk, climb, count_passes
 from geoalign.perf.cost import Speedups, TransformerCost, video_cost
 from geoalign.perf.devices import DEVICES, core_rates, own_rate, peak_flops, profile_of
+from geoalign.perf.phases import phase_work
 
 A800, H200 = DEVICES["a800"], DEVICES["h200"]
 FASTEST = Speedups(kernels="fused", cached=True, pruned=True)
@@ -190,6 +191,23 @@ def test_pass_counts_by_hand() -> None:
     kept = count_passes(walk, 1, 12, 1, Plan(checkpoint=False))
     assert (kept.recompute, kept.replay) == (0, 48)
     assert count_passes(walk, 1, 12, 1, Plan(guidance=2)).forwards == 2 * plain.forwards
+
+
+def test_8_bits_make_the_steps_after_the_window_cheaper_and_no_others() -> None:
+    exact = Plan(speedups=FASTEST, share_prefix=True)
+    int8 = exact.with_int8(attention=True, linears=True)
+    assert int8.with_exact_steps() == exact
+    for walk, cheaper in ((Walk(9, 4, 0), False), (Walk(0, 4, 9), True)):
+        run = replace(paper_run(), walks={walk: 1})
+        assert (run.seconds(A800, int8).rollout < run.seconds(A800, exact).rollout) == cheaper
+    prefix, tail = (
+        [
+            phase_work(TransformerCost(), plan, Walk(9, 4, 9), 1, 12, 1, A800)[f"rollout/{name}"]
+            for plan in (exact, int8)
+        ]
+        for name in ("prefix", "tail")
+    )
+    assert prefix[0] == prefix[1] and tail[1].seconds < tail[0].seconds
 
 
 @pytest.mark.parametrize("share", [True, False])

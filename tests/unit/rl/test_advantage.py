@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from itertools import combinations
+from typing import get_args
 
 import pytest
 import torch
@@ -13,7 +15,7 @@ from pydantic import ValidationError
 from torch import Tensor
 from training_cases import on_fake_ranks
 
-from geoalign.config.flow import AdvantageConfig
+from geoalign.config.flow import AdvantageConfig, StdMode
 from geoalign.errors import ConfigError, UsageError
 from geoalign.rl.advantage import group_advantage
 from geoalign.rl.score import Scores
@@ -39,8 +41,6 @@ def values(config: AdvantageConfig, scores: Tensor = SCORES, valid: Tensor = ALL
         (AdvantageConfig(std="group"), [math.sqrt(3.5), 1.0]),
         (AdvantageConfig(std="group", floor=1.5), [math.sqrt(3.5), 1.5]),
         (AdvantageConfig(std="group", floors={"r": 4.0}), [4.0] * 2),
-        (AdvantageConfig(std="group_floor", floor=1.5), [math.sqrt(3.5), 1.5]),
-        (AdvantageConfig(std="group_floor", floor=0.5), [math.sqrt(3.5), 1.0]),
         (AdvantageConfig(std="batch_rms"), [1.5] * 2),
         # Mean 7, deviations from it -6 -5 -4 -1 3 3 5 5: squares sum to 146.
         (AdvantageConfig(std="global"), [math.sqrt(146 / 8)] * 2),
@@ -53,6 +53,11 @@ def values(config: AdvantageConfig, scores: Tensor = SCORES, valid: Tensor = ALL
 def test_denominators_by_hand(config: AdvantageConfig, denominators: list[float]) -> None:
     expected = CENTRED / torch.tensor(denominators).repeat_interleave(4)
     torch.testing.assert_close(values(config), expected, **TOLERANCE)
+
+
+def test_every_mode_has_a_denominator_of_its_own() -> None:
+    found = [values(AdvantageConfig(std=std)) for std in get_args(StdMode)]
+    assert not any(torch.equal(a, b) for a, b in combinations(found, 2))
 
 
 @pytest.mark.parametrize("std", ["batch_max", "batch_rms", "group", "global"])
@@ -91,10 +96,10 @@ TABLE = torch.tensor([1.0, 2.0, 3.0, 6.0, 10.0, 10.0, 12.0, 12.5, 0.0, 1.0, 2.0,
 
 
 @pytest.mark.parametrize("score", [math.nan, -math.inf, 1e9, -1e9])
-@pytest.mark.parametrize("std", ["batch_max", "batch_rms", "group", "group_floor", "global"])
+@pytest.mark.parametrize("std", ["batch_max", "batch_rms", "group", "global"])
 def test_a_lost_member_changes_no_other_advantage(std: str, score: float) -> None:
     """Bit for bit those of the batch without it, however bad or good its score would be."""
-    config = AdvantageConfig(std=std, floor=1e-2 if std == "group_floor" else None)
+    config = AdvantageConfig(std=std)
     groups, valid = torch.arange(3).repeat_interleave(4), torch.ones(12, dtype=torch.bool)
     scores = {"a": torch.where(LOST, score, TABLE), "b": torch.where(LOST, score, TABLE.square())}
     found = group_advantage(scores, valid, groups, config, LOST)
@@ -111,7 +116,7 @@ def test_a_lost_member_changes_no_other_advantage(std: str, score: float) -> Non
 def test_a_lost_member_gets_the_lowest_advantage_of_its_group_and_at_most_minus_one() -> None:
     """By hand, with the denominator 1: scores 1 2 3 give -1 0 1, scores 10 12 12.5 give -1.5 0.5 1."""
     groups, valid = torch.arange(3).repeat_interleave(4), torch.ones(12, dtype=torch.bool)
-    config = AdvantageConfig(std="group_floor", floor=2.0, weights={"a": 2.0})
+    config = AdvantageConfig(std="group", floor=2.0, weights={"a": 2.0})
     result = group_advantage({"a": TABLE}, valid, groups, config, LOST)
     expected = [-1.0, 0.0, 1.0, -1.0, -1.5, -1.5, 0.5, 1.0, 0.0, 0.0, 0.0, 0.0]
     torch.testing.assert_close(result.values, torch.tensor(expected), **TOLERANCE)
@@ -134,7 +139,7 @@ def test_invalid_samples_are_not_lost_and_decide_nothing() -> None:
     assert nobody.values.tolist() == [0.0] * 4 and nobody.metrics["lost_groups"] == 1
 
 
-@pytest.mark.parametrize("std", ["batch_max", "batch_rms", "group", "group_floor", "global"])
+@pytest.mark.parametrize("std", ["batch_max", "batch_rms", "group", "global"])
 @pytest.mark.parametrize("base", [-3.0, -300.0, -0.3, 7e-5, 1e6])
 def test_rewards_that_differ_by_rounding_teach_nothing(std: str, base: float) -> None:
     """A few units in the last place of float32 around ``base``; the second group differs by a thousandth."""
@@ -249,7 +254,6 @@ def test_misuse_is_named(call: Callable[[], object], error: type[Exception], mes
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"std": "group_floor"}, "explicit floor"),
         ({"std": "group", "quantile": 0.9}, "quantile is read by"),
         ({"floors": {"r": 0.0}}, "positive"),
     ],

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import math
+from typing import get_args
 
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from pydantic import ValidationError
 from torch import Tensor
 
-from geoalign.config.flow import FlowConfig, ObjectiveConfig
+from geoalign.config.flow import LONGCAT_FLATTENS, FlowConfig, ObjectiveConfig, SdeVariant
+from geoalign.config.schema import Config
 from geoalign.errors import UsageError
 from geoalign.flow.table import StepTable, StepWindow, build_step_table
 from geoalign.rl.objective import LossOutput, clipped_surrogate, kl_loss, loss_weights, reference_kl
@@ -46,7 +49,24 @@ def test_longcat_cancels_the_gradient_scale_of_flow_sde(eta: float) -> None:
     assert float(scale[0]) == pytest.approx(1 / eta, rel=1e-12)
 
 
-@pytest.mark.parametrize("sde", ["flow", "dance", "longcat_truncated", "cps"])
+@pytest.mark.parametrize("sde", get_args(SdeVariant))
+def test_longcat_is_taken_with_the_samplers_that_it_evens_out_and_no_others(sde: str) -> None:
+    """By the spread of |b| / c * w over the steps after the first, which sigma_1 makes an exception."""
+    plan = table(sde=sde, eta=0.7, **({"noise_cap": 10.0} if sde == "longcat_truncated" else {}))  # below the cap
+    _, b, c, _ = plan.coefficients[:24].unbind(1)
+    scale = (b.abs() / c * weights("longcat", plan))[1:]
+    spread = float(scale.max() / scale.min())
+    even = spread < 1 + 1e-12
+    assert even or spread > 1.3  # 1.4 for cps, 5 for linear, 11 for dance
+    if even:
+        Config.model_validate({"flow": {"sde": sde}})
+    else:
+        with pytest.raises(ValidationError, match=f"longcat does not even out the steps of flow.sde {sde}; set"):
+            Config.model_validate({"flow": {"sde": sde}})
+    assert (sde in LONGCAT_FLATTENS) == even
+
+
+@pytest.mark.parametrize("sde", get_args(SdeVariant))
 def test_exact_inverse_cancels_it_for_every_sampler(sde: str) -> None:
     plan = table(sde=sde)
     _, b, c, _ = plan.coefficients[:24].unbind(1)

@@ -118,7 +118,7 @@ class TestOptimizer:
 
     def test_a_missing_package_names_the_extra(self, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setitem(sys.modules, "torchao.optim", None)
-        with pytest.raises(ConfigError, match=r"pip install 'geoalign\[gpu\]'"):
+        with pytest.raises(ConfigError, match=r"pip install '\.\[gpu\]' in a clone of geoalign"):
             self.engine()
 
     def test_parameters_behind_a_kept_condition_cannot_be_trained(self) -> None:
@@ -236,5 +236,5 @@ def test_weights_and_biases_gets_every_row_and_continues_a_run(tmp_path: Path, m
     assert runs[0].options == runs[1].options
     assert runs[0].options["project"] == "project" and runs[0].options["resume"] == "allow" and runs[0].code == 0
     monkeypatch.setitem(sys.modules, "wandb", None)
-    with pytest.raises(ConfigError, match=r"pip install 'geoalign\[wandb\]'"):
+    with pytest.raises(ConfigError, match=r"pip install '\.\[wandb\]' in a clone of geoalign"):
         MetricsWriter(tmp_path, settings)

@@ -13,6 +13,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from training_cases import Brightness, Conditions, lively_policy, smoke, trainer_of
 
 from geoalign.errors import ConfigError, UsageError
+from geoalign.flow.rollout import Rollout
+from geoalign.flow.sampler import FlowSampler
+from geoalign.flow.table import StepWindow
 from geoalign.geometry.trajectory import CameraTrajectory
 from geoalign.models.conditioning import Conditioning
 from geoalign.models.dit import RetakeDiT
@@ -56,6 +59,37 @@ class TestFastTwin:
         assert metrics["parity/log_prob_diff_max"] == 0.0 and metrics["policy/ratio_max"] == 1.0
         assert metrics["reward/bright"] != reference["reward/bright"]
         assert metrics["reward/bright"] == pytest.approx(reference["reward/bright"], abs=0.05)
+
+    @pytest.mark.parametrize("share", [True, False])
+    def test_the_window_begins_where_exact_steps_lead(self, share: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+        """Bit for bit the states that are trained without approximations; what follows the window differs."""
+        found: list[Rollout] = []
+        original = FlowSampler.rollout
+
+        def kept(self: FlowSampler, *args: Any, **settings: Any) -> Rollout:
+            found.append(original(self, *args, **settings))
+            return found[-1]
+
+        monkeypatch.setattr(FlowSampler, "rollout", kept)
+        levers = {"share_prefix": share, "merge_first_step": share}
+        for ode in ({}, {"attention": "int8", "linears": "int8", "int8_threshold": 0.5}):
+            config = smoke(window=WINDOW, advantage={"weights": {}}, levers=levers, ode=ode)
+            trainer_of(config, rewards={"b": Brightness()}).step()
+        exact, fast = found
+        assert exact.forwards.prefix == fast.forwards.prefix == (2 if share else 8)
+        for name in ("x_start", "x_next", "log_prob"):
+            assert torch.equal(getattr(exact, name), getattr(fast, name)), name
+        assert not torch.equal(exact.final, fast.final)
+
+    def test_layers_are_settled_once_a_tail_went_through_all_noise_of_the_run(self) -> None:
+        """With random windows the first one may leave a tail of low noise alone, which says nothing of the others."""
+        window = {"kind": "random", "size": 1, "max_start": 4}
+        config = smoke(window=window, advantage={"weights": {}}, ode={"attention": "int8", "int8_threshold": 0.5})
+        trainer = trainer_of(config, rewards={"b": Brightness()})
+        for start, settled in ((4, False), (0, True)):
+            trainer.schedule = lambda _, start=start: StepWindow(start, start + 1)  # type: ignore[assignment]
+            trainer.step()
+            assert ("ode_modes" in trainer.notes) == settled
 
     def test_a_resumed_run_keeps_the_modes_that_were_measured(self, monkeypatch: pytest.MonkeyPatch) -> None:
         """Without a second measurement, whose other inputs could choose otherwise; bit for bit."""

@@ -53,12 +53,19 @@ class ProbedInt8Attention:
         self.chosen: dict[int, Mode] = {}
         self.settled = False
         self._blocks, self._stage = blocks, 0
+        self._stages: set[int] = set()
         self._worst: dict[tuple[int, Mode], float] = {}
         self._seen: set[tuple[int, int]] = set()
 
     def at(self, noise: float) -> None:
         """Say where the next calls stand: the share of noise in their latents, from 1 to 0."""
         self._stage = min(int((1.0 - noise) * STAGES), STAGES - 1)
+        self._stages.add(self._stage)
+
+    @property
+    def saw_all_stages(self) -> bool:
+        """Whether :meth:`at` told of an early, a middle and a late step; equal on ranks that take the same steps."""
+        return len(self._stages) == STAGES
 
     def measures(self, layer: int) -> bool:
         """Whether the next call of a layer measures it: the first one of an early, a middle and a late step."""
