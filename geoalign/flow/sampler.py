@@ -108,8 +108,9 @@ class FlowSampler:
             rollout and learner must share, because kernels round differently at other batch shapes.
         groups_per_forward: most groups that one network forward serves; None: as many as there are. With 1 a group's
             numbers do not depend on which other groups are here.
-        window_grad: run window forwards with gradients enabled even if nobody observes them, for compiled policies
-            whose graphs differ between the two modes.
+        window_grad: run window forwards with gradients enabled, whatever the caller's mode, as the learner's replay
+            runs them: compiled graphs and recomputed blocks differ between the modes, and round apart. False saves the
+            activations of one forward where nothing is replayed.
         reused: steps after the window that are not evaluated (:func:`geoalign.flow.reuse.reused_steps`).
         drift: measures, in a tail that is evaluated, how far reuse would be off.
     """
@@ -119,7 +120,7 @@ class FlowSampler:
     share_prefix: bool = True
     rows_per_forward: int | None = None
     groups_per_forward: int | None = None
-    window_grad: bool = False
+    window_grad: bool = True
     reused: frozenset[int] = frozenset()
     drift: DriftMeter | None = None
 
@@ -148,7 +149,8 @@ class FlowSampler:
                 (streaming backward); it decides how long the graph lives.
 
         Raises:
-            UsageError: the table has no window, batch sizes do not fit, or steps are reused of a policy that cannot.
+            UsageError: the table has no window, batch sizes do not fit, steps are reused of a policy that cannot, or
+                inference mode is on although the window is to be replayed.
         """
         run = self._begin(PhasedPolicy.of(policy), observer, x_init, seed, iteration, group_ids, member_ids)
         conditions, size = group_ids.numel(), self.group_size
@@ -253,6 +255,11 @@ class FlowSampler:
             raise UsageError(
                 f"x_init has {x_init.shape[0]} samples and member_ids {member_ids.numel()} entries for {conditions} "
                 f"groups of {size} (share_prefix={self.share_prefix})"
+            )
+        if self.window_grad and torch.is_inference_mode_enabled():
+            raise UsageError(
+                "a rollout under torch.inference_mode cannot be replayed: its window forwards would not be the "
+                "learner's; use torch.no_grad, or FlowSampler(window_grad=False) where nothing is replayed"
             )
         num_rows, shape, steps = conditions * size, x_init.shape[1:], self._window_steps
         like = working(x_init[:0])

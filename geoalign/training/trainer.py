@@ -206,7 +206,6 @@ class Trainer:
             share_prefix=config.levers.share_prefix,
             rows_per_forward=rows,
             groups_per_forward=groups,
-            window_grad=True,
         )
         return sampler if exact else with_reuse(sampler, config, self.notes, frames)
 
