@@ -134,7 +134,10 @@ class Config(Section):
         for check in checks:
             check()
         if self.flow.guidance > 1 and self.model.text_length == 1:
-            raise ValueError("flow.guidance needs a model that reads text (model.text_length above 1)")
+            raise ValueError(
+                f"flow.guidance {self.flow.guidance:g} needs a model that reads text: set flow.guidance to 1, or "
+                "model.text_length above 1"
+            )
         return self
 
     def _window_fits(self) -> None:
@@ -161,18 +164,27 @@ class Config(Section):
     def _streaming_is_exact(self) -> None:
         levers, updates = self.levers, self.optim.updates_per_rollout
         if levers.merge_first_step and not levers.share_prefix:
-            raise ValueError("levers.merge_first_step needs levers.share_prefix: only then do members share a state")
+            raise ValueError(
+                "levers.merge_first_step needs levers.share_prefix, for only then do members share a state: set both, "
+                "or neither"
+            )
         if levers.streaming == "off":
             return
         if updates > 1:
             raise ValueError(
                 f"levers.streaming serves one update per rollout (its ratio is 1), but optim.updates_per_rollout is "
-                f"{updates}; switch one of them off"
+                f"{updates}; set that to 1, or levers.streaming to off"
             )
         if self.objective.kl_weight > 0:
-            raise ValueError("levers.streaming has no second forward for a KL term; set objective.kl_weight to 0")
+            raise ValueError(
+                "levers.streaming has no second forward for a KL term; set objective.kl_weight to 0, or "
+                "levers.streaming to off"
+            )
         if levers.share_prefix and not levers.merge_first_step:
-            raise ValueError("levers.streaming merges the first window step of a shared prefix: set merge_first_step")
+            raise ValueError(
+                "levers.streaming merges the first window step of a shared prefix: set levers.merge_first_step, or "
+                "levers.streaming to off"
+            )
         if levers.streaming in ("device", "host"):
             if self.groups.rows_per_forward != 1:
                 raise ValueError(
@@ -180,15 +192,24 @@ class Config(Section):
                     "one: set groups.rows_per_forward to 1, or levers.streaming to graphs"
                 )
             if self.parallel.engine == "fsdp":
-                raise ValueError("levers.streaming with a gradient per rollout needs whole parameters, not fsdp's")
+                raise ValueError(
+                    f"levers.streaming={levers.streaming} keeps a gradient per rollout of whole parameters, which "
+                    "parallel.engine=fsdp shards: set levers.streaming to graphs or off"
+                )
 
     def _subsets_fit(self) -> None:
         learn = self.learn
         if learn.window_steps is not None and learn.window_steps > self.window.size:
-            raise ValueError(f"learn.window_steps {learn.window_steps} of a window of {self.window.size} steps")
+            raise ValueError(
+                f"learn.window_steps {learn.window_steps} of a window of {self.window.size} steps: set "
+                "learn.window_steps to at most window.size, or to null for all of them"
+            )
         if learn.members is not None:
             if learn.members > self.groups.size:
-                raise ValueError(f"learn.members {learn.members} of groups of {self.groups.size}")
+                raise ValueError(
+                    f"learn.members {learn.members} of groups of {self.groups.size}: set learn.members to at most "
+                    "groups.size, or to null for all of them"
+                )
             if self.levers.streaming != "off" or self.optim.updates_per_rollout > 1:
                 raise ValueError(
                     "learn.members chooses once the rewards are known, for one update: set levers.streaming to off "
@@ -197,9 +218,12 @@ class Config(Section):
             if self.groups.rows_per_forward != 1:
                 raise ValueError("learn.members saves whole forwards only: set groups.rows_per_forward to 1")
         if (learn.short_frames is None) != (learn.short_iterations == 0):
-            raise ValueError("learn.short_frames and learn.short_iterations belong together: set both")
+            raise ValueError("learn.short_frames and learn.short_iterations belong together: set both, or neither")
         if learn.short_frames is not None and learn.short_frames >= self.data.num_frames:
-            raise ValueError(f"learn.short_frames {learn.short_frames} must be below data.num_frames")
+            raise ValueError(
+                f"learn.short_frames {learn.short_frames} must be below data.num_frames {self.data.num_frames}: set "
+                "fewer, or null with learn.short_iterations=0"
+            )
 
     def _audit_has_work(self) -> None:
         if self.ode.audit_every and not self.approximations():

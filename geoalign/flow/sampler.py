@@ -24,9 +24,11 @@ from geoalign.errors import UsageError
 from geoalign.flow.policy import Condition, PhasedPolicy, Velocity, VelocityFn
 from geoalign.flow.reuse import DriftMeter, TailSource
 from geoalign.flow.rollout import ForwardCount, Rollout
+from geoalign.flow.rows import condition_of, repeat, split, working
+from geoalign.flow.steps import Steps
 from geoalign.flow.table import StepTable
 from geoalign.perf.timer import phase
-from geoalign_kernels import FlowStep, NoiseKey, exact_only, flow_log_prob, flow_step, philox_normal, streams
+from geoalign_kernels import NoiseKey, exact_only, philox_normal, streams
 
 
 class ObservedStep(NamedTuple):
@@ -106,8 +108,9 @@ class FlowSampler:
             rollout and learner must share, because kernels round differently at other batch shapes.
         groups_per_forward: most groups that one network forward serves; None: as many as there are. With 1 a group's
             numbers do not depend on which other groups are here.
-        window_grad: run window forwards with gradients enabled even if nobody observes them, for compiled policies
-            whose graphs differ between the two modes.
+        window_grad: run window forwards with gradients enabled, whatever the caller's mode, as the learner's replay
+            runs them: compiled graphs and recomputed blocks differ between the modes, and round apart. False saves the
+            activations of one forward where nothing is replayed.
         reused: steps after the window that are not evaluated (:func:`geoalign.flow.reuse.reused_steps`).
         drift: measures, in a tail that is evaluated, how far reuse would be off.
     """
@@ -117,7 +120,7 @@ class FlowSampler:
     share_prefix: bool = True
     rows_per_forward: int | None = None
     groups_per_forward: int | None = None
-    window_grad: bool = False
+    window_grad: bool = True
     reused: frozenset[int] = frozenset()
     drift: DriftMeter | None = None
 
@@ -146,18 +149,19 @@ class FlowSampler:
                 (streaming backward); it decides how long the graph lives.
 
         Raises:
-            UsageError: the table has no window, batch sizes do not fit, or steps are reused of a policy that cannot.
+            UsageError: the table has no window, batch sizes do not fit, steps are reused of a policy that cannot, or
+                inference mode is on although the window is to be replayed.
         """
         run = self._begin(PhasedPolicy.of(policy), observer, x_init, seed, iteration, group_ids, member_ids)
         conditions, size = group_ids.numel(), self.group_size
-        x_init = _repeat(_working(x_init), run.x_start.shape[0] // x_init.shape[0])  # [L, ...]
+        x_init = repeat(working(x_init), run.x_start.shape[0] // x_init.shape[0])  # [L, ...]
         for lanes in self._lane_batches(run.x_start.shape[0], conditions):
-            lane_cond = _condition(cond, lanes, size // run.rows_per_lane, conditions)
+            lane_cond = condition_of(cond, lanes, size // run.rows_per_lane, conditions)
             rows, x, m_prev = self._prefix_and_branch(run, lane_cond, x_init[lanes], lanes)  # x: [rows, ...]
-            for part in _split(rows.start, rows.stop, self.rows_per_forward):
+            for part in split(rows.start, rows.stop, self.rows_per_forward):
                 local = slice(part.start - rows.start, part.stop - rows.start)
                 history = None if m_prev is None else m_prev[local]
-                self._finish(run, _condition(cond, part, size, conditions), x[local], history, part)
+                self._finish(run, condition_of(cond, part, size, conditions), x[local], history, part)
         counts = ForwardCount(*(run.forwards[name] for name in ("prefix", "window", "tail", "reused")))
         stored = run.x_start, run.x_next, run.log_prob, run.final
         return Rollout(*stored, self.table, self.group_size, counts, run.entered)
@@ -189,14 +193,15 @@ class FlowSampler:
         per_lane = rollout.num_rows // state.shape[0]
         lanes = slice(rows.start // per_lane, -(-rows.stop // per_lane))
         num_conditions = rollout.num_rows // rollout.group_size
-        lane_cond = _condition(cond, lanes, rollout.group_size // per_lane, num_conditions)
+        lane_cond = condition_of(cond, lanes, rollout.group_size // per_lane, num_conditions)
+        window = PhasedPolicy.of(policy).window
         with exact_only():
-            velocity = self._velocity(PhasedPolicy.of(policy).window, state[lanes], step, lane_cond)  # [lanes, ...]
+            velocity = self._steps.velocity(window, state[lanes], step, lane_cond)  # [lanes, ...]
         offset = rows.start - lanes.start * per_lane
         members = slice(offset, offset + rows.stop - rows.start)
-        v = velocity.map(lambda part: _repeat(_working(part), per_lane)[members])  # [rows, ...]
-        x = _repeat(_working(state[lanes]), per_lane)[members]  # [rows, ...]
-        return ReplayStep(self._log_prob(x, v, rollout.x_next[position][rows], step), v)
+        v = velocity.map(lambda part: repeat(working(part), per_lane)[members])  # [rows, ...]
+        x = repeat(working(state[lanes]), per_lane)[members]  # [rows, ...]
+        return ReplayStep(self._steps.log_prob(x, v, rollout.x_next[position][rows], step), v)
 
     def replay_batches(self, rollout: Rollout, position: int) -> list[slice]:
         """The row batches whose forwards have the shapes that the rollout had."""
@@ -218,17 +223,17 @@ class FlowSampler:
             raise UsageError("FlowSampler.sample needs a table without window; use rollout for stochastic steps")
         tail, steps, batch = PhasedPolicy.of(policy).tail, range(self.table.num_steps), x_init.shape[0]
         parts = []
-        for rows in _split(0, batch, self.rows_per_forward):
-            part_cond = _condition(cond, rows, 1, batch)
-            x, _ = self._ode(tail, _working(x_init[rows]), None, steps, part_cond, Counter(), "sample")
+        for rows in split(0, batch, self.rows_per_forward):
+            part_cond = condition_of(cond, rows, 1, batch)
+            x, _ = self._steps.walk(tail, working(x_init[rows]), None, steps, part_cond, Counter(), "sample")
             parts.append(x)
         return torch.cat(parts)
 
     def _lane_batches(self, num_lanes: int, conditions: int) -> Iterator[slice]:
         """The lanes of one forward after the other: whole groups, or parts of them."""
         together = self.groups_per_forward
-        for groups in _split(0, num_lanes, together and together * (num_lanes // conditions)):
-            yield from _split(groups.start, groups.stop, self.rows_per_forward)
+        for groups in split(0, num_lanes, together and together * (num_lanes // conditions)):
+            yield from split(groups.start, groups.stop, self.rows_per_forward)
 
     # The phases of a rollout, in order.
 
@@ -251,8 +256,13 @@ class FlowSampler:
                 f"x_init has {x_init.shape[0]} samples and member_ids {member_ids.numel()} entries for {conditions} "
                 f"groups of {size} (share_prefix={self.share_prefix})"
             )
+        if self.window_grad and torch.is_inference_mode_enabled():
+            raise UsageError(
+                "a rollout under torch.inference_mode cannot be replayed: its window forwards would not be the "
+                "learner's; use torch.no_grad, or FlowSampler(window_grad=False) where nothing is replayed"
+            )
         num_rows, shape, steps = conditions * size, x_init.shape[1:], self._window_steps
-        like = _working(x_init[:0])
+        like = working(x_init[:0])
         gaps = [position for position, (before, step) in enumerate(pairwise(steps), start=1) if step != before + 1]
         return _RolloutCall(
             phases=phases,
@@ -274,12 +284,12 @@ class FlowSampler:
         """Steps up to and including the first stochastic one; returns its rows, their states and history."""
         first, per_lane = self._window_steps[0], run.rows_per_lane
         with phase("rollout/prefix"):
-            x, _ = self._ode(run.phases.window, x, None, range(first), cond, run.forwards, "prefix")
+            x, _ = self._steps.walk(run.phases.window, x, None, range(first), cond, run.forwards, "prefix")
         run.x_start[lanes] = x  # [lanes, ...]
         with phase("rollout/window"), exact_only():
-            velocity = self._window_velocity(run, x, first, cond).map(lambda v: _repeat(_working(v), per_lane))
+            velocity = self._window_velocity(run, x, first, cond).map(lambda v: repeat(working(v), per_lane))
             rows, passes = slice(lanes.start * per_lane, lanes.stop * per_lane), velocity.passes * x.shape[0]
-            return rows, *self._stochastic(run, 0, _repeat(x, per_lane), velocity, rows, passes)  # [rows, ...]
+            return rows, *self._stochastic(run, 0, repeat(x, per_lane), velocity, rows, passes)  # [rows, ...]
 
     def _finish(self, run: _RolloutCall, cond: Condition, x: Tensor, m_prev: Tensor | None, rows: slice) -> None:
         """The other stochastic steps of some rows, and the deterministic ones between and after them."""
@@ -315,11 +325,11 @@ class FlowSampler:
         if self.table.needs_history(first) and m_prev is None:
             raise UsageError("this tail's solver needs the predicted clean latents of the last window step (m_prev)")
         phases, conditions, final = PhasedPolicy.of(policy), x.shape[0] // self.group_size, torch.empty_like(x)
-        for rows in _split(0, x.shape[0], self.rows_per_forward):
-            part = _condition(cond, rows, self.group_size, conditions)
+        for rows in split(0, x.shape[0], self.rows_per_forward):
+            part = condition_of(cond, rows, self.group_size, conditions)
             history = None if m_prev is None else m_prev[rows]
             steps = range(first, self.table.num_steps)
-            final[rows], _ = self._ode(self._source(phases), x[rows], history, steps, part, counts, "tail")
+            final[rows], _ = self._steps.walk(self._source(phases), x[rows], history, steps, part, counts, "tail")
         return final, ForwardCount(tail=counts["tail"], reused=counts["reused"])
 
     def _tail(
@@ -327,7 +337,7 @@ class FlowSampler:
     ) -> tuple[Tensor, Tensor | None]:
         """Deterministic steps after the members have parted."""
         with phase("rollout/tail"):
-            return self._ode(self._source(run.phases), x, m_prev, steps, cond, run.forwards, "tail")
+            return self._steps.walk(self._source(run.phases), x, m_prev, steps, cond, run.forwards, "tail")
 
     def _source(self, phases: PhasedPolicy) -> VelocityFn | TailSource:
         if not self.reused and self.drift is None:
@@ -338,7 +348,7 @@ class FlowSampler:
 
     def _window_velocity(self, run: _RolloutCall, x: Tensor, step: int, cond: Condition) -> Velocity:
         with torch.set_grad_enabled(self.window_grad or run.observer is not None):
-            velocity = self._velocity(run.phases.window, x, step, cond)
+            velocity = self._steps.velocity(run.phases.window, x, step, cond)
         run.forwards["window"] += x.shape[0] * velocity.passes
         # Without an observer nobody needs the graph, which would stay alive through the next forward.
         return velocity if run.observer is not None else velocity.map(Tensor.detach)
@@ -353,92 +363,21 @@ class FlowSampler:
         step = self._window_steps[position]
         key = NoiseKey(run.seed, run.iteration, run.groups[rows], run.members[rows], step, streams.SDE)
         fixed = velocity.map(Tensor.detach)
-        taken = self._step(x, fixed, step, key=key)
+        taken = self._steps.take(x, fixed, step, key=key)
         assert taken.log_prob is not None  # the table gives window steps c > 0
         run.x_next[position, rows] = taken.x_next
         run.log_prob[rows, position] = taken.log_prob
         if run.observer is not None:
-            log_prob = self._log_prob(x, velocity, taken.x_next, step)
+            log_prob = self._steps.log_prob(x, velocity, taken.x_next, step)
             run.observer(ObservedStep(position, rows, log_prob, passes))
-        return taken.x_next, self._history(x, fixed, step)
+        return taken.x_next, self._steps.history(x, fixed, step)
 
-    @torch.no_grad()
-    def _ode(
-        self,
-        source: VelocityFn | TailSource,
-        x: Tensor,
-        m_prev: Tensor | None,
-        steps: range,
-        cond: Condition,
-        forwards: Counter[str],
-        name: str,
-    ) -> tuple[Tensor, Tensor | None]:
-        """State and history after deterministic steps; no log-probability is taken, so never with a graph.
-
-        Counts into ``forwards[name]``, and steps that were not evaluated into ``forwards["reused"]``.
-        """
-        for step in steps:
-            if isinstance(source, TailSource):
-                velocity, evaluated = source.at(step, x, self._timestep(x, step), cond)
-            else:
-                velocity, evaluated = self._velocity(source, x, step, cond), True
-            forwards[name if evaluated else "reused"] += x.shape[0] * velocity.passes
-            used = m_prev if self.table.needs_history(step) else None
-            m_prev = self._history(x, velocity, step)
-            x = self._step(x, velocity, step, m_prev=used).x_next
-        return x, m_prev
-
-    def _velocity(self, velocity_fn: VelocityFn, x: Tensor, step: int, cond: Condition) -> Velocity:
-        return Velocity.of(velocity_fn(x, self._timestep(x, step), cond))
-
-    def _timestep(self, x: Tensor, step: int) -> Tensor:
-        return torch.full((x.shape[0],), float(self.table.timesteps[step]), dtype=x.dtype, device=x.device)
-
-    def _step(
-        self, x: Tensor, v: Velocity, step: int, *, key: NoiseKey | None = None, m_prev: Tensor | None = None
-    ) -> FlowStep:
-        row, uncond = self.table.row(step), v.uncond
-        return flow_step(x, v.value, row, key=key, velocity_uncond=uncond, guidance=v.guidance, m_prev=m_prev)
-
-    def _log_prob(self, x: Tensor, v: Velocity, x_next: Tensor, step: int) -> Tensor:
-        row = self.table.row(step)
-        return flow_log_prob(x, v.value, x_next, row, velocity_uncond=v.uncond, guidance=v.guidance)
-
-    def _history(self, x: Tensor, velocity: Velocity, step: int) -> Tensor | None:
-        """Predicted clean latent x - sigma v of this step, if the next step reads it."""
-        if not self.table.needs_history(step + 1):
-            return None
-        return x - float(self.table.sigmas[step]) * velocity.combined().to(x.dtype)
+    @property
+    def _steps(self) -> Steps:
+        return Steps(self.table)
 
     @property
     def _window_steps(self) -> Sequence[int]:
         if self.table.window is None:
             raise UsageError("this table has no stochastic window; use FlowSampler.sample")
         return self.table.window.steps
-
-
-def _condition(cond: Condition, rows: slice, per_condition: int, num_conditions: int) -> Condition:
-    """The conditions of ``rows``, each condition having ``per_condition`` of them in a row."""
-    if rows.start == 0 and rows.stop == num_conditions * per_condition:
-        return cond if per_condition == 1 else cond.repeat_interleave(per_condition)
-    first, last = rows.start // per_condition, (rows.stop - 1) // per_condition
-    if first == last:  # of one condition: a view, however large its cache is
-        one, count = cond.select(slice(first, first + 1)), rows.stop - rows.start
-        return one if count == 1 else one.repeat_interleave(count)
-    return cond.select(torch.arange(rows.start, rows.stop) // per_condition)  # [rows] condition of each
-
-
-def _working(x: Tensor) -> Tensor:
-    # Latents are float32 throughout (float64 in exactness tests), whatever dtype the caller made them in.
-    return x.to(torch.promote_types(x.dtype, torch.float32))
-
-
-def _repeat(x: Tensor, count: int) -> Tensor:
-    # repeat_interleave by an int: its backward is a sum over a view, which is deterministic on every device.
-    return x if count == 1 else x.repeat_interleave(count, 0)
-
-
-def _split(start: int, stop: int, size: int | None) -> Iterator[slice]:
-    width = max(stop - start if size is None else size, 1)
-    for left in range(start, stop, width):
-        yield slice(left, min(left + width, stop))

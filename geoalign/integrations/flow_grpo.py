@@ -102,8 +102,8 @@ def wan_pipeline_with_logprob(
         generator: draws ``seed`` if that is None. attention_kwargs: handed to the transformer.
         stochastic: consecutive step indices; default all, the last included, as in flow_grpo. The steps before the
             first are computed once per group.
-        seed, iteration, group_ids, rows_per_forward: see ``GroupRollout``. A trainer that replays by its own forward
-            gets equal bits where its batches have the rollout's shape.
+        seed, iteration, group_ids, rows_per_forward: see ``GroupRollout``. A trainer that replays by its own forward,
+            with gradients enabled, gets equal bits where its batches have the rollout's shape.
 
     Returns:
         (videos or ``WanPipelineOutput``, states, log-probabilities, zeros in place of the KL reward): K + 1, K and K

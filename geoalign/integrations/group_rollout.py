@@ -76,8 +76,9 @@ class GroupRollout:
     """Samples groups with one network, and replays their stochastic steps for the learner.
 
     Args:
-        network: the velocity; called the same way in rollout and replay, so that both run the same kernels. Dropout
-            must be off, and an autocast context that is on during the rollout must be on during the replay.
+        network: the velocity; called the same way in rollout and replay, so that both run the same kernels: stochastic
+            steps with gradients enabled in both, also under ``torch.no_grad``. Dropout must be off, and an autocast
+            context that is on during the rollout must be on during the replay.
         table: steps (``StepTable.from_sigmas``).
         group_size: G.
         guidance: scale of classifier-free guidance; read where negative tensors are given. Each velocity then takes two
@@ -174,8 +175,8 @@ class GroupRollout:
             observer: see ``FlowSampler.rollout``.
 
         Raises:
-            UsageError: sizes do not fit, neither or both of ``shape`` and ``latents``, or a table without stochastic
-                steps.
+            UsageError: sizes do not fit, neither or both of ``shape`` and ``latents``, a table without stochastic
+                steps, or ``torch.inference_mode``.
         """
         inputs = _inputs(tensors, negative or {})
         group_ids, latents = _start(inputs, shape, latents, seed, iteration, group_ids)
@@ -208,17 +209,18 @@ class GroupRollout:
         """
         return self._sampler.replay(self._policy, samples.rollout, position, samples.inputs, rows)
 
-    @torch.no_grad()
+    @torch.enable_grad()
     def log_prob_diff(self, samples: GroupSamples) -> float:
         """Largest |replayed - sampled| log-probability over all stochastic steps: 0 before the first update.
 
-        Anything else says that rollout and learner do not run the same artefact: other kernels, batch shape, dtype,
-        dropout, autocast. It costs a forward per stored step.
+        Replays as the learner does, with gradients enabled whatever the caller's mode. Anything but 0 says that rollout
+        and learner do not run the same artefact: other kernels, batch shape, dtype, compiled graph, dropout, autocast.
+        It costs a forward per stored step.
         """
         worst = 0.0
         for position in range(samples.rollout.num_window_steps):
             for rows in self.replay_batches(samples, position):
-                replayed = self.replay(samples, position, rows).log_prob
+                replayed = self.replay(samples, position, rows).log_prob.detach()
                 worst = max(worst, float((replayed - samples.log_prob[rows, position]).abs().max()))
         return worst
 

@@ -229,9 +229,9 @@ class Bench:
         return setting.notes
 
     def sampler(self, config: Config, window: StepWindow) -> FlowSampler:
-        """The sampler of ``config`` with a window."""
-        groups = self.config.groups
-        return FlowSampler(build_step_table(config.flow, window), groups.size, rows_per_forward=groups.rows_per_forward)
+        """The sampler of ``config`` with a window, of which nothing is replayed."""
+        groups, table = self.config.groups, build_step_table(config.flow, window)
+        return FlowSampler(table, groups.size, rows_per_forward=groups.rows_per_forward, window_grad=False)
 
     def rollout(
         self, policy: RetakePolicy, sampler: FlowSampler, iteration: int

@@ -25,7 +25,8 @@ from geoalign.models.codec import PatchCodec
 from geoalign.models.codec_base import LatentCodec
 from geoalign.models.encoders import ImageEncoder, TextEncoder, load_image_encoder, load_text_encoder
 from geoalign.models.wan_vae import load_wan_codec
-from geoalign.policy.open import locate, open_codec, patch_codec, vae_of
+from geoalign.policy.locate import locate, vae_of
+from geoalign.policy.open import open_codec, patch_codec
 from geoalign.rewards.registry import build_evaluator, evaluator_options
 from geoalign.training.processes.device import device_of
 from geoalign.types import SourceClip

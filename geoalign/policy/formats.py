@@ -20,7 +20,7 @@ from geoalign.models.codec import PatchCodec
 from geoalign.models.dit import RetakeDiT
 from geoalign.models.layouts import diffusers_name, is_self_attention
 from geoalign.policy.files import save_codec_file
-from geoalign.policy.open import CODEC_FILE, CONFIG_FILE
+from geoalign.policy.locate import CODEC_FILE, CONFIG_FILE
 from geoalign.policy.safetensors_file import save_safetensors
 
 # Whose camera the readers of a format rebuild: ReDirector's phases lie in the self-attention, ReCamMaster's encoders in

@@ -1,30 +1,21 @@
-"""The door: whatever a user calls "the model", opened once, checked by its headers, loaded when asked.
-
-A name may be ``builtin:NAME``, a policy file, a run folder (its trained policy), a checkpoint folder of a run (the
-averaged weights), a folder written by ``geoalign export --format diffusers``, or a folder of published weights with
-what was trained on top of them.
+"""The door: whatever a user calls "the model" (``geoalign.policy.locate``), opened once, checked by its headers, loaded
+when asked.
 """
 
 from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
-from importlib import resources
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from pydantic import ValidationError
 
 from geoalign.config.model import ModelConfig
 from geoalign.config.schema import Config
-from geoalign.config.training import compiles
 from geoalign.errors import CheckpointError, ConfigError, UsageError
-from geoalign.files.checkpoints import iteration_of
-from geoalign.files.parsing import read_json_object
 from geoalign.files.weights import Shapes, TensorFile
-from geoalign.files.yaml_text import read_yaml
 from geoalign.models.checkpoint import (
     LoadReport,
     complete_weights,
@@ -38,51 +29,9 @@ from geoalign.models.codec_base import LatentCodec
 from geoalign.models.dit import RetakeDiT
 from geoalign.models.layouts import LAYOUTS, RECAMMASTER, REDIRECTOR, count, identify, is_self_attention, model_shapes
 from geoalign.models.wan_vae import check_wan_codec, empty_wan_codec, load_wan_codec
-from geoalign.policy.files import (
-    AVERAGE_FILE,
-    DELTA_FILE,
-    POLICY_FILE,
-    RUN_CONFIG,
-    STATE_FILE,
-    check_policy_file,
-    first_problem,
-    is_policy_file,
-    read_checkpoint_state,
-    read_codec_file,
-    read_policy_file,
-)
+from geoalign.policy.files import check_policy_file, is_policy_file, read_codec_file, read_policy_file
+from geoalign.policy.locate import CODEC_FILE, Location, existing, locate, vae_of, weights_folder
 from geoalign.policy.policy import RetakePolicy
-
-CONFIG_FILE = "config.json"
-CODEC_FILE = "codec.safetensors"
-_SELF_ATTENTION = "self_attn"
-
-
-@dataclass(frozen=True, slots=True)
-class Step:
-    """A file that replaces the parameters whose names match ``pattern``, and no others."""
-
-    file: Path
-    pattern: str = _SELF_ATTENTION
-
-
-@dataclass(frozen=True, slots=True)
-class Location:
-    """Which files a name stands for; nothing is opened yet.
-
-    Attributes:
-        what: the kind of thing that was named, in words.
-        home: a policy file, or the folder with base weights, autoencoder, text and image encoder.
-        steps: what was trained on top, first to last.
-        exported: the model settings of an exported folder.
-        trained_as: the model settings of the run that trained the last step, by name; empty if there was none.
-    """
-
-    what: str
-    home: Path
-    steps: tuple[Step, ...] = ()
-    exported: ModelConfig | None = None
-    trained_as: Mapping[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -192,7 +141,7 @@ def describe(name: Path | str, delta: Path | None = None) -> ModelFiles:
     """Open the files of a model and check names, shapes and types of all tensors; no weight is read.
 
     Args:
-        name: anything that the module's docstring lists.
+        name: anything that :mod:`geoalign.policy.locate` lists.
         delta: what was trained on top: a ReDirector or geoalign delta (self-attention only) or, on published weights,
             a complete state dict such as ReCamMaster's ``.ckpt``.
 
@@ -225,80 +174,6 @@ def describe(name: Path | str, delta: Path | None = None) -> ModelFiles:
     return ModelFiles(location, config, tuple(parts), patch, notes)
 
 
-def locate(name: Path | str, delta: Path | None = None) -> Location:
-    """Which files ``name`` stands for, with ``delta`` on top.
-
-    Raises:
-        CheckpointError: it does not exist, or a run folder that does not hold what its settings name.
-    """
-    path = _existing(name)
-    if path.is_file():
-        found = Location("policy file", path)
-    elif iteration_of(path) is not None or (path / STATE_FILE).is_file():
-        read_checkpoint_state(path)
-        found = _on_its_base(path.absolute().parent.parent, path / AVERAGE_FILE, "checkpoint")
-    elif (path / RUN_CONFIG).is_file():
-        found = _result(path)
-    else:
-        exported = read_config(path)
-        found = Location("exported folder" if exported else "published weights", path, exported=exported)
-    return found if delta is None else replace(found, steps=(*found.steps, Step(delta)))
-
-
-def _existing(name: Path | str) -> Path:
-    """Path of an existing file or folder; ``builtin:NAME`` names a policy file that ships with the package."""
-    text = str(name)
-    if text.startswith("builtin:"):
-        folder = Path(str(resources.files("geoalign"))) / "_assets"
-        path = folder / f"{text.removeprefix('builtin:')}.safetensors"
-        if not path.exists():
-            shipped = ", ".join(sorted(f"builtin:{file.stem}" for file in folder.glob("*.safetensors")))
-            raise CheckpointError(f"{text}: no such built-in policy (there are: {shipped or 'none'})")
-        return path
-    path = Path(name)
-    if not path.exists():
-        raise CheckpointError(
-            f"{path}: no such model file or folder; `geoalign train` makes run folders, and docs/real-weights.md says "
-            "where published weights come from"
-        )
-    return path
-
-
-def _result(run: Path) -> Location:
-    """The trained policy of a finished run."""
-    if (run / POLICY_FILE).is_file():
-        return Location("trained policy of a run", run / POLICY_FILE)
-    if (run / DELTA_FILE).is_file():
-        return _on_its_base(run, run / DELTA_FILE, "trained policy of a run")
-    raise CheckpointError(
-        f"{run}: a run folder without a trained policy; let the run end (geoalign train --resume auto), or give one of "
-        f"its checkpoints ({run / 'checkpoints' / 'step_NNNNNN'})"
-    )
-
-
-def _on_its_base(run: Path, trained: Path, what: str) -> Location:
-    """Trained weights on the base that the settings of their run name."""
-    settings = run / RUN_CONFIG
-    try:
-        raw = read_yaml(settings, CheckpointError)
-        base, delta, pattern = raw["train"]["base"], raw["train"].get("delta"), compiles(raw["optim"]["trainable"])
-        model = raw.get("model", {})
-        if not (isinstance(base, str) and isinstance(delta, str | None) and isinstance(model, Mapping)):
-            raise TypeError("train.base and train.delta must be names, and model a section")
-    except (CheckpointError, KeyError, TypeError, AttributeError, ValueError) as error:
-        raise CheckpointError(
-            f"{trained}: needs the settings of its run, which name the base it was trained on, but {settings} cannot "
-            f"be read ({error})"
-        ) from error
-    if not str(base).startswith("builtin:") and not Path(base).exists():
-        raise CheckpointError(
-            f"{trained}: was trained on {base}, which is not there; a relative train.base in {settings} counts from "
-            "the folder where the run was started"
-        )
-    below = locate(base, None if delta is None else Path(delta))
-    return replace(below, what=what, steps=(*below.steps, Step(trained, pattern)), trained_as=model)
-
-
 def _published(folder: Path, trained: Path | None) -> tuple[ModelConfig, list[TensorFile]]:
     """Published weights with the file that makes a retake model of them."""
     weights = TensorFile(weights_folder(folder))
@@ -320,7 +195,7 @@ def tensor_shapes(name: Path | str) -> Shapes:
 
     Of a policy file, a run and a checkpoint these are the model's; of all else those of the file or folder itself.
     """
-    path = _existing(name)
+    path = existing(name)
     if path.is_file():
         file = TensorFile(path)
         return check_policy_file(file).weights.shapes if is_policy_file(file) else file.shapes
@@ -354,50 +229,9 @@ def patch_codec(home: Path) -> PatchCodec | None:
     return read_codec_file(path) if path.is_file() else None
 
 
-def vae_of(home: Path) -> Path:
-    """The video autoencoder of a model folder: a folder ``vae``, or ``Wan2.1_VAE.pth``.
-
-    Raises:
-        CheckpointError: there is neither.
-    """
-    if home.is_file():
-        raise CheckpointError(
-            f"{home}: its autoencoder is the Wan VAE, which no policy file holds; run geoalign export --format "
-            "diffusers and put the folder vae or Wan2.1_VAE.pth into the result"
-        )
-    for path in (home / "vae", home / "Wan2.1_VAE.pth"):
-        if path.exists():
-            return path
-    raise CheckpointError(f"{home}: no autoencoder; a folder vae or a file Wan2.1_VAE.pth is needed beside the weights")
-
-
 def _codec_at(
     home: Path, patch: PatchCodec | None, dtype: torch.dtype, device: torch.device | str, tiled: bool = False
 ) -> LatentCodec:
     if patch is not None:
         return patch.to(device)
     return load_wan_codec(vae_of(home), dtype=dtype, device=str(device), tiled=tiled)
-
-
-def read_config(folder: Path) -> ModelConfig | None:
-    """The model settings of an exported folder, or None if the folder was not written by geoalign.
-
-    Raises:
-        CheckpointError: an unreadable or invalid ``config.json``.
-    """
-    for path in (folder / CONFIG_FILE, folder / "transformer" / CONFIG_FILE):
-        if not path.is_file():
-            continue
-        try:
-            settings = read_json_object(path, CheckpointError)
-            if "retake" in settings:
-                return ModelConfig.model_validate(settings["retake"])
-        except ValidationError as error:
-            raise CheckpointError(f"{path}: not a readable model configuration ({first_problem(error)})") from None
-    return None
-
-
-def weights_folder(folder: Path) -> Path:
-    """Where the transformer's weights lie in a model folder."""
-    inner = folder / "transformer"
-    return inner if inner.is_dir() else folder

@@ -177,8 +177,9 @@ CURVES = (
     ),
     CurveGroup(
         "Numerical parity",
-        "Before each update the sampled step is computed again. A difference of exactly 0 means that sampling and "
-        "learning agree bit by bit, so that every later change of the ratio comes from learning.",
+        "Before the first update, sampled steps that the learner computes again are compared with the rollout: all, or "
+        "with levers.streaming the first or none. A difference of exactly 0 means that sampling and learning agree bit "
+        "by bit, so that every later change of the ratio comes from learning.",
         "parity/",
         with_zero=True,
         folded=True,

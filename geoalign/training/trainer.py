@@ -206,7 +206,6 @@ class Trainer:
             share_prefix=config.levers.share_prefix,
             rows_per_forward=rows,
             groups_per_forward=groups,
-            window_grad=True,
         )
         return sampler if exact else with_reuse(sampler, config, self.notes, frames)
 
@@ -342,7 +341,8 @@ class Trainer:
             causes = ", ".join(f"{name}: {count}" for name, count in scores.failures.items() if count)
             raise RunError(
                 f"iteration {self.iteration}: {invalid:.0%} of the samples are invalid ({causes}); the limit is "
-                f"failures.max_invalid_fraction={self.config.failures.max_invalid_fraction}. The log names each cause."
+                f"failures.max_invalid_fraction={self.config.failures.max_invalid_fraction}. The log names each cause, "
+                "docs/troubleshooting.md#samples-fail the fix"
             )
 
     def _refuse_drift(self, drift: float) -> None:
@@ -350,8 +350,9 @@ class Trainer:
             raise RunError(
                 f"iteration {self.iteration}: before any update, log-probabilities of replay and rollout differ by "
                 f"{drift:.3g} (bound train.max_log_prob_diff={self.config.train.max_log_prob_diff:.3g}): window and "
-                "learner do not run the same artefact (kernels, dtype, batch shape, compiled graph); the "
-                "ratio would be wrong"
+                "learner do not run the same artefact (kernels, dtype, batch shape, compiled graph), and the ratio "
+                "would be wrong; find the part by run.compile=false run.attention=sdpa_flash levers.streaming=off "
+                "(docs/troubleshooting.md#the-ratio-is-not-1)"
             )
 
     def _refuse_standstill(self, update: Mapping[str, float]) -> None:
@@ -372,7 +373,11 @@ def _broken_weights(trained: Mapping[str, torch.nn.Parameter]) -> str:
     broken = [name for name, value in local.items() if not bool(torch.isfinite(value).all())]
     if not broken:
         return "the trained weights are finite: the backward overflows, try run.dtype=float32"
-    return f"{len(broken)} of {len(local)} trained weights are not finite, the first is {broken[0]}: start from others"
+    return (
+        f"{len(broken)} of {len(local)} trained weights are not finite, the first is {broken[0]}: resume from a "
+        "checkpoint before with a smaller optim.lr, or start from another train.base "
+        "(docs/troubleshooting.md#nan-and-skipped-updates)"
+    )
 
 
 def _reward_metrics(scores: Scores, advantage: Advantage) -> dict[str, float]:

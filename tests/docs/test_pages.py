@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import re
 import tomllib
 from collections import Counter
@@ -62,6 +63,11 @@ def test_a_blank_line_stands_before_every_heading(page: Path) -> None:
     assert [after for before, after in pairwise(lines) if before and re.match("#{1,6} ", after)] == []
 
 
+@pytest.mark.parametrize("page", PAGES, ids=name_of)
+def test_no_merge_was_left_half_done(page: Path) -> None:
+    assert re.findall(r"^(?:<{7}|={7}|>{7}).*", page.read_text("utf-8"), re.MULTILINE) == []
+
+
 def test_every_program_that_a_page_names_exists() -> None:
     """By the end of its path, as a reader would look for it; the log tells of what was."""
     folders = ("geoalign", "kernels", "csrc", "profiling", "configs", "tests", "examples", ".ci")
@@ -84,14 +90,47 @@ def test_every_path_of_the_architecture_exists() -> None:
     assert [path for path in paths if not any((home / path).exists() for home in HOMES)] == ["parity/log_prob_diff_max"]
 
 
-def test_the_iteration_of_the_architecture_calls_what_exists() -> None:
+def calls_of(file: str, kind: str, method: str) -> list[str]:
+    """Names that a method calls, as the text has them one after the other; methods of its own class are opened."""
+    tree = ast.parse((ROOT / "geoalign" / "training" / file).read_text("utf-8"))
+    (body,) = (node for node in tree.body if isinstance(node, ast.ClassDef) and node.name == kind)
+    methods = {node.name: node for node in body.body if isinstance(node, ast.FunctionDef)}
+
+    def opened(function: ast.FunctionDef) -> list[str]:
+        calls = [node.func for node in ast.walk(function) if isinstance(node, ast.Call)]
+        found = []
+        for called in sorted(calls, key=lambda node: (node.end_lineno, node.end_col_offset)):
+            name = called.attr if isinstance(called, ast.Attribute) else getattr(called, "id", "")
+            own = isinstance(called, ast.Attribute) and ast.unparse(called.value) == "self" and name in methods
+            found += [name.lstrip("_"), *(opened(methods[name]) if own else ())]
+        return found
+
+    return opened(methods[method])
+
+
+def in_order(names: list[str], called: list[str]) -> list[str]:
+    """The names that do not follow, in ``called``, on those before them."""
+    rest, missing = iter(called), []
+    for name in names:
+        if name not in rest:
+            missing.append(name)
+            rest = iter(called)
+    return missing
+
+
+def test_the_iteration_of_the_architecture_is_the_trainers_line_by_line() -> None:
+    """What is indented happens inside the update."""
     block = re.search(r"```python\n(.*?)```", ARCHITECTURE, re.DOTALL)
     assert block is not None
-    trainer = (ROOT / "geoalign" / "training" / "trainer.py").read_text("utf-8")
-    called = set(re.findall(r"(\w+)\(", block[1]))
-    learner = (ROOT / "geoalign" / "training" / "learner.py").read_text("utf-8")
-    assert len(called) > 8
-    assert [name for name in called if f"{name}(" not in trainer + learner] == []
+    lines = [line.split("#")[0] for line in block[1].splitlines()]
+    step, inside = (
+        [n for line in lines if line.startswith(" ") is deep for n in re.findall(r"(\w+)\(", line)]
+        for deep in (False, True)
+    )
+    assert len(step) > 10 and len(inside) == 1
+    assert in_order(step, calls_of("trainer.py", "Trainer", "step")) == []
+    assert in_order(inside, calls_of("learner.py", "Learner", "update")) == []
+    assert in_order(["prepare", "batch"], calls_of("trainer.py", "Trainer", "step")) == ["batch"]  # it can say no
 
 
 def test_the_layers_are_those_that_are_checked() -> None:

@@ -43,6 +43,16 @@ def test_every_range_leads_to_a_section_and_is_of_a_known_metric() -> None:
         assert known.over in ("", "time/iteration_s")
 
 
+def test_every_error_that_sends_here_names_a_section() -> None:
+    sent = {
+        anchor
+        for path in (ROOT / "geoalign").rglob("*.py")
+        for anchor in re.findall(rf"{PAGE}#([\w-]+)", path.read_text("utf-8"))
+    }
+    assert {"the-ratio-is-not-1", "samples-fail", "nan-and-skipped-updates"} <= sent
+    assert sent <= {anchor_of(title) for title in SECTIONS}
+
+
 def test_every_setting_that_it_names_exists() -> None:
     names = re.findall(r"`([a-z_]+(?:\.[a-z_]+)+)(?:=[^`]*)?`", TEXT)
     names = [name for name in names if name.split(".")[0] in Config.model_fields and not name.startswith("rewards.")]

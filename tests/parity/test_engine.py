@@ -15,6 +15,7 @@ from toy_learner import GROUPS, SIZE, Toy, assert_close, gradient, learner_of, s
 from training_cases import Brightness, gradient_of, on_fake_ranks, smoke, trainer_of
 
 from geoalign.config.flow import ObjectiveConfig
+from geoalign.config.training import LeversConfig
 from geoalign.errors import ConfigError
 from geoalign.models.parallel import SequenceParallel
 from geoalign.perf.budget import Plan, Walk, count_passes
@@ -56,6 +57,29 @@ def test_streamed_gradient_equals_the_replayed_one(buffers: str | None, rows: in
     assert_close(streamed, replayed)
     assert numbers["policy/ratio_min"] == numbers["policy/ratio_max"] == 1.0
     assert numbers["policy/loss"] == pytest.approx(replayed_numbers["policy/loss"], rel=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("streamed", "buffers", "rows", "share", "seen"),
+    [
+        (False, None, None, True, True),
+        (True, None, None, True, False),
+        (True, "device", 1, True, True),
+        (True, "device", 1, False, False),
+    ],
+)
+def test_parity_compares_what_is_replayed_and_nothing_else(
+    streamed: bool, buffers: str | None, rows: int | None, share: bool, seen: bool
+) -> None:
+    """A learner whose forward answers differently, as other kernels would; without a replay it makes none."""
+    setting = setting_of(buffers, rows, share)
+    learner, policy = learner_of(setting.policy), setting.policy
+    learner.policy = SimpleNamespace(velocity=lambda *given: 1.01 * policy.velocity(*given))  # type: ignore[assignment]
+    given = setting.sampler, setting.rollout, setting.conditioning, setting.advantage, setting.valid
+    numbers = learner.update(*given, setting.stream if streamed else None)
+    assert (numbers["parity/log_prob_diff_max"] > 1e-6) == seen
+    assert (numbers["policy/ratio_min"] == numbers["policy/ratio_max"] == 1.0) != seen
+    assert bool(learner.passes["replay"]) == seen
 
 
 def test_a_poisoned_buffer_is_left_out() -> None:
@@ -108,12 +132,18 @@ LEVERS: list[dict[str, Any]] = [
     {"recompute": "keep_attention"},
     {"recompute": "full"},
     {"prune_source": False},
+    {"cache_phases": False},
     {"streaming": "graphs", "recompute": "full"},
     {"streaming": "host", "recompute": "keep_attention"},
     {"streaming": "device", "share_prefix": False, "merge_first_step": False},
 ]
 WINDOW = {"kind": "fixed", "start": 1, "size": 2, "max_start": None}
 BRIGHT = {"weights": {}}
+
+
+def test_every_lever_is_tried_by_itself() -> None:
+    """Or with the one that cannot stay without it, as docs/engine.md says."""
+    assert {name for levers in LEVERS if len(levers) <= 2 for name in levers} == set(LeversConfig.model_fields)
 
 
 @pytest.fixture(scope="module")

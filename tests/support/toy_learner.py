@@ -57,9 +57,7 @@ def setting_of(
 ) -> SimpleNamespace:
     """A toy policy, its rollout of a window of three steps with a stream that watched it, advantages."""
     policy, generator = Toy(), torch.Generator().manual_seed(1)
-    sampler = FlowSampler(
-        build_step_table(FlowConfig(steps=8), StepWindow(2, 5)), SIZE, share_prefix, rows_per_forward, window_grad=True
-    )
+    sampler = FlowSampler(build_step_table(FlowConfig(steps=8), StepWindow(2, 5)), SIZE, share_prefix, rows_per_forward)
     conditioning = Cond(torch.randn(GROUPS, 8, generator=generator, dtype=torch.float64))
     noise = torch.randn(GROUPS, 8, generator=generator, dtype=torch.float64)
     weights = loss_weights(sampler.table, ObjectiveConfig()).tolist()

@@ -21,7 +21,8 @@ from geoalign.jobs.prepare import encoder_identity
 from geoalign.models.captions import check_captioner
 from geoalign.models.encoders import check_image_encoder, check_text_encoder
 from geoalign.models.wan_vae import check_wan_codec
-from geoalign.policy.open import describe_base, locate, vae_of
+from geoalign.policy.locate import locate, vae_of
+from geoalign.policy.open import describe_base
 from geoalign.rewards.registry import evaluator_needs, reward_needs
 from geoalign.training.tail import read_profile
 from geoalign.world.dataset import is_complete

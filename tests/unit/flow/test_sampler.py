@@ -113,7 +113,7 @@ def test_counts_are_what_the_policy_saw() -> None:
         return velocity
 
     policy = PhasedPolicy(window=phase("window"), tail=phase("tail"))
-    run = roll(FlowSampler(table(**FLASH), GROUP, rows_per_forward=2, window_grad=True), policy)
+    run = roll(FlowSampler(table(**FLASH), GROUP, rows_per_forward=2), policy)
     assert ForwardCount(**seen) == run.forwards
     assert not run.log_prob.requires_grad and not run.final.requires_grad
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -132,6 +133,42 @@ def test_any_velocity_with_any_tensors_and_a_fast_network_outside_the_window() -
     samples = group.sample(tensors, shape=(8,))
     assert calls == ["exact", "exact", "fast"]
     assert group.log_prob_diff(samples) == 0.0 and calls[3:] == ["exact"]
+
+
+def rounding(x: Tensor, timestep: Tensor, *, gain: Tensor) -> Tensor:
+    """A velocity that rounds once more without gradients, as a compiler may that fuses another graph."""
+    if not torch.is_grad_enabled():
+        x = x.to(torch.bfloat16).to(x.dtype)
+    return gain.view(-1, 1) * x
+
+
+def traced(network: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """A graph for each gradient mode, run as it is: no compiler rounds here but ``rounding`` itself."""
+    torch._dynamo.reset()
+    return torch.compile(network, backend="eager", fullgraph=True)
+
+
+@pytest.mark.parametrize("compiled", [lambda network: network, traced], ids=["eager", "compiled"])
+def test_a_rollout_whose_graph_is_not_the_learners_is_caught_and_ours_is_the_learners(
+    compiled: Callable[..., Callable[..., Tensor]],
+) -> None:
+    """Whatever the caller's mode is in rollout and check: the replay is the learner's, with gradients."""
+    table = StepTable.from_sigmas([1.0, 0.7, 0.4, 0.0], [1000.0, 700.0, 400.0], stochastic={0, 1})
+    group, tensors = GroupRollout(compiled(rounding), table, 2), {"gain": torch.tensor([0.5, 1.5])}
+    for mode in (torch.enable_grad, torch.no_grad):
+        with mode():
+            samples = group.sample(tensors, shape=(64,))
+            assert not samples.log_prob.requires_grad and not samples.latents.requires_grad
+            assert group.log_prob_diff(samples) == 0.0
+    for position in range(2):
+        assert torch.equal(group.replay(samples, position).log_prob, samples.log_prob[:, position])
+    group._sampler = replace(group._sampler, window_grad=False)
+    without = group.sample(tensors, shape=(64,))
+    for mode in (torch.enable_grad, torch.no_grad):
+        with mode():
+            assert group.log_prob_diff(without) > 0.0
+    with torch.inference_mode(), pytest.raises(UsageError, match=r"use torch\.no_grad"):
+        GroupRollout(rounding, table, 2).sample(tensors, shape=(64,))
 
 
 def test_quantised_attention_is_refused_in_the_window_only() -> None:
