@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     from geoalign.types import RetakeBatch
 
 
-def add_parser(subparsers: argparse._SubParsersAction) -> None:
+def add_parser(subparsers: argparse._SubParsersAction, summary: str) -> None:
     """Register ``sample``."""
     shown = examples(
         "geoalign sample --model runs/tiny_cpu --video clip.mp4 --trajectory arc_left --out out.mp4",
@@ -44,7 +44,7 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
         "                --device cuda --out out.mp4",
         "geoalign sample --model runs/tiny_cpu --video clip.mp4 --trajectory zoom_in --best-of 4 --out best.mp4",
     )
-    parser = subparsers.add_parser("sample", help="retake a video along a camera path", **shown)
+    parser = subparsers.add_parser("sample", description=summary, **shown)
     add = parser.add_argument
     add_model(parser)
     add("--video", type=Path, required=True, help="source video file, or a folder of frames")

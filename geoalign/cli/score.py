@@ -51,12 +51,11 @@ examples:
 """
 
 
-def add_parser(subparsers: Any) -> None:
+def add_parser(subparsers: Any, summary: str) -> None:
     """Register ``score``."""
     parser = subparsers.add_parser(
         "score",
-        help="score a video against a camera path",
-        description="Read the camera of a video in metres and compare it with a path.",
+        description=f"{summary}. The camera is read in metres.",
         epilog=EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )

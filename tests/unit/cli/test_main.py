@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import json
 import os
 import re
@@ -47,12 +46,25 @@ assert not heavy, heavy
 
 @pytest.mark.parametrize("verb", cli.VERBS, ids=lambda verb: verb.name)
 def test_every_listed_verb_exists_and_teaches(verb: cli.Verb, capsys: pytest.CaptureFixture[str]) -> None:
-    assert callable(importlib.import_module(verb.module).add_parser)
+    """Its own help begins with what the overview says of it: the table of verbs is the one home of that line."""
     with pytest.raises(SystemExit) as stopped:
         cli.main([verb.name, "--help"])
     assert stopped.value.code == 0
-    assert f"usage: geoalign {verb.name}" in capsys.readouterr().out
-    assert f"  {verb.name} " in cli.help_text()
+    usage, described = capsys.readouterr().out.split("\n\n")[:2]
+    assert usage.startswith(f"usage: geoalign {verb.name}") and described.startswith(verb.summary)
+    assert re.search(rf"^  {verb.name} +{re.escape(verb.summary)}$", cli.help_text(), re.MULTILINE)
+
+
+def test_the_first_line_of_a_verb_is_said_by_default(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A new verb that says nothing of its start does not begin in silence; one that answers at once says nothing."""
+    said = {}
+    for verb in (cli.Verb("model", "Use", "new"), cli.Verb("model", "Use", "quick", says_first=False)):
+        monkeypatch.setattr(cli, "VERBS", (verb,))
+        assert cli.main(["model", "manifest"]) == 0
+        said[verb.summary] = capsys.readouterr().err
+    assert re.fullmatch(r"\d\d:\d\d:\d\d model: loading\n", said["new"]) and said["quick"] == ""
 
 
 PARSERS = dict(completion.parsers())
