@@ -42,7 +42,7 @@ What an evaluator needs:
   depth_anything_3        the same
 
 examples:
-  geoalign score --video out.mp4 --trajectory arc_left                    of `geoalign sample`, with out.json beside it
+  geoalign score --video out.mp4 --trajectory out.json                    a retake, and the path that it was asked for
   geoalign score --video retakes/ --trajectory target.json --source in.mp4 --source-camera in.npz --json scores.json
   geoalign score --evaluator mapanything --set evaluator_options.checkpoint=weights/map-anything-apache \\
                  --video out.mp4 --trajectory target.json --plot
