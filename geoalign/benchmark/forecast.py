@@ -13,7 +13,7 @@ from geoalign.jobs.progress import bytes_text, clock_text
 from geoalign.jobs.sample import matmul_rate
 from geoalign.perf.cost import TransformerCost
 
-_BYTES_PER_PIXEL = 0.1
+BYTES_PER_PIXEL = 0.1
 """Of an mp4 at crf 10: the clip bear of DAVIS at 480 x 832 took 0.09 when it had been compressed before."""
 
 
@@ -58,7 +58,7 @@ class Forecast:
 
 
 def forecast(plan: Plan, store: Store) -> Forecast:
-    """Predict a whole run; reads the lengths of the clips and of other methods' videos, and no weights."""
+    """Predict a whole run: the cases of our models. Reads the lengths of clips, no weights and no other videos."""
     native = {clip: plan.clips.native_frames(clip) for clip in plan.clips.names}
     lengths: Counter[int] = Counter()
     passes, flop, pixels, hours, device = 0, 0.0, 0.0, 0.0, "none"
@@ -80,5 +80,5 @@ def forecast(plan: Plan, store: Store) -> Forecast:
         lengths.update(counted)
         flop += work
         hours += work / matmul_rate(dtype, device) / 3600
-    disk = pixels * _BYTES_PER_PIXEL / 1e9
+    disk = pixels * BYTES_PER_PIXEL / 1e9
     return Forecast(len(plan.cases), left_over(store, plan), lengths, passes, flop / 1e12, hours, device, disk)
