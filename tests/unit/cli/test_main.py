@@ -18,7 +18,7 @@ from geoalign.cli import main as cli
 from geoalign.config.layout import GroupShare, deal_groups
 from geoalign.config.load import load_config
 from geoalign.config.schema import Config
-from geoalign.config.source import preset_names
+from geoalign.config.source import preset_names, preset_summary
 from geoalign.errors import ConfigError
 
 
@@ -148,6 +148,7 @@ def test_schema_is_json(capsys: pytest.CaptureFixture[str]) -> None:
 @pytest.mark.parametrize("name", preset_names())
 def test_every_preset_is_valid_and_says_what_it_is_for(name: str) -> None:
     load_config(Config, name)
+    assert len(preset_summary(name).split()) > 5  # a sentence, which docs/configuration.md prints
 
 
 def test_doctor_reports_as_text_and_json(capsys: pytest.CaptureFixture[str]) -> None:
