@@ -125,10 +125,11 @@ def flops_of(name: str, arguments: Mapping[str, Any]) -> float:
     if plain in ("mm", "addmm", "bmm", "baddbmm", "_addmm_activation", "_int_mm") and len(dims) >= 2:
         left, right = dims[-2:] if plain in ("addmm", "baddbmm", "_addmm_activation") and len(dims) > 2 else dims[:2]
         return 2.0 * math.prod(left) * right[-1]
-    if name.startswith("geoalign::attention") and len(dims) >= 3:
-        q, k = (dims[1], dims[2]) if plain == "attention_backward" else (dims[0], dims[1])
-        forward = 4.0 * q[0] * q[1] * k[1] * q[2] * q[3]
-        return 2.5 * forward if plain == "attention_backward" else forward
+    ours = name.startswith("geoalign::attention")  # [B, N, H, hd]; torch's, which reads the text, has [B, H, N, hd]
+    if (ours or "scaled_dot_product" in plain) and len(dims) >= 3:
+        q, k = dims[1:3] if plain.endswith("_backward") else dims[:2]
+        forward = 4.0 * math.prod(q) * k[1 if ours else 2]
+        return 2.5 * forward if plain.endswith("_backward") else forward
     return 0.0
 
 

@@ -3,8 +3,7 @@
 Marker ``slow`` is for what is too long for `make test`, which leaves it out; `make slow` runs it. Marker
 ``dist(groups=N)`` says how many groups of processes (torchrun, or a process that one is compared with) a test starts
 by the fixture ``launch``; all tests that `make test` runs may start MOST_GROUPS together: a new one takes the place of
-another or is slow. (The thirteenth has four ranks: of two, a sum has one order only; the fourteenth is the script of
-examples/cluster.)
+another or is slow. (One of them has four ranks: of two, a sum has one order only.)
 """
 
 from __future__ import annotations

@@ -13,7 +13,7 @@ from geoalign.jobs.progress import bytes_text, clock_text
 from geoalign.jobs.sample import matmul_rate
 from geoalign.perf.cost import TransformerCost
 
-_BYTES_PER_PIXEL = 0.1
+BYTES_PER_PIXEL = 0.1
 """Of an mp4 at crf 10: the clip bear of DAVIS at 480 x 832 took 0.09 when it had been compressed before."""
 
 
@@ -80,5 +80,5 @@ def forecast(plan: Plan, store: Store) -> Forecast:
         lengths.update(counted)
         flop += work
         hours += work / matmul_rate(dtype, device) / 3600
-    disk = pixels * _BYTES_PER_PIXEL / 1e9
+    disk = pixels * BYTES_PER_PIXEL / 1e9
     return Forecast(len(plan.cases), left_over(store, plan), lengths, passes, flop / 1e12, hours, device, disk)

@@ -15,15 +15,14 @@ if TYPE_CHECKING:
     from geoalign.benchmark.store import Store
 
 
-def add_parser(subparsers: Any) -> None:
+def add_parser(subparsers: Any, summary: str) -> None:
     """Add ``benchmark`` and its verbs."""
-    summary = "compare methods over clips, paths and speeds: camera accuracy, consistency, quality, tables"
     shown = examples(
         "geoalign benchmark run --config tiny_cpu --model base=builtin:tiny_base --model trained=runs/tiny_cpu",
         "geoalign benchmark table benchmarks/tiny_cpu",
         "geoalign benchmark report benchmarks/tiny_cpu",
     )
-    parser = subparsers.add_parser("benchmark", help=summary, description=summary, **shown)
+    parser = subparsers.add_parser("benchmark", description=summary, **shown)
     verbs = parser.add_subparsers(dest="action", required=True, metavar="run|table|report")
     _add_run(verbs)
     _add_table(verbs)

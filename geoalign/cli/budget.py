@@ -35,12 +35,11 @@ of the EXACT levers, beside its fidelity on the embedded policy (`geoalign fidel
 not added up; pairs that were measured together are rungs of their own."""
 
 
-def add_parser(subparsers: Any) -> None:
+def add_parser(subparsers: Any, summary: str) -> None:
     """Add the verb ``budget``."""
     parser = subparsers.add_parser(
         "budget",
-        help="predicted hours of a configuration and the lever ladder",
-        description="How long a configuration would take on data-centre GPUs, and what every speed-up is worth.",
+        description=f"{summary}; on data-centre GPUs.",
         epilog=EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )

@@ -80,7 +80,7 @@ if [[ $funcstack[1] == _geoalign ]]; then _geoalign "$@"; else compdef _geoalign
 """
 
 
-def add_parser(subparsers: Any) -> None:
+def add_parser(subparsers: Any, summary: str) -> None:
     """Add ``completion``."""
     shown = examples(
         "geoalign completion bash > ~/.local/share/bash-completion/completions/geoalign",
@@ -88,8 +88,7 @@ def add_parser(subparsers: Any) -> None:
     )
     parser = subparsers.add_parser(
         "completion",
-        help="a completion script for bash or zsh",
-        description="Print a script that completes verbs, options, presets, camera paths and settings.",
+        description=f"{summary}: prints a script for the shell to read.",
         **shown,
     )
     parser.add_argument("shell", choices=SHELLS, help="which shell the script is for")

@@ -28,12 +28,11 @@ examples:
 """
 
 
-def add_parser(subparsers: Any) -> None:
+def add_parser(subparsers: Any, summary: str) -> None:
     """Add ``config`` and its sub-verbs."""
     parser = subparsers.add_parser(
         "config",
-        help="print, check and compare configurations",
-        description="Look at the settings of a run before running it.",
+        description=summary,
         epilog=EXAMPLES + f"\npresets: {', '.join(preset_names())}",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )

@@ -21,11 +21,11 @@ examples:
 """
 
 
-def add_parser(subparsers: Any) -> None:
+def add_parser(subparsers: Any, summary: str) -> None:
     """Add ``data`` with its sub-verbs."""
     data = subparsers.add_parser(
         "data",
-        help="look at clips, camera paths and the cache",
+        description=summary,
         epilog=EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )

@@ -71,12 +71,11 @@ EXTRAS = (
 )
 
 
-def add_parser(subparsers: Any) -> None:
+def add_parser(subparsers: Any, summary: str) -> None:
     """Add ``doctor``."""
     parser = subparsers.add_parser(
         "doctor",
-        help="versions, devices and kernel backends; what a configuration needs and has",
-        description="Print what this machine has and what is missing. Put the output into bug reports.",
+        description=f"{summary}. Put the output into bug reports.",
         epilog=EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )

@@ -18,15 +18,14 @@ from geoalign.cli.options import (
 )
 
 
-def add_parser(subparsers: Any) -> None:
+def add_parser(subparsers: Any, summary: str) -> None:
     """Add ``evaluate``."""
-    summary = "held-out camera errors of a policy"
     shown = examples(
         "geoalign evaluate --config tiny_cpu --model runs/tiny_cpu",
         "geoalign evaluate --config tiny_cpu --model runs/tiny_cpu/checkpoints/step_000020 --json half.json",
         "geoalign evaluate --config tiny_cpu --model builtin:tiny_base --condition-scale 0.75   an oracle of the scale",
     )
-    parser = subparsers.add_parser("evaluate", help=summary, description=summary, **shown)
+    parser = subparsers.add_parser("evaluate", description=summary, **shown)
     add_config(parser)
     add_model(parser)
     parser.add_argument(

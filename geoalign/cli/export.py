@@ -10,14 +10,14 @@ from geoalign.cli.options import add_model, examples, whole
 FORMATS = ("redirector", "recammaster", "diffusers", "lora")
 
 
-def add_parser(subparsers: argparse._SubParsersAction) -> None:
+def add_parser(subparsers: argparse._SubParsersAction, summary: str) -> None:
     """Register ``export``."""
     shown = examples(
         "geoalign export --format redirector --model runs/single_gpu --out step.safetensors   for its inference.py",
         "geoalign export --format diffusers --model runs/tiny_cpu --out exported",
         "geoalign export --format lora --rank 32 --model runs/single_gpu --out lora.safetensors",
     )
-    parser = subparsers.add_parser("export", help="write a trained model for other inference code", **shown)
+    parser = subparsers.add_parser("export", description=summary, **shown)
     parser.add_argument("--format", required=True, choices=FORMATS, help="layout of the result")
     add_model(parser)
     parser.add_argument("--base", type=Path, help="for lora: checkpoint before training, on the same --model")

@@ -48,11 +48,10 @@ DEFAULT_SETTINGS = (
 """Two controls, and what the rungs of the ladder are made of."""
 
 
-def add_parser(subparsers: Any) -> None:
+def add_parser(subparsers: Any, summary: str) -> None:
     """Add ``fidelity run`` and ``fidelity choose``."""
-    summary = "what approximate tails do to the order of a group, and which of their steps to evaluate"
     verb = subparsers.add_parser(
-        "fidelity", help=summary, description=summary, epilog=EXAMPLES,
+        "fidelity", description=summary, epilog=EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )  # fmt: skip
     kinds = verb.add_subparsers(dest="fidelity_verb", required=True, metavar="run|choose")

@@ -1,7 +1,8 @@
 """The ``geoalign`` command: find the verb, import only its module, run it, turn user errors into one line.
 
-A verb's module offers ``add_parser(subparsers)``, which adds the parsers of its verbs; each parser sets
-``run=function(args) -> int``. Nothing heavy is imported before the verb is known, so ``geoalign --help`` is instant.
+``geoalign.cli.VERB`` offers ``add_parser(subparsers, summary)``, which adds the verb's parser, described by that
+summary, and those of its sub-verbs; each sets ``run=function(args) -> int``. Nothing heavy is imported before the verb
+is known, so ``geoalign --help`` is instant.
 """
 
 from __future__ import annotations
@@ -40,57 +41,48 @@ OVERRIDE = re.compile(r"[A-Za-z_][\w.]*=")
 
 @dataclass(frozen=True, slots=True)
 class Verb:
-    """One command: where its parser lives, the part of the help it belongs to, and what it does in one line."""
+    """One command: the part of the help it belongs to, what it does in one line, and how it begins.
+
+    ``says_first``: its first line is said here, before slow imports. False for what tells more as it begins, and for
+    what answers at once.
+    """
 
     name: str
-    module: str
     part: str
     summary: str
+    says_first: bool = True
+
+    @property
+    def module(self) -> str:
+        """Where its parser lives."""
+        return f"geoalign.cli.{self.name}"
 
 
 VERBS = (
-    Verb("train", "geoalign.cli.train", "Train", "reinforcement learning of the camera (GRPO); ends with report.html"),
-    Verb("pretrain", "geoalign.cli.pretrain", "Train", "make the base policy of the embedded default anew"),
-    Verb("evaluate", "geoalign.cli.evaluate", "Train", "camera errors of a checkpoint on held-out scenes and paths"),
-    Verb(
-        "benchmark",
-        "geoalign.cli.benchmark",
-        "Train",
-        "the paper's evaluation: clips x paths x methods, tables, report",
-    ),
-    Verb("data", "geoalign.cli.data", "Prepare", "check clips, camera paths and the cache; plot the paths"),
-    Verb("prepare", "geoalign.cli.prepare", "Prepare", "encode clips, text and source cameras once, for many runs"),
-    Verb("score", "geoalign.cli.score", "Look", "score any video against a camera path; probe a reward with cheats"),
-    Verb("world", "geoalign.cli.world", "Look", "render the embedded world: clips, camera archives, a contact sheet"),
-    Verb("report", "geoalign.cli.report", "Look", "write the self-contained HTML report of a run folder"),
-    Verb("path", "geoalign.cli.path", "Use", "draw a camera path by hand over a video, on a page that works offline"),
-    Verb(
-        "sample", "geoalign.cli.sample", "Use", "retake a video along a camera path, with trained or published weights"
-    ),
-    Verb(
-        "export", "geoalign.cli.export", "Use", "write a trained model for ReDirector, ReCamMaster, diffusers or LoRA"
-    ),
-    Verb("model", "geoalign.cli.model", "Inspect", "published layouts, and which model a checkpoint file belongs to"),
-    Verb("config", "geoalign.cli.config", "Inspect", "print, check and compare configurations; schema for editors"),
-    Verb("budget", "geoalign.cli.budget", "Inspect", "predicted hours of a configuration, lever by lever"),
-    Verb(
-        "fidelity",
-        "geoalign.cli.fidelity",
-        "Inspect",
-        "what approximate tails do to the order of a group, and what they save",
-    ),
+    Verb("train", "Train", "reinforcement learning of the camera (GRPO); ends with report.html", says_first=False),
+    Verb("pretrain", "Train", "make the base policy of the embedded default anew", says_first=False),
+    Verb("evaluate", "Train", "camera errors of a checkpoint on held-out scenes and paths"),
+    Verb("benchmark", "Train", "the paper's evaluation: clips x paths x methods, tables, report"),
+    Verb("data", "Prepare", "check clips, camera paths and the cache; plot the paths"),
+    Verb("prepare", "Prepare", "encode clips, text and source cameras once, for many runs", says_first=False),
+    Verb("score", "Look", "score any video against a camera path; probe a reward with cheats"),
+    Verb("world", "Look", "render the embedded world: clips, camera archives, a contact sheet"),
+    Verb("report", "Look", "write the self-contained HTML report of a run folder", says_first=False),
+    Verb("path", "Use", "draw a camera path by hand over a video, on a page that works offline"),
+    Verb("sample", "Use", "retake a video along a camera path, with trained or published weights"),
+    Verb("export", "Use", "write a trained model for ReDirector, ReCamMaster, diffusers or LoRA"),
+    Verb("model", "Inspect", "published layouts, and which model a checkpoint file belongs to", says_first=False),
+    Verb("config", "Inspect", "print, check and compare configurations; schema for editors", says_first=False),
+    Verb("budget", "Inspect", "predicted hours of a configuration, lever by lever", says_first=False),
+    Verb("fidelity", "Inspect", "what approximate tails do to the order of a group, and what they save"),
     Verb(
         "doctor",
-        "geoalign.cli.doctor",
         "Inspect",
         "versions, devices, kernel backends; what a configuration needs and where to get it",
+        says_first=False,
     ),
-    Verb("completion", "geoalign.cli.completion", "Inspect", "complete verbs, options and settings in bash or zsh"),
+    Verb("completion", "Inspect", "complete verbs, options and settings in bash or zsh", says_first=False),
 )
-
-COMPUTE = ("evaluate", "benchmark", "data", "score", "world", "path", "sample", "export", "fidelity")
-"""Verbs of which the first line is said here, before slow imports; those of train, pretrain and prepare tell more."""
-LOADING = "loading"
 
 EXAMPLES = """\
 examples:
@@ -229,18 +221,20 @@ def _dispatch(arguments: list[str]) -> int:
         hint = f" Did you mean `geoalign {close[0]}`?" if close else ""
         raise UsageError(f"no such verb: {arguments[0]}.{hint} `geoalign --help` lists all.")
     check_environment()
-    args = _parse(parser_of(verbs[arguments[0]]), arguments)
-    if arguments[0] in COMPUTE:
+    verb = verbs[arguments[0]]
+    args = _parse(parser_of(verb), arguments)
+    if verb.says_first:
         from geoalign.jobs.progress import say
 
-        say(f"{arguments[0]}: {LOADING}")
+        say(f"{verb.name}: loading")
     return int(args.run(args) or 0)
 
 
 def parser_of(verb: Verb) -> argparse.ArgumentParser:
     """The parser of a command line with this verb; imports its module."""
     parser = argparse.ArgumentParser(prog="geoalign", formatter_class=argparse.RawDescriptionHelpFormatter)
-    importlib.import_module(verb.module).add_parser(parser.add_subparsers(dest="verb", required=True))
+    subparsers = parser.add_subparsers(dest="verb", required=True)
+    importlib.import_module(verb.module).add_parser(subparsers, verb.summary)
     return parser
 
 

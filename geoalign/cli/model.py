@@ -7,7 +7,7 @@ import argparse
 from geoalign.cli.options import add_json, check_json, examples, write_json
 
 
-def add_parser(subparsers: argparse._SubParsersAction) -> None:
+def add_parser(subparsers: argparse._SubParsersAction, summary: str) -> None:
     """Register ``model manifest`` and ``model fingerprint``."""
     layouts = examples("geoalign model manifest", "geoalign model manifest --layout redirector --json redirector.json")
     files = examples(
@@ -15,7 +15,7 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
         "geoalign model fingerprint runs/tiny_cpu",
     )
     both = examples("geoalign model manifest", "geoalign model fingerprint runs/tiny_cpu")
-    parser = subparsers.add_parser("model", help="describe model layouts and identify checkpoint files", **both)
+    parser = subparsers.add_parser("model", description=summary, **both)
     verbs = parser.add_subparsers(dest="model_verb", required=True, metavar="VERB")
     manifest = verbs.add_parser("manifest", help="tensors and parameters of every published layout", **layouts)
     add_json(manifest, "it")

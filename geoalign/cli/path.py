@@ -16,12 +16,11 @@ examples:
 """
 
 
-def add_parser(subparsers: Any) -> None:
+def add_parser(subparsers: Any, summary: str) -> None:
     """Add ``path`` with its sub-verb."""
     parser = subparsers.add_parser(
         "path",
-        help="draw a camera path by hand",
-        description="Camera paths by hand.",
+        description=summary,
         epilog=EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )

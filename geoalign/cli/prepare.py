@@ -16,11 +16,11 @@ examples:
 """
 
 
-def add_parser(subparsers: Any) -> None:
+def add_parser(subparsers: Any, summary: str) -> None:
     """Add ``prepare``."""
     parser = subparsers.add_parser(
         "prepare",
-        help="encode latents, text and source cameras once",
+        description=summary,
         epilog=EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )

@@ -10,14 +10,13 @@ from typing import Any
 from geoalign.cli.options import add_config, examples, print_held_out, read_config
 
 
-def add_parser(subparsers: Any) -> None:
+def add_parser(subparsers: Any, summary: str) -> None:
     """Add ``pretrain``."""
-    summary = "supervised base policy of the embedded world"
     shown = examples(
         "geoalign pretrain --config tiny_cpu --out base.safetensors",
         "geoalign train --config tiny_cpu train.base=base.safetensors",
     )
-    parser = subparsers.add_parser("pretrain", help=summary, description=summary, **shown)
+    parser = subparsers.add_parser("pretrain", description=summary, **shown)
     add_config(parser)
     parser.add_argument("--out", type=Path, required=True, help="policy file to write (.safetensors)")
     parser.set_defaults(run=run_pretrain)

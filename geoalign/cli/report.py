@@ -7,13 +7,12 @@ from pathlib import Path
 from typing import Any
 
 
-def add_parser(subparsers: Any) -> None:
+def add_parser(subparsers: Any, summary: str) -> None:
     """Add ``report``."""
     parser = subparsers.add_parser(
         "report",
-        help="write the HTML report of a run, or of several side by side",
-        description="Write one HTML file with results, films, camera paths and curves of a run, or of several runs "
-        "side by side: changed settings, paired differences, the same films. It opens offline.",
+        description=f"{summary}, or of several side by side: changed settings, paired differences, the same films. It "
+        "opens offline.",
         epilog="examples:\n  geoalign report runs/exp1\n  geoalign report runs/exp1 --follow\n"
         "  geoalign report runs/exp1 runs/exp2 --out two.html",
         formatter_class=argparse.RawDescriptionHelpFormatter,

@@ -33,18 +33,18 @@ if TYPE_CHECKING:
     from geoalign.types import RetakeBatch
 
 
-def add_parser(subparsers: argparse._SubParsersAction) -> None:
+def add_parser(subparsers: argparse._SubParsersAction, summary: str) -> None:
     """Register ``sample``."""
     shown = examples(
-        "geoalign sample --model runs/tiny_cpu --video clip.mp4 --trajectory arc_left --out out.mp4",
+        "geoalign sample --model runs/tiny_cpu --video clip.mp4 --trajectory zoom_in --speed 8 --out out.mp4",
         "geoalign sample --model runs/tiny_cpu --video clip.mp4 --trajectory path.json --speed 1.5 --out out.mp4",
         "geoalign sample --model weights/Wan2.1-Fun-V1.1-1.3B-Control-Camera \\",
         "                --checkpoint weights/redirector/step20000.safetensors --video in.mp4 \\",
         '                --source-camera poses.npz --trajectory pan_right --prompt "a bear walks" \\',
         "                --device cuda --out out.mp4",
-        "geoalign sample --model runs/tiny_cpu --video clip.mp4 --trajectory zoom_in --best-of 4 --out best.mp4",
+        "geoalign sample --model runs/tiny_cpu --video clip.mp4 --trajectory zoom_in --speed 8 --best-of 4 --out 4.mp4",
     )
-    parser = subparsers.add_parser("sample", help="retake a video along a camera path", **shown)
+    parser = subparsers.add_parser("sample", description=summary, **shown)
     add = parser.add_argument
     add_model(parser)
     add("--video", type=Path, required=True, help="source video file, or a folder of frames")

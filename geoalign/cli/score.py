@@ -42,7 +42,7 @@ What an evaluator needs:
   depth_anything_3        the same
 
 examples:
-  geoalign score --video out.mp4 --trajectory arc_left                    of `geoalign sample`, with out.json beside it
+  geoalign score --video out.mp4 --trajectory out.json                    a retake, and the path that it was asked for
   geoalign score --video retakes/ --trajectory target.json --source in.mp4 --source-camera in.npz --json scores.json
   geoalign score --evaluator mapanything --set evaluator_options.checkpoint=weights/map-anything-apache \\
                  --video out.mp4 --trajectory target.json --plot
@@ -51,12 +51,11 @@ examples:
 """
 
 
-def add_parser(subparsers: Any) -> None:
+def add_parser(subparsers: Any, summary: str) -> None:
     """Register ``score``."""
     parser = subparsers.add_parser(
         "score",
-        help="score a video against a camera path",
-        description="Read the camera of a video in metres and compare it with a path.",
+        description=f"{summary}. The camera is read in metres.",
         epilog=EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )

@@ -24,12 +24,10 @@ examples:
 """
 
 
-def add_parser(subparsers: Any) -> None:
+def add_parser(subparsers: Any, summary: str) -> None:
     """Add ``train``."""
-    summary = "reinforcement learning of the camera"
     parser = subparsers.add_parser(
         "train",
-        help=summary,
         description=summary,
         epilog=EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,

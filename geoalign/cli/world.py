@@ -15,12 +15,11 @@ examples:
 """
 
 
-def add_parser(subparsers: Any) -> None:
+def add_parser(subparsers: Any, summary: str) -> None:
     """Add ``world`` with its sub-verb."""
     parser = subparsers.add_parser(
         "world",
-        help="the embedded world",
-        description="The embedded drone world.",
+        description=summary,
         epilog=EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )

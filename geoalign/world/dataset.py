@@ -11,8 +11,9 @@ import contextlib
 import hashlib
 import json
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from itertools import islice
 from pathlib import Path
 
 import torch
@@ -32,7 +33,7 @@ from geoalign.geometry.trajectory import CameraTrajectory
 from geoalign.world.motion import ground_plane, random_curves, source_drift, to_c2w
 from geoalign.world.pairs import PROMPT
 from geoalign.world.render import intrinsics, render
-from geoalign.world.scene import sample_scenes
+from geoalign.world.scene import Scene, sample_scenes
 
 _STAMP, _UNFINISHED = "world.json", ".writing"
 _CHUNK, _SPLITS_PER_ARCHIVE = 64, 64
@@ -159,11 +160,25 @@ def _archive_files(data: DataConfig, world: WorldConfig) -> list[Path]:
     return [data.trajectories_path / uid / f"{uid}{ARCHIVE_SUFFIX}" for uid in uids]
 
 
-def _write_clips(data: DataConfig, clips: list[Path], world: WorldConfig, progress: Callable[[int], object]) -> None:
-    """Render chunk by chunk; threads encode and write the clips of one while the next is rendered."""
+def draw_clips(world: WorldConfig) -> Iterator[tuple[Scene, Tensor, Tensor]]:
+    """What the clips show, in their order and some at a time; a function of the settings alone.
+
+    Yields:
+        scenes, their cameras ``[B, F, 4, 4]`` (c2w relative to frame 0, metres), their ground planes ``[B, 4]``.
+    """
     generator = torch.Generator().manual_seed(world.seed + 101)
     low, high = world.height_m
-    rows = []
+    for start in range(0, world.clips, _CHUNK):
+        count = min(_CHUNK, world.clips - start)
+        height = low + (high - low) * torch.rand(count, generator=generator)
+        scenes = sample_scenes(count, generator, style="real", streets=world.streets)
+        c2w = to_c2w(source_drift(count, world.frames, generator), world)
+        yield scenes, c2w, ground_plane(world, height)
+
+
+def _write_clips(data: DataConfig, clips: list[Path], world: WorldConfig, progress: Callable[[int], object]) -> None:
+    """Render chunk by chunk; threads encode and write the clips of one while the next is rendered."""
+    files, rows = iter(clips), []
 
     def write(file: Path, video: Tensor, c2w: Tensor, plane: Tensor) -> None:
         write_video(file, video, world.fps, lossless=True)
@@ -177,13 +192,8 @@ def _write_clips(data: DataConfig, clips: list[Path], world: WorldConfig, progre
 
     with ThreadPoolExecutor(_WRITERS) as writers:
         pending: list[Future[None]] = []
-        for start in range(0, len(clips), _CHUNK):
-            chunk = clips[start : start + _CHUNK]
-            count = len(chunk)
-            height = low + (high - low) * torch.rand(count, generator=generator)
-            scenes = sample_scenes(count, generator, style="real", streets=world.streets)
-            c2w = to_c2w(source_drift(count, world.frames, generator), world)
-            plane = ground_plane(world, height)
+        for scenes, c2w, plane in draw_clips(world):
+            chunk = list(islice(files, len(c2w)))
             videos = render(scenes, c2w, plane, world)
             drain(pending)
             pending = [writers.submit(write, *of_clip) for of_clip in zip(chunk, videos, c2w, plane, strict=True)]

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import argparse
 import hashlib
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
@@ -106,6 +107,20 @@ def between(text: str, mark: str, lines: Sequence[str]) -> str:
     """The text of a page with ``lines`` in place of what stands between the two occurrences of ``mark``."""
     body = "\n".join([mark, "", *lines, "", mark])
     return re.sub(re.escape(mark) + ".*" + re.escape(mark), lambda _: body, text, flags=re.DOTALL)
+
+
+def write_page(made_anew: Callable[[str], str], about: str | None) -> int:
+    """Command line of a script that makes the table of a page anew: ``--write PAGE``.
+
+    Args:
+        made_anew: from the text of the page to the text with another table.
+        about: docstring of the script.
+    """
+    parser = argparse.ArgumentParser(description=(about or "").partition("\n")[0])
+    parser.add_argument("--write", type=Path, required=True, help="page whose table is made anew")
+    page = parser.parse_args().write
+    atomic_write_text(page, made_anew(page.read_text()))
+    return 0
 
 
 def write_generated(page: Path, text: str) -> None:

@@ -16,6 +16,8 @@ ROOT = Path(__file__).parents[2]
     [
         ("foreign_kernels", "kernels.md", "SageAttention 1"),
         ("budgets", "profiling.md", "eager, nothing shared"),
+        ("budgets", "benchmark.md", "GPU hours of sampling"),
+        ("dropin", "drop-in.md", "267 of 300"),
         ("decode", "engine.md", "diffusers' decoder"),
     ],
 )

@@ -7,15 +7,19 @@ import importlib.util
 import json
 import sqlite3
 import sys
+from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 import pytest
+import torch
 from profiling_runs import ROOT, script
-from training_cases import Brightness, smoke, trainer_of
+from training_cases import Brightness, Conditions, lively_policy, smoke
 
 from geoalign.jobs.train_profile import profiled
+from geoalign.training.trainer import Trainer
+from geoalign.types import Encodings, RetakeBatch
 
 SCHEMA_OF_NSYS = """
 CREATE TABLE StringIds (id INTEGER NOT NULL PRIMARY KEY, value TEXT NOT NULL);
@@ -33,6 +37,8 @@ CREATE TABLE CUPTI_ACTIVITY_KIND_MEMCPY (start INTEGER NOT NULL, end INTEGER NOT
     bytes INTEGER NOT NULL, copyKind INTEGER NOT NULL);
 """
 MAIN, AUTOGRAD, MS = 7, 8, 1_000_000
+TEXT = 2
+"""Tokens of a text."""
 
 
 def nsys_export(path: Path) -> None:
@@ -104,20 +110,41 @@ def trace() -> ModuleType:
     return module
 
 
-def test_a_trace_of_a_real_iteration_on_this_cpu(tmp_path: Path, trace: ModuleType) -> None:
-    """Its products are counted from their shapes: forward and backward of the learner, and the rollout's forwards."""
-    trainer = trainer_of(smoke(advantage={"weights": {}}), rewards={"b": Brightness()})
-    with profiled(trainer, tmp_path):
+class WithText(Conditions):
+    """Conditions with a text: over one token the cross-attention is a constant, and is not run."""
+
+    def batch(self, iteration: int, group_ids: list[int]) -> RetakeBatch:
+        batch = super().batch(iteration, group_ids)
+        return replace(batch, encodings=Encodings(context=torch.ones(len(group_ids), TEXT, 16)))
+
+
+def traced(trace: ModuleType, folder: Path, layers: int) -> tuple[Path, dict[str, Any], dict[str, Any]]:
+    """(trace, its rows by span, the model's work by phase) of one iteration of a network of so many blocks."""
+    folder.mkdir()
+    config = smoke(advantage={"weights": {}}, model={"layers": layers, "text_length": TEXT})
+    trainer = Trainer(config, lively_policy(config), WithText(config), {"b": Brightness()})
+    with profiled(trainer, folder):
         trainer.step()
-    (path,) = tmp_path.glob("trace_000000.json.gz")
-    work = json.loads((tmp_path / "trace_000000.work.json").read_text())
-    found = {row["span"]: row for row in trace.rows(trace.tree(*trace.load(path)), {})}
+    (path,) = folder.glob("trace_000000.json.gz")
+    work = json.loads((folder / "trace_000000.work.json").read_text())["phases"]
+    return path, {row["span"]: row for row in trace.rows(trace.tree(*trace.load(path)), {})}, work
+
+
+def test_a_trace_of_a_real_iteration_on_this_cpu(tmp_path: Path, trace: ModuleType) -> None:
+    """What a block adds to the counted products is what the cost model says of it, in every phase.
+
+    Patches, time, head and the pruned last block, which are no part of the model's count or not exactly, are in both
+    traces. Left are keys and values of the text, which are made once, and which the model counts in every pass: for two
+    tokens 8 dim^2 of 4 tokens^2 dim + 12 tokens dim^2 + 4 tokens dim ffn_dim, with 108 tokens, dim 96 and ffn_dim 288
+    0.26 %, and less of a backward; and the products of camera phases, 0.02 % the other way.
+    """
+    (_, two, of_two), (path, three, of_three) = (traced(trace, tmp_path / str(n), n) for n in (2, 3))
     for name in ("rollout/window", "rollout/tail", "update/forward", "update/backward"):
-        row = found[name]
+        row = three[name]
         assert row["launches"] > 50 and 0 < row["busy_s"] <= 1.01 * row["wall_s"], name
-        # Prepared keys and patches are no part of the model's blocks' work, and the small model has much of it.
-        assert row["tflop"] == pytest.approx(work["phases"][name]["flops"] / 1e12, rel=0.35), name
-    assert found["update/backward"]["tflop"] > found["update/forward"]["tflop"]
+        block = (of_three[name]["flops"] - of_two[name]["flops"]) / 1e12
+        assert row["tflop"] - two[name]["tflop"] == pytest.approx(block, rel=0.003), name
+    assert three["update/backward"]["tflop"] > three["update/forward"]["tflop"]
     done = script("profiling/trace.py", str(path))
     assert done.returncode == 0 and "rollout/window" in done.stdout and "nothing was predicted" in done.stdout
 
@@ -133,10 +160,18 @@ def test_operators_inside_a_counted_one_are_not_counted_again(trace: ModuleType)
         event("aten::addmm", 2, 18, [[5], [3, 4], [4, 5]]), event("aten::mm", 3, 10, [[3, 4], [4, 5]]),
         event("geoalign::attention", 30, 20, [[1, 7, 2, 8], [1, 9, 2, 8], [1, 9, 2, 8]]),
         event("aten::bmm", 31, 5, [[2, 7, 8], [2, 8, 9]]), event("aten::add", 60, 1, [[3]]),
+        event("aten::scaled_dot_product_attention", 70, 9, [[1, 2, 7, 8], [1, 2, 3, 8], [1, 2, 3, 8]]),
+        event("aten::_scaled_dot_product_flash_attention", 71, 8, [[1, 2, 7, 8], [1, 2, 3, 8], [1, 2, 3, 8]]),
+        event("aten::_scaled_dot_product_flash_attention_backward", 80, 8,
+              [[1, 2, 7, 8], [1, 2, 7, 8], [1, 2, 3, 8], [1, 2, 3, 8]]),
     ]  # fmt: skip
     spans, kernels = trace.from_torch(events)
-    assert sorted(k.name for k in kernels) == ["aten::add", "aten::addmm", "aten::t", "geoalign::attention"]
-    assert sum(k.flops for k in kernels) == 2 * 3 * 4 * 5 + 4 * 7 * 9 * 2 * 8 and len(spans) == 1
+    assert sorted(k.name for k in kernels) == [
+        "aten::_scaled_dot_product_flash_attention_backward", "aten::add", "aten::addmm",
+        "aten::scaled_dot_product_attention", "aten::t", "geoalign::attention",
+    ]  # fmt: skip
+    product, attention, text = 2 * 3 * 4 * 5, 4 * 7 * 9 * 2 * 8, 4 * 7 * 3 * 2 * 8
+    assert sum(k.flops for k in kernels) == product + attention + 3.5 * text and len(spans) == 1
 
 
 def test_what_is_no_trace_is_refused(tmp_path: Path) -> None:

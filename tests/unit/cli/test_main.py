@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import json
 import os
 import re
@@ -19,7 +18,7 @@ from geoalign.cli import main as cli
 from geoalign.config.layout import GroupShare, deal_groups
 from geoalign.config.load import load_config
 from geoalign.config.schema import Config
-from geoalign.config.source import preset_names
+from geoalign.config.source import preset_names, preset_summary
 from geoalign.errors import ConfigError
 
 
@@ -47,12 +46,25 @@ assert not heavy, heavy
 
 @pytest.mark.parametrize("verb", cli.VERBS, ids=lambda verb: verb.name)
 def test_every_listed_verb_exists_and_teaches(verb: cli.Verb, capsys: pytest.CaptureFixture[str]) -> None:
-    assert callable(importlib.import_module(verb.module).add_parser)
+    """Its own help begins with what the overview says of it: the table of verbs is the one home of that line."""
     with pytest.raises(SystemExit) as stopped:
         cli.main([verb.name, "--help"])
     assert stopped.value.code == 0
-    assert f"usage: geoalign {verb.name}" in capsys.readouterr().out
-    assert f"  {verb.name} " in cli.help_text()
+    usage, described = capsys.readouterr().out.split("\n\n")[:2]
+    assert usage.startswith(f"usage: geoalign {verb.name}") and described.startswith(verb.summary)
+    assert re.search(rf"^  {verb.name} +{re.escape(verb.summary)}$", cli.help_text(), re.MULTILINE)
+
+
+def test_the_first_line_of_a_verb_is_said_by_default(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A new verb that says nothing of its start does not begin in silence; one that answers at once says nothing."""
+    said = {}
+    for verb in (cli.Verb("model", "Use", "new"), cli.Verb("model", "Use", "quick", says_first=False)):
+        monkeypatch.setattr(cli, "VERBS", (verb,))
+        assert cli.main(["model", "manifest"]) == 0
+        said[verb.summary] = capsys.readouterr().err
+    assert re.fullmatch(r"\d\d:\d\d:\d\d model: loading\n", said["new"]) and said["quick"] == ""
 
 
 PARSERS = dict(completion.parsers())
@@ -136,6 +148,7 @@ def test_schema_is_json(capsys: pytest.CaptureFixture[str]) -> None:
 @pytest.mark.parametrize("name", preset_names())
 def test_every_preset_is_valid_and_says_what_it_is_for(name: str) -> None:
     load_config(Config, name)
+    assert len(preset_summary(name).split()) > 5  # a sentence, which docs/configuration.md prints
 
 
 def test_doctor_reports_as_text_and_json(capsys: pytest.CaptureFixture[str]) -> None:

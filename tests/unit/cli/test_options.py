@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import importlib
 import json
 from collections.abc import Iterator
 from pathlib import Path
@@ -28,9 +27,7 @@ def parsers() -> Iterator[tuple[str, argparse.ArgumentParser]]:
                 yield from below(f"{name} {word}".strip(), inner)
 
     for verb in cli.VERBS:
-        parser = argparse.ArgumentParser()
-        importlib.import_module(verb.module).add_parser(parser.add_subparsers())
-        yield from below("", parser)
+        yield from below("", cli.parser_of(verb))
 
 
 COMMANDS = dict(parsers())
