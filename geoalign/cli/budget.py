@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +11,7 @@ from geoalign.cli.options import add_config, add_json, check_json, read_config, 
 from geoalign.config.schema import Config
 from geoalign.errors import DataError, UsageError
 from geoalign.files.parsing import parse_json, read_text
-from geoalign.jobs.ladder import PricedRung, measured, measured_elsewhere, priced_rungs
+from geoalign.jobs.ladder import PricedRung, measured, measured_elsewhere, priced_rungs, without_fidelity
 from geoalign.jobs.pricing import audit_cost, exactly, hours, left_out, run_cost
 from geoalign.perf.budget import Ladder, Plan, RunCost, climb
 from geoalign.perf.devices import DEVICES, INT8_WORTH, DeviceProfile, core_rates, profile_of
@@ -215,7 +215,8 @@ def _changes(priced: PricedRung) -> dict[str, Any]:
     return {
         "rung": priced.rung.name,
         "settings": priced.settings,
-        "changes_videos": priced.rung.video,
+        "changes_videos": not priced.videos,
+        "videos": priced.videos,
         "hours": priced.hours,
         "rests_on": priced.kind,
         "fidelity": priced.fidelity,
@@ -228,6 +229,7 @@ def _as_configured(config: Config, device: DeviceProfile, devices: int) -> dict[
     return {
         "settings": config.changes(),
         "changes_videos": bool(config.approximations()),
+        "videos": without_fidelity(config),
         "hours": hours(config, device, devices),
         "audits": audits,
         "audit_hours": audit_hours,
@@ -238,15 +240,20 @@ def _as_configured(config: Config, device: DeviceProfile, devices: int) -> dict[
 
 def _fidelity(rung: Mapping[str, Any]) -> str:
     """What is known of the order inside groups, in a few words."""
-    if not rung["changes_videos"]:
-        return "videos as before; changes what is learned"
+    if rung["videos"]:
+        return str(rung["videos"])
     found = rung["fidelity"]
     if found is None:
         return f"measured at {elsewhere} only" if (elsewhere := rung["fidelity_elsewhere"]) else "not measured"
     told = (
         f"Spearman {found['spearman']:.3f}, p10 {found['spearman_p10']:.2f}, signs changed {100 * found['flips']:.1f} %"
     )
-    return told + ("" if found["accepted"] else "; not accepted")
+    told += f", windows {_listed(found['windows'])}" + ("" if found["accepted"] else "; not accepted")
+    return told + (f"; not measured at windows {_listed(later, ' to ')}" if (later := found["later_windows"]) else "")
+
+
+def _listed(starts: Sequence[int], between: str = ", ") -> str:
+    return between.join(map(str, starts))
 
 
 def _hours(hours: float) -> str:

@@ -87,7 +87,9 @@ VERBS = (
     Verb("completion", "geoalign.cli.completion", "Inspect", "complete verbs, options and settings in bash or zsh"),
 )
 
-COMPUTE = ("evaluate", "benchmark", "data", "score", "world", "path", "sample", "export", "fidelity")
+COMPUTE = (
+    "evaluate", "benchmark", "data", "score", "world", "report", "path", "sample", "export", "fidelity", "doctor"
+)  # fmt: skip
 """Verbs of which the first line is said here, before slow imports; those of train, pretrain and prepare tell more."""
 LOADING = "loading"
 

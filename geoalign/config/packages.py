@@ -4,12 +4,18 @@ from __future__ import annotations
 
 import importlib.util
 from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING
 
-from geoalign.config.schema import Config
 from geoalign.files.check import Check
 
-BASE = ("torch", "numpy", "scipy", "safetensors", "av", "diffusers", "transformers", "PIL", "tensorboard", "cv2")
-"""What every installation has."""
+if TYPE_CHECKING:  # pydantic, which configurations need, is looked for here
+    from geoalign.config.schema import Config
+
+BASE = (
+    "torch", "numpy", "scipy", "safetensors", "pydantic", "yaml", "av", "diffusers", "transformers", "ftfy", "nvtx",
+    "matplotlib", "PIL", "tensorboard", "cv2", "tqdm",
+)  # fmt: skip
+"""What every installation has (triton aside, which PyTorch brings where it can run)."""
 INSTALL = "pip install geoalign"
 _FLASH = "pip install --no-build-isolation 'geoalign[flash]'"
 _OPTIONAL: tuple[tuple[str, str, Callable[[Config], bool]], ...] = (
