@@ -197,7 +197,7 @@ def _text(numbers: dict[str, Any], ladder: Ladder, name: str, left_out: list[str
                 "one group finishes it exactly too, and the others wait)"
             )
         lines.append(f"  fidelity of them together: {_fidelity(own)}")
-        if own["changes_videos"]:
+        if not own["videos"]:
             lines.append("  assumed to hold on other weights until `geoalign fidelity run` has measured it there")
     return "\n".join(lines)
 
@@ -215,12 +215,9 @@ def _changes(priced: PricedRung) -> dict[str, Any]:
     return {
         "rung": priced.rung.name,
         "settings": priced.settings,
-        "changes_videos": not priced.videos,
-        "videos": priced.videos,
         "hours": priced.hours,
         "rests_on": priced.kind,
-        "fidelity": priced.fidelity,
-        "fidelity_elsewhere": priced.elsewhere,
+        **_of_videos(priced.config),
     }
 
 
@@ -228,11 +225,18 @@ def _as_configured(config: Config, device: DeviceProfile, devices: int) -> dict[
     audits, audit_hours = audit_cost(config, device)
     return {
         "settings": config.changes(),
-        "changes_videos": bool(config.approximations()),
-        "videos": without_fidelity(config),
         "hours": hours(config, device, devices),
         "audits": audits,
         "audit_hours": audit_hours,
+        **_of_videos(config),
+    }
+
+
+def _of_videos(config: Config) -> dict[str, Any]:
+    """Whether the sampled videos are others, how faithful those of approximate steps are, or why nothing tells it."""
+    return {
+        "changes_videos": bool(config.approximations()) or config.learn.short_frames is not None,
+        "videos": without_fidelity(config),
         "fidelity": measured(config),
         "fidelity_elsewhere": measured_elsewhere(config),
     }

@@ -22,14 +22,12 @@ def by_content(options: Mapping[str, Any]) -> dict[str, Any]:
 
     Raises DataError for a file that cannot be read.
     """
-    return {
-        name: content_hash(Path(options[name])) if _is_file(options[name]) else options[name]
-        for name in sorted(options)
-    }
+    return {name: _by_content(options[name]) for name in sorted(options)}
 
 
-def _is_file(value: Any) -> bool:
-    return isinstance(value, str) and bool(value) and Path(value).exists()
+def _by_content(value: Any) -> Any:
+    named = isinstance(value, str) and value and Path(value).exists()
+    return content_hash(Path(value)) if named else value
 
 
 def content_hash(path: Path) -> str:

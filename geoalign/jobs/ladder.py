@@ -69,19 +69,14 @@ RUNGS = (
 
 @dataclass(frozen=True, slots=True)
 class PricedRung:
-    """A rung on a run: its settings there, predicted hours with all EXACT levers and it alone, and its fidelity.
-
-    ``videos`` says what it does to the sampled videos where there is no fidelity of them (:func:`without_fidelity`);
-    ``elsewhere``: the samplers that its fidelity was measured with, where it was not with the run's.
-    """
+    """A rung on a run: its settings there and what they make of it, predicted hours with all EXACT levers and it alone,
+    and how well founded these are."""
 
     rung: Rung
     settings: str
+    config: Config
     hours: float
     kind: Kind
-    videos: str
-    fidelity: Mapping[str, Any] | None
-    elsewhere: str
 
 
 def priced_rungs(name: str, overrides: Sequence[str], device: DeviceProfile, devices: int) -> list[PricedRung]:
@@ -104,9 +99,7 @@ def priced_rungs(name: str, overrides: Sequence[str], device: DeviceProfile, dev
             continue
         # On top of all EXACT levers, so no better founded than the least founded of them.
         kind = max(founded, device.kinds.get(rung.rate, "assumed"), key=CERTAINTY.index)
-        spent = hours(config, device, devices)
-        fidelity = without_fidelity(config), measured(config), measured_elsewhere(config)
-        found.append(PricedRung(rung, settings, spent, kind, *fidelity))
+        found.append(PricedRung(rung, settings, config, hours(config, device, devices), kind))
     return found
 
 

@@ -239,7 +239,8 @@ def _held_out(runs: Sequence[ComparedRun], unlike: Sequence[str]) -> str:
     main, *rest = reversed(kinds)
     folded = "".join(f"<h3>{SETS[kind]}</h3>{_numbers(runs, kind, unlike)}" for kind in reversed(rest))
     more = f"<details><summary>Each set of paths by itself</summary>{folded}</details>" if folded else ""
-    return f"""<section id="held-out"><h2>Held-out numbers after training</h2><p>{_how_compared(runs, kinds, unlike)}</p>
+    how = _how_compared(runs, kinds, unlike)
+    return f"""<section id="held-out"><h2>Held-out numbers after training</h2><p>{how}</p>
 <h3>{SETS[main]}</h3>{_numbers(runs, main, unlike)}{more}</section>"""
 
 

@@ -101,8 +101,8 @@ def _how(run: RunRecord) -> str:
         blocks.append(f"<details><summary>Machine and versions</summary><pre>{text}</pre></details>")
     if not blocks:
         return ""
-    same = """Every random draw follows from the seed, so the same configuration on as many processes of the same kind of
-machine gives the same run."""
+    same = """Every random draw follows from the seed, so the same configuration on as many processes of the same kind
+of machine gives the same run."""
     return f"""<section id="how"><h2>How to make it again</h2><p>{_on_the_way(run) or same} {_processes(run)}</p>
 <pre>{escape(_command(run))}</pre>{"".join(blocks)}</section>"""
 
@@ -113,8 +113,8 @@ def _on_the_way(run: RunRecord) -> str:
     if not listed:
         return ""
     return f"""<b class="bad">No single configuration gives this run</b>: it was continued with
-<code>--allow-config-change</code>. The configuration below is that of its last iterations, and the command makes a run of
-its own with it.</p><ul>{listed}</ul><p>"""
+<code>--allow-config-change</code>. The configuration below is that of its last iterations, and the command makes
+another run with it.</p><ul>{listed}</ul><p>"""
 
 
 def _processes(run: RunRecord) -> str:

@@ -171,10 +171,9 @@ def _frames(run: RunRecord, changing: dict[str, Any] | None) -> str:
         length = f"{fewer} frames in the first {_counted(until, 'iteration')} and {frames} in the others,"
     # Where steps after the window are left out or reused, the grid is longer than what a retake takes.
     whole = changing is not None and not any(name.startswith(("flow.", "ode.reuse")) for name in changing)
-    takes = (
-        f"takes {_counted(steps, 'denoising step')}" if whole else f"is sampled on a grid of {_counted(steps, 'step')}"
-    )
-    return f"A retake has {length} of {width} \N{MULTIPLICATION SIGN} {height} pixels and {takes}{learnt}."
+    takes = "takes" if whole else "is sampled on a grid of"
+    size = f"{width} \N{MULTIPLICATION SIGN} {height} pixels"
+    return f"A retake has {length} of {size} and {takes} {_counted(steps, 'denoising step')}{learnt}."
 
 
 def _changed(run: RunRecord, changing: dict[str, Any] | None) -> str:
@@ -184,10 +183,9 @@ def _changed(run: RunRecord, changing: dict[str, Any] | None) -> str:
         listed = ", ".join(f"<code>{escape(f'{name}={value}')}</code>" for name, value in changing.items())
         told = f"To be cheaper it CHANGES what an exact run does: {listed}.{fallback(run)}"
     if run.changes:
-        told += (
-            f" All this is of its last iterations: settings or data changed {_counted(len(run.changes), 'time')} on the "
-            'way (<a href="#how">what and when</a>).'
-        )
+        times = _counted(len(run.changes), "time")
+        told += f" All this is of its last iterations: settings or data changed {times} on the way "
+        told += '(<a href="#how">what and when</a>).'
     return told.strip()
 
 

@@ -246,8 +246,8 @@ while True:
 def test_an_iteration_that_does_not_fit_is_given_up_before_the_limit_ends_the_job(
     again: bool, stub: Callable[..., dict[str, str]], tmp_path: Path
 ) -> None:
-    """At the limit Slurm ends the job for good, so it must be back in the queue before. Three seconds more are left than
-    what is kept, in Slurm's form of days and hours."""
+    """At the limit Slurm ends the job for good, so it must be back in the queue before. Three seconds more are left
+    than what is kept, in Slurm's form of days and hours."""
     kept = 24 * 3600 + 3600 + 60
     (tmp_path / "left").write_text("1-01:01:03\n")
     environment = stub(SLOW, LEAST_LEFT_S=str(kept), MOST_FAILURES="5" if again else "1")

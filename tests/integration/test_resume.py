@@ -13,6 +13,7 @@ from safetensors.torch import load_file
 
 from geoalign.cli.main import main
 from geoalign.files.atomic import read_jsonl
+from geoalign.files.checkpoints import CHANGED
 from geoalign.files.locks import writer_lock
 
 ITERATIONS = 3

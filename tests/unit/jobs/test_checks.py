@@ -105,7 +105,7 @@ def test_the_disk_has_room_for_what_is_still_to_be_fetched(
 def test_checkpoints_that_are_there_are_not_asked_for_again(
     look: Callable[..., dict[str, Check]], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    """Of three checkpoints and a result two and all but a tenth of one more are written: 17.2 GB less what they hold."""
+    """Two of three checkpoints and the result are written: of the 17.2 GB these 8 are not asked for again."""
     sizes = {"step_000001": 3.0, "step_000002": 4.0, "step_000002.aside-1": 9.0}
     for name, gigabytes in sizes.items():
         part = tmp_path / "runs" / "x" / "checkpoints" / name / "optimizer.safetensors"
@@ -169,7 +169,8 @@ def test_an_environment_without_a_package_is_one_line(package: str, tmp_path: Pa
     """In a process of its own, where it cannot be imported: doctor lists it, another verb names it."""
 
     def run(*arguments: str) -> subprocess.CompletedProcess[str]:
-        code = f"import sys; sys.modules[{package!r}] = None; from geoalign.cli.main import main; sys.exit(main(sys.argv[1:]))"
+        code = f"import sys; sys.modules[{package!r}] = None\n"
+        code += "from geoalign.cli.main import main; sys.exit(main(sys.argv[1:]))"
         return subprocess.run([sys.executable, "-c", code, *arguments], capture_output=True, text=True, check=False)
 
     found = run("doctor", "--config", "smoke", "--json", str(tmp_path / "found.json"))

@@ -297,16 +297,17 @@ LOOP = {"train": {"iterations": 140}, "groups": {"conditions": 64, "size": 12, "
     ("settings", "said"),
     [
         ({"flow": {"steps": 25, "tail_steps": 5, "tail_grid": "sigma"}},
-         ["is sampled on a grid of 25 steps, of which 4 at a time are stochastic and learnt from",
+         ["is sampled on a grid of 25 denoising steps, of which 4 at a time are stochastic and learnt from",
           "CHANGES what an exact run does: flow.tail_grid=sigma , flow.tail_steps=5 ."]),
-        ({"ode": {"reuse": "residual", "reuse_share": 0.4}}, ["on a grid of 25 steps", "ode.reuse=residual"]),
+        ({"ode": {"reuse": "residual", "reuse_share": 0.4}}, ["on a grid of 25 denoising steps", "ode.reuse=residual"]),
         ({"ode": {"attention": "int8"}}, ["takes 25 denoising steps", "ode.attention=int8"]),
         ({"learn": {"window_steps": 2}},
          ["4 at a time are stochastic, and 2 of these, drawn by lot, learnt from", "learn.window_steps=2"]),
         ({"learn": {"members": 6}}, ["and learns from the 6 of them whose advantages are largest", "learn.members=6"]),
         ({"learn": {"short_frames": 49, "short_iterations": 70}},
          ["A retake has 49 frames in the first 70 iterations and 81 in the others, of 832"]),
-        ({}, ["A retake has 81 frames of 832", "takes 25 denoising steps, of which 4 at a time are stochastic and learnt"]),
+        ({}, ["A retake has 81 frames of 832",
+              "takes 25 denoising steps, of which 4 at a time are stochastic and learnt from"]),
     ],
 )  # fmt: skip
 def test_what_changes_a_run_is_in_its_sentences(folder: Path, settings: dict[str, Any], said: list[str]) -> None:
@@ -317,7 +318,7 @@ def test_what_changes_a_run_is_in_its_sentences(folder: Path, settings: dict[str
 
 def test_settings_of_another_version_are_not_said_to_be_exact(folder: Path) -> None:
     section = what_is_said(folder, (), {**SIZES, **LOOP, "window": {"size": 4}, "nobody": {"knows": 1}})
-    assert "is sampled on a grid of 25 steps" in section and "CHANGES" not in section
+    assert "is sampled on a grid of 25 denoising steps" in section and "CHANGES" not in section
 
 
 def test_a_run_whose_settings_changed_is_not_said_to_be_given_by_one_configuration(folder: Path) -> None:
