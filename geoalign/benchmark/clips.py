@@ -23,8 +23,15 @@ from geoalign.data.tally import Tally
 from geoalign.data.video import PyAVReader, VideoInfo, probe_clip
 from geoalign.errors import ConfigError, DataError, UsageError
 from geoalign.evaluators.flow_pnp import plane_depth
-from geoalign.files.digest import content_hash
-from geoalign.geometry.cameras.door import files_of, is_preset, open_camera, open_target, split_name
+from geoalign.files.digest import content_hash, text_hash
+from geoalign.geometry.cameras.door import (
+    camera_file_beside,
+    files_of,
+    is_preset,
+    open_camera,
+    open_target,
+    split_name,
+)
 from geoalign.geometry.presets import PRESETS
 from geoalign.geometry.trajectory import DEFAULT_INTRINSICS, CameraTrajectory
 from geoalign.jobs.sample import find_source_camera, read_source
@@ -72,7 +79,11 @@ class Clips(Protocol):
         ...
 
     def contents(self) -> dict[str, str]:
-        """What clips and paths hold, by name: a benchmark is not taken up with others."""
+        """What clips, their cameras and paths hold, by name: a benchmark is not taken up with others."""
+        ...
+
+    def caption(self, name: str) -> str:
+        """What the clip list says that a clip shows, "" if nothing."""
         ...
 
     def native_frames(self, name: str) -> int:
@@ -140,6 +151,10 @@ class WorldClips:
         """See :class:`Clips`: nothing that its settings do not say."""
         return {}
 
+    def caption(self, name: str) -> str:
+        """See :class:`Clips`."""
+        return PROMPT
+
     def native_frames(self, name: str) -> int:
         """See :class:`Clips`."""
         return self._world.frames
@@ -152,7 +167,7 @@ class WorldClips:
         """See :class:`Clips`."""
         if frames != self._world.frames:
             raise UsageError(f"clips of this world have {self._world.frames} frames, not {frames}")
-        return Source(self._scene(name).source(), self._fps, PROMPT, "the world's own camera")
+        return Source(self._scene(name).source(), self._fps, self.caption(name), "the world's own camera")
 
     def target(self, condition: Condition, source: SourceClip) -> CameraTrajectory:
         """See :class:`Clips`."""
@@ -195,7 +210,19 @@ class FolderClips:
         paths = {path for name in self.names for path in self.paths_of(name) if not is_preset(path)}
         files = {str(file): file for path in paths for file in files_of(split_name(path)[0])}
         files |= {name: self._records[name].path for name in self.names}
-        return {name: _content(file) for name, file in sorted(files.items())}
+        found = {name: _content(file) for name, file in sorted(files.items())}
+        cameras = {name: camera for name in self.names if (camera := self._camera(name)) is not None}
+        return found | {f"camera of {name}": _camera_content(camera) for name, camera in cameras.items()}
+
+    def caption(self, name: str) -> str:
+        """See :class:`Clips`."""
+        return self._records[name].caption
+
+    def _camera(self, name: str) -> Path | None:
+        """The camera file of a clip: that of the clip list, else the one beside it."""
+        record = self._records[name]
+        beside = camera_file_beside(record.path)
+        return record.camera or (beside if beside.is_file() else None)
 
     def native_frames(self, name: str) -> int:
         """See :class:`Clips`."""
@@ -212,7 +239,7 @@ class FolderClips:
         camera, told = (str(record.camera), f"{record.camera}") if record.camera else find_source_camera(record.path)
         clip, fps = read_source(record.path, frames, self.size_of(name), source_camera=camera)
         fps = FOLDER_FPS if self._published and record.path.is_dir() else fps
-        return Source(replace(clip, clip_ids=(name,)), fps, record.caption, told or "a camera that does not move")
+        return Source(replace(clip, clip_ids=(name,)), fps, self.caption(name), told or "a camera that does not move")
 
     def target(self, condition: Condition, source: SourceClip) -> CameraTrajectory:
         """See :class:`Clips`."""
@@ -287,6 +314,12 @@ def _content(file: Path) -> str:
         return content_hash(file)
     except DataError:
         return "cannot be read"
+
+
+def _camera_content(camera: Path) -> str:
+    """Hash of the files that a camera is read from, and of what is chosen of them."""
+    file, choice = split_name(camera)
+    return text_hash(choice, *map(_content, files_of(file)))
 
 
 def _check_path(path: str) -> None:

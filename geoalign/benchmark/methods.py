@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
@@ -20,7 +18,7 @@ from geoalign.data.captions import remove_camera_motion
 from geoalign.data.readers import AnyReader
 from geoalign.data.video import PyAVReader, probe_clip, write_video
 from geoalign.errors import DataError, UsageError
-from geoalign.files.digest import content_hash
+from geoalign.files.digest import content_hash, text_hash
 from geoalign.files.parsing import read_json_object
 from geoalign.files.shards import weight_files
 from geoalign.geometry.trajectory import CameraTrajectory
@@ -49,6 +47,11 @@ class Method(Protocol):
         """What must not change under a benchmark that is resumed."""
         ...
 
+    def contents(self, conditions: Sequence[Condition]) -> dict[str, str]:
+        """What its retakes of these conditions are made of or lie in, by name: hashes that must not change either,
+        while other conditions may come."""
+        ...
+
     def frames(self, condition: Condition, native: int) -> int:
         """How many frames its retake of a clip of ``native`` frames has; raises DataError if there is none."""
         ...
@@ -70,8 +73,13 @@ class VideosMethod:
         self._videos = find_videos(folder)
 
     def identity(self) -> dict[str, Any]:
-        """See :class:`Method`."""
+        """See :class:`Method`: their folder, in which rows name the files."""
         return {"videos": str(self._folder)}
+
+    def contents(self, conditions: Sequence[Condition]) -> dict[str, str]:
+        """See :class:`Method`: every video that is there."""
+        found = {condition: video_of(self._videos, condition) for condition in conditions}
+        return {video_name(self.name, c): content_hash(file) for c, file in found.items() if file is not None}
 
     def frames(self, condition: Condition, native: int) -> int:
         """See :class:`Method`."""
@@ -104,6 +112,10 @@ class TruthMethod:
         """See :class:`Method`."""
         return {"truth": True}
 
+    def contents(self, conditions: Sequence[Condition]) -> dict[str, str]:
+        """See :class:`Method`: nothing that the clips do not say."""
+        return {}
+
     def frames(self, condition: Condition, native: int) -> int:
         """See :class:`Method`."""
         return native
@@ -125,7 +137,7 @@ class ModelMethod:
 
     def __init__(self, name: str, model: str, checkpoint: Path | None, config: Config, clips: Clips) -> None:
         self.name, self._config, self._lossless = check_method(name), config, clips.lossless
-        self._clips = clips.names
+        self._clips = clips
         self._model, self._checkpoint = model, checkpoint
         self.files: ModelFiles = describe(model, checkpoint)
         self.device = device_of(config.run)
@@ -145,14 +157,19 @@ class ModelMethod:
         return STEPS if self._published else self._config.flow.steps
 
     def identity(self) -> dict[str, Any]:
-        """See :class:`Method`; weights and texts by their content."""
+        """See :class:`Method`; weights, and the text of all clips, by their content."""
         files = sorted({file for part in self.files.parts for file in weight_files(part.path)})
         told = {"model": self._model, "checkpoint": self._checkpoint and str(self._checkpoint)}
-        texts = json.dumps([dict(self._prompts), self._negative], sort_keys=True) if self.reads_text else ""
         if self.reads_text and (captioner := self._config.benchmark.captioner) is not None:
             files.append(captioner)
-        contents = [*map(content_hash, files), texts]
-        return told | {"content": hashlib.sha256("\0".join(contents).encode()).hexdigest()[:32]}
+        return told | {"content": text_hash(*map(content_hash, files), self._negative if self.reads_text else "")}
+
+    def contents(self, conditions: Sequence[Condition]) -> dict[str, str]:
+        """See :class:`Method`: the text of every clip, of a captioner that which it is asked for."""
+        clips = dict.fromkeys(condition.clip for condition in conditions) if self.reads_text else ()
+        captioned = self._config.benchmark.captioner is not None
+        told = {clip: self._prompts.get(clip) or ("" if captioned else self._clips.caption(clip)) for clip in clips}
+        return {f"text of {clip}": text_hash(text) if text else "none of its own" for clip, text in told.items()}
 
     def frames(self, condition: Condition, native: int) -> int:
         """See :class:`Method`."""
@@ -216,7 +233,7 @@ class ModelMethod:
     @cached_property
     def _prompts(self) -> Mapping[str, str]:
         file = self._config.benchmark.prompts
-        return {} if file is None else _read_prompts(file, self._clips)
+        return {} if file is None else _read_prompts(file, self._clips.names)
 
     @cached_property
     def _negative(self) -> str:
@@ -229,6 +246,11 @@ class ModelMethod:
         negative = self._negative if self.reads_text else ""
         batch = RetakeBatch(source.clip, source.clip.camera, ("",))
         return self._encoders(batch, self.prompt(clip, source), negative)
+
+
+def video_name(method: str, condition: Condition) -> str:
+    """Name of a method's own video of a condition among the contents of a benchmark."""
+    return f"video {condition.name} of {method}"
 
 
 def _read_prompts(file: Path, clips: Sequence[str]) -> dict[str, str]:

@@ -73,6 +73,11 @@ class Tool(Protocol):
         """
         ...
 
+    def contents(self) -> dict[str, str]:
+        """What decides on its numbers beside a case, by name: definition, scripts, weights, and the installed version
+        of each environment that is there."""
+        ...
+
     def close(self) -> None:
         """End whatever processes it holds; may be called twice."""
         ...

@@ -16,10 +16,11 @@ from torch import Tensor
 from geoalign.benchmark.cases import Case, conditions, shard
 from geoalign.benchmark.clips import Clips, Source, near_share, open_clips
 from geoalign.benchmark.measure import Reading, failed, read_by_estimator, read_by_tool, read_poses
-from geoalign.benchmark.methods import Method, MethodArguments
+from geoalign.benchmark.methods import Method, MethodArguments, video_name
 from geoalign.benchmark.records import CaseFiles, Tool
 from geoalign.benchmark.store import Store
 from geoalign.benchmark.tools.load import load_tools
+from geoalign.config.load import flatten
 from geoalign.config.schema import Config
 from geoalign.data.frames import to_float
 from geoalign.data.readers import AnyReader
@@ -27,6 +28,7 @@ from geoalign.data.video import PyAVReader, write_video
 from geoalign.errors import CheckpointError, ConfigError, DataError, UsageError
 from geoalign.evaluators.base import PoseEvaluator
 from geoalign.files.atomic import nan_to_none
+from geoalign.files.digest import by_content
 from geoalign.files.locks import writer_lock
 from geoalign.geometry.cameras.camera_file import write_clip_camera
 from geoalign.geometry.trajectory import CameraTrajectory
@@ -102,6 +104,19 @@ class Plan:
             for name, tool in self.tools.items()
         }
 
+    def contents(self) -> dict[str, str]:
+        """What lies in the files that decide on retakes and numbers, by name; names may come, none may change."""
+        found = dict(self.clips.contents())
+        for name, method in self.methods.items():
+            found |= method.contents([case.condition for case in self.cases if case.method == name])
+        for name in self.estimators:
+            options = flatten(self.config.benchmark.estimators[name].options)
+            held = by_content(options)
+            found |= {f"{option} of {name}": held[option] for option in options if held[option] != options[option]}
+        for name, tool in self.tools.items():
+            found |= {f"{part} of {name}": content for part, content in tool.contents().items()}
+        return found
+
 
 def run(
     plan: Plan, store: Store, at: Shard, *, retry_failed: bool = False, tick: Tick = lambda case, left: None
@@ -123,7 +138,10 @@ def run(
     with writer_lock(store.folder / "locks", "share of a benchmark", f"{at.rank:04d}.lock"):
         identities = {name: method.identity() for name, method in plan.methods.items()}
         names = list(dict.fromkeys(case.condition.name for case in plan.cases))
-        store.open(plan.config, identities, plan.clips.contents(), names, plan.readers)
+        # Where a video of another method was what failed, another may be in its place now.
+        failed_before = (case for case in plan.cases if retry_failed and _failed(store.row(case)))
+        renewed = {video_name(case.method, case.condition) for case in failed_before}
+        store.open(plan.config, identities, plan.contents(), names, plan.readers, renewed)
         worker = _Worker(plan, store, retry_failed)
         todo = [case for case in shard(plan.cases, at.rank, at.size) if worker.is_open(case)]
         try:
@@ -150,7 +168,7 @@ class _Worker:
     def is_open(self, case: Case) -> bool:
         """Whether anything of a case is to be done."""
         row = self._store.row(case)
-        if row is None or (self._retry and row["status"] == "failed"):
+        if row is None or (self._retry and _failed(row)):
             return True
         return row["status"] == "ok" and any(self._wants(row, name) for name in self._plan.readers)
 
@@ -206,7 +224,7 @@ class _Worker:
 
     def _retake(self, case: Case, method: Method, source: Source, target: CameraTrajectory) -> Path:
         out, before = case.file(self._store.videos, ".mp4"), self._store.row(case)
-        again = self._retry and before is not None and before["status"] == "failed"  # the file may be what is wrong
+        again = self._retry and _failed(before)  # the file may be what is wrong
         return out if out.is_file() and not again else method.video(case.condition, source, target, out)
 
     def _pixels(self, path: Path, frames: int, source: SourceClip) -> Tensor:
@@ -274,6 +292,10 @@ class _Worker:
         c2w, lens = read_poses(found.poses, given.num_frames)
         path = CameraTrajectory.build(c2w.to(given.c2w), given.intrinsics[0] if lens is None else lens.to(given.c2w))
         return CameraTrajectory.stack([path.relative_to_first()])
+
+
+def _failed(row: Mapping[str, Any] | None) -> bool:
+    return row is not None and row["status"] == "failed"
 
 
 def _facts(target: CameraTrajectory) -> dict[str, float | None]:

@@ -7,7 +7,7 @@ several machines share a folder without talking to each other.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -121,13 +121,17 @@ class Store:
 
     def open(
         self, config: Config, methods: Mapping[str, Any], contents: Mapping[str, str], cases: list[str],
-        readers: Mapping[str, Mapping[str, Any]],
+        readers: Mapping[str, Mapping[str, Any]], renewed: Collection[str] = (),
     ) -> None:  # fmt: skip
         """Begin, or take up, a benchmark: new methods, readers and clips may come, nothing may become another.
 
+        Args:
+            config: of this run.
+            methods, contents, cases, readers: what it is made of.
+            renewed: names of ``contents`` that may be others now.
+
         Raises:
-            UsageError: the folder holds one of other settings, or a method, estimator, clip or camera file of that
-                name was another.
+            UsageError: the folder holds one of other settings, or a method, reader or file of that name was another.
         """
         told: dict[str, Any] = {"settings": flatten(_settings(config)), "methods": dict(methods), "cases": cases}
         told["contents"] = dict(contents)
@@ -136,7 +140,7 @@ class Store:
             before = self.manifest()
             self._refuse("settings", before["settings"], told["settings"])
             for kind in ("methods", "contents", "readers"):
-                common = before[kind].keys() & told[kind].keys()
+                common = (before[kind].keys() & told[kind].keys()) - {*renewed}
                 self._refuse(kind, *({name: side[kind][name] for name in common} for side in (before, told)))
                 told[kind] = {**before[kind], **told[kind]}
             caps = (self.config().benchmark.caps, config.benchmark.caps)

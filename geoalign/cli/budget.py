@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +11,7 @@ from geoalign.cli.options import add_config, add_json, check_json, read_config, 
 from geoalign.config.schema import Config
 from geoalign.errors import DataError, UsageError
 from geoalign.files.parsing import parse_json, read_text
-from geoalign.jobs.ladder import PricedRung, measured, measured_elsewhere, priced_rungs
+from geoalign.jobs.ladder import PricedRung, measured, measured_elsewhere, priced_rungs, without_fidelity
 from geoalign.jobs.pricing import audit_cost, exactly, hours, left_out, run_cost
 from geoalign.perf.budget import Ladder, Plan, RunCost, climb
 from geoalign.perf.devices import DEVICES, INT8_WORTH, DeviceProfile, core_rates, profile_of
@@ -196,7 +196,7 @@ def _text(numbers: dict[str, Any], ladder: Ladder, name: str, left_out: list[str
                 "one group finishes it exactly too, and the others wait)"
             )
         lines.append(f"  fidelity of them together: {_fidelity(own)}")
-        if own["changes_videos"]:
+        if not own["videos"]:
             lines.append("  assumed to hold on other weights until `geoalign fidelity run` has measured it there")
     return "\n".join(lines)
 
@@ -214,11 +214,9 @@ def _changes(priced: PricedRung) -> dict[str, Any]:
     return {
         "rung": priced.rung.name,
         "settings": priced.settings,
-        "changes_videos": priced.rung.video,
         "hours": priced.hours,
         "rests_on": priced.kind,
-        "fidelity": priced.fidelity,
-        "fidelity_elsewhere": priced.elsewhere,
+        **_of_videos(priced.config),
     }
 
 
@@ -226,10 +224,18 @@ def _as_configured(config: Config, device: DeviceProfile, devices: int) -> dict[
     audits, audit_hours = audit_cost(config, device)
     return {
         "settings": config.changes(),
-        "changes_videos": bool(config.approximations()),
         "hours": hours(config, device, devices),
         "audits": audits,
         "audit_hours": audit_hours,
+        **_of_videos(config),
+    }
+
+
+def _of_videos(config: Config) -> dict[str, Any]:
+    """Whether the sampled videos are others, how faithful those of approximate steps are, or why nothing tells it."""
+    return {
+        "changes_videos": bool(config.approximations()) or config.learn.short_frames is not None,
+        "videos": without_fidelity(config),
         "fidelity": measured(config),
         "fidelity_elsewhere": measured_elsewhere(config),
     }
@@ -237,15 +243,20 @@ def _as_configured(config: Config, device: DeviceProfile, devices: int) -> dict[
 
 def _fidelity(rung: Mapping[str, Any]) -> str:
     """What is known of the order inside groups, in a few words."""
-    if not rung["changes_videos"]:
-        return "videos as before; changes what is learned"
+    if rung["videos"]:
+        return str(rung["videos"])
     found = rung["fidelity"]
     if found is None:
         return f"measured at {elsewhere} only" if (elsewhere := rung["fidelity_elsewhere"]) else "not measured"
     told = (
         f"Spearman {found['spearman']:.3f}, p10 {found['spearman_p10']:.2f}, signs changed {100 * found['flips']:.1f} %"
     )
-    return told + ("" if found["accepted"] else "; not accepted")
+    told += f", windows {_listed(found['windows'])}" + ("" if found["accepted"] else "; not accepted")
+    return told + (f"; not measured at windows {_listed(later, ' to ')}" if (later := found["later_windows"]) else "")
+
+
+def _listed(starts: Sequence[int], between: str = ", ") -> str:
+    return between.join(map(str, starts))
 
 
 def _hours(hours: float) -> str:

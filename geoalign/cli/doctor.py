@@ -113,17 +113,18 @@ def run(args: argparse.Namespace) -> int:
     from geoalign.config.packages import missing_base
     from geoalign.files.check import lines_of
 
-    config = read_config(args)
-    found, tools = missing_base(), []
-    if not found:  # nothing else could be looked at
+    found, tools, folder = missing_base(), [], {}
+    if not found:  # nothing else could be looked at, the configuration included
         from geoalign.benchmark.tools.checks import tool_environments
         from geoalign.jobs import checks
 
+        config = read_config(args)
         found, tools = checks.collect(config), list(tool_environments(config))
+        folder = {"folder": str(config.run.folder)}
     bad = sum(check.state != "present" for check in found)
     lost = sum(check.state != "present" for check in tools)
     rows = [{name: getattr(check, name) for name in CHECKED} for check in (*found, *tools)]
-    if write_json(args, report | {"config": args.config, "folder": str(config.run.folder), "checks": rows}):
+    if write_json(args, report | {"config": args.config, **folder, "checks": rows}):
         state = f"{bad} of {len(found)} are missing or wrong: a run could not start" if bad else "a run can start"
         if lost:
             state += f"; what {lost} of {len(tools)} environments of tools would measure is counted as failed"

@@ -67,7 +67,7 @@ VERBS = (
     Verb("prepare", "Prepare", "encode clips, text and source cameras once, for many runs", says_first=False),
     Verb("score", "Look", "score any video against a camera path; probe a reward with cheats"),
     Verb("world", "Look", "render the embedded world: clips, camera archives, a contact sheet"),
-    Verb("report", "Look", "write the self-contained HTML report of a run folder", says_first=False),
+    Verb("report", "Look", "write the self-contained HTML report of a run folder"),
     Verb("path", "Use", "draw a camera path by hand over a video, on a page that works offline"),
     Verb("sample", "Use", "retake a video along a camera path, with trained or published weights"),
     Verb("export", "Use", "write a trained model for ReDirector, ReCamMaster, diffusers or LoRA"),
@@ -75,12 +75,7 @@ VERBS = (
     Verb("config", "Inspect", "print, check and compare configurations; schema for editors", says_first=False),
     Verb("budget", "Inspect", "predicted hours of a configuration, lever by lever", says_first=False),
     Verb("fidelity", "Inspect", "what approximate tails do to the order of a group, and what they save"),
-    Verb(
-        "doctor",
-        "Inspect",
-        "versions, devices, kernel backends; what a configuration needs and where to get it",
-        says_first=False,
-    ),
+    Verb("doctor", "Inspect", "versions, devices, kernel backends; what a configuration needs and where to get it"),
     Verb("completion", "Inspect", "complete verbs, options and settings in bash or zsh", says_first=False),
 )
 

@@ -33,10 +33,19 @@ def run(args: argparse.Namespace) -> int:
     from geoalign.report.compare import write_comparison
     from geoalign.report.page import follow, write_report
 
-    def write() -> Path:
-        if len(args.run_folders) > 1:
-            return write_comparison(args.run_folders, args.out, samples=args.samples)
-        return write_report(args.run_folders[0], args.out, samples=args.samples)
+    told = []
 
-    print(follow(args.run_folders, write) if args.follow else write())
+    def write() -> None:
+        if len(args.run_folders) > 1:
+            path = write_comparison(args.run_folders, args.out, samples=args.samples)
+        else:
+            path = write_report(args.run_folders[0], args.out, samples=args.samples)
+        if not told:  # at once: a run that is followed may take days
+            print(path, flush=True)
+            told.append(path)
+
+    if args.follow:
+        follow(args.run_folders, write)
+    else:
+        write()
     return 0

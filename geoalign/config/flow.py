@@ -63,7 +63,8 @@ class FlowConfig(Section):
     """Number of steps after the window, instead of a ratio; at most as many as the time grid has there."""
 
     tail_solver: OdeSolver = "euler"
-    """Solver of the steps after the window and of deterministic sampling; steps before the window are Euler steps."""
+    """Solver of the steps after the window, and of all steps of ``geoalign benchmark``; those before the window, of
+    held-out evaluation and of ``geoalign sample`` are Euler steps."""
 
     guidance: float = Field(
         1.0,

@@ -4,13 +4,19 @@ from __future__ import annotations
 
 import importlib.util
 from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING
 
-from geoalign.config.schema import Config
 from geoalign.files.check import Check
 from geoalign.install import install
 
-BASE = ("torch", "numpy", "scipy", "safetensors", "av", "diffusers", "transformers", "PIL", "tensorboard", "cv2")
-"""What every installation has."""
+if TYPE_CHECKING:  # pydantic, which configurations need, is looked for here
+    from geoalign.config.schema import Config
+
+BASE = (
+    "torch", "numpy", "scipy", "safetensors", "pydantic", "yaml", "av", "diffusers", "transformers", "ftfy", "nvtx",
+    "matplotlib", "PIL", "tensorboard", "cv2", "tqdm",
+)  # fmt: skip
+"""What every installation has (triton aside, which PyTorch brings where it can run)."""
 _FLASH = install("flash", "--no-build-isolation")
 _OPTIONAL: tuple[tuple[str, str, Callable[[Config], bool]], ...] = (
     ("deepspeed", install("gpu"), lambda c: c.parallel.engine == "deepspeed"),

@@ -281,7 +281,7 @@ class TrainConfig(Section):
 
 
 class EvalConfig(Section):
-    """Held-out evaluation before and after training."""
+    """Held-out evaluation before and after training, in Euler steps on the whole time grid, whatever training takes."""
 
     every: int = Field(0, ge=0)
     """Iterations between evaluations on the way; 0: only before and after."""

@@ -7,6 +7,9 @@ from pathlib import Path
 
 CHECKPOINTS = "checkpoints"
 """Their folder in that of a run."""
+CHANGED = "changed"
+"""Key of their notes, and of a run's ``env.json`` and ``summary.json``: with what else the run went on from one of them
+(``--allow-config-change``), as a list of ``iteration``, the number of those done by then, and ``what``, in words."""
 _NAME = re.compile(r"step_(\d{6})$")
 
 

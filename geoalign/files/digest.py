@@ -3,11 +3,31 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from geoalign.errors import DataError
 
 _BLOCK, _BLOCKS = 1 << 20, 64
+
+
+def text_hash(*texts: str) -> str:
+    """Hash of texts in their order."""
+    return hashlib.sha256("\0".join(texts).encode()).hexdigest()[:32]
+
+
+def by_content(options: Mapping[str, Any]) -> dict[str, Any]:
+    """``options`` by sorted name; one that is the path of a file or folder that is there counts by what it holds.
+
+    Raises DataError for a file that cannot be read.
+    """
+    return {name: _by_content(options[name]) for name in sorted(options)}
+
+
+def _by_content(value: Any) -> Any:
+    named = isinstance(value, str) and value and Path(value).exists()
+    return content_hash(Path(value)) if named else value
 
 
 def content_hash(path: Path) -> str:

@@ -23,6 +23,7 @@ from geoalign.flow.reuse import DriftProfile
 from geoalign.flow.rollout import Rollout
 from geoalign.flow.sampler import FlowSampler, initial_noise
 from geoalign.flow.table import StepWindow, build_step_table
+from geoalign.jobs.ladder import SAMPLER
 from geoalign.jobs.pricing import exactly, hours, tail_cost
 from geoalign.models.fast import attention_modes, in_dtype, set_attention_modes
 from geoalign.perf.devices import DEVICES
@@ -351,7 +352,7 @@ def table_rows(
         device: name of a device profile; one card per condition.
     """
     card, rows = DEVICES[device], []
-    sampler = {"steps": measured.flow.steps, "shift": measured.flow.shift, "sde": measured.flow.sde}
+    sampler = {name: getattr(measured.flow, name) for name in SAMPLER}
     places = list(dict.fromkeys((record.setting, record.window) for record in records))
     whole = {name: hours(config, card, config.groups.conditions) for name, config in priced.items()}
     for name, window in places:

@@ -7,7 +7,7 @@ rung of its own.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib import resources
 from typing import Any
@@ -18,6 +18,7 @@ from geoalign.errors import ConfigError
 from geoalign.jobs.pricing import exactly, hours, run_cost
 from geoalign.perf.budget import climb
 from geoalign.perf.devices import CERTAINTY, DeviceProfile, Kind
+from geoalign.rl.window import WindowSchedule
 
 REUSE, SIGMA, INT8 = (
     "ode.reuse=residual ode.reuse_share=",
@@ -25,17 +26,24 @@ REUSE, SIGMA, INT8 = (
     "ode.attention=int8",
 )
 
-SAMPLER = {"steps": "T = {}", "shift": "shift {:g}", "sde": "{} SDE"}
+SAMPLER = {
+    "steps": "T = {}",
+    "shift": "shift {:g}",
+    "sde": "{} SDE",
+    "eta": "eta {:g}",
+    "eta_by_step": "eta by step {}",
+    "guidance": "guidance {:g}",
+    "t_dtype": "timesteps in {}",
+}
 """Settings of ``flow`` that a row of the fidelity table speaks of alone, and how they are told."""
 
 
 @dataclass(frozen=True, slots=True)
 class Rung:
-    """Settings that CHANGE a run; ``video`` says whether they change the sampled videos, which fidelity speaks of."""
+    """Settings that CHANGE a run, and the rate of a device profile that their worth rests on."""
 
     name: str
     settings: str
-    video: bool = True
     rate: str = "attention"
 
 
@@ -51,27 +59,24 @@ RUNGS = (
     Rung("30 % of the steps, others reuse", f"{REUSE}0.3"),
     Rung("45 % of the steps, others reuse, int8", f"{REUSE}0.45 {INT8}", rate="attention_int8"),
     Rung("30 % of the steps, others reuse, int8", f"{REUSE}0.3 {INT8}", rate="attention_int8"),
-    Rung("gradients of a random half of the window", "learn.window_steps={half_window}", video=False),
-    Rung("the most telling half of the members", "learn.members={half_group} levers.streaming=off", video=False),
-    Rung("49 frames in half of the iterations", "learn.short_frames=49 learn.short_iterations={half_run}", video=False),
-    Rung("HPSv3 on every fourth frame", "rewards.hpsv3.options.frame_stride=4", video=False, rate="reward"),
+    Rung("gradients of a random half of the window", "learn.window_steps={half_window}"),
+    Rung("the most telling half of the members", "learn.members={half_group} levers.streaming=off"),
+    Rung("49 frames in half of the iterations", "learn.short_frames=49 learn.short_iterations={half_run}"),
+    Rung("HPSv3 on every fourth frame", "rewards.hpsv3.options.frame_stride=4", rate="reward"),
 )
 """What a reader may want to try, each alone; and pairs that the fidelity table holds together."""
 
 
 @dataclass(frozen=True, slots=True)
 class PricedRung:
-    """A rung on a run: its settings there, predicted hours with all EXACT levers and it alone, and its fidelity.
-
-    ``elsewhere``: the samplers that its fidelity was measured with, where it was not with the run's.
-    """
+    """A rung on a run: its settings there and what they make of it, predicted hours with all EXACT levers and it alone,
+    and how well founded these are."""
 
     rung: Rung
     settings: str
+    config: Config
     hours: float
     kind: Kind
-    fidelity: Mapping[str, Any] | None
-    elsewhere: str
 
 
 def priced_rungs(name: str, overrides: Sequence[str], device: DeviceProfile, devices: int) -> list[PricedRung]:
@@ -94,9 +99,24 @@ def priced_rungs(name: str, overrides: Sequence[str], device: DeviceProfile, dev
             continue
         # On top of all EXACT levers, so no better founded than the least founded of them.
         kind = max(founded, device.kinds.get(rung.rate, "assumed"), key=CERTAINTY.index)
-        spent = hours(config, device, devices)
-        found.append(PricedRung(rung, settings, spent, kind, measured(config), measured_elsewhere(config)))
+        found.append(PricedRung(rung, settings, config, hours(config, device, devices), kind))
     return found
+
+
+def without_fidelity(config: Config) -> str:
+    """What is said of the videos of a run whose steps are all exact, and of what it changes instead.
+
+    Empty where steps are approximated: fidelity then speaks of them.
+    """
+    if config.approximations():
+        return ""
+    changed = config.changes()
+    reward = [name for name in changed if name.startswith("rewards.")]
+    what = "a reward" if len(reward) == len(changed) else "what is learned"
+    if config.learn.short_frames is None:
+        return f"videos as before; changes {what}"
+    shorter = f"{config.learn.short_iterations} of {config.train.iterations} iterations"
+    return f"shorter videos in {shorter}, of which fidelity says nothing; changes what is learned"
 
 
 def measured(config: Config) -> dict[str, Any] | None:
@@ -113,8 +133,17 @@ def measured(config: Config) -> dict[str, Any] | None:
         "spearman_p10": min(row["spearman_p10"] for row in rows),
         "flips": max(row["flips"] for row in rows),
         "rows": len(rows),
+        "windows": sorted({row["window"] for row in rows}),
+        "later_windows": later_windows(config, max(row["window"] for row in rows)),
         "accepted": all(row["accepted"] for row in rows),
     }
+
+
+def later_windows(config: Config, start: int) -> list[int]:
+    """Starts of the windows of a run behind ``start``: first and last, or none."""
+    windows = WindowSchedule(config.window, config.flow.steps, config.run.seed)
+    later = {window.start for window in map(windows, range(config.train.iterations)) if window.start > start}
+    return sorted({min(later), max(later)}) if later else []
 
 
 def measured_elsewhere(config: Config) -> str:
@@ -151,9 +180,14 @@ def _rows_of(config: Config) -> list[dict[str, Any]]:
 
 
 def _own_sampler(config: Config) -> tuple[Any, ...]:
-    return tuple(getattr(config.flow, name) for name in SAMPLER)
+    return _comparable(getattr(config.flow, name) for name in SAMPLER)
 
 
 def _sampler(row: Mapping[str, Any]) -> tuple[Any, ...] | None:
     """What a row was measured with; None where it does not say."""
-    return tuple(row[name] for name in SAMPLER) if SAMPLER.keys() <= row.keys() else None
+    return _comparable(row[name] for name in SAMPLER) if SAMPLER.keys() <= row.keys() else None
+
+
+def _comparable(values: Iterable[Any]) -> tuple[Any, ...]:
+    """Files hold lists where configurations hold tuples."""
+    return tuple(list(value) if isinstance(value, tuple) else value for value in values)

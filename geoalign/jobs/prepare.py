@@ -17,7 +17,7 @@ from geoalign.config.data import DEFAULT_NEGATIVE_PROMPT, PrepareConfig
 from geoalign.config.schema import Config
 from geoalign.errors import ConfigError, DataError, RunError
 from geoalign.evaluators.base import PoseEstimate, PoseEvaluator
-from geoalign.files.digest import content_hash
+from geoalign.files.digest import by_content, content_hash
 from geoalign.geometry import so3
 from geoalign.geometry.trajectory import CameraTrajectory
 from geoalign.jobs.progress import bar, say
@@ -226,8 +226,4 @@ def _codec_hash(config: Config) -> str:
 
 def _evaluator_identity(settings: PrepareConfig) -> str:
     """Name and options; options that name existing files count by their content."""
-    options = {
-        name: content_hash(Path(value)) if isinstance(value, str) and Path(value).exists() else value
-        for name, value in sorted(settings.evaluator_options.items())
-    }
-    return f"{settings.evaluator} {json.dumps(options)}"
+    return f"{settings.evaluator} {json.dumps(by_content(settings.evaluator_options))}"

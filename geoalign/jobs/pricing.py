@@ -92,13 +92,17 @@ def _runs(config: Config) -> list[RunCost]:
 def _walks(config: Config, iterations: Sequence[int]) -> dict[Walk, int]:
     """The evaluated steps of some iterations, from the very schedule and table that training uses."""
     # The first iteration of each length evaluates all steps where it measures the drift that chooses reused ones.
-    measures = config.ode.reuse != "off" and config.ode.reuse_profile is None
-    first = iterations[:1] if measures else ()
+    first = iterations[:1] if measures_drift(config) else ()
     walks: Counter[Walk] = Counter()
     for some, reused in ((first, 0), ([each for each in iterations if each not in first], None)):
         for window, count in _windows(config, some).items():
             walks[walk_of(config, build_step_table(config.flow, window), reused)] += count
     return dict(walks)
+
+
+def measures_drift(config: Config) -> bool:
+    """Whether the first iteration evaluates all steps, to choose those that later ones reuse."""
+    return config.ode.reuse != "off" and config.ode.reuse_profile is None
 
 
 def _audits(config: Config, iterations: Iterable[int]) -> dict[int, int]:

@@ -7,9 +7,10 @@ import sys
 import time
 from collections import deque
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from tqdm import tqdm
+if TYPE_CHECKING:
+    from tqdm import tqdm
 
 LOG_EVERY_S = 30.0
 _RECENT = 10
@@ -62,6 +63,8 @@ def bar(total: int | None, what: str, unit: str, initial: int = 0, *, shown: boo
         return _Nothing(total, what, unit, initial)
     if not sys.stderr.isatty():
         return _Lines(total, what, unit, initial)
+    from tqdm import tqdm  # only here, so that the first line of a verb needs no package
+
     return tqdm(total=total, initial=initial, desc=what, unit=unit, dynamic_ncols=True)
 
 

@@ -17,7 +17,7 @@ from geoalign.config.schema import Config
 from geoalign.data.source import RetakeDataset
 from geoalign.errors import Stopped
 from geoalign.files.atomic import atomic_write_json, atomic_write_text, nan_to_none, remove_leftovers
-from geoalign.files.checkpoints import CHECKPOINTS
+from geoalign.files.checkpoints import CHANGED, CHECKPOINTS
 from geoalign.files.locks import writer_lock
 from geoalign.jobs.checks import require_inputs
 from geoalign.jobs.environment import describe_environment, describe_processes
@@ -26,9 +26,9 @@ from geoalign.jobs.progress import say
 from geoalign.jobs.stop import StopRequest
 from geoalign.jobs.train_held_out import RunEvaluator, conditions_of, held_out_summary
 from geoalign.jobs.train_resume import (
+    on_its_data,
     refuse_disagreement,
     refuse_other_conditions,
-    refuse_other_data,
     set_newer_aside,
     state_to_resume,
 )
@@ -96,13 +96,14 @@ def _run(
     state = state_to_resume(folder, resume, settings, allow_config_change)
     with _trainer(config, ranks, state, settings, allow_config_change) as trainer:
         environment = describe_environment()
+        changed = {key: trainer.notes[key] for key in trainer.notes.keys() & {CHANGED}}
         if main:
             if state is not None:
                 set_newer_aside(folder, state, config.train.iterations, resume)
             folder.mkdir(parents=True, exist_ok=True)
             remove_leftovers(folder)
             atomic_write_text(folder / RUN_CONFIG, to_yaml(config))
-            atomic_write_json(folder / "env.json", environment | {"processes": describe_processes()})
+            atomic_write_json(folder / "env.json", environment | {"processes": describe_processes()} | changed)
         evaluation, clock = RunEvaluator.of(config, trainer, folder), _Clock(ranks)
         if state is None:
             if config.world is not None:
@@ -125,6 +126,7 @@ def _run(
                 "base": str(config.train.base),
                 "config_hash": settings.hash,
                 **environment,
+                **changed,
             }
             atomic_write_json(folder / "summary.json", nan_to_none(summary))
         return trainer.iteration
@@ -148,7 +150,7 @@ def _trainer(
         encoder = encoder_identity(config) if config.data.use_cache else None
         dataset = RetakeDataset(config.data, seed=config.run.seed, encoder=encoder)
         if state is not None:
-            refuse_other_data(state, dataset.fingerprint(), allow_config_change)
+            state = on_its_data(state, dataset.fingerprint(), allow_config_change)
             refuse_other_conditions(state, conditions_of(config))
         refuse_disagreement(ranks, 0 if state is None else state.iteration, settings.hash, dataset.fingerprint())
         trainer = Trainer(config, policy, dataset, rewards, ranks)

@@ -10,8 +10,9 @@ from geoalign.config.layout import deal_groups
 from geoalign.config.schema import Config
 from geoalign.errors import UsageError
 from geoalign.flow.table import StepWindow, build_step_table
+from geoalign.jobs.pricing import measures_drift
 from geoalign.models.dit import RetakeDiT
-from geoalign.perf.budget import count_passes
+from geoalign.perf.budget import PassCount, count_passes
 from geoalign.perf.memory import predict_memory
 from geoalign.rl.window import WindowSchedule
 from geoalign.training.engines.optim import freeze_all_but
@@ -38,8 +39,8 @@ def describe_run(config: Config) -> Mapping[str, object]:
         "run folder": config.run.folder,
         "model": f"{total:,} parameters, {moving:,} trained in {len(trained)} tensors",
         "base": " + ".join(str(path) for path in (config.train.base, config.train.delta) if path) or "none",
-        "videos": f"{config.data.num_frames} x {config.data.height} x {config.data.width}",
-        "iteration": f"{group.conditions} conditions x {group.size} rollouts, {config.flow.steps} steps",
+        "videos": _videos(config),
+        "iteration": f"{group.conditions} conditions x {group.size} rollouts, {_steps(config, schedule(0))}",
         "windows": ", ".join(f"[{start}, {stop})" for start, stop in windows),
         "passes": _passes(config, schedule(0)),
         "rewards": ", ".join(f"{name} ({reward.kind})" for name, reward in config.rewards.items()) or "none",
@@ -50,17 +51,43 @@ def describe_run(config: Config) -> Mapping[str, object]:
     }
 
 
+def _videos(config: Config) -> str:
+    frames, height, width = config.data.video
+    fewer, until = config.learn.short_frames, config.learn.short_iterations
+    return f"{frames} x {height} x {width}" + (f", of {fewer} frames in the first {until} iterations" if fewer else "")
+
+
+def _steps(config: Config, window: StepWindow) -> str:
+    """Those of the time grid, and how many are evaluated where the steps after the window are fewer."""
+    walk = walk_of(config, build_step_table(config.flow, window))
+    evaluated = walk.prefix + walk.window + walk.tail
+    grid = config.flow.steps
+    return f"{grid} steps" + (f", of which the first window evaluates {evaluated}" if evaluated < grid else "")
+
+
 def _passes(config: Config, window: StepWindow) -> str:
+    """Of an iteration at the first window; of a subset of its steps, all equally likely, the mean."""
     table, groups = build_step_table(config.flow, window), config.groups
-    walk = walk_of(config, table)
-    count = count_passes(walk, groups.conditions, groups.size, config.optim.updates_per_rollout, plan_of(config))
-    learner = f"{count.replay + count.reference:,} learner forwards, {count.backward:,} backwards"
-    audit = ""
+
+    def count(reused: int | None) -> PassCount:
+        walk, updates = walk_of(config, table, reused), config.optim.updates_per_rollout
+        return count_passes(walk, groups.conditions, groups.size, updates, plan_of(config))
+
+    usual, drawn = count(None), config.learn.window_steps or window.stop - window.start
+    share = drawn / (window.stop - window.start)
+    forwards, backwards, recomputed = (
+        f"{share * number:,.0f}" for number in (usual.replay + usual.reference, usual.backward, usual.recompute)
+    )
+    audit, notes = "", ["first window", "all ranks"]
+    if share < 1:
+        notes.append("of the learner the mean over the steps that are drawn")
+    if measures_drift(config):
+        notes.append(f"the first iteration evaluates all steps: {count(0).rollout:,} rollout forwards")
     if config.ode.audit_every:
         forwards = plan_of(config).guidance * groups.size * (config.flow.steps - window.stop)
         audit = f", {forwards:,} in an audit every {config.ode.audit_every} iterations"
-    told = f"{count.rollout:,} rollout forwards, {learner}, {count.recompute:,} recomputed"
-    return f"{told}{audit} (first window, all ranks)"
+    learner = f"{forwards} learner forwards, {backwards} backwards, {recomputed} recomputed"
+    return f"{usual.rollout:,} rollout forwards, {learner}{audit} ({', '.join(notes)})"
 
 
 def _execution(config: Config) -> str:

@@ -111,14 +111,21 @@ def set_newer_aside(folder: Path, state: TrainState, total: int, resume: str | N
         logger.warning("%s: newer than iteration %d, set aside as %s", path, state.iteration, aside.name)
 
 
-def refuse_other_data(state: TrainState, fingerprint: str, allowed: bool) -> None:
-    """Raise CheckpointError if the checkpoint was trained on other clips or camera paths and that is not allowed."""
+def on_its_data(state: TrainState, fingerprint: str, allowed: bool) -> TrainState:
+    """``state``, with a note where it was trained on other clips or camera paths.
+
+    Raises:
+        CheckpointError: it was, and that is not ``allowed``.
+    """
     known = state.notes.get("data", fingerprint)
-    if known != fingerprint and not allowed:
+    if known == fingerprint:
+        return state
+    if not allowed:
         raise CheckpointError(
             f"the data changed since iteration {state.iteration} (fingerprint {known[:12]}, now {fingerprint[:12]}): "
             "restore data.root and data.cache, or pass --allow-config-change"
         )
+    return state.changed(f"clips or camera paths {known[:12]} -> {fingerprint[:12]}")
 
 
 def refuse_other_conditions(state: TrainState, conditions: Mapping[str, Any]) -> None:

@@ -31,6 +31,7 @@ from geoalign.report.samples import (
 )
 from geoalign.report.state import RunState, duration, followed, seconds_per_iteration
 from geoalign.report.svg import number
+from geoalign.report.what import told_changes
 from geoalign.report.words import HELD_OUT, SETS, Metric
 
 MOST_RUNS = 8  # as many colours as the pages have
@@ -73,20 +74,20 @@ spread: differences are not coloured, because chance alone may explain them. Nam
 <code>eval.noise_seeds</code>."""
 _UNPAIRED = """Not every run kept its values by noise seed, so none can be subtracted noise seed by noise seed and no
 difference is shown."""
-_UNLIKE = """<b class="bad">The runs were measured on different held-out conditions (settings of eval or world): their
-numbers do not compare, and no difference is shown.</b>"""
+_UNLIKE = """<b class="bad">The runs were not measured alike: {} differ, which decide on the held-out scenes, paths and
+noise or on how retakes are sampled there. Their numbers do not compare, and no difference is shown.</b>"""
 
 
 def compare_page(records: Sequence[RunRecord], samples: int = 4) -> str:
     """The whole HTML document of two to eight runs; differences are to the first of them."""
     runs = _labelled(records)
-    alike = _same_conditions(runs)
+    unlike = _other_conditions(runs)
     body = [
-        f'<header><div class="eyebrow">geoalign comparison</div><h1>{_headline(runs, alike)}</h1>',
+        f'<header><div class="eyebrow">geoalign comparison</div><h1>{_headline(runs, unlike)}</h1>',
         f'<ul class="runs">{"".join(f"<li>{run.mark}</li>" for run in runs)}</ul></header><main>',
         _overview(runs),
         _settings(runs),
-        _held_out(runs, alike),
+        _held_out(runs, unlike),
         _films(runs, samples),
         compared_training_section([(run.css, run.label, run.record.films) for run in runs]),
         compared_curves([(run.label, run.record) for run in runs]),
@@ -118,9 +119,9 @@ def _labels(records: Sequence[RunRecord]) -> list[str]:
     return labels
 
 
-def _same_conditions(runs: Sequence[ComparedRun]) -> bool:
-    """Whether the runs were measured on the same scenes, paths and noise, by their settings."""
-    return not differing_keys(*(conditions(run.record.config) for run in runs))
+def _other_conditions(runs: Sequence[ComparedRun]) -> list[str]:
+    """The settings, of scenes, paths, noise and sampler, by which the runs were measured differently."""
+    return differing_keys(*(conditions(run.record.config) for run in runs))
 
 
 def difference(run: ComparedRun, first: ComparedRun, kind: str, metric: str) -> Value | None:
@@ -146,13 +147,13 @@ def _verdict(run: ComparedRun, first: ComparedRun, kind: str, metric: str) -> st
     return judged(_metric(metric).better, values[1][metric].mean, values[0][metric].mean, found.spread)
 
 
-def _headline(runs: Sequence[ComparedRun], alike: bool) -> str:
+def _headline(runs: Sequence[ComparedRun], unlike: Sequence[str]) -> str:
     metric = "translation_error_m"
-    if not alike:
-        return f"{len(runs)} runs that were measured on different conditions"
     measured = [run for run in runs if metric in run.numbers("mean")]
-    if len(measured) < 2:
+    if len(measured) < 2:  # of real clips none is, whatever samples them
         return f"{len(runs)} runs side by side"
+    if unlike:
+        return f"{len(runs)} runs that were measured on different conditions"
     best, second = sorted(measured, key=lambda run: run.numbers("mean")[metric].mean)[:2]
     least, other = (number(run.numbers("mean")[metric].mean) for run in (best, second))
     paired = difference(best, second, "mean", metric)
@@ -204,7 +205,16 @@ def _settings(runs: Sequence[ComparedRun]) -> str:
             f'<div class="scroll"><table class="labelled">{_head(run.mark for run in runs)}'
             f"<tbody>{rows}</tbody></table></div>"
         )
-    return f'<section id="settings"><h2>What was set differently</h2>{text}</section>'
+    return f'<section id="settings"><h2>What was set differently</h2>{text}{_on_the_way(runs)}</section>'
+
+
+def _on_the_way(runs: Sequence[ComparedRun]) -> str:
+    """What changed while runs were made, which their settings, those of their last iterations, do not show."""
+    listed = "".join(f"<li>{run.mark} {escape(change)}</li>" for run in runs for change in told_changes(run.record))
+    if not listed:
+        return ""
+    told = "These are the settings of the last iterations. They, or the data, changed on the way "
+    return f'<p class="note">{told}(<code>--allow-config-change</code>):</p><ul>{listed}</ul>'
 
 
 def _setting(values: Mapping[str, Any], key: str) -> str:
@@ -219,7 +229,7 @@ def _cell(label: str, content: str, css: str = "") -> str:
     return f'<td data-label="{escape(label)}"{f" class={css}" if css else ""}>{content}</td>'
 
 
-def _held_out(runs: Sequence[ComparedRun], alike: bool) -> str:
+def _held_out(runs: Sequence[ComparedRun], unlike: Sequence[str]) -> str:
     kinds = [kind for kind in SETS if all(run.numbers(kind) for run in runs)]
     if not kinds:
         return (
@@ -227,16 +237,17 @@ def _held_out(runs: Sequence[ComparedRun], alike: bool) -> str:
             "under way or was stopped has none, and real clips have no true retake.</p></section>"
         )
     main, *rest = reversed(kinds)
-    folded = "".join(f"<h3>{SETS[kind]}</h3>{_numbers(runs, kind, alike)}" for kind in reversed(rest))
+    folded = "".join(f"<h3>{SETS[kind]}</h3>{_numbers(runs, kind, unlike)}" for kind in reversed(rest))
     more = f"<details><summary>Each set of paths by itself</summary>{folded}</details>" if folded else ""
-    return f"""<section id="held-out"><h2>Held-out numbers after training</h2><p>{_how_compared(runs, kinds, alike)}</p>
-<h3>{SETS[main]}</h3>{_numbers(runs, main, alike)}{more}</section>"""
+    how = _how_compared(runs, kinds, unlike)
+    return f"""<section id="held-out"><h2>Held-out numbers after training</h2><p>{how}</p>
+<h3>{SETS[main]}</h3>{_numbers(runs, main, unlike)}{more}</section>"""
 
 
-def _how_compared(runs: Sequence[ComparedRun], kinds: Sequence[str], alike: bool) -> str:
+def _how_compared(runs: Sequence[ComparedRun], kinds: Sequence[str], unlike: Sequence[str]) -> str:
     """What stands above the tables: how differences were taken, or why there are none or no colours."""
-    if not alike:
-        return _UNLIKE
+    if unlike:
+        return _UNLIKE.format(", ".join(f"<code>{escape(key)}</code>" for key in unlike))
     pairs = ((run, kind, name) for run in runs[1:] for kind in kinds for name in run.numbers(kind))
     found = [part for run, kind, name in pairs if (part := difference(run, runs[0], kind, name))]
     if not found:
@@ -244,8 +255,8 @@ def _how_compared(runs: Sequence[ComparedRun], kinds: Sequence[str], alike: bool
     return _PAIRED if any(part.spread is not None for part in found) else _ONE_SEED
 
 
-def _numbers(runs: Sequence[ComparedRun], kind: str, alike: bool) -> str:
-    first, others = runs[0], runs[1:] if alike else ()
+def _numbers(runs: Sequence[ComparedRun], kind: str, unlike: Sequence[str]) -> str:
+    first, others = runs[0], () if unlike else runs[1:]
     names = [name for name in [*HELD_OUT, *first.numbers(kind)] if all(name in run.numbers(kind) for run in runs)]
     base = first.numbers(kind, "before") if _same_base(runs, kind) else {}
     titles = [*(["base"] if base else []), *(run.mark for run in runs)]

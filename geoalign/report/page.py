@@ -14,6 +14,7 @@ import yaml
 
 from geoalign.errors import UsageError
 from geoalign.files.atomic import atomic_write_text, check_writable
+from geoalign.files.checkpoints import CHANGED
 from geoalign.report.curves import curves_section, phases_section
 from geoalign.report.document import document
 from geoalign.report.results import headline, lead, results_section, worse_numbers
@@ -21,7 +22,7 @@ from geoalign.report.run_folder import RunRecord, is_live, read_run
 from geoalign.report.samples import samples_section, training_section
 from geoalign.report.state import RunState, duration, progress_section
 from geoalign.report.troubles import fallback, findings, troubles_section
-from geoalign.report.what import what_section
+from geoalign.report.what import told_changes, what_section
 from geoalign.version import __version__
 
 REFRESH_S = 20
@@ -94,14 +95,26 @@ def _how(run: RunRecord) -> str:
         text = escape(yaml.safe_dump(run.config, sort_keys=False, allow_unicode=True, width=110))
         blocks.append(f"<details><summary>Configuration as resolved</summary><pre>{text}</pre></details>")
     facts = run.environment | {key: run.summary[key] for key in ("versions", "commit", "seed") if key in run.summary}
+    facts.pop(CHANGED, None)
     if facts:
         text = escape(yaml.safe_dump(facts, sort_keys=True, allow_unicode=True, width=110))
         blocks.append(f"<details><summary>Machine and versions</summary><pre>{text}</pre></details>")
     if not blocks:
         return ""
-    return f"""<section id="how"><h2>How to make it again</h2><p>Every random draw follows from the seed, so the same
-configuration on as many processes of the same kind of machine gives the same run. {_processes(run)}</p>
+    same = """Every random draw follows from the seed, so the same configuration on as many processes of the same kind
+of machine gives the same run."""
+    return f"""<section id="how"><h2>How to make it again</h2><p>{_on_the_way(run) or same} {_processes(run)}</p>
 <pre>{escape(_command(run))}</pre>{"".join(blocks)}</section>"""
+
+
+def _on_the_way(run: RunRecord) -> str:
+    """What changed while the run was made, as markup; empty of a run that one configuration gives."""
+    listed = "".join(f"<li>{escape(change)}</li>" for change in told_changes(run))
+    if not listed:
+        return ""
+    return f"""<b class="bad">No single configuration gives this run</b>: it was continued with
+<code>--allow-config-change</code>. The configuration below is that of its last iterations, and the command makes
+another run with it.</p><ul>{listed}</ul><p>"""
 
 
 def _processes(run: RunRecord) -> str:
@@ -148,9 +161,9 @@ def write_report(folder: str | Path, output: Path | None = None, *, samples: int
     return path
 
 
-def follow(folders: Sequence[str | Path], write: Callable[[], Path]) -> Path:
+def follow(folders: Sequence[str | Path], write: Callable[[], object]) -> None:
     """Call ``write`` again and again until none of the runs is written any more; the last page is that of their end."""
     while any(is_live(Path(folder)) for folder in folders):
         write()
         time.sleep(REFRESH_S)
-    return write()
+    write()

@@ -14,6 +14,7 @@ import numpy as np
 from geoalign.errors import DataError, UsageError
 from geoalign.files.arrays import read_arrays
 from geoalign.files.atomic import nan_to_none, read_jsonl
+from geoalign.files.checkpoints import CHANGED
 from geoalign.files.locks import LOCK_NAME, held_by
 from geoalign.files.parsing import read_json
 from geoalign.files.yaml_text import read_yaml
@@ -105,6 +106,21 @@ class Started:
 
 
 @dataclass(frozen=True, slots=True)
+class Change:
+    """Settings or data that a run went on with otherwise, in words, after that many ``iterations``."""
+
+    iterations: int
+    what: str
+
+    @classmethod
+    def parse(cls, entries: Any) -> list[Change]:
+        """Read what ``env.json`` and ``summary.json`` keep; what somebody made something else is left out."""
+        listed = [entry for entry in entries if isinstance(entry, dict)] if isinstance(entries, list) else []
+        pairs = [(entry.get("iteration"), entry.get("what")) for entry in listed]
+        return [cls(done, what) for done, what in pairs if isinstance(done, int) and isinstance(what, str)]
+
+
+@dataclass(frozen=True, slots=True)
 class RunRecord:
     """Everything the report shows; ``live``: a process is writing the run."""
 
@@ -126,6 +142,11 @@ class RunRecord:
     def started(self) -> Started:
         """How its processes were started."""
         return Started.parse(self.environment.get("processes"))
+
+    @property
+    def changes(self) -> list[Change]:
+        """What changed on the way: ``config`` holds the settings of the last iterations only."""
+        return Change.parse(self.environment.get(CHANGED) or self.summary.get(CHANGED))
 
     @property
     def held_out(self) -> bool:

@@ -6,10 +6,16 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from html import escape
+from typing import Any
 
+from geoalign.config.load import validate
+from geoalign.config.schema import Config
+from geoalign.config.source import RawConfig
+from geoalign.errors import ConfigError
 from geoalign.report.held_out import comparisons
 from geoalign.report.run_folder import RunRecord
 from geoalign.report.svg import number
+from geoalign.report.troubles import fallback
 
 _CAMERA = {"trans": "metres", "rot": "degrees"}
 """Reward keys that say how far the camera is from the request, and their units."""
@@ -120,8 +126,14 @@ def _listed(parts: Sequence[str]) -> str:
 
 def _sentences(run: RunRecord, taught: _Taught) -> list[str]:
     """Each from settings or results that the run has; a run that says nothing gets none."""
-    told = [_training(run), _frames(run), taught.counted, _base(run)]
+    changing = _changing(run)
+    told = [_training(run), _frames(run, changing), _changed(run, changing), taught.counted, _base(run)]
     return [sentence for sentence in told if sentence]
+
+
+def told_changes(run: RunRecord) -> list[str]:
+    """What the run went on with otherwise, one line for each time."""
+    return [f"after {_counted(change.iterations, 'iteration')}: {change.what}" for change in run.changes]
 
 
 def _training(run: RunRecord) -> str:
@@ -130,23 +142,51 @@ def _training(run: RunRecord) -> str:
     start = f"This run starts from <code>{escape(str(base))}</code>." if base else ""
     if not (conditions and size and total):
         return start
-    return (
-        f"{start} In each of {total} iterations it makes {size} retakes of each of {_counted(conditions, 'request')}."
-    )
+    chosen = _whole(run, "learn.members")
+    learnt = f" and learns from the {chosen} of them whose advantages are largest" if chosen else ""
+    asked = _counted(conditions, "request")
+    return f"{start} In each of {total} iterations it makes {size} retakes of each of {asked}{learnt}."
 
 
-def _frames(run: RunRecord) -> str:
+def _changing(run: RunRecord) -> dict[str, Any] | None:
+    """The settings that CHANGE the run; None where they are of another version and cannot be told."""
+    try:
+        return validate(Config, RawConfig(run.config)).changes()
+    except ConfigError:
+        return None
+
+
+def _frames(run: RunRecord, changing: dict[str, Any] | None) -> str:
     frames, height, width = (_whole(run, f"data.{name}") for name in ("num_frames", "height", "width"))
     steps, window = _whole(run, "flow.steps"), _whole(run, "window.size")
     if not (frames and height and width and steps):
         return ""
-    learnt = (
-        f", of which {window} at a time {'is' if window == 1 else 'are'} stochastic and learnt from" if window else ""
-    )
-    return (
-        f"A retake has {_counted(frames, 'frame')} of {width} \N{MULTIPLICATION SIGN} {height} pixels and takes "
-        f"{_counted(steps, 'denoising step')}{learnt}."
-    )
+    learnt, drawn = "", _whole(run, "learn.window_steps")
+    if window:
+        learnt = f", of which {window} at a time {'is' if window == 1 else 'are'} stochastic"
+        learnt += f", and {drawn} of these, drawn by lot, learnt from" if drawn else " and learnt from"
+    fewer, until = _whole(run, "learn.short_frames"), _whole(run, "learn.short_iterations")
+    length = _counted(frames, "frame")
+    if fewer and until:
+        length = f"{fewer} frames in the first {_counted(until, 'iteration')} and {frames} in the others,"
+    # Where steps after the window are left out or reused, the grid is longer than what a retake takes.
+    whole = changing is not None and not any(name.startswith(("flow.", "ode.reuse")) for name in changing)
+    takes = "takes" if whole else "is sampled on a grid of"
+    size = f"{width} \N{MULTIPLICATION SIGN} {height} pixels"
+    return f"A retake has {length} of {size} and {takes} {_counted(steps, 'denoising step')}{learnt}."
+
+
+def _changed(run: RunRecord, changing: dict[str, Any] | None) -> str:
+    """What the run does otherwise than an exact one, and what it did otherwise than at its end."""
+    told = ""
+    if changing:
+        listed = ", ".join(f"<code>{escape(f'{name}={value}')}</code>" for name, value in changing.items())
+        told = f"To be cheaper it CHANGES what an exact run does: {listed}.{fallback(run)}"
+    if run.changes:
+        times = _counted(len(run.changes), "time")
+        told += f" All this is of its last iterations: settings or data changed {times} on the way "
+        told += '(<a href="#how">what and when</a>).'
+    return told.strip()
 
 
 def _base(run: RunRecord) -> str:

@@ -7,7 +7,7 @@ import hashlib
 import json
 from collections.abc import Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from types import TracebackType
@@ -19,7 +19,7 @@ from geoalign.config.load import differing_keys, flatten
 from geoalign.config.training import TrainConfig
 from geoalign.errors import CheckpointError, ConfigError, RunError
 from geoalign.files.atomic import atomic_folder, remove_folder
-from geoalign.files.checkpoints import list_checkpoints
+from geoalign.files.checkpoints import CHANGED, list_checkpoints
 from geoalign.files.sealed import save_sealed
 from geoalign.files.weights import TensorFile
 from geoalign.policy.files import (
@@ -48,6 +48,11 @@ class TrainState:
     iteration: int
     snapshot: Snapshot
     notes: Mapping[str, Any]
+
+    def changed(self, what: str) -> TrainState:
+        """The same with a note that the run goes on otherwise from here, as ``what`` says."""
+        entry = {"iteration": self.iteration, "what": what}
+        return replace(self, notes={**self.notes, CHANGED: [*self.notes.get(CHANGED, ()), entry]})
 
 
 @dataclass(frozen=True, slots=True)
@@ -162,7 +167,7 @@ class CheckpointWriter:
 
 
 def load_checkpoint(path: Path, *, config: RunSettings, allow_config_change: bool = False) -> TrainState:
-    """Read a checkpoint.
+    """Read a checkpoint; other settings that are allowed go into its notes.
 
     Raises:
         CheckpointError: missing, truncated or of another format.
@@ -173,9 +178,10 @@ def load_checkpoint(path: Path, *, config: RunSettings, allow_config_change: boo
         trained, average, flat = (dict(check_part(meta, TensorFile(path / part)).items()) for part in _PARTS)
     except CheckpointError as error:
         raise CheckpointError(f"{path}: not a readable checkpoint ({error}); delete it and use an older one") from error
-    found = meta["config"]
-    if found != config.hash and not allow_config_change:
-        changed = differences(meta["settings"], config.values) if "settings" in meta else f"{found}, now {config.hash}"
+    found, changed = meta["config"], ""
+    if found != config.hash:
+        changed = differences(meta.get("settings", config.values), config.values) or f"{found}, now {config.hash}"
+    if changed and not allow_config_change:
         raise ConfigError(
             f"{path}: written with another configuration ({changed}); restore it, or pass --allow-config-change"
         )
@@ -183,4 +189,5 @@ def load_checkpoint(path: Path, *, config: RunSettings, allow_config_change: boo
     for key, value in flat.items():
         name, _, part = key.rpartition("/")
         optimizer.setdefault(name, {})[part] = value
-    return TrainState(meta["iteration"], Snapshot(trained, average, optimizer), meta["notes"])
+    state = TrainState(meta["iteration"], Snapshot(trained, average, optimizer), meta["notes"])
+    return state.changed(changed) if changed else state

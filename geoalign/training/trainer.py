@@ -209,6 +209,11 @@ class Trainer:
         )
         return sampler if exact else with_reuse(sampler, config, self.notes, frames)
 
+    def next_sampler(self) -> FlowSampler:
+        """The sampler of the next step."""
+        frames = self.config.learn.frames(self.iteration, self.config.data.num_frames)
+        return self._sampler(self.schedule(self.iteration), frames)
+
     def _stream(self, sampler: FlowSampler, positions: Sequence[int]) -> StreamingBackward | None:
         if self.config.levers.streaming == "off":
             return None

@@ -58,7 +58,7 @@ STAND_INS = {
         done
         exit 99
     """,
-    "squeue": "cat $STATE/state",
+    "squeue": 'case "$*" in *%L*) cat $STATE/left ;; *) cat $STATE/state ;; esac',
     "nvidia-smi": "echo GPU 0",
 }
 
@@ -72,6 +72,7 @@ def slurm(tmp_path: Path) -> dict[str, str]:
         (folder / name).write_text(f"#!/bin/bash\n{text}")
         (folder / name).chmod(0o755)
     (tmp_path / "state").write_text("RUNNING\n")
+    (tmp_path / "left").write_text("1-01:30:00\n")
     return os.environ | {
         "PATH": f"{folder}:{os.environ['PATH']}", "STATE": str(tmp_path), "PYTHON": sys.executable,
         "SLURM_JOB_ID": str(os.getpid()), "SLURM_JOB_NUM_NODES": "2", "SLURM_JOB_NODELIST": "local",
@@ -230,6 +231,47 @@ def test_it_gives_up_after_failures_without_a_new_checkpoint(
 @pytest.mark.parametrize("code", [1, 2])
 def test_what_cannot_start_does_not_come_back(code: int, stub: Callable[..., dict[str, str]], tmp_path: Path) -> None:
     assert ended(stub("raise AssertionError", doctor=code), tmp_path) == (code, "", False)
+
+
+SLOW = """
+import signal, time
+signal.signal(signal.SIGTERM, lambda *_: print("goes on", flush=True))
+print("up", flush=True)
+while True:
+    time.sleep(0.1)
+"""
+
+
+@pytest.mark.parametrize("again", [True, False], ids=["once", "too often"])
+def test_an_iteration_that_does_not_fit_is_given_up_before_the_limit_ends_the_job(
+    again: bool, stub: Callable[..., dict[str, str]], tmp_path: Path
+) -> None:
+    """At the limit Slurm ends the job for good, so it must be back in the queue before. Three seconds more are left
+    than what is kept, in Slurm's form of days and hours."""
+    kept = 24 * 3600 + 3600 + 60
+    (tmp_path / "left").write_text("1-01:01:03\n")
+    environment = stub(SLOW, LEAST_LEFT_S=str(kept), MOST_FAILURES="5" if again else "1")
+    job = start(environment, tmp_path)
+    try:
+        assert job.stdout is not None
+        seen = ""
+        while seen.count("up") < 2:
+            seen += (line := job.stdout.readline())
+            assert line, seen
+        job.send_signal(signal.SIGTERM)
+        while "does not fit the time limit" not in seen:
+            seen += (line := job.stdout.readline())
+            assert line, seen
+        assert ("back into the queue" in seen) == again and ("ask for more time" in seen) != again
+        deadline = time.monotonic() + PATIENCE_S
+        while again and not (tmp_path / "requeued").exists():
+            assert time.monotonic() < deadline
+            time.sleep(0.02)
+        assert (tmp_path / "requeued").exists() == again and job.poll() is None
+    finally:
+        for process in tree_of(job.pid):
+            os.kill(process, signal.SIGKILL)
+        job.communicate(timeout=PATIENCE_S)
 
 
 def test_a_cancelled_job_is_not_put_back(stub: Callable[..., dict[str, str]], tmp_path: Path) -> None:

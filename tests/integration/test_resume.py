@@ -13,6 +13,7 @@ from safetensors.torch import load_file
 
 from geoalign.cli.main import main
 from geoalign.files.atomic import read_jsonl
+from geoalign.files.checkpoints import CHANGED
 from geoalign.files.locks import writer_lock
 
 ITERATIONS = 3
@@ -133,6 +134,21 @@ def test_a_changed_setting_is_refused_by_its_key(
     assert main(arguments(run, setting, "--resume", "auto")) == 2
     assert f"({words})" in capsys.readouterr().err
     assert sorted((path, path.stat().st_mtime_ns) for path in run.rglob("*") if path.is_file()) == before
+
+
+def test_a_setting_that_changed_leaves_a_trace(run: Path) -> None:
+    """In the checkpoints, the summary and the report; of the part that was made before, a resume tells nothing."""
+    second = run / "checkpoints" / "step_000002"
+    assert main(arguments(run, "--resume", str(second))) == 0
+    assert not any(CHANGED in json.loads((run / name).read_text()) for name in ("env.json", "summary.json"))
+    assert main(arguments(run, "optim.lr=0.01", "--resume", str(second), "--allow-config-change")) == 0
+    expected = [{"iteration": 2, "what": "optim.lr 0.0001 -> 0.01"}]
+    assert [json.loads((run / name).read_text())[CHANGED] for name in ("env.json", "summary.json")] == [expected] * 2
+    newest = run / "checkpoints" / "step_000003"
+    assert json.loads((newest / "state.json").read_text())["notes"][CHANGED] == expected
+    assert main(arguments(run, "optim.lr=0.02", "--resume", str(newest), "--allow-config-change")) == 0
+    again = json.loads((run / "summary.json").read_text())[CHANGED]
+    assert again == [*expected, {"iteration": 3, "what": "optim.lr 0.01 -> 0.02"}]
 
 
 def test_other_held_out_conditions_are_refused_whatever_is_allowed(

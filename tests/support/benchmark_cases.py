@@ -99,6 +99,7 @@ class FakeTool:
     gives_poses: bool = True
     licence: str = "none"
     asked: list[str] = field(default_factory=list)
+    content: dict[str, str] = field(default_factory=dict)
 
     def measure(self, case_files: CaseFiles, out: Path) -> ToolResult:
         self.asked.append(case_files.name)
@@ -117,6 +118,9 @@ class FakeTool:
         if told == "half":
             poses.write_bytes(poses.read_bytes()[:200])
         return ToolResult("ok", "", {"sharpness": np.nan if told == "nan" else 0.5}, poses)
+
+    def contents(self) -> dict[str, str]:
+        return dict(self.content)
 
     def close(self) -> None:
         """Nothing to end."""

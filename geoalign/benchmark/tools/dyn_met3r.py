@@ -17,7 +17,7 @@ import torch.nn.functional as F
 
 from geoalign.benchmark.records import CaseFiles, ToolResult
 from geoalign.benchmark.tools.answers import Scene, read_features, read_scene
-from geoalign.benchmark.tools.settings import ToolSettings
+from geoalign.benchmark.tools.settings import ToolSettings, contents_of
 from geoalign.benchmark.tools.splat import Disc, splat, unproject
 from geoalign.benchmark.tools.worker import ToolFailure
 from geoalign.benchmark.tools.worker_tool import build_worker, caught, request_of, workplace
@@ -106,7 +106,7 @@ class DynMet3rTool:
     gives_poses = False
 
     def __init__(self, name: str, settings: ToolSettings) -> None:
-        self.name, self.licence = name, settings.licence
+        self.name, self.licence, self._settings = name, settings.licence, settings
         self._scene, self._features = build_worker(settings, "scene"), build_worker(settings, "features")
 
     def measure(self, case_files: CaseFiles, out: Path) -> ToolResult:
@@ -125,6 +125,10 @@ class DynMet3rTool:
             values = (published.score, published.holes, centred.score)
             outcome.append(ToolResult("ok", "", dict(zip(self.metrics, values, strict=True))))
         return outcome[-1]
+
+    def contents(self) -> dict[str, str]:
+        """See :class:`~geoalign.benchmark.records.Tool`."""
+        return contents_of(self._settings)
 
     def close(self) -> None:
         """End both processes."""

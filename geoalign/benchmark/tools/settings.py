@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import json
 import os
+from importlib.metadata import distributions
 from pathlib import Path
 from typing import Any, Literal, Self
 
 from pydantic import Field, model_validator
 
 from geoalign.config.base import Section
-from geoalign.config.load import load_config
+from geoalign.config.load import flatten, load_config
 from geoalign.config.source import did_you_mean
 from geoalign.errors import ConfigError
+from geoalign.files.digest import by_content, content_hash, text_hash
 
 FOLDER_VARIABLE = "GEOALIGN_TOOLS"
 RUNNERS = Path(__file__).parent / "runners"
@@ -121,6 +124,26 @@ def _environment(name: str, file: Path) -> EnvironmentSettings:
     if name not in builtin_tools() or _DEFINITIONS / f"{name}.yaml" == file:
         raise ConfigError(f"{file}: nothing describes the environment {name!r}; add it under environments")
     return load_config(ToolSettings, str(_DEFINITIONS / f"{name}.yaml")).environments[name]
+
+
+def contents_of(settings: ToolSettings) -> dict[str, str]:
+    """What decides on a tool's numbers, as :meth:`geoalign.benchmark.records.Tool.contents`; nothing is started.
+
+    Raises DataError for a script or weights that cannot be read.
+    """
+    told = {
+        name: [content_hash(worker.runner), by_content(flatten(worker.options)), by_content(worker.variables)]
+        for name, worker in sorted(settings.workers.items())
+    }
+    versions = {f"environment {n}": version for n, e in settings.environments.items() if (version := _installed(n, e))}
+    return {"definition": text_hash(json.dumps(told, sort_keys=True)), **versions}
+
+
+def _installed(name: str, environment: EnvironmentSettings) -> str:
+    """The version of an environment's distribution by what its installer left; empty where it is not there."""
+    found = interpreter(name, environment).parent.parent.glob("lib/python3*/site-packages")
+    paths = [str(path) for path in found]
+    return next((found.version for found in distributions(name=environment.distribution, path=paths)), "")
 
 
 def environment_folder(name: str) -> Path:

@@ -11,7 +11,7 @@ from typing import Any
 
 from geoalign.benchmark.records import CaseFiles, ToolResult
 from geoalign.benchmark.tools.answers import read_camera, read_numbers, save_camera
-from geoalign.benchmark.tools.settings import ToolSettings
+from geoalign.benchmark.tools.settings import ToolSettings, contents_of
 from geoalign.benchmark.tools.worker import ToolFailure, ToolWorker
 from geoalign.errors import UserError
 from geoalign.files.atomic import atomic_write_text
@@ -26,7 +26,7 @@ class WorkerTool:
     def __init__(self, name: str, settings: ToolSettings) -> None:
         self.name, self.metrics = name, settings.metrics
         self.gives_poses, self.licence = settings.gives_poses, settings.licence
-        self._worker = build_worker(settings, "worker")
+        self._settings, self._worker = settings, build_worker(settings, "worker")
 
     def measure(self, case_files: CaseFiles, out: Path) -> ToolResult:
         """See :class:`~geoalign.benchmark.records.Tool`."""
@@ -41,6 +41,10 @@ class WorkerTool:
 
     def _read(self, folder: Path, frames: int) -> tuple[CameraTrajectory | None, dict[str, float]]:
         return (read_camera(folder, frames) if self.gives_poses else None), read_numbers(folder, self.metrics)
+
+    def contents(self) -> dict[str, str]:
+        """See :class:`~geoalign.benchmark.records.Tool`."""
+        return contents_of(self._settings)
 
     def close(self) -> None:
         """End the process."""

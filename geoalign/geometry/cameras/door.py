@@ -103,6 +103,11 @@ def _within_reach(name: Name, speed: float, path: CameraTrajectory) -> CameraTra
     return path
 
 
+def camera_file_beside(video: Path) -> Path:
+    """Where the camera file of a video, or of a folder of frames, is looked for."""
+    return video.with_suffix(".npz")
+
+
 def camera_beside(video: Path, size_of: Callable[[Path], tuple[int, int]]) -> CameraFile | None:
     """The camera that lies beside a video under its name, ``clip.npz`` of ``clip.mp4`` or of a folder ``clip``.
 
@@ -111,7 +116,7 @@ def camera_beside(video: Path, size_of: Callable[[Path], tuple[int, int]]) -> Ca
     Raises:
         DataError: the file is damaged, no camera file, or one of frames of another shape.
     """
-    path = video.with_suffix(".npz")
+    path = camera_file_beside(video)
     return open_camera(path, image_size=size_of(video)) if path.is_file() else None
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import re
 import shutil
 from collections.abc import Iterator, Sequence
@@ -13,8 +14,10 @@ from geoalign.config.published import gigabytes_of
 from geoalign.config.schema import Config
 from geoalign.errors import UserError
 from geoalign.files.check import Check
+from geoalign.files.checkpoints import CHECKPOINTS, list_checkpoints
 from geoalign.models.layouts import count, model_shapes
 from geoalign.perf.memory import predict_memory
+from geoalign.policy.files import DELTA_FILE, POLICY_FILE
 from geoalign.training.processes.device import device_of, dtype_of
 
 _CHECKPOINTS_IN_HAND = 1
@@ -29,17 +32,29 @@ def disk(config: Config, found: Sequence[Check]) -> Iterator[Check]:
     # Masters and their average, and the two moments of AdamW; the result is one more copy of the masters.
     each = trained * (4 + 4 + 2 * per_state)
     needed = (config.train.keep_checkpoints + _CHECKPOINTS_IN_HAND) * each + 4 * trained
+    there = _written(config.run.folder)  # as much of it as the run has written is replaced, not added to
     folder = _nearest(config.run.folder)
     free = shutil.disk_usage(folder).free
     device = folder.stat().st_dev
     here = [check for check in found if check.place is not None and _nearest(check.place).stat().st_dev == device]
     missing = 1e9 * gigabytes_of(check.fix for check in here)
     what = f"{folder}: {free / 1e9:,.1f} GB free, {needed / 1e9:,.1f} GB for checkpoints and result"
+    what += f", of which {there / 1e9:,.1f} GB are there" if there else ""
     what += f", {missing / 1e9:,.1f} GB still to be fetched" if missing else ""
-    if free < needed + missing:
+    if free < max(needed - there, 0) + missing:
         yield Check("disk", "wrong", what, "free space, or put weights, data or run.dir on another disk")
     else:
         yield Check("disk", "present", what)
+
+
+def _written(folder: Path) -> int:
+    """Bytes of the checkpoints and results that a run has left in its ``folder``."""
+    places = [*list_checkpoints(folder / CHECKPOINTS), folder / POLICY_FILE, folder / DELTA_FILE]
+    found = 0
+    for file in (file for place in places for file in ([place] if place.is_file() else place.glob("*"))):
+        with contextlib.suppress(OSError):  # a run under way deletes old ones
+            found += file.stat().st_size
+    return found
 
 
 def _trained(config: Config) -> int:

@@ -11,9 +11,10 @@ from typing import Any
 import pytest
 from benchmark_cases import FakeTool, Told, davis, davis_config, random_policy
 
+from geoalign.benchmark import methods
 from geoalign.benchmark import run as module
 from geoalign.benchmark.cases import Condition, find_videos, video_of
-from geoalign.benchmark.clips import _listed
+from geoalign.benchmark.clips import _listed, open_clips
 from geoalign.benchmark.forecast import forecast
 from geoalign.benchmark.methods import MethodArguments, _read_prompts
 from geoalign.benchmark.render import as_csv
@@ -182,6 +183,12 @@ def test_a_benchmark_may_grow_and_may_not_become_another(
     with pytest.raises(UsageError, match=r"other contents: bear was '\w+', now '\w+'; choose another --out"):
         run(plan_of(made), store, Shard())
     second.write_bytes(held)
+    tool.content = {"definition": "a"}  # one that was not told before may come
+    assert run(plan_of(made, "benchmark.speeds=[1,2]"), store, Shard()) == 0
+    tool.content = {"definition": "b"}
+    with pytest.raises(UsageError, match=r"other contents: definition of vipe was 'a', now 'b'; choose another --out"):
+        run(plan_of(made), store, Shard())
+    tool.content = {}
     other = tmp_path / "other"
     other.mkdir()
     (other / "thesis.tex").touch()
@@ -189,6 +196,93 @@ def test_a_benchmark_may_grow_and_may_not_become_another(
         run(plan_of(made), Store(other), Shard())
     with pytest.raises(DataError, match="no benchmark there"):
         Store(other).rows()
+
+
+def test_videos_of_other_methods_may_come_and_not_change(
+    made: Path, whole: Store, tool: FakeTool, tmp_path: Path
+) -> None:
+    videos, store = tmp_path / "videos", Store(tmp_path / "out")
+    shutil.copytree(whole.videos / "trained", videos)
+    late = videos / "rhino_camera_5_speed_1.mp4"
+    late.rename(tmp_path / "late.mp4")
+    damaged = videos / "rhino_camera_1_speed_1.mp4"
+    whole_video = damaged.read_bytes()
+    damaged.write_bytes(whole_video[: len(whole_video) // 2])
+
+    def go(**options: bool) -> dict[str, str]:
+        run(
+            Plan.build(davis_config(made / "davis"), MethodArguments(videos=(f"x={videos}",))),
+            store,
+            Shard(),
+            **options,
+        )
+        return {row["case"]: row["status"] for row in store.rows()}
+
+    cases = ["bear_camera_1_speed_1", "bear_camera_5_speed_1", damaged.stem, late.stem]
+    assert go() == dict(zip(cases, ("ok", "ok", "failed", "failed"), strict=True))
+    (tmp_path / "late.mp4").rename(late)
+    assert go()[late.stem] == "failed"
+    damaged.write_bytes(whole_video)
+    assert set(go(retry_failed=True).values()) == {"ok"}
+    assert go() and tool.asked.count(f"x__{late.stem}") == 1
+    shutil.copy(late, videos / "bear_camera_1_speed_1.mp4")
+    for options in ({}, {"retry_failed": True}):
+        with pytest.raises(UsageError, match=r"other contents: video bear_camera_1_speed_1 of x was '\w+', now '\w+'"):
+            go(**options)
+
+
+def test_cameras_weights_and_texts_are_known_by_what_they_hold(made: Path, tmp_path: Path) -> None:
+    """Of a camera beside the clip, of an option of an estimator, and of the text of each clip alone."""
+    root = davis(tmp_path / "davis", CLIPS)
+    config = davis_config(root, f"benchmark.estimators.told.options={{checkpoint: {tmp_path / 'weights'}}}")
+    (tmp_path / "weights").write_text("a")
+    clips = open_clips(config)
+    assert [*clips.contents()] == ["bear", "rhino"]
+    plan = Plan(config, clips, {}, [], {"told": Told()})
+    before = plan.contents()
+    assert [*before] == ["bear", "rhino", "checkpoint of told"]
+    (tmp_path / "weights").write_text("b")
+    camera = root / "JPEGImages" / "480p" / "bear.npz"
+    camera.write_bytes(b"a")
+    now = plan.contents()
+    assert now["checkpoint of told"] != before["checkpoint of told"] and now["bear"] == before["bear"]
+    camera.write_bytes(b"b")
+    assert plan.contents()["camera of bear"] != now["camera of bear"]
+
+
+class Captioned:
+    """Clips of which a model asks for captions alone."""
+
+    names, lossless = ("bear", "rhino", "dog"), False
+
+    def caption(self, name: str) -> str:
+        return f"the list's {name}"
+
+
+def test_prompts_may_grow_by_clips_and_may_not_change(
+    made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(methods, "reads_text_of", lambda files: True)
+    file, asked = tmp_path / "prompts.json", [Condition(clip, "pan_right", 1.0) for clip in ("bear", "rhino")]
+
+    def found(
+        prompts: dict[str, str], conditions: list[Condition] = asked, *changes: str
+    ) -> tuple[Any, dict[str, str]]:
+        file.write_text(json.dumps(prompts))
+        config = davis_config(made / "davis", f"benchmark.prompts={file}", *changes)
+        method = methods.ModelMethod("base", str(made / "base"), None, config, Captioned())  # type: ignore[arg-type]
+        return method.identity(), method.contents(conditions)
+
+    identity, texts = found({"bear": "a bear"})
+    assert [*texts] == ["text of bear", "text of rhino"]
+    assert found({"bear": "a bear", "dog": "a dog"}) == (identity, texts)  # of a clip that is not asked for
+    grown = [*asked, Condition("dog", "pan_right", 1.0)]
+    more = found({"bear": "a bear", "dog": "a dog"}, grown)
+    assert more[0] == identity and more[1].items() > texts.items()
+    assert found({"bear": "another"})[1]["text of bear"] != texts["text of bear"]
+    assert found({"bear": "a bear", "rhino": "a rhino"})[1]["text of rhino"] != texts["text of rhino"]
+    assert found({"bear": "a bear", "rhino": "the list's rhino"})[1] == texts
+    assert found({"bear": "a bear"}, asked, "benchmark.negative_prompt=grey")[0] != identity
 
 
 def test_a_failed_case_is_made_again_when_told(made: Path, whole: Store, tool: FakeTool, tmp_path: Path) -> None:

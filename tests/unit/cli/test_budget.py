@@ -188,10 +188,11 @@ def test_a_stride_counts_among_changes(capsys: pytest.CaptureFixture[str], tmp_p
 
 def row(**changes: Any) -> dict[str, Any]:
     """One of a fidelity table: of 5 steps by sigma with the paper's sampler, if not said otherwise."""
-    made = {"approximations": dict(SIGMA5), "ladder": True, "steps": 25, "shift": 5.0, "sde": "flow", "window": 2}
+    made = {"approximations": dict(SIGMA5), "ladder": True, **PAPER, "window": 2}
     return made | {"spearman": 0.98, "spearman_p10": 0.95, "flips": 0.02, "accepted": True} | changes
 
 
+PAPER = {"steps": 25, "shift": 5.0, "sde": "flow", "eta": 0.7, "eta_by_step": [], "guidance": 1.0, "t_dtype": "float32"}
 SIGMA5 = {"flow.tail_grid": "sigma", "flow.tail_steps": "5", "flow.tail_solver": "dpm2m"}
 ASKED = ("flow.tail_grid=sigma", "flow.tail_steps=5", "flow.tail_solver=dpm2m")
 
@@ -213,15 +214,19 @@ def test_fidelity_is_that_of_the_approximations_and_the_sampler(monkeypatch: pyt
     assert found([int8], "ode.attention=int8") == (0.98, "")
     assert found([int8], "ode.attention=int8", "ode.int8_threshold=0.5") == (None, "")
     # Another sampler, and rows that do not say which.
-    for other, word in (({"steps": 20}, "T = 20"), ({"shift": 3.0}, "shift 3"), ({"sde": "cps"}, "cps SDE")):
+    others: tuple[tuple[dict[str, Any], str], ...] = (
+        ({"steps": 20}, "T = 20"), ({"shift": 3.0}, "shift 3"), ({"sde": "cps"}, "cps SDE"), ({"eta": 1.0}, "eta 1"),
+        ({"guidance": 5.0}, "guidance 5"), ({"t_dtype": "bfloat16"}, "timesteps in bfloat16"),
+    )  # fmt: skip
+    for other, word in others:
         assert found([row(**other)], *ASKED) == (None, word)
         assert found([row(**other), row()], *ASKED) == (0.98, "")
         silent = {key: value for key, value in row().items() if key not in other}
         assert found([silent], *ASKED) == (None, "")
     assert found([row(), row(shift=3.0)], *ASKED, name="tiny_cpu") == (
-        None, "T = 25, shift 5, flow SDE or T = 25, flow SDE",
+        None, "T = 25, shift 5, flow SDE, eta by step [] or T = 25, flow SDE, eta by step []",
     )  # fmt: skip
-    fast = [row(steps=6, shift=3.0, sde="cps"), row()]
+    fast = [row(steps=6, shift=3.0, sde="cps", eta_by_step=[1.0, 1.0, 0.8]), row()]
     assert found(fast, *ASKED, name="tiny_cpu") == (0.98, "")
 
 
@@ -236,7 +241,33 @@ def test_rungs_say_where_they_were_measured(
     assert told["5 steps by sigma, second order, int8"].endswith("not measured")
     assert "  fidelity of them together: measured at T = 25 only" in lines
     assert main(["budget", "--config", "paper_64xa800", *ASKED]) == 0
-    assert "  fidelity of them together: Spearman 0.980, p10 0.95, signs changed 2.0 %" in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert "  fidelity of them together: Spearman 0.980, p10 0.95, signs changed 2.0 %, windows 2; not" in out
+    # A sampler with guidance is another one: the embedded policy has none.
+    assert main(["budget", "--config", "paper_64xa800", "flow.guidance=5", *ASKED]) == 0
+    assert "fidelity of them together: measured at guidance 1 only" in capsys.readouterr().out
+
+
+def test_windows_without_fidelity_are_told(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """The paper's run has windows from 0 to 5; with 10 iterations each, it would come to 13."""
+    monkeypatch.setattr(ladder, "fidelity_rows", lambda: [row(), row(window=10)])
+    for overrides, said in (((), "windows 2, 10\n"), (("window.interval=10",), "; not measured at windows 11 to 13\n")):
+        assert main(["budget", "--config", "paper_64xa800", *overrides, *ASKED]) == 0
+        line = capsys.readouterr().out.partition("fidelity of them together: ")[2]
+        assert line.partition("assumed")[0].strip().endswith(said.strip())
+        assert ("not measured" in line) == bool(overrides)
+
+
+def test_a_rung_of_shorter_videos_does_not_say_that_videos_are_as_before(capsys: pytest.CaptureFixture[str]) -> None:
+    shorter = ["learn.short_frames=49", "learn.short_iterations=70"]
+    assert main(["budget", "--config", "paper_64xa800", *shorter]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    told = {line[2:50].strip(): line for line in lines if " CHANGES " in line}
+    said = "shorter videos in 70 of 140 iterations, of which fidelity says nothing; changes what is learned"
+    assert told["49 frames in half of the iterations"].endswith(said)
+    assert f"  fidelity of them together: {said}" in lines
+    assert told["gradients of a random half of the window"].endswith("videos as before; changes what is learned")
+    assert told["HPSv3 on every fourth frame"].endswith("videos as before; changes a reward")
 
 
 def test_the_cheapest_pair_is_a_rung(tmp_path: Path) -> None:

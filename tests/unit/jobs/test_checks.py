@@ -4,7 +4,11 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import re
 import shutil
+import subprocess
+import sys
+import tomllib
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -12,9 +16,11 @@ from typing import Any
 
 import pytest
 from benchmark_cases import davis
+from repository import ROOT
 
 from geoalign.cli.main import main
 from geoalign.config.load import load_config
+from geoalign.config.packages import BASE as PACKAGES
 from geoalign.config.published import BASE, CAMERAS, DATA, DAVIS, OTHERS, REDIRECTOR, VIDEOALIGN, WEIGHTS
 from geoalign.config.schema import Config
 from geoalign.files.check import Check
@@ -97,6 +103,25 @@ def test_the_disk_has_room_for_what_is_still_to_be_fetched(
     assert not {row.title for row in OTHERS} & {row.title for row in rows}
 
 
+def test_checkpoints_that_are_there_are_not_asked_for_again(
+    look: Callable[..., dict[str, Check]], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Two of three checkpoints and the result are written: of the 17.2 GB these 8 are not asked for again."""
+    sizes = {"step_000001": 3.0, "step_000002": 4.0, "step_000002.aside-1": 9.0}
+    for name, gigabytes in sizes.items():
+        part = tmp_path / "runs" / "x" / "checkpoints" / name / "optimizer.safetensors"
+        part.parent.mkdir(parents=True)
+        with part.open("wb") as file:
+            file.truncate(int(gigabytes * 1e9))  # holes, which take no room
+    with (tmp_path / "runs" / "x" / "delta.safetensors").open("wb") as file:
+        file.truncate(10**9)
+    fetched = sum(row.gigabytes for row in (*WEIGHTS, *DATA) if row is not DAVIS)
+    for free, state in ((fetched + 9.1, "wrong"), (fetched + 9.3, "present")):  # 17.2 - 8
+        monkeypatch.setattr(shutil, "disk_usage", lambda _, free=free: SimpleNamespace(free=free * 1e9))
+        found = look("single_gpu", "run.name=x")["disk"]
+        assert found.state == state and "of which 8.0 GB are there" in found.what, found.what
+
+
 @pytest.mark.parametrize(
     ("setting", "package"),
     [("run.attention=flash3", "flash_attn_interface"), ("run.attention=flash4", "flash_attn.cute"),
@@ -131,3 +156,30 @@ def test_a_package_of_every_installation_that_is_gone_is_a_row(
         (f"package {name}", "absent", install()) for name in ("torch", "safetensors")
     ]
     assert "[ ] package torch" in capsys.readouterr().out
+
+
+def test_the_packages_of_every_installation_are_those_that_it_asks_for() -> None:
+    asked = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["dependencies"]
+    names = {re.match(r"[\w-]+", line)[0] for line in asked}  # type: ignore[index]
+    imported = {"pyyaml": "yaml", "pillow": "PIL", "opencv-python-headless": "cv2"}
+    assert {imported.get(name, name) for name in names} == {*PACKAGES, "triton"}
+
+
+@pytest.mark.parametrize("package", ["pydantic", "yaml", "tqdm"])
+def test_an_environment_without_a_package_is_one_line(package: str, tmp_path: Path) -> None:
+    """In a process of its own, where it cannot be imported: doctor lists it, another verb names it."""
+
+    def run(*arguments: str) -> subprocess.CompletedProcess[str]:
+        code = f"import sys; sys.modules[{package!r}] = None\n"
+        code += "from geoalign.cli.main import main; sys.exit(main(sys.argv[1:]))"
+        return subprocess.run([sys.executable, "-c", code, *arguments], capture_output=True, text=True, check=False)
+
+    found = run("doctor", "--config", "smoke", "--json", str(tmp_path / "found.json"))
+    assert found.returncode == 1 and f"[ ] package {package}" in found.stdout, found.stderr
+    assert [row["name"] for row in json.loads((tmp_path / "found.json").read_text())["checks"]] == [
+        f"package {package}"
+    ]
+    if package != "tqdm":  # which only bars on a terminal need
+        other = run("config", "print", "--config", "smoke")
+        said = f"geoalign: error: package {package} is not installed; pip install geoalign\n"
+        assert (other.returncode, other.stderr) == (1, said)

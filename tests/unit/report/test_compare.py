@@ -73,10 +73,35 @@ def test_runs_measured_on_other_conditions_are_not_subtracted(tmp_path: Path) ->
     first = make_run(tmp_path / "one", [0.2, 0.3], "eval: {seed: 1}\n")
     made = page(first, make_run(tmp_path / "two", [0.1, 0.2], "eval: {seed: 2}\n"))
     assert "measured on different conditions" in made and "no difference is shown" in made
+    assert "not measured alike: eval.seed differ" in text(made)
     assert "\N{MINUS SIGN} one" not in made and "noise seed by noise" not in text(made)
     # Settings of what is trained on, and the order of runs, are no condition.
     alike = page(first, make_run(tmp_path / "three", [0.1, 0.2], "eval: {seed: 1}\nworld: {clips: 3}\n"))
     assert "noise seed by noise seed" in text(alike)
+    # What samples the held-out retakes is named too; the tail of training does not.
+    sampled = [make_run(tmp_path / f"t{steps}", [0.1, 0.2], f"flow: {{steps: {steps}}}\n") for steps in (5, 6)]
+    assert "not measured alike: flow.steps differ" in text(page(*sampled))
+    tails = [make_run(tmp_path / solver, [0.1, 0.2], f"flow: {{tail_solver: {solver}}}\n") for solver in ("a", "b")]
+    assert "noise seed by noise seed" in text(page(*tails))
+
+
+def test_runs_on_real_clips_are_not_said_to_be_measured(tmp_path: Path) -> None:
+    """They have no held-out numbers, so a sampler of their own is a changed setting and nothing else."""
+    runs = [make_run(tmp_path / f"r{steps}", [0.1], f"flow: {{steps: {steps}}}\n") for steps in (25, 20)]
+    for run in runs:
+        (run / "summary.json").write_text("{}")
+    assert "<h1>2 runs side by side</h1>" in page(*runs) and "measured" not in text(page(*runs)).partition("footer")[0]
+
+
+def test_what_changed_on_the_way_is_listed_by_run(tmp_path: Path) -> None:
+    """Settings of the last iterations are compared: what they were before is not in them."""
+    one, two = (make_run(tmp_path / name, [0.2, 0.3], "optim: {lr: 0.1}\n") for name in ("one", "two"))
+    assert "changed on the way" not in text(page(one, two))
+    (two / "env.json").write_text(json.dumps({"changed": [{"iteration": 3, "what": "optim.lr 0.2 -> 0.1"}]}))
+    settings = text(page(one, two).partition('id="settings"')[2].partition("</section>")[0])
+    assert "changed on the way" in settings and "two after 3 iterations: optim.lr 0.2 -&gt; 0.1" in settings
+    (two / "env.json").write_text(json.dumps({"changed": [{"iteration": "x"}, 3, {"what": "y"}]}))
+    assert "changed on the way" not in text(page(one, two))
 
 
 def test_without_a_spread_nothing_is_said_of_one(tmp_path: Path) -> None:

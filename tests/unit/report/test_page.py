@@ -289,6 +289,52 @@ def test_what_the_run_is_comes_from_its_own_settings_and_numbers(folder: Path) -
     assert "9 frames of 64 \N{MULTIPLICATION SIGN} 48 pixels and takes 6 denoising steps." in page
 
 
+SIZES = {"data": {"num_frames": 81, "height": 480, "width": 832}, "flow": {"steps": 25}, "optim": {"trainable": "x"}}
+LOOP = {"train": {"iterations": 140}, "groups": {"conditions": 64, "size": 12, "rows_per_forward": 1}}
+
+
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        ({"flow": {"steps": 25, "tail_steps": 5, "tail_grid": "sigma"}},
+         ["is sampled on a grid of 25 denoising steps, of which 4 at a time are stochastic and learnt from",
+          "CHANGES what an exact run does: flow.tail_grid=sigma , flow.tail_steps=5 ."]),
+        ({"ode": {"reuse": "residual", "reuse_share": 0.4}}, ["on a grid of 25 denoising steps", "ode.reuse=residual"]),
+        ({"ode": {"attention": "int8"}}, ["takes 25 denoising steps", "ode.attention=int8"]),
+        ({"learn": {"window_steps": 2}},
+         ["4 at a time are stochastic, and 2 of these, drawn by lot, learnt from", "learn.window_steps=2"]),
+        ({"learn": {"members": 6}}, ["and learns from the 6 of them whose advantages are largest", "learn.members=6"]),
+        ({"learn": {"short_frames": 49, "short_iterations": 70}},
+         ["A retake has 49 frames in the first 70 iterations and 81 in the others, of 832"]),
+        ({}, ["A retake has 81 frames of 832",
+              "takes 25 denoising steps, of which 4 at a time are stochastic and learnt from"]),
+    ],
+)  # fmt: skip
+def test_what_changes_a_run_is_in_its_sentences(folder: Path, settings: dict[str, Any], said: list[str]) -> None:
+    section = what_is_said(folder, (), {**SIZES, **LOOP, "window": {"size": 4}, **settings})
+    assert all(words in section for words in said), section
+    assert ("CHANGES" in section) == bool(settings)
+
+
+def test_settings_of_another_version_are_not_said_to_be_exact(folder: Path) -> None:
+    section = what_is_said(folder, (), {**SIZES, **LOOP, "window": {"size": 4}, "nobody": {"knows": 1}})
+    assert "is sampled on a grid of 25 denoising steps" in section and "CHANGES" not in section
+
+
+def test_a_run_whose_settings_changed_is_not_said_to_be_given_by_one_configuration(folder: Path) -> None:
+    said = "the same configuration on as many processes"
+    assert said in re.sub(r"\s+", " ", report_page(read_run(folder), samples=0))
+    changed = [{"iteration": 1, "what": 'flow.tail_solver "euler" -> "<dpm2m>"'}, {"iteration": 4, "what": "b"}]
+    for file in ("env.json", "summary.json"):  # of a run under way there is no summary yet
+        before = (folder / file).read_text()
+        (folder / file).write_text(json.dumps(json.loads(before) | {"changed": changed}))
+        page = re.sub(r"\s+", " ", report_page(read_run(folder), samples=0))
+        assert said not in page and "No single configuration gives this run" in page
+        assert "<li>after 1 iteration: flow.tail_solver &quot;euler&quot; -&gt; &quot;&lt;dpm2m&gt;&quot;</li>" in page
+        assert "settings or data changed 2 times on the way" in page and "changed:" not in page
+        (folder / file).write_text(before)
+
+
 def what_is_said(folder: Path, keys: tuple[str, ...], settings: dict[str, Any]) -> str:
     """The section on what the run is, of a run that measured rewards of these keys."""
     row = {"iteration": 0, "advantage/clip_fraction": 0.0} | {f"advantage/{key}/mean": 0.5 for key in keys}
@@ -444,19 +490,23 @@ def test_real_clips_have_no_result_that_could_still_come(folder: Path) -> None:
         assert f"All 6 iterations are done; the result is being {doing}" in page
 
 
-def test_follow_writes_until_the_run_ends(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_follow_tells_where_at_once_and_writes_until_the_run_ends(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     lock = ExitStack()
     lock.enter_context(writer_lock(folder, "run"))
-    seen = []
+    seen, said = list[bool](), list[str]()
 
     def wait(seconds: float) -> None:
         seen.append("running now" in (folder / "report.html").read_text())
+        said.append(capsys.readouterr().out)
         if len(seen) == 2:
             lock.close()
 
     monkeypatch.setattr("geoalign.report.page.time.sleep", wait)
     assert main(["report", str(folder), "--follow", "--samples", "0"]) == 0
     assert seen == [True, True] and "running now" not in (folder / "report.html").read_text()
+    assert [*said, capsys.readouterr().out] == [f"{folder / 'report.html'}\n", "", ""]
 
 
 def test_lost_cameras_and_saturated_frames_stand_beside_the_rewards_and_not_among_them() -> None:

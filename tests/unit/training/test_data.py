@@ -15,7 +15,8 @@ from geoalign.config.schema import Config
 from geoalign.data.frames import to_uint8
 from geoalign.data.source import RetakeDataset
 from geoalign.errors import CheckpointError
-from geoalign.jobs.train_resume import refuse_other_data
+from geoalign.files.checkpoints import CHANGED
+from geoalign.jobs.train_resume import on_its_data
 from geoalign.policy.files import new_policy
 from geoalign.rewards.base import Reward, RewardOutput
 from geoalign.rewards.registry import build_rewards
@@ -102,8 +103,9 @@ def test_a_checkpoint_of_other_data_is_refused(tmp_path: Path) -> None:
     assert fingerprints[0] == fingerprints[1] != fingerprints[2]  # a moved folder is the same data
     nothing = Snapshot({}, {}, {})
     state = TrainState(7, nothing, {"data": fingerprints[0]})
-    refuse_other_data(state, fingerprints[1], False)
-    refuse_other_data(state, fingerprints[2], True)
-    refuse_other_data(TrainState(7, nothing, {}), fingerprints[2], False)  # older checkpoints say nothing
+    older = TrainState(7, nothing, {})  # says nothing
+    assert on_its_data(state, fingerprints[1], False) is state and on_its_data(older, fingerprints[2], False) is older
+    (noted,) = on_its_data(state, fingerprints[2], True).notes[CHANGED]
+    assert noted["iteration"] == 7 and f"{fingerprints[0][:12]} -> {fingerprints[2][:12]}" in noted["what"]
     with pytest.raises(CheckpointError, match=r"the data changed since iteration 7 .*--allow-config-change"):
-        refuse_other_data(state, fingerprints[2], False)
+        on_its_data(state, fingerprints[2], False)
