@@ -218,13 +218,13 @@ def price_s(config: Config, layers: int, changes: dict[str, Any], profile: Devic
 
 def add_phases(
     bench: Bench, metrics: dict[str, float], setting: str, expected: dict[str, float], **common: Any
-) -> None:
-    """A row for each phase of an iteration."""
-    for name in PHASES:
-        ms = 1e3 * metrics.get(f"time/{name}_s", 0.0)
-        bench.add(
-            "phase", name, setting, t_ms_median=ms, predicted_ms=expected.get(name), direction="", n_rep=1, **common
-        )
+) -> dict[str, float]:
+    """A row for each phase of an iteration; their milliseconds."""
+    times = {name: 1e3 * metrics.get(f"time/{name}_s", 0.0) for name in PHASES}
+    for name, ms in times.items():
+        bench.add("phase", name, setting, t_ms_median=ms, predicted_ms=expected.get(name), direction="", n_rep=1,
+                  **common)  # fmt: skip
+    return times
 
 
 def iteration(
