@@ -4,8 +4,8 @@
 
 Rows are compared inside a cohort: the same name, variant, implementation, direction, shape, dtype, device and software
 versions. A regression exceeds the median of the last five runs of its cohort by more than 5 % and by more than 0.05 ms:
-a relative bound alone would flag the noise of the shortest rows, an absolute one alone would miss them. Unsteady runs
-do not count. Exit code: 1 if something regressed, 2 for a file that is not a result file.
+a relative bound alone would flag the noise of the shortest rows, an absolute one alone would miss them. Rows of an
+unsteady stage do not count. Exit code: 1 if something regressed, 2 for a file that is not a result file.
 """
 
 from __future__ import annotations
@@ -16,25 +16,25 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from figures import load
+from figures import load, quotable
 
 RELATIVE, ABSOLUTE_MS, RUNS = 0.05, 0.05, 5
 Row = dict[str, Any]
 
 
 def cohorts(rows: list[Row]) -> dict[tuple[Any, ...], float]:
-    """`{cohort: median ms}` of the kernels of one run."""
+    """`{cohort: median ms}` of the kernels of one run that may be quoted."""
     environment = rows[0]
     machine = (environment["device"], tuple(sorted(environment["versions"].items())), environment["cuda"])
     timed = [row for row in rows[1:] if row["kind"] == "kernel" and row["status"] == "ok"]
+    timed = [row for row in timed if quotable(row, environment)]
     fields = ("name", "variant", "impl", "direction", "dtype")
     return {(*(row[f] for f in fields), tuple(row["shape"]), machine): row["t_ms_median"] for row in timed}
 
 
 def regressions(new: list[Row], old: list[list[Row]]) -> list[str]:
     """One line per cohort that became slower than both bounds allow."""
-    steady = sorted((run for run in old if run[0]["steady"]), key=lambda run: run[0]["run_id"])
-    earlier = [cohorts(run) for run in steady]
+    earlier = [cohorts(run) for run in sorted(old, key=lambda run: run[0]["run_id"])]
     found = []
     for cohort, time in cohorts(new).items():
         before = [run[cohort] for run in earlier if cohort in run][-RUNS:]
@@ -58,8 +58,8 @@ def main() -> int:
     except (OSError, ValueError) as error:
         print(error, file=sys.stderr)
         return 2
-    if not new[0]["steady"]:
-        print("the new run is unsteady: it shows nothing", file=sys.stderr)
+    if not cohorts(new):
+        print("nothing in the new run was steady: it shows nothing", file=sys.stderr)
     found = regressions(new, old)
     print("\n".join(found) or "no regression")
     return 1 if found else 0

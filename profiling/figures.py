@@ -79,9 +79,7 @@ def markdown(rows: list[Row]) -> str:
         f"# Measured on {environment['device']}",
         "",
         f"Commit {commit}; {versions}; CUDA {environment['cuda']}; `{environment['command']}`.",
-        ""
-        if environment["steady"]
-        else "\n**Unsteady: a ceiling moved by more than 3 % during the run, or is missing. Do not quote.**",
+        *unsteady(rows),
         "## Ceilings",
         "",
     ]
@@ -124,6 +122,20 @@ def markdown(rows: list[Row]) -> str:
     if text[-1] == "":
         text.append("nothing")
     return "\n".join(text) + "\n"
+
+
+def quotable(row: Row, environment: Row) -> bool:
+    """Whether the ceilings around a row were steady: those of its stage, where the run had stages."""
+    return bool(row.get("steady", environment["steady"]))
+
+
+def unsteady(rows: list[Row]) -> list[str]:
+    """What is not to be quoted; an empty line where everything is."""
+    why = "a ceiling moved by more than 3 %, or is missing"
+    stages = [row["name"] for row in rows if row["kind"] == "stage" and "steady" in row and not row["steady"]]
+    if stages:
+        return [f"\n**Unsteady: {', '.join(stages)} ({why}). Do not quote their rows.**"]
+    return [""] if rows[0]["steady"] else [f"\n**Unsteady: {why}. Do not quote.**"]
 
 
 def _title(row: Row) -> str:

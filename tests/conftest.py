@@ -43,6 +43,12 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         parser.addini("timeout", "seconds a test may take (needs pytest-timeout)")
 
 
+def pytest_configure(config: pytest.Config) -> None:
+    """Know the marker of a plugin that is not installed."""
+    if not importlib.util.find_spec("pytest_timeout"):
+        config.addinivalue_line("markers", "timeout(seconds): a test that takes long (needs pytest-timeout)")
+
+
 def pytest_ignore_collect(collection_path: Path) -> bool | None:
     """Keep interpreter tests to a process of their own: Triton reads TRITON_INTERPRET when a kernel is decorated."""
     if os.environ.get("TRITON_INTERPRET") != "1" and collection_path == INTERPRETED_FOLDER:
@@ -73,6 +79,11 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         if reason:
             for item in marked:
                 item.add_marker(pytest.mark.skip(reason=reason))
+    for item in items:
+        mark = item.get_closest_marker("multigpu")
+        package = mark.kwargs.get("needs") if mark else None
+        if package and not importlib.util.find_spec(package):
+            item.add_marker(pytest.mark.skip(reason=f"the package '{package}' is not installed"))
 
 
 def pytest_collection_finish(session: pytest.Session) -> None:

@@ -1,7 +1,7 @@
 """One RL iteration of the 1.3B model on fewer blocks, extrapolated to all of them and checked against a whole pass.
 
     python profiling/model/bench_depth.py [--quick] [--out FILE.jsonl]       on a CUDA device; --quick: depths 1, 2, 4
-    python profiling/model/bench_depth.py --one [--out FILE.jsonl]           one iteration of 2 blocks, all exact levers
+    python profiling/model/bench_depth.py --one [--until TIME] [...]         one iteration of 2 blocks, all exact levers
     python profiling/model/bench_depth.py --plan                             predicted seconds, any machine
     python profiling/model/bench_depth.py --self-check [--out FILE.jsonl]    any machine, a tiny model
 
@@ -9,8 +9,10 @@ All tokens of 81 x 480 x 832, random weights of the true shapes, one group of 4,
 real video decoder with random weights, no scorers (`bench_rewards.py` times those). The time of every phase is a line
 in the number of blocks: two depths fix it, a third checks it (within 3 %), and one forward and one with its backward of
 all blocks check its end. Settings: `off` runs plain torch kernels and no lever; `exact` all exact levers, fused kernels
-and compiled blocks; `int8` the same with int8 attention after the window. Gradients of `off` and `exact` are
-compared. Exit code: 0, or 1 if an extrapolated time misses or gradients differ (`--self-check`: gradients only).
+and compiled blocks; `int8` the same with int8 attention after the window, where a run would use it beside this card's
+core. Gradients of `off` and `exact` are compared. `--one` takes the largest iteration that is predicted to end by
+`--until`: all of it, that of two members, that of two members and seven steps; its warm-up has rows, too. Exit code: 0,
+or 1 if an extrapolated time misses or gradients differ (`--self-check`: gradients only).
 """
 
 from __future__ import annotations
@@ -32,11 +34,12 @@ from geoalign.geometry.trajectory import CameraTrajectory
 from geoalign.models.dit import RetakeDiT
 from geoalign.models.wan_vae import WanCodec
 from geoalign.perf.budget import Plan, Walk, count_passes
-from geoalign.perf.cost import Speedups, TransformerCost
+from geoalign.perf.cost import Speedups, TransformerCost, wan_decode_flops
 from geoalign.perf.devices import DEVICES, DeviceProfile
 from geoalign.perf.phases import phase_work
 from geoalign.policy.policy import RetakePolicy
 from geoalign.rewards.base import RewardOutput
+from geoalign.training.modes import MODES
 from geoalign.training.telemetry import plan_of
 from geoalign.training.trainer import Trainer
 from geoalign.types import Encodings, RetakeBatch, SourceClip
@@ -45,6 +48,7 @@ from geoalign_kernels import report, use_backend
 sys.path.insert(0, str(Path(__file__).parents[1] / "ops"))  # scripts of one checkout, not a package
 
 from bench_ops import Bench, bench_of, options_parser
+from bench_prices import COMPILE_S, SLOWEST
 
 TOLERANCE = 0.03
 """How far an extrapolated time may be from the measured one."""
@@ -59,6 +63,12 @@ SETTINGS: dict[str, dict[str, dict[str, Any]]] = {
     "exact": {"run": {"compile": True}},
     "int8": {"run": {"compile": True}, "ode": {"attention": "int8"}},
 }  # fmt: skip
+SHORT = {"flow": {"steps": 7}, "groups": {"size": 2}}
+"""Of a warm-up: every shape of an iteration, few of its steps."""
+SIZES: tuple[dict[str, Any], ...] = ({}, {"groups": {"size": 2}}, SHORT)
+"""What `--one` chooses from, the most telling first."""
+GRAPHS, MAKE_S = 4, 10.0
+"""Assumed: graphs of blocks that `torch.compile` makes (with and without gradients, first and last block); the rest."""
 PHASES = ("rollout/prefix", "rollout/window", "rollout/tail", "rollout/decode", "update/forward", "update/backward",
           "update/optimizer")  # fmt: skip
 TINY_MODEL = {"dim": 48, "heads": 2, "ffn_dim": 96, "text_dim": 16, "text_length": 8, "freq_dim": 16, "image_dim": 12}
@@ -195,27 +205,63 @@ def predicted_ms(config: Config, layers: int, setting: str, profile: DeviceProfi
     return {name: 1e3 * phase.seconds for name, phase in found.items() if phase.seconds is not None}
 
 
-def iteration(bench: Bench, scene: Scene, layers: int, setting: str) -> tuple[dict[str, float], Tensor]:
-    """Time one iteration after a short one of equal shapes; milliseconds by phase, and the first moment of AdamW."""
+def price_s(config: Config, layers: int, changes: dict[str, Any], profile: DeviceProfile | None) -> float:
+    """Seconds of one compiled iteration and its warm-up, decoding and compilers included."""
+    profile, seconds = profile or SLOWEST, COMPILE_S * GRAPHS + MAKE_S
+    frames, height, width = config.data.video
+    decode = wan_decode_flops((frames + 3) // 4, height // 8, width // 8) / profile.convolution
+    for parts in (SHORT, changes):
+        part = _changed(config, **parts)
+        seconds += 1e-3 * sum(predicted_ms(part, layers, "exact", profile).values()) + part.groups.size * decode
+    return seconds
+
+
+def add_phases(
+    bench: Bench, metrics: dict[str, float], setting: str, expected: dict[str, float], **common: Any
+) -> dict[str, float]:
+    """A row for each phase of an iteration; their milliseconds."""
+    times = {name: 1e3 * metrics.get(f"time/{name}_s", 0.0) for name in PHASES}
+    for name, ms in times.items():
+        bench.add("phase", name, setting, t_ms_median=ms, predicted_ms=expected.get(name), direction="", n_rep=1,
+                  **common)  # fmt: skip
+    return times
+
+
+def iteration(
+    bench: Bench, scene: Scene, layers: int, setting: str, changes: dict[str, Any] | None = None
+) -> tuple[dict[str, float], Tensor]:
+    """Time one iteration after a short one of equal shapes; milliseconds by phase, and the first moment of AdamW.
+
+    With `changes`, which make it shorter, the warm-up has rows of its own: they stay if the process is ended.
+    """
+    config = _changed(scene.config, **changes or {})
+    common: dict[str, Any] = {"variant": f"{layers} blocks", "shape": [layers]}
     with kernels_of(setting):
-        short = {"flow": {"steps": 7}, "groups": {"size": 2}}
-        scene.trainer(layers, setting, **short).step()
-        trainer = scene.trainer(layers, setting)
+        warm_up = scene.trainer(layers, setting, **SHORT)
+        core = warm_up.policy.model.execution.core or ""
+        if setting == "int8" and warm_up.policy.fast is None:
+            reason = f"int8 attention does not pay beside the core {core}: this run would be the exact one"
+            bench.not_run("iteration", setting, "", [layers], reason, common["variant"])
+            return {}, torch.zeros(0)
+        metrics = warm_up.step()
+        if changes is not None:
+            again = common | {"variant": f"{layers} blocks, warm-up", "n_warm": 0, "note": "compilers included"}
+            add_phases(bench, metrics, setting, {}, **again)
+        trainer = scene.trainer(layers, setting, **changes or {})
         began = time.perf_counter()
         metrics = trainer.step()
         total = 1e3 * (time.perf_counter() - began)
     assert metrics["perf/forward_equivalents"] == metrics["perf/predicted_forward_equivalents"]
-    core = trainer.policy.model.execution.core or ""
     profile = bench.profile.with_core(core) if bench.profile else None
-    expected = predicted_ms(scene.config, layers, setting, profile) if profile else {}
-    times = {name: 1e3 * metrics.get(f"time/{name}_s", 0.0) for name in PHASES}
-    common = {"variant": f"{layers} blocks", "direction": "", "shape": [layers], "n_warm": 1, "n_rep": 1}
-    for name, value in times.items():
-        bench.add("phase", name, setting, t_ms_median=value, predicted_ms=expected.get(name), **common)
-    note = f"{metrics['perf/forward_equivalents']:.0f} forward equivalents, attention core {core}"
+    expected = predicted_ms(config, layers, setting, profile) if profile else {}
+    common["n_warm"] = 1
+    times = add_phases(bench, metrics, setting, expected, **common)
+    notes = [f"{metrics['perf/forward_equivalents']:.0f} forward equivalents, attention core {core}"]
+    notes += [f"{config.groups.size} members, {config.flow.steps} steps"] if changes else []
+    notes += [f"modes of the blocks: {', '.join(trainer.notes[MODES])}"] if MODES in trainer.notes else []
     peak = int(1e9 * metrics["perf/peak_memory_gb"])
-    bench.add("iteration", "iteration", setting, t_ms_median=total, peak_mem_bytes=peak, note=note,
-              predicted_ms=sum(expected.values()) or None, **common)  # fmt: skip
+    bench.add("iteration", "iteration", setting, t_ms_median=total, peak_mem_bytes=peak, note="; ".join(notes),
+              predicted_ms=sum(expected.values()) or None, direction="", n_rep=1, **common)  # fmt: skip
     moments = trainer.state().snapshot.optimizer
     return times | {"iteration": total}, torch.cat([entry["exp_avg"].flatten() for entry in moments.values()])
 
@@ -299,9 +345,16 @@ def plan() -> None:
 
 
 def one(bench: Bench, scene: Scene) -> list[str]:
-    """The rows of one iteration with the exact levers; nothing is extrapolated."""
+    """The rows of one iteration with the exact levers, the largest that fits; nothing is extrapolated."""
     bench.ceilings("first")
-    iteration(bench, scene, scene.compared, "exact")
+    late = ""
+    for changes in SIZES:
+        late = bench.late(0.0 if bench.small else price_s(scene.config, scene.compared, changes, bench.profile))
+        if not late:
+            iteration(bench, scene, scene.compared, "exact", changes)
+            break
+    else:
+        bench.not_run("iteration", "exact", "", [scene.compared], late, f"{scene.compared} blocks")
     bench.ceilings("last")
     return []
 
@@ -339,6 +392,8 @@ def main() -> int:
     bench = bench_of(options, "--plan or --self-check")
     if bench is None:
         return 2
+    if options.until and not options.one:
+        parser.error("--until needs --one: the other iterations belong together")
     scene = Scene.of(bench.small, bench.quick or options.one, bench.device)
     wrong = one(bench, scene) if options.one else run(bench, scene)
     if bench.file.path:

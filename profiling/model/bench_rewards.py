@@ -7,8 +7,8 @@
 Rows go where `bench_ops.py` puts its own, in the same schema, between the same ceilings. What is timed is the captured
 body of a scorer (prepared pixels in, poses or raw scores out), eagerly and as a replayed graph, which includes copying
 the inputs in and the outputs out. Weights do not change the time. `predicted_ms` is FLOPs over the device profile's
-rate for reward models and is printed before anything is timed. Exit code: 0, or 1 if a
-model failed or a replay differs from eager.
+rate for reward models and is printed before anything is timed; a model that would not end by `--until` is not run. Exit
+code: 0, or 1 if a model failed or a replay differs from eager.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from geoalign.frozen.graphed import CudaGraphBackend, GraphedScorer
 from geoalign.frozen.mapanything_images import plan_resize
 from geoalign.frozen.precision import exactly
 from geoalign.frozen.qwen_patches import fit_size
-from geoalign.perf.devices import DEVICES
+from geoalign.perf.devices import DEVICES, DeviceProfile
 from geoalign.perf.reward_cost import pose_path_flops, qwen_flops
 from geoalign.rewards.vlm.body import RewardQwen, hpsv3_head, videoalign_head
 from geoalign.rewards.vlm.layout import HPSV3_BODY, VIDEOALIGN_BODY, QwenLayout
@@ -40,8 +40,9 @@ from geoalign.rewards.vlm.scorers import StaticBody
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "ops"))  # scripts of one checkout, not a package
 
-from bench_ops import Bench, bench_of, chosen, lost_device, options_parser
-from bench_timing import count_launches, measure
+from bench_ops import Bench, bench_of, chosen, first_line, lost_device, options_parser
+from bench_prices import SLOWEST
+from bench_timing import calls_for, count_launches, measure
 
 FRAME = (480, 832)
 # Tokens of the published prompts: VideoAlign's up to the motion token, HPSv3's with a caption of some words.
@@ -50,6 +51,10 @@ HPSV3_LENGTH, HPSV3_READS = 780, (779,)
 FIRST_VISUAL = 15
 BUFFERS = 3
 """Sets of inputs, used in turn."""
+BESIDE = 3 * BUFFERS + 7
+"""Calls of a case beside the timed ones: outputs and one again; capture; those of the graph, twice; two are counted."""
+MAKE_S, TURNS_S = 3.0, 25.0
+"""Assumed: weights of a case on the device; two models that take turns, 6 GB of which lie in pinned memory."""
 TINY_QWEN = QwenLayout(32, 2, 2, 64, 64, 2, 4, 2, 128, rows=512)
 TINY_POSE = PoseNetworkLayout(24, 1, 2, "swiglu", False, 24, 2, 2, "swiglu", True, True)
 Row = dict[str, Any]
@@ -134,25 +139,28 @@ def tiny_cases() -> Iterator[RewardCase]:
 
 
 def cases(quick: bool) -> Iterator[RewardCase]:
-    """Released sizes, 480 x 832: all 81 frames and one per latent frame; a few videos or frames per language pass."""
+    """Released sizes, 480 x 832: a few videos or frames per language pass; all 81 frames and one per latent frame.
+
+    In the order of what a second tells; `quick` leaves the longest out.
+    """
     dtype = torch.bfloat16
-    for release in ("v1.1",) if quick else ("v1.1", "v1"):
-        for frames in (81,) if quick else (81, 21):
-            shape = (1, frames, 3, *FRAME)
-            flops = pose_path_flops(release, frames)
-            yield pose_case(f"mapanything_{release}", LAYOUTS[release], shape, dtype, flops)
     for rows in (4,) if quick else (1, 4):
         flops = rows * qwen_flops("2b", 5, 1008, VIDEOALIGN_LENGTH)
         yield qwen_case(
             "videoalign", VIDEOALIGN_BODY, videoalign_head, (100352, 200704), (rows, 10, 3, *FRAME), VIDEOALIGN_LENGTH,
             VIDEOALIGN_READS, dtype, flops,
         )  # fmt: skip
-    for rows in (8,) if quick else (1, 8):
+    for rows in (4,) if quick else (1, 8):
         flops = rows * qwen_flops("7b", 1, 1008, HPSV3_LENGTH)
         yield qwen_case(
             "hpsv3", HPSV3_BODY, hpsv3_head, (200704, 200704), (rows, 1, 3, *FRAME), HPSV3_LENGTH, HPSV3_READS, dtype,
             flops,
         )  # fmt: skip
+    for release in ("v1.1",) if quick else ("v1.1", "v1"):
+        for frames in (21,) if quick else (81, 21):
+            shape = (1, frames, 3, *FRAME)
+            flops = pose_path_flops(release, frames)
+            yield pose_case(f"mapanything_{release}", LAYOUTS[release], shape, dtype, flops)
 
 
 def with_random_weights(case: RewardCase, device: torch.device) -> nn.Module:
@@ -174,6 +182,12 @@ def predicted_ms(bench: Bench, case: RewardCase) -> float | None:
     return 1e3 * case.flops / bench.profile.reward if bench.profile and case.flops else None
 
 
+def price_s(case: RewardCase, profile: DeviceProfile | None) -> float:
+    """Seconds that the rows of a case take, on an unknown card those of the slowest known one."""
+    ms = 1e3 * (case.flops or 0.0) / (profile or SLOWEST).reward
+    return MAKE_S + 1e-3 * ms * (2 * sum(calls_for(ms)) + BESIDE)
+
+
 def bench_case(bench: Bench, case: RewardCase) -> None:
     """The eager and the graph row of one body; running out of memory is a row as well."""
     fields: Row = {"direction": "fwd", "shape": list(case.shape), "flops": case.flops}
@@ -187,10 +201,10 @@ def bench_case(bench: Bench, case: RewardCase) -> None:
         eager = exactly(body)
         with torch.no_grad():
             outputs = [eager(*sample) for sample in inputs]
-            again = [eager(*sample) for sample in inputs]
+            again = eager(*inputs[0])
             fields["finite"] = all(bool(value.isfinite().all()) for out in outputs for value in out.values())
             fresh_peak()
-            time_row(bench, case, "eager", lambda i: eager(*inputs[i]), same(outputs, again), fields)
+            time_row(bench, case, "eager", lambda i: eager(*inputs[i]), same(outputs[:1], [again]), fields)
         graphed = GraphedScorer(eager, body, CudaGraphBackend())
         fresh_peak()
         began = time.perf_counter()
@@ -203,8 +217,8 @@ def bench_case(bench: Bench, case: RewardCase) -> None:
     except torch.OutOfMemoryError as error:
         bench.not_run(case.name, "ours", "fwd", case.shape, f"out of memory: {str(error).splitlines()[0]}")
     except Exception as error:  # costs this model only
-        note = f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
-        bench.add("reward", case.name, "ours", direction="fwd", shape=list(case.shape), status="failed", note=note)
+        bench.add("reward", case.name, "ours", direction="fwd", shape=list(case.shape), status="failed",
+                  note=first_line(error))  # fmt: skip
         bench.lost = lost_device(bench.device)
 
 
@@ -260,7 +274,7 @@ def plan(only: str) -> None:
     """Exact sizes, FLOPs and predicted times of all cases; nothing is measured."""
     print(f"{'model':18s} {'frames':22s} {'parameters':>14s} {'TFLOP':>8s}  predicted ms on " + ", ".join(DEVICES))
     for case in cases(quick=False):
-        if only in case.name:
+        if chosen(case.name, only):
             assert case.flops is not None
             times = "  ".join(f"{1e3 * case.flops / device.reward:9.1f}" for device in DEVICES.values())
             shape = " x ".join(str(n) for n in case.shape)
@@ -295,15 +309,19 @@ def main() -> int:
     bench.ceilings("first")
     for case in chosen_cases:
         release_memory()
-        late = "the run was out of time" if bench.clock() > bench.ends else ""
-        if late or bench.lost:
-            bench.not_run(case.name, "ours", "fwd", case.shape, late or bench.lost)
+        reason = bench.lost or bench.late(price_s(case, bench.profile))
+        if reason:
+            bench.not_run(case.name, "ours", "fwd", case.shape, reason)
         else:
             bench_case(bench, case)
     release_memory()
     turns = {case.name: case for case in chosen_cases if case.name in ("mapanything_v1.1", "videoalign")}
-    if len(turns) == 2 and not (bench.quick or bench.lost):
-        bench_turns(bench, list(turns.values()))
+    if len(turns) == 2:
+        reason = bench.lost or bench.late(TURNS_S)
+        if reason:
+            bench.not_run("weights_take_turns", "arena", "fwd", (2,), reason)
+        else:
+            bench_turns(bench, list(turns.values()))
     release_memory()
     if not bench.lost:
         bench.ceilings("last")

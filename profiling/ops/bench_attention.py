@@ -22,6 +22,8 @@ CHUNK = 1024
 MATRIX_LIMIT = 8192
 """Longest sequence at which the plain reference, which holds blocks of scores in float32, is timed."""
 QUANTISED = ("int8", "int8_fp8")
+FLOAT64_FLOPS = 5e12
+"""Assumed rate of exact gradients on the slowest card, passes over float64 scores included."""
 
 
 @dataclass(frozen=True)
@@ -32,7 +34,7 @@ class AttentionCase:
     keys: int
     operands: list[tuple[Tensor, Tensor, Tensor]]
     variant: str = ""
-    gated: frozenset[str] = frozenset({"triton", "sdpa_flash"})
+    gated: frozenset[str] = frozenset(CORES) - {"reference"}
 
     @property
     def name(self) -> str:
@@ -78,6 +80,16 @@ class AttentionCase:
     def absent(self, impl: str) -> str:
         """Why an implementation is not there; empty if it is."""
         return self.implementations[impl]
+
+    def first(self, impl: str) -> bool:
+        """Whether a run is there for the rows of this implementation: the core that a training run takes, and ours."""
+        q = self.operands[0][0]
+        return impl in ("triton", *QUANTISED) or impl == gk.resolve_attention(q.device, q.dtype)
+
+    def truth_s(self, direction: str) -> float:
+        """Seconds of exact gradients: three products of all queries with all keys in float64."""
+        queries, keys, heads, head = self.shape
+        return 6.0 * queries * keys * heads * head / FLOAT64_FLOPS if direction == "bwd" else 0.0
 
     def predicted_ms(self, profile: DeviceProfile, impl: str, direction: str) -> float | None:
         """By the rates of the cost model for that very core; None where it has none."""

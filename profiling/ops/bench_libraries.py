@@ -151,6 +151,14 @@ ATTENTION: dict[str, Callable[[], Implementation | str]] = {
 }
 
 
+def import_all() -> None:
+    """Imports every package that is there: not inside a mode that a module would keep what it makes from."""
+    for make in (liger_norm, liger_rms_norm, flashinfer_rms_norm, sgl_rms_norm, sglang_norm):
+        make(1e-6)
+    for attention in ATTENTION.values():
+        attention()
+
+
 def attention_absent(name: str, device: torch.device) -> str:
     """Why a rival's attention does not run here; empty if it does."""
     found = ATTENTION[name]()

@@ -8,9 +8,11 @@ to be quoted. Inputs are random; sets of them are used in turn so that nothing s
 the error of that implementation against float64 on sampled rows, taken in the same run. A rival that is absent has a
 row with `status` "not run". `predicted_ms` is what the cost model said before the run.
 
-`--quick` takes the shapes of a run only and ends within ten minutes on one GPU; `--budget-s` sets another limit. What
-does not fit any more becomes a "not run" row. A row that fails is a "failed" row with its error, and the run goes on.
-Exit code: 0, or 1 if a row failed or an exact row misses its error gate.
+Rows come in the order of their worth: what this project runs (its kernels, the attention core of a training run, 8-bit
+modes), forwards before backwards; then rivals; then what `torch.compile` has to make. `--quick` takes the shapes of a
+run only and ends within ten minutes on one GPU; `--until` sets another end. What would not end by then is a "not run"
+row. A row that fails is a "failed" row with its error, and the run goes on. Exit code: 0, or 1 if a row failed or an
+exact row misses its error gate.
 """
 
 from __future__ import annotations
@@ -18,10 +20,11 @@ from __future__ import annotations
 import argparse
 import datetime
 import json
+import math
 import re
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -30,10 +33,10 @@ import bench_cases as cases
 import bench_libraries as libraries
 import bench_products as products
 import torch
+from bench_prices import CEILINGS_S, COMPILED, Prices
 from bench_timing import (
     FIELDS,
     SCHEMA,
-    WARM_UPS,
     ResultFile,
     buffers_for,
     clocks,
@@ -42,10 +45,11 @@ from bench_timing import (
     measure,
     side_stream,
 )
+from deadline import Deadline
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from geoalign.perf.cost import TransformerCost
-from geoalign.perf.devices import DEVICES, profile_of
+from geoalign.perf.devices import profile_of
 from geoalign_kernels.static.check import EXPECTATIONS
 
 GATE = 1e-2
@@ -54,22 +58,22 @@ STEADY = 0.03
 GEMMS = ((65_520, 1536, 1536), (65_520, 1536, 4608), (65_520, 1536, 8960), (65_520, 8960, 1536))  # rows, in, out
 RESULTS = Path(__file__).parents[1] / "results"
 QUICK_S = 540.0
-"""Seconds after which a quick run starts no row any more, only its last ceilings."""
-COMPILE_S, CASE_S = 15.0, 2.0
-"""Assumed for the estimate: a compiled implementation and direction; making operands and exact results of a case."""
+"""Seconds that a quick run takes at most."""
+WARM_S, WARM_CALLS = 2.0, 400
+"""How long large products warm the card before ceilings are taken, and how many then hide a look at its clocks."""
 Row = dict[str, Any]
 AnyCase = cases.Case | attention.AttentionCase
+Planned = tuple[AnyCase, str, str]
+"""(case, implementation, direction) of a row."""
 
 
 class Bench:
-    """One run: the device, how often to repeat, the ceilings found so far, the rows."""
+    """One run: the device, how often to repeat at most, by when to end, the ceilings found so far, the rows."""
 
     def __init__(
-        self, device: torch.device, out: Path | None, *, quick: bool, small: bool, budget_s: float | None = None,
-        clock: Callable[[], float] = time.monotonic,
-    ) -> None:  # fmt: skip
-        self.device, self.small, self.quick, self.clock = device, small, quick, clock
-        self.ends = clock() + (budget_s or (QUICK_S if quick else float("inf")))
+        self, device: torch.device, out: Path | None, *, quick: bool, small: bool, deadline: Deadline | None = None
+    ) -> None:
+        self.device, self.small, self.quick, self.deadline = device, small, quick, deadline or Deadline()
         self.lost = ""
         self.repeats = 5 if small else 30
         self.dtype = torch.float32 if small else torch.bfloat16
@@ -81,7 +85,10 @@ class Bench:
         self.ceiling: dict[str, float] = {}
         self.missed: list[Row] = []
         self.profile = profile_of(str(first["device"])) if device.type == "cuda" else None
-        self.static = json.loads(EXPECTATIONS.read_text())["rows"]
+        self.prices = Prices(self.profile)
+        table = json.loads(EXPECTATIONS.read_text())
+        # Registers are another compiler's business: the table says nothing of kernels that another Triton makes.
+        self.static = table["rows"] if table["triton"] == first["versions"]["triton"] else {}
 
     def add(self, kind: str, name: str, impl: str, **fields: Any) -> Row:
         """Appends a row with all fields of the schema and prints it."""
@@ -123,7 +130,8 @@ class Bench:
                  note=reason)  # fmt: skip
 
     def ceilings(self, when: str) -> None:
-        """Copy (read and write counted) and matrix products; the later call says whether the run was steady."""
+        """Copy (read and write counted) and matrix products on a warm card; the later call says if it was steady."""
+        self.file.complete(**{"clocks_after" if self.ceiling else "clocks_before": self.warm_up()})
         size = 1 << (14 if self.small else 30)  # 4 GiB read and 4 GiB written
         source, target = torch.randn(size, device=self.device), torch.empty(size, device=self.device)
         copy = measure(lambda _, to=target, source=source: to.copy_(source), self.device, self.repeats)
@@ -149,12 +157,31 @@ class Bench:
         if self.ceiling:
             moved_by = {name: found[name] / self.ceiling[name] - 1.0 for name in found}
             steady = all(abs(change) <= STEADY for change in moved_by.values())
-            self.file.close(steady=steady, ceilings_moved=moved_by, clocks_after=clocks(self.device))
+            self.file.complete(steady=steady, ceilings_moved=moved_by)
             print("steady" if steady else f"UNSTEADY, not to be quoted: {moved_by}")
         self.ceiling = self.ceiling or found
 
+    def warm_up(self) -> dict[str, str]:
+        """Keeps the card busy with products until it runs at the clock that it can keep; its clocks while it does."""
+        if self.device.type != "cuda":
+            return {}
+        a, b = (torch.randn(8192, 8192, device=self.device).to(self.dtype) for _ in range(2))
+        began = time.perf_counter()
+        while time.perf_counter() - began < WARM_S:
+            for _ in range(50):
+                a @ b
+            torch.cuda.synchronize(self.device)
+        for _ in range(WARM_CALLS):
+            a @ b
+        found = clocks(self.device)  # asked while the card works
+        torch.cuda.synchronize(self.device)
+        return found
+
     def static_numbers(self, name: str, direction: str, impl: str) -> Row:
-        """Registers, spills and shared memory of our kernels for this architecture, from the checked-in table."""
+        """Registers, spills and shared memory of our kernels here, where the checked-in table is of the same Triton.
+
+        An op with several configurations has the largest of each.
+        """
         if self.device.type != "cuda" or impl not in ("ours", "triton", *attention.QUANTISED):
             return {}
         major, minor = torch.cuda.get_device_capability(self.device)
@@ -165,27 +192,26 @@ class Bench:
         fields = (("regs", "registers"), ("spill_bytes", "spill_bytes"), ("smem_bytes", "shared_bytes"))
         return {new: max(self.static[k][old] for k in keys) for new, old in fields} if keys else {}
 
-    def case(self, case: AnyCase) -> None:
-        """All rows of a case."""
-        for impl, direction in case.rows:
-            reason = case.absent(impl) or self.lost or self.too_late(case, impl, direction)
+    def cases(self, found: Iterable[AnyCase]) -> None:
+        """All rows of some cases, in the order of their worth."""
+        for case, impl, direction in by_worth(found):
+            reason = case.absent(impl) or self.lost or self.late(self.prices.row(case, impl, direction))
             if reason:
                 self.not_run(case.name, impl, direction, case.shape, reason, case.variant)
                 continue
+            self.prices.pay(case, impl, direction)
             try:
                 self.time(case, impl, direction)
             except torch.OutOfMemoryError as error:
-                self.not_run(case.name, impl, direction, case.shape, _first_line(error), case.variant)
+                self.not_run(case.name, impl, direction, case.shape, first_line(error), case.variant)
             except Exception as error:  # whatever it is, it costs this row only
                 self.add("kernel", case.name, impl, variant=case.variant, direction=direction,
-                         shape=list(case.shape), status="failed", note=_first_line(error))  # fmt: skip
+                         shape=list(case.shape), status="failed", note=first_line(error))  # fmt: skip
                 self.lost = lost_device(self.device)
 
-    def too_late(self, case: AnyCase, impl: str, direction: str) -> str:
-        """Why a row is not started any more: what it is predicted to take does not fit into the budget."""
-        predicted = case.predicted_ms(self.profile, impl, direction) if self.profile else None
-        seconds = 1e-3 * (predicted or 0.0) * (WARM_UPS + self.repeats) + COMPILE_S * (impl == "compiled")
-        return "the run was out of time" if self.clock() + seconds > self.ends else ""
+    def late(self, seconds: float) -> str:
+        """Why work of so many seconds is not started any more; the last ceilings have to fit, too. Empty if it is."""
+        return self.deadline.late(seconds + CEILINGS_S)
 
     def time(self, case: AnyCase, impl: str, direction: str) -> None:
         """Checks one implementation, times it, adds its row."""
@@ -208,7 +234,19 @@ class Bench:
             self.missed.append(row)
 
 
-def _first_line(error: Exception) -> str:
+def by_worth(found: Iterable[AnyCase]) -> list[Planned]:
+    """The rows of some cases: what this project runs, forwards before backwards; rivals; what has to be compiled."""
+    rows = [(case, *row) for case in found for row in case.rows]
+
+    def worth(row: Planned) -> int:
+        case, impl, direction = row
+        return int(direction == "bwd") if case.first(impl) else 3 if impl in COMPILED else 2
+
+    return sorted(rows, key=worth)
+
+
+def first_line(error: Exception) -> str:
+    """Kind and first line of an error."""
     return f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
 
 
@@ -219,7 +257,7 @@ def lost_device(device: torch.device) -> str:
     try:
         torch.cuda.synchronize(device)
     except Exception as error:
-        return f"the device was lost to an earlier row ({_first_line(error)})"
+        return f"the device was lost to an earlier row ({first_line(error)})"
     return ""
 
 
@@ -229,12 +267,12 @@ def chosen(name: str, only: str) -> bool:
 
 
 def groups(bench: Bench) -> list[tuple[str, Callable[[], Iterator[AnyCase]]]]:
-    """(names of the cases, what makes them) in the order of the run; only one case's operands exist at a time."""
+    """(names of the cases, what makes them) in the order of the run; one group's operands exist at a time."""
     cost, device, dtype, small = TransformerCost(), bench.device, bench.dtype, bench.small
     factor = cost.traffic_bytes("compiled") / cost.traffic_bytes("fused")
     sizes = [8] if small else [65_520] if bench.quick else [65_520, 32_760, 8_190]
     streams = (torch.float64, dtype) if small else (torch.float32,) if bench.quick else (torch.float32, dtype)
-    lengths = [(16_384, 16_384), (65_520, 65_520)] if bench.quick else [(n, n) for n in (16_384, 32_760, 65_520)]
+    lengths = [(n, n) for n in ((65_520, 16_384) if bench.quick else (65_520, 32_760, 16_384))]
     lengths = [(40, 40), (40, 24)] if small else [*lengths, (65_520, 512), (65_520, 257)]
     elements = 64 if small else 2_096_640
     found: list[tuple[str, Callable[[], Iterator[AnyCase]]]] = []
@@ -256,36 +294,30 @@ def groups(bench: Bench) -> list[tuple[str, Callable[[], Iterator[AnyCase]]]]:
     return found
 
 
-def estimate(bench: Bench, only: str) -> tuple[float, float]:
-    """(minutes that the run will take, those of them in timed calls).
-
-    Timed calls come from the cost model of the device, or of an H200; compiling and checking at assumed costs. The
-    cases are made of fake tensors; a row without a figure counts as long as the slowest row that has one.
-    """
-    profile = bench.profile or DEVICES["h200"]
-    timed = others = 0.0
+def estimate(bench: Bench, only: str) -> list[tuple[Planned, float]]:
+    """(row, seconds) of everything that is there, in the order of the run, at the prices of this card."""
+    libraries.import_all()  # a module that makes tensors where it is imported must not make them fake ones
+    prices, found = Prices(bench.profile), []
     with FakeTensorMode(allow_non_fake_inputs=True):
-        for case in all_cases(bench, only):
-            known = {row: case.predicted_ms(profile, *row) for row in case.rows if not case.absent(row[0])}
-            slowest = max((ms for ms in known.values() if ms), default=1.0)
-            timed += sum(1e-3 * (ms or slowest) for ms in known.values()) * (WARM_UPS + bench.repeats)
-            others += CASE_S + COMPILE_S * sum(impl == "compiled" for impl, _ in known)
-    return (timed + others) / 60.0, timed / 60.0
+        for group in all_cases(bench, only):
+            rows = [row for row in by_worth(group) if not row[0].absent(row[1])]
+            found += [(row, prices.pay(*row)) for row in rows]
+    return found
 
 
-def all_cases(bench: Bench, only: str) -> Iterator[AnyCase]:
-    """The cases of a run whose name contains `only`, one at a time."""
+def all_cases(bench: Bench, only: str) -> Iterator[list[AnyCase]]:
+    """The cases of a run whose name contains `only`, one group at a time."""
     for names, make in groups(bench):
         if any(chosen(name, only) for name in names.split()):
-            yield from (case for case in make() if chosen(case.name, only))
+            yield [case for case in make() if chosen(case.name, only)]
 
 
 def run(bench: Bench, only: str) -> None:
     """All rows of one run, ceilings first and last."""
     with side_stream(bench.device):
         bench.ceilings("first")
-        for case in all_cases(bench, only):
-            bench.case(case)
+        for group in all_cases(bench, only):
+            bench.cases(group)
         if not bench.lost:
             bench.ceilings("last")
 
@@ -296,7 +328,9 @@ def options_parser(doc: str | None, things: str | None, quick: str) -> argparse.
     parser.add_argument("--out", type=Path, help="default: profiling/results/<utc>-<device>-<commit>.jsonl")
     if things:
         parser.add_argument("--only", default="", help=f"{things} whose name contains one of these parts (a,b)")
-    parser.add_argument("--budget-s", type=float, help="start nothing that would end after so many seconds")
+    parser.add_argument(
+        "--until", type=float, help="the time (date +%%s) by which to end: start nothing that would not"
+    )
     parser.add_argument("--quick", action="store_true", help=quick)
     parser.add_argument("--self-check", action="store_true", help="tiny sizes on the CPU: exercises the harness only")
     return parser
@@ -308,7 +342,8 @@ def bench_of(options: argparse.Namespace, instead: str) -> Bench | None:
         print(f"no CUDA device: use {instead}", file=sys.stderr)
         return None
     device = torch.device("cpu" if options.self_check else "cuda")
-    return Bench(device, options.out, quick=options.quick, small=options.self_check, budget_s=options.budget_s)
+    until = options.until or (time.time() + QUICK_S if options.quick else math.inf)
+    return Bench(device, options.out, quick=options.quick, small=options.self_check, deadline=Deadline(until))
 
 
 def main() -> int:
@@ -319,8 +354,8 @@ def main() -> int:
     if bench is None:
         return 2
     if not bench.small:
-        total, timed = estimate(bench, options.only)
-        print(f"predicted: {total:.1f} min, {timed:.1f} of them timed calls, the rest compiling and checking (assumed)")
+        seconds = sum(price for _, price in estimate(bench, options.only)) + 2 * CEILINGS_S
+        print(f"predicted: {seconds:.0f} s (compilers and exact results assumed) of {bench.deadline.left_s:.0f}")
     run(bench, options.only)
     if bench.file.path:
         print(f"wrote {bench.file.path}")

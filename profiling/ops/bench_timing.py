@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 import os
 import platform
 import statistics
@@ -27,10 +28,13 @@ FIELDS = (
 """Every row but the first, which is the environment, has these; rows of reward models have more."""
 L2_BYTES = 60 << 20
 """Where the device does not say: the largest of those in question."""
-WARM_UPS = 10
+CALLS = ((20.0, 10, 30), (100.0, 3, 10), (math.inf, 2, 5))
+"""(milliseconds below which, warm-ups, repeats): a call of 400 ms does not need forty."""
 REPLAYS = 20
 SHORT_MS = 0.05
 """Below this the gaps between launches count: the time is taken from a graph of `REPLAYS` calls."""
+LONG_MS = 5.0
+"""From here on calls follow each other without a pause: a card that rests in between runs at a clock it cannot keep."""
 AHEAD_CYCLES = 2_500_000
 """1.3 to 1.8 ms of a GPU's clock, in which Python enqueues the timed call."""
 RIVAL_PACKAGES = (
@@ -47,14 +51,24 @@ def buffers_for(set_bytes: float, device: torch.device) -> int:
     return int(min(64, max(3, -(-3 * (size or L2_BYTES) // max(1, set_bytes))))) if device.type == "cuda" else 3
 
 
-def measure(call: Call, device: torch.device, repeats: int, buffers: int = 1) -> dict[str, Any]:
-    """Milliseconds of `call(buffer index)`: median, p20 and p80 of `repeats` after ten warm-ups.
+def calls_for(ms: float) -> tuple[int, int]:
+    """(warm-ups, repeats) of a call that takes so long."""
+    return next((warm, repeats) for below, warm, repeats in CALLS if ms < below or below == math.inf)
+
+
+def measure(call: Call, device: torch.device, most: int, buffers: int = 1) -> dict[str, Any]:
+    """Milliseconds of `call(buffer index)`: median, p20 and p80 of as many calls as `calls_for` says, `most` at most.
 
     On a GPU a call below `SHORT_MS` is timed as a graph of `REPLAYS` calls, which takes a `side_stream`.
     """
-    for i in range(WARM_UPS):
+    call(0)  # what is compiled or allocated at the first call
+    about_ms = _by_wall(call, device, 1 % buffers)
+    warm_ups, repeats = calls_for(about_ms)
+    repeats = min(repeats, most)
+    for i in range(2, warm_ups):
         call(i % buffers)
-    times, graph, note = _series(call, device, repeats, buffers), False, ""
+    apart = about_ms < LONG_MS
+    times, graph, note = _series(call, device, repeats, buffers, apart), False, ""
     if device.type == "cuda" and statistics.median(times) < SHORT_MS:
         try:
             times, graph = _replayed(call, device, repeats, buffers), True
@@ -63,7 +77,7 @@ def measure(call: Call, device: torch.device, repeats: int, buffers: int = 1) ->
             note = f"includes launches: no graph ({str(error).splitlines()[0]})"
     cuts = statistics.quantiles(times, n=10)
     return {
-        "n_warm": WARM_UPS, "n_rep": repeats, "t_ms_median": statistics.median(times), "t_ms_p20": cuts[1],
+        "n_warm": warm_ups, "n_rep": repeats, "t_ms_median": statistics.median(times), "t_ms_p20": cuts[1],
         "t_ms_p80": cuts[7], "graph": graph, "note": note,
     }  # fmt: skip
 
@@ -84,13 +98,17 @@ def side_stream(device: torch.device) -> Iterator[None]:
     torch.cuda.current_stream(device).wait_stream(stream)
 
 
-def _series(call: Call, device: torch.device, repeats: int, buffers: int) -> list[float]:
-    """Milliseconds of each of `repeats` calls; a GPU sleeps before each, so it never waits for Python inside one."""
+def _series(call: Call, device: torch.device, repeats: int, buffers: int, apart: bool) -> list[float]:
+    """Milliseconds of each of `repeats` calls; where they are `apart` a GPU sleeps before each.
+
+    It then never waits for Python inside a call; a long call leaves Python the time to enqueue the next one.
+    """
     if device.type != "cuda":
-        return [_on_cpu(call, i % buffers) for i in range(repeats)]
+        return [_by_wall(call, device, i % buffers) for i in range(repeats)]
     events = [[torch.cuda.Event(enable_timing=True) for _ in range(2)] for _ in range(repeats)]
     for i, (begin, end) in enumerate(events):
-        torch.cuda._sleep(AHEAD_CYCLES)
+        if apart:
+            torch.cuda._sleep(AHEAD_CYCLES)
         begin.record()
         call(i % buffers)
         end.record()
@@ -98,9 +116,14 @@ def _series(call: Call, device: torch.device, repeats: int, buffers: int) -> lis
     return [begin.elapsed_time(end) for begin, end in events]
 
 
-def _on_cpu(call: Call, index: int) -> float:
+def _by_wall(call: Call, device: torch.device, index: int) -> float:
+    """Milliseconds on the clock of the CPU."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
     start = time.perf_counter()
     call(index)
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
     return 1e3 * (time.perf_counter() - start)
 
 
@@ -116,7 +139,7 @@ def _replayed(call: Call, device: torch.device, repeats: int, buffers: int) -> l
     replay(0)
     if count_launches(call, device) and not count_launches(replay, device):
         raise RuntimeError("the captured graph is empty")
-    return [ms / REPLAYS for ms in _series(replay, device, repeats, 1)]
+    return [ms / REPLAYS for ms in _series(replay, device, repeats, 1, True)]
 
 
 def on_poison(call: Call, inputs: Iterable[torch.Tensor]) -> Any:
@@ -240,9 +263,9 @@ class ResultFile:
         self.rows[-1] |= more
         self._write("w")
 
-    def close(self, **last: Any) -> None:
-        """Completes the environment row by what is known at the end only."""
-        self.rows[0] |= last
+    def complete(self, **more: Any) -> None:
+        """Adds to the environment row what is known later only."""
+        self.rows[0] |= more
         self._write("w")
 
     def _write(self, mode: str, *rows: dict[str, Any]) -> None:

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from patience import LONG_S
 from training_cases import Brightness, gradient_of, smoke, trainer_of
 
 from geoalign.files.atomic import read_jsonl
@@ -29,7 +30,7 @@ def relative(a: torch.Tensor, b: torch.Tensor) -> float:
     return float((a - b).norm() / b.norm())
 
 
-LEVERS: list[dict[str, Any]] = [
+LEVERS: list[Any] = [
     {},
     {"groups": {"rows_per_forward": 1}},
     {"levers": {"recompute": "keep_attention"}},
@@ -37,7 +38,9 @@ LEVERS: list[dict[str, Any]] = [
     {"levers": {"streaming": "graphs"}},
     {"levers": {"streaming": "device", "recompute": "keep_attention"}, "groups": {"rows_per_forward": 1}},
     {"levers": {"streaming": "host", "recompute": "keep_attention"}, "groups": {"rows_per_forward": 1}},
-    {"run": {"compile": True}, "levers": {"recompute": "keep_attention"}},
+    pytest.param(
+        {"run": {"compile": True}, "levers": {"recompute": "keep_attention"}}, marks=pytest.mark.timeout(LONG_S)
+    ),
     {"ode": {"attention": "int8", "int8_threshold": 0.5}},
     {"scoring": {"chunk": 3, "beside_decode": True}},
 ]
@@ -89,6 +92,7 @@ def test_two_runs_and_a_resumed_one_are_equal_bit_for_bit() -> None:
     assert [resumed.step()["policy/grad_norm"] for _ in range(2)] == norms[2:]
 
 
+@pytest.mark.timeout(LONG_S)
 def test_a_whole_run_with_the_tracker(tmp_path: Path) -> None:
     config = smoke(run={"device": "cuda", "dir": tmp_path / "run"}, data={"root": tmp_path / "data"})
     run_training(config)

@@ -1,4 +1,4 @@
-"""The benchmark of the ops end to end on the CPU, and its length on a GPU as predicted."""
+"""The benchmark of the ops: end to end on the CPU, which rows are gated, which not run, what is said of registers."""
 
 from __future__ import annotations
 
@@ -44,19 +44,38 @@ def test_self_check_writes_every_kind_of_row_with_every_field(results: Path) -> 
 
 
 @pytest.mark.usefixtures("profiling")
-def test_quick_run_is_predicted_to_take_less_than_ten_minutes(monkeypatch: pytest.MonkeyPatch) -> None:
-    """At production shapes, on fake tensors of an H200; what is not predicted is cut off by the run's own clock."""
-    import bench_cases
+def test_every_exact_core_is_gated_and_fp8_is_not_run_where_it_cannot_be(monkeypatch: pytest.MonkeyPatch) -> None:
+    import bench_attention
+    import bench_products
+    import torch
+
+    q = torch.zeros(1, 4, 1, 8)
+    gated = bench_attention.AttentionCase(4, 4, [(q, q, q)]).gated
+    assert gated == {"sdpa_flash", "sdpa_cudnn", "flash2", "flash3", "flash4", "triton"}
+    device, dtype = torch.device("cpu"), torch.float32
+    cases = {case.variant: case for case in bench_products.product_cases(8, 16, 16, device, dtype)}
+    assert cases["gelu"].gated == {"torch", "compiled", "cublaslt"} and cases["fp8"].absent("torch") == ""
+
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 0))
+    assert "8.9" in bench_products.why_not_fp8_product(torch.device("cuda"))
+    monkeypatch.setattr(bench_products, "why_not_fp8_product", lambda device: "too old")
+    *_, fp8 = bench_products.product_cases(8, 16, 16, device, dtype)
+    assert [fp8.absent(impl) for impl, _ in fp8.rows] == ["too old"] * 2
+
+
+@pytest.mark.usefixtures("profiling")
+def test_registers_are_those_of_this_compiler_or_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The checked-in table is of one Triton; a machine with another one has other registers."""
+    import json
+
     import bench_ops
     import torch
 
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (9, 0))
-    monkeypatch.setattr(bench_cases, "buffers_for", lambda size, device: 3)
-    bench = object.__new__(bench_ops.Bench)
-    bench.device, bench.small, bench.quick = torch.device("cuda"), False, True
-    bench.repeats, bench.dtype, bench.profile = 30, torch.bfloat16, bench_ops.DEVICES["h200"]
-    minutes, timed = bench_ops.estimate(bench, "")
-    assert 0.1 < timed < minutes < 10.0 and bench_ops.QUICK_S < 600.0
-    assert bench_ops.estimate(bench, "rms_norm")[0] < minutes / 5
-    bench.quick = False
-    assert bench_ops.estimate(bench, "")[0] > minutes
+    table = json.loads(bench_ops.EXPECTATIONS.read_text())
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    for version, known in ((table["triton"], True), ("3.0.0", False)):
+        environment = {"device": "X", "commit": "", "versions": {"triton": version}}
+        monkeypatch.setattr(bench_ops, "environment", lambda *_, row=environment: row)
+        bench = bench_ops.Bench(torch.device("cpu"), None, quick=True, small=True)
+        bench.device = torch.device("cuda")
+        assert bool(bench.static_numbers("attention", "fwd", "triton")) == known

@@ -59,6 +59,27 @@ class FakeEvent:
         return end.at - self.at
 
 
+def stand_in(monkeypatch: pytest.MonkeyPatch, gpu: FakeGpu) -> list[float]:
+    """Puts it in the place of `torch.cuda`; how long it was told to sleep."""
+    import bench_timing
+    import torch
+
+    slept: list[float] = []
+
+    def sleep(cycles: int) -> None:
+        slept.append(cycles)
+        gpu.enqueue(0.005, cycles / 2e6)
+
+    stand_ins = {
+        "Event": lambda enable_timing: FakeEvent(gpu), "_sleep": sleep, "synchronize": gpu.synchronize,
+        "CUDAGraph": lambda: gpu, "graph": gpu.graph, "current_stream": lambda device: "side",
+    }  # fmt: skip
+    for name, replacement in stand_ins.items():
+        monkeypatch.setattr(torch.cuda, name, replacement)
+    monkeypatch.setattr(bench_timing, "count_launches", gpu.count)
+    return slept
+
+
 @pytest.mark.usefixtures("profiling")
 @pytest.mark.parametrize(("kernel", "captured", "graph"), [(0.01, 20, True), (0.01, 0, False), (0.06, 20, False)])
 def test_a_gpu_time_is_that_of_the_kernel_and_not_of_python(
@@ -69,17 +90,33 @@ def test_a_gpu_time_is_that_of_the_kernel_and_not_of_python(
     import torch
 
     gpu = FakeGpu(kernel, captured)
-    stand_ins = {
-        "Event": lambda enable_timing: FakeEvent(gpu), "_sleep": lambda cycles: gpu.enqueue(0.005, cycles / 2e6),
-        "synchronize": gpu.synchronize, "CUDAGraph": lambda: gpu, "graph": gpu.graph,
-        "current_stream": lambda device: "side",
-    }  # fmt: skip
-    for name, stand_in in stand_ins.items():
-        monkeypatch.setattr(torch.cuda, name, stand_in)
-    monkeypatch.setattr(bench_timing, "count_launches", gpu.count)
+    stand_in(monkeypatch, gpu)
+    monkeypatch.setattr(bench_timing, "_by_wall", lambda *_: 0.2 + kernel)
     found = bench_timing.measure(gpu.call, torch.device("cuda"), 30)
     assert found["t_ms_median"] == pytest.approx(kernel) and found["t_ms_p80"] == pytest.approx(kernel)
     assert found["graph"] == graph and ("empty" in found["note"]) == (captured == 0)
+
+
+@pytest.mark.usefixtures("profiling")
+@pytest.mark.parametrize(
+    ("kernel", "calls", "rests"), [(1.0, (10, 30), 30), (8.0, (10, 30), 0), (30.0, (3, 10), 0), (400.0, (2, 5), 0)]
+)
+def test_a_long_call_is_timed_a_few_times_on_a_card_that_never_rests(
+    monkeypatch: pytest.MonkeyPatch, kernel: float, calls: tuple[int, int], rests: int
+) -> None:
+    import bench_timing
+    import torch
+
+    gpu = FakeGpu(kernel, 20)
+    slept = stand_in(monkeypatch, gpu)
+    monkeypatch.setattr(bench_timing, "_by_wall", lambda call, device, index: call(index) or kernel)
+    found = bench_timing.measure(gpu.call, torch.device("cuda"), 30)
+    assert (found["n_warm"], found["n_rep"]) == calls and len(slept) == rests
+    assert gpu.launches == sum(calls) + rests
+    assert found["t_ms_median"] == pytest.approx(kernel)
+    if not rests:  # it began when the first call was there and has worked ever since
+        assert gpu.gpu == pytest.approx(sum(calls) * kernel, abs=1.0)
+    assert bench_timing.measure(gpu.call, torch.device("cuda"), 4)["n_rep"] == 4
 
 
 @pytest.mark.usefixtures("profiling")

@@ -26,3 +26,8 @@ def test_a_regression_needs_both_bounds_and_a_steady_past() -> None:
     assert compare.regressions(run(20, long(4.1)), [*newer, *past]) == []
     assert compare.regressions(run(20, long(4.1)), [*past, run(30, long(9.0), steady=False)])
     assert compare.regressions(run(9, kernel_row("a", "ours", 9.0, shape=[7])), past) == []
+    # a run that has stages is judged stage by stage: one that was cut short does not take the others with it
+    of = [long(9.0) | {"stage": "attention", "steady": True}, short(9.0) | {"stage": "rewards", "steady": None}]
+    (found,) = compare.regressions(run(9, *of, steady=False), past)
+    assert found.startswith("a ours")
+    assert len(compare.cohorts(run(9, *of, steady=True))) == 1

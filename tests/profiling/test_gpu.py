@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import os
+import signal
 import subprocess
 import sys
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -32,8 +35,10 @@ BARE = ("pydantic,pydantic_core,yaml,av,diffusers,transformers,nvtx,roma,deepspe
 class Machine:
     """Stands for processes and time: every stage takes the seconds and leaves the rows that it is told to."""
 
-    def __init__(self, seconds: dict[str, float], codes: dict[str, int] | None = None) -> None:
-        self.now, self.seconds, self.codes = 100.0, seconds, codes or {}
+    def __init__(
+        self, seconds: dict[str, float], codes: dict[str, int] | None = None, steady: dict[str, Any] | None = None
+    ) -> None:
+        self.now, self.seconds, self.codes, self.steady = 100.0, seconds, codes or {}, steady or {}
         self.started: list[tuple[str, float]] = []
 
     def clock(self) -> float:
@@ -45,7 +50,13 @@ class Machine:
         self.started.append((name, limit_s))
         code = self.codes.get(name, 0)
         rows = [
-            {"kind": "environment", "device": "X", "steady": True, "versions": {"torch": "1"}, "clocks_after": {}},
+            {
+                "kind": "environment",
+                "device": "X",
+                "versions": {"torch": "1"},
+                "steady": self.steady.get(name, True),
+                "clocks_after": {"clocks.sm": name},
+            },
             {"kind": "kernel", "name": name, "status": "failed" if code == 1 else "ok", "note": "boom"},
         ]
         out.write_text("".join(json.dumps(row) + "\n" for row in rows) + '{"kind": "ker')  # killed while it wrote
@@ -55,9 +66,11 @@ class Machine:
 
 
 def session_of(gpu: Any, tmp_path: Path, machine: Machine, budget_s: float, missing: tuple[str, ...] = ()) -> Any:
+    from deadline import Deadline
+
     first = {"kind": "environment", "run_id": "r", "command": "gpu.py", "device": "X", "commit": "c", "steady": None}
     return gpu.Session(
-        tmp_path / "all.jsonl", budget_s, first, start=machine.start, clock=machine.clock,
+        tmp_path / "all.jsonl", Deadline(machine.now + budget_s, machine.clock), first, start=machine.start,
         importable=lambda module: module not in missing,
     )  # fmt: skip
 
@@ -103,11 +116,131 @@ def test_a_failing_stage_costs_its_own_rows_and_a_missing_package_its_stage(tmp_
 
 
 @pytest.mark.usefixtures("profiling")
-def test_a_stage_that_hangs_is_ended(tmp_path: Path) -> None:
+def test_a_stage_that_cannot_run_gives_its_time_to_the_others(tmp_path: Path) -> None:
+    """The machine that lacks pydantic: 540 seconds for shares of 406, whatever the stages then leave over."""
+    import gpu
+
+    machine = Machine(dict.fromkeys(("tests", "attention"), 1000.0))
+    session = session_of(gpu, tmp_path, machine, 540.0, missing=("pydantic",))
+    assert session.run(gpu.STAGES) == 0
+    assert rows_of(tmp_path / "all.jsonl")[1]["name"] == "iteration"  # said before anything is started
+    (tests, first), (attention, second) = machine.started[:2]
+    assert (tests, attention) == ("tests", "attention")
+    assert first == pytest.approx(115 * 540 / 406) and second == pytest.approx(95 * 540 / 406)
+
+
+@pytest.mark.usefixtures("profiling")
+def test_every_stage_answers_for_its_own_ceilings(tmp_path: Path) -> None:
+    """One that is cut short takes nothing from the others; one whose ceiling moved makes the run unsteady, too."""
+    import figures
+    import gpu
+
+    for moved, whole in ((None, True), (False, False)):
+        machine = Machine({}, steady={"rewards": moved})
+        session_of(gpu, tmp_path, machine, 540.0).run(gpu.STAGES)
+        rows = rows_of(tmp_path / "all.jsonl")
+        assert rows[0]["steady"] is whole and rows[0]["clocks_after"] == {"clocks.sm": "sampler-step-and-feed-forward"}
+        kernels = {row["name"]: row for row in rows if row["kind"] == "kernel"}
+        assert [name for name, row in kernels.items() if row["steady"] is not True] == ["rewards"]
+        stages = {row["name"]: row for row in rows if row["kind"] == "stage"}
+        assert stages["attention"]["steady"] is True and stages["rewards"]["steady"] is moved
+        assert stages["attention"]["clocks_after"] == {"clocks.sm": "attention"}
+        assert figures.unsteady(rows)[0].startswith("\n**Unsteady: rewards (")
+        assert [name for name, row in kernels.items() if not figures.quotable(row, rows[0])] == ["rewards"]
+
+
+NESTED = """
+import os, subprocess, sys, time
+child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(3600)"])
+with open(sys.argv[1] + ".new", "w") as file:
+    file.write(str(child.pid))
+os.replace(sys.argv[1] + ".new", sys.argv[1])
+time.sleep(3600)
+"""
+RUNNING = """
+import signal, sys
+sys.path[:0] = sys.argv[1:3]
+import gpu, gpu_tests
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell ignores it for what it runs in the background
+gpu_tests.leave_when_told()
+gpu.run_process([sys.executable, "-c", sys.argv[3], sys.argv[4]], 3600)
+"""
+
+
+def wait_until(condition: Callable[[], bool]) -> None:
+    ends = time.monotonic() + PATIENCE_S
+    while not condition():
+        assert time.monotonic() < ends
+        time.sleep(0.02)
+
+
+def is_gone(process: int) -> bool:
+    """Ended, if perhaps not yet waited for by whoever inherits it."""
+    try:
+        return Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[0] == "Z"
+    except OSError:
+        return True
+
+
+@pytest.mark.usefixtures("profiling")
+def test_a_stage_that_hangs_is_ended_with_all_it_started(tmp_path: Path) -> None:
     import gpu
 
     assert gpu.run_process([sys.executable, "-c", "raise SystemExit(3)"], PATIENCE_S) == 3
     assert gpu.run_process([sys.executable, "-c", "import time; time.sleep(3600)"], 0.2) is None
+    for how in (signal.SIGINT, signal.SIGTERM):  # ^C, an outer time limit
+        told = tmp_path / how.name
+        folders = [str(ROOT / part) for part in ("profiling", "profiling/ops")]
+        running = subprocess.Popen([sys.executable, "-c", RUNNING, *folders, NESTED, str(told)])
+        wait_until(told.exists)
+        running.send_signal(how)
+        assert running.wait(PATIENCE_S) != 0
+        wait_until(functools.partial(is_gone, int(told.read_text())))
+
+
+@pytest.mark.usefixtures("profiling")
+def test_a_test_that_does_not_end_is_named_and_no_failure(tmp_path: Path) -> None:
+    import gpu_tests
+    from deadline import Deadline
+
+    def told(what: str, name: str, share: int = 0) -> dict[str, Any]:
+        return {"kind": "progress", "what": what, "name": name, "share": share}
+
+    planned = [told("planned", "a"), told("planned", "b"), told("planned", "c", 1)]
+    lines = [*planned, told("started", "a"), told("passed", "a"), told("started", "b")]
+    late = gpu_tests.outcome(lines, [None, None])
+    assert [(row["name"], row["status"]) for row in late] == [("b", "not run"), ("c", "not run"), ("passed", "ok")]
+    assert late[0]["note"] == gpu_tests.LATE and late[-1]["note"] == "1 tests passed"
+    # a process that dies takes the test in which it died with it, and what it had not begun is not run
+    died = {row["name"]: row for row in gpu_tests.outcome([*lines, told("planned", "d")], [-11, 0])}
+    assert died["b"]["status"] == "failed" and "-11" in died["b"]["note"] and died["d"]["status"] == "not run"
+    before = {row["name"]: row["status"] for row in gpu_tests.outcome(planned[:2], [0, -9])}
+    assert before["share 1"] == "failed"
+    (tmp_path / "cut.jsonl").write_text('{"kind": "progress", "name": "a"}\n{"kind": "pro')
+    assert len(gpu_tests.read_rows(tmp_path / "cut.jsonl")) == 1
+
+    # a long test is not started in the last minute
+    class Item:
+        def __init__(self, *markers: str) -> None:
+            self.nodeid, self.markers = "/".join(("test", *markers)), markers
+
+        def get_closest_marker(self, name: str) -> bool:
+            return name in self.markers
+
+    recorder = gpu_tests.Recorder(tmp_path / "r.jsonl", 0, 1, "gpu", Deadline(100.0, lambda: 50.0))
+    started = [recorder.pytest_runtest_protocol(item) for item in (Item(), Item("timeout"))]  # type: ignore[arg-type]
+    assert started == [None, True]
+    assert [row["kind"] for row in rows_of(tmp_path / "r.jsonl")] == ["progress", "test"]
+
+
+def test_multigpu_has_a_row_for_every_engine(tmp_path: Path) -> None:
+    out = tmp_path / "out.jsonl"
+    arguments = ("--out", str(out), "--workers", "1", "--marker", "multigpu", "tests/integration/test_distributed.py")
+    done = script("profiling/gpu_tests.py", *arguments)
+    assert done.returncode == 0, done.stdout + done.stderr
+    rows = {row["name"].partition("[")[2].rstrip("]"): row for row in rows_of(out)[:-1]}
+    assert {"ddp", "deepspeed 1", "fsdp", "ulysses", "paper fsdp compiled"} <= rows.keys() and len(rows) == 12
+    assert all(row["status"] == "not run" for row in rows.values())
 
 
 def test_a_bare_machine_collects_what_it_can_and_lists_the_rest(tmp_path: Path) -> None:
@@ -155,7 +288,8 @@ def test_tests_that_fail_or_do_not_fit_are_a_row_each(tmp_path: Path) -> None:
     failed = {row["name"].rpartition("::")[2] or row["name"]: row["note"] for row in rows if row["status"] == "failed"}
     assert "one is not two" in failed["test_bad"] and len(failed) == 2
     assert any("nonsense" in note for note in failed.values())  # a module of ours that is missing is a failure
-    code, rows = run("--budget-s", "-1", "--grace-s", "300")  # workers import and collect, however slow the machine
+    # Workers import and collect, however slow the machine, and have nothing left to start a test with.
+    code, rows = run("--until", str(time.time() + PATIENCE_S), "--grace-s", str(2 * PATIENCE_S))
     late = [row for row in rows if row["note"] == "the run was out of time"]
     assert len(late) == 3 and rows[-1]["note"] == "0 tests passed"
 
@@ -165,31 +299,30 @@ def test_a_row_that_fails_or_does_not_fit_costs_only_itself(tmp_path: Path, monk
     import bench_attention
     import bench_ops
     import torch
+    from deadline import Deadline
 
     now = [0.0]
-    bench = bench_ops.Bench(
-        torch.device("cpu"), tmp_path / "r.jsonl", quick=True, small=True, budget_s=100.0, clock=lambda: now[0]
-    )
+    deadline = Deadline(100.0, lambda: now[0])
+    bench = bench_ops.Bench(torch.device("cpu"), tmp_path / "r.jsonl", quick=True, small=True, deadline=deadline)
     forward = bench_attention.forward
 
     def broken(name: str, *operands: torch.Tensor) -> torch.Tensor:
         if name == "int8":
             raise RuntimeError("injected\nsecond line")
-        if name == "int8_fp8":
+        if name == "int8_fp8" and operands[0].shape != operands[1].shape:
             now[0] = 101.0
         return forward(name, *operands)
 
     monkeypatch.setattr(bench_attention, "forward", broken)
-    first, second = bench_attention.attention_cases([(40, 40), (40, 24)], 2, 16, bench.device, bench.dtype)
-    for case in (first, second):
-        bench.case(case)
+    bench.cases(bench_attention.attention_cases([(40, 40), (40, 24)], 2, 16, bench.device, bench.dtype))
     rows = rows_of(tmp_path / "r.jsonl")[1:]
     of = {(row["name"], row["impl"], row["direction"]): row for row in rows}
     assert of["attention", "int8", "fwd"]["status"] == "failed"
     assert of["attention", "int8", "fwd"]["note"] == "RuntimeError: injected"
-    assert of["attention", "int8_fp8", "fwd"]["status"] == "ok" == of["attention", "sdpa_flash", "bwd"]["status"]
-    assert "out of time" in of["cross_attention", "sdpa_flash", "fwd"]["note"]
-    assert sum(row["status"] == "failed" for row in rows) == 1
+    assert of["attention", "int8_fp8", "fwd"]["status"] == "ok" == of["cross_attention", "sdpa_flash", "fwd"]["status"]
+    assert "out of time" in of["attention", "sdpa_flash", "bwd"]["note"]  # after all forwards that a run is there for
+    assert "out of time" in of["attention", "reference", "fwd"]["note"]
+    assert sum(row["status"] == "failed" for row in rows) == 2  # both lengths
 
 
 @pytest.mark.usefixtures("profiling")
