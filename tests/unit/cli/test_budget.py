@@ -101,16 +101,25 @@ def test_the_fast_preset_says_what_it_rests_on(capsys: pytest.CaptureFixture[str
     file = tmp_path / "budget.json"
     assert main(["budget", "--config", "paper_64xa800_fast", "--json", str(file)]) == 0
     own = json.loads(file.read_text())["as_configured"]
-    assert own["hours"] <= 45.0 and own["audits"] == 7 and 0 < own["audit_hours"] < 0.1 * own["hours"]
+    assert own["hours"] <= 45.0 and own["audits"] == 6 and 0 < own["audit_hours"] < 0.1 * own["hours"]
     text = capsys.readouterr().out
     assert "assumed to hold on other weights" in text
-    assert f"of that, audits: {own['audit_hours']:.1f} h (in 7 iterations" in text
+    assert f"of that, audits: {own['audit_hours']:.1f} h (in 6 iterations" in text
+
+
+REUSED = [
+    "ode.reuse=residual",
+    "ode.reuse_share=0.45",
+    "ode.attention=int8",
+    "ode.audit_every=20",
+    "learn.window_steps=2",
+]
 
 
 def test_an_audit_takes_the_time_of_one_device_on_all() -> None:
     """For every member of one group an exact tail, two videos decoded, one scored; iterations as in training."""
     card = DEVICES["a800"]
-    fast = load_config(Config, "paper_64xa800_fast")
+    fast = load_config(Config, "paper_64xa800", REUSED)
     rows = RankRows.of(64, 12, LocalRanks())
     auditor = Auditor(fast, LocalRanks(), rows, {}, torch.device("cpu"))
     notes: dict[str, Any] = {}
@@ -131,10 +140,10 @@ def test_an_audit_takes_the_time_of_one_device_on_all() -> None:
     assert audit_cost(alone, card) == (0, 0.0)
     for devices in (64, 32):  # the others wait, however many they are
         assert hours(fast, card, devices) - hours(alone, card, devices) == pytest.approx(seconds / 3600)
-    guided = load_config(Config, "paper_64xa800_fast", ["flow.guidance=5"])
+    guided = load_config(Config, "paper_64xa800", [*REUSED, "flow.guidance=5"])
     assert audit_cost(guided, card)[1] - seconds / 3600 == pytest.approx(sum(tails) * 12 * forward / 3600)
     # Audits of the first half see fewer tokens and frames.
-    short = load_config(Config, "paper_64xa800_fast", ["learn.short_frames=49", "learn.short_iterations=70"])
+    short = load_config(Config, "paper_64xa800", [*REUSED, "learn.short_frames=49", "learn.short_iterations=70"])
     assert audit_cost(short, card)[0] == 7 and audit_cost(short, card)[1] < 0.8 * seconds / 3600
 
 
