@@ -9,22 +9,19 @@ from pathlib import Path
 
 import torch
 
-from geoalign.config.schema import Config
 from geoalign.files.atomic import atomic_write_json
-from geoalign.flow.table import build_step_table
-from geoalign.perf.budget import Walk
 from geoalign.perf.cost import Speedups, TransformerCost
-from geoalign.perf.devices import profile_of
+from geoalign.perf.devices import peak_flops, profile_of
 from geoalign.perf.phases import phase_work
-from geoalign.rl.window import WindowSchedule
-from geoalign.training.telemetry import plan_of
+from geoalign.rl.subset import learned_positions
+from geoalign.training.telemetry import plan_of, walk_of
 from geoalign.training.trainer import Trainer
 
 
 @contextlib.contextmanager
 def profiled(trainer: Trainer, folder: Path) -> Iterator[None]:
     """Record the block; writes ``trace_NNNNNN.json.gz`` and ``trace_NNNNNN.work.json`` into ``folder``."""
-    iteration = trainer.iteration
+    iteration, work = trainer.iteration, expected_work(trainer)
     activities = [torch.profiler.ProfilerActivity.CPU]
     if trainer.device.type == "cuda":
         activities.append(torch.profiler.ProfilerActivity.CUDA)
@@ -34,28 +31,39 @@ def profiled(trainer: Trainer, folder: Path) -> Iterator[None]:
             torch.cuda.synchronize(trainer.device)
     stem = folder / f"trace_{iteration:06d}"
     profiler.export_chrome_trace(f"{stem}.json.gz")
-    atomic_write_json(stem.with_suffix(".work.json"), expected_work(trainer.config, trainer, iteration))
+    atomic_write_json(stem.with_suffix(".work.json"), work)
     print(f"wrote {stem}.json.gz; read it with: python profiling/trace.py {stem}.json.gz")
 
 
-def expected_work(config: Config, trainer: Trainer, iteration: int) -> dict[str, object]:
-    """Device, peak and the work of every phase of one rank's iteration."""
+def expected_work(trainer: Trainer) -> dict[str, object]:
+    """Device, peak and the work of every phase of one rank's next iteration."""
+    config, iteration, fast = trainer.config, trainer.iteration, trainer.policy.fast
     name = torch.cuda.get_device_name(trainer.device) if trainer.device.type == "cuda" else ""
     profile = profile_of(name)
     core = trainer.policy.model.execution.core
     profile = profile.with_core(core) if profile and core else profile
-    window = WindowSchedule(config.window, config.flow.steps, config.run.seed)(iteration)
-    walk = Walk(window.start, window.size, build_step_table(config.flow, window).num_steps - window.stop)
+    window, frames = trainer.schedule(iteration), config.learn.frames(iteration, config.data.num_frames)
+    sampler = trainer.sampler(window, frames)
     speedups = Speedups("fused", cached=config.levers.cache_phases, pruned=config.levers.prune_source)
-    plan = replace(plan_of(config), speedups=speedups, int8_attention=trainer.policy.fast is not None)
+    # An approximate network may have one of the two alone; without a probe its attention is exact.
+    plan = replace(plan_of(config), speedups=speedups).outside_window(
+        attention=config.ode.attention if fast and fast.execution.probe else "exact",
+        linears=fast is not None and config.ode.linears != "exact",
+    )
     rows = trainer.rank_rows
     work = phase_work(
-        TransformerCost.of(config.model, *config.data.video), plan, walk, rows.group_ids.numel(),
-        rows.member_ids.numel(), config.optim.updates_per_rollout, profile,
-    )  # fmt: skip
+        TransformerCost.of(config.model, frames, *config.data.video[1:]),
+        plan,
+        walk_of(config, sampler.table, len(sampler.reused)),
+        rows.group_ids.numel(),
+        rows.member_ids.numel(),
+        config.optim.updates_per_rollout,
+        profile,
+        learned_positions(window.size, config.learn.window_steps, config.run.seed, iteration),
+    )
     return {
         "device": name or "cpu",
         "core": core,
-        "peak_flops": profile.peak if profile else None,
+        "peak_flops": peak_flops(name),
         "phases": {phase: asdict(of) for phase, of in work.items()},
     }

@@ -42,7 +42,7 @@ class Plan:
         stream_backward: the backward starts from the rollout's graph; no learner forward (one update per rollout).
         replay_first: with it, a first window step that serves a group is replayed, so that no graph waits for rewards.
         hide_host: host code of the rewards off the critical path.
-        int8_attention, int8_linears: int8 scores and W8A8 products of frozen linears in steps outside the window.
+        attention, int8_linears: mode of the attention and W8A8 products of frozen linears, in steps outside the window.
         guidance: forwards per velocity (2 with classifier-free guidance), in rollout and learner.
         reference: whether a KL term needs one forward of a reference policy per learner pass.
         learned_steps: window steps, drawn at random, that are learned from; None: all.
@@ -57,16 +57,16 @@ class Plan:
     stream_backward: bool = False
     replay_first: bool = False
     hide_host: bool = False
-    int8_attention: bool = False
+    attention: str = "exact"
     int8_linears: bool = False
     guidance: int = 1
     reference: bool = False
     learned_steps: int | None = None
     learned_members: int | None = None
 
-    def with_int8(self, *, attention: bool, linears: bool) -> Plan:
-        """The same with 8-bit steps outside the window."""
-        return replace(self, int8_attention=attention, int8_linears=linears)
+    def outside_window(self, *, attention: str, linears: bool) -> Plan:
+        """The same with steps of that precision outside the window."""
+        return replace(self, attention=attention, int8_linears=linears)
 
 
 @dataclass(frozen=True, slots=True)
@@ -204,15 +204,15 @@ class RunCost:
     def outside(self, device: DeviceProfile, plan: Plan) -> float:
         """Predicted seconds of one forward outside the window."""
         speedups = replace(plan.speedups, int8_linear=plan.int8_linears)
-        int8 = plan.int8_attention and device.int8_pays()
-        return self.transformer.forward(device, speedups, int8_attention=int8, no_gradient=True).total
+        mode = plan.attention if device.pays(plan.attention) else "exact"
+        return self.transformer.forward(device, speedups, attention=mode, no_gradient=True).total
 
     def audit_seconds(self, device: DeviceProfile, plan: Plan) -> float:
         """Predicted wall seconds of all audits: the device that holds the group works while all others wait.
 
         Its members are finished exactly, decoded and scored, and their approximate videos are decoded beside them.
         """
-        forward = plan.guidance * self.outside(device, plan.with_int8(attention=False, linears=False))
+        forward = plan.guidance * self.outside(device, plan.outside_window(attention="exact", linears=False))
         judged = self.video.seconds(device, hide_host=plan.hide_host) + self.video.decode / device.convolution
         return sum(times * self.group_size * (tail * forward + judged) for tail, times in self.audits.items())
 

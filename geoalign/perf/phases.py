@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 
 from geoalign.perf.budget import Plan, Walk, count_passes
 from geoalign.perf.cost import TransformerCost
@@ -26,12 +27,14 @@ def phase_work(
     group_size: int,
     updates: int,
     device: DeviceProfile | None,
+    positions: Sequence[int] | None = None,
 ) -> dict[str, PhaseWork]:
     """Phases by the names of their spans; decoding, scoring and the optimizer are not modelled.
 
-    Streamed backwards run inside the window; only the merged first step is left to the update.
+    ``positions``: window steps that are learned from; None: all. Streamed backwards run inside
+    the window; only the merged first step is left to the update.
     """
-    count = count_passes(walk, conditions, group_size, updates, plan)
+    count = count_passes(walk, conditions, group_size, updates, plan, positions)
     speedups, streamed = plan.speedups, 0.0
     if plan.stream_backward:
         streamed = 1.0 - count.replay / count.backward
@@ -42,8 +45,9 @@ def phase_work(
         traffic = cost.traffic_bytes(speedups.kernels, no_gradient=outside)
         if device is None:
             return PhaseWork(number * flops, number * traffic, None)
-        int8 = outside and plan.int8_attention
-        seconds = cost.forward(device, speedups, int8_attention=int8, no_gradient=outside)
+        mode = plan.attention if outside else "exact"
+        faster = replace(speedups, int8_linear=outside and plan.int8_linears)
+        seconds = cost.forward(device, faster, attention=mode, no_gradient=outside)
         return PhaseWork(
             number * flops, number * traffic, number * (seconds.total - (seconds.attention if kept else 0.0))
         )
