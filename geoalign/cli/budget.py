@@ -139,7 +139,7 @@ def _numbers(run: RunCost, ladder: Ladder, profile: DeviceProfile, devices: int,
             for name, kind in profile.kinds.items()
             if getattr(profile, name) is not None
         },
-        "quantised": {mode: {"used": profile.pays(mode), "gain": profile.gain(mode)} for mode in QUANTISED},
+        "quantised": {mode: {"used": profile.pays(mode), "gain": _gain(profile, mode)} for mode in QUANTISED},
         "devices": devices,
         "tokens": run.transformer.tokens,
         "forward_tflop": run.transformer.forward_flops() / 1e12,
@@ -216,7 +216,7 @@ def _text(numbers: dict[str, Any], ladder: Ladder, name: str, left_out: list[str
         for rung in numbers["changes"]
     ]
     lines += [
-        f"  {mode} attention is left out: {found['gain']}; {INT8_WORTH} wanted"
+        f"  {mode} attention is left out: {found['gain']}"
         for mode, found in numbers["quantised"].items()
         if not found["used"]
     ]
@@ -234,6 +234,12 @@ def _text(numbers: dict[str, Any], ladder: Ladder, name: str, left_out: list[str
         if own["changes_videos"]:
             lines.append("  assumed to hold on other weights until `geoalign fidelity run` has measured it there")
     return "\n".join(lines)
+
+
+def _gain(profile: DeviceProfile, mode: str) -> str:
+    """What a quantised mode is worth, and what it would have to be."""
+    exists = profile.rate_of(mode) is not None
+    return profile.gain(mode) + (f"; {INT8_WORTH} wanted" if exists and not profile.pays(mode) else "")
 
 
 def _core(numbers: dict[str, Any]) -> list[str]:

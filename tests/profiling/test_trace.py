@@ -151,7 +151,7 @@ def test_a_trace_knows_the_bytes_of_copies(trace: ModuleType) -> None:
          "args": {"correlation": 5}},
         {"ph": "X", "cat": "gpu_memcpy", "name": "Memcpy HtoD", "ts": 3, "dur": 4, "tid": 7,
          "args": {"correlation": 5, "bytes": 4096}},
-        {"ph": "X", "cat": "kernel", "name": "k", "ts": 9, "dur": 4, "tid": 7, "args": {"correlation": 6, "bytes": 1}},
+        {"ph": "X", "cat": "kernel", "name": "k", "ts": 99, "dur": 4, "tid": 7, "args": {"correlation": 6, "bytes": 1}},
     ]  # fmt: skip
     (row, outside) = trace.rows(trace.tree(*trace.from_torch(events)), {})
     assert row["copied_gb"] == 4096e-9 and outside["copied_gb"] == 0.0
