@@ -255,6 +255,8 @@ def profile_of(name: str) -> DeviceProfile | None:
 def peak_flops(name: str) -> float | None:
     """Dense bf16 peak of a CUDA device by the name its driver gives; None for devices whose peak is not known here."""
     known = profile_of(name)
-    if known is not None or "MIG" in name:
-        return known and known.peak
+    if known is not None:
+        return known.peak
+    if "MIG" in name:
+        return None
     return next((peak for pattern, peak in _PEAKS if pattern.match(name.removeprefix("NVIDIA "))), None)
