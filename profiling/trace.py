@@ -6,7 +6,9 @@
 Any machine; a trace of a CPU run shows operators in place of kernels. A kernel belongs to the innermost span that was
 open on its thread when it was launched, or, launched by the autograd engine's thread, on any thread. `busy` is the time
 in which some kernel of the span ran, `gaps` the idle time between them. `--work` (default: beside the trace) holds what
-the cost model expects of every phase; without it FLOPs are those of the products whose shapes the trace has.
+the cost model expects of every phase. Traced FLOPs are those of the products and attentions whose shapes the trace has:
+a graph's replay has none, and then MFU is that of the expected ones, in brackets. Traced bytes are those of copies and
+fills alone, because a trace does not say what a kernel moved.
 """
 
 from __future__ import annotations
@@ -50,6 +52,7 @@ class Kernel(NamedTuple):
     launched: float
     thread: Any
     flops: float = 0.0
+    copied: float = 0.0
 
 
 @dataclass
@@ -89,14 +92,18 @@ def from_torch(events: Iterable[Mapping[str, Any]]) -> tuple[list[Span], list[Ke
         if kind == "user_annotation" and event["name"].partition("/")[0] in ROOTS:
             spans.append(Span(event["name"], start, end, event["tid"]))
         elif kind in ("kernel", "gpu_memcpy", "gpu_memset"):
-            device.append((event["name"], start, end, arguments.get("correlation")))
+            copied = 0.0 if kind == "kernel" else float(arguments.get("bytes", 0.0))
+            device.append((event["name"], start, end, arguments.get("correlation"), copied))
         elif kind in ("cuda_runtime", "cuda_driver"):
             launches[arguments.get("correlation")] = (start, event["tid"])
         elif kind == "cpu_op":
             operators.append(Kernel(event["name"], start, end, start, event["tid"], flops_of(event["name"], arguments)))
     if not device:
         return spans, leaves(operators)
-    kernels = [Kernel(name, start, end, *launches.get(key, (start, None))) for name, start, end, key in device]
+    kernels = [
+        Kernel(name, start, end, *launches.get(key, (start, None)), copied=copied)
+        for name, start, end, key, copied in device
+    ]
     # FLOPs are known of operators only: they count where the operator ran, as work of no duration.
     kernels += [k._replace(end=k.start) for k in leaves(operators) if k.flops]
     return spans, kernels
@@ -151,17 +158,18 @@ def from_nsys(path: Path) -> tuple[list[Span], list[Kernel]]:
             launches = {key: (start / 1e3, thread) for key, start, thread in base.execute(query)}
         kernels: list[Kernel] = []
 
-        def add(query: str, name: Any) -> None:
-            for start, end, key, what in base.execute(query):
-                kernels.append(Kernel(name(what), start / 1e3, end / 1e3, *launches.get(key, (start / 1e3, None))))
+        def add(name: str, start: int, end: int, key: int, copied: float = 0.0) -> None:
+            launched = launches.get(key, (start / 1e3, None))
+            kernels.append(Kernel(name, start / 1e3, end / 1e3, *launched, copied=copied))
 
         if "CUPTI_ACTIVITY_KIND_KERNEL" in tables:
-            query = "SELECT start, end, correlationId, shortName FROM CUPTI_ACTIVITY_KIND_KERNEL"
-            add(query, lambda key: strings.get(key, str(key)))
+            query = "SELECT shortName, start, end, correlationId FROM CUPTI_ACTIVITY_KIND_KERNEL"
+            for key, *times in base.execute(query):
+                add(strings.get(key, str(key)), *times)
         for kind in ("MEMCPY", "MEMSET"):
             if f"CUPTI_ACTIVITY_KIND_{kind}" in tables:
-                query = f"SELECT start, end, correlationId, bytes FROM CUPTI_ACTIVITY_KIND_{kind}"
-                add(query, lambda _, kind=kind: kind.lower())
+                for row in base.execute(f"SELECT start, end, correlationId, bytes FROM CUPTI_ACTIVITY_KIND_{kind}"):
+                    add(kind.lower(), *row)
     return spans, kernels
 
 
@@ -204,30 +212,38 @@ def busy_and_gaps(kernels: list[Kernel]) -> tuple[float, float]:
 
 
 def rows(nodes: Mapping[str, Node], work: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """One row per span name: seconds, launches, gaps, FLOPs, bytes, MFU, prediction."""
+    """One row per span name: seconds, launches, gaps, and FLOPs, bytes and seconds as traced and as predicted.
+
+    MFU is that of the traced FLOPs; where the trace has none, ``mfu_predicted`` is that of the predicted ones.
+    """
     expected, peak = work.get("phases", {}), work.get("peak_flops")
     found = []
     for name, node in nodes.items():
         busy, gaps = busy_and_gaps(node.kernels)
         phase = expected.get(name, {})
-        flops = phase.get("flops") or sum(k.flops for k in node.kernels)
-        seconds = 1e-6 * busy
+        flops, expects = sum(k.flops for k in node.kernels), phase.get("flops")
+        seconds, full = 1e-6 * busy, 1e-6 * busy * (peak or 0.0)
         time_by: Counter[str] = Counter()
         for kernel in node.kernels:
             time_by[short(kernel.name)] += kernel.end - kernel.start
         found.append({
             "span": name, "calls": node.calls, "wall_s": 1e-6 * node.wall, "busy_s": seconds, "gaps_s": 1e-6 * gaps,
-            "launches": sum(node.names.values()), "tflop": flops / 1e12, "gb": phase.get("bytes", 0.0) / 1e9,
-            "mfu": flops / seconds / peak if peak and seconds and flops else None,
+            "launches": sum(node.names.values()), "tflop": flops / 1e12 if flops else None,
+            "predicted_tflop": expects / 1e12 if expects else None,
+            "copied_gb": sum(k.copied for k in node.kernels) / 1e9, "predicted_gb": phase.get("bytes", 0.0) / 1e9,
+            "mfu": flops / full if full and flops else None,
+            "mfu_predicted": expects / full if full and expects and not flops else None,
             "predicted_s": phase.get("seconds"), "top": time_by.most_common(3),
         })  # fmt: skip
     return found
 
 
-def disagreements(found: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The rows furthest from their prediction, by the factor either way."""
-    known = [row for row in found if row["predicted_s"] and row["busy_s"]]
-    return sorted(known, key=lambda row: -abs(math.log(row["busy_s"] / row["predicted_s"])))[:WORST]
+def disagreements(found: list[dict[str, Any]]) -> list[tuple[str, float, float, str]]:
+    """(span, found over predicted, predicted, unit) of the seconds and FLOPs furthest off, by the factor either way."""
+    pairs = (("busy_s", "predicted_s", "s"), ("tflop", "predicted_tflop", "TFLOP"))
+    known = [(row["span"], row[own] / row[wanted], row[wanted], unit)
+             for row in found for own, wanted, unit in pairs if row[own] and row[wanted]]  # fmt: skip
+    return sorted(known, key=lambda item: -abs(math.log(item[1])))[:WORST]
 
 
 def markdown(found: list[dict[str, Any]], work: Mapping[str, Any]) -> str:
@@ -240,10 +256,12 @@ def markdown(found: list[dict[str, Any]], work: Mapping[str, Any]) -> str:
         "busy s",
         "gaps s",
         "launches",
-        "TFLOP",
-        "GB",
-        "MFU",
         "predicted s",
+        "TFLOP",
+        "predicted TFLOP",
+        "MFU",
+        "copied GB",
+        "predicted GB of passes",
         "most time in",
     ]
     text += [f"| {' | '.join(cells)} |" for cells in (header, ["---"] * len(header))]
@@ -251,13 +269,14 @@ def markdown(found: list[dict[str, Any]], work: Mapping[str, Any]) -> str:
         label = "&nbsp;&nbsp;" * row["span"].count("/") + row["span"]
         top = ", ".join(f"{name} {1e-6 * spent:.3g} s" for name, spent in row["top"])
         mfu = "-" if row["mfu"] is None else f"{100 * row['mfu']:.0f} %"
+        mfu = f"({100 * row['mfu_predicted']:.0f} %)" if row["mfu_predicted"] is not None else mfu
         cells = [label, str(row["calls"]), *(_number(row[key]) for key in ("wall_s", "busy_s", "gaps_s")),
-                 str(row["launches"]), _number(row["tflop"]), _number(row["gb"]), mfu, _number(row["predicted_s"]),
-                 top]  # fmt: skip
+                 str(row["launches"]), *(_number(row[key]) for key in ("predicted_s", "tflop", "predicted_tflop")),
+                 mfu, _number(row["copied_gb"]), _number(row["predicted_gb"]), top]  # fmt: skip
         text.append(f"| {' | '.join(cells)} |")
     text += ["", "## Furthest from the prediction", ""]
-    far = [(row["span"], row["busy_s"] / row["predicted_s"], row["predicted_s"]) for row in disagreements(found)]
-    text += [f"- {span}: {ratio:.2f} of the predicted {_number(seconds)} s" for span, ratio, seconds in far]
+    far = disagreements(found)
+    text += [f"- {span}: {ratio:.2f} of the predicted {_number(value)} {unit}" for span, ratio, value, unit in far]
     if not far:
         text.append("nothing was predicted")
     return "\n".join(text) + "\n"

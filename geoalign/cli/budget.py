@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Mapping, Sequence
+import contextlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,10 +14,12 @@ from geoalign.config.schema import Config
 from geoalign.errors import DataError, UsageError
 from geoalign.files.parsing import parse_json, read_text
 from geoalign.jobs.ladder import PricedRung, measured, measured_elsewhere, priced_rungs, without_fidelity
-from geoalign.jobs.pricing import audit_cost, exactly, hours, left_out, run_cost
-from geoalign.perf.budget import Ladder, Plan, RunCost, climb
-from geoalign.perf.devices import DEVICES, INT8_WORTH, DeviceProfile, core_rates, profile_of
+from geoalign.jobs.pricing import audit_cost, exactly, hours, hours_at_low_end, left_out, run_cost
+from geoalign.perf.budget import Ladder, Plan, RunCost, climb, exact_plan
+from geoalign.perf.devices import DEVICES, INT8_WORTH, DeviceProfile, core_rates, cores_measured, profile_of
 
+QUANTISED = ("int8", "int8_fp8")
+"""Modes of ``ode.attention`` beside the exact one."""
 LAUNCH_BOUND_S = 0.05
 """Below this, the launches of one forward (a few thousand at some microseconds) take longer than its work."""
 
@@ -65,10 +69,12 @@ def run_budget(args: argparse.Namespace) -> int:
     exact = exactly(config)
     guidance = 2 if config.flow.guidance > 1 else 1
     named = config.run.attention if config.run.attention in core_rates(DEVICES[args.device].target) else None
-    profile = _profile(args.device, args.core or named, args.results)
     run = run_cost(exact)
+    profile, cores = _profile(
+        args, named, lambda card: run.hours(card, exact_plan(streams=run.updates == 1, guidance=guidance), devices)
+    )
     ladder = climb(run, profile, devices, guidance)
-    numbers = _numbers(run, ladder, profile, devices, guidance)
+    numbers = _numbers(run, ladder, profile, devices, guidance) | {"cores_measured": cores}
     numbers["changes"] = [_changes(rung) for rung in priced_rungs(args.config, args.overrides, profile, devices)]
     if config != exact:
         numbers["as_configured"] = _as_configured(config, profile, devices)
@@ -77,24 +83,45 @@ def run_budget(args: argparse.Namespace) -> int:
     return 0
 
 
-def _profile(device: str, core: str | None, results: Path | None) -> DeviceProfile:
-    """The card with the core and the measurements that the command line names."""
-    profile = DEVICES[device]
+def _profile(
+    args: argparse.Namespace, named: str | None, hours_on: Callable[[DeviceProfile], float]
+) -> tuple[DeviceProfile, list[str]]:
+    """The card with the core and the measurements that the command line names, and the cores measured there.
+
+    Without a core by name, one that was measured: the one of fewest hours.
+    """
+    profile, core, results = DEVICES[args.device], args.core or named, args.results
     known = core_rates(profile.target)
-    if core is not None and core not in known:
+    found: list[str] = []
+    rows: list[Any] = []
+    if results is not None:
+        with _of_results(results):
+            rows = [parse_json(line, results) for line in read_text(results).split("\n") if line.strip()]
+            card = profile_of(str(rows[0].get("device", ""))) if rows and isinstance(rows[0], dict) else None
+            if card is None or card.target != profile.target:
+                raise UsageError(
+                    f"--results {results}: its first line does not name a card like --device {args.device}"
+                )
+            found = cores_measured(rows[1:], profile.target)
+    if core is not None and found and core not in found:
+        raise UsageError(f"--results {results}: {core} was not measured there; name one that was: --core {found[0]}")
+    if core is not None and not found and core not in known:
         raise UsageError(f"--core {core}: rates are known of {', '.join(known)} on {profile.name}")
-    profile = profile.with_core(core or profile.core)
-    if results is None:
-        return profile
+    chosen = [replace(profile.with_core(name), core=name) for name in ([core] if core else found or [profile.core])]
+    if results is not None:
+        with _of_results(results):
+            chosen = [each.measured(rows[1:]) for each in chosen]
+    return min(chosen, key=hours_on), found
+
+
+@contextlib.contextmanager
+def _of_results(path: Path) -> Iterator[None]:
+    """Lines of another form end in one line of text."""
     try:
-        rows = [parse_json(line, results) for line in read_text(results).split("\n") if line.strip()]
-        measured = profile_of(str(rows[0].get("device", ""))) if rows and isinstance(rows[0], dict) else None
-        if measured is None or measured.target != profile.target:
-            raise UsageError(f"--results {results}: its first line does not name a card like --device {device}")
-        return profile.measured(rows[1:])
-    except (DataError, AttributeError, LookupError, TypeError, ValueError) as error:  # a line of another form
+        yield
+    except (DataError, AttributeError, LookupError, TypeError, ValueError) as error:
         told = str(error) if isinstance(error, DataError) else repr(error)
-        raise UsageError(f"--results {results}: not a result file of `make gpu` ({told})") from error
+        raise UsageError(f"--results {path}: not a result file of `make gpu` ({told})") from error
 
 
 def _numbers(run: RunCost, ladder: Ladder, profile: DeviceProfile, devices: int, guidance: int) -> dict[str, Any]:
@@ -107,10 +134,11 @@ def _numbers(run: RunCost, ladder: Ladder, profile: DeviceProfile, devices: int,
         "core": profile.core,
         "rates": {
             name: {"tera_per_s": getattr(profile, name) / 1e12, "kind": kind}
+            | ({"low": own.low / 1e12, "high": own.high / 1e12} if (own := profile.ranges.get(name)) else {})
             for name, kind in profile.kinds.items()
             if getattr(profile, name) is not None
         },
-        "int8_used": profile.int8_pays(),
+        "quantised": {mode: {"used": profile.pays(mode), "gain": _gain(profile, mode)} for mode in QUANTISED},
         "devices": devices,
         "tokens": run.transformer.tokens,
         "forward_tflop": run.transformer.forward_flops() / 1e12,
@@ -151,6 +179,7 @@ def _text(numbers: dict[str, Any], ladder: Ladder, name: str, left_out: list[str
     lines = [
         f"{name} on {numbers['devices']} x {numbers['device']}, attention by {numbers['core']} "
         "(all seconds and hours are predicted)",
+        *_core(numbers),
         "",
         *_rates(numbers),
         f"  {numbers['iterations']} iterations of {numbers['conditions']} conditions x {numbers['group_size']} "
@@ -179,17 +208,22 @@ def _text(numbers: dict[str, Any], ladder: Ladder, name: str, left_out: list[str
         "",
     ]
     lines.append(
-        f"  {'with them, one CHANGES rung at a time':<57}{'hours':>10}{'rests on':>15}  fidelity on the embedded policy"
+        f"  {'with them, one CHANGES rung at a time':<57}{'hours':>14}{'rests on':>15}  fidelity on the embedded policy"
     )
     lines += [
-        f"  {rung['rung']:<48}{'CHANGES':<9}{_hours(rung['hours']):>10}{rung['rests_on']:>15}  {_fidelity(rung)}"
+        f"  {rung['rung']:<48}{'CHANGES':<9}{_span(rung):>14}{rung['rests_on']:>15}  {_fidelity(rung)}"
         for rung in numbers["changes"]
     ]
-    if not numbers["int8_used"]:
-        lines.append(f"  int8 attention is left out: not {INT8_WORTH} times as fast as {numbers['core']} here")
+    lines += [
+        f"  {mode} attention is left out: {found['gain']}"
+        for mode, found in numbers["quantised"].items()
+        if not found["used"]
+    ]
+    if any(rung["hours_at_low_end"] for rung in numbers["changes"]):
+        lines.append("  two hours: at the expected rate of our own attention kernels, and at its low end")
     if own := numbers.get("as_configured"):
         named = ", ".join(f"{key}={value}" for key, value in own["settings"].items())
-        lines += ["", f"  as configured: {_hours(own['hours'])} with {named}"]
+        lines += ["", f"  as configured: {_span(own)} with {named}"]
         if own["audits"]:
             lines.append(
                 f"  of that, audits: {_hours(own['audit_hours'])} (in {own['audits']} iterations the device that holds "
@@ -201,11 +235,25 @@ def _text(numbers: dict[str, Any], ladder: Ladder, name: str, left_out: list[str
     return "\n".join(lines)
 
 
+def _gain(profile: DeviceProfile, mode: str) -> str:
+    """What a quantised mode is worth, and what it would have to be."""
+    exists = profile.rate_of(mode) is not None
+    return profile.gain(mode) + (f"; {INT8_WORTH} wanted" if exists and not profile.pays(mode) else "")
+
+
+def _core(numbers: dict[str, Any]) -> list[str]:
+    """Which cores a result file offered, where it did."""
+    cores = numbers["cores_measured"]
+    return [f"  exact cores measured at full length: {', '.join(cores)}"] if cores else []
+
+
 def _rates(numbers: dict[str, Any]) -> list[str]:
     """The rates behind the seconds, by their kind."""
     by_kind: dict[str, list[str]] = {}
     for name, rate in numbers["rates"].items():
-        by_kind.setdefault(rate["kind"], []).append(f"{name.replace('_', ' ')} {rate['tera_per_s']:.3g}")
+        told = f"{name.replace('_', ' ')} {rate['tera_per_s']:.3g}"
+        ends = f" ({rate['low']:.3g} to {rate['high']:.3g})" if "low" in rate else ""
+        by_kind.setdefault(rate["kind"], []).append(told + ends)
     lines = [f"  {kind}: {', '.join(names)}" for kind, names in by_kind.items()]
     return ["  rates in TFLOP/s, bandwidth in TB/s; of the whole, attention decides most", *lines]
 
@@ -215,6 +263,7 @@ def _changes(priced: PricedRung) -> dict[str, Any]:
         "rung": priced.rung.name,
         "settings": priced.settings,
         "hours": priced.hours,
+        "hours_at_low_end": priced.low_end_hours,
         "rests_on": priced.kind,
         **_of_videos(priced.config),
     }
@@ -225,6 +274,7 @@ def _as_configured(config: Config, device: DeviceProfile, devices: int) -> dict[
     return {
         "settings": config.changes(),
         "hours": hours(config, device, devices),
+        "hours_at_low_end": hours_at_low_end(config, device, devices),
         "audits": audits,
         "audit_hours": audit_hours,
         **_of_videos(config),
@@ -257,6 +307,12 @@ def _fidelity(rung: Mapping[str, Any]) -> str:
 
 def _listed(starts: Sequence[int], between: str = ", ") -> str:
     return between.join(map(str, starts))
+
+
+def _span(priced: Mapping[str, Any]) -> str:
+    """Hours, and those at the low end of a modelled rate where they rest on one."""
+    low = priced["hours_at_low_end"]
+    return _hours(priced["hours"]) if low is None else f"{priced['hours']:.1f} to {_hours(low)}"
 
 
 def _hours(hours: float) -> str:

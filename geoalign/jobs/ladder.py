@@ -15,7 +15,7 @@ from typing import Any
 from geoalign.config.load import load_config
 from geoalign.config.schema import Config
 from geoalign.errors import ConfigError
-from geoalign.jobs.pricing import exactly, hours, run_cost
+from geoalign.jobs.pricing import exactly, hours, hours_at_low_end, run_cost
 from geoalign.perf.budget import climb
 from geoalign.perf.devices import CERTAINTY, DeviceProfile, Kind
 from geoalign.rl.window import WindowSchedule
@@ -49,6 +49,7 @@ class Rung:
 
 RUNGS = (
     Rung("int8 attention after the window", INT8, rate="attention_int8"),
+    Rung("int8 attention, values in fp8 too", "ode.attention=int8_fp8", rate="attention_int8_fp8"),
     Rung("int8 frozen linears after the window", "ode.linears=int8", rate="matmul_int8"),
     Rung("40 % of the time grid (MixGRPO-Flash)", "flow.tail_ratio=0.4 flow.tail_solver=dpm2m"),
     Rung("8 steps by sigma", f"{SIGMA}8"),
@@ -70,12 +71,16 @@ RUNGS = (
 @dataclass(frozen=True, slots=True)
 class PricedRung:
     """A rung on a run: its settings there and what they make of it, predicted hours with all EXACT levers and it alone,
-    and how well founded these are."""
+    and how well founded these are.
+
+    ``low_end_hours``: at the low ends of modelled attention rates; None where the hours rest on none.
+    """
 
     rung: Rung
     settings: str
     config: Config
     hours: float
+    low_end_hours: float | None
     kind: Kind
 
 
@@ -90,16 +95,17 @@ def priced_rungs(name: str, overrides: Sequence[str], device: DeviceProfile, dev
     founded = climb(run_cost(exactly(base)), device, devices).rungs[-1].cumulative_kind
     found = []
     for rung in RUNGS:
-        if rung.rate == "attention_int8" and not device.int8_pays():
-            continue
         settings = rung.settings.format(**halves)
         try:
             config = load_config(Config, name, [*overrides, *undone(base), *settings.split()])
         except ConfigError:  # of a reward that the run does not have, or frames that it cannot
             continue
+        if rung.rate.startswith("attention_") and not device.pays(config.ode.attention):
+            continue
         # On top of all EXACT levers, so no better founded than the least founded of them.
         kind = max(founded, device.kinds.get(rung.rate, "assumed"), key=CERTAINTY.index)
-        found.append(PricedRung(rung, settings, config, hours(config, device, devices), kind))
+        spent, low_end = hours(config, device, devices), hours_at_low_end(config, device, devices)
+        found.append(PricedRung(rung, settings, config, spent, low_end, kind))
     return found
 
 

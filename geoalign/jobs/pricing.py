@@ -51,13 +51,21 @@ def plan_with_levers(config: Config) -> Plan:
     streams = config.optim.updates_per_rollout == 1 and learn.members is None
     plan = exact_plan(streams=streams, guidance=2 if config.flow.guidance > 1 else 1)
     plan = replace(plan, learned_steps=learn.window_steps, learned_members=learn.members)
-    return plan.with_int8(attention=config.ode.attention != "exact", linears=config.ode.linears != "exact")
+    return plan.after_window(attention=config.ode.attention, linears=config.ode.linears != "exact")
 
 
 def hours(config: Config, device: DeviceProfile, devices: int) -> float:
     """Predicted hours with all EXACT levers and what the configuration asks for besides, its audits too."""
     plan = plan_with_levers(config)
     return sum(run.hours(device, plan, devices) for run in _runs(config))
+
+
+def hours_at_low_end(config: Config, device: DeviceProfile, devices: int) -> float | None:
+    """:func:`hours` at the low ends of modelled attention rates; None where they rest on none."""
+    ranged = "attention" in device.ranges or (
+        f"attention_{config.ode.attention}" in device.ranges and device.pays(config.ode.attention)
+    )
+    return hours(config, device.at_low_end(), devices) if ranged else None
 
 
 def audit_cost(config: Config, device: DeviceProfile) -> tuple[int, float]:

@@ -11,7 +11,7 @@ import torch
 
 from geoalign.files.atomic import atomic_write_json
 from geoalign.perf.cost import Speedups, TransformerCost
-from geoalign.perf.devices import profile_of
+from geoalign.perf.devices import peak_flops, profile_of
 from geoalign.perf.phases import phase_work
 from geoalign.rl.subset import learned_positions
 from geoalign.training.telemetry import plan_of, walk_of
@@ -45,9 +45,10 @@ def expected_work(trainer: Trainer) -> dict[str, object]:
     profile = profile.with_core(core) if profile and core else profile
     sampler, frames = trainer.next_sampler(), config.learn.frames(iteration, config.data.num_frames)
     speedups = Speedups("fused", cached=config.levers.cache_phases, pruned=config.levers.prune_source)
-    plan = replace(plan_of(config), speedups=speedups).with_int8(
-        attention=fast is not None and fast.execution.probe is not None,
-        linears=fast is not None and config.ode.linears == "int8",
+    # An approximate network may have one of the two alone; without a probe its attention is exact.
+    plan = replace(plan_of(config), speedups=speedups).after_window(
+        attention=config.ode.attention if fast and fast.execution.probe else "exact",
+        linears=fast is not None and config.ode.linears != "exact",
     )
     rows, learn = trainer.rank_rows, config.learn
     work = phase_work(
@@ -59,6 +60,6 @@ def expected_work(trainer: Trainer) -> dict[str, object]:
     return {
         "device": name or "cpu",
         "core": core,
-        "peak_flops": profile.peak if profile else None,
+        "peak_flops": peak_flops(name),
         "phases": {phase: asdict(of) for phase, of in work.items()},
     }

@@ -42,7 +42,7 @@ class Plan:
         stream_backward: the backward starts from the rollout's graph; no learner forward (one update per rollout).
         replay_first: with it, a first window step that serves a group is replayed, so that no graph waits for rewards.
         hide_host: host code of the rewards off the critical path.
-        int8_attention, int8_linears: int8 scores and W8A8 products of frozen linears in steps after the window.
+        attention, int8_linears: mode of the attention and W8A8 products of frozen linears, in steps after the window.
         guidance: forwards per velocity (2 with classifier-free guidance), in rollout and learner.
         reference: whether a KL term needs one forward of a reference policy per learner pass.
         learned_steps: window steps, drawn at random, that are learned from; None: all.
@@ -57,20 +57,20 @@ class Plan:
     stream_backward: bool = False
     replay_first: bool = False
     hide_host: bool = False
-    int8_attention: bool = False
+    attention: str = "exact"
     int8_linears: bool = False
     guidance: int = 1
     reference: bool = False
     learned_steps: int | None = None
     learned_members: int | None = None
 
-    def with_int8(self, *, attention: bool, linears: bool) -> Plan:
-        """The same with 8-bit steps after the window."""
-        return replace(self, int8_attention=attention, int8_linears=linears)
+    def after_window(self, *, attention: str, linears: bool) -> Plan:
+        """The same with steps of that precision after the window."""
+        return replace(self, attention=attention, int8_linears=linears)
 
     def with_exact_steps(self) -> Plan:
         """The same without 8-bit steps: steps before the window and audits are exact in every plan."""
-        return self.with_int8(attention=False, linears=False)
+        return self.after_window(attention="exact", linears=False)
 
 
 @dataclass(frozen=True, slots=True)
@@ -208,8 +208,8 @@ class RunCost:
     def outside(self, device: DeviceProfile, plan: Plan) -> float:
         """Predicted seconds of one deterministic forward, without gradients, as ``plan`` runs it after the window."""
         speedups = replace(plan.speedups, int8_linear=plan.int8_linears)
-        int8 = plan.int8_attention and device.int8_pays()
-        return self.transformer.forward(device, speedups, int8_attention=int8, no_gradient=True).total
+        mode = plan.attention if device.pays(plan.attention) else "exact"
+        return self.transformer.forward(device, speedups, attention=mode, no_gradient=True).total
 
     def audit_seconds(self, device: DeviceProfile, plan: Plan) -> float:
         """Predicted wall seconds of all audits: the device that holds the group works while all others wait.

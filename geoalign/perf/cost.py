@@ -187,20 +187,20 @@ class TransformerCost:
         return self.layers * units[kernels] * self.stream_bytes
 
     def forward(
-        self, device: DeviceProfile, speedups: Speedups, *, int8_attention: bool = False, no_gradient: bool = False
+        self, device: DeviceProfile, speedups: Speedups, *, attention: str = "exact", no_gradient: bool = False
     ) -> Seconds:
         """Predicted seconds of one forward of one sample.
 
         Args:
             device, speedups: where and how.
-            int8_attention: int8 scores.
+            attention: mode of the self-attention, one that the device has.
             no_gradient: a step outside the window, whose fused feed-forward has its GELU in the product's epilogue.
         """
         part = self.block_flops()
         frozen = part["cross_linear"] + part["ffn"]
         trained = part["qkvo"] + (0.0 if speedups.cached else part["camera_phases"])
-        attention_rate = device.attention_int8 if int8_attention else device.attention
-        attention = self.layers * part["self_attention"] / attention_rate
+        rate = device.rate_of(attention)
+        assert rate is not None, f"{attention} attention does not exist on {device.name}"
         cross = self.layers * part["cross_attention"] / device.attention
         linear = self.layers * (
             trained / device.matmul + frozen / (device.matmul_int8 if speedups.int8_linear else device.matmul)
@@ -210,7 +210,7 @@ class TransformerCost:
         kept = 1.0 - self._unused_share if speedups.pruned else 1.0
         linear_kept = 1.0 - 0.8 * self._unused_share if speedups.pruned else 1.0
         return Seconds(
-            attention=attention * kept,
+            attention=self.layers * part["self_attention"] / rate * kept,
             matmul=linear * linear_kept + cross * kept,
             elementwise=elementwise * linear_kept,
             adapter=0.0 if speedups.cached else self.adapter_flops() / device.convolution,

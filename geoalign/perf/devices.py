@@ -9,6 +9,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import math
+import re
 import statistics
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
@@ -26,12 +27,21 @@ _TOKENS = 65_520
 """Length at which a measured attention replaces a rate."""
 
 
+class Expected(NamedTuple):
+    """FLOP/s that a kernel of ours is expected at, and the ends of the range around it."""
+
+    rate: float
+    low: float
+    high: float
+
+
 class CoreRate(NamedTuple):
     """FLOP/s of an exact attention core at head dimension 128, long sequences, not causal."""
 
     forward: float
     backward: float
     kind: Kind
+    expected: Expected | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,6 +59,7 @@ class DeviceProfile:
         reward: transformers of the reward models.
         bandwidth: streaming, bytes per second.
         kinds: where each rate comes from.
+        ranges: rate -> its range, where it is modelled from a kernel of ours.
     """
 
     name: str
@@ -65,6 +76,7 @@ class DeviceProfile:
     reward: float
     bandwidth: float
     kinds: Mapping[str, Kind] = field(default_factory=dict)
+    ranges: Mapping[str, Expected] = field(default_factory=dict)
 
     def with_core(self, core: str) -> Self:
         """The same card with another exact attention core; ``reference`` and unknown cores keep the rates they had."""
@@ -72,14 +84,19 @@ class DeviceProfile:
         if rate is None:
             return self
         kinds = {**self.kinds, "attention": rate.kind, "attention_backward": rate.kind}
-        return replace(self, core=core, attention=rate.forward, attention_backward=rate.backward, kinds=kinds)
+        ranges = {name: expected for name, expected in self.ranges.items() if name != "attention"}
+        ranges |= {"attention": rate.expected} if rate.expected else {}
+        return replace(
+            self, core=core, attention=rate.forward, attention_backward=rate.backward, kinds=kinds, ranges=ranges
+        )
 
     def measured(self, rows: Iterable[Mapping[str, Any]]) -> Self:
         """The same card with what the rows of a result file measured, core by core.
 
-        Raises ValueError for a rate that is none; rows of another form raise whatever Python does.
+        Quantised rates are taken with a measured core only: beside a published one they would be compared with another
+        machine. Raises ValueError for a rate that is none; rows of another form raise whatever Python does.
         """
-        timed = [row for row in rows if row.get("t_ms_median") and row.get("status", "ok") == "ok"]
+        timed = _timed(rows)
         found: dict[str, float] = {}
 
         def median(name: str, values: list[float]) -> None:
@@ -97,25 +114,70 @@ class DeviceProfile:
             ("attention", self.core, "fwd"), ("attention_backward", self.core, "bwd"),
             ("attention_int8", "int8", "fwd"), ("attention_int8_fp8", "int8_fp8", "fwd"),
         ):  # fmt: skip
-            rates = [row["tflops"] * _TERA for row in timed if row["name"] == "attention" and row["impl"] == impl
-                     and row["direction"] == direction and row["shape"][0] == _TOKENS]  # fmt: skip
-            median(name, rates)
+            if impl == self.core or "attention" in found:
+                median(name, [row["tflops"] * _TERA for row in _attention(timed, impl, direction)])
         here: Kind = "measured here"
         kinds = {**self.kinds, **dict.fromkeys(found, here)}
-        return replace(self, kinds=kinds, **found)
+        ranges = {name: expected for name, expected in self.ranges.items() if name not in found}
+        return replace(self, kinds=kinds, ranges=ranges, **found)
 
-    def int8_pays(self) -> bool:
-        """Whether int8 attention is expected to beat the exact core by enough."""
-        return self.attention_int8 >= INT8_WORTH * self.attention
+    def rate_of(self, mode: str) -> float | None:
+        """FLOP/s of an attention mode, ``exact`` or a quantised one; None where the mode does not exist."""
+        return self.attention if mode == "exact" else getattr(self, f"attention_{mode}")
+
+    def low_of(self, mode: str) -> float | None:
+        """The low end of :meth:`rate_of`: the rate itself where it has no range."""
+        name = "attention" if mode == "exact" else f"attention_{mode}"
+        return self.ranges[name].low if name in self.ranges else self.rate_of(mode)
+
+    def at_low_end(self) -> Self:
+        """The same card with every rate at the low end of its range."""
+        return replace(self, ranges={}, **{name: expected.low for name, expected in self.ranges.items()})
+
+    def pays(self, mode: str) -> bool:
+        """Whether a quantised attention beats the exact core by enough at the low end of its rate."""
+        low = self.low_of(mode)
+        return low is not None and low >= INT8_WORTH * self.attention
+
+    def gain(self, mode: str) -> str:
+        """What :meth:`pays` goes by, in words."""
+        rate, low = self.rate_of(mode), self.low_of(mode)
+        if rate is None or low is None:
+            return f"it does not exist on {self.name}"
+        told = f"{rate / self.attention:.2f} times the rate of {self.core}"
+        return told if low == rate else f"{told} expected, {low / self.attention:.2f} at the low end"
+
+
+def cores_measured(rows: Iterable[Mapping[str, Any]], target: int) -> list[str]:
+    """Exact cores whose forward the rows of a result file timed; those with their backward alone, if there are any.
+
+    Rows of another form raise whatever Python does.
+    """
+    timed, known = _timed(rows), core_rates(target)
+    forwards = {row["impl"] for row in _attention(timed, None, "fwd")}
+    # Only exact cores have a backward: quantised modes and other people's kernels are timed forward.
+    both = forwards & {row["impl"] for row in _attention(timed, None, "bwd")}
+    return sorted(both or forwards & known.keys())
+
+
+def _timed(rows: Iterable[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
+    return [row for row in rows if row.get("t_ms_median") and row.get("status", "ok") == "ok"]
+
+
+def _attention(timed: Iterable[Mapping[str, Any]], impl: str | None, direction: str) -> list[Mapping[str, Any]]:
+    """Self-attention rows of all tokens, of one implementation or of any."""
+    return [row for row in timed if row["name"] == "attention" and impl in (None, row["impl"])
+            and row["direction"] == direction and row["shape"][0] == _TOKENS]  # fmt: skip
 
 
 @cache
-def own_rate(label: str, target: int) -> float:
+def own_rate(label: str, target: int) -> Expected:
     """Expected FLOP/s of our attention kernel ``label``, from the static table; compiles and imports nothing."""
     spec = importlib.util.find_spec("geoalign_kernels")
     assert spec is not None and spec.origin is not None
     table = json.loads(Path(spec.origin).with_name("static").joinpath("expectations.json").read_text())
-    return float(table["rows"][f"attention.attention / {label} / sm_{target}"]["expected_tflops"]) * _TERA
+    row = table["rows"][f"attention.attention / {label} / sm_{target}"]
+    return Expected(*(row[f"{end}_tflops"] * _TERA for end in ("expected", "low", "high")))
 
 
 @cache
@@ -128,7 +190,8 @@ def core_rates(target: int) -> dict[str, CoreRate]:
     flash2 = CoreRate(188 * _TERA, 165 * _TERA, "published") if target == 80 else CoreRate(
         370 * _TERA, 322 * _TERA, "published"
     )  # fmt: skip
-    own = CoreRate(own_rate("exact bf16", target), flash2.backward, "modelled")  # its backward is the flash one
+    exact = own_rate("exact bf16", target)
+    own = CoreRate(exact.rate, flash2.backward, "modelled", exact)  # its backward is the flash one
     found = {"flash2": flash2, "sdpa_flash": flash2, "triton": own}
     if target == 90:
         found |= {
@@ -140,7 +203,9 @@ def core_rates(target: int) -> dict[str, CoreRate]:
 
 def _profile(name: str, target: int, core: str, **rates: float) -> DeviceProfile:
     exact = core_rates(target)[core]
-    fp8 = own_rate("int8 scores, fp8 values", 90) if target == 90 else None
+    own = {"attention_int8": own_rate("int8 scores, bf16 values", target)}
+    if target == 90:
+        own["attention_int8_fp8"] = own_rate("int8 scores, fp8 values", 90)
     kinds: dict[str, Kind] = {
         "attention": exact.kind, "attention_backward": exact.kind, "attention_int8": "modelled",
         "attention_int8_fp8": "modelled", "bandwidth": "modelled", "matmul": "assumed", "matmul_int8": "assumed",
@@ -148,7 +213,9 @@ def _profile(name: str, target: int, core: str, **rates: float) -> DeviceProfile
     }  # fmt: skip
     return DeviceProfile(
         name, target, core, attention=exact.forward, attention_backward=exact.backward,
-        attention_int8=own_rate("int8 scores, bf16 values", target), attention_int8_fp8=fp8, kinds=kinds, **rates,
+        attention_int8=own["attention_int8"].rate,
+        attention_int8_fp8=own["attention_int8_fp8"].rate if target == 90 else None,
+        kinds=kinds, ranges=own, **rates,
     )  # fmt: skip
 
 
@@ -166,19 +233,30 @@ DEVICES: dict[str, DeviceProfile] = {
 }
 
 
+_NAMES = (
+    (re.compile(r"A[18]00-SXM4?-80GB"), "a800"),
+    (re.compile(r"H[18]00(?: 80GB HBM3)?"), "h100"),
+    (re.compile(r"H200"), "h200"),
+)
+"""Whole names of the boards that are meant: others of the family have other clocks, memory or power."""
+_PEAKS = ((re.compile(r"A[18]00\b"), 312 * _TERA), (re.compile(r"GH200\b"), 989 * _TERA))
+"""Beginnings of the names of further boards, and their peaks."""
+
+
 def profile_of(name: str) -> DeviceProfile | None:
     """Profile of a CUDA device by the name its driver gives; None for devices that no profile covers.
 
-    Hopper boards other than SXM ("PCIe", "NVL") have other clocks and memory.
+    So for boards with other clocks or memory ("PCIe", "NVL", "40GB", "GH200") and slices of a card ("MIG").
     """
-    families = {"A100": "a800", "A800": "a800", "H100": "h100", "H800": "h100", "H200": "h200"}
-    known = next((profile for part, profile in families.items() if part in name), None)
-    if known is None or (known != "a800" and any(board in name for board in ("PCIe", "NVL"))):
-        return None
-    return DEVICES[known]
+    board = name.removeprefix("NVIDIA ")
+    return next((DEVICES[known] for pattern, known in _NAMES if pattern.fullmatch(board)), None)
 
 
 def peak_flops(name: str) -> float | None:
-    """Dense bf16 peak of a CUDA device by the name its driver gives; None for devices that no profile covers."""
+    """Dense bf16 peak of a CUDA device by the name its driver gives; None for devices whose peak is not known here."""
     known = profile_of(name)
-    return None if known is None else known.peak
+    if known is not None:
+        return known.peak
+    if "MIG" in name:
+        return None
+    return next((peak for pattern, peak in _PEAKS if pattern.match(name.removeprefix("NVIDIA "))), None)

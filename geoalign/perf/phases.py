@@ -45,8 +45,9 @@ def phase_work(
         traffic = cost.traffic_bytes(speedups.kernels, no_gradient=outside)
         if device is None:
             return PhaseWork(number * flops, number * traffic, None)
+        mode = plan.attention if outside else "exact"
         kernels = replace(speedups, int8_linear=outside and plan.int8_linears)
-        seconds = cost.forward(device, kernels, int8_attention=outside and plan.int8_attention, no_gradient=outside)
+        seconds = cost.forward(device, kernels, attention=mode, no_gradient=outside)
         return PhaseWork(
             number * flops, number * traffic, number * (seconds.total - (seconds.attention if kept else 0.0))
         )

@@ -38,12 +38,12 @@ class Choice:
 
     Attributes:
         core: exact attention core.
-        int8: whether ``ode.attention`` is used as configured.
+        quantised: whether ``ode.attention`` is used as configured, where it is not exact.
         why: a line for the log.
     """
 
     core: str
-    int8: bool
+    quantised: bool
     why: str
 
 
@@ -71,21 +71,21 @@ def choose(
         reason = cores.why_not(core, device, dtype) or (cores.why_not_repeatable(core) if run.deterministic else "")
         if reason:
             raise ConfigError(f"run.attention={core}: {reason}; use run.attention=auto")
-    return Choice(core, *_predicted_int8(config, device, core))
+    return Choice(core, *_predicted(config, device, core))
 
 
-def _predicted_int8(config: Config, device: torch.device, core: str) -> tuple[bool, str]:
+def _predicted(config: Config, device: torch.device, core: str) -> tuple[bool, str]:
     """By the cost model, on cards that it knows; elsewhere the configuration is followed."""
     profile = profile_of(torch.cuda.get_device_name(device)) if device.type == "cuda" else None
-    if config.ode.attention == "exact" or profile is None:
+    mode = config.ode.attention
+    # A mode that the card does not have is refused where the network for it is made.
+    if mode == "exact" or profile is None or profile.rate_of(mode) is None:
         return True, f"attention core {core}"
     profile = profile.with_core(core)
-    if profile.int8_pays():
-        return True, f"attention core {core}"
-    return False, (
-        f"attention core {core}; ode.attention={config.ode.attention} is not used: it is predicted at "
-        f"{profile.attention_int8 / profile.attention:.2f} times that core's rate, below {INT8_WORTH} "
-        "(run.attention=measured settles it by a measurement)"
+    used = profile.pays(mode)
+    told = f"attention core {core}; ode.attention={mode} is {'used' if used else 'not used'}: {profile.gain(mode)}"
+    return used, told if used else (
+        f"{told} (predicted), {INT8_WORTH} wanted (run.attention=measured settles it by a measurement)"
     )
 
 

@@ -27,12 +27,16 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True, slots=True)
 class Parts:
-    """A policy on its device, the engine that trains it, the reference of a KL term (None without one)."""
+    """A policy on its device, the engine that trains it, the reference of a KL term (None without one).
+
+    ``quantised``: whether 8-bit attention is used where ``ode`` asks for it.
+    """
 
     policy: RetakePolicy
     engine: Engine
     device: torch.device
     reference: ReferencePolicy | None
+    quantised: bool
 
 
 def ready(config: Config, policy: RetakePolicy, ranks: Ranks) -> Parts:
@@ -58,12 +62,12 @@ def ready(config: Config, policy: RetakePolicy, ranks: Ranks) -> Parts:
     engine = build_engine(config, model, trained, ranks, dtype)
     if config.parallel.engine != "fsdp":  # which casts where it gathers
         model.to(dtype)
-    twin = twin_of(config, model, choice.int8)
+    twin = twin_of(config, model, choice.quantised)
     policy = replace(
         policy, codec=policy.codec.to(device), guidance=config.flow.guidance, fast=twin, reuse=config.ode.reuse
     )
     reference = ReferencePolicy(engine.trained) if config.objective.kl_weight > 0 else None
-    return Parts(policy, engine, device, reference)
+    return Parts(policy, engine, device, reference, choice.quantised)
 
 
 def configure(execution: Execution, config: Config, dtype: torch.dtype, ranks: Ranks, core: str) -> None:
@@ -79,9 +83,9 @@ def configure(execution: Execution, config: Config, dtype: torch.dtype, ranks: R
         allow_graphs()
 
 
-def twin_of(config: Config, model: RetakeDiT, int8: bool = True) -> RetakeDiT | None:
-    """The network of steps after the window, where ``ode`` asks for another; ``int8``: whether 8-bit attention pays."""
-    kind = config.ode.attention if int8 else "exact"
+def twin_of(config: Config, model: RetakeDiT, quantised: bool = True) -> RetakeDiT | None:
+    """The network of steps after the window, where ``ode`` asks for another; ``quantised``: with 8-bit attention."""
+    kind = config.ode.attention if quantised else "exact"
     if kind == "exact" and config.ode.linears == "exact":
         return None
     device = next(model.parameters()).device

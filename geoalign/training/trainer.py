@@ -32,6 +32,7 @@ from geoalign.rl.window import WindowSchedule
 from geoalign.training.checkpoint import TrainState
 from geoalign.training.engines.optim import set_learning_rate
 from geoalign.training.film import TrainingFilm
+from geoalign.training.kept_choice import keep_choice, noted
 from geoalign.training.learner import Learner
 from geoalign.training.modes import agree_on_modes, refresh_modes, restore_modes
 from geoalign.training.processes.ranks import LocalRanks, RankRows, Ranks, gather_scores
@@ -41,13 +42,10 @@ from geoalign.training.tail import EXACT, Auditor, Tail, agree_on_drift, keep_ex
 from geoalign.training.telemetry import WorkMeter
 from geoalign.types import RetakeBatch
 from geoalign_kernels import philox_uniform, streams
-from geoalign_kernels.ops.attention.cores import why_not
 
 logger = logging.getLogger(__name__)
 SKIPPED = "skipped_iterations"
 """Key of the notes: iterations in a row, up to now, in which every update was skipped."""
-CORE = "attention_core"
-"""Key of the notes: the exact attention core."""
 
 
 class ConditionSource(Protocol):
@@ -121,7 +119,7 @@ class Trainer:
         self.iteration = 0
         self.film_wanted = False  # of the next step; a rank that scores nothing makes none
         self.film: TrainingFilm | None = None
-        self.notes: dict[str, Any] = {CORE: self.policy.model.execution.core}
+        self.notes: dict[str, Any] = noted(config, self.policy.model.execution.core, parts.quantised)
 
     def step(self) -> dict[str, float]:
         """One iteration; returns its metrics.
@@ -134,7 +132,7 @@ class Trainer:
         window, began = self.schedule(self.iteration), time.process_time()
         frames = config.learn.frames(self.iteration, config.data.num_frames)
         refresh_modes(self.policy.fast, config, frames, self.notes)
-        exact, sampler = EXACT in self.notes, self._sampler(window, frames)
+        exact, sampler = EXACT in self.notes, self.sampler(window, frames)
         audited = self.auditor.due(self.iteration, self.notes, measures=sampler.drift is not None)
         with self.clock.active():
             with phase("data"):
@@ -186,7 +184,7 @@ class Trainer:
         height, width = batch.source.video.shape[-2:]
         return batch.first_frames(frames, self.policy.codec.latent_shape(frames, height, width)[1])
 
-    def _sampler(self, window: StepWindow, frames: int) -> FlowSampler:
+    def sampler(self, window: StepWindow, frames: int) -> FlowSampler:
         """The sampler of one iteration on videos of ``frames``.
 
         With several updates per rollout, forwards run in batches of at most one update's members: rollout and learner
@@ -212,7 +210,7 @@ class Trainer:
     def next_sampler(self) -> FlowSampler:
         """The sampler of the next step."""
         frames = self.config.learn.frames(self.iteration, self.config.data.num_frames)
-        return self._sampler(self.schedule(self.iteration), frames)
+        return self.sampler(self.schedule(self.iteration), frames)
 
     def _stream(self, sampler: FlowSampler, positions: Sequence[int]) -> StreamingBackward | None:
         if self.config.levers.streaming == "off":
@@ -309,26 +307,11 @@ class Trainer:
     def load(self, state: TrainState) -> None:
         """Continue from a checkpoint; raises CheckpointError if it does not fit."""
         self.engine.restore(state.snapshot)
-        self.iteration, chosen = state.iteration, self.notes[CORE]
-        self.notes = {CORE: chosen, **state.notes}
-        self._keep_core(self.notes[CORE], chosen)
+        self.iteration = state.iteration
+        self.policy = keep_choice(self.policy, self.config, self.device, self.notes, state.notes)
         if keep_exact(self.config, self.notes):
             self.policy = self.policy.exact()
         restore_modes(self.policy.fast, self.notes)
-
-    def _keep_core(self, before: str, chosen: str) -> None:
-        """Go on with the attention core of the checkpoint, where it was found by a measurement and runs here."""
-        if before == chosen or self.config.run.attention != "measured":
-            self.notes[CORE] = chosen
-            return
-        model = self.policy.model
-        reason = why_not(before, self.device, model.execution.dtype or self.policy.dtype)
-        if reason:
-            logger.warning("attention core %s of the checkpoint cannot run here (%s): %s", before, reason, chosen)
-            self.notes[CORE] = chosen
-            return
-        for network in filter(None, (model, self.policy.fast)):
-            network.execution.core = before
 
     def _shuffled(self, values: Tensor) -> Tensor:
         """Permute advantages inside each group by counter-based draws (control experiment)."""

@@ -200,7 +200,7 @@ def predicted_ms(config: Config, layers: int, setting: str, profile: DeviceProfi
     plan, window = plan_of(config), config.window
     speedups = Speedups() if setting == "off" else Speedups(kernels="fused", cached=True, pruned=True)
     walk = Walk(window.start, window.size, config.flow.steps - window.start - window.size)
-    plan = replace(plan, speedups=speedups, int8_attention=setting == "int8")
+    plan = replace(plan, speedups=speedups, attention="int8" if setting == "int8" else "exact")
     found = phase_work(work, plan, walk, 1, config.groups.size, 1, profile)
     return {name: 1e3 * phase.seconds for name, phase in found.items() if phase.seconds is not None}
 

@@ -192,16 +192,20 @@ def installed(module: str) -> bool:
 
 
 def clocks(device: torch.device) -> dict[str, str]:
-    """SM and memory clock, temperature and power now; empty without nvidia-smi."""
+    """SM and memory clock, temperature and power of ``device`` now; empty without nvidia-smi.
+
+    The card is named by its UUID: nvidia-smi counts all cards, also those that CUDA_VISIBLE_DEVICES hides.
+    """
     fields = ("clocks.sm", "clocks.mem", "temperature.gpu", "power.draw", "driver_version")
     if device.type != "cuda":
         return {}
     try:
+        card = "GPU-" + str(torch.cuda.get_device_properties(device).uuid).removeprefix("GPU-")
         text = subprocess.run(
-            ["nvidia-smi", f"--query-gpu={','.join(fields)}", "--format=csv,noheader", f"--id={device.index or 0}"],
+            ["nvidia-smi", f"--query-gpu={','.join(fields)}", "--format=csv,noheader", f"--id={card}"],
             capture_output=True, text=True, timeout=20, check=True,
         ).stdout  # fmt: skip
-    except (OSError, subprocess.SubprocessError):
+    except (AttributeError, OSError, subprocess.SubprocessError):  # a torch that knows no UUID
         return {}
     return dict(zip(fields, (part.strip() for part in text.split(",")), strict=False))
 

@@ -13,7 +13,7 @@ from record import between, write_page
 from geoalign.benchmark.forecast import BYTES_PER_PIXEL
 from geoalign.config.load import load_config
 from geoalign.config.schema import Config
-from geoalign.jobs.ladder import RUNGS, priced_rungs
+from geoalign.jobs.ladder import RUNGS, PricedRung, priced_rungs
 from geoalign.jobs.pricing import run_cost
 from geoalign.perf.budget import LEVERS, climb
 from geoalign.perf.cost import Speedups, TransformerCost
@@ -47,7 +47,7 @@ def run_table() -> list[str]:
     }
     for rung in RUNGS:
         found = [rungs[card].get(rung.name) for card in CARDS]
-        cells = ["not used" if priced is None else f"{priced.hours:.1f} ({priced.kind})" for priced in found]
+        cells = ["not used" if priced is None else f"{_hours(priced)} ({priced.kind})" for priced in found]
         lines.append([f"all EXACT, and {rung.name}", "CHANGES", *cells])
     return [f"| {' | '.join(cells)} |" for cells in lines]
 
@@ -68,6 +68,12 @@ def sampling_table() -> list[str]:
 
 
 TABLES = {RUN: run_table, SAMPLING: sampling_table}
+
+
+def _hours(priced: PricedRung) -> str:
+    """Hours, and those at the low ends of modelled rates where they rest on any."""
+    low = priced.low_end_hours
+    return f"{priced.hours:.1f}" if low is None else f"{priced.hours:.1f} to {low:.1f}"
 
 
 def page(text: str) -> str:

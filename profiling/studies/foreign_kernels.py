@@ -124,19 +124,23 @@ def _module(path: Path) -> Any:
 
 
 def table(ours: dict[str, Any], foreign: list[dict[str, Any]]) -> list[str]:
-    """Markdown lines: our attention kernels, those of others, cycles of an iteration, bound, expectation, published."""
-    header = ["kernel", "target", "tensor", "shared", "issue", "exp", "bound", "expected", "published"]
+    """Markdown lines: our attention kernels, those of others, cycles of an iteration, bound, expectation, published.
+
+    Only ours have a range: its ends are what the others were published at.
+    """
+    header = ["kernel", "target", "tensor", "shared", "issue", "exp", "bound", "expected", "range", "published"]
     lines = [f"| {' | '.join(cells)} |" for cells in (header, ["---"] * len(header))]
     for key, row in ours["rows"].items():
         if key.startswith("attention.attention / "):
             _, label, target = key.split(" / ")
-            lines.append(f"| {' | '.join([label, target, *(str(row[c]) for c in COLUMNS), '-'])} |")
+            ends = f"{row['low_tflops']} to {row['high_tflops']}"
+            lines.append(f"| {' | '.join([label, target, *(str(row[c]) for c in COLUMNS), ends, '-'])} |")
     for row in foreign:
         rate, where = PUBLISHED.get((row["kernel"], int(row["target"][3:])), (None, ""))
         told = f"{rate} ({where})" if rate else "-"
-        lines.append(f"| {' | '.join([row['kernel'], row['target'], *(str(row[c]) for c in COLUMNS), told])} |")
+        lines.append(f"| {' | '.join([row['kernel'], row['target'], *(str(row[c]) for c in COLUMNS), '-', told])} |")
     for name, target, rate, where in OTHERS:
-        lines.append(f"| {' | '.join([name, f'sm_{target}', *['-'] * len(COLUMNS), f'{rate} ({where})'])} |")
+        lines.append(f"| {' | '.join([name, f'sm_{target}', *['-'] * (len(COLUMNS) + 1), f'{rate} ({where})'])} |")
     return lines
 
 

@@ -48,6 +48,10 @@ def test_softmax_before_the_wait_is_hidden_behind_the_product(wait_first: bool) 
     assert found.tensor == 2 * 8 * 64 * 64 * 16 / 2048
     assert found.hidden == (0 if wait_first else 200)
     assert found.modelled == max(found.bound, found.tensor + found.issue - found.hidden)
+    # No published kernel has calibrated that credit: the low end does without it.
+    row, full = columns(listing(*body), 90, 8, 1e6), 132 * 1.755e9 * 1e6 / 1e12
+    assert row["low_tflops"] == round(0.75 * full / (found.tensor + found.issue))
+    assert row["high_tflops"] == round(0.97 * full / found.modelled) >= row["expected_tflops"]
     # both operands of each product come from shared memory
     assert found.shared == 2 * 8 * (64 * 16 + 64 * 16) * 2 / 128
 
@@ -73,7 +77,8 @@ def test_the_table_holds_what_the_cost_model_reads() -> None:
     attention = {key: row for key, row in rows.items() if key.startswith("attention.attention")}
     assert len(attention) == 5
     for key, row in attention.items():
-        assert 0 < row["expected_tflops"] < row["bound_tflops"] and row["tensor_cycles"] and row["exp_cycles"], key
+        assert 0 < row["low_tflops"] < row["expected_tflops"] < row["high_tflops"] < row["bound_tflops"], key
+        assert row["tensor_cycles"] and row["exp_cycles"], key
         assert not key.endswith("sm_80") or row["shared_cycles"] <= row["tensor_cycles"], key
     streaming = [row for key, row in rows.items() if "norm" in key.partition(" ")[0]]
     assert streaming and all(row["issue_cycles"] < row["memory_cycles"] for row in streaming)

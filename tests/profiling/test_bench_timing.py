@@ -137,3 +137,29 @@ def test_operands_exceed_the_cache_and_poison_reaches_what_is_not_written(monkey
     written, through = bench_timing.on_poison(forgetful, [given])
     assert written[:3].tolist() == [1.0] * 3 and written[3].isnan() and torch.equal(through, torch.ones(3))
     assert bench_timing.errors([written], [torch.ones(4)])["rel_l2"] == float("inf")
+
+
+@pytest.mark.usefixtures("profiling")
+def test_clocks_are_those_of_the_card_in_use(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The first visible card may be the machine's third: nvidia-smi does not read CUDA_VISIBLE_DEVICES."""
+    import bench_timing
+    import torch
+
+    asked: list[str] = []
+
+    def run(command: list[str], **_: Any) -> Any:
+        asked.extend(command)
+        return type("Done", (), {"stdout": "1980 MHz, 3201 MHz, 41, 120.5 W, 570.1\n"})
+
+    monkeypatch.setattr(bench_timing.subprocess, "run", run)
+    cards = {"cuda:0": "a-third", "cuda:1": "a-first"}
+    monkeypatch.setattr(
+        torch.cuda, "get_device_properties", lambda device: type("Properties", (), {"uuid": cards[str(device)]})
+    )
+    found = bench_timing.clocks(torch.device("cuda", 0))
+    assert found["clocks.sm"] == "1980 MHz" and found["driver_version"] == "570.1"
+    assert asked[-1] == "--id=GPU-a-third"
+    cards["cuda:1"] = "GPU-a-first"
+    assert bench_timing.clocks(torch.device("cuda", 1)) and asked[-1] == "--id=GPU-a-first"
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: object())
+    assert bench_timing.clocks(torch.device("cuda", 0)) == {}

@@ -15,8 +15,9 @@ from typing import Any
 import pytest
 import torch
 from profiling_runs import ROOT, script
-from training_cases import Brightness, Conditions, lively_policy, smoke
+from training_cases import Brightness, Conditions, lively_policy, smoke, trainer_of
 
+from geoalign.jobs import train_profile
 from geoalign.jobs.train_profile import profiled
 from geoalign.training.trainer import Trainer
 from geoalign.types import Encodings, RetakeBatch
@@ -90,7 +91,11 @@ def test_an_nsys_export_gives_launches_gaps_and_mfu_per_span(tmp_path: Path) -> 
     # 10 + 20 + 10 ms of kernels and 1 ms of copy; idle from 15 to 20 and from 50 to 60
     assert window["busy_s"] == pytest.approx(0.041) and window["gaps_s"] == pytest.approx(0.015)
     assert window["launches"] == 4 and window["calls"] == 1 and window["wall_s"] == pytest.approx(0.1)
-    assert window["mfu"] == pytest.approx(20.5e12 / 0.041 / 1e15)
+    # An export has no shapes, so MFU is that of the expected FLOPs, and says so; it has the bytes of copies.
+    assert window["tflop"] is None and window["predicted_tflop"] == 20.5
+    assert window["mfu"] is None and window["mfu_predicted"] == pytest.approx(20.5e12 / 0.041 / 1e15)
+    assert window["copied_gb"] == 4096e-9 and inner["copied_gb"] == 0 and window["predicted_gb"] == 3.0
+    assert "| (50 %) | 4.1e-06 | 3 |" in done.stdout
     # launched inside, one of them by another thread, although they ran after the span had ended on its own thread
     assert inner["busy_s"] == pytest.approx(0.030) and inner["launches"] == 2
     assert inner["top"][0] == ["gemm", pytest.approx(20_000.0)]
@@ -146,7 +151,73 @@ def test_a_trace_of_a_real_iteration_on_this_cpu(tmp_path: Path, trace: ModuleTy
         assert row["tflop"] - two[name]["tflop"] == pytest.approx(block, rel=0.003), name
     assert three["update/backward"]["tflop"] > three["update/forward"]["tflop"]
     done = script("profiling/trace.py", str(path))
-    assert done.returncode == 0 and "rollout/window" in done.stdout and "nothing was predicted" in done.stdout
+    assert done.returncode == 0 and "rollout/window" in done.stdout
+    # No card, so no seconds are expected; FLOPs are, and stand beside the traced ones.
+    assert "TFLOP" in done.stdout.partition("Furthest from the prediction")[2]
+
+
+def test_traced_flops_stand_beside_the_expected_ones(trace: ModuleType) -> None:
+    """A phase that does twice the work in the expected time is found by its FLOPs alone."""
+    spans = [trace.Span("rollout/window", 0, 2e6, 1), trace.Span("rollout/tail", 3e6, 4e6, 1)]
+    kernels = [trace.Kernel("gemm", 0, 1e6, 0, 1, flops=2e12), trace.Kernel("Memset", 3e6, 4e6, 3e6, 1, copied=5e8)]
+    phases = {"rollout/window": {"flops": 1e12, "bytes": 3e9, "seconds": 1.0}, "rollout/tail": {"flops": 1e12}}
+    work = {"peak_flops": 8e12, "phases": phases}
+    window, tail = found = trace.rows(trace.tree(spans, kernels), work)
+    assert (window["tflop"], window["predicted_tflop"], window["mfu"]) == (2.0, 1.0, 0.25)
+    assert (tail["tflop"], tail["mfu"], tail["mfu_predicted"], tail["copied_gb"]) == (None, None, 0.125, 0.5)
+    assert trace.disagreements(found) == [
+        ("rollout/window", 2.0, 1.0, "TFLOP"), ("rollout/window", 1.0, 1.0, "s"),
+    ]  # fmt: skip
+    assert "- rollout/window: 2.00 of the predicted 1 TFLOP" in trace.markdown(found, work)
+
+
+def test_a_trace_knows_the_bytes_of_copies(trace: ModuleType) -> None:
+    events = [
+        {"ph": "X", "cat": "user_annotation", "name": "reward", "ts": 0, "dur": 90, "tid": 1},
+        {"ph": "X", "cat": "cuda_runtime", "name": "cudaMemcpyAsync", "ts": 1, "dur": 1, "tid": 1,
+         "args": {"correlation": 5}},
+        {"ph": "X", "cat": "gpu_memcpy", "name": "Memcpy HtoD", "ts": 3, "dur": 4, "tid": 7,
+         "args": {"correlation": 5, "bytes": 4096}},
+        {"ph": "X", "cat": "kernel", "name": "k", "ts": 99, "dur": 4, "tid": 7, "args": {"correlation": 6, "bytes": 1}},
+    ]  # fmt: skip
+    (row, outside) = trace.rows(trace.tree(*trace.from_torch(events)), {})
+    assert row["copied_gb"] == 4096e-9 and outside["copied_gb"] == 0.0
+
+
+def test_the_expected_work_is_that_of_the_iteration(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Short videos, learned steps and reused ones count, and 8-bit attention where it runs, not where a twin exists."""
+    asked: list[dict[str, Any]] = []
+
+    def spy(cost: Any, plan: Any, walk: Any, *sizes: Any) -> dict[str, Any]:
+        asked.append({"tokens": cost.tokens, "mode": plan.attention, "linears": plan.int8_linears,
+                      "tail": walk.tail, "positions": sizes[-1]})  # fmt: skip
+        return {}
+
+    monkeypatch.setattr(train_profile, "phase_work", spy)
+    changes: dict[str, Any] = {
+        "advantage": {"weights": {}}, "learn": {"window_steps": 1},
+        "ode": {"attention": "int8", "reuse": "velocity", "reuse_share": 0.5},
+    }  # fmt: skip
+    trainer = trainer_of(smoke(**changes), rewards={"b": Brightness()})
+    train_profile.expected_work(trainer)
+    trainer.step()
+    train_profile.expected_work(trainer)
+    first, second = asked
+    assert first["mode"] == second["mode"] == "int8" and len(first["positions"]) == len(second["positions"]) == 1
+    left = [trainer.config.flow.steps - trainer.schedule(iteration).stop for iteration in (0, 1)]
+    reused = trainer.config.ode.evaluated(left[1])
+    assert (first["tail"], second["tail"]) == (left[0], reused) and reused < left[1]  # the first measures the drift
+    assert trainer.policy.fast is not None
+    trainer.policy.fast.execution.probe = None  # as of a twin whose linears alone are 8-bit
+    train_profile.expected_work(trainer)
+    assert asked[-1]["mode"] == "exact" and not asked[-1]["linears"]
+    learn = {"short_frames": 3, "short_iterations": 1}
+    short = trainer_of(smoke(advantage={"weights": {}}, learn=learn), rewards={"b": Brightness()})
+    train_profile.expected_work(short)
+    short.iteration = 1
+    train_profile.expected_work(short)
+    size = short.config.data.video[1:]
+    assert [each["tokens"] for each in asked[-2:]] == [sum(short.config.model.tokens(n, *size)) for n in (3, 5)]
 
 
 def test_operators_inside_a_counted_one_are_not_counted_again(trace: ModuleType) -> None:

@@ -36,7 +36,7 @@ MOVED = 0.03
 FIELDS = ("registers", "spill_bytes", "stack_bytes", "shared_bytes", "blocks_per_sm", "global_loads_128",
           "global_loads", "global_stores_128", "global_stores", "mma", "mma_count", "mma_in_series",
           "async_copies", "fp64", "tensor_cycles", "shared_cycles", "issue_cycles", "exp_cycles", "memory_cycles",
-          "bound_tflops", "expected_tflops")  # fmt: skip
+          "bound_tflops", "low_tflops", "expected_tflops", "high_tflops")  # fmt: skip
 MUST_BE_ZERO = ("fp64", "mma_in_series")
 MMA_OPCODES = ("HGMMA", "IGMMA", "QGMMA", "HMMA", "IMMA")
 # Drift of these is a finding; register counts and instruction counts inside a few percent are not.

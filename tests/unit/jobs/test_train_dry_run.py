@@ -71,4 +71,4 @@ def test_the_passes_of_an_audit_are_named() -> None:
     """The first window ends at step 4: 21 steps for each of 12 members; twice that with two prompts a step."""
     for guidance, forwards in ((1, 252), (5, 504)):
         told = describe_run(load_config(Config, "paper_64xa800_fast", [f"flow.guidance={guidance}"]))
-        assert f", {forwards} in an audit every 25 iterations" in str(told["passes"])
+        assert f", {forwards} in an audit every 50 iterations" in str(told["passes"])

@@ -75,7 +75,7 @@ def test_8_bit_linears_are_priced_outside_the_window_alone() -> None:
     card, cost, speedups = DEVICES["a800"], TransformerCost(), Speedups("fused", cached=True)
     plan, walk = Plan(speedups), Walk(2, 4, 19)
     plain, fast = (
-        phase_work(cost, p, walk, 1, 12, 1, card) for p in (plan, plan.with_int8(attention=False, linears=True))
+        phase_work(cost, p, walk, 1, 12, 1, card) for p in (plan, plan.after_window(attention="exact", linears=True))
     )
     count = count_passes(walk, 1, 12, 1, plan)
     each = cost.forward(card, replace(speedups, int8_linear=True), no_gradient=True).total

@@ -10,7 +10,7 @@ import torch
 from geoalign.config.model import ModelConfig
 from geoalign.perf.budget import LEVERS, PassCount, Plan, RunCost, Walk, climb, count_passes
 from geoalign.perf.cost import Speedups, TransformerCost, video_cost
-from geoalign.perf.devices import DEVICES, core_rates, own_rate, peak_flops, profile_of
+from geoalign.perf.devices import DEVICES, core_rates, cores_measured, own_rate, peak_flops, profile_of
 from geoalign.perf.phases import phase_work
 
 A800, H200 = DEVICES["a800"], DEVICES["h200"]
@@ -37,12 +37,18 @@ def paper_run(updates: int = 1, tail: int = 19) -> RunCost:
     ("name", "profile", "tera"),
     [
         ("NVIDIA A800-SXM4-80GB", "a800", 312.0), ("NVIDIA A100-SXM4-80GB", "a800", 312.0),
-        ("NVIDIA H100 80GB HBM3", "h100", 989.0), ("NVIDIA H200", "h200", 989.0), ("NVIDIA GH200 480GB", "h200", 989.0),
-        ("NVIDIA H100 PCIe", None, None), ("NVIDIA H200 NVL", None, None), ("NVIDIA L40S", None, None),
+        ("A100-SXM-80GB", "a800", 312.0), ("NVIDIA H100 80GB HBM3", "h100", 989.0), ("NVIDIA H800", "h100", 989.0),
+        ("NVIDIA H200", "h200", 989.0), ("NVIDIA H100 PCIe", None, None), ("NVIDIA H200 NVL", None, None),
+        # Boards of the family with other memory, clocks or power: their tensor cores alone are known.
+        ("NVIDIA A100-SXM4-40GB", None, 312.0), ("NVIDIA A100-PCIE-40GB", None, 312.0), ("A100-PCIE-40GB", None, 312.0),
+        ("NVIDIA A100 80GB PCIe", None, 312.0), ("NVIDIA A800 80GB PCIe", None, 312.0),
+        ("NVIDIA A800 40GB Active", None, 312.0), ("NVIDIA GH200 480GB", None, 989.0),
+        ("NVIDIA A100-SXM4-80GB MIG 3g.40gb", None, None), ("NVIDIA H200 MIG 1g.18gb", None, None),
+        ("NVIDIA H20", None, None), ("NVIDIA GB200", None, None), ("NVIDIA L40S", None, None),
     ],
 )  # fmt: skip
 def test_a_device_is_known_by_its_name(name: str, profile: str | None, tera: float | None) -> None:
-    """Dense bf16 by the data sheets; an H100 has 3.35 TB/s of memory, of which no copy reaches more."""
+    """Whole names: a part of one is not enough. Dense bf16 by the data sheets; an H100 has 3.35 TB/s of memory."""
     assert profile_of(name) is (None if profile is None else DEVICES[profile])
     assert peak_flops(name) == (None if tera is None else tera * 1e12)
     assert DEVICES["h100"].bandwidth < 3.35e12 < DEVICES["h200"].bandwidth
@@ -120,8 +126,11 @@ def test_seconds_add_up_from_flops_and_rates() -> None:
     assert eager.attention == pytest.approx(30 * part["self_attention"] / 188e12)
     assert eager.elementwise == pytest.approx(cost.traffic_bytes("eager") / A800.bandwidth)
     assert eager.total == pytest.approx(eager.attention + eager.matmul + eager.elementwise + eager.adapter)
-    quantised = cost.forward(A800, Speedups(), int8_attention=True)
-    assert quantised.attention == pytest.approx(30 * part["self_attention"] / own_rate("int8 scores, bf16 values", 80))
+    quantised = cost.forward(A800, Speedups(), attention="int8")
+    rate = own_rate("int8 scores, bf16 values", 80).rate
+    assert quantised.attention == pytest.approx(30 * part["self_attention"] / rate)
+    fp8 = cost.forward(H200, Speedups(), attention="int8_fp8").attention
+    assert fp8 == pytest.approx(30 * part["self_attention"] / own_rate("int8 scores, fp8 values", 90).rate)
     # The GELU's hidden layer, read and written, is what an epilogue saves.
     apart, inside = (cost.traffic_bytes("fused", no_gradient=flag) for flag in (False, True))
     assert apart - inside == pytest.approx(30 * 2 * 65_520 * 8960 * 2)
@@ -153,19 +162,50 @@ def test_a_core_brings_its_rates_and_a_measurement_replaces_them() -> None:
     assert (flash2.attention, flash2.attention_backward) == (370e12, 322e12)
     assert flash2.kinds["attention"] == "published" and H200.with_core("triton").kinds["attention"] == "modelled"
     assert set(core_rates(80)) == {"flash2", "sdpa_flash", "triton"} and H200.with_core("reference") is H200
-    assert not H200.int8_pays() and flash2.int8_pays() and A800.int8_pays()
-
-    def row(name: str, impl: str, direction: str, tflops: float, tokens: int = 65_520) -> dict[str, object]:
-        return {"kind": "kernel", "name": name, "impl": impl, "direction": direction, "tflops": tflops, "gbps": None,
-                "shape": [tokens], "t_ms_median": 1.0, "status": "ok"}  # fmt: skip
-
+    assert not H200.pays("int8") and flash2.pays("int8") and A800.pays("int8") and not A800.pays("exact")
     rows = [row("attention", "flash3", "fwd", 655.0), row("attention", "int8", "fwd", 801.0),
             row("attention", "flash3", "fwd", 1.0, tokens=16_384), row("attention", "sdpa_flash", "fwd", 2.0),
             {"kind": "kernel", "status": "failed", "t_ms_median": None}]  # fmt: skip
     found = H200.measured(rows)
-    assert (found.attention, found.attention_int8) == (655e12, 801e12) and found.int8_pays()
+    assert (found.attention, found.attention_int8) == (655e12, 801e12) and found.pays("int8")
+    assert "attention_int8" not in found.ranges and "attention_int8_fp8" in found.ranges
     assert found.kinds["attention"] == "measured here" and found.kinds["attention_backward"] == "published"
     assert found.attention_backward == H200.attention_backward and found.matmul == H200.matmul
+
+
+def row(name: str, impl: str, direction: str, tflops: float, tokens: int = 65_520) -> dict[str, object]:
+    return {"kind": "kernel", "name": name, "impl": impl, "direction": direction, "tflops": tflops, "gbps": None,
+            "shape": [tokens], "t_ms_median": 1.0, "status": "ok"}  # fmt: skip
+
+
+def test_a_mode_is_judged_by_its_own_rate_at_the_low_end() -> None:
+    """An H200's fp8 values are expected at 1.3 times FlashAttention 3, and at 1.09 where the range begins."""
+    cudnn = H200.with_core("sdpa_cudnn")
+    for profile in (H200, cudnn):
+        assert profile.rate_of("int8_fp8") >= 1.15 * profile.attention > profile.low_of("int8_fp8")  # type: ignore[operator]
+        assert not profile.pays("int8_fp8") and "at the low end" in profile.gain("int8_fp8")
+    assert H200.with_core("flash2").pays("int8_fp8") and H200.at_low_end().rate_of("int8") == H200.low_of("int8")
+    assert A800.rate_of("int8_fp8") is None and not A800.pays("int8_fp8") and "not exist" in A800.gain("int8_fp8")
+    # A measurement of the very mode decides, whatever the other one does.
+    rows = [row("attention", "flash3", "fwd", 600.0), row("attention", "int8", "fwd", 640.0)]
+    both = H200.measured([*rows, row("attention", "int8_fp8", "fwd", 700.0)])
+    assert both.pays("int8_fp8") and not both.pays("int8") and both.gain("int8_fp8") == "1.17 times the rate of flash3"
+    # Our own exact core is modelled by the same means and has a range of its own, another core has none.
+    triton = H200.with_core("triton")
+    assert triton.low_of("exact") == own_rate("exact bf16", 90).low < triton.attention
+    assert triton.with_core("flash3").low_of("exact") == 600e12
+
+
+def test_a_measured_mode_is_never_set_against_a_published_core() -> None:
+    rows = [row("attention", "sdpa_flash", "fwd", 370.0), row("attention", "sdpa_flash", "bwd", 300.0),
+            row("attention", "triton", "fwd", 400.0), row("attention", "int8", "fwd", 500.0),
+            row("attention", "flashinfer", "fwd", 900.0),
+            row("attention", "flash2", "bwd", 1.0, tokens=16_384)]  # fmt: skip
+    found = H200.measured(rows)  # flash3, of which there is no row
+    assert found.kinds["attention"] == "published" and found.kinds["attention_int8"] == "modelled"
+    assert found.attention_int8 == H200.attention_int8 and "attention_int8" in found.ranges
+    assert cores_measured(rows, 90) == ["sdpa_flash"]  # both directions; nobody else's kernel
+    assert cores_measured(rows[2:], 90) == ["triton"] and cores_measured(rows[3:], 90) == []
 
 
 def test_hours_say_what_they_rest_on() -> None:
@@ -195,7 +235,7 @@ def test_pass_counts_by_hand() -> None:
 
 def test_8_bits_make_the_steps_after_the_window_cheaper_and_no_others() -> None:
     exact = Plan(speedups=FASTEST, share_prefix=True)
-    int8 = exact.with_int8(attention=True, linears=True)
+    int8 = exact.after_window(attention="int8", linears=True)
     assert int8.with_exact_steps() == exact
     for walk, cheaper in ((Walk(9, 4, 0), False), (Walk(0, 4, 9), True)):
         run = replace(paper_run(), walks={walk: 1})
@@ -251,5 +291,5 @@ def test_the_ladder_only_descends(updates: int) -> None:
 
 def test_levers_leave_the_samples_alone() -> None:
     """A lever of the ladder is EXACT: it may touch neither precision nor what is learned from."""
-    changing = {"int8_attention", "int8_linears", "guidance", "learned_steps", "learned_members"}
+    changing = {"attention", "int8_linears", "guidance", "learned_steps", "learned_members"}
     assert not any({*lever.plan, *lever.speedups} & changing for lever in LEVERS)

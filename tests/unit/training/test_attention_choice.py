@@ -50,15 +50,25 @@ def test_auto_takes_the_fastest_core_of_the_card(card: Callable[..., None]) -> N
 def test_int8_is_used_where_it_is_expected_to_pay(card: Callable[..., None]) -> None:
     config = smoke(ode={"attention": "int8"})
     card("NVIDIA A800-SXM4-80GB", (8, 0), "flash2")
-    assert choose(config, CUDA, BF16, LocalRanks()).int8
+    assert choose(config, CUDA, BF16, LocalRanks()).quantised
     card("NVIDIA H200", (9, 0), "flash3")
     choice = choose(config, CUDA, BF16, LocalRanks())
-    assert not choice.int8 and "ode.attention=int8 is not used" in choice.why
+    assert not choice.quantised and "ode.attention=int8 is not used" in choice.why
     card("NVIDIA H200", (9, 0), "sdpa_flash")
-    assert choose(config, CUDA, BF16, LocalRanks()).int8
+    assert choose(config, CUDA, BF16, LocalRanks()).quantised
+    assert "expected, 1.32 at the low end" in choose(config, CUDA, BF16, LocalRanks()).why
+    fp8 = smoke(ode={"attention": "int8_fp8"})
+    assert choose(fp8, CUDA, BF16, LocalRanks()).quantised
+    card("NVIDIA H200", (9, 0), "sdpa_cudnn")  # by its own rate, not by int8's, and by the low end of it
+    choice = choose(fp8, CUDA, BF16, LocalRanks())
+    assert (
+        not choice.quantised and "int8_fp8 is not used: 1.32 times the rate of sdpa_cudnn expected, 1.10" in choice.why
+    )
+    card("NVIDIA A800-SXM4-80GB", (8, 0), "flash2")  # which has no fp8: refused where the network is made
+    assert choose(fp8, CUDA, BF16, LocalRanks()).quantised
     card("NVIDIA L40S", (8, 9), "sdpa_flash")  # no rates are known: as configured
-    assert choose(config, CUDA, BF16, LocalRanks()).int8
-    assert choose(config, torch.device("cpu"), torch.float32, LocalRanks()).int8
+    assert choose(config, CUDA, BF16, LocalRanks()).quantised
+    assert choose(config, torch.device("cpu"), torch.float32, LocalRanks()).quantised
 
 
 def test_a_named_core_that_cannot_run_or_repeat_is_refused(card: Callable[..., None]) -> None:
@@ -100,7 +110,7 @@ def test_a_measurement_is_joined_over_ranks_and_weighed_by_the_passes_of_the_run
     totals = {core: weight * one + both for core, (one, both) in table.items() if core != "int8"}
     choice = choose(config, CUDA, BF16, LocalRanks(), timer=timer)
     assert choice.core == min(totals, key=lambda core: totals[core])
-    assert choice.int8 == (table[choice.core][0] / 0.8 >= 1.15) and "measured" in choice.why
+    assert choice.quantised == (table[choice.core][0] / 0.8 >= 1.15) and "measured" in choice.why
     # the other rank finds this core slow: both take the next one
     place = cores.CORES.index(choice.core)
     other = torch.zeros(len(cores.CORES) + 1, 2, dtype=torch.float64)
@@ -111,8 +121,8 @@ def test_a_measurement_is_joined_over_ranks_and_weighed_by_the_passes_of_the_run
     # a slow int8 is left out, with a line that says it
     table["int8"] = (0.95, 0.0)
     left_out = choose(config, CUDA, BF16, LocalRanks(), timer=timer)
-    assert left_out.int8 == (table[left_out.core][0] / 0.95 >= 1.15)
-    assert ("not used" in left_out.why) == (not left_out.int8)
+    assert left_out.quantised == (table[left_out.core][0] / 0.95 >= 1.15)
+    assert ("not used" in left_out.why) == (not left_out.quantised)
 
 
 def test_a_run_measures_once_and_its_checkpoint_remembers(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -124,7 +134,7 @@ def test_a_run_measures_once_and_its_checkpoint_remembers(monkeypatch: pytest.Mo
 
     # The plain reference is no candidate of a measurement: the two cores here are torch's and ours, as if interpreted.
     monkeypatch.setattr(cores, "why_not", lambda core, *_: "" if core in ("sdpa_flash", "sdpa_cudnn") else "no")
-    monkeypatch.setattr("geoalign.training.trainer.why_not", lambda core, *_: "" if core == "sdpa_flash" else "no")
+    monkeypatch.setattr("geoalign.training.kept_choice.why_not", lambda core, *_: "" if core == "sdpa_flash" else "no")
     monkeypatch.setattr(attention_choice, "_seconds", seconds)
     config = smoke(run={"attention": "measured"}, advantage={"weights": {}})
     fastest[0] = "sdpa_flash"
@@ -139,9 +149,55 @@ def test_a_run_measures_once_and_its_checkpoint_remembers(monkeypatch: pytest.Mo
     assert resumed.policy.model.execution.core == "sdpa_flash" == resumed.notes["attention_core"]
     # a core that is not here any more is replaced
     other = trainer_of(config, rewards={"b": Brightness()})
-    monkeypatch.setattr("geoalign.training.trainer.why_not", lambda *_: "gone")
+    monkeypatch.setattr("geoalign.training.kept_choice.why_not", lambda *_: "gone")
     other.load(state)
     assert other.policy.model.execution.core == "sdpa_cudnn" == other.notes["attention_core"]
+
+
+def test_a_checkpoint_remembers_whether_8_bit_attention_is_used(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A gain near the bound flips from start to start, and would change the videos of one seed."""
+    there = ["sdpa_flash", "sdpa_cudnn"]
+    seconds = {"sdpa_flash": 1.0, "sdpa_cudnn": 2.0, "int8": 0.8, "int8_fp8": 0.5}
+    monkeypatch.setattr(cores, "why_not", lambda core, *_: "" if core in ("sdpa_flash", "sdpa_cudnn") else "no")
+    monkeypatch.setattr("geoalign.training.kept_choice.why_not", lambda core, *_: "" if core in there else "gone")
+    monkeypatch.setattr(attention_choice, "_seconds", lambda config, device, core, both: seconds[core])
+
+    def started(mode: str = "int8", attention: str = "measured") -> Any:
+        config = smoke(run={"attention": attention}, advantage={"weights": {}}, ode={"attention": mode})
+        return trainer_of(config, rewards={"b": Brightness()})
+
+    with_int8 = started().state()
+    assert with_int8.notes["ode_quantised"] is True
+    seconds["int8"] = 0.9
+    without = started().state()
+    assert without.notes["ode_quantised"] is False
+    # Slower now, used before: used.
+    trainer = started()
+    assert trainer.policy.fast is None
+    trainer.load(with_int8)
+    fast = trainer.policy.fast
+    assert fast is not None and fast.execution.probe is not None and fast.execution.core == "sdpa_flash"
+    assert all(own is shared for own, shared in zip(fast.parameters(), trainer.policy.model.parameters(), strict=True))
+    assert trainer.notes["ode_quantised"] is True and trainer.state().notes["ode_quantised"] is True
+    # Faster now, left out before: left out.
+    seconds["int8"] = 0.5
+    trainer = started()
+    assert trainer.policy.fast is not None
+    trainer.load(without)
+    assert trainer.policy.fast is None and trainer.notes["ode_quantised"] is False
+    # What was found for another mode, or beside a core that is gone, is found anew.
+    trainer = started("int8_fp8")
+    trainer.load(without)
+    assert trainer.policy.fast is not None and trainer.notes["ode_quantised"] is True
+    seconds["sdpa_cudnn"] = 0.9  # the fastest now, and 1.8 times int8; sdpa_flash is gone
+    there.remove("sdpa_flash")
+    trainer = started()
+    trainer.load(without)
+    assert trainer.notes["attention_core"] == "sdpa_cudnn" and trainer.policy.fast is not None
+    # Without a measurement nothing is remembered.
+    trainer = started(attention="auto")
+    trainer.load(without)
+    assert trainer.policy.fast is not None and trainer.notes["ode_quantised"] is True
 
 
 def test_the_measurement_itself_runs_here() -> None:
