@@ -47,7 +47,7 @@ def expected_work(config: Config, trainer: Trainer, iteration: int) -> dict[str,
     window = WindowSchedule(config.window, config.flow.steps, config.run.seed)(iteration)
     walk = Walk(window.start, window.size, build_step_table(config.flow, window).num_steps - window.stop)
     speedups = Speedups("fused", cached=config.levers.cache_phases, pruned=config.levers.prune_source)
-    plan = replace(plan_of(config), speedups=speedups, int8_attention=trainer.policy.fast is not None)
+    plan = replace(plan_of(config), speedups=speedups, int8_attention=trainer.acting.fast is not None)
     rows = trainer.rank_rows
     work = phase_work(
         TransformerCost.of(config.model, *config.data.video), plan, walk, rows.group_ids.numel(),
