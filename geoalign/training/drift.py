@@ -15,7 +15,7 @@ from pydantic import Field
 
 from geoalign.config.schema import Config
 from geoalign.config.training import TailReuse
-from geoalign.errors import ConfigError, UsageError
+from geoalign.errors import ConfigError, RunError, UsageError
 from geoalign.files.digest import content_hash
 from geoalign.files.forms import Form, filled
 from geoalign.files.parsing import read_json_object
@@ -96,6 +96,16 @@ def profile_file(config: Config) -> ProfileFile | None:
             f"ends; make it with `{choose_command(config.asked, path)}`"
         )
     return ProfileFile(profile, content_hash(path))
+
+
+def same_on_all(file: ProfileFile | None, ranks: Ranks) -> ProfileFile | None:
+    """``file``, which all ranks have read alike; raises RunError if they did not. A collective where there is one."""
+    if file is not None and len(found := ranks.union([file.content])) > 1:
+        raise RunError(
+            f"the ranks read {len(found)} different drift profiles: ode.reuse_profile must be the same file on every "
+            "machine"
+        )
+    return file
 
 
 def with_reuse(

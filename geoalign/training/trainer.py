@@ -30,7 +30,7 @@ from geoalign.rl.score import Scores, merged
 from geoalign.rl.subset import learned_positions, most_informative
 from geoalign.rl.window import WindowSchedule
 from geoalign.training.checkpoint import TrainState
-from geoalign.training.drift import agree_on_drift, profile_file, with_reuse
+from geoalign.training.drift import agree_on_drift, profile_file, same_on_all, with_reuse
 from geoalign.training.engines.optim import set_learning_rate
 from geoalign.training.film import TrainingFilm
 from geoalign.training.learner import Learner
@@ -116,7 +116,7 @@ class Trainer:
         self._row_gradients = (
             RowGradients(self.engine.trained, self.rank_rows.rows.numel(), mode) if mode in ("device", "host") else None
         )
-        self.profile_file = profile_file(config)
+        self.profile_file = same_on_all(profile_file(config), self.ranks)
         self.auditor = Auditor(config, self.ranks, self.rank_rows, rewards, self.device)
         self.meter = WorkMeter(config, self.rank_rows, self.device)
         self.clock = PhaseTimer(self.device)
