@@ -103,10 +103,12 @@ def _iterations(config: Config) -> list[_Iteration]:
     all that were measured. Audits that fall on exact tails are made later.
     """
     schedule = WindowSchedule(config.window, config.flow.steps, config.run.seed)
+    tables: dict[StepWindow, StepTable] = {}
     measured, owed, found = (0, 0), False, []  # frames, and the end of the earliest window
     for iteration in range(config.train.iterations):
         window, frames = schedule(iteration), config.learn.frames(iteration, config.data.num_frames)
-        table = build_step_table(config.flow, window)
+        if (table := tables.get(window)) is None:
+            table = tables[window] = build_step_table(config.flow, window)
         reuses = config.ode.reuse != "off" and config.ode.reuse_profile is None and len(tail_of(table)) > 1
         measures = reuses and (frames != measured[0] or window.stop < measured[1])
         if measures:
