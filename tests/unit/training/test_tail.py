@@ -478,7 +478,7 @@ SLIDING: dict[str, Any] = {
 """Windows that end at 3, 6 and 9 of ten steps, again and again; long videos begin where one step is left."""
 
 
-def test_an_earlier_window_is_measured_anew_and_one_step_never(caplog: pytest.LogCaptureFixture) -> None:
+def test_an_earlier_window_is_measured_anew_and_one_step_never() -> None:
     """The whole run against the price, iteration by iteration: the walks, and what is audited."""
     run = trainer(train={"iterations": 8}, **SLIDING)
     rows, states = [], []
@@ -502,12 +502,11 @@ def test_an_earlier_window_is_measured_anew_and_one_step_never(caplog: pytest.Lo
         for start, tail in zip(starts, taken, strict=True)
     }
     assert priced.audits == {4: 2, 7: 1} and tails == [10 - 2 - start for start in starts]
-    for start in (2, 3, 4):
-        resumed = trainer(train={"iterations": 8}, **SLIDING)
-        resumed.load(states[start])
-        again = [resumed.step() for _ in range(8 - start)]
-        assert [row["perf/forwards_rollout"] for row in again] == [r["perf/forwards_rollout"] for r in rows[start:]]
-        assert again[-1]["policy/grad_norm"] == rows[-1]["policy/grad_norm"]
+    resumed = trainer(train={"iterations": 8}, **SLIDING)
+    resumed.load(states[2])  # with an audit that is owed, before the one step that shows no drift
+    again = [resumed.step() for _ in range(6)]
+    assert [row["perf/forwards_rollout"] for row in again] == [row["perf/forwards_rollout"] for row in rows[2:]]
+    assert again[-1]["policy/grad_norm"] == rows[-1]["policy/grad_norm"]
 
 
 def test_a_late_window_is_no_measure_for_an_early_one() -> None:
