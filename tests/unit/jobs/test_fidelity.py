@@ -88,7 +88,7 @@ def test_the_drift_alone_needs_no_scorer() -> None:
     assert trainer.notes[DRIFT]["drift"] == pytest.approx(found["drift"], rel=1e-4)
 
 
-def test_a_window_before_those_of_the_run_is_measured_there(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_window_before_those_of_the_run_is_measured_there() -> None:
     wanted = config(ode={"reuse": "residual", "reuse_share": 0.4})
     asked = Setting("", wanted)
     bench = Bench(wanted, Conditions(wanted), lively_policy(wanted), {"b": Brightness()})
