@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 
 class UserError(Exception):
     """Base of all errors whose message names the offending path or value and the fix."""
@@ -38,7 +40,23 @@ class RewardError(UserError):
 
 
 class RunError(UserError):
-    """A run that had to stop (too many invalid samples, parity broken, disk full)."""
+    """A run that had to stop (a rank died, disk full, :class:`Refusal`)."""
+
+
+class Refusal(RunError):
+    """What an iteration found makes the run stop, on all ranks at once (a bad audit, parity broken, invalid samples).
+
+    Attributes:
+        iteration: that was begun and does not count.
+        clean: the state is the one before the iteration, and nothing says that it is broken.
+        repeats: started again as it is, the run would find the same.
+        numbers: metrics of the iteration, as far as they are known.
+    """
+
+    def __init__(self, text: str, iteration: int, *, clean: bool = False, repeats: bool = True) -> None:
+        super().__init__(text)
+        self.iteration, self.clean, self.repeats = iteration, clean, repeats
+        self.numbers: Mapping[str, float] = {}
 
 
 class MissingInputsError(UserError):

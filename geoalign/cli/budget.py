@@ -14,7 +14,7 @@ from geoalign.config.schema import Config
 from geoalign.errors import DataError, UsageError
 from geoalign.files.parsing import parse_json, read_text
 from geoalign.jobs.ladder import PricedRung, measured, measured_elsewhere, priced_rungs, without_fidelity
-from geoalign.jobs.pricing import audit_cost, exactly, hours, hours_at_low_end, left_out, run_cost
+from geoalign.jobs.pricing import audit_cost, exactly, hours, hours_at_low_end, left_out, run_cost, used_on
 from geoalign.perf.budget import Ladder, Plan, RunCost, climb, exact_plan
 from geoalign.perf.devices import DEVICES, INT8_WORTH, DeviceProfile, core_rates, cores_measured, profile_of
 
@@ -76,7 +76,7 @@ def run_budget(args: argparse.Namespace) -> int:
     ladder = climb(run, profile, devices, guidance)
     numbers = _numbers(run, ladder, profile, devices, guidance) | {"cores_measured": cores}
     numbers["changes"] = [_changes(rung) for rung in priced_rungs(args.config, args.overrides, profile, devices)]
-    if config != exact:
+    if config.changes():
         numbers["as_configured"] = _as_configured(config, profile, devices)
     if write_json(args, numbers):
         print(_text(numbers, ladder, args.config, left_out(config)))
@@ -224,12 +224,15 @@ def _text(numbers: dict[str, Any], ladder: Ladder, name: str, left_out: list[str
     if own := numbers.get("as_configured"):
         named = ", ".join(f"{key}={value}" for key, value in own["settings"].items())
         lines += ["", f"  as configured: {_span(own)} with {named}"]
+        if own["not_used"]:
+            lines.append(f"  not used on this card, where it does not pay: {', '.join(own['not_used'])}")
         if own["audits"]:
             lines.append(
                 f"  of that, audits: {_hours(own['audit_hours'])} (in {own['audits']} iterations the device that holds "
                 "one group finishes it exactly too, and the others wait)"
             )
-        lines.append(f"  fidelity of them together: {_fidelity(own)}")
+        if len(own["not_used"]) < len(own["settings"]):
+            lines.append(f"  fidelity of them together: {_fidelity(own)}")
         if not own["videos"]:
             lines.append("  assumed to hold on other weights until `geoalign fidelity run` has measured it there")
     return "\n".join(lines)
@@ -271,13 +274,15 @@ def _changes(priced: PricedRung) -> dict[str, Any]:
 
 def _as_configured(config: Config, device: DeviceProfile, devices: int) -> dict[str, Any]:
     audits, audit_hours = audit_cost(config, device)
+    used = used_on(config, device)
     return {
         "settings": config.changes(),
+        "not_used": sorted(config.changes().keys() - used.changes().keys()),
         "hours": hours(config, device, devices),
         "hours_at_low_end": hours_at_low_end(config, device, devices),
         "audits": audits,
         "audit_hours": audit_hours,
-        **_of_videos(config),
+        **_of_videos(used),
     }
 
 

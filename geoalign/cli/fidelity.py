@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from geoalign.cli.options import add_config, read_config, whole
-from geoalign.errors import DataError, UsageError
+from geoalign.errors import DataError, RunError, UsageError
 
 if TYPE_CHECKING:
     from geoalign.config.schema import Config
@@ -113,7 +113,7 @@ def run_table(args: argparse.Namespace) -> int:
     with writer_lock(args.json.absolute().parent, "table", f".lock-{args.json.name}"):
         records, notes = _earlier(args.json, made_with)
         for setting in settings:
-            setting.notes.update(notes.get(setting.name, {}))
+            setting.remember(notes.get(setting.name, {}), f"--json {args.json}")
         known = {(record.setting, record.window, record.iteration) for record in records}
         bench = Bench(base, _source(base))
         try:
@@ -147,22 +147,25 @@ def run_choose(args: argparse.Namespace) -> int:
     """Measure the drift with one batch of groups and write it."""
     from geoalign.files.atomic import atomic_write_json, check_writable
     from geoalign.flow.reuse import DriftProfile, reused_steps
-    from geoalign.flow.table import build_step_table
+    from geoalign.flow.table import StepWindow, build_step_table
     from geoalign.jobs.environment import describe_environment
     from geoalign.jobs.fidelity import Bench, Setting
     from geoalign.jobs.progress import bar
-    from geoalign.rl.window import WindowSchedule
-    from geoalign.training.tail import DRIFT
+    from geoalign.training.drift import DRIFT
 
     check_writable(args.out)
     config = read_config(args)
     if config.ode.reuse == "off":
         raise UsageError("say what is reused: add ode.reuse=residual (or velocity) to the command")
     config = config.model_copy(update={"ode": config.ode.model_copy(update={"reuse_profile": None})})
-    window = WindowSchedule(config.window, config.flow.steps, config.run.seed)(0)
+    window = StepWindow(config.window.start, config.window.start + config.window.size)
     with bar(1, "measuring the drift", "batch") as shown:
-        drift = Bench(config, _source(config), rewards={}).drift(Setting("", config), window.start)[DRIFT]
+        found = Bench(config, _source(config), rewards={}).drift(Setting("", config))
         shown.update(1)
+    if (drift := found.get(DRIFT)) is None:
+        raise RunError(
+            "no drift could be measured: no sample is finite, or the earliest window leaves a tail of one step"
+        )
     atomic_write_json(
         args.out, {**drift, "reuse": config.ode.reuse, "base": str(config.train.base), **describe_environment()}
     )
@@ -171,18 +174,20 @@ def run_choose(args: argparse.Namespace) -> int:
     reused = reused_steps(table, DriftProfile(**drift), count)
     steps = [step for step in range(window.stop, table.num_steps) if step not in reused]
     print(f"{args.out}: drift over {len(drift['sigmas'])} levels; at ode.reuse_share={config.ode.reuse_share:g} the")
-    print(f"first window evaluates {count} of {table.num_steps - window.stop} steps: {', '.join(map(str, steps))}")
+    print(f"earliest window evaluates {count} of {table.num_steps - window.stop} steps: {', '.join(map(str, steps))}")
     return 0
 
 
 def _own(base: Config) -> list[str]:
     """The setting that the configuration itself is."""
     words = [f"{key}={value}" for key, value in base.approximations().items()]
+    if base.ode.reuse != "off" and base.ode.reuse_profile is not None:
+        words.append(f"ode.reuse_profile={base.ode.reuse_profile}")
     return [" ".join(words)] if words else []
 
 
 def _setting(args: argparse.Namespace, name: str, base: Config) -> Setting:
-    """A setting on top of the exact form of the configuration."""
+    """A setting on top of the exact form of the configuration, which names no drift profile."""
     from geoalign.config.load import load_config
     from geoalign.config.schema import Config
     from geoalign.jobs.fidelity import Setting

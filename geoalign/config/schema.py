@@ -109,13 +109,17 @@ class Config(Section):
         return self.approximations() | learn | strides
 
     def undone(self) -> dict[str, Any]:
-        """The values, by dotted name, that take :meth:`changes` back; without approximations, audits have no work."""
+        """The values, by dotted name, that take :meth:`changes` back.
+
+        Without approximations audits have no work, and a drift profile none either: it is of one kind of reuse.
+        """
         exact = {
             f"{section}.{field}": info.default
             for section in ("flow", "ode", "learn", "optim")
             for field, info in type(getattr(self, section)).model_fields.items()
         }
-        return {"ode.audit_every": 0} | {name: exact.get(name, 1) for name in self.changes()}  # 1: every frame
+        idle = {"ode.audit_every": 0} | ({} if self.ode.reuse_profile is None else {"ode.reuse_profile": None})
+        return idle | {name: exact.get(name, 1) for name in self.changes()}  # 1: every frame
 
     def _changed(self, section: str, names: Iterable[str]) -> dict[str, Any]:
         """Those settings of a section that are not at their defaults."""

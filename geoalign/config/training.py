@@ -199,8 +199,8 @@ class OdeConfig(Section):
     reuse_share: float = Field(0.5, gt=0, le=1)
     """Share of the steps after the window that ``reuse`` evaluates, rounded up."""
     reuse_profile: Path | None = None
-    """Drift measured by `geoalign fidelity choose`; None: measured in the first iteration, and in the first of full
-    length after ``learn.short_frames``, which evaluate all steps."""
+    """Drift measured by `geoalign fidelity choose`; None: measured in the first iteration, in the first of full length
+    after ``learn.short_frames``, and behind a window that ends before all measured ones, by evaluating all steps."""
     audit_every: int = Field(0, ge=0)
     """Iterations between audits, which finish one group exactly as well and log ``fidelity/*``; 0: none. They see what
     the probability ratio cannot: what approximate tails do to the order of a group."""
@@ -231,8 +231,8 @@ class LearnConfig(Section):
     """Window steps, drawn at random in every iteration, whose gradients are taken; None: all. The expected gradient is
     that of all steps, its variance is larger."""
     members: int | None = Field(None, ge=1)
-    """Members of every group, those with the largest advantages in magnitude, that are learned from; None: all. Biased:
-    the smallest terms are left out."""
+    """Members of every group that are learned from: those that could be read with the largest advantages in magnitude,
+    then lost ones; None: all. Biased: the other terms are left out."""
     short_frames: int | None = Field(None, ge=2)
     """Frames of the videos in the first ``short_iterations`` iterations; later ones have ``data.num_frames``."""
     short_iterations: int = Field(0, ge=0)

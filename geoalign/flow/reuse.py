@@ -16,9 +16,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from geoalign.errors import RunError, UsageError
+from geoalign.errors import UsageError
 from geoalign.flow.policy import Velocity, VelocityFn
 from geoalign.flow.table import StepTable
+
+_SAME_LEVEL = 1e-9
+"""Noise levels of one schedule that are nearer than this are one level."""
+
+
+def tail_of(table: StepTable) -> range:
+    """The steps after the window; all steps of a table without one."""
+    return range(0 if table.window is None else table.window.stop, table.num_steps)
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,6 +79,10 @@ class DriftProfile:
         (s0, s1), (d0, d1) = self.sigmas[right - 1 : right + 1], self.drift[right - 1 : right + 1]
         return d0 + (s0 - sigma) / (s0 - s1) * (d1 - d0)
 
+    def reaches(self, table: StepTable) -> bool:
+        """Whether it was measured from the end of the table's window on, or from before."""
+        return self.sigmas[0] >= float(table.sigmas[tail_of(table).start]) - _SAME_LEVEL
+
 
 class DriftMeter:
     """Sums, per step, the squared difference between what reuse would have given and what was evaluated."""
@@ -87,17 +99,11 @@ class DriftMeter:
         squares = squares[torch.isfinite(squares)]  # a failed sample must not hide the others
         self.sums[step] += torch.tensor([float(squares.sum()), squares.numel() * difference.shape[1]])
 
-    def profile(self) -> DriftProfile:
-        """The profile of the steps that were measured.
-
-        Raises:
-            RunError: none were: a tail of one step, or no finite sample.
-        """
+    def profile(self) -> DriftProfile | None:
+        """The profile of the steps that were measured; None if none were: no sample is finite."""
         seen = [step for step in range(self._table.num_steps) if self.sums[step, 1] > 0]
         if not seen:
-            raise RunError(
-                "ode.reuse: no drift could be measured, because no sample is finite or the tail has one step"
-            )
+            return None
         drift = (self.sums[seen, 0] / self.sums[seen, 1]).sqrt().tolist()
         levels = self._table.sigmas.tolist()
         return DriftProfile([levels[step] for step in (seen[0] - 1, *seen)], list(accumulate(drift, initial=0.0)))
@@ -110,8 +116,8 @@ def reused_steps(table: StepTable, profile: DriftProfile, evaluated: int) -> fro
     i and k. The evaluated steps, of which the first is one, are those with the smallest sum, found by dynamic
     programming; it is what the whole tail is wrong by at most, to first order.
     """
-    first = 0 if table.window is None else table.window.stop
-    steps = range(first, table.num_steps)
+    steps = tail_of(table)
+    first = steps.start
     levels = table.sigmas.tolist()
     drift = {k: profile.at(levels[k]) for k in steps}
     count = min(max(evaluated, 1), len(steps))

@@ -101,6 +101,11 @@ class StepTable:
         """Coefficients [4] of a step."""
         return self.coefficients[step]
 
+    def same_steps(self, other: StepTable) -> bool:
+        """Whether both take the same steps at the same levels."""
+        pairs = ((self.coefficients, other.coefficients), (self.timesteps, other.timesteps))
+        return all(torch.equal(mine, theirs) for mine, theirs in pairs)
+
     def needs_history(self, step: int) -> bool:
         """Whether the step reads m_prev."""
         return 0 <= step < self.num_steps and bool(self.coefficients[step, 3] != 0)

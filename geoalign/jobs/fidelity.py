@@ -32,12 +32,14 @@ from geoalign.policy.policy import Precomputed, RetakePolicy
 from geoalign.rewards.base import Reward
 from geoalign.rewards.registry import build_rewards, close_rewards
 from geoalign.rl.fidelity import GroupFidelity, compare, shortfalls, summary
+from geoalign.training.drift import DRIFT, ProfileFile, agree_on_drift, profile_file, source_of_drift, with_reuse
 from geoalign.training.judged import Judged, judge
 from geoalign.training.modes import MODES
+from geoalign.training.notes import under
 from geoalign.training.processes.device import device_of, dtype_of
 from geoalign.training.processes.ranks import LocalRanks
 from geoalign.training.setup import ready, twin_of
-from geoalign.training.tail import agree_on_drift, check_profile, outcome_of, with_reuse
+from geoalign.training.tail import outcome_of
 from geoalign.training.trainer import ConditionSource
 from geoalign.types import RetakeBatch
 
@@ -50,7 +52,6 @@ def check_setting(name: str, setting: Config, base: Config) -> None:
 
     Raises:
         UsageError: it changes more than :data:`CHANGEABLE`: its window states would be others.
-        ConfigError: its drift profile cannot be read.
     """
     before, now = (flatten(config.model_dump(mode="json")) for config in (base, setting))
     for key in dict.fromkeys([*before, *now]):
@@ -59,7 +60,6 @@ def check_setting(name: str, setting: Config, base: Config) -> None:
                 f"--setting {name!r} changes {key}: only flow.tail_*, ode.*, run.dtype and rewards.* leave the window "
                 "states as they are"
             )
-    check_profile(setting)
 
 
 @dataclass(slots=True)
@@ -70,6 +70,7 @@ class Setting:
         name: its overrides, as they were given.
         config: the run's with them.
         notes: what it remembers from round to round, as a trainer does (the drift of reuse, the 8-bit modes).
+        profile: the drift of the file that ``config`` names, read here; raises ConfigError where it cannot be used.
     """
 
     name: str
@@ -77,6 +78,31 @@ class Setting:
     notes: dict[str, Any] = field(default_factory=dict)
     policy: RetakePolicy | None = None
     rewards: Mapping[str, Reward] | None = None
+    profile: ProfileFile | None = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.profile = profile_file(self.config)
+
+    def note_modes(self) -> None:
+        """Remember the 8-bit layers that were found."""
+        if self.policy is not None and self.policy.fast is not None and (modes := attention_modes(self.policy.fast)):
+            self.notes[MODES] = modes
+
+    def remember(self, notes: Mapping[str, Any], where: object) -> None:
+        """Go on with the notes of an earlier call.
+
+        Raises:
+            UsageError: its drift came from elsewhere, so that its records must not join this one's; begins with
+                ``where``.
+        """
+        now = source_of_drift(self.config, self.profile)["from"]
+        then = notes.get(under(DRIFT), {}).get("from", now)
+        if then != now:
+            raise UsageError(
+                f"{where}: {self.name!r} was measured with another drift of ode.reuse (then {then}, now {now}); name "
+                "another file, or delete it"
+            )
+        self.notes.update(notes)
 
 
 @dataclass(frozen=True, slots=True)
@@ -217,16 +243,39 @@ class Bench:
             for iteration in range(-(-groups // conditions)):
                 wanted = [setting for setting in settings if not done(setting.name, start, iteration)]
                 if wanted:
+                    self._know_drift(wanted)
                     round_ = _Round.begin(self, StepWindow(start, start + self.config.window.size), iteration)
                     yield from (Record(setting.name, start, iteration, round_.fidelity(setting)) for setting in wanted)
 
+    def _know_drift(self, settings: Sequence[Setting]) -> None:
+        """Let reuse choose by the drift that a run measures, whichever windows are asked for.
+
+        Settings that differ in the share of steps alone have one drift.
+        """
+        known: dict[str, Setting] = {}
+        for setting in settings:
+            if setting.config.ode.reuse == "off" or setting.profile is not None:
+                continue
+            ode = setting.config.ode.model_copy(update={"reuse_share": 1.0})
+            kind = setting.config.model_copy(update={"ode": ode}).model_dump_json()
+            if DRIFT not in setting.notes and kind in known:
+                setting.notes |= known[kind].notes
+            elif DRIFT not in setting.notes:
+                self.drift(setting)
+            known[kind] = setting
+
     @torch.no_grad()
-    def drift(self, setting: Setting, start: int) -> dict[str, Any]:
-        """The notes of ``setting`` after one batch of groups has shown the drift that its reuse chooses by."""
+    def drift(self, setting: Setting) -> dict[str, Any]:
+        """The notes of ``setting`` after one batch of groups has shown the drift that its reuse chooses by.
+
+        It is the first batch, behind the earliest window of the schedule: no window of a run has a longer tail.
+        """
+        start, policy = self.config.window.start, self.policy_of(setting)
         window = StepWindow(start, start + self.config.window.size)
-        sampler = with_reuse(self.sampler(setting.config, window), setting.config, setting.notes)
-        self.rollout(self.policy_of(setting), sampler, 0)
+        sampler = with_reuse(self.sampler(setting.config, window), setting.config, setting.notes, setting.profile)
+        self.rollout(policy, sampler, 0)
         agree_on_drift(sampler, LocalRanks(), setting.notes)
+        setting.note_modes()
         return setting.notes
 
     def sampler(self, config: Config, window: StepWindow) -> FlowSampler:
@@ -292,19 +341,21 @@ class _Round:
 
     @torch.no_grad()
     def finish(self, setting: Setting) -> Tensor:
-        """The latents under ``setting``; the first time, a tail that is evaluated whole shows the drift of reuse."""
+        """The latents under ``setting``.
+
+        Behind a window that ends before the drift begins, a tail that is evaluated whole shows it first.
+        """
         policy, config = self.bench.policy_of(setting), setting.config
         same = policy.dtype == self.bench.policy.dtype
         precomputed = self.precomputed if same else policy.prepare(self.batch)
         sampler = replace(self.sampler, table=build_step_table(config.flow, self.sampler.table.window))
         states = policy.phased(), precomputed, self.rollout.x_next[-1], self.history
-        chosen = with_reuse(sampler, config, setting.notes)
+        chosen = with_reuse(sampler, config, setting.notes, setting.profile)
         final, _ = chosen.finish(*states)
         if chosen.drift is not None:
             agree_on_drift(chosen, LocalRanks(), setting.notes)
-            final, _ = with_reuse(sampler, config, setting.notes).finish(*states)
-        if policy.fast is not None and (modes := attention_modes(policy.fast)):
-            setting.notes[MODES] = modes
+            final, _ = with_reuse(sampler, config, setting.notes, setting.profile).finish(*states)
+        setting.note_modes()
         return final
 
     def fidelity(self, setting: Setting) -> tuple[GroupFidelity, ...]:

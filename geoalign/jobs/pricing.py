@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 from geoalign.config.schema import Config
 from geoalign.errors import ConfigError
-from geoalign.flow.table import StepWindow, build_step_table
-from geoalign.perf.budget import Plan, RunCost, Walk, exact_plan
+from geoalign.flow.reuse import tail_of
+from geoalign.flow.table import StepTable, StepWindow, build_step_table
+from geoalign.perf.budget import Plan, RunCost, exact_plan
 from geoalign.perf.cost import TransformerCost, VideoCost, video_cost
 from geoalign.perf.devices import DeviceProfile
 from geoalign.perf.memory import reward_models
@@ -18,19 +19,9 @@ from geoalign.rl.window import WindowSchedule
 from geoalign.training.telemetry import walk_of
 
 
-def run_cost(config: Config, iterations: Iterable[int] | None = None, frames: int | None = None) -> RunCost:
-    """The run of a configuration: all of its iterations on its longest videos, or some of them on shorter ones."""
-    shape = (frames or config.data.num_frames, *config.data.video[1:])
-    iterations = range(config.train.iterations) if iterations is None else tuple(iterations)
-    return RunCost(
-        transformer=TransformerCost.of(config.model, *shape),
-        video=_video(config, shape),
-        walks=_walks(config, iterations),
-        conditions=config.groups.conditions,
-        group_size=config.groups.size,
-        updates=config.optim.updates_per_rollout,
-        audits=_audits(config, iterations),
-    )
+def run_cost(config: Config) -> RunCost:
+    """The run of a configuration, all of it on its longest videos."""
+    return _part(config, _iterations(config), config.data.num_frames)
 
 
 def left_out(config: Config) -> list[str]:
@@ -54,10 +45,18 @@ def plan_with_levers(config: Config) -> Plan:
     return plan.after_window(attention=config.ode.attention, linears=config.ode.linears != "exact")
 
 
+def used_on(config: Config, device: DeviceProfile) -> Config:
+    """What a run does of a configuration on a card: without 8-bit attention where it does not pay, nor audits of it."""
+    if config.ode.attention == "exact" or device.pays(config.ode.attention):
+        return config
+    used = _with(config, ("ode", "attention"), "exact")
+    return used if used.approximations() else _with(used, ("ode", "audit_every"), 0)
+
+
 def hours(config: Config, device: DeviceProfile, devices: int) -> float:
     """Predicted hours with all EXACT levers and what the configuration asks for besides, its audits too."""
-    plan = plan_with_levers(config)
-    return sum(run.hours(device, plan, devices) for run in _runs(config))
+    used = used_on(config, device)
+    return sum(run.hours(device, plan_with_levers(used), devices) for run in _runs(used))
 
 
 def hours_at_low_end(config: Config, device: DeviceProfile, devices: int) -> float | None:
@@ -70,61 +69,100 @@ def hours_at_low_end(config: Config, device: DeviceProfile, devices: int) -> flo
 
 def audit_cost(config: Config, device: DeviceProfile) -> tuple[int, float]:
     """Number of audits, and the predicted hours that :func:`hours` holds for them."""
-    plan, runs = plan_with_levers(config), _runs(config)
+    used = used_on(config, device)
+    plan, runs = plan_with_levers(used), _runs(used)
     return sum(sum(run.audits.values()) for run in runs), sum(run.audit_seconds(device, plan) for run in runs) / 3600
 
 
 def tail_cost(config: Config, device: DeviceProfile) -> float:
     """Predicted seconds of the steps after the window as a share of those of exact steps on the full grid.
 
-    The first iteration of a run that reuses steps, which may evaluate all of them, counts like the others.
+    Iterations of a run that reuses steps which evaluate all of them, to measure the drift, count like the others.
     """
     seconds = []
     for each in (config, exactly(config)):
-        windows = _windows(each, range(each.train.iterations))
-        steps = sum(
-            times * walk_of(each, build_step_table(each.flow, window)).tail for window, times in windows.items()
-        )
+        steps = sum(walk_of(each, iteration.table).tail for iteration in _iterations(each))
         seconds.append(steps * run_cost(each).outside(device, plan_with_levers(each)))
     return seconds[0] / seconds[1]
 
 
-def _runs(config: Config) -> list[RunCost]:
-    """The iterations of a run, together where their videos have equally many frames."""
-    by_frames: dict[int, list[int]] = {}
+@dataclass(frozen=True, slots=True)
+class _Iteration:
+    """What decides on the price of one iteration.
+
+    Attributes:
+        frames: of its videos.
+        window, table: its steps.
+        measures: it evaluates its tail whole to measure the drift of reuse.
+        audited: a group is finished exactly too.
+    """
+
+    frames: int
+    window: StepWindow
+    table: StepTable
+    measures: bool
+    audited: bool
+
+
+def _iterations(config: Config) -> list[_Iteration]:
+    """The iterations of a run, as :class:`geoalign.training.trainer.Trainer` makes them.
+
+    Without a file reuse measures its drift: once for every length of videos, and again behind a window that ends before
+    all that were measured. Audits that fall on exact tails are made later.
+    """
+    schedule = WindowSchedule(config.window, config.flow.steps, config.run.seed)
+    tables: dict[StepWindow, StepTable] = {}
+    measured, owed, found = (0, 0), False, []  # frames, and the end of the earliest window
     for iteration in range(config.train.iterations):
-        by_frames.setdefault(config.learn.frames(iteration, config.data.num_frames), []).append(iteration)
-    return [run_cost(config, iterations, frames) for frames, iterations in by_frames.items()]
-
-
-def _walks(config: Config, iterations: Sequence[int]) -> dict[Walk, int]:
-    """The evaluated steps of some iterations, from the very schedule and table that training uses."""
-    # The first iteration of each length evaluates all steps where it measures the drift that chooses reused ones.
-    first = iterations[:1] if measures_drift(config) else ()
-    walks: Counter[Walk] = Counter()
-    for some, reused in ((first, 0), ([each for each in iterations if each not in first], None)):
-        for window, count in _windows(config, some).items():
-            walks[walk_of(config, build_step_table(config.flow, window), reused)] += count
-    return dict(walks)
+        window, frames = schedule(iteration), config.learn.frames(iteration, config.data.num_frames)
+        if (table := tables.get(window)) is None:
+            table = tables[window] = build_step_table(config.flow, window)
+        reuses = measures_drift(config) and len(tail_of(table)) > 1
+        measures = reuses and (frames != measured[0] or window.stop < measured[1])
+        if measures:
+            measured = (frames, window.stop)
+        owed = owed or config.ode.audits(iteration)
+        audited = owed and not measures and _approximates(config, table)
+        owed = owed and not audited
+        found.append(_Iteration(frames, window, table, measures, audited))
+    return found
 
 
 def measures_drift(config: Config) -> bool:
-    """Whether the first iteration evaluates all steps, to choose those that later ones reuse."""
+    """Whether an iteration evaluates all steps, to choose those that later ones reuse."""
     return config.ode.reuse != "off" and config.ode.reuse_profile is None
 
 
-def _audits(config: Config, iterations: Iterable[int]) -> dict[int, int]:
-    """Exact steps after the window -> the audits among some iterations that take them."""
-    due = _windows(config, filter(config.ode.audits, iterations))
-    counts: Counter[int] = Counter()
-    for window, count in due.items():
-        counts[config.flow.steps - window.stop] += count
-    return dict(counts)
+def _approximates(config: Config, table: StepTable) -> bool:
+    """Whether an iteration that does not measure has other steps after its window than exact ones."""
+    tail, ode = len(tail_of(table)), config.ode
+    exact = build_step_table(config.flow.with_exact_tail(), table.window)
+    network = ode.attention != "exact" or ode.linears != "exact"
+    return network or ode.evaluated(tail) < tail or not table.same_steps(exact)
 
 
-def _windows(config: Config, iterations: Iterable[int]) -> Counter[StepWindow]:
-    schedule = WindowSchedule(config.window, config.flow.steps, config.run.seed)
-    return Counter(schedule(iteration) for iteration in iterations)
+def _runs(config: Config) -> list[RunCost]:
+    """The iterations of a run, together where their videos have equally many frames."""
+    by_frames: dict[int, list[_Iteration]] = {}
+    for iteration in _iterations(config):
+        by_frames.setdefault(iteration.frames, []).append(iteration)
+    return [_part(config, iterations, frames) for frames, iterations in by_frames.items()]
+
+
+def _part(config: Config, iterations: Sequence[_Iteration], frames: int) -> RunCost:
+    """Some iterations of a run, on videos of so many frames."""
+    shape = (frames, *config.data.video[1:])
+    walks = Counter(walk_of(config, each.table, 0 if each.measures else None) for each in iterations)
+    audits = Counter(config.flow.steps - each.window.stop for each in iterations if each.audited)
+    return RunCost(
+        transformer=TransformerCost.of(config.model, *shape),
+        video=_video(config, shape),
+        walks=dict(walks),
+        conditions=config.groups.conditions,
+        group_size=config.groups.size,
+        updates=config.optim.updates_per_rollout,
+        audits=dict(audits),
+    )
 
 
 def _with(value: Any, path: Sequence[str], new: Any) -> Any:

@@ -15,7 +15,7 @@ import torch
 from geoalign.config.load import to_yaml
 from geoalign.config.schema import Config
 from geoalign.data.source import RetakeDataset
-from geoalign.errors import Stopped
+from geoalign.errors import CheckpointError, Refusal, Stopped
 from geoalign.files.atomic import atomic_write_json, atomic_write_text, nan_to_none, remove_leftovers
 from geoalign.files.checkpoints import CHANGED, CHECKPOINTS
 from geoalign.files.locks import writer_lock
@@ -204,7 +204,10 @@ def _iterate(
     settings: RunSettings,
     profile: int | None,
 ) -> None:
-    """Iterate to the end or to a stop request; always leaves a checkpoint of the last iteration."""
+    """Iterate to the end or to a stop request; always leaves a checkpoint of the last iteration.
+
+    So it does where an iteration is refused, unless the state is not the one before it or may be broken.
+    """
     total, main = config.train.iterations, trainer.ranks.rank == 0
     base_notes = dict(trainer.notes)
     with (
@@ -213,8 +216,14 @@ def _iterate(
         watched(config, trainer, profile) as watch,
     ):
         while trainer.iteration < total:
-            with watch.iteration(trainer):
-                numbers = trainer.step()
+            try:
+                with watch.iteration(trainer):
+                    numbers = trainer.step()
+            except Refusal as error:
+                watch.refused(error)
+                trainer.notes |= {"wall_s": clock.wall(base_notes), "cpu_s": clock.cpu(base_notes)}
+                _keep_what_was_done(trainer, checkpoints, error)
+                raise
             if config.eval.every and trainer.iteration % config.eval.every == 0:
                 numbers |= evaluation.on_the_way()
             watch.saw(trainer, numbers)
@@ -228,3 +237,18 @@ def _iterate(
                 break
     trainer.ranks.barrier()  # one that ended early would make torchrun end the one that still writes
     trainer.notes = base_notes
+
+
+def _keep_what_was_done(trainer: Trainer, checkpoints: CheckpointWriter, error: Refusal) -> None:
+    """Write a checkpoint of the state before an iteration that was refused; a collective."""
+    if not error.clean or trainer.iteration == 0:
+        return
+    main = trainer.ranks.rank == 0
+    state = trainer.state(keep=main)  # a collective
+    try:
+        if main:
+            checkpoints.save(state)
+            checkpoints.wait()
+    except CheckpointError as problem:  # the refusal is what is said
+        logger.warning("%s", problem)
+    trainer.ranks.barrier()  # one that ended early would make torchrun end the one that still writes

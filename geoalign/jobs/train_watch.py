@@ -8,10 +8,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from geoalign.config.schema import Config
+from geoalign.errors import Refusal
+from geoalign.files.atomic import atomic_write_json
 from geoalign.jobs.metrics_file import MetricsWriter
 from geoalign.jobs.progress import RunProgress
 from geoalign.jobs.train_films import FilmWriter
 from geoalign.jobs.train_profile import profiled
+from geoalign.report.run_folder import STOPPED
 from geoalign.training.trainer import Trainer
 
 
@@ -24,6 +27,9 @@ class Watch:
 
     def saw(self, trainer: Trainer, numbers: Mapping[str, float]) -> None:
         """The step has ended with these metrics; ``trainer`` counts it already."""
+
+    def refused(self, error: Refusal) -> None:
+        """The step was given up, and the run ends with ``error``."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,6 +60,11 @@ class _MainWatch(Watch):
         self.metrics.add_films(self.films.finished())
         self.progress.tell(trainer.iteration, numbers)
 
+    def refused(self, error: Refusal) -> None:
+        self.metrics.write(error.iteration, error.numbers)
+        told = {"iteration": error.iteration, "reason": str(error), "repeats": error.repeats}
+        atomic_write_json(self.folder / STOPPED, told)
+
 
 @contextmanager
 def watched(config: Config, trainer: Trainer, profile: int | None) -> Iterator[Watch]:
@@ -68,6 +79,7 @@ def watched(config: Config, trainer: Trainer, profile: int | None) -> Iterator[W
         yield Watch()
         return
     folder, total = config.run.folder, config.train.iterations
+    (folder / STOPPED).unlink(missing_ok=True)  # of an earlier part of the run, whose last row the writer drops
     with (
         MetricsWriter(folder, config.run, trainer.iteration) as metrics,
         FilmWriter(folder, config.run, trainer.iteration) as films,

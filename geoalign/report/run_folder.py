@@ -15,6 +15,7 @@ from geoalign.errors import DataError, UsageError
 from geoalign.files.arrays import read_arrays
 from geoalign.files.atomic import nan_to_none, read_jsonl
 from geoalign.files.checkpoints import CHANGED
+from geoalign.files.forms import Form, filled
 from geoalign.files.locks import LOCK_NAME, held_by
 from geoalign.files.parsing import read_json
 from geoalign.files.yaml_text import read_yaml
@@ -25,6 +26,8 @@ Shape = tuple[str, tuple[int | None, ...]]
 STAGES = ("before", "after")
 FILMS = "films"
 """Folder of the films made while a run trains, ``iteration_NNNNNN.npz`` each."""
+STOPPED = "stopped.json"
+"""Why a run refused to go on (:class:`Stop`); not there of a run that goes on again."""
 _FILM = re.compile(r"iteration_([0-9]{6,9})\.(npz|gif)")
 _MAX_CLIPS = 8 << 30  # bytes of an evaluation archive in memory
 
@@ -105,6 +108,20 @@ class Started:
         return cls(count, nodes, found.get("torchrun") is True)
 
 
+class Stop(Form):
+    """An iteration that a run refused to finish, and that does not count.
+
+    Attributes:
+        iteration: its number, from 0; its row of metrics is not whole.
+        reason: what was said.
+        repeats: whether the run, started again as it is, would find the same.
+    """
+
+    iteration: int
+    reason: str
+    repeats: bool
+
+
 @dataclass(frozen=True, slots=True)
 class Change:
     """Settings or data that a run went on with otherwise, in words, after that many ``iterations``."""
@@ -132,6 +149,7 @@ class RunRecord:
     clips: dict[str, EvaluationClips] = field(default_factory=dict)
     live: bool = False
     films: list[TrainingClip] = field(default_factory=list)
+    stop: Stop | None = None
 
     @property
     def name(self) -> str:
@@ -198,6 +216,7 @@ def read_run(folder: str | Path) -> RunRecord:
         clips={stage: clips for stage in STAGES if (clips := _if_there(path / "eval" / f"{stage}.npz", _read_clips))},
         live=is_live(path),
         films=read_films(path / FILMS),
+        stop=_if_there(path / STOPPED, _read_stop),
     )
 
 
@@ -216,6 +235,10 @@ def _read_metrics(path: Path) -> list[dict[str, Any]]:
             key = "iteration" if wrong is None else wrong
             raise DataError(f"{path}: line {line}: {key} is {row[key]!r}, not a number; delete the line.")
     return rows
+
+
+def _read_stop(path: Path) -> Stop:
+    return filled(Stop, read_json(path), path, "delete it")
 
 
 def read_summary(folder: Path) -> dict[str, Any]:

@@ -24,7 +24,7 @@ class RunState:
 
     Attributes:
         kind: ``finished`` wrote its summary; ``live`` is being written; ``stopped`` is neither.
-        done, total: iterations; ``total`` is None where the configuration does not say.
+        done, total: iterations, without one that was refused; ``total`` is None where the configuration does not say.
         seconds_left: of the iterations that are left at their recent speed, without the evaluation at the end.
         silent_s: seconds since the last iteration was written.
         held_out: whether it is measured on held-out conditions; real clips have no true retake to measure against.
@@ -42,7 +42,8 @@ class RunState:
     @classmethod
     def of(cls, run: RunRecord) -> RunState:
         """Read it from the folder's files."""
-        done = 1 + max((int(row.get("iteration", i)) for i, row in enumerate(run.metrics)), default=-1)
+        numbers = [int(row.get("iteration", i)) for i, row in enumerate(run.metrics)]
+        done = 1 + max((n for n in numbers if run.stop is None or n < run.stop.iteration), default=-1)
         total = run.setting("train.iterations")
         total = total if isinstance(total, int) else None
         kind = "live" if run.live else "finished" if run.summary else "stopped"
@@ -108,7 +109,7 @@ def progress_section(run: RunRecord, state: RunState) -> str:
         facts.append(f"the last one was written {duration(state.silent_s)} before this page{warning}")
     listed = "".join(f"<li>{escape(part)}</li>" for part in state.missing)
     told = f"<p>{'; '.join(facts)}.</p>" if facts else ""
-    after = followed([run]) if state.kind == "live" else f'<p class="note">{_continue(run)}</p>'
+    after = followed([run]) if state.kind == "live" else f'{_reason(run)}<p class="note">{_continue(run)}</p>'
     return f"""<section id="progress"><h2>{"How far it is" if state.kind == "live" else "Where it stopped"}</h2>
 <div class="progress" role="img" aria-label="{100 * state.share:.0f} per cent">
 <i style="width:{100 * state.share:.1f}%"></i></div>{told}<h3>Missing yet</h3><ul>{listed}</ul>{after}</section>"""
@@ -124,11 +125,25 @@ def followed(runs: Sequence[RunRecord]) -> str:
     )
 
 
+def _reason(run: RunRecord) -> str:
+    """Why it refused to go on, as markup; nothing for a run that was stopped from outside."""
+    return "" if run.stop is None else f'<p><b class="bad">It refused to go on.</b> {escape(run.stop.reason)}</p>'
+
+
 def _continue(run: RunRecord) -> str:
     found = list_checkpoints(run.folder / CHECKPOINTS)
+    repeats = run.stop is not None and run.stop.repeats
     if not found:
-        return "It left no checkpoint to continue from."
+        left = "It left no checkpoint to continue from."
+        return (
+            f"{left} Started again as it is, it stops the same way: change what the reason names." if repeats else left
+        )
     told = f"Its newest checkpoint is <code>{escape(found[-1].name)}</code>"
+    if repeats:
+        return (
+            f"{told}. Continued as it is, the run stops the same way: change what the reason names, and continue with "
+            "<code>--resume auto --allow-config-change</code>."
+        )
     return f"{told}; the same command with <code>--resume auto</code> goes on."
 
 

@@ -20,13 +20,25 @@ def learned_positions(size: int, count: int | None, seed: int, iteration: int) -
     return tuple(sorted(draws.argsort()[:count].tolist()))
 
 
-def most_informative(advantage: Tensor, group_size: int, count: int | None) -> Tensor:
-    """[N] bool: the ``count`` members of every group with the largest advantages in magnitude, earlier ones at a tie.
+def most_informative(advantage: Tensor, valid: Tensor, lost: Tensor, group_size: int, count: int | None) -> Tensor:
+    """[N] bool: the ``count`` members of every group whose terms say most, earlier ones at a tie.
 
-    The others' terms are dropped and nothing is rescaled: they are the smallest of the sum. The gradient is biased.
+    First those that were read, by the magnitude of their advantage. A lost member's advantage is no measurement but the
+    lowest of its group, so it comes after every one that was read; then come those without a term (advantage 0), and
+    invalid ones last, which no update learns from. The terms of the others are dropped and nothing is rescaled: the
+    gradient is biased.
+
+    Args:
+        advantage: [N].
+        valid, lost: [N] bool, of :class:`geoalign.rl.score.Scores`.
+        group_size: members of a group, next to each other.
+        count: None takes all.
     """
     if count is None or count >= group_size:
         return torch.ones(len(advantage), dtype=torch.bool)
-    order = advantage.abs().view(-1, group_size).argsort(dim=1, descending=True, stable=True)
-    chosen = torch.zeros(order.shape, dtype=torch.bool)
-    return chosen.scatter_(1, order[:, :count].cpu(), True).flatten()
+    size = advantage.abs().cpu().view(-1, group_size)
+    valid, lost = (mask.cpu().view(-1, group_size) for mask in (valid, lost))
+    rank = torch.where(size > 0, torch.where(lost, 2, 3), 1).where(valid, 0)
+    order = size.argsort(dim=1, descending=True, stable=True)
+    order = order.gather(1, rank.gather(1, order).argsort(dim=1, descending=True, stable=True))
+    return torch.zeros(order.shape, dtype=torch.bool).scatter_(1, order[:, :count], True).flatten()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import MutableMapping
+from collections.abc import Mapping, MutableMapping
 from typing import Any
 
 import torch
@@ -52,3 +52,12 @@ def agree_on_modes(twin: RetakeDiT | None, ranks: Ranks, notes: MutableMapping[s
     agreed = ranks.all_reduce(torch.tensor([order.index(mode) for mode in modes]), "max")
     notes[MODES] = [order[index] for index in agreed.tolist()]
     set_attention_modes(twin, notes[MODES])
+
+
+def is_exact(twin: RetakeDiT | None, config: Config, notes: Mapping[str, Any]) -> bool:
+    """Whether deterministic steps run what stochastic ones do: without a twin, or where no layer bears 8 bits."""
+    if twin is None:
+        return True
+    if twin.execution.probe is None or config.ode.linears != "exact":
+        return False
+    return {*notes.get(MODES, ("not measured",))} == {"exact"}

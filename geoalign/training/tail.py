@@ -1,6 +1,6 @@
-"""The steps after the window during a run: which are reused, and the audit that finishes a group exactly as well.
+"""The audit of a run's approximate tails: one group is finished exactly as well, and what both teach is compared.
 
-What was found (the drift that steps are chosen by, a fall back to exact tails) lies in the notes of the trainer, so
+What it found (a fall back to exact tails, an audit that is still to be made) lies in the notes of the trainer, so
 checkpoints remember it.
 """
 
@@ -10,119 +10,65 @@ import logging
 import math
 from collections.abc import Collection, Mapping, MutableMapping, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
 import torch
-from pydantic import Field
 from torch import Tensor
 
 from geoalign.config.schema import Config
-from geoalign.config.training import TailReuse
-from geoalign.errors import ConfigError, RunError, UsageError
-from geoalign.files.forms import Form, filled
-from geoalign.files.parsing import read_json_object
-from geoalign.flow.reuse import DriftMeter, DriftProfile, reused_steps
+from geoalign.errors import Refusal
 from geoalign.flow.sampler import FlowSampler
 from geoalign.flow.table import build_step_table
+from geoalign.models.dit import RetakeDiT
 from geoalign.perf.timer import phase
 from geoalign.policy.policy import Precomputed, RetakePolicy
 from geoalign.rewards.base import Reward
 from geoalign.rl.advantage import group_advantage
 from geoalign.rl.fidelity import LEAST_MEMBERS, Outcome, compare, told
 from geoalign.rl.score import Scores
+from geoalign.training.drift import ProfileFile
 from geoalign.training.judged import judge
+from geoalign.training.modes import is_exact
 from geoalign.training.notes import kept
 from geoalign.training.processes.ranks import RankRows, Ranks
 from geoalign.types import RetakeBatch
 
 logger = logging.getLogger(__name__)
-DRIFT = "tail_drift"
-"""Key of the notes: the profile by which reused steps are chosen."""
 EXACT = "exact_tail_since"
 """Key of the notes: the iteration after which an audit let the run go on with exact tails."""
 OWED = "audit_owed"
-"""Key of the notes: the group whose audit the next iteration makes, because this one measured the drift."""
+"""Key of the notes: the group whose audit a later iteration makes, because the tails of this one are exact."""
 
 
-class _ProfileForm(Form):
-    sigmas: list[Annotated[float, Field(ge=0, le=1)]]
-    drift: list[float]
-    reuse: TailReuse = "off"
-
-
-def read_profile(path: Path, reuse: TailReuse) -> DriftProfile:
-    """The profile in a file of `geoalign fidelity choose`.
-
-    Raises:
-        ConfigError: it cannot be read, or it was measured with another kind of reuse than ``reuse``.
-    """
-    fix = "make it with `geoalign fidelity choose`"
-    found = filled(_ProfileForm, read_json_object(path, ConfigError), path, fix, ConfigError)
-    if found.reuse not in ("off", reuse):
-        raise ConfigError(f"{path}: the drift of ode.reuse={found.reuse}, and the run says {reuse}; {fix}")
-    try:
-        return DriftProfile(found.sigmas, found.drift)
-    except UsageError as error:
-        raise ConfigError(f"{path}: {error}; {fix}") from error
-
-
-def check_profile(config: Config) -> None:
-    """Refuse a drift profile that cannot be used before anything is loaded; raises as :func:`read_profile`."""
-    if config.ode.reuse != "off" and config.ode.reuse_profile is not None:
-        read_profile(config.ode.reuse_profile, config.ode.reuse)
-
-
-def with_reuse(
-    sampler: FlowSampler, config: Config, notes: MutableMapping[str, Any], frames: int | None = None
-) -> FlowSampler:
-    """The sampler with the steps that it reuses, chosen by the profile of the notes or of the file that is named.
-
-    Without either it evaluates all steps and measures the profile: :func:`agree_on_drift` takes it from there. A
-    profile of the notes that is of another kind of reuse, another file or videos of another length is dropped.
+def keep_exact(config: Config, notes: MutableMapping[str, Any], frames: int, file: ProfileFile | None) -> bool:
+    """Whether a fall back to exact tails is noted; one that an audit of something else led to is dropped.
 
     Args:
-        frames: of the videos; None: those of the data.
+        frames: of the videos of the iteration.
+        file: of :func:`geoalign.training.drift.profile_file`.
     """
-    if config.ode.reuse == "off":
-        return sampler
-    if not kept(notes, DRIFT, _source_of_drift(config, frames), "the drift of ode.reuse"):
-        if config.ode.reuse_profile is None:
-            return replace(sampler, drift=DriftMeter(sampler.table))
-        profile = read_profile(config.ode.reuse_profile, config.ode.reuse)
-        notes[DRIFT] = {"sigmas": list(profile.sigmas), "drift": list(profile.drift)}
-    table = sampler.table
-    assert table.window is not None
-    count = config.ode.evaluated(table.num_steps - table.window.stop)
-    return replace(sampler, reused=reused_steps(table, DriftProfile(**notes[DRIFT]), count))
-
-
-def _source_of_drift(config: Config, frames: int | None) -> dict[str, Any]:
-    """What a profile was measured with and on how many frames; a file serves videos of every length."""
-    if config.ode.reuse_profile is not None:
-        return {"ode.reuse": config.ode.reuse, "from": str(config.ode.reuse_profile)}
-    return {"ode.reuse": config.ode.reuse, "from": "measured", "frames": frames or config.data.num_frames}
-
-
-def keep_exact(config: Config, notes: MutableMapping[str, Any]) -> bool:
-    """Whether a fall back to exact tails is noted; one from other approximations than ``config``'s is dropped."""
     ode = config.ode
-    settings = {
-        "ode.int8_threshold": ode.int8_threshold,
-        "ode.reuse_profile": ode.reuse_profile and str(ode.reuse_profile),
-    }
-    return kept(notes, EXACT, config.approximations() | settings, "the fall back to exact tails")
+    judged = ("int8_threshold", "audit_spearman", "audit_bias", "audit_margin", "audit_action")
+    under = config.approximations() | {f"ode.{name}": getattr(ode, name) for name in judged}
+    under |= {"ode.reuse_profile": None if file is None else file.content, "frames": frames}
+    return kept(notes, EXACT, under, "the fall back to exact tails")
 
 
-def agree_on_drift(sampler: FlowSampler, ranks: Ranks, notes: MutableMapping[str, Any]) -> None:
-    """Note the drift that the rollouts of all ranks showed, if this sampler measured it; a collective if it did."""
-    meter = sampler.drift
-    if meter is None:
-        return
-    meter.sums = ranks.all_reduce(meter.sums, "sum")
-    profile = meter.profile()
-    notes[DRIFT] = {"sigmas": list(profile.sigmas), "drift": list(profile.drift)}
-    logger.info("ode.reuse: drift measured over %d steps of a tail", len(profile.sigmas) - 1)
+def approximates(sampler: FlowSampler, twin: RetakeDiT | None, config: Config, notes: Mapping[str, Any]) -> bool:
+    """Whether the steps after the window are others than exact ones on the whole grid, so that an audit has work.
+
+    They are not where the drift of reuse is measured, where a late window leaves a coarser tail no fewer steps, and
+    where 8-bit attention does not pay on this card or no layer bears it.
+
+    Args:
+        sampler: of the iteration, with what it reuses.
+        twin: network of its deterministic steps, if there is another.
+        config, notes: of the run.
+    """
+    if sampler.drift is not None:
+        return False
+    exact = build_step_table(config.flow.with_exact_tail(), sampler.table.window)
+    return bool(sampler.reused) or not sampler.table.same_steps(exact) or not is_exact(twin, config, notes)
 
 
 @dataclass(frozen=True, slots=True)
@@ -172,12 +118,12 @@ class Auditor:
     rewards: Mapping[str, Reward]
     device: torch.device
 
-    def due(self, iteration: int, notes: MutableMapping[str, Any], measures: bool) -> int | None:
+    def due(self, iteration: int, notes: MutableMapping[str, Any], works: bool) -> int | None:
         """The group to audit in ``iteration``, or None; to be asked once in every iteration.
 
         Args:
-            measures: the iteration evaluates its tail whole to measure the drift of reuse. An audit would compare exact
-                with exact; the next iteration makes it.
+            works: the iteration's tail is approximated (:func:`approximates`). Else an audit would compare exact with
+                exact; the next iteration that approximates makes it.
         """
         ode = self.config.ode
         if ode.audit_every == 0 or EXACT in notes:
@@ -185,7 +131,7 @@ class Auditor:
         group = notes.pop(OWED, None)
         if ode.audits(iteration):
             group = iteration // ode.audit_every % self.rank_rows.conditions
-        if group is not None and measures:
+        if group is not None and not works:
             notes[OWED] = group
             return None
         return group
@@ -318,7 +264,7 @@ class Auditor:
         """Whether the run goes on with exact tails because an audit found something ``bad``; the log says so.
 
         Raises:
-            RunError: ``ode.audit_action`` is ``stop``.
+            Refusal: ``ode.audit_action`` is ``stop``.
         """
         ode = self.config.ode
         if not bad or ode.audit_action == "report":
@@ -330,7 +276,12 @@ class Auditor:
             f"{', '.join(f'{name}={value}' for name, value in self.config.approximations().items())}"
         )
         if ode.audit_action == "stop":
-            raise RunError(f"{found}; take a finer setting (`geoalign fidelity run`), or ode.audit_action=exact")
+            raise Refusal(
+                f"{found}; take a finer setting (`geoalign fidelity run {self.config.asked} --json FILE` measures) or "
+                "ode.audit_action=exact, and go on with --resume auto --allow-config-change",
+                iteration,
+                clean=True,
+            )
         logger.warning("%s: from here on the tails are exact", found)
         return True
 

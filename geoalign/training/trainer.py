@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from geoalign.config.schema import Config
-from geoalign.errors import ConfigError, RunError
+from geoalign.errors import ConfigError, Refusal
 from geoalign.flow.rollout import Rollout
 from geoalign.flow.sampler import FlowSampler, initial_noise
 from geoalign.flow.table import StepWindow, build_step_table
@@ -30,6 +30,7 @@ from geoalign.rl.score import Scores, merged
 from geoalign.rl.subset import learned_positions, most_informative
 from geoalign.rl.window import WindowSchedule
 from geoalign.training.checkpoint import TrainState
+from geoalign.training.drift import agree_on_drift, profile_file, same_on_all, with_reuse
 from geoalign.training.engines.optim import set_learning_rate
 from geoalign.training.film import TrainingFilm
 from geoalign.training.kept_choice import keep_choice, noted
@@ -38,7 +39,7 @@ from geoalign.training.modes import agree_on_modes, refresh_modes, restore_modes
 from geoalign.training.processes.ranks import LocalRanks, RankRows, Ranks, gather_scores
 from geoalign.training.setup import ready
 from geoalign.training.streaming import RowGradients, StreamingBackward
-from geoalign.training.tail import EXACT, Auditor, Tail, agree_on_drift, keep_exact, with_reuse
+from geoalign.training.tail import EXACT, Auditor, Tail, approximates, keep_exact
 from geoalign.training.telemetry import WorkMeter
 from geoalign.types import RetakeBatch
 from geoalign_kernels import philox_uniform, streams
@@ -113,6 +114,7 @@ class Trainer:
         self._row_gradients = (
             RowGradients(self.engine.trained, self.rank_rows.rows.numel(), mode) if mode in ("device", "host") else None
         )
+        self.profile_file = same_on_all(profile_file(config), self.ranks)
         self.auditor = Auditor(config, self.ranks, self.rank_rows, rewards, self.device)
         self.meter = WorkMeter(config, self.rank_rows, self.device)
         self.clock = PhaseTimer(self.device)
@@ -121,60 +123,86 @@ class Trainer:
         self.film: TrainingFilm | None = None
         self.notes: dict[str, Any] = noted(config, self.policy.model.execution.core, parts.quantised)
 
+    @property
+    def acting(self) -> RetakePolicy:
+        """The policy of the rollouts: after a fall back to exact tails without any approximation."""
+        return self.policy.exact() if EXACT in self.notes else self.policy
+
     def step(self) -> dict[str, float]:
         """One iteration; returns its metrics.
 
         Raises:
-            RunError: too many invalid samples, too many iterations without an update, log-probabilities of rollout and
-                replay that differ beyond the bound, or an approximate tail that an audit refuses.
+            Refusal: too many invalid samples, too many iterations without an update, log-probabilities of rollout and
+                replay that differ beyond the bound, or an approximate tail that an audit refuses. It holds the metrics
+                that are known, and the notes are those before the iteration.
         """
+        notes, numbers = dict(self.notes), dict[str, float]()
+        try:
+            self._step(numbers)
+        except Refusal as error:
+            self.notes, error.numbers = notes, numbers
+            raise
+        return numbers
+
+    def _step(self, numbers: dict[str, float]) -> None:
+        """One iteration, which adds its metrics to ``numbers`` as they become known."""
         config, rank_rows, self.film = self.config, self.rank_rows, None
         window, began = self.schedule(self.iteration), time.process_time()
-        frames = config.learn.frames(self.iteration, config.data.num_frames)
-        refresh_modes(self.policy.fast, config, frames, self.notes)
-        exact, sampler = EXACT in self.notes, self.sampler(window, frames)
-        audited = self.auditor.due(self.iteration, self.notes, measures=sampler.drift is not None)
+        frames = self._frames
+        exact = keep_exact(config, self.notes, frames, self.profile_file)
+        policy = self.acting
+        refresh_modes(policy.fast, config, frames, self.notes)
+        sampler = self.sampler(window, frames)
+        works = approximates(sampler, policy.fast, config, self.notes)
+        audited = self.auditor.due(self.iteration, self.notes, works)
         with self.clock.active():
             with phase("data"):
                 batch = self._draw(rank_rows.group_ids.tolist(), frames).to(self.device)
                 frames = batch.source.video.shape[1]
             with phase("rollout/encode"):
-                precomputed = self.policy.prepare(batch)
+                precomputed = policy.prepare(batch)
             positions = learned_positions(window.size, config.learn.window_steps, config.run.seed, self.iteration)
             stream = self._stream(sampler, positions)
             self.ranks.check_alive()
-            rollout = self._rollout(sampler, batch, precomputed, stream)
+            rollout = self._rollout(policy, sampler, batch, precomputed, stream)
             tail = None if audited is None else Tail(audited, rollout.x_next[-1].clone(), rollout.final)
             rollout, usable = rollout.neutralised()  # usable: [R] bool
             scores = self._score(rollout, batch, usable)
+            numbers |= {"window/start": float(window.start)} | _score_metrics(scores)
+            self._refuse_too_many_failures(scores)
             with phase("advantage"):
                 advantage = self._advantage(scores)
-            fidelity, spent_on_audit = {"fidelity/exact_tails": float(exact)} if config.ode.audit_every else {}, 0
-            if tail is not None:
-                found, spent_on_audit = self._audit(tail, sampler, batch, precomputed, scores)
-                fidelity |= found
+            numbers |= {f"advantage/{name}": value for name, value in advantage.metrics.items()}
+            numbers |= {"fidelity/exact_tails": float(exact)} if config.approximations() else {}
+            spent_on_audit = 0 if tail is None else self._audit(tail, sampler, batch, precomputed, scores, numbers)
             self.ranks.check_alive()
             factor = set_learning_rate(self.engine.optimizer, config.optim, self.iteration, config.train.iterations)
             rows = rank_rows.rows  # [R] among N
             values, valid = advantage.values[rows].to(self.device), scores.valid[rows].to(self.device)  # [R]
-            chosen = most_informative(advantage.values, config.groups.size, config.learn.members)[rows]
+            chosen = most_informative(
+                advantage.values, scores.valid, scores.lost, config.groups.size, config.learn.members
+            )[rows]
             update = self.learner.update(
                 sampler, rollout, precomputed, values, valid, self._held(stream), positions=positions, chosen=chosen
             )
+        numbers |= update
         self._refuse_drift(update["parity/log_prob_diff_max"])
         self._refuse_standstill(update)
-        agree_on_modes(self.policy.fast, self.ranks, self.notes, longest=window.start == config.window.start)
+        agree_on_modes(policy.fast, self.ranks, self.notes, longest=window.start == config.window.start)
         agree_on_drift(sampler, self.ranks, self.notes)
         self.iteration += 1
         seconds = self.clock.collect() | {f"time/reward/{name}_s": value for name, value in scores.seconds.items()}
         spent = self.meter.passes(rollout, self.learner.passes, spent_on_audit)
         predicted = self.auditor.passes(audited, sampler)
-        work = self.meter.metrics(spent, sampler, positions, predicted, seconds["time/iteration_s"], frames)
-        work["perf/cpu_s"] = time.process_time() - began
-        where = {"window/start": float(window.start), "optim/lr_factor": factor}
-        data = self.source.telemetry() if isinstance(self.source, PrefetchingSource) else {}
-        counts = self._failure_counts()
-        return _reward_metrics(scores, advantage) | counts | fidelity | update | work | seconds | where | data
+        numbers |= self._failure_counts()
+        numbers |= self.meter.metrics(spent, sampler, positions, predicted, seconds["time/iteration_s"], frames)
+        numbers |= {"perf/cpu_s": time.process_time() - began} | seconds | {"optim/lr_factor": factor}
+        numbers |= self.source.telemetry() if isinstance(self.source, PrefetchingSource) else {}
+
+    @property
+    def _frames(self) -> int:
+        """Frames of the videos of this iteration."""
+        return self.config.learn.frames(self.iteration, self.config.data.num_frames)
 
     def _draw(self, group_ids: list[int], frames: int) -> RetakeBatch:
         """The batch of this iteration, of so many frames; the next one is assembled while this one trains."""
@@ -205,12 +233,11 @@ class Trainer:
             rows_per_forward=rows,
             groups_per_forward=groups,
         )
-        return sampler if exact else with_reuse(sampler, config, self.notes, frames)
+        return sampler if exact else with_reuse(sampler, config, self.notes, self.profile_file, frames)
 
     def next_sampler(self) -> FlowSampler:
         """The sampler of the next step."""
-        frames = self.config.learn.frames(self.iteration, self.config.data.num_frames)
-        return self.sampler(self.schedule(self.iteration), frames)
+        return self.sampler(self.schedule(self.iteration), self._frames)
 
     def _stream(self, sampler: FlowSampler, positions: Sequence[int]) -> StreamingBackward | None:
         if self.config.levers.streaming == "off":
@@ -228,15 +255,20 @@ class Trainer:
         return stream
 
     def _rollout(
-        self, sampler: FlowSampler, batch: RetakeBatch, precomputed: Precomputed, stream: StreamingBackward | None
+        self,
+        policy: RetakePolicy,
+        sampler: FlowSampler,
+        batch: RetakeBatch,
+        precomputed: Precomputed,
+        stream: StreamingBackward | None,
     ) -> Rollout:
         """The rollouts of this rank, as they come."""
         groups, members = (ids.to(self.device) for ids in (self.rank_rows.group_ids, self.rank_rows.member_ids))
-        noise = initial_noise(self.policy.latent_shape(batch), self.config.run.seed, self.iteration, groups)
+        noise = initial_noise(policy.latent_shape(batch), self.config.run.seed, self.iteration, groups)
         return sampler.rollout(
-            self.policy.phased(),
+            policy.phased(),
             precomputed,
-            noise.to(torch.promote_types(noise.dtype, self.policy.dtype)),
+            noise.to(torch.promote_types(noise.dtype, policy.dtype)),
             seed=self.config.run.seed,
             iteration=self.iteration,
             group_ids=groups,
@@ -262,9 +294,7 @@ class Trainer:
             )  # fmt: skip
         if self.film is not None:
             self.film = self.film.with_camera(scored.camera(0))
-        scores = gather_scores(self.ranks, self.rank_rows, merged(scored, usable[mine]))
-        self._refuse_too_many_failures(scores)
-        return scores
+        return gather_scores(self.ranks, self.rank_rows, merged(scored, usable[mine]))
 
     def _audit(
         self,
@@ -273,14 +303,14 @@ class Trainer:
         batch: RetakeBatch,
         precomputed: Precomputed,
         scores: Scores,
-    ) -> tuple[dict[str, float], int]:
-        """What the exact tail of one group says of the approximate one, and the passes that it took here."""
+        numbers: dict[str, float],
+    ) -> int:
+        """Add to ``numbers`` what the exact tail of one group says of the approximate one; the passes spent here."""
         audit = self.auditor.audit(tail, sampler, self.policy, precomputed, batch, scores)
+        numbers |= {f"fidelity/{name}": value for name, value in audit.numbers.items()}
         if self.auditor.refuse(audit.bad, self.iteration):
-            keep_exact(self.config, self.notes)  # notes what this is found under
-            self.notes[EXACT] = self.iteration
-            self.policy = self.policy.exact()
-        return {f"fidelity/{name}": value for name, value in audit.numbers.items()}, audit.passes
+            self.notes[EXACT] = self.iteration  # found under what `keep_exact` noted before the rollouts
+        return audit.passes
 
     def _failure_counts(self) -> dict[str, float]:
         """What the guards of all ranks counted since the start of the process."""
@@ -309,8 +339,12 @@ class Trainer:
         self.engine.restore(state.snapshot)
         self.iteration = state.iteration
         self.policy = keep_choice(self.policy, self.config, self.device, self.notes, state.notes)
-        if keep_exact(self.config, self.notes):
-            self.policy = self.policy.exact()
+        if keep_exact(self.config, self.notes, self._frames, self.profile_file):
+            logger.warning(
+                "steps after the window stay exact, because the audit of iteration %d was bad; other approximations or "
+                "other bounds of ode.audit_* lift that (--allow-config-change)",
+                self.notes[EXACT],
+            )
         restore_modes(self.policy.fast, self.notes)
 
     def _shuffled(self, values: Tensor) -> Tensor:
@@ -327,20 +361,26 @@ class Trainer:
         invalid = 1 - float(scores.valid.float().mean())
         if invalid > self.config.failures.max_invalid_fraction:
             causes = ", ".join(f"{name}: {count}" for name, count in scores.failures.items() if count)
-            raise RunError(
+            # A scorer may fail because of its machine; latents that are not finite come again, of weights as they are.
+            broken = scores.failures.get("policy", 0) > 0
+            raise Refusal(
                 f"iteration {self.iteration}: {invalid:.0%} of the samples are invalid ({causes}); the limit is "
                 f"failures.max_invalid_fraction={self.config.failures.max_invalid_fraction}. The log names each cause, "
-                "docs/troubleshooting.md#samples-fail the fix"
+                "docs/troubleshooting.md#samples-fail the fix",
+                self.iteration,
+                clean=not broken,
+                repeats=broken,
             )
 
     def _refuse_drift(self, drift: float) -> None:
         if not drift <= self.config.train.max_log_prob_diff:
-            raise RunError(
+            raise Refusal(
                 f"iteration {self.iteration}: before any update, log-probabilities of replay and rollout differ by "
                 f"{drift:.3g} (bound train.max_log_prob_diff={self.config.train.max_log_prob_diff:.3g}): window and "
                 "learner do not run the same artefact (kernels, dtype, batch shape, compiled graph), and the ratio "
                 "would be wrong; find the part by run.compile=false run.attention=sdpa_flash levers.streaming=off "
-                "(docs/troubleshooting.md#the-ratio-is-not-1)"
+                "(docs/troubleshooting.md#the-ratio-is-not-1)",
+                self.iteration,
             )
 
     def _refuse_standstill(self, update: Mapping[str, float]) -> None:
@@ -349,10 +389,11 @@ class Trainer:
             return
         count = self.notes[SKIPPED] = earlier + 1
         if count >= self.config.failures.max_skipped_updates:
-            raise RunError(
+            raise Refusal(
                 f"iteration {self.iteration}: every update of the last {count} iterations was skipped "
                 f"(failures.max_skipped_updates={count}), because the gradient is not finite (norm "
-                f"{update['policy/grad_norm']:g}); {_broken_weights(self.engine.trained)}"
+                f"{update['policy/grad_norm']:g}); {_broken_weights(self.engine.trained)}",
+                self.iteration,
             )
 
 
@@ -360,7 +401,8 @@ def _broken_weights(trained: Mapping[str, torch.nn.Parameter]) -> str:
     local = {name: getattr(value.detach(), "to_local", value.detach)() for name, value in trained.items()}
     broken = [name for name, value in local.items() if not bool(torch.isfinite(value).all())]
     if not broken:
-        return "the trained weights are finite: the backward overflows, try run.dtype=float32"
+        told = "the trained weights are finite: the backward overflows"
+        return f"{told}, try run.dtype=float32 (--resume auto --allow-config-change)"
     return (
         f"{len(broken)} of {len(local)} trained weights are not finite, the first is {broken[0]}: resume from a "
         "checkpoint before with a smaller optim.lr, or start from another train.base "
@@ -368,12 +410,11 @@ def _broken_weights(trained: Mapping[str, torch.nn.Parameter]) -> str:
     )
 
 
-def _reward_metrics(scores: Scores, advantage: Advantage) -> dict[str, float]:
+def _score_metrics(scores: Scores) -> dict[str, float]:
     valid, read = scores.valid, scores.valid & ~scores.lost
     means = {f"reward/{name}": _mean_of_defined(value, read) for name, value in scores.scores.items()}
     others = {**scores.parts, **scores.diagnostics, "lost_fraction": scores.lost.double()}
     means |= {f"reward/{name}": _mean_of_defined(value, valid) for name, value in others.items()}
-    means |= {f"advantage/{name}": value for name, value in advantage.metrics.items()}
     means |= {f"failures/{name}": float(number) for name, number in scores.failures.items()}
     means["reward/invalid_fraction"] = 1 - float(valid.float().mean())
     return means

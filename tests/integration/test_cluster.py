@@ -228,6 +228,26 @@ def test_it_gives_up_after_failures_without_a_new_checkpoint(
     assert code == 1 and not again and "2 times in a row without a new checkpoint; not started again" in output
 
 
+STOPPED = """
+import json, pathlib
+folder = pathlib.Path("run")
+folder.mkdir(exist_ok=True)
+(folder / "stopped.json").write_text(json.dumps({"iteration": 3, "reason": "a bad audit", "repeats": REPEATS}))
+raise SystemExit(1)
+"""
+
+
+def test_what_would_stop_the_same_way_does_not_come_back(stub: Callable[..., dict[str, str]], tmp_path: Path) -> None:
+    """Unlike what may pass by, and unlike the reason of an earlier start."""
+    code, output, again = ended(stub(STOPPED.replace("REPEATS", "False")), tmp_path)
+    assert code == 0 and again and "back into the queue" in output
+    code, output, again = ended(stub(STOPPED.replace("REPEATS", "True")), tmp_path)
+    assert code == 1 and not again and "would stop the same way: a bad audit" in output
+    os.utime(tmp_path / "run" / "stopped.json", (0, 0))
+    code, output, again = ended(stub(FAILING.format("0")), tmp_path)
+    assert again and "same way" not in output
+
+
 @pytest.mark.parametrize("code", [1, 2])
 def test_what_cannot_start_does_not_come_back(code: int, stub: Callable[..., dict[str, str]], tmp_path: Path) -> None:
     assert ended(stub("raise AssertionError", doctor=code), tmp_path) == (code, "", False)

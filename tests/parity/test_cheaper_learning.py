@@ -14,6 +14,8 @@ from torch import Tensor
 from toy_learner import GROUPS, SIZE, assert_close, gradient, learner_of, setting_of
 from training_cases import Brightness, Conditions, smoke, trainer_of
 
+from geoalign.config.flow import AdvantageConfig
+from geoalign.rl.advantage import group_advantage
 from geoalign.rl.subset import learned_positions, most_informative
 from geoalign.types import Encodings
 
@@ -52,14 +54,41 @@ def test_every_subset_is_drawn_equally_often() -> None:
 
 def test_the_largest_advantages_are_chosen_in_every_group() -> None:
     advantage = torch.tensor([0.1, -0.9, 0.5, 0.5, 0.0, 0.0, 0.0, 0.0])
-    assert most_informative(advantage, 4, 2).tolist() == [False, True, True, False, True, True, False, False]
-    assert bool(most_informative(advantage, 4, None).all())
+    valid, lost = torch.ones(8, dtype=torch.bool), torch.zeros(8, dtype=torch.bool)
+    chosen = most_informative(advantage, valid, lost, 4, 2)
+    assert chosen.tolist() == [False, True, True, False, True, True, False, False]
+    assert bool(most_informative(advantage, valid, lost, 4, None).all())
+
+
+def test_what_was_read_is_learned_from_before_what_was_lost() -> None:
+    """Six of twelve cameras lost: by magnitude alone the update would hold their six equal terms and nothing else."""
+    scores = {"a": torch.tensor([0.3, 0.1, -0.2, 0.4, -0.1, -0.5, *[9.0] * 6])}
+    lost = torch.tensor([False] * 6 + [True] * 6)
+    valid, group = torch.ones(12, dtype=torch.bool), torch.zeros(12, dtype=torch.int64)
+    advantage = group_advantage(scores, valid, group, AdvantageConfig(std="group"), lost).values
+    assert bool((advantage[6:] == advantage[:6].min()).all())  # what a lost member gets
+    half = most_informative(advantage, valid, lost, 12, 6)
+    assert half.tolist() == [True] * 6 + [False] * 6
+    assert float(advantage[half].sum()) == pytest.approx(0, abs=1e-6)  # float32 values of order 1
+    eight = most_informative(advantage, valid, lost, 12, 8)
+    assert eight.tolist() == [True] * 8 + [False] * 4  # then lost ones, earlier first
+
+
+def test_members_without_a_term_come_last() -> None:
+    """No difference among those that were read: the lost ones alone say something. Invalid ones are never wanted,
+    whatever number stands there, as after a shuffle."""
+    advantage = torch.tensor([0.0, 0.0, -1.0, -1.0, 5.0, -0.1, 0.2, 0.3])
+    valid = torch.tensor([True, True, True, True, False, True, True, True])
+    lost = torch.tensor([False, False, True, True, False, False, False, False])
+    chosen = most_informative(advantage, valid, lost, 4, 3)
+    assert chosen.tolist() == [True, False, True, True, False, True, True, True]
 
 
 def test_chosen_members_add_exactly_their_terms() -> None:
     """Against the full update with the other advantages at zero."""
     setting = setting_of(None, 1)
-    chosen = most_informative(setting.advantage, SIZE, 2)
+    every = torch.ones(len(setting.advantage), dtype=torch.bool)
+    chosen = most_informative(setting.advantage, every, ~every, SIZE, 2)
     learner = learner_of(setting.policy)
     _, found = gradient(setting, setting.rollout, learner, chosen=chosen)
     assert learner.passes["backward"] == GROUPS + 2 * GROUPS * 2

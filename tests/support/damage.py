@@ -178,6 +178,12 @@ def _make_run(folder: Path) -> None:
     np.savez_compressed(folder / "eval" / "before.npz", names=np.array(["a", "b"]), **arrays)
 
 
+def _make_stop(folder: Path) -> None:
+    _make_run(folder)
+    (folder / "summary.json").unlink()
+    (folder / "stopped.json").write_text(json.dumps({"iteration": 4, "reason": "a bad audit", "repeats": True}))
+
+
 def _make_film(folder: Path) -> None:
     _make_run(folder)
     (folder / "films").mkdir()
@@ -307,6 +313,7 @@ CASES: dict[str, Case] = {
     "report summary": Case(_make_run, "summary.json", _read_report),
     "report environment": Case(_make_run, "env.json", _read_report),
     "report settings": Case(_make_run, "config.yaml", _read_report),
+    "reason of a stop": Case(_make_stop, "stopped.json", _read_report),
     "report clips": Case(_make_run, "eval/before.npz", _read_report),
     "video": Case(_make_video, "clip.mp4", _read_video),
     "film of a run": Case(_make_film, "films/iteration_000004.npz", _read_report, told=True),

@@ -22,7 +22,7 @@ from geoalign.config.schema import Config
 from geoalign.data.subset import choose
 from geoalign.data.video import write_video
 from geoalign.flow.reuse import DriftProfile
-from geoalign.training.tail import read_profile
+from geoalign.training.drift import read_profile
 
 ODD: tuple[Any, ...] = (
     None, True, 7, -1, 1.5, 1e300, math.nan, math.inf, 10**400, "", "x", "\0", "../x", "\ud800", [], {}, [[]], {"a": 1},
@@ -119,7 +119,7 @@ def make_profile(folder: Path) -> None:
 
 def read_drift(folder: Path) -> Any:
     """A number between two levels."""
-    found: DriftProfile = read_profile(folder / "drift.json", "residual")
+    found: DriftProfile = read_profile(folder / "drift.json", "residual", Path("x"))
     return math.isfinite(found.at(0.7))
 
 

@@ -24,7 +24,7 @@ from geoalign.models.wan_vae import check_wan_codec
 from geoalign.policy.locate import locate, vae_of
 from geoalign.policy.open import describe_base
 from geoalign.rewards.registry import evaluator_needs, reward_needs
-from geoalign.training.tail import read_profile
+from geoalign.training.drift import choose_command, profile_file
 from geoalign.world.dataset import is_complete
 
 
@@ -114,15 +114,14 @@ def rewards(config: Config) -> Iterator[Check]:
 
 def drift(config: Config) -> Iterator[Check]:
     """The profile by which reused steps are chosen, which a run reads in its first iteration."""
-    path, reuse = config.ode.reuse_profile, config.ode.reuse
-    fix = f"geoalign fidelity choose {config.asked} --out {path}"
-    if reuse != "off" and path is not None:
+    path = config.ode.reuse_profile
+    if config.ode.reuse != "off" and path is not None:
 
         def opened() -> str:
-            read_profile(path, reuse)
+            profile_file(config)
             return str(path)
 
-        yield look("drift profile", fix, opened)
+        yield look("drift profile", choose_command(config.asked, path), opened)
 
 
 def clips(config: Config) -> Iterator[Check]:

@@ -126,7 +126,7 @@ def test_an_audit_takes_the_time_of_one_device_on_all() -> None:
     rows = RankRows.of(64, 12, LocalRanks())
     auditor = Auditor(fast, LocalRanks(), rows, {}, torch.device("cpu"))
     notes: dict[str, Any] = {}
-    audited = [i for i in range(140) if auditor.due(i, notes, measures=i == 0) is not None]
+    audited = [i for i in range(140) if auditor.due(i, notes, works=i > 0) is not None]
     assert audited == [1, 20, 40, 60, 80, 100, 120]  # the first shows the drift and is as good as exact
     tails = [21, 21, 20, 19, 18, 17, 17]  # the window moves on after 25 iterations; 25 steps, 4 of them in it
     for start, tail in enumerate((21, 20, 19)):
@@ -148,6 +148,24 @@ def test_an_audit_takes_the_time_of_one_device_on_all() -> None:
     # Audits of the first half see fewer tokens and frames.
     short = load_config(Config, "paper_64xa800", [*REUSED, "learn.short_frames=49", "learn.short_iterations=70"])
     assert audit_cost(short, card)[0] == 7 and audit_cost(short, card)[1] < 0.8 * seconds / 3600
+
+
+def test_what_a_card_does_not_use_is_not_audited_and_not_priced(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    """8-bit attention does not pay on an H200, where every audit of it alone would compare exact with exact."""
+    card, words = DEVICES["h200"], ["ode.attention=int8", "ode.audit_every=20"]
+    alone, plain = (load_config(Config, "paper_64xa800", given) for given in (words, []))
+    assert audit_cost(alone, card) == (0, 0.0) and hours(alone, card, 64) == hours(plain, card, 64)
+    assert audit_cost(alone, DEVICES["a800"])[0] == 7
+    both = load_config(Config, "paper_64xa800", [*words, "flow.tail_steps=9"])
+    assert audit_cost(both, card)[0] == 7
+    file = tmp_path / "budget.json"
+    assert main(["budget", "--config", "paper_64xa800", "--device", "h200", *words, "--json", str(file)]) == 0
+    own = json.loads(file.read_text())["as_configured"]
+    assert own["not_used"] == ["ode.attention"] and not own["changes_videos"] and own["audits"] == 0
+    text = capsys.readouterr().out
+    assert "not used on this card, where it does not pay: ode.attention" in text and "of them together" not in text
 
 
 CHANGED = (

@@ -181,5 +181,5 @@ def test_an_environment_without_a_package_is_one_line(package: str, tmp_path: Pa
     ]
     if package != "tqdm":  # which only bars on a terminal need
         other = run("config", "print", "--config", "smoke")
-        said = f"geoalign: error: package {package} is not installed; pip install geoalign\n"
+        said = f"geoalign: error: package {package} is not installed; {install()}\n"
         assert (other.returncode, other.stderr) == (1, said)

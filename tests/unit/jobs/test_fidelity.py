@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from training_cases import Brightness, Conditions, lively_policy, smoke
+from training_cases import Brightness, Conditions, lively_policy, smoke, trainer_of
 
 from geoalign.cli import fidelity as verb
 from geoalign.cli.main import main
@@ -23,7 +23,7 @@ from geoalign.jobs import fidelity
 from geoalign.jobs.fidelity import Bench, Record, Setting, check_setting, table_rows
 from geoalign.jobs.pricing import hours, tail_cost
 from geoalign.perf.devices import DEVICES
-from geoalign.training.tail import DRIFT, read_profile
+from geoalign.training.drift import DRIFT, read_profile
 
 GROUP = dict.fromkeys(("spearman", "kendall", "pearson", "flips", "flips_weighted", "psnr", "distance"), 0.5)
 GROUP = {**GROUP, "shift": {"geometry": 0.1}, "spread": {"geometry": None}}
@@ -76,11 +76,26 @@ def test_a_row_is_priced_behind_its_own_window() -> None:
 def test_the_drift_alone_needs_no_scorer() -> None:
     source, policy = Conditions(config()), lively_policy(config())
     wanted = config(ode={"reuse": "residual"})
-    found = Bench(wanted, source, policy, rewards={}).drift(Setting("", wanted), 1)[DRIFT]
-    asked = Setting("", wanted)  # as a table measures it: on the exact rollouts, after their window
-    list(Bench(wanted, source, policy, {"b": Brightness()}).rounds([asked], [1], 1))
-    assert found["sigmas"] == asked.notes[DRIFT]["sigmas"]
-    assert found["drift"] == pytest.approx(asked.notes[DRIFT]["drift"], rel=1e-5)  # sums in another order
+    found = Bench(wanted, source, policy, rewards={}).drift(Setting("", wanted))[DRIFT]
+    for windows in ([1], [3, 1], [3]):  # a table measures it there too, whichever windows it is asked for
+        asked, half = Setting("", wanted), Setting("half", config(ode={"reuse": "residual", "reuse_share": 0.4}))
+        list(Bench(wanted, source, policy, {"b": Brightness()}).rounds([asked, half], windows, 1))
+        assert found == asked.notes[DRIFT] == half.notes[DRIFT]
+    trainer = trainer_of(wanted, rewards={"b": Brightness()})
+    trainer.step()
+    assert trainer.notes[DRIFT]["sigmas"] == found["sigmas"]
+    # A trainer runs one group a forward here, the bench all of them: matrix products of other shapes.
+    assert trainer.notes[DRIFT]["drift"] == pytest.approx(found["drift"], rel=1e-4)
+
+
+def test_a_window_before_those_of_the_run_is_measured_there() -> None:
+    wanted = config(ode={"reuse": "residual", "reuse_share": 0.4})
+    asked = Setting("", wanted)
+    bench = Bench(wanted, Conditions(wanted), lively_policy(wanted), {"b": Brightness()})
+    list(bench.rounds([asked], [1], 1))
+    before = asked.notes[DRIFT]
+    list(bench.rounds([asked], [0], 1))
+    assert len(asked.notes[DRIFT]["sigmas"]) == len(before["sigmas"]) + 1
 
 
 def test_settings_that_touch_the_window_are_refused() -> None:
@@ -140,13 +155,38 @@ def test_the_command_continues_its_file_and_chooses_steps(
     out = tmp_path / "drift.json"
     assert main(["fidelity", "choose", *own, "--out", str(out)]) == 2
     assert main(["fidelity", "choose", *own, "ode.reuse=residual", "--out", str(out)]) == 0
-    assert len(read_profile(out, "residual").sigmas) == 5
-    with pytest.raises(ConfigError, match=r"the drift of ode.reuse=residual, and the run says velocity"):
-        read_profile(out, "velocity")
+    base = Path("builtin:tiny_base")
+    assert len(read_profile(out, "residual", base).sigmas) == 5
+    told = rf"ode.reuse=residual, and the run says velocity; make it with `geoalign fidelity choose .* --out {out}`"
+    with pytest.raises(ConfigError, match=told):
+        read_profile(out, "velocity", base)
     profile = "ode.reuse=velocity ode.reuse_profile=" + str(out)
     assert main([*command, "--price", "paper_64xa800"]) == 2
     assert "samples in 25 steps" in capsys.readouterr().err
     assert main([*command, "--setting", profile]) == 2 and main([*command, "--setting", profile + "x"]) == 2
+
+
+def test_a_profile_of_the_configuration_is_that_of_its_own_setting(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The default settings measure their own, whatever kind the configuration's is of; a file is its content."""
+    monkeypatch.setattr(verb, "_source", lambda loaded: Conditions(loaded))
+    other = "ode.reuse=velocity ode.reuse_share=0.5"
+    monkeypatch.setattr(verb, "DEFAULT_SETTINGS", (other,))
+    smallest = ["--config", "smoke", "flow.steps=6", "train.base=builtin:tiny_base", "ode.reuse=residual"]
+    out, file = tmp_path / "drift.json", tmp_path / "f.json"
+    assert main(["fidelity", "choose", *smallest, "--out", str(out)]) == 0
+    table = ["fidelity", "run", *smallest, f"ode.reuse_profile={out}", "--groups", "2", "--json", str(file)]
+    assert main(table) == 0
+    own = f"ode.reuse=residual ode.reuse_share=0.5 ode.reuse_profile={out}"
+    notes = json.loads(file.read_text())["notes"]
+    assert [notes[name]["tail_drift_under"]["from"].split()[0] for name in (own, other)] == ["the", "measured"]
+    assert notes[own][DRIFT] != notes[other][DRIFT]
+    assert main(table) == 0
+    out.write_text(json.dumps(json.loads(out.read_text()) | {"drift": [0.0, 0.1, 0.2, 0.3, 0.4]}))
+    capsys.readouterr()
+    assert main(table) == 2
+    assert "was measured with another drift of ode.reuse" in capsys.readouterr().err
 
 
 def test_prices_are_those_of_the_tail_and_of_the_whole_run() -> None:

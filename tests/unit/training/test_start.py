@@ -11,7 +11,9 @@ from training_cases import on_fake_ranks, smoke
 
 from geoalign.config.training import RunConfig
 from geoalign.errors import RunError, UsageError
+from geoalign.flow.reuse import DriftProfile
 from geoalign.jobs.train_resume import refuse_disagreement
+from geoalign.training.drift import ProfileFile, same_on_all
 from geoalign.training.processes.device import device_of
 from geoalign.training.processes.ranks import Ranks
 from geoalign.training.processes.torchrun import ranks_of_environment
@@ -25,6 +27,15 @@ class TestStart:
         on_fake_ranks(2, start(0))
         with pytest.raises(RunError, match=r"iteration 0 .*; iteration 5 .*same folder"):
             on_fake_ranks(2, start(5))
+
+    def test_ranks_that_read_other_drift_profiles_refuse_to_start(self) -> None:
+        def read(contents: str) -> Callable[[Ranks], ProfileFile | None]:
+            profile = DriftProfile((0.5, 0.4), (0.0, 1.0))
+            return lambda ranks: same_on_all(ProfileFile(profile, contents[ranks.rank]), ranks)
+
+        assert [file.content for file in on_fake_ranks(2, read("aa"))] == ["a", "a"]
+        with pytest.raises(RunError, match=r"2 different drift profiles: ode.reuse_profile must be the same file"):
+            on_fake_ranks(2, read("ab"))
 
     def test_a_rank_that_nobody_joins_says_so(self, monkeypatch: pytest.MonkeyPatch) -> None:
         for name, value in {"WORLD_SIZE": "2", "RANK": "1", "MASTER_PORT": "1"}.items():

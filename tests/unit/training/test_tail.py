@@ -18,18 +18,22 @@ from torch import Tensor
 from training_cases import Brightness, Conditions, lively_policy, on_fake_ranks, smoke, trainer_of
 
 from geoalign.config.schema import Config
-from geoalign.errors import ConfigError, RunError
+from geoalign.errors import ConfigError, Refusal, RunError
+from geoalign.jobs.pricing import run_cost
 from geoalign.models import execution
 from geoalign.models.dit import BlockResidual, RetakeDiT
+from geoalign.perf.budget import Walk
 from geoalign.policy.open import open_policy
 from geoalign.policy.policy import RetakePolicy
 from geoalign.rewards.registry import build_rewards
+from geoalign.training import setup
 from geoalign.training.checkpoint import TrainState
+from geoalign.training.drift import DRIFT
 from geoalign.training.engines.snapshot import Snapshot
 from geoalign.training.modes import MODES
 from geoalign.training.notes import under
 from geoalign.training.processes.ranks import Ranks
-from geoalign.training.tail import DRIFT, EXACT, Auditor
+from geoalign.training.tail import EXACT, OWED, Auditor
 from geoalign.training.trainer import Trainer
 from geoalign.types import Encodings
 
@@ -169,6 +173,53 @@ def test_the_audit_stops_a_tail_of_one_step_at_once(bounds: dict[str, float], fo
     assert all(torch.equal(value, before[name]) for name, value in run.engine.trained.items())
 
 
+@pytest.mark.parametrize("two", [False, True], ids=["alone", "two ranks"])
+def test_a_refusal_leaves_its_numbers_and_the_state_before_the_iteration(two: bool) -> None:
+    """On every rank alike; and the audit that is still owed, so that another start refuses as well.
+
+    Two ranks in one process cannot tell whose window is open, in which int8 is refused.
+    """
+    bounds = MARGIN_ALONE | {"audit_margin": 1e3, "attention": "exact" if two else "int8"}
+    settings: dict[str, Any] = {"ode": bounds | {"audit_action": "stop", "audit_every": 5}}
+
+    def run(ranks: Ranks | None) -> tuple[str, dict[str, float]]:
+        made = trainer(ranks, **settings)
+        made.step()
+        before = written(made)
+        assert before.notes[OWED] == 0
+        with pytest.raises(Refusal, match=r"iteration 1: .*nearer to the exact ones") as refused:
+            made.step()
+        error, after = refused.value, written(made)
+        assert error.clean and error.repeats and error.iteration == after.iteration == 1
+        assert error.numbers["fidelity/bad"] == 1 and "reward/bright" in error.numbers
+        assert "policy/loss" not in error.numbers  # no update was taken
+        assert after.notes == before.notes
+        for part in ("values", "average", "optimizer"):
+            torch.testing.assert_close(
+                getattr(after.snapshot, part), getattr(before.snapshot, part), rtol=0, atol=0, equal_nan=True
+            )
+        again = trainer(ranks, **settings)
+        again.load(after)
+        with pytest.raises(Refusal) as repeated:
+            again.step()
+        same = [name for name in error.numbers if name.startswith(("reward", "fidelity", "advantage"))]
+        assert [repeated.value.numbers[name] for name in same] == [error.numbers[name] for name in same]
+        return str(error), dict(error.numbers)
+
+    if two:
+        (first, numbers), (second, others) = on_fake_ranks(2, run)
+        assert first == second and numbers == pytest.approx(others, nan_ok=True)
+    else:
+        run(None)
+
+
+def test_advice_holds_what_it_takes() -> None:
+    run = audited("stop", **BAD)
+    object.__setattr__(run.auditor, "config", run.config.asked_for("smoke", ["flow.tail_steps=1"]))
+    with pytest.raises(RunError, match=r"run --config smoke flow\.tail_steps=1 --json FILE.*--allow-config-change$"):
+        run.step()
+
+
 def test_the_audit_passes_a_good_tail() -> None:
     metrics = audited("stop", **GOOD).step()
     assert metrics["fidelity/spearman"] >= 0.9 and metrics["perf/forwards_audit"] == 8 * 7
@@ -266,6 +317,38 @@ def test_after_a_bad_audit_the_run_goes_on_exactly_and_remembers_it(caplog: pyte
     row = changed.step()
     assert row["perf/forwards_rollout"] == 2 + 2 + 16 + 16 * 6 and row["fidelity/exact_tails"] == 0.0
     assert row["fidelity/spearman"] >= 0.9
+    unwatched = audited("exact", {"audit_every": 0}, **BAD)  # which no bound was found under
+    caplog.clear()
+    with caplog.at_level(logging.WARNING):
+        unwatched.load(state)
+    assert "stay exact, because the audit of iteration 0 was bad" in caplog.text
+    assert unwatched.step()["fidelity/exact_tails"] == 1.0
+    for other in (audited("report", **BAD), audited("exact", MARGIN_ALONE | {"audit_margin": None}, **BAD)):
+        other.load(state)
+        assert other.step()["fidelity/exact_tails"] == 0.0
+
+
+def test_a_fall_back_on_short_videos_is_not_one_on_long_ones() -> None:
+    """The network that approximates is there again, with the layers that were chosen before the fall back."""
+    settings: dict[str, Any] = {"learn": {"short_frames": 3, "short_iterations": 3}}
+    settings |= {"ode": {"audit_every": 1, "audit_action": "exact", "audit_margin": 1e3}}
+    run = trainer(**settings)
+    rows, states = [], []
+    for _ in range(5):
+        states.append(written(run))
+        rows.append(run.step())
+    # Measured; approximate and audited; exact; then of full length measured, approximate and audited again.
+    assert [row["fidelity/exact_tails"] for row in rows] == [0, 0, 1, 0, 0]
+    assert [row["perf/forwards_rollout"] for row in rows] == [MEASURED, CHOSEN, 12 + 8 * 7, MEASURED, CHOSEN]
+    assert ["fidelity/bad" in row for row in rows] == [False, True, False, False, True]
+    assert all(row["perf/forward_equivalents"] == row["perf/predicted_forward_equivalents"] for row in rows)
+    for start in (2, 3):
+        resumed = trainer(**settings)
+        resumed.load(states[start])
+        for row in rows[start:]:
+            again = resumed.step()
+            same = [name for name in row if name.startswith(("reward", "policy", "fidelity", "perf/forward"))]
+            assert all(again[name] == row[name] for name in same) and len(same) > 10
 
 
 def test_a_profile_from_a_file_serves_the_first_iteration(tmp_path: Path) -> None:
@@ -278,9 +361,37 @@ def test_a_profile_from_a_file_serves_the_first_iteration(tmp_path: Path) -> Non
     assert run.notes[DRIFT] == measured.notes[DRIFT]
     file.write_text('{"sigmas": [0.5]}')
     with pytest.raises(
-        ConfigError, match=r"profile.json: drift: Field required; make it with `geoalign fidelity choose`"
+        ConfigError,
+        match=r"profile.json: drift: Field required; make it with `geoalign fidelity choose .* --out .*json`",
     ):
-        trainer(ode={"reuse_profile": file}).step()
+        trainer(ode={"reuse_profile": file})
+    file.write_text(json.dumps({"sigmas": [0.4, 0.2], "drift": [0.0, 1.0], "reuse": "residual"}))
+    with pytest.raises(ConfigError, match=r"profile.json: begins at the noise level 0.4, below 0\.\d+, where the earl"):
+        trainer(ode={"reuse_profile": file})
+
+
+def test_a_profile_is_its_content(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """Another one under the same name is read, and lifts a fall back; the same one under another name is the same."""
+    measured = trainer()
+    measured.step()
+    file, copied = tmp_path / "profile.json", tmp_path / "copied.json"
+    file.write_text(json.dumps(measured.notes[DRIFT] | {"reuse": "residual", "base": "another"}))
+    ode = {"reuse_profile": file, "audit_every": 1, "audit_action": "exact", "audit_margin": 1e3}
+    with caplog.at_level(logging.WARNING):
+        run = trainer(ode=ode)
+    assert "measured on the policy another, and the run starts from" in caplog.text
+    run.step()
+    assert run.notes[EXACT] == 0
+    state = written(run)
+    copied.write_text(file.read_text())
+    file.write_text(json.dumps(measured.notes[DRIFT] | {"drift": [0.0, 0.1, 0.2, 0.3, 0.4]}))
+    same, other = trainer(ode=ode | {"reuse_profile": copied}), trainer(ode=ode)
+    for each in (same, other):
+        each.load(state)
+    row = same.step()
+    assert row["fidelity/exact_tails"] == 1.0 and same.notes[DRIFT] == measured.notes[DRIFT]
+    row = other.step()
+    assert row["fidelity/exact_tails"] == 0.0 and other.notes[DRIFT]["drift"] == [0.0, 0.1, 0.2, 0.3, 0.4]
 
 
 MEASURED, CHOSEN = 2 + 2 + 8 + 8 * 5, 2 + 2 + 8 + 8 * 2
@@ -306,7 +417,7 @@ def test_a_drift_of_something_else_is_dropped_on_resume(tmp_path: Path, caplog: 
     assert "drift of ode.reuse is dropped" in said and 'ode.reuse "residual" -> "velocity"' in said
     other, spent, said = resumed(reuse_profile=file)
     assert spent == CHOSEN and other.notes[DRIFT]["drift"] == [0.0, 0.1, 0.2, 0.3, 0.4]
-    assert f'from "measured" -> "{file}"' in said
+    assert 'from "measured" -> "the file ' in said
     _, spent, said = resumed(int8_threshold=0.4)
     assert spent == CHOSEN and "choice of 8-bit layers is dropped" in said and "ode.int8_threshold 0.5 -> 0.4" in said
     older = {name: value for name, value in state.notes.items() if not name.endswith("_under")}
@@ -356,6 +467,80 @@ def test_ranks_measure_the_long_videos_together() -> None:
     alone, (first, second) = run(None), on_fake_ranks(2, run)
     assert first == second and alone["frames"] == first["frames"] == 5
     assert first["drift"] == pytest.approx(alone["drift"], rel=1e-4)  # sums in another order
+
+
+SLIDING: dict[str, Any] = {
+    "window": {"kind": "progressive", "start": 1, "size": 2, "stride": 3, "interval": 1, "end": "roll_back"},
+    "flow": {"steps": 10, "tail_grid": "schedule", "tail_steps": None, "tail_solver": "euler"},
+    "ode": {"attention": "exact", "audit_every": 2},
+    "learn": {"short_frames": 3, "short_iterations": 2},
+}  # fmt: skip
+"""Windows that end at 3, 6 and 9 of ten steps, again and again; long videos begin where one step is left."""
+
+
+def test_an_earlier_window_is_measured_anew_and_one_step_never() -> None:
+    """The whole run against the price, iteration by iteration: the walks, and what is audited."""
+    run = trainer(train={"iterations": 8}, **SLIDING)
+    rows, states = [], []
+    for _ in range(8):
+        states.append(written(run))
+        rows.append(run.step())
+        assert rows[-1]["perf/forward_equivalents"] == rows[-1]["perf/predicted_forward_equivalents"]
+        assert rows[-1]["parity/log_prob_diff_max"] == 0.0
+    starts, tails = [1, 4, 7, 1, 4, 7, 1, 4], [7, 4, 1, 7, 4, 1, 7, 4]
+    assert [row["window/start"] for row in rows] == starts
+    # Of short videos the first is measured; of long ones the one step is not, and the seven of the next are.
+    taken = [7, 2, 1, 7, 2, 1, 3, 2]
+    assert [row["perf/forwards_rollout"] for row in rows] == [
+        2 * start + 2 + 8 + 8 * tail for start, tail in zip(starts, taken, strict=True)
+    ]
+    audits = [0, 4, 0, 0, 4, 0, 7, 0]  # due at 0, 2, 4 and 6; that of 0 is made at 1, and that of 2 is that of 4
+    assert [row["perf/forwards_audit"] for row in rows] == [4 * steps for steps in audits]
+    priced = run_cost(run.config)
+    assert priced.walks == {
+        Walk(start, 2, tail): [*zip(starts, taken, strict=True)].count((start, tail))
+        for start, tail in zip(starts, taken, strict=True)
+    }
+    assert priced.audits == {4: 2, 7: 1} and tails == [10 - 2 - start for start in starts]
+    resumed = trainer(train={"iterations": 8}, **SLIDING)
+    resumed.load(states[2])  # with an audit that is owed, before the one step that shows no drift
+    again = [resumed.step() for _ in range(6)]
+    assert [row["perf/forwards_rollout"] for row in again] == [row["perf/forwards_rollout"] for row in rows[2:]]
+    assert again[-1]["policy/grad_norm"] == rows[-1]["policy/grad_norm"]
+
+
+def test_a_late_window_is_no_measure_for_an_early_one() -> None:
+    """A random schedule that begins late: what its tail shows does not say what an earlier one does."""
+    run = trainer(**{name: value for name, value in SLIDING.items() if name != "learn"})
+    run.iteration = 1  # its window ends at 6
+    run.step()
+    late = run.notes[DRIFT]
+    run.iteration = 3  # and this one at 3
+    run.step()
+    assert len(late["sigmas"]) == 4 and len(run.notes[DRIFT]["sigmas"]) == 7
+    assert run.notes[DRIFT]["sigmas"][3:] == late["sigmas"]
+
+
+@pytest.mark.parametrize("why", ["card", "layers"])
+def test_an_audit_of_nothing_is_not_made(why: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """8-bit attention that does not pay on the card, which the audit waits for, or that no layer bears."""
+    card = why == "card"
+    ode = {"reuse": "off", "audit_every": 5 if card else 1, "int8_threshold": 0.5 if card else 1e-12}
+    settings: dict[str, Any] = {"flow": SLIDING["flow"], "ode": ode}
+    if card:
+        choose = setup.choose
+        monkeypatch.setattr(setup, "choose", lambda *given, **named: replace(choose(*given, **named), int8=False))
+    run = trainer(**settings)
+    rows = [run.step() for _ in range(2)]
+    # In the first iteration layers are still being chosen.
+    assert [row["perf/forwards_audit"] for row in rows] == [0 if card else 4 * 7, 0]
+    assert run.notes[OWED] == (0 if card else 1) and rows[1]["fidelity/exact_tails"] == 0.0
+    assert all(row["perf/forward_equivalents"] == row["perf/predicted_forward_equivalents"] for row in rows)
+    if card:
+        monkeypatch.undo()
+        paying = trainer(**settings)
+        paying.load(written(run))
+        assert paying.step()["perf/forwards_audit"] == 4 * 7
 
 
 def test_an_audit_of_exact_tails_is_refused() -> None:
