@@ -1,11 +1,13 @@
 """Time one RL iteration with the exact levers off and on, and compare its network passes with the cost model.
 
 python profiling/model/bench_iteration.py --config bench_levers --levers off,exact --json FILE
+python profiling/model/bench_iteration.py --setting a "flow.tail_steps=8" --setting b "learn.window_steps=2" --json FILE
 """
 
 from __future__ import annotations
 
 import argparse
+import shlex
 import time
 from pathlib import Path
 from typing import Any
@@ -23,10 +25,12 @@ from geoalign.training.trainer import Trainer
 from geoalign.types import RetakeBatch
 from geoalign.world.pairs import paired_videos
 
-SETTINGS: dict[str, dict[str, Any]] = {
+LEVERS: dict[str, dict[str, Any]] = {
     "off": {"share_prefix": False, "merge_first_step": False, "prune_source": False, "streaming": "off"},
     "exact": {"share_prefix": True, "merge_first_step": True, "prune_source": True, "streaming": "graphs"},
 }
+WARM_UP = 2
+"""The first iteration allocates and may measure a drift, whose audit falls on the second."""
 
 
 class _Conditions:
@@ -42,63 +46,72 @@ class _Conditions:
         return self._batch.select(group_ids)
 
 
-def trainer_of(config: Config, setting: str) -> Trainer:
-    """A fresh trainer with the levers of ``setting``."""
-    levers = config.levers.model_copy(update=SETTINGS[setting])
-    config = Config.model_validate(config.model_copy(update={"levers": levers}).model_dump())
+def trainer_of(config: Config) -> Trainer:
+    """A fresh trainer of the base that the configuration names."""
     assert config.train.base is not None, "train.base is not set"
     policy = open_policy(config.train.base)
     return Trainer(config, policy, _Conditions(config), build_rewards(config.rewards))
 
 
-def measure(config: Config, settings: list[str], repeats: int) -> list[dict[str, Any]]:
+def measure(configs: dict[str, Config], repeats: int) -> list[dict[str, Any]]:
     """Rows of the result file; settings take turns, so that a slow minute of the machine hits all alike."""
-    trainers = {setting: trainer_of(config, setting) for setting in settings}
+    trainers = {name: trainer_of(config) for name, config in configs.items()}
     for trainer in trainers.values():
-        trainer.step()
-    seconds: dict[str, list[float]] = {setting: [] for setting in settings}
-    phases: dict[str, list[dict[str, float]]] = {setting: [] for setting in settings}
-    metrics: dict[str, dict[str, float]] = {}
+        for _ in range(WARM_UP):
+            trainer.step()
+    seconds: dict[str, list[float]] = {name: [] for name in configs}
+    metrics: dict[str, list[dict[str, float]]] = {name: [] for name in configs}
     for _ in range(repeats):
-        for setting, trainer in trainers.items():
+        for name, trainer in trainers.items():
             began = time.perf_counter()
-            metrics[setting] = trainer.step()
-            seconds[setting].append(time.perf_counter() - began)
-            times = {k: v for k, v in metrics[setting].items() if k.startswith("time/")}
-            times.pop("time/between_s")  # the other setting's turn
-            phases[setting].append(times)
+            metrics[name].append(trainer.step())
+            seconds[name].append(time.perf_counter() - began)
     return [
         {
-            "levers": setting,
-            "switches": SETTINGS[setting] | {"recompute": config.levers.recompute},
-            "seconds_median": float(np.median(seconds[setting])),
-            "seconds_p20": float(np.percentile(seconds[setting], 20)),
-            "seconds_p80": float(np.percentile(seconds[setting], 80)),
+            "levers": name,
+            "switches": config.levers.model_dump(include={*LEVERS["off"], "recompute"}),
+            "seconds_median": float(np.median(seconds[name])),
+            "seconds_p20": float(np.percentile(seconds[name], 20)),
+            "seconds_p80": float(np.percentile(seconds[name], 80)),
+            "cpu_s_mean": float(np.mean([row["perf/cpu_s"] for row in metrics[name]])),
             "repeats": repeats,
-            "forward_equivalents": metrics[setting]["perf/forward_equivalents"],
-            "predicted_forward_equivalents": metrics[setting]["perf/predicted_forward_equivalents"],
-            "phases": {k: float(np.median([row[k] for row in phases[setting]])) for k in phases[setting][0]},
+            "forward_equivalents": metrics[name][-1]["perf/forward_equivalents"],
+            "predicted_forward_equivalents": metrics[name][-1]["perf/predicted_forward_equivalents"],
+            "phases": _phases(metrics[name]),
         }
-        for setting in settings
+        for name, config in configs.items()
     ]
+
+
+def _phases(rows: list[dict[str, float]]) -> dict[str, float]:
+    """Median seconds of every phase; what lies between two steps is the other settings' turn."""
+    names = [name for name in rows[0] if name.startswith("time/") and name != "time/between_s"]
+    return {name: float(np.median([row[name] for row in rows])) for name in names}
 
 
 def main() -> None:
     """Command line."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--config", default="bench_levers", help="preset or file")
-    parser.add_argument("--levers", default="off,exact", help=f"comma-separated: {', '.join(SETTINGS)}")
-    parser.add_argument("--repeats", type=int, default=5, help="timed iterations per setting, after one warm-up")
+    parser.add_argument("--levers", default="off,exact", help=f"comma-separated: {', '.join(LEVERS)}")
+    parser.add_argument(
+        "--setting", nargs=2, action="append", metavar=("NAME", "'KEY=VALUE ...'"),
+        help="time these overrides instead of --levers (repeatable)",
+    )  # fmt: skip
+    parser.add_argument("--repeats", type=int, default=5, help=f"timed iterations per setting, after {WARM_UP} others")
     parser.add_argument("--json", type=Path, required=True, help="result file")
     arguments = parser.parse_args()
-    settings = arguments.levers.split(",")
-    unknown = sorted(set(settings) - set(SETTINGS))
+    asked = arguments.levers.split(",")
+    unknown = sorted(set(asked) - set(LEVERS))
     if unknown:
-        parser.error(f"--levers: {', '.join(unknown)} unknown; choose from {', '.join(SETTINGS)}")
-    config = load_config(Config, arguments.config)
+        parser.error(f"--levers: {', '.join(unknown)} unknown; choose from {', '.join(LEVERS)}")
+    switched = {name: [f"levers.{key}={value}" for key, value in LEVERS[name].items()] for name in asked}
+    changed = {name: shlex.split(text) for name, text in arguments.setting} if arguments.setting else switched
+    configs = {name: load_config(Config, arguments.config, overrides) for name, overrides in changed.items()}
+    config = next(iter(configs.values()))
     if config.run.threads:
         torch.set_num_threads(config.run.threads)
-    rows = measure(config, settings, arguments.repeats)
+    rows = measure(configs, arguments.repeats)
     window, flow = config.window, config.flow
     shape = {"steps": flow.steps, "window": window.size, "start": window.start, "group": config.groups.size}
     result = {"config": arguments.config, **shape, "settings": rows, "environment": describe_environment()}

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import rungs
-import time_to_quality
+import time_to_quality_tables
 from learning import ABLATION, ORACLES, RESULTS, STUDIES, Study, slug
 from oracles import STAGES
 
@@ -50,7 +50,7 @@ def page(root: Path) -> str:
         ("Travelled over asked, and the picture", axis_table(results)),
         ("By frame", frame_table(results)),
         ("Table 3 on the embedded default: ablation of the geometry reward", ablation_table(results)),
-        ("Time to quality", time_to_quality.table(root)),
+        ("Time to quality", time_to_quality_tables.table(root)),
         ("Learning with each rung of the ladder", rungs.table(root)),
     )
     tables = "\n\n".join(f"**{title}**\n\n{table}" for title, table in parts)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,11 +22,17 @@ def settings(config: str, repeats: int) -> dict[str, Any]:
 
 def run(result: Path, config: str, repeats: int) -> None:
     """Time both settings in a process of its own, which needs the machine for itself."""
-    command = [sys.executable, str(BENCHMARK), "--config", config, "--repeats", str(repeats), "--json", str(result)]
+    found = bench(["--config", config, "--repeats", str(repeats)], result)
+    write_result(result, found, settings(config, repeats))
+
+
+def bench(options: Sequence[str], result: Path) -> dict[str, Any]:
+    """What the benchmark of iterations writes into ``result``, in a process of its own."""
+    command = [sys.executable, str(BENCHMARK), *options, "--json", str(result)]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode:
         raise SystemExit(f"{' '.join(command)} failed:\n{done.stderr}")
-    write_result(result, json.loads(result.read_text()), settings(config, repeats))
+    return json.loads(result.read_text())
 
 
 def page(root: Path) -> str:

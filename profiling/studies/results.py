@@ -26,8 +26,10 @@ import fidelity
 import learning
 import learning_tables
 import levers
+import pace
 import rungs
 import time_to_quality
+import time_to_quality_tables
 from record import SMALL, WHOLE, Scale, state, write_generated
 
 ROOT, TIMED = Path(__file__).parents[2], "bench_levers"
@@ -42,6 +44,7 @@ PENDING = (
     "fidelity",
     "time to quality",
     "rung",
+    "pace",
 )
 """How the names of runs begin whose results are not committed yet; their tables say so. `make results` makes them."""
 
@@ -99,7 +102,11 @@ def runs(scale: Scale, work: Path) -> list[Run]:
                 make = partial(time_to_quality.run, name, seed, changed, work=work)
                 found.append(Run(f"{kind}: {name}, seed {seed}", file, time_to_quality.settings(changed), make))
     timing = partial(levers.run, config=TIMED, repeats=scale.repeats)
-    return [*found, Run("levers", levers.RESULT, levers.settings(TIMED, scale.repeats), timing, alone=True)]
+    return [
+        *found,
+        Run("levers", levers.RESULT, levers.settings(TIMED, scale.repeats), timing, alone=True),
+        Run("pace", pace.RESULT, pace.settings(scale), partial(pace.run, scale=scale), alone=True),
+    ]
 
 
 def carry_out(run: Run, root: Path) -> None:
@@ -113,7 +120,7 @@ def carry_out(run: Run, root: Path) -> None:
 
 def write_pages(root: Path) -> None:
     """Write the generated part of every page; outside this checkout, into copies of its pages."""
-    time_to_quality.draw(root)
+    time_to_quality_tables.draw(root)
     for page, text in PAGES.items():
         if not (root / page).exists():
             (root / page).parent.mkdir(parents=True, exist_ok=True)

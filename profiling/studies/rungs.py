@@ -14,6 +14,7 @@ from typing import Any
 import learning
 import time_to_quality as timed
 from record import WHOLE, Scale
+from time_to_quality_tables import span
 
 from geoalign.jobs.ladder import RUNGS
 
@@ -62,8 +63,8 @@ def table(root: Path) -> str:
     runs |= {name: [timed.read(root / file_of(name, seed)) for seed in WHOLE.seeds] for name in CHANGED}
     exact = runs["exact levers"]
     lines = [
-        "| rung | CPU seconds an iteration | error at the end (m) | change | beside exact, same seed (m) |",
-        "| --- | --- | --- | --- | --- |",
+        "| rung | error at the end (m) | change | beside exact, same seed (m) |",
+        "| --- | --- | --- | --- |",
         *(_line(name, made, exact) for name, made in runs.items()),
     ]
     note = (
@@ -77,8 +78,7 @@ def table(root: Path) -> str:
 def _line(name: str, runs: Sequence[dict[str, Any] | None], exact: Sequence[dict[str, Any] | None]) -> str:
     made = [run for run in runs if run]
     if not made:
-        return f"| {name} | not run | | | |"
-    seconds = [run["points"][-1][0] / run["iterations"] for run in made]
+        return f"| {name} | not run | | |"
     ends = [run["points"][-1][1] for run in made]
     changes = [100 * (run["points"][-1][1] / run["points"][0][1] - 1) for run in made]
     pairs = [
@@ -86,9 +86,9 @@ def _line(name: str, runs: Sequence[dict[str, Any] | None], exact: Sequence[dict
         for mine, other in zip(runs, exact, strict=True)
         if mine and other and mine is not other
     ]
-    beside = timed.span(pairs, 3, signed=True) if pairs else ""
+    beside = span(pairs, 3, signed=True) if pairs else ""
     change = f"{sum(changes) / len(changes):+.0f} % ({min(changes):+.0f} to {max(changes):+.0f})"
-    return f"| {name} | {sum(seconds) / len(seconds):.2f} | {timed.span(ends, 3)} | {change} | {beside} |"
+    return f"| {name} | {span(ends, 3)} | {change} | {beside} |"
 
 
 def _iterations(runs: Sequence[dict[str, Any] | None]) -> int:

@@ -21,29 +21,37 @@ def cells(table: str, row: str) -> list[str]:
 
 
 def test_the_first_crossing_counts_linear_between_evaluations() -> None:
-    import time_to_quality as study
+    import time_to_quality_tables as tables
 
-    assert study.reached([(0, 1.0), (10, 0.98), (20, 0.92), (30, 0.99)]) == pytest.approx(15)  # 0.95 is half way
-    assert study.reached([(0, 1.0), (10, 0.96)]) != study.reached([(0, 1.0), (10, 0.96)])  # never
+    assert tables.reached([(0, 1.0), (10, 0.98), (20, 0.92), (30, 0.99)]) == pytest.approx(15)  # 0.95 is half way
+    assert tables.reached([(0, 1.0), (10, 0.96)]) != tables.reached([(0, 1.0), (10, 0.96)])  # never
 
 
 def test_factors_are_of_equal_seeds_and_a_goal_not_reached_is_a_bound(tmp_path: Path) -> None:
+    """Iterations come from the curves, seconds from the pace; a factor holds both."""
+    import pace
     import time_to_quality as study
+    import time_to_quality_tables as tables
 
     first, plain, exact, fast, _ = study.ARMS
-    for seed, slow in ((1, 40.0), (2, 60.0)):
-        write(tmp_path / study.file_of(first, seed), (0, 1.0), (100 * seed, 0.95))
-        write(tmp_path / study.file_of(plain, seed), (0, 1.0), (slow, 0.95), (80, 0.9))
-        write(tmp_path / study.file_of(exact, seed), (0, 1.0), (20, 0.95))
+    for seed, slow in ((1, 20), (2, 30)):
+        write(tmp_path / study.file_of(first, seed), (0, 1.0), (20 * seed, 0.95))
+        write(tmp_path / study.file_of(plain, seed), (0, 1.0), (slow, 0.95), (40, 0.9))
+        write(tmp_path / study.file_of(exact, seed), (0, 1.0), (10, 0.95))
     write(tmp_path / study.file_of(fast, 1), (0, 1.0), (10, 0.96))
-    table = study.table(tmp_path)
-    assert cells(table, exact) == [
-        exact, "2.00", "20.0, 20.0", "0.950 (0.950 to 0.950)", "7.50 (5.00 to 10.00)", "2.50 (2.00 to 3.00)",
+    assert cells(tables.table(tmp_path), exact)[1:4] == ["not run", "10, 10", "not reached"]  # no pace: no seconds
+    rows = [
+        {"levers": arm, "cpu_s_mean": each} for arm, each in ((first, 5.0), (plain, 2.0), (exact, 1.0), (fast, 0.5))
+    ]
+    (tmp_path / pace.RESULT).write_text(json.dumps({"settings": rows}))
+    assert cells(tables.table(tmp_path), exact)[1:] == [
+        "1.00", "10, 10", "10 (10 to 10)", "0.950 (0.950 to 0.950)", "15.00 (10.00 to 20.00)", "5.00 (4.00 to 6.00)",
     ]  # fmt: skip
-    assert cells(table, plain)[-2:] == ["2.92 (2.50 to 3.33)", ""]
-    assert cells(table, fast)[2] == "not reached" and cells(table, fast)[-1] == "not reached"
-    write(tmp_path / study.file_of(plain, 2), (0, 1.0), (80, 0.97))  # at least 80 / 20
-    assert cells(study.table(tmp_path), exact)[-1] == "at least 3.00 (2.00 to 4.00)"
+    assert cells(tables.table(tmp_path), plain)[-2:] == ["2.92 (2.50 to 3.33)", ""]
+    assert cells(tables.table(tmp_path), fast)[2:4] == ["not reached", "not reached"]
+    assert cells(tables.table(tmp_path), fast)[-1] == "not reached"
+    write(tmp_path / study.file_of(plain, 2), (0, 1.0), (40, 0.97))  # at least 40 x 2 / 10 x 1
+    assert cells(tables.table(tmp_path), exact)[-1] == "at least 6.00 (4.00 to 8.00)"
 
 
 def test_a_rung_stands_beside_the_exact_run_of_its_seed(tmp_path: Path) -> None:
@@ -55,9 +63,8 @@ def test_a_rung_stands_beside_the_exact_run_of_its_seed(tmp_path: Path) -> None:
         write(tmp_path / study.file_of(rungs.EXACT, seed), (0, 1.0), (30, end))
     write(tmp_path / rungs.file_of(name, 2), (0, 1.0), (15, 0.7))
     table = rungs.table(tmp_path)
-    assert cells(table, "exact levers")[1:4] == ["3.00", "0.700 (0.600 to 0.800)", "-30 % (-40 to -20)"]
+    assert cells(table, "exact levers")[1:3] == ["0.700 (0.600 to 0.800)", "-30 % (-40 to -20)"]
     assert cells(table, name)[1:] == [
-        "1.50",
         "0.700 (0.700 to 0.700)",
         "-30 % (-30 to -30)",
         "+0.100 (+0.100 to +0.100)",
