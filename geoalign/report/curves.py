@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from html import escape
 
 from geoalign.report.run_folder import RunRecord
-from geoalign.report.svg import Line, line_chart, number, smooth, stacked_bar
+from geoalign.report.svg import SMOOTHING, Line, line_chart, number, smooth, stacked_bar
 from geoalign.report.words import CURVE_NAMES, CURVES, CurveGroup
 
 MAX_PHASES = 8
@@ -24,8 +24,8 @@ def curves_section(run: RunRecord) -> str:
     if not blocks:
         return ""
     return f"""<section id="curves"><h2>How it learnt</h2>
-<p>One point per iteration; the bold line is a moving average, whose first and last values stand above it. Rest the
-pointer on a curve to read a value.</p>
+<p>One point per iteration; the bold line is a moving average, of held-out checks the values themselves, whose first
+and last stand above it. Rest the pointer on a curve to read a value.</p>
 {"".join(blocks)}</section>"""
 
 
@@ -40,7 +40,8 @@ def compared_curves(runs: Sequence[tuple[str, RunRecord]]) -> str:
     if not blocks:
         return ""
     return f"""<section id="curves"><h2>How they learnt</h2><p>One point per iteration, one colour a run; the bold line
-is a moving average. Rest the pointer on a curve to read a value.</p>{"".join(blocks)}</section>"""
+is a moving average, of held-out checks the values themselves. Rest the pointer on a curve to read a
+value.</p>{"".join(blocks)}</section>"""
 
 
 def _compared(runs: Sequence[tuple[str, RunRecord]], key: str, group: CurveGroup) -> str:
@@ -48,7 +49,7 @@ def _compared(runs: Sequence[tuple[str, RunRecord]], key: str, group: CurveGroup
     lines = [Line(name, steps, values, f"series-{index}") for index, name, steps, values in series if values]
     if len({value for line in lines for value in line.y}) < 2:
         return ""
-    chart = line_chart(lines, title=key, zero=group.with_zero)
+    chart = line_chart(lines, title=key, zero=group.with_zero, smoothing=_smoothing(group))
     name = escape(curve_name(key.removeprefix(group.prefix)))
     return f"<figure><figcaption><b>{name}</b></figcaption>{chart}</figure>"
 
@@ -68,7 +69,7 @@ def _group(run: RunRecord, group: CurveGroup, keys: Iterable[str]) -> str:
         if len(set(values)) == 1:
             constant.append(f"{escape(curve_name(label))} <b>{number(values[0])}</b>")
         else:
-            charts.append(_chart(Line(label, steps, values), key, zero=group.with_zero))
+            charts.append(_chart(Line(label, steps, values), key, group))
     if not charts and not constant:
         return ""
     drawn = f'<div class="charts">{"".join(charts)}</div>' if charts else ""
@@ -83,11 +84,16 @@ def _framed(group: CurveGroup, content: str) -> str:
     return f"<h3>{group.title}</h3>{inside}"
 
 
-def _chart(line: Line, title: str, *, zero: bool) -> str:
-    ends = smooth(line.y)
+def _smoothing(group: CurveGroup) -> float:
+    return 0.0 if group.fixed else SMOOTHING
+
+
+def _chart(line: Line, title: str, group: CurveGroup) -> str:
+    ends = smooth(line.y, _smoothing(group))
     trend = f"{number(ends[0])} &rarr; {number(ends[-1])}"
     caption = f'<b>{escape(curve_name(line.label))}</b><span class="now">{trend}</span>'
-    return f"<figure><figcaption>{caption}</figcaption>{line_chart([line], title=title, zero=zero)}</figure>"
+    chart = line_chart([line], title=title, zero=group.with_zero, smoothing=_smoothing(group))
+    return f"<figure><figcaption>{caption}</figcaption>{chart}</figure>"
 
 
 def phases_section(run: RunRecord) -> str:

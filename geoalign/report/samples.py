@@ -153,7 +153,11 @@ def _film(stages: Sequence[tuple[str, str, EvaluationClips]], index: int, rank: 
     ground = None
     if last.ground_plane is not None and last.intrinsics is not None:
         ground = Ground(last.ground_plane[index], last.intrinsics[index])
-    errors = [f"{label.lower()} {number(float(part.translation_errors()[index]), 2)} m" for _, label, part in stages]
+    told = {"before": "before", "after": "after", "base": "base"}  # a run keeps its name as it is
+    errors = [
+        f"{told.get(role, label)} {number(float(part.translation_errors()[index]), 2)} m"
+        for role, label, part in stages
+    ]
     by_frame = [
         ("Position error", "m", EvaluationClips.translation_errors_by_frame),
         ("Rotation error", "\N{DEGREE SIGN}", EvaluationClips.rotation_errors_by_frame),

@@ -119,7 +119,10 @@ PATHS = {
 
 @dataclass(frozen=True, slots=True)
 class CurveGroup:
-    """Curves under one heading: the keys that start with ``prefix`` and end with one of ``suffixes`` (if any)."""
+    """Curves under one heading: the keys that start with ``prefix`` and end with one of ``suffixes`` (if any).
+
+    ``fixed``: every value is of the same scenes, paths and noise, so it is shown itself and not a moving average.
+    """
 
     title: str
     meaning: str
@@ -128,6 +131,7 @@ class CurveGroup:
     with_zero: bool = False
     hide_zeros: bool = False
     folded: bool = False
+    fixed: bool = False
 
     def takes(self, key: str) -> bool:
         """Say whether a metric key belongs here."""
@@ -167,7 +171,9 @@ CURVES = (
         "Scores of the model's own samples, which it is trained to raise. Camera rewards are negative errors.",
         "reward/",
     ),
-    CurveGroup("Held-out checks on the way", "As in the table above: fixed scenes, paths and noise.", "eval/"),
+    CurveGroup(
+        "Held-out checks on the way", "As in the table above: fixed scenes, paths and noise.", "eval/", fixed=True
+    ),
     CurveGroup(
         "Audit of the approximate steps",
         "Now and then one group is also finished exactly. The rank correlation says whether the approximation keeps "

@@ -146,13 +146,14 @@ def test_changed_settings_are_those_of_config_diff_without_name_and_folder(tmp_p
 
 
 def test_curves_share_one_axis_and_films_one_stage(tmp_path: Path) -> None:
-    runs = [make_run(tmp_path / f"r{i}", [0.2, 0.3], gain=1.0 + i, clips=i) for i in (1, 2, 3)]
+    runs = [make_run(tmp_path / f"R{i}", [0.2, 0.3], gain=1.0 + i, clips=i) for i in (1, 2, 3)]
     made = page(*runs)
     curves = made.partition('id="curves"')[2].partition("</section>")[0]
     assert curves.count("<svg") == 1  # reward/rot_deg never changed
     assert [curves.count(f'class="bold series-{i}"') for i in (1, 2, 3, 4)] == [1, 1, 1, 0]
     facts = json.loads(re.findall(r'<script type="application/json">(.*?)</script>', made)[0])
-    assert [take["label"] for take in facts["takes"]] == ["Source", "Base", "r1", "r2", "r3"]
+    assert [take["label"] for take in facts["takes"]] == ["Source", "Base", "R1", "R2", "R3"]
+    assert re.search(r"position error base [\d.]+ m, R1 [\d.]+ m", made)
     assert [path["role"] for path in facts["paths"]] == ["target", "base", "run-1", "run-2", "run-3"]
 
 

@@ -277,6 +277,18 @@ def test_curves_that_never_move_are_words(folder: Path) -> None:
     assert curves.count("<svg") == 3  # reward/trans, reward/trans_m, policy/ratio_max
 
 
+def test_held_out_checks_are_shown_as_they_are_and_what_is_sampled_as_a_moving_average(folder: Path) -> None:
+    """The last of few values must not trail behind: 0.5 -> 0.3 is not 0.5 -> 0.4."""
+    values = [0.5, 0.4, 0.3]
+    rows = [{"iteration": i, "eval/presets_psnr_db": value, "reward/other": value} for i, value in enumerate(values)]
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    page = report_page(read_run(folder), samples=0)
+    shown = [re.findall(rf'<b>[^<]*{name}[^<]*</b><span class="now">(.*?)</span>', page) for name in ("psnr", "other")]
+    assert (
+        shown == [["0.500 &rarr; 0.300"], [f"0.500 &rarr; {number(smooth(values)[-1])}"]] and smooth(values)[-1] > 0.38
+    )
+
+
 def test_what_the_run_is_comes_from_its_own_settings_and_numbers(folder: Path) -> None:
     bare = report_page(read_run(folder), samples=0)
     assert "one metre forty" not in bare and "This run starts from" not in bare
