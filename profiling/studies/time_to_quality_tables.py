@@ -50,7 +50,15 @@ def table(root: Path) -> str:
         "Seconds of training alone, without evaluation, timed in turns in one process; mean (smallest to largest) over "
         "seeds."
     )
-    return "\n\n".join(["\n".join(lines), *picture, note])
+    return "\n\n".join(["\n".join(lines), *picture, note + _ended_early(found)])
+
+
+def _ended_early(found: Runs) -> str:
+    """Which structures have runs that were ended before the others, so that their last errors do not compare."""
+    most = max((run["iterations"] for run in found.values()), default=0)
+    early = {arm: run["iterations"] for (arm, _), run in found.items() if run["iterations"] < most}
+    told = "; ".join(f"*{arm}* after {done} of {most} iterations" for arm, done in early.items())
+    return f" Ended once they had reached the error, so the error at the end is of then: {told}." if told else ""
 
 
 def reached(points: Sequence[Sequence[float]]) -> float:

@@ -50,6 +50,10 @@ def test_factors_are_of_equal_seeds_and_a_goal_not_reached_is_a_bound(tmp_path: 
     assert cells(tables.table(tmp_path), plain)[-2:] == ["2.92 (2.50 to 3.33)", ""]
     assert cells(tables.table(tmp_path), fast)[2:4] == ["not reached", "not reached"]
     assert cells(tables.table(tmp_path), fast)[-1] == "not reached"
+    assert "Ended once" not in tables.table(tmp_path)
+    short = json.loads((tmp_path / study.file_of(first, 1)).read_text()) | {"iterations": 5}
+    (tmp_path / study.file_of(first, 1)).write_text(json.dumps(short))
+    assert tables.table(tmp_path).endswith(f"the error at the end is of then: *{first}* after 5 of 10 iterations.")
     write(tmp_path / study.file_of(plain, 2), (0, 1.0), (40, 0.97))  # at least 40 x 2 / 10 x 1
     assert cells(tables.table(tmp_path), exact)[-1] == "at least 6.00 (4.00 to 8.00)"
 
