@@ -378,7 +378,7 @@ def test_the_help_names_every_format_once_for_all_verbs() -> None:
     parser = argparse.ArgumentParser()
     verbs = parser.add_subparsers()
     for module in (sample_cli, score_cli):
-        module.add_parser(verbs)
+        module.add_parser(verbs, "")
     for name in ("sample", "score"):
         options = {action.dest: action.help for action in verbs.choices[name]._actions}
         assert CAMERA_HELP in options["trajectory"]

@@ -172,7 +172,7 @@ def test_settings_that_cannot_work_are_refused() -> None:
 
 def test_doctor_fetches_templates(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     parser = argparse.ArgumentParser()
-    doctor.add_parser(parser.add_subparsers())
+    doctor.add_parser(parser.add_subparsers(), "")
     monkeypatch.setattr(templates, "fetch", lambda: {"videoalign": Path("/somewhere/videoalign.txt")})
     for flags, read in (([], str.split), (["--json", "-"], lambda text: list(*json.loads(text).items()))):
         args = parser.parse_args(["doctor", "--fetch-rewards", *flags])

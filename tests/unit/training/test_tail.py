@@ -529,7 +529,7 @@ def test_an_audit_of_nothing_is_not_made(why: str, monkeypatch: pytest.MonkeyPat
     settings: dict[str, Any] = {"flow": SLIDING["flow"], "ode": ode}
     if card:
         choose = setup.choose
-        monkeypatch.setattr(setup, "choose", lambda *given, **named: replace(choose(*given, **named), int8=False))
+        monkeypatch.setattr(setup, "choose", lambda *given, **named: replace(choose(*given, **named), quantised=False))
     run = trainer(**settings)
     rows = [run.step() for _ in range(2)]
     # In the first iteration layers are still being chosen.
