@@ -52,8 +52,8 @@ CPS = ("flow.sde=cps", "objective.loss_weight=exact_inverse")
 VARIANTS = (
     Variant("base, flow"),
     Variant("trained, flow", trained=True),
-    Variant("base, cps", overrides=CPS),
-    Variant("trained, cps", trained=True, overrides=CPS),
+    Variant("base, cps", overrides=CPS, windows=(2,)),
+    Variant("trained, cps", trained=True, overrides=CPS, windows=(2,)),
     Variant("base, flow, late window", windows=(18,), ladder=False),
     Variant(
         "base, T = 6", windows=(0, 2), config="tiny_cpu", settings=SHORT_SETTINGS, price=None
