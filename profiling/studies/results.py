@@ -40,12 +40,7 @@ PAGES: dict[Path, Callable[[Path], str]] = {
     levers.PAGE: levers.page,
 }
 
-PENDING = (
-    "fidelity",
-    "time to quality",
-    "rung",
-    "pace",
-)
+PENDING = ("rung",)
 """How the names of runs begin whose results are not committed yet; their tables say so. `make results` makes them."""
 
 

@@ -82,7 +82,7 @@ def test_ratio_under_compile_in_bfloat16_and_a_rollout_by_another_graph(monkeypa
     monkeypatch.setattr(layers, "modulated_norm", rounding_norm)
     trainer = compiled("bfloat16", "none")
     assert_exact(trainer.step())
-    sampler = trainer._sampler
-    monkeypatch.setattr(trainer, "_sampler", lambda *given: replace(sampler(*given), window_grad=False))
+    sampler = trainer.sampler
+    monkeypatch.setattr(trainer, "sampler", lambda *given: replace(sampler(*given), window_grad=False))
     with pytest.raises(RunError, match=r"do not run the same artefact .*compiled graph"):
         trainer.step()
