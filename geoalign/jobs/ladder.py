@@ -128,11 +128,13 @@ def without_fidelity(config: Config) -> str:
 def measured(config: Config) -> dict[str, Any] | None:
     """The worst of the rows of the fidelity table with the approximations and the sampler of ``config``.
 
-    None: there is no such row, or nothing is approximated.
+    Behind windows that the run reaches, if any was measured. None: there is no such row, or nothing is approximated.
     """
     rows = [row for row in _rows_of(config) if _sampler(row) == _own_sampler(config)]
     if not rows:
         return None
+    last = max(_starts(config))
+    rows = [row for row in rows if row["window"] <= last] or rows
     worst = min(rows, key=lambda row: row["spearman"])
     return {
         "spearman": worst["spearman"],
@@ -147,9 +149,14 @@ def measured(config: Config) -> dict[str, Any] | None:
 
 def later_windows(config: Config, start: int) -> list[int]:
     """Starts of the windows of a run behind ``start``: first and last, or none."""
-    windows = WindowSchedule(config.window, config.flow.steps, config.run.seed)
-    later = {window.start for window in map(windows, range(config.train.iterations)) if window.start > start}
+    later = {each for each in _starts(config) if each > start}
     return sorted({min(later), max(later)}) if later else []
+
+
+def _starts(config: Config) -> set[int]:
+    """Starts of the windows of a run."""
+    windows = WindowSchedule(config.window, config.flow.steps, config.run.seed)
+    return {windows(iteration).start for iteration in range(config.train.iterations)}
 
 
 def measured_elsewhere(config: Config) -> str:
