@@ -187,6 +187,11 @@ def build_step_table(config: FlowConfig, window: StepSet | None = None) -> StepT
     return _table(sigmas, _timesteps(sigmas[:-1], config.t_dtype), rows, window)
 
 
+def has_exact_tail(table: StepTable, config: FlowConfig) -> bool:
+    """Whether a table of :func:`build_step_table` takes the steps of the same sampler with an exact tail."""
+    return table.same_steps(build_step_table(config.with_exact_tail(), table.window))
+
+
 def _table(sigmas: Tensor, timesteps: Tensor, rows: list[Row], window: StepSet | None) -> StepTable:
     stochastic = () if window is None else window.steps
     return StepTable(

@@ -10,7 +10,7 @@ from typing import Any
 from geoalign.config.schema import Config
 from geoalign.errors import ConfigError
 from geoalign.flow.reuse import tail_of
-from geoalign.flow.table import StepTable, StepWindow, build_step_table
+from geoalign.flow.table import StepTable, StepWindow, build_step_table, has_exact_tail
 from geoalign.perf.budget import Plan, RunCost, exact_plan
 from geoalign.perf.cost import TransformerCost, VideoCost, video_cost
 from geoalign.perf.devices import DeviceProfile
@@ -136,9 +136,8 @@ def measures_drift(config: Config) -> bool:
 def _approximates(config: Config, table: StepTable) -> bool:
     """Whether an iteration that does not measure has other steps after its window than exact ones."""
     tail, ode = len(tail_of(table)), config.ode
-    exact = build_step_table(config.flow.with_exact_tail(), table.window)
     network = ode.attention != "exact" or ode.linears != "exact"
-    return network or ode.evaluated(tail) < tail or not table.same_steps(exact)
+    return network or ode.evaluated(tail) < tail or not has_exact_tail(table, config.flow)
 
 
 def _runs(config: Config) -> list[RunCost]:

@@ -38,7 +38,7 @@ def profiled(trainer: Trainer, folder: Path) -> Iterator[None]:
 
 def expected_work(trainer: Trainer) -> dict[str, object]:
     """Device, peak and the work of every phase of this rank's next iteration."""
-    config, iteration, fast = trainer.config, trainer.iteration, trainer.policy.fast
+    config, iteration, fast = trainer.config, trainer.iteration, trainer.acting.fast
     name = torch.cuda.get_device_name(trainer.device) if trainer.device.type == "cuda" else ""
     profile = profile_of(name)
     core = trainer.policy.model.execution.core

@@ -18,7 +18,7 @@ from torch import Tensor
 from geoalign.config.schema import Config
 from geoalign.errors import Refusal
 from geoalign.flow.sampler import FlowSampler
-from geoalign.flow.table import build_step_table
+from geoalign.flow.table import build_step_table, has_exact_tail
 from geoalign.models.dit import RetakeDiT
 from geoalign.perf.timer import phase
 from geoalign.policy.policy import Precomputed, RetakePolicy
@@ -67,8 +67,8 @@ def approximates(sampler: FlowSampler, twin: RetakeDiT | None, config: Config, n
     """
     if sampler.drift is not None:
         return False
-    exact = build_step_table(config.flow.with_exact_tail(), sampler.table.window)
-    return bool(sampler.reused) or not sampler.table.same_steps(exact) or not is_exact(twin, config, notes)
+    other_steps = bool(sampler.reused) or not has_exact_tail(sampler.table, config.flow)
+    return other_steps or not is_exact(twin, config, notes)
 
 
 @dataclass(frozen=True, slots=True)

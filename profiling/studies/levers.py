@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from record import config_settings, portable, shipped_base, write_result
+from record import config_settings, shipped_base, write_result
 
 RESULT, PAGE = Path("profiling/results/bench_levers-cpu.json"), Path("docs/engine.md")
 BENCHMARK = Path(__file__).parents[1] / "model" / "bench_iteration.py"
@@ -32,9 +32,7 @@ def bench(options: Sequence[str], result: Path) -> dict[str, Any]:
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode:
         raise SystemExit(f"{' '.join(command)} failed:\n{done.stderr}")
-    found = json.loads(result.read_text())
-    found["environment"]["command"] = portable(found["environment"]["command"])
-    return found
+    return json.loads(result.read_text())
 
 
 def page(root: Path) -> str:

@@ -92,10 +92,15 @@ def portable(command: str) -> str:
 
 def write_result(path: Path, result: Mapping[str, Any], settings: Mapping[str, Any]) -> None:
     """Write a result with the fingerprint of its settings, at once or not at all."""
-    told = {"command": portable(str(result["command"]))} if "command" in result else {}
-    whole = {**result, **told, "fingerprint": fingerprint(settings)}
+    whole = {**_portable(result), "fingerprint": fingerprint(settings)}
+    if "environment" in whole:
+        whole["environment"] = _portable(whole["environment"])
     text = json.dumps(nan_to_none(whole), indent=1, allow_nan=False)
     atomic_write_text(path, text + "\n")
+
+
+def _portable(part: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: portable(str(value)) if name == "command" else value for name, value in part.items()}
 
 
 def generated(page: Path) -> str:

@@ -50,7 +50,19 @@ def table(root: Path) -> str:
         "Seconds of training alone, without evaluation, timed in turns in one process; mean (smallest to largest) over "
         "seeds."
     )
-    return "\n\n".join(["\n".join(lines), *picture, note + _ended_early(found)])
+    return "\n\n".join(["\n".join(lines), *picture, note + _ended_early(found) + _provenance(root, found)])
+
+
+def _provenance(root: Path, found: Runs) -> str:
+    """Hardware and commits of the curves and of the pace."""
+    if not found:
+        return ""
+    timed = read(root / pace.RESULT)
+    devices = sorted({f"{run['device']}, {run['cores']} cores" for run in found.values()})
+    commits = ", ".join(sorted({run["commit"] for run in found.values()}))
+    return f" {'; '.join(devices)}; commit {commits}" + (
+        f", timed at {timed['environment']['commit']}." if timed else "."
+    )
 
 
 def _ended_early(found: Runs) -> str:

@@ -12,7 +12,7 @@ pytestmark = pytest.mark.usefixtures("studies")
 
 def write(file: Path, *points: tuple[float, float]) -> None:
     file.parent.mkdir(parents=True, exist_ok=True)
-    file.write_text(json.dumps({"points": points, "iterations": 10}))
+    file.write_text(json.dumps({"points": points, "iterations": 10, "device": "a CPU", "cores": 2, "commit": "abc"}))
 
 
 def cells(table: str, row: str) -> list[str]:
@@ -43,7 +43,7 @@ def test_factors_are_of_equal_seeds_and_a_goal_not_reached_is_a_bound(tmp_path: 
     rows = [
         {"levers": arm, "cpu_s_mean": each} for arm, each in ((first, 5.0), (plain, 2.0), (exact, 1.0), (fast, 0.5))
     ]
-    (tmp_path / pace.RESULT).write_text(json.dumps({"settings": rows}))
+    (tmp_path / pace.RESULT).write_text(json.dumps({"settings": rows, "environment": {"commit": "def"}}))
     assert cells(tables.table(tmp_path), exact)[1:] == [
         "1.00", "10, 10", "10 (10 to 10)", "0.950 (0.950 to 0.950)", "15.00 (10.00 to 20.00)", "5.00 (4.00 to 6.00)",
     ]  # fmt: skip
@@ -53,7 +53,8 @@ def test_factors_are_of_equal_seeds_and_a_goal_not_reached_is_a_bound(tmp_path: 
     assert "Ended once" not in tables.table(tmp_path)
     short = json.loads((tmp_path / study.file_of(first, 1)).read_text()) | {"iterations": 5}
     (tmp_path / study.file_of(first, 1)).write_text(json.dumps(short))
-    assert tables.table(tmp_path).endswith(f"the error at the end is of then: *{first}* after 5 of 10 iterations.")
+    told = f"the error at the end is of then: *{first}* after 5 of 10 iterations."
+    assert tables.table(tmp_path).endswith(f"{told} a CPU, 2 cores; commit abc, timed at def.")
     write(tmp_path / study.file_of(plain, 2), (0, 1.0), (40, 0.97))  # at least 40 x 2 / 10 x 1
     assert cells(tables.table(tmp_path), exact)[-1] == "at least 6.00 (4.00 to 8.00)"
 

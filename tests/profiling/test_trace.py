@@ -15,9 +15,8 @@ from typing import Any
 import pytest
 import torch
 from profiling_runs import ROOT, script
-from training_cases import Brightness, Conditions, lively_policy, smoke, trainer_of
+from training_cases import Brightness, Conditions, lively_policy, smoke
 
-from geoalign.jobs import train_profile
 from geoalign.jobs.train_profile import profiled
 from geoalign.training.trainer import Trainer
 from geoalign.types import Encodings, RetakeBatch
@@ -182,42 +181,6 @@ def test_a_trace_knows_the_bytes_of_copies(trace: ModuleType) -> None:
     ]  # fmt: skip
     (row, outside) = trace.rows(trace.tree(*trace.from_torch(events)), {})
     assert row["copied_gb"] == 4096e-9 and outside["copied_gb"] == 0.0
-
-
-def test_the_expected_work_is_that_of_the_iteration(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Short videos, learned steps and reused ones count, and 8-bit attention where it runs, not where a twin exists."""
-    asked: list[dict[str, Any]] = []
-
-    def spy(cost: Any, plan: Any, walk: Any, *sizes: Any) -> dict[str, Any]:
-        asked.append({"tokens": cost.tokens, "mode": plan.attention, "linears": plan.int8_linears,
-                      "tail": walk.tail, "positions": sizes[-1]})  # fmt: skip
-        return {}
-
-    monkeypatch.setattr(train_profile, "phase_work", spy)
-    changes: dict[str, Any] = {
-        "advantage": {"weights": {}}, "learn": {"window_steps": 1},
-        "ode": {"attention": "int8", "reuse": "velocity", "reuse_share": 0.5},
-    }  # fmt: skip
-    trainer = trainer_of(smoke(**changes), rewards={"b": Brightness()})
-    train_profile.expected_work(trainer)
-    trainer.step()
-    train_profile.expected_work(trainer)
-    first, second = asked
-    assert first["mode"] == second["mode"] == "int8" and len(first["positions"]) == len(second["positions"]) == 1
-    left = [trainer.config.flow.steps - trainer.schedule(iteration).stop for iteration in (0, 1)]
-    reused = trainer.config.ode.evaluated(left[1])
-    assert (first["tail"], second["tail"]) == (left[0], reused) and reused < left[1]  # the first measures the drift
-    assert trainer.policy.fast is not None
-    trainer.policy.fast.execution.probe = None  # as of a twin whose linears alone are 8-bit
-    train_profile.expected_work(trainer)
-    assert asked[-1]["mode"] == "exact" and not asked[-1]["linears"]
-    learn = {"short_frames": 3, "short_iterations": 1}
-    short = trainer_of(smoke(advantage={"weights": {}}, learn=learn), rewards={"b": Brightness()})
-    train_profile.expected_work(short)
-    short.iteration = 1
-    train_profile.expected_work(short)
-    size = short.config.data.video[1:]
-    assert [each["tokens"] for each in asked[-2:]] == [sum(short.config.model.tokens(n, *size)) for n in (3, 5)]
 
 
 def test_operators_inside_a_counted_one_are_not_counted_again(trace: ModuleType) -> None:

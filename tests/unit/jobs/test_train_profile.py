@@ -67,8 +67,10 @@ def test_int8_attention_is_counted_where_a_probe_may_choose_it(monkeypatch: pyte
     assert run.policy.fast is not None and run.policy.fast.execution.probe is not None
     run.policy.fast.execution.probe = None
     without = tail()
-    run.policy = run.policy.exact()
-    assert both < without == tail()
+    assert both < without
+    run = trainer()
+    run.notes[EXACT] = 1
+    assert tail() == pytest.approx(without * 7 / 5)  # seven steps of the time grid in place of five, exact ones again
 
 
 def test_8_bit_linears_are_priced_outside_the_window_alone() -> None:
@@ -81,3 +83,39 @@ def test_8_bit_linears_are_priced_outside_the_window_alone() -> None:
     each = cost.forward(card, replace(speedups, int8_linear=True), no_gradient=True).total
     assert fast["rollout/tail"].seconds == pytest.approx(count.tail * each) and plain != fast
     assert fast["rollout/window"] == plain["rollout/window"] and fast["update/backward"] == plain["update/backward"]
+
+
+def test_the_expected_work_is_that_of_the_iteration(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Short videos, learned steps and reused ones count, and 8-bit attention where it runs, not where a twin exists."""
+    asked: list[dict[str, Any]] = []
+
+    def spy(cost: Any, plan: Any, walk: Any, *sizes: Any) -> dict[str, Any]:
+        asked.append({"tokens": cost.tokens, "mode": plan.attention, "linears": plan.int8_linears,
+                      "tail": walk.tail, "positions": sizes[-1]})  # fmt: skip
+        return {}
+
+    monkeypatch.setattr(train_profile, "phase_work", spy)
+    changes: dict[str, Any] = {
+        "advantage": {"weights": {}}, "learn": {"window_steps": 1},
+        "ode": {"attention": "int8", "reuse": "velocity", "reuse_share": 0.5},
+    }  # fmt: skip
+    run = trainer_of(smoke(**changes), rewards={"b": Brightness()})
+    train_profile.expected_work(run)
+    run.step()
+    train_profile.expected_work(run)
+    first, second = asked
+    assert first["mode"] == second["mode"] == "int8" and len(first["positions"]) == len(second["positions"]) == 1
+    left = [run.config.flow.steps - run.schedule(iteration).stop for iteration in (0, 1)]
+    reused = run.config.ode.evaluated(left[1])
+    assert (first["tail"], second["tail"]) == (left[0], reused) and reused < left[1]  # the first measures the drift
+    assert run.policy.fast is not None
+    run.policy.fast.execution.probe = None  # as of a twin whose linears alone are 8-bit
+    train_profile.expected_work(run)
+    assert asked[-1]["mode"] == "exact" and not asked[-1]["linears"]
+    learn = {"short_frames": 3, "short_iterations": 1}
+    short = trainer_of(smoke(advantage={"weights": {}}, learn=learn), rewards={"b": Brightness()})
+    train_profile.expected_work(short)
+    short.iteration = 1
+    train_profile.expected_work(short)
+    size = short.config.data.video[1:]
+    assert [each["tokens"] for each in asked[-2:]] == [sum(short.config.model.tokens(n, *size)) for n in (3, 5)]
