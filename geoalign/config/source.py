@@ -10,7 +10,6 @@ from __future__ import annotations
 import difflib
 import itertools
 import os
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -20,7 +19,7 @@ import yaml
 
 from geoalign.errors import ConfigError
 from geoalign.files.parsing import read_text
-from geoalign.files.yaml_text import MAX_YAML, parse_yaml
+from geoalign.files.yaml_text import MAX_YAML, Loader, parse_yaml
 
 MAX_EXTENDS = 2
 COMMAND_LINE = "command line"
@@ -43,39 +42,20 @@ class RawConfig:
         return ""
 
 
-class _Loader(yaml.SafeLoader):
-    """YAML 1.2 scalars: ``1e-4`` is a number, ``off`` and ``no`` are words, ``1:30`` is text."""
-
-    yaml_implicit_resolvers: dict[str, list[tuple[str, re.Pattern[str]]]] = {}  # noqa: RUF012  (PyYAML's own name)
-
-
-_Loader.add_implicit_resolver("tag:yaml.org,2002:null", re.compile(r"^(?:~|null|)$"), ["~", "n", ""])
-_Loader.add_implicit_resolver("tag:yaml.org,2002:bool", re.compile(r"^(?:true|false)$"), list("tf"))
-_Loader.add_implicit_resolver("tag:yaml.org,2002:int", re.compile(r"^[-+]?[0-9][0-9_]*$"), list("-+0123456789"))
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float",
-    re.compile(r"^(?:[-+]?(?:\.[0-9]+|[0-9][0-9_]*(?:\.[0-9]*)?)(?:[eE][-+]?[0-9]+)?|[-+]?\.inf|\.nan)$"),
-    list("-+0123456789."),
-)
-
-
-def _construct_float(loader: _Loader, node: yaml.ScalarNode) -> float:
-    text = loader.construct_scalar(node).replace("_", "")
-    return float(text.replace(".inf", "inf").replace(".nan", "nan"))
-
-
-def _construct_int(loader: _Loader, node: yaml.ScalarNode) -> int:
-    return int(loader.construct_scalar(node).replace("_", ""), 10)  # 010 is ten, not eight
-
-
-_Loader.add_constructor("tag:yaml.org,2002:float", _construct_float)
-_Loader.add_constructor("tag:yaml.org,2002:int", _construct_int)
-
-
 class _Dumper(yaml.SafeDumper):
-    """Quotes exactly the strings that :class:`_Loader` would read as something else."""
+    """Quotes exactly the strings that :class:`Loader` would read as something else."""
 
-    yaml_implicit_resolvers = _Loader.yaml_implicit_resolvers
+    yaml_implicit_resolvers = Loader.yaml_implicit_resolvers
+
+
+def _represent_text(dumper: _Dumper, text: str) -> yaml.ScalarNode:
+    """Line breaks of Unicode are escaped: PyYAML reads one in quotes as a space."""
+    style = '"' if _BREAKS.intersection(text) else None
+    return dumper.represent_scalar("tag:yaml.org,2002:str", text, style)
+
+
+_BREAKS = frozenset("\x85\u2028\u2029")
+_Dumper.add_representer(str, _represent_text)
 
 
 def dump_yaml(data: Any) -> str:
@@ -163,7 +143,7 @@ def _read_chain(path: Path, children: tuple[Path, ...]) -> RawConfig:
 
 def _read_file(path: Path) -> RawConfig:
     text = read_text(path, limit=MAX_YAML, failure=ConfigError)
-    node, data = parse_yaml(text, _show(path), ConfigError, _Loader)
+    node, data = parse_yaml(text, _show(path), ConfigError)
     origins: dict[KeyPath, str] = {}
     if node is None:
         return RawConfig({}, origins)
@@ -205,9 +185,7 @@ def _apply_override(raw: RawConfig, text: str) -> None:
     path = tuple(part.strip() for part in key.split("."))
     if not equals or not all(path):
         raise ConfigError(f"{COMMAND_LINE}: {text!r} is not an override; write section.key=value, e.g. optim.lr=1e-4.")
-    value = parse_yaml(written, f"{COMMAND_LINE}: the value of {text!r}, which may need quotes", ConfigError, _Loader)[
-        1
-    ]
+    value = parse_yaml(written, f"{COMMAND_LINE}: the value of {text!r}, which may need quotes", ConfigError)[1]
     nested: Any = value
     for part in reversed(path):
         nested = {part: nested}

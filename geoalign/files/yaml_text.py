@@ -1,8 +1,12 @@
-"""YAML that others wrote, within the bounds of :mod:`geoalign.files.parsing`, which is imported without PyYAML."""
+"""YAML that others wrote, within the bounds of :mod:`geoalign.files.parsing`, which is imported without PyYAML.
+
+One dialect for all files, those of runs included: a reader of another takes ``off`` for false and ``1e-4`` for text.
+"""
 
 from __future__ import annotations
 
 import os
+import re
 from typing import Any
 
 import yaml
@@ -15,16 +19,43 @@ MAX_YAML = 256 << 10
 _MAX_NODES = 100_000  # of YAML, each alias counted with all that it stands for
 
 
-def parse_yaml(
-    text: str, where: object, failure: Failure = DataError, loader_class: type[yaml.SafeLoader] = yaml.SafeLoader
-) -> tuple[yaml.Node | None, Any]:
+class Loader(yaml.SafeLoader):
+    """YAML 1.2 scalars: ``1e-4`` is a number, ``off`` and ``no`` are words, ``1:30`` is text."""
+
+    yaml_implicit_resolvers: dict[str, list[tuple[str, re.Pattern[str]]]] = {}  # noqa: RUF012  (PyYAML's own name)
+
+
+Loader.add_implicit_resolver("tag:yaml.org,2002:null", re.compile(r"^(?:~|null|)$"), ["~", "n", ""])
+Loader.add_implicit_resolver("tag:yaml.org,2002:bool", re.compile(r"^(?:true|false)$"), list("tf"))
+Loader.add_implicit_resolver("tag:yaml.org,2002:int", re.compile(r"^[-+]?[0-9][0-9_]*$"), list("-+0123456789"))
+Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float",
+    re.compile(r"^(?:[-+]?(?:\.[0-9]+|[0-9][0-9_]*(?:\.[0-9]*)?)(?:[eE][-+]?[0-9]+)?|[-+]?\.inf|\.nan)$"),
+    list("-+0123456789."),
+)
+
+
+def _construct_float(loader: Loader, node: yaml.ScalarNode) -> float:
+    text = loader.construct_scalar(node).replace("_", "")
+    return float(text.replace(".inf", "inf").replace(".nan", "nan"))
+
+
+def _construct_int(loader: Loader, node: yaml.ScalarNode) -> int:
+    return int(loader.construct_scalar(node).replace("_", ""), 10)  # 010 is ten, not eight
+
+
+Loader.add_constructor("tag:yaml.org,2002:float", _construct_float)
+Loader.add_constructor("tag:yaml.org,2002:int", _construct_int)
+
+
+def parse_yaml(text: str, where: object, failure: Failure = DataError) -> tuple[yaml.Node | None, Any]:
     """The syntax tree and the value of one YAML document; (None, None) of an empty one.
 
     Raises:
         failure: not YAML, a tag that does not fit, nested too deeply, or aliases that multiply without bound.
     """
     try:
-        loader = loader_class(text)
+        loader = Loader(text)
         try:
             node = loader.get_single_node()
             if node is None:

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Literal
 
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 from pydantic import Field, model_validator
 
@@ -17,6 +17,7 @@ from geoalign.config.load import flatten, load_config, to_yaml, validate
 from geoalign.config.schema import Config
 from geoalign.config.source import RawConfig, load_raw
 from geoalign.errors import ConfigError
+from geoalign.files.yaml_text import Loader
 
 
 class Optim(Section):
@@ -201,8 +202,10 @@ SCALARS = st.one_of(st.booleans(), st.integers(-(10**9), 10**9), st.floats(allow
         max_leaves=12,
     )
 )
+@example("0\x85")  # a line break of Unicode
+@example("a\u2028b")
 def test_whatever_is_written_is_read_back_equal(value: object) -> None:
-    loader = source._Loader(source.dump_yaml({"key": value}))
+    loader = Loader(source.dump_yaml({"key": value}))
     assert loader.get_single_data() == {"key": value}
 
 

@@ -10,6 +10,8 @@ from typing import Any
 import pytest
 import yaml
 
+from geoalign.config.load import load_config, to_yaml
+from geoalign.config.schema import Config
 from geoalign.report.page import report_page
 from geoalign.report.run_folder import read_run
 
@@ -51,6 +53,17 @@ def test_what_changes_a_run_is_in_its_sentences(folder: Path, settings: dict[str
     section = what_is_said(folder, (), {**SIZES, **LOOP, "window": {"size": 4}, **settings})
     assert all(words in section for words in said), section
     assert ("CHANGES" in section) == bool(settings)
+
+
+@pytest.mark.parametrize(
+    ("preset", "said", "silent"),
+    [("tiny_cpu", "takes 6 denoising steps", "CHANGES"), ("paper_64xa800_fast", "flow.tail_steps=8", "takes 25")],
+)
+def test_the_file_that_a_run_writes_is_understood(folder: Path, preset: str, said: str, silent: str) -> None:
+    """Its words ``off`` are no booleans."""
+    (folder / "config.yaml").write_text(to_yaml(load_config(Config, preset)))
+    section = re.sub(r"<[^>]+>", "", report_page(read_run(folder), samples=0).partition('id="what"')[2])
+    assert said in section and silent not in section
 
 
 def test_settings_of_another_version_are_not_said_to_be_exact(folder: Path) -> None:
