@@ -1,7 +1,7 @@
 """CPU seconds an iteration of every way to run in time_to_quality.py, in turns: part of docs/learning.md.
 
 Learning curves are made beside other work, where an iteration takes up to a third longer and not the same at all times.
-So their abscissa is iterations, and what one takes is measured here, with the machine to itself. About seven minutes.
+So their abscissa is iterations, and what one takes is measured here, with the machine to itself. About twenty minutes.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import time_to_quality as timed
 from record import Scale, write_result
 
 RESULT = Path("docs/results/time_to_quality/pace.json")
-PERIOD = 20
+PERIOD = 50
 """Timed iterations, as many as there are from one audit to the next."""
 
 

@@ -29,6 +29,7 @@ SHAPE = (
 NOTHING_SHARED = (
     "levers.share_prefix=false", "levers.merge_first_step=false", "levers.prune_source=false", "levers.streaming=off",
 )  # fmt: skip
+AUDITED = "ode.audit_every=50"  # as paper_64xa800_fast; pace.py times as many iterations
 MOVING = ("window.kind=progressive", "window.start=0", "window.max_start=12", "window.interval=25")  # MixGRPO's
 ARMS: dict[str, tuple[str, ...]] = {
     "every step stochastic, nothing shared": ("window.kind=fixed", "window.start=0", "window.max_start=0",
@@ -36,9 +37,9 @@ ARMS: dict[str, tuple[str, ...]] = {
     "window of 4, nothing shared": (*MOVING, *NOTHING_SHARED),
     "window of 4, exact levers": (*MOVING, "levers.streaming=graphs"),
     "window of 4, exact levers, reuse": (*MOVING, "levers.streaming=graphs", "ode.reuse=residual",
-                                         "ode.reuse_share=0.45", "ode.audit_every=20", "learn.window_steps=2"),
+                                         "ode.reuse_share=0.45", AUDITED, "learn.window_steps=2"),
     "window of 4, exact levers, 8 tail steps": (*MOVING, "levers.streaming=graphs", "flow.tail_grid=sigma",
-                                                "flow.tail_steps=8", "ode.audit_every=20", "learn.window_steps=3"),
+                                                "flow.tail_steps=8", AUDITED, "learn.window_steps=3"),
 }  # fmt: skip
 KINDS = ("presets", "random")
 

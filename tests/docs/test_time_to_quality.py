@@ -7,6 +7,9 @@ from pathlib import Path
 
 import pytest
 
+from geoalign.config.load import load_config
+from geoalign.config.schema import Config
+
 pytestmark = pytest.mark.usefixtures("studies")
 
 
@@ -75,3 +78,17 @@ def test_a_rung_stands_beside_the_exact_run_of_its_seed(tmp_path: Path) -> None:
         "+0.100 (+0.100 to +0.100)",
     ]
     assert cells(table, "control: a tail of one step")[1] == "not run"
+
+
+def test_the_fast_arm_is_the_fast_preset_as_far_as_a_cpu_profits() -> None:
+    """int8 is emulated here and this world has no HPSv3; all else, audits included, is the preset's."""
+    import pace
+    import time_to_quality as study
+    from record import WHOLE
+
+    preset = load_config(Config, "paper_64xa800_fast")
+    *_, fast = (load_config(Config, study.CONFIG, study.overrides(arm, 1, WHOLE)) for arm in study.ARMS)
+    gpu_only = {"ode.attention", "ode.int8_threshold", "rewards.hpsv3.options.frame_stride"}
+    assert fast.changes() == {name: value for name, value in preset.changes().items() if name not in gpu_only}
+    assert fast.ode.audit_every == preset.ode.audit_every == pace.PERIOD  # as many timed iterations hold one audit
+    assert fast.window.interval == preset.window.interval
