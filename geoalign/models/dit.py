@@ -19,7 +19,7 @@ from geoalign.geometry.trajectory import CameraTrajectory
 from geoalign.models import camera as cameras
 from geoalign.models.conditioning import ConditionCache, Conditioning, CrossKeys, Phases, joined, on_tensors, repeated
 from geoalign.models.execution import Execution
-from geoalign.models.layers import Block, Head, ImageProjector, PatchEmbedding, sinusoid, wide
+from geoalign.models.layers import Block, Head, ImageProjector, PatchEmbedding, Stream, sinusoid, wide
 from geoalign.models.rope import frame_indices, grid_angles
 
 VelocityFn = Callable[[Tensor, Tensor, Conditioning], Tensor]
@@ -127,16 +127,17 @@ class RetakeDiT(nn.Module):
 
     def _blocks(self, h: Tensor, time: Tensor, position: Tensor | None, cache: ConditionCache, count: int) -> Tensor:
         """All blocks; ``h`` ``[B, N, dim]``, the first ``count`` tokens are the target's."""
+        stream = Stream(h)
         for layer, block in enumerate(self.blocks):
             last = layer == len(self.blocks) - 1
             keep = count if last and self.execution.prune_source else h.shape[1]
             keys = cache.cross[layer]
             if cache.negative:
                 keys = joined([keys, cache.negative[layer]])
-            h = block(h, time, position, _camera(cache, layer), keys, cache.poses, keep)
+            stream = block(stream, time, position, _camera(cache, layer), keys, cache.poses, keep)
             if cache.negative and layer == 0:  # from here on both halves are computed
                 time, cache = torch.cat([time, time]), _doubled(cache)
-        return h
+        return stream.settled()
 
     def precompute(self, cond: Conditioning, size: torch.Size | None = None) -> ConditionCache:
         """Compute what depends neither on noisy latents nor on time, once per condition.

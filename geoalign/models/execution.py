@@ -9,13 +9,12 @@ from functools import partial
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
-from torch import Tensor
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 from geoalign_kernels import ProbedInt8Attention
 
 if TYPE_CHECKING:
-    from geoalign.models.layers import Block
+    from geoalign.models.layers import Block, Stream
     from geoalign.models.parallel import SequenceParallel
 
 Recompute = Literal["none", "keep_attention", "full"]
@@ -45,7 +44,7 @@ class Execution:
     dtype: torch.dtype | None = None
     compiled: bool = False
 
-    def run(self, block: Block, *args: Any) -> Tensor:
+    def run(self, block: Block, *args: Any) -> Stream:
         """``block.compute(*args)``, computed again in its backward and compiled as configured."""
         # A measurement cannot be compiled.
         unknown = self.probe is not None and self.probe.measures(block.self_attn.layer)
@@ -61,7 +60,7 @@ def allow_graphs(limit: int = 64) -> None:
     torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, limit)
 
 
-def _eager(block: Block, recompute: Recompute, args: tuple[Any, ...]) -> Tensor:
+def _eager(block: Block, recompute: Recompute, args: tuple[Any, ...]) -> Stream:
     if recompute == "none":
         return block.compute(*args)
     context = {} if recompute == "full" else {"context_fn": _KEEP_ATTENTION}
@@ -80,5 +79,5 @@ _KEEP_ATTENTION = partial(create_selective_checkpoint_contexts, _policy)
 # One compiled function for all blocks: their parameters are inputs of its graph, so equal blocks share one graph. The
 # checkpoint is inside, so that the compiler's own split between forward and backward respects what must be kept.
 @functools.cache
-def _compiled() -> Callable[..., Tensor]:
+def _compiled() -> Callable[..., Stream]:
     return torch.compile(_eager, fullgraph=True, dynamic=False)  # loads the compiler, which an eager run has no use for

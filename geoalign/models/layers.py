@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -37,11 +38,37 @@ def sinusoid(timestep: Tensor, dim: int) -> Tensor:
     return torch.cat([angle.cos(), angle.sin()], -1)
 
 
+def rounds_freely() -> bool:
+    """Whether this step takes no log-probability, so that its kernels may round otherwise than the learner's."""
+    return not (torch.is_grad_enabled() or inside_exact_only())
+
+
 def gelu_in_product(weight: Tensor, u: Tensor) -> bool:
     """Whether a feed-forward of ``u`` may take its GELU into the product: another rounding than the learner's."""
-    approximate = not (torch.is_grad_enabled() or inside_exact_only())
     plain = type(weight) is nn.Parameter  # not one that torchao or FSDP2 has replaced
-    return approximate and plain and u.is_cuda and u.dtype == torch.bfloat16
+    return rounds_freely() and plain and u.is_cuda and u.dtype == torch.bfloat16
+
+
+class Stream(NamedTuple):
+    """The residual stream ``x`` ``[B, N, dim]`` float32 between two blocks, and what it may still be owed.
+
+    Where a step :func:`rounds_freely`, the next block's first norm adds the feed-forward's output in the same pass over
+    memory. With gradients nothing is owed: recomputation would keep both tensors.
+    """
+
+    x: Tensor
+    owed: Tensor | None = None
+    gate: Tensor | None = None
+
+    def normed(self, scale: Tensor, shift: Tensor, eps: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """The settled stream, and its modulated norm in ``dtype``."""
+        if self.owed is None or self.gate is None:
+            return self.x, modulated_norm(self.x, scale, shift, eps, dtype=dtype)
+        return unrotate_gate_norm(self.owed, self.x, self.gate, scale, shift, eps=eps, dtype=dtype)
+
+    def settled(self) -> Tensor:
+        """The stream with what it was owed."""
+        return self.x if self.owed is None or self.gate is None else gated_residual(self.x, self.owed, self.gate)
 
 
 class PatchEmbedding(nn.Module):
@@ -206,21 +233,21 @@ class Block(nn.Module):
 
     def forward(
         self,
-        x: Tensor,
+        stream: Stream,
         time: Tensor,
         position: Tensor | None,
         camera: Phases | Tensor | None,
         keys: CrossKeys,
         poses: Tensor | None,
         keep: int,
-    ) -> Tensor:
-        """Transform ``x`` ``[B, N, dim]`` and return its first ``keep`` tokens (all but the last block keep N).
+    ) -> Stream:
+        """Transform the residual stream and return its first ``keep`` tokens (all but the last block keep N).
 
         Runs :meth:`compute` as the network's execution says. What hooks this call (FSDP2) stays outside of what is
         compiled or computed again in the backward.
 
         Args:
-            x: float32 residual stream.
+            stream: of ``[B, N, dim]`` tokens.
             time: ``[B, 6, dim]`` float32 time modulation.
             position: ``[N, head_dim / 2]`` rotary angles, or None when the camera phases hold them.
             camera: phases of this layer, or the tokens ``[B, N, dim]`` that it makes them of, or None.
@@ -229,7 +256,7 @@ class Block(nn.Module):
             poses: ``[B, N, 12]`` camera poses per token (ReCamMaster), or None.
             keep: tokens whose output is needed.
         """
-        return self.self_attn.execution.run(self, x, time, position, camera, keys, poses, keep)
+        return self.self_attn.execution.run(self, stream, time, position, camera, keys, poses, keep)
 
     def learned_phases(self, camera_tokens: Tensor) -> Phases:
         """See :meth:`SelfAttention.learned_phases`."""
@@ -241,18 +268,19 @@ class Block(nn.Module):
 
     def compute(
         self,
-        x: Tensor,
+        stream: Stream,
         time: Tensor,
         position: Tensor | None,
         camera: Phases | Tensor | None,
         keys: CrossKeys,
         poses: Tensor | None,
         keep: int,
-    ) -> Tensor:
+    ) -> Stream:
         """The arithmetic of :meth:`forward`."""
         phases = self.self_attn.learned_phases(camera) if isinstance(camera, Tensor) else camera
         modulation = wide(self.modulation) + time
-        y = self._attend(x, modulation, position, phases, poses, keep)
+        x, u = stream.normed(modulation[:, 1], modulation[:, 0], self.config.eps, self._dtype)
+        y = self._attend(u, position, phases, poses, keep)
         turn = None if phases is None else phases.vo[:, :keep]
         x, double = x[:, :keep], keys.batch // x.shape[0]
         x, y, modulation = (part.repeat(double, 1, 1) if double > 1 else part for part in (x, y, modulation))
@@ -266,22 +294,14 @@ class Block(nn.Module):
         return execution.dtype or next(self.ffn.parameters()).dtype
 
     def _attend(
-        self,
-        x: Tensor,
-        modulation: Tensor,
-        position: Tensor | None,
-        phases: Phases | None,
-        poses: Tensor | None,
-        queries: int,
+        self, u: Tensor, position: Tensor | None, phases: Phases | None, poses: Tensor | None, queries: int
     ) -> Tensor:
         """Output of self-attention for the first ``queries`` tokens, before its rotation and gate."""
-        shift, scale = modulation[:, 0], modulation[:, 1]
-        u = modulated_norm(x, scale, shift, self.config.eps, dtype=self._dtype)
         if poses is None:
             return self.self_attn(u, position, phases, queries)
         return self.projector(self.self_attn(u + self.cam_encoder(poses.to(u.dtype)), position, phases, queries))
 
-    def _finish(self, x: Tensor, y: Tensor, modulation: Tensor, turn: Tensor | None, keys: CrossKeys) -> Tensor:
+    def _finish(self, x: Tensor, y: Tensor, modulation: Tensor, turn: Tensor | None, keys: CrossKeys) -> Stream:
         """Rotate and add attention's output ``y``, then cross-attention and feed-forward."""
         dtype, eps = self._dtype, self.config.eps
         common = {"phase": turn, "heads": self.config.heads, "eps": eps, "dtype": dtype}
@@ -293,7 +313,8 @@ class Block(nn.Module):
             x, u = unrotate_gate_norm(y, x, gate_a, weight - 1, bias, **common)
             one = torch.ones_like(bias)
             x, u = unrotate_gate_norm(self.cross_attn(u, keys), x, one, scale_f, shift_f, eps=eps, dtype=dtype)
-        return gated_residual(x, self._feed_forward(u), gate_f)
+        stream = Stream(x, self._feed_forward(u), gate_f)
+        return stream if rounds_freely() else Stream(stream.settled())
 
     def _feed_forward(self, u: Tensor) -> Tensor:
         """``self.ffn``; in steps that take no log-probability its GELU runs inside the product (cuBLASLt)."""

@@ -27,6 +27,8 @@ _COMPILED_TRAFFIC = 2.1
 _BACKWARD_OF_ATTENTION = 2.5
 """FLOPs of the attention backward over its forward: five matrix products for two (FlashAttention-2)."""
 _BACKWARD_OF_ELEMENTWISE = 2.0
+_JOINED = 2.0
+"""Fewer bf16 [tokens, dim] tensors to move where a block's norm adds what the last one owes: one read of float32."""
 _KEPT_BY_EAGER, _HELD_BY_BACKWARD = 27.2, 36.0
 """In bf16 [tokens, dim] tensors: kept per block without recomputation, and alive while one block goes backward."""
 
@@ -179,6 +181,7 @@ class TransformerCost:
         fused = sum(item.fused for item in self.passes())
         if no_gradient:
             fused -= 2 * self.ffn_dim / self.dim
+            fused -= _JOINED * (self.layers - 1) / self.layers
         units = {
             "eager": sum(item.eager for item in self.passes()),
             "compiled": _COMPILED_TRAFFIC * fused,
@@ -194,7 +197,8 @@ class TransformerCost:
         Args:
             device, speedups: where and how.
             attention: mode of the self-attention, one that the device has.
-            no_gradient: a step outside the window, whose fused feed-forward has its GELU in the product's epilogue.
+            no_gradient: a step outside the window, whose fused feed-forward has its GELU in the product's epilogue and
+                leaves its residual to the next block's norm.
         """
         part = self.block_flops()
         frozen = part["cross_linear"] + part["ffn"]

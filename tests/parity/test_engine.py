@@ -248,7 +248,7 @@ def test_ranks_that_share_tokens_give_one_result(size: int, sequence: int, float
 
     def work(ranks: Ranks) -> tuple[dict[str, float], Tensor]:
         trainer = trainer_of(config, ranks, rewards={"b": Brightness()}, dtype=torch.float64)
-        trainer.policy.model.blocks[0].register_forward_hook(lambda _, inputs, __: counts.append(inputs[0].shape[1]))
+        trainer.policy.model.blocks[0].register_forward_hook(lambda _, inputs, __: counts.append(inputs[0].x.shape[1]))
         return trainer.step(), gradient_of(trainer)
 
     for metrics, mine in on_fake_ranks(size, work, sequence):

@@ -23,6 +23,7 @@ from geoalign.models.conditioning import Conditioning, Phases
 from geoalign.models.dit import RetakeDiT, init_tiny_
 from geoalign.models.layouts import original_names
 from geoalign.models.rope import grid_angles
+from geoalign_kernels import exact_only
 
 WAN = ModelConfig(
     dim=96, heads=4, layers=2, ffn_dim=160, in_channels=16, out_channels=16, text_dim=24, text_length=512, freq_dim=64
@@ -136,7 +137,7 @@ def test_exchanging_streams_exchanges_outputs() -> None:
     model = randomised(REDIRECTOR)
     model.execution.prune_source = False
     halves: list[Tensor] = []
-    model.blocks[-1].register_forward_hook(lambda module, args, output: halves.append(output))
+    model.blocks[-1].register_forward_hook(lambda module, args, output: halves.append(output.settled()))
     cond, x, t = redirector_condition(1), torch.randn(1, 16, 3, 6, 4), torch.tensor([700.0])
     swapped = Conditioning(x, cond.target_camera, cond.source_camera, context=cond.context)
     model(x, t, cond)
@@ -247,6 +248,28 @@ def test_frozen_parameters_cost_no_backward() -> None:
     assert len(weights) == 2 * 6
     hidden = [shape for shape in shapes if shape in ((160, 96), (96, 160))]
     assert not hidden
+
+
+@pytest.mark.parametrize("guided", [False, True])
+def test_a_blocks_sum_waits_for_the_next_norm_only_where_no_log_probability_is_taken(guided: bool) -> None:
+    """A free step launches one kernel less a block, but for the last; the reference rounds alike, so the bits agree."""
+    layers = 3
+    model = randomised(REDIRECTOR.model_copy(update={"layers": layers}))
+    cond, x, t = redirector_condition(), torch.randn(2, 16, 3, 6, 4), torch.tensor([900.0, 100.0])
+    if guided:
+        cond = replace(cond, negative=torch.randn(2, 7, 24))
+    with torch.no_grad():
+        cache = model.precompute(cond)
+    found = {}
+    for grad, window in ((False, False), (True, False), (False, True)):
+        with torch.set_grad_enabled(grad), exact_only() if window else nullcontext(), CountOps() as calls:
+            velocity = model(x, t, cond, cache)
+        found[grad, window] = velocity, tuple(calls[name] for name in ("gated_residual", "modulated_norm"))
+    free, counted = found.pop((False, False))
+    assert counted == (1, 2)  # after the last block; before the first one, and in the head
+    for exact, counted in found.values():
+        assert counted == (layers, layers + 1)
+        assert torch.equal(exact, free)
 
 
 def test_equal_cameras_cancel_between_queries_and_keys_but_not_between_value_and_output() -> None:
@@ -391,7 +414,6 @@ def test_adapter_reads_ray_maps_in_the_published_channel_order() -> None:
 def test_the_gelu_runs_in_the_product_only_where_no_log_probability_is_taken(monkeypatch: pytest.MonkeyPatch) -> None:
     from geoalign.models import layers
     from geoalign.models.execution import Execution
-    from geoalign_kernels import exact_only
 
     weight = torch.nn.Parameter(torch.empty(1))
     on_card: Any = SimpleNamespace(is_cuda=True, dtype=torch.bfloat16)
