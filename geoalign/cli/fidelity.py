@@ -33,6 +33,7 @@ DEFAULT_SETTINGS = (
     "flow.tail_solver=dpm2m",
     "ode.attention=int8",
     "flow.tail_ratio=0.4 flow.tail_solver=dpm2m",
+    "flow.tail_grid=sigma flow.tail_steps=6",
     "flow.tail_grid=sigma flow.tail_steps=7",
     "flow.tail_grid=sigma flow.tail_steps=8",
     "flow.tail_grid=sigma flow.tail_steps=9",
@@ -42,6 +43,7 @@ DEFAULT_SETTINGS = (
     "ode.reuse=velocity ode.reuse_share=0.45",
     "ode.reuse=residual ode.reuse_share=0.45 ode.attention=int8",
     "ode.reuse=residual ode.reuse_share=0.3 ode.attention=int8",
+    "flow.tail_grid=sigma flow.tail_steps=6 ode.attention=int8",
     "flow.tail_grid=sigma flow.tail_steps=8 ode.attention=int8",
     "flow.tail_grid=sigma flow.tail_steps=5 flow.tail_solver=dpm2m ode.attention=int8",
 )

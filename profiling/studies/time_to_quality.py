@@ -44,9 +44,9 @@ ARMS: dict[str, tuple[str, ...]] = {
 KINDS = ("presets", "random")
 
 
-def overrides(arm: str, seed: int, scale: Scale) -> tuple[str, ...]:
-    """Settings of one run."""
-    return (*SHAPE, *scale.shorter, *ARMS[arm], f"run.seed={seed}")
+def overrides(arm: str, seed: int, scale: Scale, *shape: str) -> tuple[str, ...]:
+    """Settings of one run; ``shape`` changes its own."""
+    return (*SHAPE, *shape, *scale.shorter, *ARMS[arm], f"run.seed={seed}")
 
 
 def settings(changed: tuple[str, ...]) -> dict[str, Any]:

@@ -68,7 +68,7 @@ def test_a_rung_stands_beside_the_exact_run_of_its_seed(tmp_path: Path) -> None:
 
     name = next(iter(rungs.CHANGED))
     for seed, end in ((1, 0.8), (2, 0.6)):
-        write(tmp_path / study.file_of(rungs.EXACT, seed), (0, 1.0), (30, end))
+        write(tmp_path / study.file_of(rungs.EXACT, seed), (0, 1.0), (60, end), (120, end / 2))
     write(tmp_path / rungs.file_of(name, 2), (0, 1.0), (15, 0.7))
     table = rungs.table(tmp_path)
     assert cells(table, "exact levers")[1:3] == ["0.700 (0.600 to 0.800)", "-30 % (-40 to -20)"]
