@@ -6,7 +6,9 @@
 VENV ?= .venv
 BIN := $(VENV)/bin
 INPUTS := pyproject.toml setup.py constraints/ci-cpu.txt .ci/setup
-WORKERS ?= 2
+# For two cores: some tests wait. A worker that is done takes over tests of another one, since the long ones are neighbours.
+WORKERS ?= 3
+SHARED := -n $(WORKERS) --dist worksteal
 BUDGET_S ?= 540
 GPU_PYTHON ?= $(or $(PYTHON),$(wildcard $(BIN)/python),python3)
 export OMP_NUM_THREADS ?= 1
@@ -58,10 +60,10 @@ interpreted: setup
 
 # Recipes of one line each, in this order, so that the first failing stage ends the run and pytest speaks last.
 test: lint types contracts interpreted
-	@$(BIN)/python -m pytest -n $(WORKERS) -q -m "not slow"
+	@$(BIN)/python -m pytest $(SHARED) -q -m "not slow"
 
 check: lint types contracts
-	@$(BIN)/python -m pytest -n $(WORKERS) -q -m "not dist and not aot and not slow" tests/unit tests/parity tests/docs
+	@$(BIN)/python -m pytest $(SHARED) -q -m "not dist and not aot and not slow" tests/unit tests/parity tests/docs
 
 slow: setup
 	@$(BIN)/python -m pytest -q -m slow
