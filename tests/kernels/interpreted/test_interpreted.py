@@ -5,13 +5,12 @@ Run as `TRITON_INTERPRET=1 pytest tests/kernels/interpreted`: Triton reads the f
 
 from __future__ import annotations
 
-import functools
 from typing import Any
 
 import pytest
 import torch
 import triton.language as tl
-from kernel_cases import LAYOUTS, NAMES, op_cases
+from kernel_cases import NAMES, op_cases
 from philox_kernel import assert_words_equal
 from scipy import stats
 from triton.runtime import interpreter
@@ -65,25 +64,6 @@ def test_one_gradient_alone_equals_that_among_all(name: str, places: tuple[int, 
             pairs = [(o, w) for o, w in zip(outputs, weights, strict=True) if o.requires_grad]
             (gradient,) = torch.autograd.grad([o for o, _ in pairs], leaves[place], [w for _, w in pairs])
             assert torch.equal(gradient, everything[place]), f"{name}: input {place}"
-
-
-@pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("name", [*NAMES, "attention"])
-def test_strides_do_not_change_a_bit(name: str, layout: str) -> None:
-    """The same numbers in other strides, forward and backward: a kernel reads each where it is."""
-    if name == "attention":
-        function, inputs = lambda q, k, v: gk.attention(q, k, v).out, list(torch.randn(3, 2, 5, 2, 16))
-    else:
-        function, inputs = op_cases(torch.float32, 2, 3, 2, 16, 5)[name]
-
-    def laid(*tensors: torch.Tensor, dense: bool) -> Any:
-        placed = [LAYOUTS[layout](t) if t.dim() >= 3 else t for t in tensors]
-        return function(*(t.contiguous() for t in placed) if dense else placed)
-
-    with gk.use_backend("triton"):
-        found, expected = (run_with_gradients(functools.partial(laid, dense=dense), inputs) for dense in (False, True))
-    for got, want in zip(found, expected, strict=True):
-        assert all(map(torch.equal, got, want))
 
 
 def test_strided_inputs_and_inplace() -> None:
