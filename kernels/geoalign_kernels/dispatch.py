@@ -1,8 +1,9 @@
 """Which implementation of an op runs: one registry, one rule, no import side effects.
 
 ``auto`` takes the best implementation of the tensor's device (CUDA: cuda, triton, reference; CPU: cpp, reference). A
-backend that is asked for by name and cannot run raises ``BackendUnavailableError``; it is never replaced silently.
-The choice is read on every call, inside the registered op, so it also holds for compiled graphs.
+backend named for all ops holds for those that have it; the others stay as they were. Naming it for an op that does not
+have it is refused at once. One that an op has and that cannot run here raises ``BackendUnavailableError``; it is never
+replaced silently. The choice is read on every call, inside the registered op, so it also holds for compiled graphs.
 """
 
 from __future__ import annotations
@@ -26,11 +27,11 @@ logger = logging.getLogger("geoalign_kernels")
 
 _implementations: dict[str, dict[str, str]] = {}
 _reporters: dict[str, str] = {}
-_choice: dict[str, str] = {}  # op name, or "*" for all ops -> backend
+_choice: dict[str, str] = {}  # op name -> backend
 
 
 class BackendUnavailableError(RuntimeError):
-    """An explicitly requested backend does not exist for the op or cannot run on this device."""
+    """An explicitly requested backend cannot run on this device."""
 
 
 class UnsupportedInput(ValueError):
@@ -52,16 +53,16 @@ def backend_for(op: str, device: torch.device) -> str:
     """Name of the backend that runs ``op`` on ``device`` under the present choice.
 
     Raises:
-        BackendUnavailableError: the chosen backend has no implementation of ``op`` or cannot run on ``device``.
+        BackendUnavailableError: the chosen backend cannot run on ``device``.
     """
     choice = wanted(op)
     if choice != "auto":
-        reason = _why_not(op, choice, device)
+        reason = _why_not(choice, device)
         if reason:
             raise BackendUnavailableError(f"kernel backend '{choice}' asked for op '{op}': {reason}")
         return choice
     candidates = {"cuda": ("cuda", "triton"), "cpu": ("cpp",)}.get(device.type, ())
-    reasons = {name: _why_not(op, name, device) for name in candidates if name in _implementations[op]}
+    reasons = {name: _why_not(name, device) for name in candidates if name in _implementations[op]}
     for candidate, reason in reasons.items():
         if not reason:
             return candidate
@@ -71,15 +72,17 @@ def backend_for(op: str, device: torch.device) -> str:
 
 
 def set_backend(backend: str, *ops: str) -> None:
-    """Chooses ``backend`` for the named ops (all ops if none is named) until changed again.
+    """Chooses ``backend`` for the named ops until changed again.
+
+    If no op is named, it holds for all that have such a backend, and choices made before it end.
 
     Raises:
-        ValueError: unknown backend or op.
+        ValueError: unknown backend or op, or a named op does not have the backend.
     """
-    _check(backend, ops)
+    chosen = _meant(backend, ops)
     if not ops:
         _choice.clear()
-    _choice.update(dict.fromkeys(ops or ("*",), backend))
+    _choice.update(chosen)
 
 
 @contextlib.contextmanager
@@ -106,7 +109,7 @@ def report(device: torch.device | str | None = None) -> list[dict[str, str]]:
             chosen = backend_for(op, where)
         except BackendUnavailableError as error:
             chosen = f"error: {error}"
-        rows.append(row(op, chosen, {name: _why_not(op, name, where) for name in targets}))
+        rows.append(row(op, chosen, {name: _why_not(name, where) for name in targets}))
     return rows
 
 
@@ -130,35 +133,47 @@ def interpreting() -> bool:
 
 def wanted(op: str) -> str:
     """The backend asked for: ``use_backend``, else the environment, else ``auto``."""
-    return _choice.get(op) or _choice.get("*") or _from_environment(os.environ.get(ENV, "")).get(op, "auto")
+    return _choice.get(op) or _from_environment(os.environ.get(ENV, "")).get(op, "auto")
 
 
 @functools.lru_cache(maxsize=8)
 def _from_environment(text: str) -> dict[str, str]:
-    """``triton``, or ``attention=reference,flow_step=triton``, or both: ``triton,attention=reference``."""
+    """``triton``, or ``attention=reference,flow_step=triton``, or both: ``triton,attention=reference``.
+
+    The later of two items that mean the same op counts.
+    """
     choice: dict[str, str] = {}
     for item in filter(None, (part.strip() for part in text.split(","))):
         op, _, backend = item.rpartition("=")
         try:
-            _check(backend, (op,) if op else ())
+            choice.update(_meant(backend, (op,) if op else ()))
         except ValueError as error:
             raise ValueError(f"{ENV}={text!r}: {error}") from error
-        choice.update(dict.fromkeys([op] if op else _implementations, backend))
     return choice
 
 
-def _check(backend: str, ops: tuple[str, ...]) -> None:
+def _meant(backend: str, ops: tuple[str, ...]) -> dict[str, str]:
+    """``{op: backend}`` of the named ops, of all that have the backend if none is named.
+
+    Raises:
+        ValueError: as ``set_backend``.
+    """
     if backend not in BACKENDS:
         raise ValueError(f"unknown kernel backend '{backend}'; choose one of {', '.join(BACKENDS)}")
     for op in ops:
         if op not in _implementations:
             raise ValueError(f"unknown op '{op}'; the ops are {', '.join(sorted(_implementations))}")
+        if not _has(op, backend):
+            raise ValueError(f"op '{op}' has no backend '{backend}', only {', '.join(_implementations[op])}")
+    return dict.fromkeys(ops or (op for op in _implementations if _has(op, backend)), backend)
 
 
-def _why_not(op: str, backend: str, device: torch.device) -> str:
-    """Empty if ``backend`` can run ``op`` on ``device``, else the reason."""
-    if backend not in _implementations[op]:
-        return f"the op has only {', '.join(_implementations[op])}"
+def _has(op: str, backend: str) -> bool:
+    return backend == "auto" or backend in _implementations[op]
+
+
+def _why_not(backend: str, device: torch.device) -> str:
+    """Empty if ``backend`` can run on ``device``, else the reason."""
     if backend == "reference":
         return ""
     if backend == "cpp" and device.type != "cpu":

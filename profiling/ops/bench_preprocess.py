@@ -22,9 +22,7 @@ import argparse
 import io
 import json
 import os
-import platform
 import statistics
-import subprocess
 import time
 from importlib import metadata
 from pathlib import Path
@@ -39,6 +37,7 @@ from torch import Tensor
 import geoalign_kernels as gk
 from geoalign.frozen.mapanything_images import IMAGENET_MEAN, IMAGENET_STD, plan_resize
 from geoalign.frozen.qwen_patches import CLIP_MEAN, CLIP_STD, fit_size
+from geoalign.jobs.environment import describe_environment
 
 Frames = list[np.ndarray]
 PATHS = {
@@ -134,19 +133,11 @@ def timed(call: Any, repeats: int) -> dict[str, float]:
 
 
 def environment() -> dict[str, Any]:
-    """Hardware, versions, commit."""
-    info = Path("/proc/cpuinfo")
-    models = [line.split(":")[1].strip() for line in info.read_text().splitlines() if line.startswith("model name")]
-    commit, changes = (
-        subprocess.run(["git", *command.split()], capture_output=True, text=True, check=False).stdout.strip()
-        for command in ("rev-parse HEAD", "status --porcelain --untracked-files=no")
-    )
-    packages = {name: metadata.version(name) for name in ("torch", "av", "pillow", "numpy")}
-    return {
-        "kind": "environment", "cpu": models[0] if models else platform.processor(), "cores": os.cpu_count(),
-        "load_average": os.getloadavg()[0], "commit": commit, "dirty": bool(changes),
-        "python": platform.python_version(), **packages,
-    }  # fmt: skip
+    """First row of the result: hardware, versions, the commit of this checkout, and other work on the machine."""
+    machine = describe_environment()
+    versions = machine["versions"] | {name: metadata.version(name) for name in ("av", "pillow")}
+    facts = {name: machine[name] for name in ("device", "cores", "commit")}
+    return {"kind": "environment", **facts, "versions": versions, "load_1m": round(os.getloadavg()[0], 1)}
 
 
 @torch.no_grad()

@@ -10,6 +10,13 @@ from torch import Tensor
 import geoalign_kernels as gk
 
 Case = tuple[Callable[..., tuple[Tensor, ...] | Tensor], list[Tensor]]
+LAYOUTS: dict[str, Callable[[Tensor], Tensor]] = {
+    "batch inside tokens": lambda x: x.transpose(0, 1).contiguous().transpose(0, 1),
+    "channels first": lambda x: x.transpose(1, -1).contiguous().transpose(1, -1),  # as flatten(2).transpose(1, 2) gives
+    "slice of wider rows": lambda x: torch.cat((x, x), -1)[..., : x.shape[-1]],
+    "one sample for all": lambda x: x[:1].expand_as(x),
+}
+"""A tensor [B, S, ...] in other strides; all but the last keep its values."""
 
 
 def op_cases(dtype: torch.dtype, batch: int, tokens: int, heads: int, head: int, pairs: int) -> dict[str, Case]:

@@ -11,7 +11,6 @@ import torch
 
 import geoalign_kernels as gk
 from geoalign_kernels import dispatch, registration
-from geoalign_kernels.ops.attention import op as attention_op
 from geoalign_kernels.registration import on_device
 
 CPU = torch.device("cpu")
@@ -22,7 +21,7 @@ def test_explicit_backend_that_cannot_run_raises(monkeypatch: pytest.MonkeyPatch
     x = torch.zeros(1, 2, 8)
     with gk.use_backend("triton"), pytest.raises(gk.BackendUnavailableError, match="CUDA"):
         gk.gated_residual(x, x, x[:, 0])
-    with gk.use_backend("cuda", "gated_residual"), pytest.raises(gk.BackendUnavailableError, match="only"):
+    with gk.use_backend("triton", "gated_residual"), pytest.raises(gk.BackendUnavailableError, match="CUDA"):
         gk.gated_residual(x, x, x[:, 0])
     assert dispatch.backend_for("gated_residual", CPU) == "reference"
 
@@ -49,23 +48,57 @@ def test_an_op_runs_with_the_device_of_its_tensors_as_the_current_one(monkeypatc
         calls.append(function.__name__)
         return on_device(device, function, *args)
 
-    for module in (registration, attention_op):
-        monkeypatch.setattr(module, "on_device", noted)
+    monkeypatch.setattr(registration, "on_device", noted)
     x = torch.zeros(1, 2, 8)
     gk.gated_residual(x, x, x[:, 0])
     q = torch.zeros(1, 2, 1, 8, requires_grad=True)
     gk.attention(q, q, q).out.sum().backward()
-    assert calls == ["run", "forward", "backward"]
+    assert calls == ["run", "_run", "_run_backward"]
 
 
 def test_environment_chooses_per_op(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv(dispatch.ENV, "auto,gated_residual=cuda")
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    monkeypatch.setenv(dispatch.ENV, "auto,gated_residual=triton")
     assert dispatch.backend_for("modulated_norm", CPU) == "reference"
     with pytest.raises(gk.BackendUnavailableError):
         dispatch.backend_for("gated_residual", CPU)
     monkeypatch.setenv(dispatch.ENV, "fast")
     with pytest.raises(ValueError, match="GEOALIGN_KERNELS"):
         dispatch.backend_for("gated_residual", CPU)
+
+
+@pytest.mark.parametrize(
+    ("text", "row_op", "frames"),
+    [
+        ("triton", "triton", "auto"),
+        ("cpp", "auto", "cpp"),
+        ("cpp,triton", "triton", "cpp"),
+        ("triton,frame_preprocess=reference", "triton", "reference"),
+        ("frame_preprocess=cpp,reference", "reference", "reference"),
+    ],
+)
+def test_a_bare_name_holds_for_the_ops_that_have_it(
+    text: str, row_op: str, frames: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """No op is left with a backend that it does not have, which would fail no earlier than its first call."""
+    monkeypatch.setenv(dispatch.ENV, text)
+    assert (dispatch.wanted("rms_norm"), dispatch.wanted("frame_preprocess")) == (row_op, frames)
+
+
+def test_all_ops_in_code_are_those_that_have_the_backend_and_end_earlier_choices() -> None:
+    with gk.use_backend("reference", "frame_preprocess"):
+        with gk.use_backend("triton"):
+            assert (dispatch.wanted("rms_norm"), dispatch.wanted("frame_preprocess")) == ("triton", "auto")
+            assert dispatch.backend_for("frame_preprocess", CPU) in ("cpp", "reference")
+        assert (dispatch.wanted("rms_norm"), dispatch.wanted("frame_preprocess")) == ("auto", "reference")
+
+
+def test_a_backend_that_the_named_op_does_not_have_is_refused_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(ValueError, match=r"'frame_preprocess' has no backend 'triton', only reference, cpp, cuda"):
+        gk.set_backend("triton", "frame_preprocess")
+    monkeypatch.setenv(dispatch.ENV, "frame_preprocess=triton")
+    with pytest.raises(ValueError, match=r"GEOALIGN_KERNELS='frame_preprocess=triton': op"):
+        dispatch.backend_for("rms_norm", CPU)  # the first op of a run, not the scorer's
 
 
 def test_unknown_names_list_what_exists() -> None:

@@ -250,8 +250,9 @@ def test_a_video_that_does_not_fit_the_plan_is_refused() -> None:
 @pytest.mark.parametrize("backend", ["cpp", "reference"])
 def test_registration(backend: str) -> None:
     plan = plan_of((97, 131))
+    video = clip_of((97, 131), batch=2).transpose(1, 2).contiguous().transpose(1, 2)  # channels before frames
     arguments = (
-        clip_of((97, 131)), list(plan.axes), plan.slots, plan.levels, list(plan.counts), list(plan.reads),
+        video, list(plan.axes), plan.slots, plan.levels, list(plan.counts), list(plan.reads),
     )  # fmt: skip
     with gk.use_backend(backend, "frame_preprocess"):
         torch.library.opcheck(torch.ops.geoalign.frame_preprocess.default, arguments)

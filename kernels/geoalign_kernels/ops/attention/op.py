@@ -18,7 +18,7 @@ from torch.utils.flop_counter import register_flop_formula
 
 from geoalign_kernels import capture, dispatch
 from geoalign_kernels.ops.attention import cores
-from geoalign_kernels.registration import NAMESPACE, define, library, on_device
+from geoalign_kernels.registration import define
 from geoalign_kernels.rows import working_dtype
 
 _HERE = "geoalign_kernels.ops.attention"
@@ -126,22 +126,23 @@ def attention(
 
 def _fake(q: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
     lse = q.new_empty(q.shape[0], q.shape[2], q.shape[1], dtype=working_dtype(q))
-    return torch.empty_like(q, memory_format=torch.contiguous_format), lse
+    return torch.empty_like(q), lse
 
 
 def _run(q: Tensor, k: Tensor, v: Tensor, scale: float, core: str) -> tuple[Tensor, Tensor]:
     capture.record("attention", (q, k, v, scale, core))
-    return on_device(q.device, cores.forward, core, q, k, v, scale)
+    return cores.forward(core, q, k, v, scale)
 
 
-def _run_backward(grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, scale: float, core: str):
+def _run_backward(
+    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, scale: float, core: str
+) -> tuple[Tensor, Tensor, Tensor]:
     capture.record("attention_backward", (grad, q, k, v, out, lse, scale, core))
-    grads = on_device(q.device, cores.backward, core, grad, q, k, v, out, lse, scale)
-    return tuple(g.contiguous() for g in grads)
+    return cores.backward(core, grad, q, k, v, out, lse, scale)
 
 
 def _backward_fake(grad: Tensor, q: Tensor, k: Tensor, v: Tensor, *_: Any) -> tuple[Tensor, ...]:
-    return tuple(torch.empty_like(t, memory_format=torch.contiguous_format) for t in (q, k, v))
+    return tuple(torch.empty_like(t) for t in (q, k, v))
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
@@ -155,18 +156,22 @@ def _backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Any, ...]:
     return *grads, None, None
 
 
-# The core is chosen by argument, not by ``dispatch``, so these two are registered directly.
-library.define("attention(Tensor q, Tensor k, Tensor v, float scale, str core) -> (Tensor, Tensor)")
-library.define(
-    "attention_backward(Tensor grad, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, float scale, str core) "
-    "-> (Tensor, Tensor, Tensor)"
+# The core is chosen by argument, not by ``dispatch``.
+define(
+    "attention",
+    "(Tensor q, Tensor k, Tensor v, float scale, str core) -> (Tensor, Tensor)",
+    fake=_fake,
+    implementation=_run,
+    backward=_backward,
+    setup_context=_setup_context,
 )
-for _key in ("CPU", "CUDA"):
-    library.impl("attention", _run, _key)
-    library.impl("attention_backward", _run_backward, _key)
-torch.library.register_fake(f"{NAMESPACE}::attention", _fake, lib=library)
-torch.library.register_fake(f"{NAMESPACE}::attention_backward", _backward_fake, lib=library)
-torch.library.register_autograd(f"{NAMESPACE}::attention", _backward, setup_context=_setup_context, lib=library)
+define(
+    "attention_backward",
+    "(Tensor grad, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, float scale, str core) "
+    "-> (Tensor, Tensor, Tensor)",
+    fake=_backward_fake,
+    implementation=_run_backward,
+)
 
 
 def _refuse(mode: str) -> None:
@@ -181,7 +186,7 @@ for _mode in QUANTISED:
     define(
         f"attention_{_mode}",
         "(Tensor q, Tensor k, Tensor v, float scale) -> Tensor",
-        fake=lambda q, *_: torch.empty_like(q, memory_format=torch.contiguous_format),
+        fake=lambda q, *_: torch.empty_like(q),
         guard=functools.partial(_refuse, _mode),
     )
 

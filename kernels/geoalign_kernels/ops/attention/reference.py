@@ -33,7 +33,7 @@ def forward(q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tens
         outputs.append((scores - sums[-1][..., None]).exp() @ values)
     if not outputs:
         return torch.empty_like(q), queries.new_empty(queries.shape[:3])
-    return torch.cat(outputs, dim=2).transpose(1, 2).to(q.dtype).contiguous(), torch.cat(sums, dim=2)
+    return torch.cat(outputs, dim=2).transpose(1, 2).to(q.dtype), torch.cat(sums, dim=2)
 
 
 def backward(
@@ -93,4 +93,4 @@ def attention_int8_fp8(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
         p = (scores - scores.amax(-1, keepdim=True)).exp()
         p8 = (FP8_MAX * p).to(torch.float8_e4m3fn).float() / FP8_MAX
         outputs.append((p8 @ rounded) / p.sum(-1, keepdim=True) + mean)
-    return torch.cat(outputs, dim=2).transpose(1, 2).to(q.dtype).contiguous()
+    return torch.cat(outputs, dim=2).transpose(1, 2).to(q.dtype)

@@ -40,11 +40,11 @@ def gated_residual(x: Tensor, y: Tensor, gate: Tensor) -> Tensor:
 
 
 def _fake(x: Tensor, *_: Any) -> Tensor:
-    return torch.empty_like(x, memory_format=torch.contiguous_format)
+    return torch.empty_like(x)
 
 
 def _backward_fake(grad: Tensor, y: Tensor, *_: Any) -> Tensor:
-    return torch.empty_like(grad, dtype=y.dtype, memory_format=torch.contiguous_format)
+    return torch.empty_like(grad, dtype=y.dtype)
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:

@@ -43,11 +43,11 @@ def modulated_norm(
 
 
 def _fake(x: Tensor, scale: Tensor, shift: Tensor, eps: float, dtype: torch.dtype | None) -> Tensor:
-    return torch.empty_like(x, dtype=dtype, memory_format=torch.contiguous_format)
+    return torch.empty_like(x, dtype=dtype)
 
 
 def _backward_fake(grad: Tensor, x: Tensor, *_: Any) -> Tensor:
-    return torch.empty_like(x, memory_format=torch.contiguous_format)
+    return torch.empty_like(x)
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:

@@ -91,9 +91,7 @@ def _check(
 
 
 def _fake(q: Tensor, k: Tensor, v: Tensor | None, *_: Any) -> tuple[Tensor, Tensor, Tensor]:
-    dense = torch.contiguous_format
-    v_out = q.new_empty(0) if v is None else torch.empty_like(v, memory_format=dense)
-    return torch.empty_like(q, memory_format=dense), torch.empty_like(k, memory_format=dense), v_out
+    return torch.empty_like(q), torch.empty_like(k), q.new_empty(0) if v is None else torch.empty_like(v)
 
 
 def _backward_fake(dq: Tensor, dk: Tensor, dv: Tensor, *rest: Any) -> list[Tensor]:

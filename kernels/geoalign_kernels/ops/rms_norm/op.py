@@ -57,7 +57,7 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
 define(
     "rms_norm",
     "(Tensor x, Tensor weight, float eps) -> Tensor",
-    fake=lambda x, *_: torch.empty_like(x, memory_format=torch.contiguous_format),
+    fake=lambda x, *_: torch.empty_like(x),
     backward=_backward,
     setup_context=_setup_context,
 )

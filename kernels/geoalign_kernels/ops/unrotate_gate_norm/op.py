@@ -66,8 +66,7 @@ def unrotate_gate_norm(
 
 
 def _fake(y: Tensor, x: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
-    dense = torch.contiguous_format
-    return torch.empty_like(x, memory_format=dense), torch.empty_like(x, dtype=rest[-1], memory_format=dense)
+    return torch.empty_like(x), torch.empty_like(x, dtype=rest[-1])
 
 
 def _backward_fake(dstream: Tensor, dnormed: Tensor, y: Tensor, stream: Tensor, *rest: Any) -> tuple[Tensor, ...]:
