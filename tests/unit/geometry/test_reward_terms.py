@@ -31,7 +31,9 @@ def test_weight_values() -> None:
     assert torch.allclose(subset, torch.tensor([0.2, 0.8]))
 
 
-@pytest.mark.parametrize("arguments", [{"kind": "cubic"}, {"num_frames": 0}, {"kind": "power", "exponent": 0.0}])
+@pytest.mark.parametrize("arguments", [{"kind": "cubic"}, {"num_frames": 0}, {"kind": "power", "exponent": 0.0},
+                                       {"kind": "power", "exponent": 5e3, "frame_indices": torch.tensor([0, 2])},
+                                       {"kind": "exponential", "exponent": 5e3, "frame_indices": torch.tensor([0, 2])}])  # fmt: skip
 def test_unusable_weights_are_refused(arguments: dict) -> None:
     with pytest.raises(DataError):
         temporal_weights(**{"num_frames": 5, **arguments})
