@@ -65,7 +65,7 @@ def temporal_weights(
     if frame_indices is not None:
         weights = weights.to(frame_indices.device)[frame_indices]
     if not (total := weights.sum()):
-        raise DataError(f"temporal weights {kind} of exponent {exponent:g} are all 0 at these frames; take a smaller one")
+        raise DataError(f"temporal weights {kind} are all 0 at these frames: exponent {exponent:g} is too large")
     return (weights / total).to(device=device, dtype=torch.float32)
 
 

@@ -194,7 +194,7 @@ def test_guards(window: CameraTrajectory, adjusted: tuple[str, ...], rejected: t
     st.sampled_from((0.0, 1e-9, 12.0, 16 * 180.0, 16 * 360.0)),
 )
 def test_no_bound_divides_by_zero(mode: str, static: float, turn: float, unit: float, tau: float) -> None:
-    """Whatever may be 0, or a whole turn a frame: a path that does not turn is kept as it is, all numbers are finite."""
+    """Whatever is 0, or a whole turn a frame: a path that does not turn is kept as it is, all numbers are finite."""
     law = RescaleSettings(mode=mode, static_rotation_deg=static, rotation=SpeedLaw(tau, 0, tau, tau))  # type: ignore[arg-type]
     result = rescale(walk(turn, unit=unit), (0.3, 0.5), law)
     found = (result.scale_translation, result.scale_rotation, result.peak_rotation, result.path_m, result.yaw_deg)
