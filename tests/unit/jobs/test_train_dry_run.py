@@ -113,7 +113,7 @@ def one_by_one(config: Config) -> list[int]:
         ("levers.streaming=device", "window.start=3", "levers.recompute=none"),
         ("levers.streaming=off", "optim.updates_per_rollout=3"),
         ("levers.streaming=off", "objective.kl_weight=0.1", "levers.merge_first_step=false"),
-        ("levers.streaming=off", "levers.share_prefix=false", "window.start=2"),
+        ("levers.streaming=off", "levers.share_prefix=false", "levers.merge_first_step=false", "window.start=2"),
         ("levers.streaming=host", "ode.reuse=residual", "ode.reuse_share=0.45", "ode.reuse_profile=d"),
     ],
 )
