@@ -398,8 +398,8 @@ def test_a_dry_run_says_how_many_cases_the_run_would_work_on(
     arguments = MethodArguments(tuple(f"{name}={made / name}" for name in models), (), videos)
     config = davis_config(made / "davis", *second)
     dry, real = (Plan.build(config, arguments, readers=readers) for readers in (False, True))
-    names = {"": ["told", "vipe"], "estimator": ["told", "second", "vipe"], "tool": ["told", "vipe", "second"]}[added]
-    assert [*dry.readers] == [*real.readers] == names
+    opened = {"": ["told", "vipe"], "estimator": ["told", "second", "vipe"], "tool": ["told", "vipe", "second"]}[added]
+    assert [*dry.readers] == [*real.readers] == ["planar", *opened]  # of the preset
     expected = 4 * others + (4 * len(models) if added else 0)
     if "base" in models:  # what failed has no video that another reader could read, and is done again when told
         expected += retry - 1 if added else retry
