@@ -475,12 +475,12 @@ def test_settings_without_effect_lock_no_folder(made: Path, whole: Store, tool: 
     file.write_text(json.dumps(manifest))
     assert run(plan_of(made, "flow.tail_ratio=0.4", "eval.seed=5"), store, Shard()) == 0
     oracle = "benchmark.condition_scales={trained: 0.5}"
-    with pytest.raises(UsageError, match="other settings: benchmark.condition_scales"):
+    with pytest.raises(UsageError, match=r"other settings: benchmark\.condition_scales"):
         run(plan_of(made, oracle), store, Shard())
     locked = json.loads(file.read_text())
     locked["settings"]["benchmark.condition_scales.trained"] = 0.5
     file.write_text(json.dumps(locked))
-    with pytest.raises(UsageError, match="other settings: benchmark.condition_scales"):
+    with pytest.raises(UsageError, match=r"other settings: benchmark\.condition_scales"):
         run(plan_of(made), store, Shard())
     published = [_settings(davis_config(made / "davis", "benchmark.settings=published", *more))
                  for more in ((), ("flow.steps=9", "benchmark.seed=3", "run.dtype=bfloat16"))]  # fmt: skip
