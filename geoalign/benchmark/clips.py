@@ -71,6 +71,8 @@ class Clips(Protocol):
     names: tuple[str, ...]
     knows_truth: bool
     """Whether :meth:`truth` gives the true retakes."""
+    cuts: bool
+    """Whether :meth:`source` gives fewer frames than the clip has; else all clips have equally many."""
     lossless: bool
     """Whether retakes are written without loss (tiny frames) or as the published script writes them."""
 
@@ -130,6 +132,7 @@ class WorldClips:
     """Held-out scenes of the embedded world, each with the true retake of any of its ten paths."""
 
     knows_truth = lossless = True
+    cuts = False
 
     def __init__(self, config: Config, world: WorldConfig) -> None:
         settings, self._seed = config.benchmark, config.eval.seed + _WORLD_SEED
@@ -166,7 +169,7 @@ class WorldClips:
     def source(self, name: str, frames: int) -> Source:
         """See :class:`Clips`."""
         if frames != self._world.frames:
-            raise UsageError(f"clips of this world have {self._world.frames} frames, not {frames}")
+            raise DataError(f"clips of this world have {self._world.frames} frames, not {frames}")
         return Source(self._scene(name).source(), self._fps, self.caption(name), "the world's own camera")
 
     def target(self, condition: Condition, source: SourceClip) -> CameraTrajectory:
@@ -186,6 +189,7 @@ class FolderClips:
     """The clips of a folder in any layout that ``geoalign data check`` lists."""
 
     knows_truth = lossless = False
+    cuts = True
 
     def __init__(self, config: Config) -> None:
         settings = config.benchmark

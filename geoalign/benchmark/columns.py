@@ -72,7 +72,7 @@ class Column:
 
     def of(self, row: Row) -> float | None:
         """The number; NaN of a case that failed; None where it is not defined (TransErr of a still path)."""
-        status = outcome(row, self.reader)[0] if self.reader else row["status"]
+        status = outcome(row, self.reader)[0]
         if status != "ok":
             return math.nan if status == "failed" else None
         found = row["readers"][self.reader]["metrics"] if self.reader else row["metrics"]
@@ -129,9 +129,11 @@ class Readers:
 
 
 def outcome(row: Row, reader: str) -> tuple[str, str]:
-    """Status and cause of a reader in a row; a case without a video failed for all."""
+    """Status and cause of a reader in a row; a case without a video failed for all. Of no reader (""): of the case."""
     if row["status"] != "ok":
         return "failed", row["cause"]
+    if not reader:
+        return "ok", ""
     found = row["readers"].get(reader)
     return (OPEN, "not measured yet") if found is None else (found["status"], found["cause"])
 

@@ -12,6 +12,7 @@ import torch
 
 from geoalign.benchmark.cases import Condition, check_method, find_videos, plain, video_of
 from geoalign.benchmark.clips import Clips, Source
+from geoalign.config.benchmark import BenchmarkConfig
 from geoalign.config.data import DEFAULT_NEGATIVE_PROMPT
 from geoalign.config.schema import Config
 from geoalign.data.captions import remove_camera_motion
@@ -146,7 +147,7 @@ class ModelMethod:
         self.dtype = torch.bfloat16 if self._published else dtype_of(config.run, self.device)
         self.reads_text = reads_text_of(self.files)
         self.guidance = GUIDANCE if self.reads_text else 1.0
-        self._cap = min((n for n in (settings.max_frames, settings.caps.get(name)) if n is not None), default=None)
+        self._cap = settings.longest(name)
         self._encodings = lru_cache(maxsize=1)(self._encode)
         if self.reads_text:  # before the work, what is read from files
             _ = self._prompts, self._negative
@@ -173,7 +174,7 @@ class ModelMethod:
 
     def frames(self, condition: Condition, native: int) -> int:
         """See :class:`Method`."""
-        return choose_frames(self.codec, min(native, self._cap or native))
+        return self.longest_of(native)
 
     def video(self, condition: Condition, source: Source, target: CameraTrajectory, out: Path) -> Path:
         """See :class:`Method`."""
@@ -209,6 +210,15 @@ class ModelMethod:
             caption = self._captioner.caption(source.clip.video[0])
             return caption if self._published else remove_camera_motion(caption) or caption
         return source.caption or self._config.data.clips.caption_text
+
+    def longest_of(self, native: int) -> int:
+        """Frames of its retake of a clip of ``native`` frames."""
+        return choose_frames(self._rules, min(native, self._cap or native))
+
+    @cached_property
+    def _rules(self) -> LatentCodec:
+        """The codec without its weights."""
+        return self.files.codec_rules()
 
     @cached_property
     def codec(self) -> LatentCodec:
@@ -279,7 +289,7 @@ class MethodArguments:
 
         Raises:
             UsageError: no method, one without a name, a name twice, or a checkpoint of no model.
-            UserError: a model or a folder that cannot be opened.
+            UserError: a model or a folder that cannot be opened, or a length of retakes that the clips cannot have.
         """
         models, checkpoints = _named("--model", self.models), _named("--checkpoint", self.checkpoints)
         videos = _named("--videos", self.videos)
@@ -293,9 +303,31 @@ class MethodArguments:
         for name, model in models.items():
             checkpoint = Path(checkpoints[name]) if name in checkpoints else None
             found.append(ModelMethod(name, model, checkpoint, config, clips))
-        caps = config.benchmark.caps
-        found += [VideosMethod(name, Path(folder), caps.get(name)) for name, folder in videos.items()]
-        return [*found, TruthMethod(clips)] if clips.knows_truth else found
+        longest = config.benchmark.longest
+        found += [VideosMethod(name, Path(folder), longest(name)) for name, folder in videos.items()]
+        if clips.knows_truth:
+            found.append(TruthMethod(clips))
+        if not clips.cuts:
+            _check_lengths(found, config.benchmark, clips)
+        return found
+
+
+def _check_lengths(methods: Sequence[Method], settings: BenchmarkConfig, clips: Clips) -> None:
+    """Refuse methods whose retakes are asked to be shorter than clips that cannot be cut."""
+    native = clips.native_frames(clips.names[0])
+    for method in methods:
+        if (cap := settings.longest(method.name)) is not None and cap < native:
+            by_cap = cap == settings.caps.get(method.name)
+            setting = f"benchmark.caps of {method.name} {cap}" if by_cap else f"benchmark.max_frames {cap}"
+            raise UsageError(
+                f"{setting}: clips of this world have {native} frames, no fewer; unset it or set world.frames"
+            )
+        taken = method.longest_of(native) if isinstance(method, ModelMethod) else native
+        if taken < native:
+            raise UsageError(
+                f"--model {method.name}: clips of this world have {native} frames, of which its codec takes {taken}; "
+                f"set world.frames to {taken}"
+            )
 
 
 def _named(option: str, given: tuple[str, ...]) -> dict[str, str]:

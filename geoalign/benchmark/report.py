@@ -69,11 +69,13 @@ def report_page(store: Store, results: Results) -> str:
 
 
 def worst_cases(results: Results) -> list[str]:
-    """Names of all cases, those first that the judged method failed, then by its position error."""
+    """Names of all cases, those first that the judged method failed, then by its position error if that was read."""
     column = Column(results.readers.main, "translation_error_m")
     errors: dict[str, float] = {}
     for row in of_method(results.rows, results.judged):
-        value = column.of(row) if results.readers.main else None
+        value = column.of(row)
+        if value is None and not column.reader:
+            value = 0.0
         errors[row["case"]] = math.inf if value is None or math.isnan(value) else value
     return sorted(errors, key=lambda case: (-errors[case], case))
 
@@ -87,10 +89,12 @@ def _header(store: Store, results: Results) -> str:
         "cameras read by": results.readers.main or "nobody",
         "settings": results.settings.settings,
     }
+    read = " Readers that were told nothing of the\npaths then said where each camera went."
+    read = read if results.readers.main else ""
     chips = "".join(f"<li>{label} <b>{escape(str(value))}</b></li>" for label, value in facts.items())
     return f"""<header><div class="eyebrow">geoalign benchmark</div><h1>{escape(_headline(results))}</h1>
-<p class="lead">Every method retook the same clips along the same camera paths. Readers that were told nothing of the
-paths then said where each camera went.</p><ul class="chips">{chips}</ul></header>"""
+<p class="lead">Every method retook the same clips along the same camera paths.{read}</p>
+<ul class="chips">{chips}</ul></header>"""
 
 
 def _headline(results: Results) -> str:
@@ -166,11 +170,12 @@ def _films(store: Store, results: Results, cases: Sequence[str]) -> str:
     for row in results.rows:
         by_case.setdefault(row["case"], {})[row["method"]] = row
     films = [_film(store, results, case, by_case[case]) for case in cases]
-    told = (
-        f"<p>The cases of {escape(results.judged)} with the largest position error, lost cameras first. Switch between "
-        "the takes in place: what jumps is what differs.</p>"
-    )
-    return _section("worst", "Worst cases first", told, *films) if any(films) else ""
+    first = f"The cases of {escape(results.judged)} with the largest position error, lost cameras first."
+    title = "Worst cases first"
+    if not results.readers.main:
+        title, first = "The first cases", f"Cases that {escape(results.judged)} failed come first."
+    told = f"<p>{first} Switch between the takes in place: what jumps is what differs.</p>"
+    return _section("worst", title, told, *films) if any(films) else ""
 
 
 def _film(store: Store, results: Results, case: str, rows: dict[str, Row]) -> str:
@@ -218,9 +223,9 @@ def _role(results: Results, method: str) -> str:
 def _note(results: Results, rows: dict[str, Row]) -> str:
     column, parts = Column(results.readers.main, "translation_error_m"), []
     for method in (name for name in results.methods if name in rows):
-        value = column.of(rows[method]) if results.readers.main else None
+        value, cause = column.of(rows[method]), outcome(rows[method], column.reader)[1]
         known = value is not None and math.isfinite(value)
-        parts.append(f"{method} {number(value)} m" if known else f"{method}: {outcome(rows[method], column.reader)[1]}")
+        parts.append(f"{method} {number(value)} m" if known else f"{method}: {cause}" if cause else method)
     return " \N{MIDDLE DOT} ".join(parts)
 
 

@@ -75,12 +75,14 @@ class LinkedTables:
         )
 
     def case_list(self, filmed: int) -> str:
-        """Every case with every method's position error and video; the first ``filmed`` cases have a film."""
+        """Every case with every method's video and, where cameras were read, position error; the first ``filmed`` cases
+        have a film."""
         by_case: dict[str, dict[str, Row]] = {}
         for row in self._results.rows:
             by_case.setdefault(row["case"], {})[row["method"]] = row
         column = Column(self._results.readers.main, "translation_error_m")
-        head = "".join(f"<th>{escape(method)}, m</th>" for method in self._results.methods)
+        unit = ", m" if column.reader else ""
+        head = "".join(f"<th>{escape(method)}{unit}</th>" for method in self._results.methods)
         lines = []
         for place, case in enumerate(self._cases[:_LISTED]):
             cells = "".join(_case_cell(by_case[case].get(method), column) for method in self._results.methods)
@@ -89,9 +91,11 @@ class LinkedTables:
         left = len(self._cases) - _LISTED
         more = f'<p class="note">{left} more are in cases.jsonl.</p>' if left > 0 else ""
         body = f"<thead><tr><th>case</th>{head}</tr></thead><tbody>{''.join(lines)}</tbody>"
+        told = "The video of every case, failed ones first."
+        if column.reader:
+            told = "Position error by case, the worst first; each number links to the video that it was read from."
         return (
-            "<p>Position error by case, the worst first; each number links to the video that it was read from.</p>"
-            f"<details><summary>{len(self._cases)} cases</summary>"
+            f"<p>{told}</p><details><summary>{len(self._cases)} cases</summary>"
             f'<div class="scroll"><table>{body}</table></div>{more}</details>'
         )
 
@@ -100,14 +104,13 @@ def _shown(behind: Behind, row: Row, value: float | None) -> str:
     """The number of a case behind a cell, or why there is none."""
     if value is not None and math.isfinite(value):
         return f"+{number(value)}" if behind.base is not None and value > 0 else number(value)
-    cause = outcome(row, behind.column.reader)[1] if behind.column.reader else row["cause"]
-    return cause or ("no pair" if behind.base is not None else "")
+    return outcome(row, behind.column.reader)[1] or ("no pair" if behind.base is not None else "")
 
 
 def _case_cell(row: Row | None, column: Column) -> str:
     if row is None:
         return "<td>not measured yet</td>"
-    value = column.of(row) if column.reader else None
-    text = number(value) if value is not None and math.isfinite(value) else outcome(row, column.reader)[1] or "n/a"
+    value, missing = column.of(row), "n/a" if column.reader else "video"
+    text = number(value) if value is not None and math.isfinite(value) else outcome(row, column.reader)[1] or missing
     linked = f'<a href="{escape(row["video"])}">{escape(text)}</a>' if row.get("video") else escape(text)
     return f"<td>{linked}</td>"

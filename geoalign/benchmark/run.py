@@ -68,7 +68,7 @@ class Plan:
 
     @staticmethod
     def build(config: Config, arguments: MethodArguments, *, readers: bool = True) -> Plan:
-        """Open clips, methods and, unless ``readers`` is False, whatever measures.
+        """Open clips, methods, definitions of tools and, unless ``readers`` is False, the estimators.
 
         Raises UserError naming what cannot be opened; nothing has been written.
         """
@@ -79,26 +79,26 @@ class Plan:
         settings = config.benchmark
         asked = conditions({name: clips.paths_of(name) for name in clips.names}, settings.speeds)
         cases = [Case(method.name, condition) for method in methods for condition in asked]
-        plan = Plan(config, clips, {method.name: method for method in methods}, cases)
-        if not readers:
-            return plan
-        estimators = {n: build_evaluator(e.kind, **e.options) for n, e in settings.estimators.items()}
         tools = {tool.name: tool for tool in load_tools(settings)}
-        if not estimators and not tools:
+        plan = Plan(config, clips, {method.name: method for method in methods}, cases, tools=tools)
+        if not plan.readers:
             raise ConfigError("benchmark.estimators and benchmark.tools are empty: nothing would be measured")
-        if settings.source_reader is not None and settings.source_reader not in {*estimators, *tools}:
+        if settings.source_reader is not None and settings.source_reader not in plan.readers:
             raise ConfigError(
                 f"benchmark.source_reader {settings.source_reader}: no such estimator or tool; there are "
-                f"{', '.join([*estimators, *tools])}"
+                f"{', '.join(plan.readers)}"
             )
-        return replace(plan, estimators=estimators, tools=tools)
+        if not readers:
+            return plan
+        opened = {name: build_evaluator(e.kind, **e.options) for name, e in settings.estimators.items()}
+        return replace(plan, estimators=opened)
 
     @property
     def readers(self) -> dict[str, dict[str, Any]]:
-        """All that measures by name, in the order of the tables: what each is, as the manifest tells it."""
+        """All that measures by name, opened or not, in the order of the tables: what each is, in the manifest."""
         settings = self.config.benchmark.estimators
         told = {name: {"cameras": True, "metrics": [], "licence": "", **settings[name].model_dump(mode="json")}
-                for name in self.estimators}  # fmt: skip
+                for name in settings}  # fmt: skip
         return told | {
             name: {"cameras": tool.gives_poses, "metrics": list(tool.metrics), "licence": tool.licence}
             for name, tool in self.tools.items()
@@ -306,7 +306,7 @@ def _facts(target: CameraTrajectory) -> dict[str, float | None]:
     return {"rotation_deg_per_frame": round(float(turn), 5), "translation_m_per_frame": round(float(move), 6)}
 
 
-def left_over(store: Store, plan: Plan) -> int:
-    """How many cases are not done yet, by any process."""
-    worker = _Worker(plan, store, retry_failed=False)
+def left_over(store: Store, plan: Plan, *, retry_failed: bool = False) -> int:
+    """How many cases are not done yet, by any process; where told, those that failed are not done either."""
+    worker = _Worker(plan, store, retry_failed)
     return sum(map(worker.is_open, plan.cases))

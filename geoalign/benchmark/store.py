@@ -133,12 +133,12 @@ class Store:
         Raises:
             UsageError: the folder holds one of other settings, or a method, reader or file of that name was another.
         """
-        told: dict[str, Any] = {"settings": flatten(_settings(config)), "methods": dict(methods), "cases": cases}
+        told: dict[str, Any] = {"settings": _settings(config), "methods": dict(methods), "cases": cases}
         told["contents"] = dict(contents)
         told["readers"] = {name: dict(reader) for name, reader in readers.items()}
         if (self.folder / MANIFEST).is_file():
             before = self.manifest()
-            self._refuse("settings", before["settings"], told["settings"])
+            self._refuse("settings", _counted(before["settings"], config), told["settings"])
             for kind in ("methods", "contents", "readers"):
                 common = (before[kind].keys() & told[kind].keys()) - {*renewed}
                 self._refuse(kind, *({name: side[kind][name] for name in common} for side in (before, told)))
@@ -172,11 +172,11 @@ def _read_row(file: Path, method: str) -> dict[str, Any]:
 
 
 def _settings(config: Config) -> dict[str, Any]:
-    """What decides on the retakes and their truth."""
+    """What decides on the retakes and their truth, by dotted key."""
     kept = config.benchmark.model_dump(mode="json", exclude={*_OF_TABLES, *_GROWN})
     world = {name: value for name, value in conditions_of(config).items() if name.startswith("world.")}
-    flow = config.flow.model_dump(mode="json", include={"steps", "shift", "t_dtype", "tail_ratio", "tail_solver"})
-    return {
+    flow = config.flow.model_dump(mode="json", include={"steps", "shift", "t_dtype", "tail_solver"})
+    told = {
         "benchmark": kept,
         "flow": flow,
         "eval": {"seed": config.eval.seed},
@@ -184,3 +184,18 @@ def _settings(config: Config) -> dict[str, Any]:
         "caption_text": config.data.clips.caption_text,
         "dtype": config.run.dtype,
     }
+    return _counted(flatten(told), config)
+
+
+def _counted(settings: Mapping[str, Any], config: Config) -> dict[str, Any]:
+    """Those of ``settings`` that have an effect: one without must lock no folder, nor keep an older one locked.
+
+    A tail of another length exists only after a window, the published way of sampling has its own steps, noise and
+    precision, and a folder of clips needs no world.
+    """
+    idle = ["flow.tail_ratio"]
+    if config.benchmark.settings == "published":
+        idle += ["flow.", "benchmark.seed", "dtype"]
+    if config.benchmark.clips is not None:
+        idle += ["eval.", "world"]
+    return {name: value for name, value in settings.items() if not name.startswith(tuple(idle))}

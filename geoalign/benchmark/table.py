@@ -158,9 +158,9 @@ def _estimates(results: Results, columns: Iterable[Column], own: Sequence[Row]) 
 
 
 def _lost(results: Results, rows: Sequence[Row]) -> Cell:
-    """How many cases of a method lack the camera of the main reader, of how many."""
+    """How many cases of a method lack the camera of the main reader, or without one the video, of how many."""
     reader = results.readers.main
-    lost = [row for row in rows if (outcome(row, reader)[0] == "failed" if reader else row["status"] != "ok")]
+    lost = _of_status(rows, reader, "failed")
     return _counted(f"{len(lost)} of {len(rows)}", reader, lost)
 
 

@@ -109,7 +109,7 @@ def run(args: argparse.Namespace) -> int:
         require_inputs(config, "benchmark")
     plan = Plan.build(config, arguments, readers=not args.dry_run)
     if args.dry_run:
-        print(forecast(plan, store).text(at.size))
+        print(forecast(plan, store, retry_failed=args.retry_failed).text(at.size))
         return 0
     with _progress() as tick:
         run_cases(plan, store, at, retry_failed=args.retry_failed, tick=tick)

@@ -71,20 +71,19 @@ def add_parser(subparsers: Any, summary: str) -> None:
 
 
 def run_check(args: argparse.Namespace) -> int:
-    """Probe every clip, its camera file and all camera paths, verify the cache.
+    """Probe every clip, its camera file and all camera paths, verify the cache that the run reads.
 
-    Exit 1 if too much is unusable or the cache is damaged.
+    Exit 1 if too much is unusable or that cache is damaged.
     """
-    from geoalign.data.cache import CacheFolder, open_cache
     from geoalign.data.clips import list_clips
     from geoalign.data.loader import ClipLoader, cause_of
-    from geoalign.data.prepare import chosen_starts, data_settings
+    from geoalign.data.prepare import chosen_starts
     from geoalign.data.readers import local_device, open_reader
     from geoalign.data.tally import Tally
     from geoalign.data.trajectories import load_pool
-    from geoalign.jobs.progress import bytes_text
 
-    config = read_config(args).data
+    run = read_config(args)
+    config = run.data
     clips, paths = Tally("clips"), Tally("camera paths")
     loader = ClipLoader(config, open_reader(config.clips.reader, local_device()))
     windows, may_estimate = 0, config.prepare.evaluator is not None
@@ -101,20 +100,31 @@ def run_check(args: argparse.Namespace) -> int:
     print(f"{clips.summary()}\n  {windows:,} windows of {config.num_frames} frames at stride {config.clips.stride}")
     pool = load_pool(config.trajectories_path, config.num_frames, config.trajectories, paths, "all")
     print(f"{paths.summary()}\n  {len(pool):,} windows of {config.num_frames} frames")
-    damaged = []
-    if config.cache.is_dir():
-        folder: CacheFolder = open_cache(config.cache, data_settings(config))
-        entries = folder.readable()
-        used = sum(file.stat().st_size for file in folder.path.rglob("*") if file.is_file())
-        damaged = [f"{name}: {defect}" for name, defect in folder.verify()]
-        print(f"cache {folder.path}: {len(entries):,} windows, {bytes_text(used)}, {len(damaged)} damaged files")
-        print("\n".join(f"  {line}" for line in damaged), end="\n" if damaged else "")
-    else:
-        print(f"cache {config.cache}: nothing prepared")
     clips.check(config.clips.max_bad_fraction)
-    if damaged:
-        raise DataError(f"{config.cache}: delete the damaged files above and run `geoalign prepare` again")
+    _check_cache(run)
     return 0
+
+
+def _check_cache(config: Config) -> None:
+    """Verify the cache that the run reads, if it reads one; raises DataError for none that fits, or a damaged file."""
+    from geoalign.jobs.prepare import open_prepared
+    from geoalign.jobs.progress import bytes_text
+
+    cache = config.data.cache
+    if not config.data.use_cache:
+        print(f"cache {cache}: this run does not use it (data.use_cache)")
+        return
+    if not cache.is_dir():
+        print(f"cache {cache}: nothing prepared")
+        return
+    folder = open_prepared(config)
+    entries = folder.readable()
+    used = sum(file.stat().st_size for file in folder.path.rglob("*") if file.is_file())
+    damaged = [f"{name}: {defect}" for name, defect in folder.verify()]
+    print(f"cache {folder.path}: {len(entries):,} windows, {bytes_text(used)}, {len(damaged)} damaged files")
+    if damaged:
+        print("\n".join(f"  {line}" for line in damaged))
+        raise DataError(f"{cache}: delete the damaged files above and run `geoalign prepare` again")
 
 
 def run_subset(args: argparse.Namespace) -> int:

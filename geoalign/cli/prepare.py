@@ -56,7 +56,8 @@ def run_prepare(args: argparse.Namespace) -> int:
         total = len(list_clips(config.data.clips_path, config.data.clips, Tally("clips")))
         total *= config.data.prepare.windows_per_clip
         print(f"predicted for at most {total:,} windows, from {report.encoded} measured on this machine:")
-        disk, hours = bytes_text(report.bytes / report.encoded * total), report.seconds * total / 3600
+        share = total / report.encoded
+        disk, hours = bytes_text(report.bytes * share), report.seconds * share / 3600
         print(f"  disk {disk}, one process {hours:.2f} h")
         return 0
     with bar(None, "preparing", "clip", shown=rank == 0) as shown:

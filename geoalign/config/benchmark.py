@@ -43,7 +43,8 @@ class BenchmarkConfig(Section):
     size: tuple[int, int] | None = (480, 832)
     """Height and width of the retakes: clips are scaled to cover and cut at the centre; unset: the clip's own."""
     max_frames: int | None = Field(None, ge=2)
-    """Longest retake; unset: the native length, cut to a length that the codec takes (Wan: 4k + 1)."""
+    """Longest retake of any method; unset: the native length. Models of ours cut it to a length that their codec takes
+    (Wan: 4k + 1)."""
     caps: dict[str, Annotated[int, Field(ge=2)]] = Field(default_factory=dict)
     """Longest retake by method, for methods that have a limit of their own (TrajectoryCrafter and CogNVS: 49)."""
     settings: Literal["default", "published"] = "default"
@@ -81,6 +82,10 @@ class BenchmarkConfig(Section):
     """Table 2 is over the clips of which ``table_reader`` could read every retake of ``base``."""
     resamples: int = Field(10_000, ge=100)
     """Bootstrap resamples behind every interval."""
+
+    def longest(self, method: str) -> int | None:
+        """Most frames of a retake of ``method``: ``max_frames`` or its own cap, whichever is less; None: its length."""
+        return min((n for n in (self.max_frames, self.caps.get(method)) if n is not None), default=None)
 
     @model_validator(mode="after")
     def _readers_are_told_apart(self) -> Self:

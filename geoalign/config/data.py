@@ -60,7 +60,7 @@ class RescaleConfig(Section):
     )
     """Peak rotation speed in degrees per second."""
     static_rotation_deg: float = Field(0.02, ge=0, json_schema_extra=_assumed("jitter must not be amplified"))
-    """Below this peak rotation (degrees per frame) the rotation is kept as it is."""
+    """Up to this peak rotation (degrees per frame) the rotation is kept as it is; 0: of a path that never turns."""
     max_rotation_scale: float = Field(4.0, gt=0, json_schema_extra=_assumed("jitter must not be amplified"))
     """Largest factor that a rotation may be amplified by."""
     max_outlier_ratio: float = Field(8.0, gt=1, json_schema_extra=_assumed("one bad pose would freeze the rest"))

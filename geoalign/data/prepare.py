@@ -162,6 +162,8 @@ def _prepare(
             starts = chosen_starts(loader.starts(record), config.prepare.windows_per_clip)
             facts = file_facts(record.path, *hashed[record.clip_id])
             for start in starts:
+                if limit is not None and report.encoded >= limit:
+                    break
                 key = window_key(record, facts.content, start, folder.settings)
                 if key in entries:
                     report.reused += 1

@@ -85,7 +85,7 @@ class RescaleSettings:
         fps: playback rate that turns speeds per second into steps per frame.
         translation: m/s; the mean is a calm walk, the upper bound a brisk one.
         rotation: deg/s; comfortable pans lie between 10 and 30.
-        static_rotation_deg: peak raw rotation per frame below which the path counts as not turning (s_r = 1).
+        static_rotation_deg: peak raw rotation per frame up to which the path counts as not turning (s_r = 1).
         max_rotation_scale: cap on s_r, so that jitter is never amplified to a pan.
         max_yaw_deg, max_path_m: rescaled paths beyond are rejected (past the prior of the base model).
         max_outlier_ratio: peak over median speed beyond which one bad pose rules the window; rejected.
@@ -180,11 +180,14 @@ def _is_jitter(position: Tensor) -> bool:
 
 
 def _fit_rotation_scale(vectors: Tensor, scale: float, tau: float) -> float:
-    """Fixed point of ``s <- s tau / v_max(s)`` for the path ``exp(s vectors)``; tau in radians per frame."""
+    """Fixed point of ``s <- s tau / v_max(s)`` for the path ``exp(s vectors)``; tau in radians per frame.
+
+    A path whose steps have become whole turns (tau near 2 pi) has no speed to correct; the guards judge it as it is.
+    """
     for _ in range(_FIXED_POINT_STEPS):
         rotation = so3.exp(scale * vectors)
         peak = float(so3.relative_angle(rotation[:-1], rotation[1:]).max())
-        if abs(peak / tau - 1) < 1e-6:
+        if not peak or abs(peak - tau) < 1e-6 * tau:
             break
         scale *= tau / peak
     return scale
@@ -201,7 +204,7 @@ def _scales(
         adjusted.add("static_translation")
     else:
         scale_t = step_t / float(speed_t.max())
-    if float(speed_r.max()) < math.radians(settings.static_rotation_deg):
+    if float(speed_r.max()) <= math.radians(settings.static_rotation_deg):
         scale_r = 1.0
         adjusted.add("static_rotation")
     else:
@@ -245,7 +248,7 @@ def rescale(trajectory: CameraTrajectory, uniforms: Sequence[float], settings: R
     final_t, final_r = _step_speeds(scaled)
     peak_r = math.degrees(float(final_r.max())) * settings.fps
     path, yaw = float(final_t.sum()), yaw_span_deg(scaled)
-    within = abs(peak_r / tau_r - 1) <= _SPEED_TOLERANCE if exact else peak_r <= (1 + _SPEED_TOLERANCE) * tau_r
+    within = abs(peak_r - tau_r) <= _SPEED_TOLERANCE * tau_r if exact else peak_r <= (1 + _SPEED_TOLERANCE) * tau_r
     failures = {
         "outlier_translation": scale_t > 0 and _outlier(raw_t, settings.max_outlier_ratio),
         "outlier_rotation": "static_rotation" not in adjusted and _outlier(raw_r, settings.max_outlier_ratio),

@@ -15,7 +15,9 @@ from torch import Tensor
 
 from geoalign.config.data import DEFAULT_NEGATIVE_PROMPT, PrepareConfig
 from geoalign.config.schema import Config
-from geoalign.errors import ConfigError, DataError, RunError
+from geoalign.data.cache import CacheFolder, open_cache
+from geoalign.data.prepare import data_settings
+from geoalign.errors import ConfigError, DataError, RunError, UserError
 from geoalign.evaluators.base import PoseEstimate, PoseEvaluator
 from geoalign.files.digest import by_content, content_hash
 from geoalign.geometry import so3
@@ -163,6 +165,19 @@ def encoder_identity(config: Config) -> dict[str, str]:
     if settings.evaluator is not None:
         identity["evaluator"] = _evaluator_identity(settings)
     return identity
+
+
+def open_prepared(config: Config) -> CacheFolder:
+    """The cache that a run of these settings reads; where its encoders are missing, the only one of its data settings.
+
+    Raises:
+        DataError: none fits, or several do.
+    """
+    try:
+        identity = encoder_identity(config)
+    except UserError:
+        identity = None
+    return open_cache(config.data.cache, data_settings(config.data), identity)
 
 
 def negative_text(settings: PrepareConfig) -> str | None:

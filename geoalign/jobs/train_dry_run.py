@@ -84,8 +84,8 @@ def _passes(config: Config, window: StepWindow) -> str:
     if measures_drift(config):
         notes.append(f"the first iteration evaluates all steps: {count(0).rollout:,} rollout forwards")
     if config.ode.audit_every:
-        forwards = plan_of(config).guidance * groups.size * (config.flow.steps - window.stop)
-        audit = f", {forwards:,} in an audit every {config.ode.audit_every} iterations"
+        audited = plan_of(config).guidance * groups.size * (config.flow.steps - window.stop)
+        audit = f", {audited:,} in an audit every {config.ode.audit_every} iterations"
     learner = f"{forwards} learner forwards, {backwards} backwards, {recomputed} recomputed"
     return f"{usual.rollout:,} rollout forwards, {learner}{audit} ({', '.join(notes)})"
 

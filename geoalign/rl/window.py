@@ -72,7 +72,7 @@ class WindowSchedule:
 
     def _duration(self, position: int) -> int:
         late = max(0, self.config.start + self.config.stride * position - self.config.decay_start)
-        return math.ceil(self.config.interval * math.exp(-self.config.decay_rate * late))
+        return max(1, math.ceil(self.config.interval * math.exp(-self.config.decay_rate * late)))  # exp(-800) is 0
 
     def _random(self, draw: int) -> int:
         from geoalign_kernels import philox_uniform, streams  # imports torch; the other schedules are plain integers

@@ -149,7 +149,10 @@ def test_from_an_empty_machine_to_a_trained_policy(machine: Path, capsys: pytest
     assert re.fullmatch(r"\d\d:\d\d:\d\d sample: loading", line)
 
     benchmark = ["benchmark", "run", "--config", "first.yaml", "--model", "base=runs/first", "--dry-run"]
-    assert main([*benchmark, "benchmark.clips=data/citywalk/clips", "benchmark.size=[48,64]"]) == 0
+    assert main([*benchmark, "benchmark.clips=data/citywalk/clips", "benchmark.size=[48,64]"]) == 2  # as the run
+    assert "nothing would be measured" in capsys.readouterr().err
+    readers = "benchmark.estimators={flow: {kind: flow_pnp}}"
+    assert main([*benchmark, "benchmark.clips=data/citywalk/clips", "benchmark.size=[48,64]", readers]) == 0
 
     weights = machine / HPSV3.folder / "HPSv3.safetensors"
     weights.write_bytes(weights.read_bytes()[:-100])

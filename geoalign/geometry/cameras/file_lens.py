@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from geoalign.errors import DataError
-from geoalign.geometry.cameras.options import CameraOptions, Fit
+from geoalign.geometry.cameras.options import MAX_SIDE, CameraOptions, Fit
 from geoalign.geometry.cameras.poses import Poses
 from geoalign.geometry.lens import cover_crop_intrinsics, intrinsics_before_crop, intrinsics_before_pad, lens_fault
 
@@ -125,6 +125,8 @@ def _size_of_pixels(
 
 def _middle_of(lens: NDArray[np.float64]) -> Size | None:
     """The whole (H, W) that all principal points of ``[N, 4]`` are the middle of, or None."""
+    if lens[:, 2:].max() > MAX_SIDE:  # of no frame that is read, and twice the largest numbers is infinite
+        return None
     width, height = 2 * lens[0, 2:]
     whole = round(height), round(width)
     exact = np.abs(2 * lens[:, 2:] - [whole[1], whole[0]]).max() < 0.01

@@ -77,9 +77,10 @@ def _lens(content: Content, frame: Mapping[str, Any], size: tuple[int, int] | No
     _refuse_bent(content, frame, size)
     fx = _number(content, frame, "fl_x")
     if fx is None and (angle := _number(content, frame, "camera_angle_x")) is not None:
-        if size is None or not 0 < angle < math.pi:
+        half = math.tan(angle / 2) if 0 < angle < math.pi else 0.0  # 0 too where half the angle underflows
+        if size is None or not half:
             raise content.error(f"camera_angle_x {angle:g} needs w and h, and lies between 0 and pi")
-        fx = size[1] / (2 * math.tan(angle / 2))
+        fx = size[1] / (2 * half)
     if fx is None:
         return None
     fy = _number(content, frame, "fl_y")

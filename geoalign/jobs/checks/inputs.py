@@ -8,16 +8,14 @@ from pathlib import Path
 from geoalign.config.data import ClipsConfig
 from geoalign.config.published import BASE, BLIP2, CAMERAS, CLIPS, DAVIS, RECAMMASTER, REDIRECTOR, WAN_T2V, Published
 from geoalign.config.schema import Config
-from geoalign.data.cache import open_cache
 from geoalign.data.clips import list_clips, read_clip_list
-from geoalign.data.prepare import data_settings
 from geoalign.data.tally import Tally
 from geoalign.data.trajectories import list_path_files
 from geoalign.errors import UserError
 from geoalign.files.check import Check, absent, look, look_at
 from geoalign.files.need import Need, looks_like_tokenizer
 from geoalign.geometry.cameras.door import split_name
-from geoalign.jobs.prepare import encoder_identity
+from geoalign.jobs.prepare import open_prepared
 from geoalign.models.captions import check_captioner
 from geoalign.models.encoders import check_image_encoder, check_text_encoder
 from geoalign.models.wan_vae import check_wan_codec
@@ -188,11 +186,7 @@ def cache(config: Config) -> Iterator[Check]:
         return
 
     def opened() -> str:
-        try:
-            identity = encoder_identity(config)
-        except UserError:
-            identity = None
-        found = open_cache(config.data.cache, data_settings(config.data), identity)
+        found = open_prepared(config)
         return f"{found.path}: {len(found.entries()):,} windows"
 
     fix = f"geoalign prepare {config.asked}"

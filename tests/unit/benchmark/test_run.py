@@ -9,21 +9,26 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from benchmark_cases import FakeTool, Told, davis, davis_config, random_policy
+from benchmark_cases import MODEL, FakeTool, Told, davis, davis_config, random_policy
 
 from geoalign.benchmark import methods
 from geoalign.benchmark import run as module
 from geoalign.benchmark.cases import Condition, find_videos, video_of
-from geoalign.benchmark.clips import _listed, open_clips
-from geoalign.benchmark.forecast import forecast
+from geoalign.benchmark.clips import FolderClips, _listed, open_clips
+from geoalign.benchmark.forecast import BYTES_PER_PIXEL, forecast
 from geoalign.benchmark.methods import MethodArguments, _read_prompts
 from geoalign.benchmark.render import as_csv
 from geoalign.benchmark.report import worst_cases, write_report
 from geoalign.benchmark.run import Plan, Shard, left_over, run
-from geoalign.benchmark.store import Store
+from geoalign.benchmark.store import Store, _settings
 from geoalign.benchmark.table import Results, all_tables
+from geoalign.config.flow import FlowConfig
+from geoalign.config.load import load_config
+from geoalign.config.schema import Config
 from geoalign.data.video import read_video
 from geoalign.errors import DataError, UsageError
+from geoalign.flow.table import build_step_table
+from geoalign.perf.cost import TransformerCost
 
 CLIPS = {"bear": 7, "rhino": 5}
 
@@ -353,8 +358,131 @@ def test_the_report_is_one_page_that_needs_no_network(whole: Store, tmp_path: Pa
         write_report(whole, tmp_path / "report.pdf")
 
 
-def test_the_forecast_counts_without_reading_the_transformer(made: Path, whole: Store) -> None:
+def test_the_forecast_counts_without_reading_weights(
+    made: Path, whole: Store, tool: FakeTool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(methods.ModelMethod, "codec", None)
     plan = Plan.build(davis_config(made / "davis"), MethodArguments((f"base={made / 'base'}",)), readers=False)
     found = forecast(plan, whole)
     assert (found.cases, found.open_cases, found.passes, dict(found.frames)) == (4, 0, 16, {5: 4})
     assert found.tflop > 0 and "passes  16 of the network" in found.text(1)
+    assert "4, of which 0 are not done; retakes of our models have 5 frames" in found.text(1)
+    # Every clip at its own size: of either two cases of four steps; the adapter runs once in each.
+    tall = {"bear": (64, 48), "rhino": (32, 48)}
+    monkeypatch.setattr(FolderClips, "size_of", lambda self, clip: tall[clip])
+    costs = [TransformerCost.of(MODEL, 5, *size) for size in tall.values()]
+    flop = sum(2 * (4 * (c.forward_flops() - c.adapter_flops()) + c.adapter_flops()) for c in costs)
+    sized = forecast(plan, whole)
+    assert sized.tflop * 1e12 == pytest.approx(flop) and sized.passes == 16
+    assert sized.disk_gb * 1e9 / BYTES_PER_PIXEL == pytest.approx(2 * 5 * (64 * 48 + 32 * 48))
+
+
+@pytest.mark.parametrize("retry", [False, True])
+@pytest.mark.parametrize("others", [False, True])
+@pytest.mark.parametrize("models", [("base",), ("base", "trained"), ()])
+@pytest.mark.parametrize("added", ["", "estimator", "tool"])
+def test_a_dry_run_says_how_many_cases_the_run_would_work_on(
+    made: Path, whole: Store, tool: FakeTool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    models: tuple[str, ...], others: bool, added: str, retry: bool,
+) -> None:  # fmt: skip
+    """Counted in the files of the rows: of every method, condition and reader what is not there. One case failed."""
+    if not models and not others:
+        return
+    shutil.copytree(whole.folder / "rows", (store := Store(tmp_path / "out")).folder / "rows")
+    failed = store.folder / "rows" / "base" / "bear_camera_1_speed_1.json"
+    failed.write_text(json.dumps(json.loads(failed.read_text()) | {"status": "failed", "cause": "full disk"}))
+    tools = [tool, *([FakeTool(name="second")] if added == "tool" else [])]
+    monkeypatch.setattr(module, "load_tools", lambda settings: tools)
+    second = ["benchmark.estimators.second={kind: 'benchmark_cases:Told'}"] if added == "estimator" else []
+    videos = (f"theirs={whole.videos / 'trained'}",) if others else ()
+    arguments = MethodArguments(tuple(f"{name}={made / name}" for name in models), (), videos)
+    config = davis_config(made / "davis", *second)
+    dry, real = (Plan.build(config, arguments, readers=readers) for readers in (False, True))
+    opened = {"": ["told", "vipe"], "estimator": ["told", "second", "vipe"], "tool": ["told", "vipe", "second"]}[added]
+    assert [*dry.readers] == [*real.readers] == ["planar", *opened]  # of the preset
+    expected = 4 * others + (4 * len(models) if added else 0)
+    if "base" in models:  # what failed has no video that another reader could read, and is done again when told
+        expected += retry - 1 if added else retry
+    found = forecast(dry, store, retry_failed=retry)
+    assert left_over(store, real, retry_failed=retry) == found.open_cases == expected
+    assert len(found.text(1).splitlines()) == (4 if models else 1) and "none" not in found.text(1)
+
+
+@pytest.mark.parametrize("longest", [None, 3, 4, 9])
+@pytest.mark.parametrize("cap", [None, 2, 4, 9])
+def test_the_longest_retake_holds_for_every_method(
+    made: Path, whole: Store, longest: int | None, cap: int | None
+) -> None:
+    """Clips of 7 and 5 frames, videos of 5; our models take 4 k + 1 frames."""
+    changes = [f"benchmark.max_frames={longest or 'null'}"]
+    changes += [f"benchmark.caps={{theirs: {cap}, base: {cap}}}"] if cap else []
+    arguments = MethodArguments((f"base={made / 'base'}",), (), (f"theirs={whole.videos / 'trained'}",))
+    config = davis_config(made / "davis", *changes)
+    opened = {method.name: method for method in arguments.opened(config, open_clips(config))}
+    condition = Condition("bear", "pan_right", 1.0)
+    bound = min(longest or 7, cap or 7, 7)
+    assert opened["theirs"].frames(condition, 7) == min(bound, 5)
+    assert opened["base"].frames(condition, 7) == (5 if bound >= 5 else 1)
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ("benchmark.max_frames=3", "benchmark.max_frames 3: clips of this world have 5 frames"),
+        ("benchmark.caps={base: 4}", "benchmark.caps of base 4: clips of this world have 5 frames"),
+        ("benchmark.caps={truth: 4}", "benchmark.caps of truth 4: clips"),
+        ("benchmark.max_frames=5", ""),
+        ("benchmark.caps={another: 3}", ""),
+    ],
+)
+def test_a_length_that_the_world_cannot_have_is_refused_before_anything_is_made(change: str, said: str) -> None:
+    config = load_config(Config, "smoke", ["run.device=cpu", change])
+    arguments = MethodArguments(("base=builtin:tiny_base",))
+    if not said:
+        assert [method.name for method in Plan.build(config, arguments, readers=False).methods.values()]
+        return
+    with pytest.raises(UsageError, match=re.escape(said)):
+        Plan.build(config, arguments, readers=False)
+
+
+OTHER = {
+    "steps": 5, "shift": 3.0, "sde": "cps", "eta": 0.3, "eta_by_step": (0.3,), "noise_cap": 0.2, "tail_grid": "sigma",
+    "tail_ratio": 0.5, "tail_steps": 2, "tail_solver": "dpm2m", "guidance": 5.0, "t_dtype": "bfloat16",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", sorted(FlowConfig.model_fields))
+def test_a_setting_of_the_sampler_locks_a_folder_if_it_changes_the_steps(made: Path, name: str) -> None:
+    """Without a window: what only stochastic steps or the tail after them read changes nothing."""
+    kind = {"sde": "longcat_truncated"} if name == "noise_cap" else {}
+    config = davis_config(made / "davis")
+    flow = FlowConfig(steps=4, **kind)
+    changed = FlowConfig(**{"steps": 4, **kind, name: OTHER[name]})
+    same = build_step_table(flow).same_steps(build_step_table(changed))
+    told = [_settings(config.model_copy(update={"flow": each})) for each in (flow, changed)]
+    assert (told[0] == told[1]) == same
+
+
+def test_settings_without_effect_lock_no_folder(made: Path, whole: Store, tool: FakeTool, tmp_path: Path) -> None:
+    """Of a folder of clips: the tail, the world's seeds. An older folder that names them is taken up."""
+    shutil.copytree(whole.folder, (store := Store(tmp_path / "out")).folder)
+    file = store.folder / "benchmark.json"
+    manifest = json.loads(file.read_text())
+    assert {name for name in manifest["settings"] if name.startswith(("flow.", "eval.", "world."))} == {
+        "flow.steps", "flow.shift", "flow.t_dtype", "flow.tail_solver",
+    }  # fmt: skip
+    manifest["settings"] |= {"flow.tail_ratio": 1.0, "eval.seed": 7, "world.world.frames": 9}
+    file.write_text(json.dumps(manifest))
+    assert run(plan_of(made, "flow.tail_ratio=0.4", "eval.seed=5"), store, Shard()) == 0
+    oracle = "benchmark.condition_scales={trained: 0.5}"
+    with pytest.raises(UsageError, match=r"other settings: benchmark\.condition_scales"):
+        run(plan_of(made, oracle), store, Shard())
+    locked = json.loads(file.read_text())
+    locked["settings"]["benchmark.condition_scales.trained"] = 0.5
+    file.write_text(json.dumps(locked))
+    with pytest.raises(UsageError, match=r"other settings: benchmark\.condition_scales"):
+        run(plan_of(made), store, Shard())
+    published = [_settings(davis_config(made / "davis", "benchmark.settings=published", *more))
+                 for more in ((), ("flow.steps=9", "benchmark.seed=3", "run.dtype=bfloat16"))]  # fmt: skip
+    assert published[0] == published[1]
+    assert published[0] != _settings(davis_config(made / "davis"))

@@ -10,7 +10,7 @@ import pytest
 from fixed_results import fixed_results
 
 from geoalign.benchmark.render import as_csv, latex, markdown, write_tables
-from geoalign.benchmark.report import worst_cases
+from geoalign.benchmark.report import _note, report_page, worst_cases
 from geoalign.benchmark.report_tables import LinkedTables
 from geoalign.benchmark.store import Store
 from geoalign.benchmark.table import Results, all_tables, read_numbers
@@ -88,6 +88,33 @@ def test_every_number_leads_to_its_cases_the_worst_first(store: Store) -> None:
     assert degree[0][1] == "0" and degree[-1][1] == "1.00"
     lost = behind_cell("Table 1: consistency, camera accuracy and quality: base, failed cases")
     assert lost == base[:1]
+
+
+def test_without_a_reader_of_cameras_a_case_is_told_by_itself(store: Store) -> None:
+    """Only VBench measured: cases that are there are measured, and nothing speaks of positions."""
+    manifest = json.loads((store.folder / "benchmark.json").read_text())
+    manifest["readers"] = {"vbench": manifest["readers"]["vbench"]}
+    (store.folder / "benchmark.json").write_text(json.dumps(manifest))
+    for file in (store.folder / "rows").rglob("*.json"):
+        content = json.loads(file.read_text())
+        content["readers"] = {"vbench": content["readers"]["vbench"]}
+        if content["method"] == "trained" and content["case"] == "swan_camera_5_speed_2":
+            content |= {"status": "failed", "cause": "no space left"}
+        file.write_text(json.dumps(content))
+    results = Results.read(store)
+    cases = worst_cases(results)
+    assert cases == ["swan_camera_5_speed_2", *sorted({row["case"] for row in results.rows} - {cases[0]})]
+    page = re.sub(r"<script.*?</script>", "", report_page(store, results), flags=re.DOTALL)
+    assert "not measured yet" not in page and "position error" not in page.lower() and "said where" not in page
+    assert "no space left" in page
+    rows = re.findall(r'<tr id="case-([^"]+)">(.*?)</tr>', page)
+    assert [name for name, _ in rows] == cases
+    assert all(cells.count(">video</a>") == (1 if name == cases[0] else 2) for name, cells in rows)
+    tables = {table.name: table for table in all_tables(results)}
+    assert [dict(tables["table1"].rows)[m][-1].shown for m in results.methods] == ["0 of 12", "1 of 12"]
+    assert _note(results, {row["method"]: row for row in results.rows if row["case"] == cases[0]}) == (
+        "base \N{MIDDLE DOT} trained: no space left"
+    )
 
 
 def test_settings_of_the_tables_may_be_changed_afterwards(store: Store) -> None:

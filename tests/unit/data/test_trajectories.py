@@ -251,6 +251,19 @@ def test_metric_modes_keep_or_clip_the_speed() -> None:
     assert cut.peak_translation == pytest.approx(1.6, rel=1e-9) and cut.peak_rotation == pytest.approx(8, rel=1e-6)
 
 
+@pytest.mark.parametrize("mode", ["truncated_gaussian", "metric", "metric_then_clip"])
+@pytest.mark.parametrize("bound", [0.0, 0.02])
+def test_paths_that_do_not_turn_or_not_move_are_kept_in_every_mode(mode: str, bound: float) -> None:
+    config = RescaleConfig(scale_mode=mode, static_rotation_deg=bound)  # type: ignore[arg-type]
+    rescaler = PathRescaler(config)
+    straight = rescaler(walk(9, yaw_deg=0.0, step=0.05), 1.0, (0.5, 0.5))
+    assert straight.adjusted == ("static_rotation",) and straight.accepted and straight.peak_rotation == 0
+    expected = 16 * 0.05 if mode != "truncated_gaussian" else straight.tau_translation
+    assert straight.peak_translation == pytest.approx(expected)
+    still = rescaler(walk(9, yaw_deg=0.0, step=0.0), 1.0, (0.5, 0.5))
+    assert still.adjusted == ("static_rotation", "static_translation") and still.accepted and still.path_m == 0
+
+
 def test_turns_beyond_180_degrees_stay_smooth_and_are_judged_by_their_rescaled_span(tmp_path: Path) -> None:
     """Windows that turn by 240, -300 and 60 degrees; 3 degrees a frame make 60 of each, 4.5 make 90 (limit 75)."""
     turns = (12.0, -15.0, 3.0)

@@ -185,6 +185,26 @@ def test_guards(window: CameraTrajectory, adjusted: tuple[str, ...], rejected: t
         assert result.path_m == 0 and result.scale_translation == 0
 
 
+@settings(max_examples=60)
+@given(
+    st.sampled_from(("paper", "unwrapped", "egocentric")),
+    st.sampled_from((0.0, 1e-300, 0.02)),
+    st.sampled_from((0.0, 1e-12, 0.5, 90.0, 360.0)),
+    st.sampled_from((0.0, 1e-12, 1.0)),
+    st.sampled_from((0.0, 1e-9, 12.0, 16 * 180.0, 16 * 360.0)),
+)
+def test_no_bound_divides_by_zero(mode: str, static: float, turn: float, unit: float, tau: float) -> None:
+    """Whatever is 0, or a whole turn a frame: a path that does not turn is kept as it is, all numbers are finite."""
+    law = RescaleSettings(mode=mode, static_rotation_deg=static, rotation=SpeedLaw(tau, 0, tau, tau))  # type: ignore[arg-type]
+    result = rescale(walk(turn, unit=unit), (0.3, 0.5), law)
+    found = (result.scale_translation, result.scale_rotation, result.peak_rotation, result.path_m, result.yaw_deg)
+    assert all(map(math.isfinite, found)) and bool(result.trajectory.c2w.isfinite().all())
+    if turn == 0:
+        assert "static_rotation" in result.adjusted and result.scale_rotation == 1
+    if result.accepted and mode != "paper" and not result.adjusted:
+        assert abs(result.peak_rotation - tau) <= 0.02 * tau
+
+
 def test_distance_guards() -> None:
     assert rescale(walk(), (0.99, 0.5), RescaleSettings()).rejected == ("path",)
     assert rescale(walk(), (0.1, 0.99), RescaleSettings()).rejected == ("yaw",)

@@ -20,8 +20,9 @@ from geoalign.config.data import DataConfig
 from geoalign.config.load import load_config
 from geoalign.config.model import ModelConfig
 from geoalign.config.schema import Config
+from geoalign.data.cache import settings_hash
 from geoalign.data.frames import to_float
-from geoalign.data.prepare import PrepareReport
+from geoalign.data.prepare import PrepareReport, data_settings
 from geoalign.data.source import RetakeDataset
 from geoalign.errors import DataError, RunError
 from geoalign.evaluators.base import PoseEstimate
@@ -30,6 +31,7 @@ from geoalign.geometry.cameras.camera_file import write_clip_camera
 from geoalign.geometry.trajectory import CameraTrajectory
 from geoalign.jobs import prepare as encoders
 from geoalign.jobs.prepare import encoder_identity, every_frame, render_missing_data
+from geoalign.jobs.progress import bytes_text
 from geoalign.models.captions import load_captioner
 from geoalign.models.dit import RetakeDiT
 from geoalign.models.encoders import load_image_encoder, load_text_encoder
@@ -190,7 +192,15 @@ def test_verbs_prepare_the_embedded_world_on_two_ranks_and_training_reads_it_bit
     assert len(counts) == 2 and min(counts) > 0
     assert "encoded 0 windows (0.0 B)" in (out := capsys.readouterr().out) and f"kept {sum(counts)}" in out
     assert main(["prepare", *arguments, "--dry-run"]) == 0 and "nothing to do" in capsys.readouterr().out
-    assert main(["data", "check", *arguments]) == 0
+    dry = ["prepare", *arguments, f"data.cache={tmp_path / 'none'}", "--dry-run"]
+    assert main(dry) == 0  # of nine windows a clip one is measured
+    assert "predicted for at most 90 windows, from 1 measured" in capsys.readouterr().out
+    with monkeypatch.context() as patch:  # 3 kB and 120 s a window
+        report = PrepareReport(encoded=4, bytes=12_000, seconds=480.0)
+        patch.setattr("geoalign.data.prepare.prepare", lambda *_, **__: report)
+        assert main(dry) == 0
+    assert f"disk {bytes_text(270_000)}, one process 3.00 h" in capsys.readouterr().out
+    assert main(["data", "check", *arguments, "data.use_cache=true"]) == 0
     assert f"{sum(counts)} windows" in (out := capsys.readouterr().out) and "0 damaged" in out
     figure = tmp_path / "paths.png"
     assert main(["data", "trajectories", *arguments, "--count", "12", "--plot", str(figure)]) == 0
@@ -284,6 +294,26 @@ def test_check_looks_at_the_cameras(
     assert "9 clips usable, 3 rejected" in causes["null"] and "10 clips usable, 2 rejected" in causes["line"]
     assert "no metric camera file" in causes["null"] and "no metric camera file" not in causes["line"]
     assert all("npz" in text and "7 poses, frame 8 is needed" in text for text in causes.values())
+
+
+@pytest.mark.parametrize("fits", [True, False])
+@pytest.mark.parametrize("used", [True, False])
+def test_check_opens_the_cache_that_the_run_reads_and_no_other(
+    world: DataConfig, weights: Path, capsys: pytest.CaptureFixture[str], fits: bool, used: bool
+) -> None:
+    """Two caches of these data settings by two encoders, as a shared folder holds them: training knows its own."""
+    unused = {"text": None, "tokenizer": None, "image": None, "captioner": None}
+    config = load_config(Config, str(file := settings_file(world, weights, **unused)))
+    for identity in (encoder_identity(config) if fits else {"codec": "another"}, {"codec": "a third"}):
+        settings = {"data": data_settings(config.data), "encoder": identity}
+        folder = world.cache / settings_hash(settings)
+        folder.mkdir(parents=True)
+        (folder / "settings.json").write_text(json.dumps(settings))
+    code = main(["data", "check", "--config", str(file), f"data.use_cache={str(used).lower()}"])
+    out, error = capsys.readouterr()
+    assert "12 clips usable" in out and code == (1 if used and not fits else 0), error
+    assert ("this run does not use it" in out) == (not used) and ("0 damaged files" in out) == (used and fits)
+    assert ("no single cache for these settings" in error) == (used and not fits)
 
 
 def test_identities_see_every_byte_of_small_files_and_the_ends_of_large_ones(tmp_path: Path) -> None:

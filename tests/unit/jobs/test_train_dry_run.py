@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 import re
 import statistics
 
@@ -68,7 +69,62 @@ def test_steps_that_are_not_evaluated_are_not_counted() -> None:
 
 
 def test_the_passes_of_an_audit_are_named() -> None:
-    """The first window ends at step 4: 21 steps for each of 12 members; twice that with two prompts a step."""
-    for guidance, forwards in ((1, 252), (5, 504)):
-        told = describe_run(load_config(Config, "paper_64xa800_fast", [f"flow.guidance={guidance}"]))
-        assert f", {forwards} in an audit every 50 iterations" in str(told["passes"])
+    """The first window ends at step 4: 21 steps for each of 12 members; twice that with two prompts a step.
+
+    An audit is not the learner's: it learns from 3 of 4 steps, the first of which the 64 groups replay as one pass.
+    """
+    for guidance, forwards, learner in ((1, 252, 48), (5, 504, 96)):
+        for every in (50, 0):
+            settings = [f"flow.guidance={guidance}", f"ode.audit_every={every}"]
+            told = str(describe_run(load_config(Config, "paper_64xa800_fast", settings))["passes"])
+            assert f", {learner} learner forwards, " in told
+            assert (f", {forwards} in an audit every 50 iterations" in told) == (every > 0)
+
+
+def one_by_one(config: Config) -> list[int]:
+    """Forwards of the rollout, forwards, backwards and repeated forwards of the learner, counted pass by pass."""
+    levers, groups, updates = config.levers, config.groups, config.optim.updates_per_rollout
+    start, stop = config.window.start, config.window.start + config.window.size
+    tail = config.flow.steps - stop
+    tail -= tail - math.ceil(config.ode.reuse_share * tail) if config.ode.reuse != "off" else 0
+    rollout = learner = backwards = repeated = 0
+    for _ in range(groups.conditions):
+        for member in range(groups.size):
+            alone = not levers.share_prefix or member == 0
+            rollout += (start + 1) * alone + (stop - start - 1) + tail
+        for _ in range(updates):
+            for position in range(stop - start):
+                merged = position == 0 and levers.merge_first_step
+                for _ in range(1 if merged else groups.size // updates):
+                    streamed = levers.streaming == "graphs" or (levers.streaming != "off" and not merged)
+                    learner += (not streamed) + (config.objective.kl_weight > 0)
+                    backwards += 1
+                    repeated += levers.recompute != "none"
+    prompts = 2 if config.flow.guidance > 1 else 1
+    return [prompts * count for count in (rollout, learner, backwards, repeated)]
+
+
+@pytest.mark.parametrize("audited", [False, True])
+@pytest.mark.parametrize(
+    "settings",
+    [
+        ("levers.streaming=host",),
+        ("levers.streaming=graphs", "flow.guidance=5"),
+        ("levers.streaming=device", "window.start=3", "levers.recompute=none"),
+        ("levers.streaming=off", "optim.updates_per_rollout=3"),
+        ("levers.streaming=off", "objective.kl_weight=0.1", "levers.merge_first_step=false"),
+        ("levers.streaming=off", "levers.share_prefix=false", "levers.merge_first_step=false", "window.start=2"),
+        ("levers.streaming=host", "ode.reuse=residual", "ode.reuse_share=0.45", "ode.reuse_profile=d"),
+    ],
+)
+def test_every_number_of_the_passes_is_that_of_a_count_one_by_one(settings: tuple[str, ...], audited: bool) -> None:
+    audit = ("ode.attention=int8", "ode.audit_every=50") if audited else ()
+    config = load_config(Config, "paper_64xa800", [*settings, *audit])
+    told = describe_run(config)
+    numbers = numbers_of(told["passes"])
+    assert numbers[:4] == one_by_one(config)
+    exact = config.flow.steps - config.window.start - config.window.size
+    assert numbers[4:] == ([(2 if config.flow.guidance > 1 else 1) * 12 * exact, 50] if audited else [])
+    assert numbers_of(told["iteration"])[:3] == [64, 12, 25]
+    ranks, groups, members = numbers_of(told["processes"])
+    assert ranks * groups * members == 64 * 12

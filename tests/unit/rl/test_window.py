@@ -51,6 +51,12 @@ def test_exp_decay_hurries_through_late_steps() -> None:
     assert starts(config.model_copy(update={"end": "clip"}), 8, range(19, 25)) == [6] * 6
 
 
+def test_every_window_lasts_at_least_an_iteration() -> None:
+    """4 exp(-1000) is above 0 and not so in float64: no position is skipped, and the schedule begins anew."""
+    config = WindowConfig(kind="exp_decay", start=1, size=2, interval=4, decay_rate=1000.0, decay_start=0)
+    assert starts(config, 6, range(6)) == [1, 2, 3, 1, 2, 3]
+
+
 def test_exp_decay_ends_where_progressive_does() -> None:
     """A stride of 2 from 1 stops at 3 within a largest start of 4: `roll_back` begins anew, `clip` goes on to 4."""
     decaying = {

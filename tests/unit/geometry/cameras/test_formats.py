@@ -155,6 +155,22 @@ def test_damaged_files_give_one_clear_error(tmp_path: Path) -> None:
         opened(tmp_path / "a.txt")
 
 
+@pytest.mark.parametrize(
+    ("lens", "words"),
+    [
+        ({"camera_angle_x": 5e-324}, "lies between 0 and pi"),  # its half is 0
+        ({"fl_x": 51.2, "cx": 1e308, "cy": 24.0}, "principal point"),  # its double is infinite
+        ({"fl_x": 5e-324}, "intrinsics|focal length"),
+    ],
+)
+def test_numbers_at_the_end_of_the_range_are_errors_of_the_file(tmp_path: Path, lens: object, words: str) -> None:
+    frames = [{"file_path": f"{k}.png", "transform_matrix": np.eye(4).tolist()} for k in range(2)]
+    file = tmp_path / "transforms.json"
+    file.write_text(json.dumps({"w": 64, "h": 48, "frames": frames, **lens}))  # type: ignore[dict-item]
+    with pytest.raises(DataError, match=words):
+        opened(file, image_size=(48, 64))
+
+
 def test_values_of_another_kind_at_any_place_give_one_clear_error(tmp_path: Path) -> None:
     """Every JSON format with every odd value at every place: the door's error, never one of NumPy's."""
     eye = np.eye(4).tolist()
