@@ -28,8 +28,8 @@ PRESETS = (
     "arc_back_right",
     "arc_back_left",
 )
-"""Names of this world. Its ``sweep_right`` travels while it turns, unlike the published pure rotation ``pan_right``; its
-``arc_back_right`` backs off to the right and turns right, away from what it filmed, where the published ``arc_right``
+"""Names of this world. Its ``sweep_right`` travels while it turns, unlike the published pure rotation ``pan_right``;
+its ``arc_back_right`` backs off to the right and turns right, away from what it filmed, where the published ``arc_right``
 closes in and turns left, towards it."""
 
 
@@ -73,8 +73,8 @@ def source_drift(count: int, frames: int, generator: Generator) -> Tensor:
 def random_curves(count: int, frames: int, generator: Generator) -> Tensor:
     """Random gently bent paths ``[count, F, 4]``.
 
-    The largest distance from the first frame is 0.6 to 2.4 m and the largest turn at most 0.35 rad (20 degrees), either reached in
-    any frame: a path that bends back ends nearer.
+    The largest distance from the first frame is 0.6 to 2.4 m, and the largest turn is at most 0.35 rad (20 degrees);
+    either may be in any frame, as a path that bends back ends nearer.
     """
     line, bend = torch.randn(2, count, 1, 4, generator=generator)
     s = phase(frames)[None, :, None]
