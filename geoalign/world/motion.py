@@ -29,8 +29,8 @@ PRESETS = (
     "arc_back_left",
 )
 """Names of this world. Its ``sweep_right`` travels while it turns, unlike the published pure rotation ``pan_right``;
-its ``arc_back_right`` backs off to the right and turns right, away from what it filmed, where the published ``arc_right``
-closes in and turns left, towards it."""
+its ``arc_back_right`` backs off to the right and turns right, away from what it filmed, where the published
+``arc_right`` closes in and turns left, towards it."""
 
 
 def ground_normal(world: WorldConfig) -> Tensor:

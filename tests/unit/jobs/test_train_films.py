@@ -37,9 +37,7 @@ def film(level: int, frames: int = FRAMES, height: int = 12, width: int = 16) ->
     return TrainingFilm(video, 255 - video, c2w, lens, np.array([0, 1, 0, 2], np.float32), read)
 
 
-def write(
-    folder: Path, run: RunConfig, films: dict[int, TrainingFilm], total: int = 1000
-) -> list[tuple[int, Path]]:
+def write(folder: Path, run: RunConfig, films: dict[int, TrainingFilm], total: int = 1000) -> list[tuple[int, Path]]:
     with FilmWriter(folder, run, total) as writer:
         for iteration, item in films.items():
             writer.write(iteration, item)

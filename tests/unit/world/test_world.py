@@ -57,7 +57,10 @@ def test_presets_do_what_their_names_say() -> None:
     assert end["fly_forward"][1] < -1 and end["fly_backward"][1] > 1  # e2 points to the bottom of the picture
     assert end["descend"][2] > 1 and end["climb"][2] < -1
     assert end["sweep_right"][3] > 0.1 and end["sweep_left"][3] < -0.1
-    for side, sign in (("right", 1), ("left", -1)):  # outward and backward, where the published arcs turn in and close in
+    for side, sign in (
+        ("right", 1),
+        ("left", -1),
+    ):  # outward and backward, where the published arcs turn in and close in
         published = preset(f"arc_{side}", dtype=torch.float64).c2w[-1]
         assert sign * published[0, 3] > 1 and published[2, 3] > 0.5 and sign * published[0, 2] < -0.4
         arc = end[f"arc_back_{side}"]
