@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 import operator
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from numbers import Real
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,7 @@ from geoalign.errors import UsageError, argument
 LEAST_SIDE = 16
 """Pixels: no video model and no pose evaluator sees anything in a smaller frame."""
 _BEYOND = 10**18
+_MOST_SHOWN = 100
 
 
 def whole(name: str, value: Any, least: int) -> int:
@@ -27,14 +28,14 @@ def whole(name: str, value: Any, least: int) -> int:
     except TypeError:
         number = least - 1
     if isinstance(value, bool) or not least <= number < _BEYOND:
-        raise UsageError(f"{argument(name, value)}: expected a whole number of at least {least}")
+        raise UsageError(f"{argument(name, shown(value))}: expected a whole number of at least {least}")
     return number
 
 
 def positive(name: str, value: Any) -> float:
     """A finite number above 0."""
     if not _is_real(value) or not 0 < value < math.inf:
-        raise UsageError(f"{argument(name, value)}: expected a finite number above 0")
+        raise UsageError(f"{argument(name, shown(value))}: expected a finite number above 0")
     return float(value)
 
 
@@ -52,10 +53,10 @@ def frame_size(name: str, value: Any) -> tuple[int, int]:
         example = argument(
             name, "HEIGHTxWIDTH, for instance 480x832", f"{name}=(HEIGHT, WIDTH), for instance (480, 832)"
         )
-        raise UsageError(f"{argument(name, value)}: expected {example}")
+        raise UsageError(f"{argument(name, shown(value))}: expected {example}")
     if min(value) < LEAST_SIDE:
-        shown = argument(name, "x".join(map(str, value)), f"{name}={tuple(value)}")
-        raise UsageError(f"{shown}: each side must have at least {LEAST_SIDE} pixels")
+        sides = argument(name, "x".join(map(str, value)), f"{name}={tuple(value)}")
+        raise UsageError(f"{sides}: each side must have at least {LEAST_SIDE} pixels")
     return value[0], value[1]
 
 
@@ -63,15 +64,21 @@ def path_of(name: str, value: Any) -> Path:
     """The path of a file or folder."""
     text = os.fspath(value) if isinstance(value, str | os.PathLike) else None
     if not isinstance(text, str) or not text or "\0" in text:
-        raise UsageError(f"{argument(name, repr(value))}: expected the name of a file or folder")
+        raise UsageError(f"{argument(name, shown(value, repr))}: expected the name of a file or folder")
     return Path(text)
 
 
 def text_of(name: str, value: Any) -> str:
     """A text, which may be empty."""
     if not isinstance(value, str):
-        raise UsageError(f"{argument(name, repr(value))}: expected a text")
+        raise UsageError(f"{argument(name, shown(value, repr))}: expected a text")
     return value
+
+
+def shown(value: Any, write: Callable[[Any], str] = str) -> str:
+    """A value that is not taken, in one line."""
+    text = write(value)
+    return text if len(text) <= _MOST_SHOWN and text.isprintable() else f"a {type(value).__name__}"
 
 
 def _is_real(value: Any) -> bool:
@@ -83,4 +90,4 @@ def _is_row(value: Any) -> bool:
 
 
 def _commas(value: Any) -> str:
-    return ",".join(f"{one:g}" if _is_real(one) else str(one) for one in value) if _is_row(value) else str(value)
+    return ",".join(f"{one:g}" if _is_real(one) else str(one) for one in value) if _is_row(value) else shown(value)

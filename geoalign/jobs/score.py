@@ -187,9 +187,9 @@ def _check_source(evaluator: str | None, source: Path | None, camera: str | None
     if evaluator in NEEDS_PLANE and camera is None:
         files = [argument(name, "FILE") for name in ("source", "source_camera")][evaluator != "planar" :]
         raise UsageError(
-            f"{of}the {evaluator} evaluator needs the source's ground plane: give {' and '.join(files)} (with its ground "
-            "plane; the JSON of `geoalign sample` beside a retake, or an npz beside the source, is found), or use "
-            f"{_other_evaluator()}, which reads any video"
+            f"{of}the {evaluator} evaluator needs the source's ground plane: give {' and '.join(files)} (with its "
+            "ground plane; the JSON of `geoalign sample` beside a retake, or an npz beside the source, is found), or "
+            f"use {_other_evaluator()}, which reads any video"
         )
     if evaluator == "planar" and source is None:
         file = argument("source", "FILE")

@@ -16,6 +16,7 @@ from geoalign import RetakePolicy, UserError, build_reward, load_trajectory, sco
 from geoalign.config.load import load_config
 from geoalign.config.schema import Config
 from geoalign.data.video import write_video
+from geoalign.geometry.cameras.camera_file import write_clip_camera
 from geoalign.geometry.presets import preset
 from geoalign.geometry.trajectory import CameraTrajectory
 from geoalign.jobs import encode
@@ -36,10 +37,7 @@ def files(tmp_path: Path) -> Path:
     pixels = torch.rand(F, 3, H, W, generator=torch.Generator().manual_seed(0)) * 2 - 1
     for name in ("clip", "bare"):
         write_video(tmp_path / f"{name}.mp4", pixels, 12.0)
-    np.savez(
-        tmp_path / "clip.npz", c2w=torch.eye(4).repeat(F, 1, 1).numpy(), ground_plane=np.array(PLANE, np.float32),
-        intrinsics=np.array([0.8, 1.1, 0.5, 0.5], np.float32),
-    )  # fmt: skip
+    write_clip_camera(tmp_path / "clip.npz", preset("pan_right", F), (H, W), ground_plane=torch.tensor(PLANE))
     (tmp_path / "cut.mp4").write_bytes(b"no video")
     (tmp_path / "cut.json").write_text('{"c2w": [', "utf-8")
     return tmp_path
@@ -75,7 +73,7 @@ RETAKE: dict[str, tuple[Any, ...]] = {
     "prompt": (5, "a street", ""),  # this model reads no text
     "negative_prompt": (5, "blurred", ""),
     "guidance": (*(value for value in NO_NUMBER if value is not None), 5.0),
-    "steps": (*(value for value in NO_WHOLE if value != "2"), 0, 1),
+    "steps": (None, 2.5, -1, True, 1j, 0, 1),
     "shift": tuple(value for value in NO_NUMBER if value not in ("2", True)),
     "seed": NO_WHOLE,
 }
@@ -93,7 +91,6 @@ def test_every_argument_of_a_retake_is_looked_at(
             refused(lambda given=sound | {name: value}: policy.retake(**given))
     refused(lambda: policy.retake("clip.mp4", "zoom_in", steps=1), "steps=1")
     refused(lambda: policy.retake("clip.mp4", "zoom_in", guidance=5.0), "guidance=5.0", "use guidance=1")
-    refused(lambda: policy.retake("bare.mp4", "zoom_in"))  # it fails where it would be sampled: without a plane
 
 
 def test_texts_that_would_have_no_effect_are_refused() -> None:
@@ -102,8 +99,10 @@ def test_texts_that_would_have_no_effect_are_refused() -> None:
 
     assert choose(prompt="a") == 5 and choose(captioned=True, guidance=1.0) == 1 and choose(reads=False) == 1
     for given, word in (
-        ({}, "--prompt"), ({"reads": False, "prompt": ""}, "drop --prompt"), ({"reads": False, "captioned": True}, "drop"),
-        ({"reads": False, "negative_prompt": ""}, "drop --negative-prompt"), ({"guidance": 0.0, "prompt": "a"}, "above 0"),
+        ({}, "--prompt"), ({"reads": False, "prompt": ""}, "drop --prompt"),
+        ({"reads": False, "captioned": True}, "drop --captioner"),
+        ({"reads": False, "negative_prompt": ""}, "drop --negative-prompt"),
+        ({"guidance": 0.0, "prompt": "a"}, "above 0"),
         ({"prompt": "a", "guidance": 1.0, "negative_prompt": "b"}, "--negative-prompt"),
     ):  # fmt: skip
         with pytest.raises(UserError, match=word):
@@ -125,7 +124,7 @@ def test_models_and_places_are_looked_at(policy: RetakePolicy, files: Path) -> N
 
 
 def test_a_retake_is_saved_with_what_it_was_made_with(policy: RetakePolicy, files: Path) -> None:
-    made = policy.retake(files / "clip.mp4", "zoom_in", steps=np.int64(2), ground_plane=PLANE, seed=3)
+    made = policy.retake(files / "clip.mp4", "zoom_in", steps=2, ground_plane=PLANE, seed=np.int64(3))
     for out in (*NAMES[:-1], "out.avi", files / "clip.mp4" / "out.mp4"):
         refused(lambda out=out: made.save(out))
     (files / "folder.mp4").mkdir()
@@ -164,6 +163,7 @@ SCORE: dict[str, tuple[Any, ...]] = {
 def test_every_argument_of_a_score_is_looked_at(files: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(files)
     sound = {"videos": "clip.mp4", "target": "zoom_in", "source": "clip.mp4"}
+    assert score(**sound)[0]["frames"] == F  # so that each is refused for what is wrong with it
     assert SCORE.keys() == set(score.__wrapped__.__code__.co_varnames[:8])  # type: ignore[attr-defined]
     for name, values in SCORE.items():
         for value in values:
@@ -172,9 +172,8 @@ def test_every_argument_of_a_score_is_looked_at(files: Path, monkeypatch: pytest
     refused(lambda: score(**sound, reward=built, options={"evaluator": "flow_pnp"}), "geoalign.build_reward")
     # Compared with its own first frame it would seem to stand still: as the verb, it wants the source.
     for reward in ("geometry", built):
-        refused(
-            lambda reward=reward: score("bare.mp4", "zoom_in", reward=reward, source_camera="clip.npz"), "source=FILE"
-        )
+        given = {"reward": reward, "source_camera": "clip.npz"}
+        refused(lambda given=given: score("bare.mp4", "zoom_in", **given), "source=FILE")
     refused(lambda: score("bare.mp4", "zoom_in"), "source=FILE and source_camera=FILE", '{"evaluator": "mapanything"')
 
 
