@@ -271,14 +271,12 @@ def _listed(videos: Name | Sequence[Name]) -> list[Path]:
 def _reward_of(reward: str | Reward, options: Mapping[str, Any] | None) -> Reward:
     """The reward that scores: built of its name and options, or as it is."""
     if options is not None and not (isinstance(options, Mapping) and all(isinstance(name, str) for name in options)):
-        raise UsageError(f"{argument('options', shown(options, repr))}: expected values by name")
+        raise UsageError(f"{argument('options', shown(options))}: expected values by name")
     if isinstance(reward, str):
         evaluator = {"evaluator": "planar"} if takes_evaluator(reward) else {}
         return build_reward(reward, evaluator | dict(options or {}))
     if not isinstance(reward, Reward):
-        raise UsageError(
-            f"{argument('reward', shown(reward, repr))}: expected a name, or what geoalign.build_reward built"
-        )
+        raise UsageError(f"{argument('reward', shown(reward))}: expected a name, or what geoalign.build_reward built")
     if options is not None:
         raise UsageError("options are those of a reward that is named; give them to geoalign.build_reward")
     return reward

@@ -131,7 +131,9 @@ def frame_count(text: str) -> int | Literal["all"]:
 def frame_size(text: str) -> tuple[int, int]:
     """(height, width) of ``HxW``; raises UsageError."""
     sides = text.lower().split("x")
-    return arguments.frame_size("size", tuple(map(int, sides)) if all(map(_is_whole, sides)) else text)
+    return arguments.frame_size(
+        "size", tuple(map(int, sides)) if len(sides) == 2 and all(map(_is_whole, sides)) else text
+    )
 
 
 def whole(option: str, least: int) -> Callable[[str], int]:

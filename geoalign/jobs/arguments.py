@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 import operator
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from numbers import Real
 from pathlib import Path
 from typing import Any
@@ -28,14 +28,14 @@ def whole(name: str, value: Any, least: int) -> int:
     except TypeError:
         number = least - 1
     if isinstance(value, bool) or not least <= number < _BEYOND:
-        raise UsageError(f"{argument(name, shown(value))}: expected a whole number of at least {least}")
+        raise _refusal(name, value, f"a whole number of at least {least}")
     return number
 
 
 def positive(name: str, value: Any) -> float:
     """A finite number above 0."""
     if not _is_real(value) or not 0 < value < math.inf:
-        raise UsageError(f"{argument(name, shown(value))}: expected a finite number above 0")
+        raise _refusal(name, value, "a finite number above 0")
     return float(value)
 
 
@@ -44,7 +44,7 @@ def four_numbers(name: str, value: Any) -> tuple[float, float, float, float]:
     if _is_row(value) and len(value) == 4 and all(_is_real(one) and math.isfinite(one) for one in value):
         first, second, third, fourth = map(float, value)
         return first, second, third, fourth
-    raise UsageError(f"{argument(name, _commas(value))}: expected four numbers, finite and separated by commas")
+    raise _refusal(name, value, "four numbers, finite and separated by commas")
 
 
 def frame_size(name: str, value: Any) -> tuple[int, int]:
@@ -53,7 +53,7 @@ def frame_size(name: str, value: Any) -> tuple[int, int]:
         example = argument(
             name, "HEIGHTxWIDTH, for instance 480x832", f"{name}=(HEIGHT, WIDTH), for instance (480, 832)"
         )
-        raise UsageError(f"{argument(name, shown(value))}: expected {example}")
+        raise _refusal(name, value, example)
     if min(value) < LEAST_SIDE:
         sides = argument(name, "x".join(map(str, value)), f"{name}={tuple(value)}")
         raise UsageError(f"{sides}: each side must have at least {LEAST_SIDE} pixels")
@@ -64,21 +64,26 @@ def path_of(name: str, value: Any) -> Path:
     """The path of a file or folder."""
     text = os.fspath(value) if isinstance(value, str | os.PathLike) else None
     if not isinstance(text, str) or not text or "\0" in text:
-        raise UsageError(f"{argument(name, shown(value, repr))}: expected the name of a file or folder")
+        raise _refusal(name, value, "the name of a file or folder")
     return Path(text)
 
 
 def text_of(name: str, value: Any) -> str:
     """A text, which may be empty."""
     if not isinstance(value, str):
-        raise UsageError(f"{argument(name, shown(value, repr))}: expected a text")
+        raise _refusal(name, value, "a text")
     return value
 
 
-def shown(value: Any, write: Callable[[Any], str] = str) -> str:
-    """A value that is not taken, in one line."""
-    text = write(value)
+def shown(value: Any) -> str:
+    """A value as Python writes it, in one line."""
+    text = repr(value)
     return text if len(text) <= _MOST_SHOWN and text.isprintable() else f"a {type(value).__name__}"
+
+
+def _refusal(name: str, value: Any, expected: str) -> UsageError:
+    typed = ",".join(f"{one:g}" if _is_real(one) else str(one) for one in value) if _is_row(value) else str(value)
+    return UsageError(f"{argument(name, typed, f'{name}={shown(value)}')}: expected {expected}")
 
 
 def _is_real(value: Any) -> bool:
@@ -87,7 +92,3 @@ def _is_real(value: Any) -> bool:
 
 def _is_row(value: Any) -> bool:
     return isinstance(value, Sequence) and not isinstance(value, str | bytes)
-
-
-def _commas(value: Any) -> str:
-    return ",".join(f"{one:g}" if _is_real(one) else str(one) for one in value) if _is_row(value) else shown(value)

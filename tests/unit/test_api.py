@@ -142,9 +142,9 @@ def test_paths_are_looked_at(files: Path) -> None:
     for name in (*NAMES, "arc_lfet", files / "cut.json", files / "clip.mp4"):
         refused(lambda name=name: load_trajectory(name, frames=F))
     for frames in (*(value for value in NO_WHOLE if value is not None), 0):
-        refused(lambda frames=frames: load_trajectory("zoom_in", frames=frames), f"frames={frames}")
+        refused(lambda frames=frames: load_trajectory("zoom_in", frames=frames), f"frames={frames!r}")
     for speed in NO_NUMBER:
-        refused(lambda speed=speed: load_trajectory("zoom_in", frames=F, speed=speed), f"speed={speed}")
+        refused(lambda speed=speed: load_trajectory("zoom_in", frames=F, speed=speed), f"speed={speed!r}")
     refused(lambda: load_trajectory("zoom_in"), "give frames=N")
 
 
