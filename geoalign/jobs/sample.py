@@ -65,7 +65,8 @@ def read_inputs(
         UserError: anything that cannot be read or does not fit; nothing has been written.
     """
     speed = arguments.positive("speed", speed)
-    frames = frames if frames in (None, "all") else arguments.whole("frames", frames, 1)
+    if frames is not None and not (isinstance(frames, str) and frames == "all"):
+        frames = arguments.whole("frames", frames, 1)
     size = None if size is None else arguments.frame_size("size", size)
     typed = None if ground_plane is None else _given_plane(ground_plane)
     if intrinsics is not None:
