@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from numbers import Integral, Real
 from pathlib import Path
 from typing import Any, Literal, Self
 
@@ -11,15 +13,17 @@ import torch
 from torch import Tensor
 
 from geoalign.config.data import DEFAULT_NEGATIVE_PROMPT
-from geoalign.config.flow import FlowConfig
 from geoalign.config.load import load_config
 from geoalign.config.schema import Config
-from geoalign.errors import UsageError
+from geoalign.errors import UsageError, argument, told_in_python
+from geoalign.files.atomic import check_writable
+from geoalign.frozen.device import named_device
 from geoalign.geometry.cameras.door import open_camera, open_target
 from geoalign.geometry.trajectory import CameraTrajectory
+from geoalign.jobs.arguments import path_of, positive, shown, text_of, whole
 from geoalign.jobs.encode import Encoders, choose_guidance, reads_text_of
-from geoalign.jobs.sample import find_source_camera, read_inputs
-from geoalign.jobs.sample_files import write_retake
+from geoalign.jobs.sample import find_source_camera, read_inputs, sampler
+from geoalign.jobs.sample_files import outputs, used_values, write_retake
 from geoalign.jobs.score import find_source, list_videos, read_condition, score_video
 from geoalign.jobs.train import run_training
 from geoalign.models.codec import PatchCodec
@@ -31,6 +35,7 @@ from geoalign.rewards.registry import build_reward, takes_evaluator
 from geoalign.types import RetakeBatch
 
 Name = str | Path
+_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -42,13 +47,16 @@ class Retake:
         fps: frames per second, those of the source.
         batch: the one condition: source video and camera, ground plane, target camera.
         arguments: what it was asked for, by name.
+        used: what it was made with, given or found, by name.
     """
 
     video: Tensor
     fps: float
     batch: RetakeBatch
     arguments: Mapping[str, Any]
+    used: Mapping[str, Any]
 
+    @told_in_python()
     def save(self, path: Name) -> dict[str, Path]:
         """Write the .mp4 and, beside it, what ``geoalign sample`` writes; returns the files by what they are.
 
@@ -56,7 +64,10 @@ class Retake:
             UsageError: ``path`` is no .mp4.
             DataError: it cannot be written.
         """
-        return write_retake(Path(path), self.batch, self.video[None], self.fps, {"arguments": self.arguments}, {})
+        out = path_of("path", path)
+        for file in outputs(out).values():
+            check_writable(file)
+        return write_retake(out, self.batch, self.video[None], self.fps, {"arguments": self.arguments}, self.used)
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,6 +81,7 @@ class RetakePolicy(policy.RetakePolicy):
     files: ModelFiles | None = None
 
     @classmethod
+    @told_in_python()
     def from_pretrained(
         cls,
         path: Name,
@@ -88,20 +100,28 @@ class RetakePolicy(policy.RetakePolicy):
             dtype: of the weights, and of a video autoencoder.
 
         Raises:
-            UserError: files that are missing, damaged or do not belong together.
+            UserError: files that are missing, damaged or do not belong together, a device that is not there, or a type
+                in which nothing is computed.
         """
-        files = describe(path, None if delta is None else Path(delta))
-        model, _ = files.network(dtype=dtype, device=device)
-        return cls(model.requires_grad_(False), files.codec(dtype=dtype, device=device), files=files)
+        if not isinstance(dtype, torch.dtype) or dtype not in _DTYPES:
+            raise UsageError(f"dtype={dtype}: expected one of {', '.join(map(str, _DTYPES))}")
+        place = named_device(str(device))
+        files = describe(path_of("path", path), None if delta is None else path_of("delta", delta))
+        model, _ = files.network(dtype=dtype, device=place)
+        return cls(model.requires_grad_(False), files.codec(dtype=dtype, device=place), files=files)
 
+    @told_in_python()
     def save_pretrained(self, folder: Name) -> None:
         """Write a folder that :meth:`from_pretrained` and ``--model`` read, every bit kept; a Wan VAE is not copied.
 
         Raises:
             CheckpointError: the folder exists already.
         """
-        save_pretrained(self.model, Path(folder), codec=self.codec if isinstance(self.codec, PatchCodec) else None)
+        save_pretrained(
+            self.model, path_of("folder", folder), codec=self.codec if isinstance(self.codec, PatchCodec) else None
+        )
 
+    @told_in_python()
     def retake(
         self,
         video: Name,
@@ -114,7 +134,7 @@ class RetakePolicy(policy.RetakePolicy):
         intrinsics: tuple[float, float, float, float] | None = None,
         ground_plane: tuple[float, float, float, float] | None = None,
         prompt: str | None = None,
-        negative_prompt: str = DEFAULT_NEGATIVE_PROMPT,
+        negative_prompt: str | None = None,
         guidance: float | None = None,
         steps: int = 25,
         shift: float = 5.0,
@@ -134,36 +154,51 @@ class RetakePolicy(policy.RetakePolicy):
                 60 degrees.
             ground_plane: (nx, ny, nz, d) with n . X = d in metres; default: the camera file's.
             prompt: what the video shows, for a model that reads text.
-            negative_prompt: text of the second guidance pass.
+            negative_prompt: text of the second guidance pass; default: our own.
             guidance: of classifier-free guidance; default 5 for a model that reads text, else 1.
             steps, shift: of the sampler.
             seed: of the initial noise.
 
         Raises:
-            UserError: anything that cannot be read, does not fit, or that the model lacks.
+            UserError: anything that cannot be read, does not fit, that the model lacks, or that would have no effect.
         """
+        asked = {name: _plain(value) for name, value in locals().items() if name not in ("self", "path")}
+        asked["trajectory"] = _plain(path)  # as the JSON of the verb calls it
+        file = path_of("video", video)
+        target = path if isinstance(path, CameraTrajectory) else path_of("path", path)
+        prompt = None if prompt is None else text_of("prompt", prompt)
+        negative = None if negative_prompt is None else text_of("negative_prompt", negative_prompt)
+        flow, seed = sampler(steps, shift), whole("seed", seed, 0)
         reads_text = self.files is not None and reads_text_of(self.files)
-        if reads_text and prompt is None:
-            raise UsageError("this model reads text: say what the video shows with prompt=...")
-        camera = source_camera if source_camera is not None else find_source_camera(Path(video))[0]
+        scale = choose_guidance(guidance, reads_text, "this model", prompt=prompt, negative_prompt=negative)
+        if source_camera is None:
+            camera, _ = find_source_camera(file, lens=intrinsics is None, plane=ground_plane is None)
+        else:
+            camera = str(path_of("source_camera", source_camera))
         batch, fps = read_inputs(
-            Path(video), path, codec=self.codec, speed=speed, frames=frames, size=size, source_camera=camera,
+            file, target, codec=self.codec, speed=speed, frames=frames, size=size, source_camera=camera,
             intrinsics=intrinsics, ground_plane=ground_plane,
         )  # fmt: skip
-        scale = choose_guidance(guidance, reads_text, "this model")
+        negative = DEFAULT_NEGATIVE_PROMPT if negative is None else negative
         if self.files is not None:
             encoders = Encoders(self.files, dtype=self.dtype, device=self.device)
-            batch = replace(batch, encodings=encoders(batch, prompt, negative_prompt))
-        flow = FlowConfig(steps=steps, shift=shift)
+            batch = replace(batch, encodings=encoders(batch, prompt, negative))
         made = retake.retake(replace(self, guidance=scale), batch, flow, seed=seed, strict=True)
-        wanted = "a CameraTrajectory" if isinstance(path, CameraTrajectory) else str(path)
-        arguments = {
-            "video": str(video), "trajectory": wanted,
-            "speed": speed, "prompt": prompt, "guidance": scale, "steps": steps, "shift": shift, "seed": seed,
-        }  # fmt: skip
-        return Retake(made[0].cpu(), fps, batch, arguments)
+        return Retake(made[0].cpu(), fps, batch, asked, used_values(scale, prompt, negative, camera, None))
 
 
+def _plain(value: Any) -> Any:
+    """As JSON can say it."""
+    if isinstance(value, CameraTrajectory):
+        return "a CameraTrajectory"
+    if isinstance(value, Sequence) and not isinstance(value, str):
+        return [_plain(one) for one in value]
+    if isinstance(value, Real) and not isinstance(value, bool | int | float):  # of NumPy
+        return int(value) if isinstance(value, Integral) else float(value)
+    return str(value) if isinstance(value, os.PathLike) else value
+
+
+@told_in_python()
 def load_trajectory(name: Name, frames: int | None = None, *, speed: float = 1.0) -> CameraTrajectory:
     """A camera path whose frame 0 is the identity.
 
@@ -178,10 +213,12 @@ def load_trajectory(name: Name, frames: int | None = None, *, speed: float = 1.0
     Raises:
         UserError: unknown preset, a preset without ``frames``, or a file that is missing, damaged or ambiguous.
     """
-    count = frames if frames is not None else open_camera(name, prefer="target").path.num_frames
+    name, speed = path_of("name", name), positive("speed", speed)
+    count = open_camera(name, prefer="target").path.num_frames if frames is None else whole("frames", frames, 1)
     return open_target(name, count, speed=speed)
 
 
+@told_in_python()
 def score(
     videos: Name | Sequence[Name],
     target: Name,
@@ -210,22 +247,42 @@ def score(
     Raises:
         UserError: anything that is missing, damaged or does not fit.
     """
+    built = _reward_of(reward, options)
+    evaluator = getattr(getattr(built, "evaluator", None), "name", None)
+    wanted = str(path_of("target", target))
+    given = None if source is None else path_of("source", source)
+    camera = None if source_camera is None else str(path_of("source_camera", source_camera))
+    tasks = []
+    for path in _listed(videos):
+        found = find_source(path, wanted, given, camera)
+        task = read_condition(wanted, found.video, found.camera, size, evaluator, frames, video=path)
+        tasks.append((path, task))
+    return [score_video(path, built, task)[0] for path, task in tasks]
+
+
+def _listed(videos: Name | Sequence[Name]) -> list[Path]:
+    if isinstance(videos, Sequence) and not isinstance(videos, str | bytes):
+        if not videos:
+            raise UsageError(f"{argument('videos', videos)}: there is none to score")
+        return [path_of("videos", video) for video in videos]
+    return list_videos(path_of("videos", videos))
+
+
+def _reward_of(reward: str | Reward, options: Mapping[str, Any] | None) -> Reward:
+    """The reward that scores: built of its name and options, or as it is."""
+    if options is not None and not (isinstance(options, Mapping) and all(isinstance(name, str) for name in options)):
+        raise UsageError(f"{argument('options', shown(options))}: expected values by name")
     if isinstance(reward, str):
         evaluator = {"evaluator": "planar"} if takes_evaluator(reward) else {}
-        reward = build_reward(reward, evaluator | dict(options or {}))
-    paths = list_videos(Path(videos)) if isinstance(videos, str | Path) else [Path(video) for video in videos]
-    rows = []
-    for path in paths:
-        found = find_source(path, str(target), _path(source), None if source_camera is None else str(source_camera))
-        task = read_condition(str(target), found.video, found.camera, size, False, frames)
-        rows.append(score_video(path, reward, task)[0])
-    return rows
+        return build_reward(reward, evaluator | dict(options or {}))
+    if not isinstance(reward, Reward):
+        raise UsageError(f"{argument('reward', shown(reward))}: expected a name, or what geoalign.build_reward built")
+    if options is not None:
+        raise UsageError("options are those of a reward that is named; give them to geoalign.build_reward")
+    return reward
 
 
-def _path(name: Name | None) -> Path | None:
-    return None if name is None else Path(name)
-
-
+@told_in_python()
 def train(config: Name | Config, *overrides: str, resume: str | None = None) -> Path:
     """Train as ``geoalign train`` does.
 
@@ -240,9 +297,12 @@ def train(config: Name | Config, *overrides: str, resume: str | None = None) -> 
     Raises:
         UserError: a configuration or set-up that cannot work.
     """
+    begin = None if resume is None else str(path_of("resume", resume))
+    overrides = tuple(text_of("overrides", text) for text in overrides)
     if isinstance(config, Config):
         if overrides:
             raise UsageError("overrides replace settings of a preset or file; change a Config before it is given")
-        return run_training(config, resume=resume)
-    chosen = load_config(Config, str(config), overrides).asked_for(config, overrides)
-    return run_training(chosen, resume=resume)
+        return run_training(config, resume=begin)
+    name = str(path_of("config", config))
+    chosen = load_config(Config, name, overrides).asked_for(name, overrides)
+    return run_training(chosen, resume=begin)

@@ -2,7 +2,35 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from contextvars import ContextVar
+
+_IN_PYTHON = ContextVar("geoalign_in_python", default=False)
+
+
+@contextmanager
+def told_in_python() -> Iterator[None]:
+    """Below, :func:`argument` speaks as Python does; a decorator of what Python callers call."""
+    before = _IN_PYTHON.set(True)
+    try:
+        yield
+    finally:
+        _IN_PYTHON.reset(before)
+
+
+def argument(name: str, value: object = None, python: str | None = None) -> str:
+    """An argument as whoever gave it writes it: ``--source-camera FILE`` of a verb, ``source_camera=FILE`` in Python.
+
+    Args:
+        name: as in Python.
+        value: what follows; None: the name alone.
+        python: all of it as Python writes it, where that is more than another spelling.
+    """
+    if _IN_PYTHON.get():
+        return python or (name if value is None else f"{name}={value}")
+    option = f"--{name.replace('_', '-')}"
+    return option if value is None else f"{option} {value}"
 
 
 class UserError(Exception):

@@ -41,7 +41,7 @@ from geoalign.world.motion import PRESETS as WORLD_PRESETS
 from geoalign.world.pairs import PROMPT, HeldOutScene
 
 _WORLD = "world/"
-"""Begins the name of an embedded world's path in a condition, so that its ``arc_left`` is not the published one."""
+"""Begins the name of an embedded world's path in a condition, so that none is taken for a published one."""
 OF_CLIP = "{clip}"
 """In a path of ``benchmark.paths``: the clip's name, of a name with folders the first."""
 _WORLD_CLIPS, _WORLD_SEED = 10, 2

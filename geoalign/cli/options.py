@@ -4,19 +4,16 @@ from __future__ import annotations
 
 import argparse
 import json
-import math
 import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from geoalign.errors import UsageError
+from geoalign.jobs import arguments
 
 if TYPE_CHECKING:
     from geoalign.config.schema import Config
 
-LEAST_SIDE = 16
-"""Pixels: no video model and no pose evaluator sees anything in a smaller frame."""
 STDOUT = "-"
 
 
@@ -133,54 +130,41 @@ def frame_count(text: str) -> int | Literal["all"]:
 
 def frame_size(text: str) -> tuple[int, int]:
     """(height, width) of ``HxW``; raises UsageError."""
-    try:
-        height, width = (int(part) for part in text.lower().split("x"))
-    except ValueError as error:
-        raise UsageError(f"--size {text}: expected HEIGHTxWIDTH, for instance 480x832") from error
-    if min(height, width) < LEAST_SIDE:
-        raise UsageError(f"--size {text}: each side must have at least {LEAST_SIDE} pixels")
-    return height, width
+    sides = text.lower().split("x")
+    return arguments.frame_size(
+        "size", tuple(map(int, sides)) if len(sides) == 2 and all(map(_is_whole, sides)) else text
+    )
 
 
 def whole(option: str, least: int) -> Callable[[str], int]:
     """A ``type`` of ``argparse``: a whole number of at least ``least``; raises UsageError, which names ``option``."""
-
-    def parse(text: str) -> int:
-        if not re.fullmatch(r"[+-]?\d{1,18}", text) or int(text) < least:
-            raise UsageError(f"{option} {text}: expected a whole number of at least {least}")
-        return int(text)
-
-    return parse
+    return lambda text: arguments.whole(_name_of(option), int(text) if _is_whole(text) else text, least)
 
 
 def positive(option: str) -> Callable[[str], float]:
     """A ``type`` of ``argparse``: a finite number above 0; raises UsageError, which names ``option``."""
-
-    def parse(text: str) -> float:
-        try:
-            value = float(text)
-        except ValueError:
-            value = 0.0
-        if not 0 < value < math.inf:
-            raise UsageError(f"{option} {text}: expected a number above 0")
-        return value
-
-    return parse
+    return lambda text: arguments.positive(_name_of(option), _number(text))
 
 
 def four_numbers(option: str) -> Callable[[str], tuple[float, float, float, float]]:
     """A ``type`` of ``argparse``: four finite numbers, comma-separated; raises UsageError, which names ``option``."""
+    return lambda text: arguments.four_numbers(_name_of(option), tuple(map(_number, text.split(","))))
 
-    def parse(text: str) -> tuple[float, float, float, float]:
-        try:
-            first, second, third, fourth = (float(part) for part in text.split(","))
-        except ValueError:
-            first = second = third = fourth = math.nan
-        if not all(map(math.isfinite, (first, second, third, fourth))):
-            raise UsageError(f"{option} {text}: expected four numbers separated by commas")
-        return first, second, third, fourth
 
-    return parse
+def _name_of(option: str) -> str:
+    return option.removeprefix("--").replace("-", "_")
+
+
+def _is_whole(text: str) -> bool:
+    return re.fullmatch(r"[+-]?\d{1,18}", text) is not None
+
+
+def _number(text: str) -> float | str:
+    """The number that a text writes, or the text itself, which no rule takes."""
+    try:
+        return float(text)
+    except ValueError:
+        return text
 
 
 def print_held_out(numbers: Mapping[str, Mapping[str, list[float]]]) -> None:

@@ -116,9 +116,9 @@ def _run(args: argparse.Namespace) -> int:
 
     from geoalign.files.atomic import check_writable
     from geoalign.frozen.device import named_device
-    from geoalign.jobs.encode import Encoders, choose_guidance, read_text, reads_text_of
-    from geoalign.jobs.sample import estimate, read_inputs
-    from geoalign.jobs.sample_files import outputs, write_retake
+    from geoalign.jobs.encode import Encoders, choose_guidance, reads_text_of
+    from geoalign.jobs.sample import estimate, read_inputs, sampler
+    from geoalign.jobs.sample_files import outputs, used_values, write_retake
     from geoalign.policy.open import describe
     from geoalign.policy.policy import RetakePolicy
 
@@ -127,7 +127,7 @@ def _run(args: argparse.Namespace) -> int:
     device = named_device(args.device, "--device")
     args.device = str(device)
     dtype = getattr(torch, args.dtype or ("bfloat16" if device.type == "cuda" else "float32"))
-    flow = _flow(args)
+    flow = sampler(args.steps, args.shift)
     files = describe(args.model, args.checkpoint)
     empty = files.codec_rules()
     camera, told = _source_camera(args)
@@ -137,8 +137,11 @@ def _run(args: argparse.Namespace) -> int:
     )  # fmt: skip
     fps = args.fps or fps
     reads_text = reads_text_of(files)
-    _check_prompt(args, reads_text)
-    guidance = choose_guidance(args.guidance, reads_text, args.model)
+    guidance = choose_guidance(
+        args.guidance, reads_text, args.model, prompt=args.prompt, negative_prompt=args.negative_prompt,
+        captioned=args.captioner is not None,
+    )  # fmt: skip
+    negative = _negative_prompt(args, reads_text)
     forwards = args.steps * (1 if guidance == 1.0 else 2)
     cost = estimate(files.config, files.parameters, empty, batch.source.video.shape, forwards, dtype, args.device)
     print(f"model    {files.location.what}: {files.title}")
@@ -153,15 +156,14 @@ def _run(args: argparse.Namespace) -> int:
     batch, prompt = _estimate_camera(args, batch), _prompt(args, batch, dtype)
     reward = _reward(args)
     encoders = Encoders(files, dtype=dtype, device=args.device)
-    encodings = encoders(batch, prompt, read_text(args.negative_prompt))
-    batch = replace(batch, encodings=encodings)
+    batch = replace(batch, encodings=encoders(batch, prompt, negative))
     model, _ = files.network(dtype=dtype, device=args.device)
     codec = files.codec(dtype=dtype, device=args.device, tiled=args.tiled)
     policy = RetakePolicy(model.requires_grad_(False), codec, guidance)  # nothing is trained, so text may be missing
     video, record = _sample(args, policy, batch, flow, reward, fps, forwards)
     given = {name: str(v) if isinstance(v, Path) else v for name, v in vars(args).items() if _plain(v)}
     record |= {"arguments": given, "tokens": cost.tokens, "forwards": cost.forwards}
-    used = {"guidance": guidance, "prompt": prompt, "source_camera": camera}
+    used = used_values(guidance, prompt, negative, camera, args.source_estimator)
     written = write_retake(args.out, batch, video, fps, record, used, published=args.settings == "published")
     print("\n".join(f"{name:13}{path}" for name, path in written.items()))
     return 0
@@ -176,10 +178,9 @@ def _check_files(args: argparse.Namespace, files: ModelFiles, batch: RetakeBatch
 
     files.check_codec()
     check_encoders(files)
-    for text in (args.prompt, args.negative_prompt):
-        if text is not None:
-            read_text(text)
-    if args.prompt is None and args.captioner is not None:
+    if args.prompt is not None:
+        read_text(args.prompt)
+    elif args.captioner is not None:
         check_captioner(args.captioner)
     if args.source_estimator in WITH_WEIGHTS:
         require(evaluator_needs(args.source_estimator, {"checkpoint": str(args.estimator_weights)}))
@@ -198,8 +199,6 @@ def _check_arguments(args: argparse.Namespace) -> None:
         raise UsageError("--source-camera gives the camera that --source-estimator would estimate; use one of them")
     if (args.source_estimator in WITH_WEIGHTS) != (args.estimator_weights is not None):
         raise UsageError(f"--source-estimator {' or '.join(WITH_WEIGHTS)} and --estimator-weights PATH go together")
-    if args.best_of < 1:
-        raise UsageError(f"--best-of {args.best_of}: at least 1")
     if args.best_of == 1 and (args.keep_all or args.reward or args.evaluator or args.set):
         raise UsageError("--keep-all, --reward, --evaluator and --set choose among several: give --best-of N")
 
@@ -208,7 +207,6 @@ def _settle(args: argparse.Namespace) -> None:
     """Fill in what was not given; the published settings are a whole, so that none of theirs can be given."""
     from geoalign.errors import UsageError
     from geoalign.policy.published import FOLDER_FPS, SEED, SHIFT, STEPS
-    from geoalign.rewards.vlm import templates
 
     published = args.settings == "published"
     fixed = ("steps", "shift", "seed", "guidance", "dtype")
@@ -222,9 +220,6 @@ def _settle(args: argparse.Namespace) -> None:
             setattr(args, name, value)
     if published:
         args.dtype, args.frames = "bfloat16", args.frames or "all"
-    if args.negative_prompt is None and published and (args.prompt is not None or args.captioner is not None):
-        args.negative_prompt = templates.load("wan_negative_prompt")
-    args.negative_prompt = args.negative_prompt or DEFAULT_NEGATIVE_PROMPT
     args.fps = FOLDER_FPS if published and args.video.is_dir() else None
 
 
@@ -239,21 +234,11 @@ def _source_camera(args: argparse.Namespace) -> tuple[str | None, str]:
     """The camera of the source, given or found beside it, and what to say of one that was found."""
     from geoalign.jobs.sample import find_source_camera
 
-    return (args.source_camera, "") if args.source_camera else find_source_camera(args.video)
-
-
-def _flow(args: argparse.Namespace) -> FlowConfig:
-    from pydantic import ValidationError
-
-    from geoalign.config.flow import FlowConfig
-    from geoalign.errors import ConfigError
-
-    try:
-        return FlowConfig(steps=args.steps, shift=args.shift)
-    except ValidationError as error:
-        found = error.errors()[0]
-        name = ".".join(map(str, found["loc"])) or "steps, shift"
-        raise ConfigError(f"--{name} {found['input']}: {found['msg'][:1].lower()}{found['msg'][1:]}") from None
+    if args.source_camera:
+        return args.source_camera, ""
+    return find_source_camera(
+        args.video, poses=args.source_estimator is None, lens=args.intrinsics is None, plane=args.ground_plane is None
+    )
 
 
 def _estimate_camera(args: argparse.Namespace, batch: RetakeBatch) -> RetakeBatch:
@@ -275,15 +260,15 @@ def _estimate_camera(args: argparse.Namespace, batch: RetakeBatch) -> RetakeBatc
     return batch
 
 
-def _check_prompt(args: argparse.Namespace, reads_text: bool) -> None:
-    from geoalign.errors import UsageError
+def _negative_prompt(args: argparse.Namespace, reads_text: bool) -> str:
+    """The text of the second guidance pass: the given one, else that of the settings."""
+    from geoalign.jobs.encode import read_text
+    from geoalign.rewards.vlm import templates
 
-    if not reads_text and (args.prompt or args.captioner):
-        raise UsageError(f"a prompt needs a text encoder, and {args.model} has none; drop --prompt and --captioner")
-    if reads_text and args.prompt is None and args.captioner is None:
-        raise UsageError(
-            "this model reads text: say what the video shows with --prompt TEXT or @FILE, or give --captioner FOLDER"
-        )
+    if args.negative_prompt is not None:
+        return read_text(args.negative_prompt)
+    published = args.settings == "published" and reads_text
+    return templates.load("wan_negative_prompt") if published else DEFAULT_NEGATIVE_PROMPT
 
 
 def _prompt(args: argparse.Namespace, batch: RetakeBatch, dtype: Any) -> str | None:

@@ -19,7 +19,6 @@ from geoalign.cli.options import (
     write_json,
 )
 from geoalign.errors import RewardError, RunError, UsageError, UserError
-from geoalign.evaluators.table import NEEDS_PLANE
 
 if TYPE_CHECKING:
     from geoalign.jobs.score import ScoringTask, Source
@@ -109,19 +108,6 @@ def _check_usage(args: argparse.Namespace, kind: str, *, estimates: bool) -> Non
         raise UsageError(f"--plot draws the path that a pose evaluator reads, and reward {kind} has none")
 
 
-def _check_source(evaluator: Any, video: Path, source: Source) -> None:
-    """Refuse what would fail, or score against a source that is not there."""
-    if evaluator in NEEDS_PLANE and source.camera is None:
-        files = "--source FILE and --source-camera FILE" if evaluator == "planar" else "--source-camera FILE"
-        raise UsageError(
-            f"{video}: the {evaluator} evaluator needs the source's ground plane: give {files} (with its ground plane; "
-            "the JSON of `geoalign sample` beside a retake, or an npz beside the source, is found), or use --evaluator "
-            "mapanything --set evaluator_options.checkpoint=FOLDER, which reads any video"
-        )
-    if evaluator == "planar" and source.video is None:
-        raise UsageError("the planar evaluator compares with the source frame by frame: give --source FILE as well")
-
-
 def _build(kind: str, options: dict[str, Any]) -> Reward:
     from geoalign.rewards.registry import build_reward
 
@@ -150,7 +136,7 @@ def _score(args: argparse.Namespace, kind: str, options: dict[str, Any]) -> int:
     rows = [_row(path, reward, tasks[path], plot=args.plot, alone=path == args.video) for path in videos]
     if write_json(args, rows):
         _print_table(rows)
-    _print_notes(rows)
+    _print_notes(rows, args.frames)
     return 1 if any("error" in row for row in rows) else 0
 
 
@@ -163,10 +149,8 @@ def _tasks(args: argparse.Namespace, videos: Sequence[Path], evaluator: Any) -> 
     for path in videos:
         source = find_source(path, args.trajectory, args.source, args.source_camera)
         if source not in tasks:
-            _check_source(evaluator, path, source)
-            planes = evaluator in NEEDS_PLANE
             tasks[source] = read_condition(
-                args.trajectory, source.video, source.camera, args.size, planes, args.frames
+                args.trajectory, source.video, source.camera, args.size, evaluator, args.frames, video=path
             )  # fmt: skip
             if source.told_by:
                 print(f"source   {source.video}, its camera told by {source.told_by}", file=sys.stderr)
@@ -212,11 +196,12 @@ def _print_table(rows: Sequence[dict[str, Any]]) -> None:
         print("  ".join([f"{first:<{widths[0]}}", *rest]))
 
 
-def _print_notes(rows: Sequence[dict[str, Any]]) -> None:
-    """To stderr what failed and which videos are longer than the path."""
+def _print_notes(rows: Sequence[dict[str, Any]], asked: int | None) -> None:
+    """To stderr what failed and of which videos only the first frames were scored, ``asked`` for or the path's."""
     for row in rows:
         if row.get("video_frames", 0) > row.get("frames", 0):
-            what = f"frames 0-{row['frames'] - 1} of {row['video_frames']} were scored: the path has {row['frames']}"
+            why = f"the path has {row['frames']}" if asked is None else f"--frames {asked}"
+            what = f"frames 0-{row['frames'] - 1} of {row['video_frames']} were scored: {why}"
             print(f"note: {row['video']}: {what}", file=sys.stderr)
         if "error" in row:
             print(f"failed: {row['video']}: {row['error'].removeprefix(row['video'] + ': ')}", file=sys.stderr)

@@ -9,7 +9,7 @@ import torch
 from geoalign.config.data import RescaleConfig, TruncatedGaussian
 from geoalign.data.readers import AnyReader
 from geoalign.data.video import PyAVReader, probe_clip, warn_once
-from geoalign.errors import UsageError
+from geoalign.errors import DataError, UsageError
 from geoalign.files.atomic import atomic_write_text
 from geoalign.geometry.cameras.door import camera_beside
 from geoalign.geometry.presets import PRESETS, preset
@@ -28,12 +28,14 @@ def write_path_page(video: Path, out: Path, law: RescaleConfig, frames: int | No
         frames: length of the path; default: the video's, at most 81.
 
     Raises:
-        UsageError: fewer than 2 frames, or more than the video has.
-        DataError: the video or the camera file beside it cannot be read.
+        UsageError: ``frames`` below 2, or more than the video has.
+        DataError: the video or the camera file beside it cannot be read, or the video has no second frame.
     """
     reader = AnyReader(PyAVReader())
     info = probe_clip(reader, video)
     warn_once(video, info.remarks)
+    if info.frames < 2:
+        raise DataError(f"{video}: {info.frames} frame, and a path needs 2 or more")
     count = min(info.frames, MOST_FRAMES) if frames is None else frames
     if not 2 <= count <= info.frames:
         raise UsageError(f"--frames {count}: {video} has {info.frames} frames, and a path needs 2 or more")

@@ -8,9 +8,10 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from geoalign.errors import UsageError
+from geoalign.errors import UsageError, argument
 from geoalign.files import parsing
 from geoalign.files.need import looks_like_tokenizer
+from geoalign.jobs import arguments
 from geoalign.models.encoders import check_image_encoder, check_text_encoder, load_image_encoder, load_text_encoder
 from geoalign.policy.open import ModelFiles
 from geoalign.types import Encodings, RetakeBatch
@@ -56,11 +57,42 @@ def _find_image_encoder(files: ModelFiles) -> Path | None:
     return next((path for name in _IMAGE if (path := files.location.home / name).exists()), None)
 
 
-def choose_guidance(given: float | None, reads_text: bool, model: object) -> float:
-    """The scale to use; raises UsageError for guidance of a ``model`` without text encoder."""
-    if given not in (None, 1.0) and not reads_text:
-        raise UsageError(f"--guidance {given} needs a text encoder, and {model} has none; use --guidance 1")
-    return given if given is not None else (GUIDANCE if reads_text else 1.0)
+def choose_guidance(
+    given: float | None,
+    reads_text: bool,
+    model: object,
+    *,
+    prompt: str | None = None,
+    negative_prompt: str | None = None,
+    captioned: bool = False,
+) -> float:
+    """The scale of classifier-free guidance to use, where it and the texts fit each other and the model.
+
+    Args:
+        given: scale that was asked for; None: 5 for a model that reads text, else 1.
+        reads_text: whether the model does (:func:`reads_text_of`).
+        model: what it is called in messages.
+        prompt, negative_prompt: texts that were asked for.
+        captioned: whether a captioner writes the prompt that is missing.
+
+    Raises:
+        UsageError: guidance or a text that would have no effect, or a model that reads text and is given none.
+    """
+    scale = (GUIDANCE if reads_text else 1.0) if given is None else arguments.positive("guidance", given)
+    texts = {"prompt": prompt is not None, "captioner": captioned, "negative_prompt": negative_prompt is not None}
+    unread = " and ".join(argument(name) for name, is_given in texts.items() if is_given)
+    if unread and not reads_text:
+        raise UsageError(f"a prompt needs a text encoder, and {model} has none; drop {unread}")
+    if scale != 1.0 and not reads_text:
+        one = argument("guidance", 1)
+        raise UsageError(f"{argument('guidance', scale)} needs a text encoder, and {model} has none; use {one}")
+    if reads_text and prompt is None and not captioned:
+        fix = argument("prompt", "TEXT or @FILE, or give --captioner FOLDER", "prompt=TEXT")
+        raise UsageError(f"this model reads text: say what the video shows with {fix}")
+    if negative_prompt is not None and scale == 1.0:
+        unread, one = argument("negative_prompt"), argument("guidance", 1)
+        raise UsageError(f"{unread} is the text of the second pass, which {one} does not make; drop one of both")
+    return scale
 
 
 class Encoders:

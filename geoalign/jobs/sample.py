@@ -11,17 +11,20 @@ from pathlib import Path
 from typing import Literal
 
 import torch
+from pydantic import ValidationError
 from torch import Tensor
 
+from geoalign.config.flow import FlowConfig
 from geoalign.config.model import ModelConfig
 from geoalign.data.frames import to_float
 from geoalign.data.readers import AnyReader, shown_size
 from geoalign.data.video import PyAVReader, probe_clip, warn_once
-from geoalign.errors import RewardError, UsageError
+from geoalign.errors import RewardError, UsageError, argument
 from geoalign.evaluators.base import PoseEvaluator
 from geoalign.geometry.cameras.door import camera_beside, fit_target, open_camera, open_target
 from geoalign.geometry.lens import cover_crop_intrinsics, lens_fault
 from geoalign.geometry.trajectory import DEFAULT_INTRINSICS, LARGEST, CameraTrajectory
+from geoalign.jobs import arguments
 from geoalign.models.codec_base import LatentCodec
 from geoalign.perf.cost import TransformerCost
 from geoalign.types import RetakeBatch, SourceClip
@@ -61,13 +64,20 @@ def read_inputs(
     Raises:
         UserError: anything that cannot be read or does not fit; nothing has been written.
     """
-    _check_numbers(speed, intrinsics)
-    typed = None if ground_plane is None else _unit_plane("--ground-plane", ground_plane)
+    speed = arguments.positive("speed", speed)
+    if frames is not None and not (isinstance(frames, str) and frames == "all"):
+        frames = arguments.whole("frames", frames, 1)
+    size = None if size is None else arguments.frame_size("size", size)
+    typed = None if ground_plane is None else _given_plane(ground_plane)
+    if intrinsics is not None:
+        intrinsics = _given_lens(intrinsics)
+    if isinstance(trajectory, CameraTrajectory):
+        trajectory = _given_path(trajectory)
     info = probe_clip(AnyReader(PyAVReader()), video)
     most = info.frames if frames == "all" else min(info.frames, MAX_FRAMES)
     count = frames if isinstance(frames, int) else choose_frames(codec, most)
     if count > info.frames:
-        raise UsageError(f"{video} has {info.frames} frames, --frames {count} asks for more")
+        raise UsageError(f"{video} has {info.frames} frames, {argument('frames', count)} asks for more")
     size = size or (WAN_SIZE if codec.name == "wan_vae" else (info.height, info.width))
     codec.latent_shape(count, *size)
     clip, fps = read_source(video, count, size, source_camera=source_camera, intrinsics=intrinsics)
@@ -103,6 +113,17 @@ def read_source(
     return SourceClip(pixels[None], _batch(camera), plane, ("source",)), info.fps if info.fps > 0 else 24.0
 
 
+def sampler(steps: int, shift: float) -> FlowConfig:
+    """The deterministic sampler of a retake; raises UsageError for settings that it cannot have."""
+    try:
+        return FlowConfig(steps=steps, shift=shift)
+    except ValidationError as error:
+        found = error.errors()[0]
+        name = ".".join(map(str, found["loc"]))
+        given = argument(name, found["input"]) if name else f"{argument('steps', steps)}, {argument('shift', shift)}"
+        raise UsageError(f"{given}: {found['msg'][:1].lower()}{found['msg'][1:]}") from None
+
+
 def choose_frames(codec: LatentCodec, available: int) -> int:
     """The largest length up to ``available`` that the codec takes; 70 gives 69 if it must be 4k + 1."""
     for count in range(available, 0, -1):
@@ -114,8 +135,14 @@ def choose_frames(codec: LatentCodec, available: int) -> int:
     raise UsageError(f"no length up to {available} fits the frame rule {codec.frame_rule}")
 
 
-def find_source_camera(video: Path) -> tuple[str | None, str]:
+def find_source_camera(
+    video: Path, *, poses: bool = True, lens: bool = True, plane: bool = True
+) -> tuple[str | None, str]:
     """The camera file beside a video, if its lengths are metres, and what to tell the user of it ("" if there is none).
+
+    Args:
+        video: a video file or a folder of frames.
+        poses, lens, plane: whether that is taken from the file, and does not come from elsewhere.
 
     Raises:
         DataError: the file is damaged or no camera file.
@@ -124,13 +151,15 @@ def find_source_camera(video: Path) -> tuple[str | None, str]:
     if found is None:
         return None, ""
     if not found.metric:
-        return None, f"{found.name} is not used, as it does not say that it is in metres; --source-camera uses it"
-    parts = [
-        "poses",
-        *(["lens"] if found.has_lens else []),
-        *(["ground plane"] if found.ground_plane is not None else []),
-    ]
-    return found.name, f"{', '.join(parts)} from {found.name}, found beside the video"
+        return (
+            None,
+            f"{found.name} is not used, as it does not say that it is in metres; {argument('source_camera')} uses it",
+        )
+    has = {"poses": poses, "lens": lens and found.has_lens, "ground plane": plane and found.ground_plane is not None}
+    if not any(has.values()):
+        return None, ""
+    parts = ", ".join(part for part, is_taken in has.items() if is_taken)
+    return found.name, f"{parts} from {found.name}, found beside the video"
 
 
 def with_estimated_camera(batch: RetakeBatch, evaluator: PoseEvaluator) -> tuple[RetakeBatch, float]:
@@ -148,7 +177,8 @@ def with_estimated_camera(batch: RetakeBatch, evaluator: PoseEvaluator) -> tuple
     frames = source.video.shape[1]
     if len(found.frame_indices) != frames or not torch.isfinite(found.c2w).all():
         raise RewardError(
-            f"{evaluator.name} found no pose for some of the {frames} source frames; give --source-camera instead"
+            f"{evaluator.name} found no pose for some of the {frames} source frames; give {argument('source_camera')} "
+            "instead"
         )
     camera = CameraTrajectory.build(found.c2w.to(source.camera.c2w), source.camera.intrinsics)
     return replace(batch, source=replace(source, camera=camera.relative_to_first())), float(found.tracked[0])
@@ -219,16 +249,24 @@ def _source_camera(
     return camera.to(dtype=torch.float32), None if plane is None else _unit_plane(opened.name, plane.tolist())
 
 
-def _check_numbers(speed: float, intrinsics: Sequence[float] | None) -> None:
-    if not 0 < speed < math.inf:
-        raise UsageError(f"--speed must be positive and finite, got {speed}")
-    if intrinsics is None:
-        return
-    given = ",".join(f"{value:g}" for value in intrinsics)
-    if not (all(map(math.isfinite, intrinsics)) and min(intrinsics[:2]) > 0):
-        raise UsageError(f"--intrinsics {given}: needs four finite numbers, the focal lengths fx and fy above 0")
-    if (fault := lens_fault(torch.tensor(intrinsics, dtype=torch.float64))) is not None:
-        raise UsageError(f"--intrinsics {given}: {fault} of the frames; give fractions of (W, H, W, H), not pixels")
+def _given_lens(intrinsics: Sequence[float]) -> tuple[float, float, float, float]:
+    lens = arguments.four_numbers("intrinsics", intrinsics)
+    told = argument("intrinsics", ",".join(f"{value:g}" for value in lens), f"intrinsics={lens}")
+    if min(lens[:2]) <= 0:
+        raise UsageError(f"{told}: the focal lengths fx and fy must be above 0")
+    if (fault := lens_fault(torch.tensor(lens, dtype=torch.float64))) is not None:
+        raise UsageError(f"{told}: {fault} of the frames; give fractions of (W, H, W, H), not pixels")
+    return lens
+
+
+def _given_plane(plane: Sequence[float]) -> Tensor:
+    return _unit_plane(argument("ground_plane"), arguments.four_numbers("ground_plane", plane))
+
+
+def _given_path(path: CameraTrajectory) -> CameraTrajectory:
+    if path.batch_shape:
+        raise UsageError(f"the path: poses of shape {list(path.c2w.shape)}; one path [F, 4, 4] is needed")
+    return CameraTrajectory.validated(path.c2w, path.intrinsics, name="the path")
 
 
 def _unit_plane(name: str, plane: Sequence[float]) -> Tensor:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from geoalign.data.plots import plot_cameras
 from geoalign.data.video import write_video
-from geoalign.errors import UsageError
+from geoalign.errors import UsageError, argument
 from geoalign.files.atomic import atomic_write_json, nan_to_none
 from geoalign.policy.published import CRF, truncated
 from geoalign.types import RetakeBatch
@@ -28,7 +28,7 @@ def outputs(out: Path) -> dict[str, Path]:
         UsageError: ``out`` is no .mp4.
     """
     if out.suffix != ".mp4":
-        raise UsageError(f"--out {out} must end in .mp4")
+        raise UsageError(f"{argument('out', out, str(out))} must end in .mp4")
     suffixes = {"video": ".mp4", "side_by_side": SIDE_BY_SIDE, "cameras": ".cameras.png", "settings": ".json"}
     return {name: out.with_suffix(suffix) for name, suffix in suffixes.items()}
 
@@ -36,6 +36,28 @@ def outputs(out: Path) -> dict[str, Path]:
 def candidate_path(out: Path, seed: int) -> Path:
     """Where ``sample --keep-all`` puts the retake of one seed: ``out.seed3.mp4`` of ``out.mp4``."""
     return out.with_suffix(f".seed{seed}.mp4")
+
+
+def used_values(
+    guidance: float, prompt: str | None, negative_prompt: str, camera_file: str | Path | None, estimator: str | None
+) -> dict[str, Any]:
+    """What a retake was made with, given or found: entries of ``used`` in its JSON.
+
+    Args:
+        guidance: scale of classifier-free guidance.
+        prompt, negative_prompt: as they were encoded; the latter is used in the second pass of guidance alone.
+        camera_file: preset or file of which something is used: poses, lens, ground plane.
+        estimator: what read the source's poses from its pictures, if anything did.
+    """
+    file = None if camera_file is None else str(camera_file)
+    return {
+        "guidance": guidance,
+        "prompt": prompt,
+        "negative_prompt": negative_prompt if guidance != 1.0 else None,
+        "camera_file": file,
+        "source_camera": None if estimator is not None else file,
+        "source_estimator": estimator,
+    }
 
 
 def write_retake(
@@ -56,7 +78,7 @@ def write_retake(
         video: ``[1, F, 3, H, W]`` in [-1, 1].
         fps: frames per second.
         record: more entries of the JSON, among them ``arguments`` with the source ``video``.
-        used: values that were found and not given.
+        used: the :func:`used_values`.
         published: round and compress the video as the published script does.
     """
     beside, video, source = outputs(out), video.cpu(), batch.source

@@ -13,16 +13,21 @@ from geoalign.data.clip_record import VIDEO_SUFFIXES
 from geoalign.data.frames import to_float
 from geoalign.data.readers import AnyReader, shown_size
 from geoalign.data.video import PyAVReader, VideoInfo, probe_clip, warn_once
-from geoalign.errors import DataError, RewardError, UsageError, UserError
+from geoalign.errors import DataError, RewardError, UsageError, UserError, argument
+from geoalign.evaluators.table import NEEDS_PLANE
 from geoalign.geometry.cameras.content import read_content
 from geoalign.geometry.cameras.door import camera_beside, is_preset, open_camera, split_name
 from geoalign.geometry.lens import cover_crop_intrinsics
 from geoalign.geometry.metrics import camera_errors
 from geoalign.geometry.trajectory import DEFAULT_INTRINSICS, CameraTrajectory
+from geoalign.jobs import arguments
 from geoalign.jobs.sample_files import SIDE_BY_SIDE
 from geoalign.rewards.base import Reward, RewardOutput
 from geoalign.rewards.running.guard import check_output
 from geoalign.types import RetakeBatch, SourceClip
+
+_LEAST = 2
+"""Frames: fewer have no motion."""
 
 
 def list_videos(path: Path) -> list[Path]:
@@ -103,6 +108,7 @@ class ScoringTask:
         source: the source video; None: a video's own first frame stands for it.
         source_camera: camera of the source, a file or a preset; None: its camera does not move.
         size: (H, W) to score at; None: that of the video.
+        asked: what asks for ``frames``, in words; "" where they are those of the video.
     """
 
     trajectory: str
@@ -110,15 +116,16 @@ class ScoringTask:
     source: Path | None = None
     source_camera: str | None = None
     size: tuple[int, int] | None = None
+    asked: str = ""
 
     def read(self, path: Path) -> tuple[Tensor, RetakeBatch, int]:
         """The scored frames ``[1, F, 3, H, W]`` in [-1, 1], their condition, and how many frames the file has."""
-        info = probe(path, self.frames or 1)
+        info = probe(path, self.frames or _LEAST, self.asked)
         frames, size = self.frames or info.frames, self.size or (info.height, info.width)
         video = _pixels(path, frames, size)
         source, lens = video[:, :1].expand_as(video), info
         if self.source is not None:
-            lens = probe(self.source, frames)
+            lens = probe(self.source, frames, self.asked or f"the {frames} of {path}")
             source = _pixels(self.source, frames, size)
         target, _ = read_camera(self.trajectory, frames, (info.height, info.width), prefer="target")
         camera, plane = CameraTrajectory.identity(frames, target.intrinsics[0], dtype=target.dtype), None
@@ -140,48 +147,89 @@ def read_condition(
     source: Path | None,
     source_camera: str | None,
     size: tuple[int, int] | None,
-    needs_plane: bool,
+    evaluator: str | None,
     frames: int | None = None,
+    *,
+    video: Path | None = None,
 ) -> ScoringTask:
-    """Read and check what all videos are compared with; ``frames``: how many of each (default: all poses of a file).
+    """Read and check what all videos are compared with.
 
-    Raises UserError naming the file that is missing, damaged, too short, or without the plane that is needed.
+    Args:
+        trajectory: wanted camera, a file or a preset.
+        source, source_camera: as they were given or found (:func:`find_source`).
+        size: (H, W) to score at.
+        evaluator: of the reward that scores, by name; None: it has none.
+        frames: how many of each video; default: all poses of a file.
+        video: whose source it is, for messages.
+
+    Raises UserError naming the file that is missing, damaged, too short, or without the plane that is needed, or what
+    the evaluator needs and nobody gave.
     """
+    size = None if size is None else arguments.frame_size("size", size)
+    _check_source(evaluator, source, source_camera, "" if video is None else f"{video}: ")
+    given = frames is not None
     frames = _check_target(trajectory, frames)
+    asked = "" if frames is None else argument("frames", frames) if given else f"the {frames} poses of {trajectory}"
     if source is not None:
-        probe(source, frames or 2)
+        probe(source, frames or _LEAST, asked)
     if source_camera is not None:
-        _, plane = open_camera(source_camera, frames=frames or 2, intrinsics=DEFAULT_INTRINSICS).window([0])
-        if needs_plane and plane is None:
+        _, plane = open_camera(source_camera, frames=frames or _LEAST, intrinsics=DEFAULT_INTRINSICS).window([0])
+        if evaluator in NEEDS_PLANE and plane is None:
             raise DataError(
                 f"{source_camera}: no ground_plane [4] (n, d with n . X = d, metres; docs/data.md), which this "
-                "evaluator stands on; add it, or use --evaluator mapanything --set evaluator_options.checkpoint=FOLDER"
+                f"evaluator stands on; add it, or use {_other_evaluator()}"
             )
-    return ScoringTask(trajectory, frames, source, source_camera, size)
+    return ScoringTask(trajectory, frames, source, source_camera, size, asked)
+
+
+def _check_source(evaluator: str | None, source: Path | None, camera: str | None, of: str) -> None:
+    """Refuse what would fail, or score against a source that is not there."""
+    if evaluator in NEEDS_PLANE and camera is None:
+        files = [argument(name, "FILE") for name in ("source", "source_camera")][evaluator != "planar" :]
+        raise UsageError(
+            f"{of}the {evaluator} evaluator needs the source's ground plane: give {' and '.join(files)} (with its "
+            "ground plane; the JSON of `geoalign sample` beside a retake, or an npz beside the source, is found), or "
+            f"use {_other_evaluator()}, which reads any video"
+        )
+    if evaluator == "planar" and source is None:
+        file = argument("source", "FILE")
+        raise UsageError(f"{of}the planar evaluator compares with the source frame by frame: give {file} as well")
+
+
+def _other_evaluator() -> str:
+    python = 'options={"evaluator": "mapanything", "evaluator_options": {"checkpoint": FOLDER}}'
+    return argument("evaluator", "mapanything --set evaluator_options.checkpoint=FOLDER", python)
 
 
 def _check_target(trajectory: str, frames: int | None) -> int | None:
     """The frames to score: ``frames``, else all poses of a file, else None for a preset at the length of the video."""
-    if frames is not None and frames < 2:
-        raise UsageError(f"--frames {frames}: a path of {frames} has no motion to score; give at least 2")
+    if frames is not None and arguments.whole("frames", frames, 1) < _LEAST:
+        raise UsageError(f"{argument('frames', frames)}: a path of {frames} has no motion to score; give at least 2")
     if frames is None and is_preset(trajectory):
         return None
     # Without its lens: whether that fits the videos shows when they are read.
     found = open_camera(trajectory, frames=frames, intrinsics=DEFAULT_INTRINSICS, prefer="target").path.num_frames
-    if found < 2:
+    if found < _LEAST:
         raise DataError(f"{trajectory}: a path of {found} frame has no motion to score; give one of at least 2")
     return frames or found
 
 
-def probe(path: Path, frames: int) -> VideoInfo:
+def probe(path: Path, frames: int, asked: str = "") -> VideoInfo:
     """What a video's container says.
 
-    Raises DataError if it cannot be read, has a variable frame rate, or fewer frames than the path.
+    Args:
+        path: the video.
+        frames: how many of it are read, at least 2.
+        asked: what asks for so many, in words.
+
+    Raises DataError if it cannot be read, has a variable frame rate, or fewer frames.
     """
     info = probe_clip(AnyReader(PyAVReader()), path)
     warn_once(path, info.remarks)
     if info.frames < frames:
-        raise DataError(f"{path}: {info.frames} frames, but the trajectory has {frames}; use --frames {info.frames}")
+        if info.frames < _LEAST:
+            raise DataError(f"{path}: a video of {info.frames} frame has no motion to score; give one of at least 2")
+        raise DataError(f"{path}: {info.frames} frames, fewer than {asked}; use {argument('frames', info.frames)}")
     return info
 
 

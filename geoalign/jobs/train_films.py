@@ -34,20 +34,29 @@ class FilmWriter:
 
     At most ``run.keep_films`` films are kept: the first, the newest, and others as evenly spaced as can be. A resumed
     run deletes those at or after its first iteration, as it drops their metrics.
+
+    Args:
+        folder: of the run.
+        run: how many films are wanted and kept.
+        total: iterations of the run.
+        first_iteration: where this part of the run begins, counted from 0.
     """
 
-    def __init__(self, folder: Path, run: RunConfig, first_iteration: int = 0) -> None:
-        self.folder, self._run = folder / FILMS, run
+    def __init__(self, folder: Path, run: RunConfig, total: int, first_iteration: int = 0) -> None:
+        self.folder, self._run, self._total = folder / FILMS, run, total
         for path in self.folder.glob("iteration_*"):
             if (number := film_iteration(path)) is not None and number >= first_iteration:
                 path.unlink(missing_ok=True)
         self._thread = ThreadPoolExecutor(1, "films")
         self._pending: list[tuple[int, Future[Path]]] = []
 
-    def due(self, iteration: int, total: int) -> bool:
+    def due(self, iteration: int) -> bool:
         """Whether the film of this iteration, counted from 0, is wanted: every so many, and the last one."""
         every = self._run.films_every
-        return every > 0 and (iteration % every == 0 or iteration == total - 1)
+        return every > 0 and (iteration % every == 0 or self._is_last(iteration))
+
+    def _is_last(self, iteration: int) -> bool:
+        return iteration == self._total - 1
 
     def write(self, iteration: int, film: TrainingFilm) -> None:
         """Write the film of an iteration in the background."""
@@ -69,11 +78,11 @@ class FilmWriter:
                 logger.warning("the film of iteration %d was not written: %s", iteration, error)
 
     def _passed_on(self, iteration: int) -> bool:
-        number, rest = divmod(iteration, self._run.films_every)
+        number = iteration // self._run.films_every
         stride = 1
         while number >= stride * self._run.keep_films:
             stride *= 2
-        return rest > 0 or number % stride == 0
+        return self._is_last(iteration) or number % stride == 0
 
     def _write(self, iteration: int, film: TrainingFilm) -> Path:
         kept = thinned(film.source.shape[0])

@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from geoalign.errors import CheckpointError, ConfigError, RunError, UsageError
+from geoalign.errors import CheckpointError, ConfigError, RunError, UsageError, argument
 from geoalign.files.atomic import disk_errors
 from geoalign.files.checkpoints import CHECKPOINTS, iteration_of, list_checkpoints
 from geoalign.policy.files import DELTA_FILE, POLICY_FILE
@@ -44,7 +44,8 @@ def state_to_resume(
         return load(checkpoint)
     if resume is None and list_checkpoints(folder / CHECKPOINTS):
         raise UsageError(
-            f"{folder} already holds checkpoints: continue with --resume auto, or choose another run.name or run.dir"
+            f"{folder} already holds checkpoints: continue with {argument('resume', 'auto')}, or choose another "
+            "run.name or run.dir"
         )
     return None
 
@@ -79,12 +80,13 @@ def find_checkpoint(folder: Path, resume: str | None) -> Path | None:
         path = Path(resume)
         if not path.is_dir():
             raise UsageError(
-                f"--resume {resume}: no such checkpoint folder (use auto, latest or .../checkpoints/step_NNNNNN)"
+                f"{argument('resume', resume)}: no such checkpoint folder (use auto, latest or "
+                ".../checkpoints/step_NNNNNN)"
             )
         return path
     found = list_checkpoints(folder / CHECKPOINTS)
     if not found:
-        raise CheckpointError(f"{folder / 'checkpoints'}: no checkpoint to resume; start without --resume")
+        raise CheckpointError(f"{folder / 'checkpoints'}: no checkpoint to resume; start without {argument('resume')}")
     return found[-1]
 
 

@@ -37,19 +37,17 @@ class _MainWatch(Watch):
     """Writes into the run folder and to whoever reads the terminal.
 
     Attributes:
-        total: iterations of the run.
         profile: iteration, from 0, of which a trace is written.
     """
 
     folder: Path
-    total: int
     profile: int | None
     metrics: MetricsWriter
     films: FilmWriter
     progress: RunProgress
 
     def iteration(self, trainer: Trainer) -> AbstractContextManager[None]:
-        trainer.film_wanted = self.films.due(trainer.iteration, self.total)
+        trainer.film_wanted = self.films.due(trainer.iteration)
         return profiled(trainer, self.folder) if trainer.iteration == self.profile else nullcontext()
 
     def saw(self, trainer: Trainer, numbers: Mapping[str, float]) -> None:
@@ -82,8 +80,8 @@ def watched(config: Config, trainer: Trainer, profile: int | None) -> Iterator[W
     (folder / STOPPED).unlink(missing_ok=True)  # of an earlier part of the run, whose last row the writer drops
     with (
         MetricsWriter(folder, config.run, trainer.iteration) as metrics,
-        FilmWriter(folder, config.run, trainer.iteration) as films,
+        FilmWriter(folder, config.run, total, trainer.iteration) as films,
         RunProgress(total, trainer.iteration) as progress,
     ):
-        yield _MainWatch(folder, total, profile, metrics, films, progress)
+        yield _MainWatch(folder, profile, metrics, films, progress)
         metrics.add_films(films.finished(wait=True))

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from geoalign.config.model import ModelConfig
 from geoalign.config.training import CodecConfig
-from geoalign.errors import CheckpointError, ConfigError
+from geoalign.errors import CheckpointError, ConfigError, argument
 from geoalign.files.atomic import atomic_path
 from geoalign.files.parsing import parse_json, read_json_object
 from geoalign.files.sealed import SKIP_HINT, digest_of, header_digest, notice_unsealed, save_sealed, skips_checksums
@@ -62,7 +62,7 @@ def read_policy_file(path: Path) -> PolicyFile:
         CheckpointError: missing, truncated, of another kind, or tensors that do not fit its own settings.
     """
     if path.suffix != ".safetensors":
-        raise CheckpointError(f"{path}: not a geoalign policy file (those end in .safetensors); {_ON_TOP}")
+        raise CheckpointError(f"{path}: not a geoalign policy file (those end in .safetensors); {_on_top()}")
     return check_policy_file(TensorFile(path))
 
 
@@ -76,7 +76,7 @@ def check_policy_file(file: TensorFile) -> PolicyFile:
     path, kind = file.path, file.metadata.get("kind")
     if not is_policy_file(file):
         delta = "a delta; " if all(map(is_self_attention, file.shapes)) else ""
-        raise CheckpointError(f"{path}: {delta}not a geoalign policy file (header kind {kind!r}); {_ON_TOP}")
+        raise CheckpointError(f"{path}: {delta}not a geoalign policy file (header kind {kind!r}); {_on_top()}")
     if not file.sealed:
         notice_unsealed(path)
     config = _settings(file, "model", ModelConfig)
@@ -89,7 +89,9 @@ def check_policy_file(file: TensorFile) -> PolicyFile:
     return PolicyFile(config, weights, _codec(file), notes)
 
 
-_ON_TOP = "weights trained on top of a model are given with --checkpoint (train.delta), that model with --model"
+def _on_top() -> str:
+    delta, model = argument("checkpoint", python="delta=FILE"), argument("model", python="its path")
+    return f"weights trained on top of a model are given with {delta} (train.delta), that model with {model}"
 
 
 def save_policy(

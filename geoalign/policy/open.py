@@ -14,7 +14,7 @@ import torch
 
 from geoalign.config.model import ModelConfig
 from geoalign.config.schema import Config
-from geoalign.errors import CheckpointError, ConfigError, UsageError
+from geoalign.errors import CheckpointError, ConfigError, UsageError, argument
 from geoalign.files.weights import Shapes, TensorFile
 from geoalign.models.checkpoint import (
     LoadReport,
@@ -182,7 +182,7 @@ def _published(folder: Path, trained: Path | None) -> tuple[ModelConfig, list[Te
         found = LAYOUTS[nearest].title if nearest else "of an unknown layout"
         raise UsageError(
             f"{folder}: a base model ({found}) cannot retake videos by itself; give what was trained on top with "
-            "--checkpoint (train.delta)"
+            f"{argument('checkpoint', python='delta=FILE')} (train.delta)"
         )
     delta = TensorFile(trained)
     if all(map(is_self_attention, delta.shapes)):

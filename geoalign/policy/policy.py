@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from geoalign.config.training import TailReuse
-from geoalign.errors import ConfigError, DataError, UsageError
+from geoalign.errors import ConfigError, DataError, UsageError, argument
 from geoalign.flow.policy import PhasedPolicy, Velocity
 from geoalign.flow.reuse import Reuse
 from geoalign.models.codec_base import LatentCodec
@@ -75,9 +75,10 @@ class RetakePolicy:
         batch = batch.to(self.device)
         config, ready = self.model.config, batch.encodings or Encodings()
         if config.camera == "geometric" and batch.source.ground_plane is None:
+            given = argument("ground_plane", "nx,ny,nz,d", "ground_plane=(nx, ny, nz, d)")
             raise UsageError(
                 "this model needs the ground plane of the scene, n . X = d in metres: ground_plane in the camera file "
-                "of every clip, or --ground-plane nx,ny,nz,d of `geoalign sample`"
+                f"of every clip, or, of a single one, {given}"
             )
         if config.image_dim is not None and ready.image_tokens is None:
             raise UsageError(

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from geoalign.config.flow import FlowConfig
-from geoalign.errors import RunError
+from geoalign.errors import RunError, argument
 from geoalign.flow.policy import Velocity
 from geoalign.flow.sampler import FlowSampler, initial_noise
 from geoalign.flow.table import build_step_table
@@ -71,5 +71,5 @@ def refuse_non_finite(values: Tensor, maker: str) -> None:
         share = float((~torch.isfinite(values)).float().mean())
         raise RunError(
             f"{maker} gave NaN or infinity in {share:.0%} of its values, nothing is written; are its weights intact, "
-            "and the cameras, --guidance and --shift of a usual size?"
+            f"and the cameras, {argument('guidance')} and {argument('shift')} of a usual size?"
         )

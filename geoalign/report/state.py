@@ -74,7 +74,7 @@ def seconds_per_iteration(run: RunRecord) -> float | None:
     """Mean duration of the recent iterations with what came between them; the first one's set-up left out."""
     rows = run.metrics[-_RECENT:]
     found = [
-        row["time/iteration_s"] + (row.get("time/between_s") or 0.0) * (len(run.metrics) > 1 and row is not rows[0])
+        row["time/iteration_s"] + (row.get("time/between_s") or 0.0) * (row is not run.metrics[0])
         for row in rows
         if isinstance(row.get("time/iteration_s"), int | float)
     ]

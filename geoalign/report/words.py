@@ -101,7 +101,7 @@ HELD_OUT = {
 }
 
 SETS = {
-    "presets": "Named movements (pan, arc, dolly, ...)",
+    "presets": "Named movements (sweep, fly, slide, climb, arc, ...)",
     "random": "Unseen random curves",
     "mean": "Mean of named movements and random curves",
 }

@@ -2,8 +2,8 @@
 
 A motion is ``[B, F, 4]``: metres along e1 (right), e2 (backward over the ground: towards the bottom of the picture) and
 down, and yaw in radians. :func:`to_c2w` turns it into ordinary camera-to-world matrices relative to the first frame.
-The gimbal fixes pitch and roll, so the presets of the literature appear here as a stabilised drone can fly them (see
-``PRESETS``).
+The gimbal fixes pitch and roll, so the movements of this world (``PRESETS``) are its own, and none is a preset of the
+literature.
 """
 
 from __future__ import annotations
@@ -25,10 +25,12 @@ PRESETS = (
     "slide_left",
     "descend",
     "climb",
-    "arc_right",
-    "arc_left",
+    "arc_back_right",
+    "arc_back_left",
 )
-"""Names of this world; its ``sweep_right`` travels while it turns, unlike the published pure rotation ``pan_right``."""
+"""Names of this world. Its ``sweep_right`` travels while it turns, unlike the published pure rotation ``pan_right``;
+its ``arc_back_right`` backs off to the right and turns right, away from what it filmed, where the published
+``arc_right`` closes in and turns left, towards it."""
 
 
 def ground_normal(world: WorldConfig) -> Tensor:
@@ -69,7 +71,11 @@ def source_drift(count: int, frames: int, generator: Generator) -> Tensor:
 
 
 def random_curves(count: int, frames: int, generator: Generator) -> Tensor:
-    """Random gently bent paths ``[count, F, 4]``: end motion about 0.6 to 2.4 m, yaw up to 20 degrees."""
+    """Random gently bent paths ``[count, F, 4]``.
+
+    The largest distance from the first frame is 0.6 to 2.4 m, and the largest turn is at most 0.35 rad (20 degrees);
+    either may be in any frame, as a path that bends back ends nearer.
+    """
     line, bend = torch.randn(2, count, 1, 4, generator=generator)
     s = phase(frames)[None, :, None]
     motion = line * s + 0.6 * bend * 2 * s * (s - 1)
@@ -83,12 +89,15 @@ def random_curves(count: int, frames: int, generator: Generator) -> Tensor:
 
 
 def preset(name: str, frames: int, size: Tensor, yaw: Tensor) -> Tensor:
-    """One preset path ``[B, F, 4]`` with reach ``size`` ``[B]`` in metres and turn ``yaw`` ``[B]`` in radians."""
+    """One preset path ``[B, F, 4]`` with reach ``size`` ``[B]`` in metres and turn ``yaw`` ``[B]`` in radians.
+
+    A sweep travels 0.4 of the reach; an arc all of it sideways and a third of it backward.
+    """
     s = phase(frames)[None]
     reach, turn = size[:, None] * s, yaw[:, None] * s
     zero = torch.zeros_like(reach)
     arc_side = size[:, None] * (1.4 * s).sin() / math.sin(1.4)
-    arc_ahead = 0.4 * size[:, None] * (1 - (1.4 * s).cos())
+    arc_back = 0.4 * size[:, None] * (1 - (1.4 * s).cos())
     paths = {
         "sweep_right": (0.4 * reach, zero, zero, turn),
         "sweep_left": (-0.4 * reach, zero, zero, -turn),
@@ -98,8 +107,8 @@ def preset(name: str, frames: int, size: Tensor, yaw: Tensor) -> Tensor:
         "slide_left": (-reach, zero, zero, zero),
         "descend": (zero, zero, reach, zero),
         "climb": (zero, zero, -reach, zero),
-        "arc_right": (arc_side, arc_ahead, zero, turn),
-        "arc_left": (-arc_side, arc_ahead, zero, -turn),
+        "arc_back_right": (arc_side, arc_back, zero, turn),
+        "arc_back_left": (-arc_side, arc_back, zero, -turn),
     }
     return torch.stack(paths[name], dim=-1)
 

@@ -162,7 +162,7 @@ SCORE = ("score", "--video", "retake/r.mp4", "--trajectory", "retake/r.json", "-
 LORA = ("--checkpoint", "run/checkpoints/step_000003/average.safetensors", "--rank", "2", "--out", "out/l.safetensors")
 BENCHMARK = (
     "benchmark", "run", *SMALL, "--model", "base=builtin:tiny_base", "--out", "bench",
-    "benchmark.max_clips=1", "benchmark.paths=[arc_left,fly_forward]", "benchmark.speeds=[1]",
+    "benchmark.max_clips=1", "benchmark.paths=[arc_back_left,fly_forward]", "benchmark.speeds=[1]",
 )  # fmt: skip
 FIDELITY = ("fidelity", "run", *SMALL, "--groups", "1", "--json", "out/f.json", "--setting", "flow.tail_solver=dpm2m")
 DRAW = ("path", "draw", "--video", RETAKE[4], "--out", "out/p.html")

@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from geoalign.errors import DataError, UsageError
+from geoalign.errors import DataError, UsageError, argument
 from geoalign.geometry.cameras.camera_file import CameraFile
 from geoalign.geometry.cameras.content import Content, NumberLines, read_content
 from geoalign.geometry.cameras.file_lens import file_lens
@@ -64,7 +64,8 @@ def open_camera(
     found = opened.read(opened.choose(camera, prefer), options, image_size=image_size, intrinsics=intrinsics)
     if frames is not None and found.path.num_frames < frames:
         count = found.path.num_frames
-        raise DataError(f"{found.name}: {count} poses, {frames} are needed; use --frames {count} or a longer file")
+        fix = f"use {argument('frames', count)} or a longer file"
+        raise DataError(f"{found.name}: {count} poses, {frames} are needed; {fix}")
     return found
 
 
@@ -97,9 +98,11 @@ def fit_target(path: CameraTrajectory, frames: int, speed: float = 1.0, name: Na
 
 
 def _within_reach(name: Name, speed: float, path: CameraTrajectory) -> CameraTrajectory:
-    """``path`` unless ``speed`` carried it beyond what float32 can hold."""
+    """``path`` unless it goes beyond what float32 can hold, carried there by ``speed`` if that is not 1."""
     if not bool((path.c2w.abs() <= LARGEST).all()):
-        raise UsageError(f"{os.fspath(name)}: speed {speed:g} moves the camera by more than {LARGEST:g} m; lower it")
+        why = "moves" if speed == 1.0 else f"speed {speed:g} moves"
+        fix = "wrong unit?" if speed == 1.0 else "lower it"
+        raise UsageError(f"{os.fspath(name)}: {why} the camera by more than {LARGEST:g} m; {fix}")
     return path
 
 
@@ -137,7 +140,7 @@ def _names_preset(name: Name) -> bool:
 def _open_preset(name: str, frames: int | None, intrinsics: Lens) -> CameraFile:
     canonical = preset_name(name)
     if frames is None:
-        raise UsageError(f"{name}: a preset has no length of its own; give --frames, or a camera file")
+        raise UsageError(f"{name}: a preset has no length of its own; give {argument('frames', 'N')}, or a camera file")
     lens = DEFAULT_INTRINSICS if intrinsics is None else intrinsics
     path = preset(canonical, frames, intrinsics=lens, dtype=torch.float64)
     return CameraFile(canonical, "preset", path, intrinsics is not None)

@@ -365,11 +365,11 @@ def test_a_sampled_retake_is_scored_on_its_own_json(
 
 def test_a_length_is_asked_of_files_and_presets_alike(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for name in ("arc_left", str(folder / "own.npz")):
-        video, batch, found = read_condition(name, None, None, None, False, 4).read(folder / "in.mp4")
+        video, batch, found = read_condition(name, None, None, None, None, 4).read(folder / "in.mp4")
         assert video.shape[1] == batch.target_camera.num_frames == 4 and found == F
     for frames, words in ((1, "no motion to score"), (12, "9 poses, 12 are needed")):
         with pytest.raises(UserError, match=words):
-            read_condition(str(folder / "own.npz"), None, None, None, False, frames)
+            read_condition(str(folder / "own.npz"), None, None, None, None, frames)
 
 
 def test_the_help_names_every_format_once_for_all_verbs() -> None:

@@ -116,7 +116,9 @@ def test_the_lens_follows_the_crop(score: Callable) -> None:
 def test_a_longer_video_says_which_frames_were_scored(score: Callable, capsys: pytest.CaptureFixture[str]) -> None:
     code, (row,) = score(target="target4.json")
     assert code == 0 and row["trans_m"] < 0.02 and (row["frames"], row["video_frames"]) == (4, 5)
-    assert "frames 0-3 of 5 were scored" in capsys.readouterr().err
+    assert "frames 0-3 of 5 were scored: the path has 4" in capsys.readouterr().err
+    assert score("--frames", "3")[0] == 0
+    assert "frames 0-2 of 5 were scored: --frames 3" in capsys.readouterr().err
 
 
 def test_a_bad_file_costs_its_own_row(

@@ -32,6 +32,12 @@ def test_the_camera_beside_is_used_only_in_metres(clip: Path) -> None:
     write_clip_camera(beside, preset("pan_right", 90), (32, 48), ground_plane=PLANE)
     name, told = find_source_camera(clip)
     assert name == str(beside) and told == f"poses, lens, ground plane from {beside}, found beside the video"
+    for given, parts in (
+        ({"poses": False}, "lens, ground plane"), ({"lens": False}, "poses, ground plane"),
+        ({"poses": False, "plane": False}, "lens"),
+    ):  # fmt: skip
+        assert find_source_camera(clip, **given) == (str(beside), f"{parts} from {beside}, found beside the video")
+    assert find_source_camera(clip, poses=False, lens=False, plane=False) == (None, "")
     write_clip_camera(beside, preset("pan_right", 90), (32, 48), metric=False)
     name, told = find_source_camera(clip)
     assert name is None and "in metres" in told and "--source-camera" in told

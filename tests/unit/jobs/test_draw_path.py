@@ -12,12 +12,15 @@ import pytest
 import torch
 
 from geoalign.cli.main import main
+from geoalign.config.data import RescaleConfig
 from geoalign.config.load import load_config
 from geoalign.config.schema import Config
 from geoalign.data.video import write_video
+from geoalign.errors import DataError
 from geoalign.geometry.cameras.camera_file import write_clip_camera
 from geoalign.geometry.presets import PRESETS, preset
 from geoalign.geometry.trajectory import CameraTrajectory
+from geoalign.jobs.draw_path import write_path_page
 
 LENS, PLANE = (0.8, 1.1, 0.5, 0.5), torch.tensor([0.0, 1.0, 0.0, 1.5], dtype=torch.float64)
 
@@ -46,6 +49,12 @@ def test_the_printed_command_takes_a_name_with_spaces(tmp_path: Path) -> None:
     assert main(["path", "draw", "--video", str(clip), "--out", str(out)]) == 0
     command = html.unescape(re.findall(r"<pre>(geoalign sample .*?)<span", out.read_text())[0])
     assert shlex.split(command)[2:4] == ["--video", clip.name]
+
+
+def test_a_video_without_a_second_frame_is_blamed_and_no_option(tmp_path: Path) -> None:
+    write_video(tmp_path / "clip.mp4", torch.zeros(1, 3, 32, 48), 12.0)
+    with pytest.raises(DataError, match=r"clip\.mp4: 1 frame, and a path needs 2 or more"):
+        write_path_page(tmp_path / "clip.mp4", tmp_path / "page.html", RescaleConfig())
 
 
 @pytest.mark.parametrize(

@@ -21,6 +21,7 @@ from geoalign.cli.main import main
 from geoalign.config.model import ModelConfig
 from geoalign.data.video import PyAVReader, write_video
 from geoalign.evaluators.base import PoseEstimate
+from geoalign.geometry.cameras.camera_file import write_clip_camera
 from geoalign.geometry.presets import preset
 from geoalign.geometry.trajectory import CameraTrajectory
 from geoalign.jobs.sample import with_estimated_camera
@@ -37,6 +38,7 @@ RECAM = ModelConfig(
 )  # fmt: skip
 
 
+USED = ("camera_file", "source_camera", "source_estimator", "negative_prompt")
 TINY_BASE = Path(str(resources.files("geoalign"))) / "_assets" / "tiny_base.safetensors"
 
 
@@ -277,6 +279,16 @@ def test_camera_of_the_source_by_an_evaluator(
     assert isinstance(source, SourceClip) and source.ground_plane is not None
     # The source is aligned to its first frame; the plane is normalised: 2y = 3 is y = 1.5.
     assert seen["reference"] == "first" and seen["same"] and source.ground_plane.tolist() == [[0, 1, 0, 1.5]]
+    assert [record["used"][name] for name in USED] == [None, None, "planar", None]
+    beside = tmp_path / "in.npz"
+    write_clip_camera(beside, preset("pan_right", 5), (32, 48), ground_plane=torch.tensor([0.0, 1.0, 0.0, 2.0]))
+    assert run(model, clip, tmp_path / "lens.mp4", "--source-estimator", "planar") == 0
+    assert f"camera   lens, ground plane from {beside}" in capsys.readouterr().out
+    record = json.loads((tmp_path / "lens.json").read_text("utf-8"))
+    assert [record["used"][name] for name in USED] == [str(beside), None, "planar", None]
+    assert run(model, clip, tmp_path / "found.mp4") == 0
+    record = json.loads((tmp_path / "found.json").read_text("utf-8"))
+    assert [record["used"][name] for name in USED] == [str(beside), str(beside), None, None]
     seen["factor"] = float("nan")
     assert run(model, clip, tmp_path / "nan.mp4", "--source-estimator", "planar") == 1
     assert "give --source-camera instead" in capsys.readouterr().err

@@ -37,17 +37,17 @@ def film(level: int, frames: int = FRAMES, height: int = 12, width: int = 16) ->
     return TrainingFilm(video, 255 - video, c2w, lens, np.array([0, 1, 0, 2], np.float32), read)
 
 
-def write(folder: Path, run: RunConfig, films: dict[int, TrainingFilm]) -> list[tuple[int, Path]]:
-    with FilmWriter(folder, run) as writer:
+def write(folder: Path, run: RunConfig, films: dict[int, TrainingFilm], total: int = 1000) -> list[tuple[int, Path]]:
+    with FilmWriter(folder, run, total) as writer:
         for iteration, item in films.items():
             writer.write(iteration, item)
         return list(writer.finished(wait=True))
 
 
 def test_films_are_due_every_so_many_iterations_and_at_the_end(tmp_path: Path) -> None:
-    writer = FilmWriter(tmp_path, RunConfig(films_every=4))
-    assert [i for i in range(11) if writer.due(i, 11)] == [0, 4, 8, 10]
-    assert not any(FilmWriter(tmp_path, RunConfig(films_every=0)).due(i, 11) for i in range(11))
+    writer = FilmWriter(tmp_path, RunConfig(films_every=4), 11)
+    assert [i for i in range(11) if writer.due(i)] == [0, 4, 8, 10]
+    assert not any(FilmWriter(tmp_path, RunConfig(films_every=0), 11).due(i) for i in range(11))
 
 
 def test_the_first_the_newest_and_evenly_spaced_films_are_kept(tmp_path: Path) -> None:
@@ -63,7 +63,7 @@ def test_a_resumed_run_has_no_films_of_what_it_does_again(tmp_path: Path) -> Non
     strange = [tmp_path / "films" / name for name in ("iteration_best.npz", "iteration_000020 copy.npz", "notes.txt")]
     for file in strange:
         file.write_text("mine")
-    with FilmWriter(tmp_path, RunConfig(keep_films=2), 11) as writer:
+    with FilmWriter(tmp_path, RunConfig(keep_films=2), 20, 11) as writer:
         writer.write(12, film(12))
     kept = {path.name for path in (tmp_path / "films").iterdir()}
     assert kept == {file.name for file in strange} | {
@@ -74,11 +74,20 @@ def test_a_resumed_run_has_no_films_of_what_it_does_again(tmp_path: Path) -> Non
 
 def test_those_who_keep_every_film_get_few_of_a_long_run(tmp_path: Path) -> None:
     run = RunConfig(films_every=10, keep_films=4)
-    got = [
-        iteration for iteration, _ in write(tmp_path, run, {i: film(9, frames=2) for i in [*range(0, 400, 10), 399]})
-    ]
+    films = {i: film(9, frames=2) for i in [*range(0, 400, 10), 399]}
+    got = [iteration for iteration, _ in write(tmp_path, run, films, 400)]
     # 4 of the first 4 films, 2 of the next 4, 2 of the next 8, 2 of the next 16, the first of those behind, the last.
     assert got == [0, 10, 20, 30, 40, 60, 80, 120, 160, 240, 320, 399]
+
+
+@pytest.mark.parametrize("total", [1, 201, 209, 210, 211, 231, 421])
+def test_the_last_film_reaches_them_wherever_it_falls(total: int, tmp_path: Path) -> None:
+    run = RunConfig(films_every=10, keep_films=20)
+    last = {total - 1: film(9, frames=2)}
+    assert FilmWriter(tmp_path, run, total).due(total - 1)
+    assert [iteration for iteration, _ in write(tmp_path, run, last, total)] == [total - 1]
+    in_between = write(tmp_path, run, {410: film(9, frames=2)}, 500)  # neither last nor of the wider stride
+    assert in_between == []
 
 
 def test_a_film_shows_source_retake_and_paths(tmp_path: Path) -> None:

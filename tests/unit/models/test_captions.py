@@ -11,6 +11,7 @@ from tiny_captioner import QUERIES, SIZE, VOCABULARY, save_tiny_blip2, toy_token
 from torch import Tensor
 
 from geoalign.cli.main import main
+from geoalign.config.data import DEFAULT_NEGATIVE_PROMPT
 from geoalign.config.model import ModelConfig
 from geoalign.data.video import read_video, write_video
 from geoalign.errors import CheckpointError, DataError
@@ -125,6 +126,8 @@ def test_sample_takes_the_caption_for_the_missing_prompt(
     record = json.loads((tmp_path / "made.json").read_text("utf-8"))
     prompt = record["used"]["prompt"]
     assert set(prompt.split()) <= set(VOCABULARY[5:]) and record["used"]["guidance"] == 5.0
+    assert record["used"]["negative_prompt"] == DEFAULT_NEGATIVE_PROMPT
+    assert run("none.mp4", "--prompt", "a", "--guidance", "1", "--negative-prompt", "b") == 2
     assert run("same.mp4", "--prompt", prompt) == 0
     assert run("other.mp4", "--prompt", "two dogs") == 0
     made, same, other = (read_video(tmp_path / f"{name}.mp4", range(5)).float() for name in ("made", "same", "other"))

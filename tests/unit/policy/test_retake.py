@@ -67,7 +67,7 @@ def test_an_evaluation_shows_the_same_retakes_for_ever() -> None:
 def test_what_the_model_needs_and_the_batch_lacks_is_named() -> None:
     policy, batch = embedded(1)
     bare = replace(batch, source=replace(batch.source, ground_plane=None))
-    with pytest.raises(UsageError, match=r"ground plane .* --ground-plane nx,ny,nz,d of `geoalign sample`"):
+    with pytest.raises(UsageError, match=r"ground plane .* --ground-plane nx,ny,nz,d"):
         retake(policy, bare, FLOW, seed=0)
     reads = RetakeDiT(ModelConfig(dim=48, heads=2, layers=1, ffn_dim=48, image_dim=12, source="frames"))
     with pytest.raises(UsageError, match=r"image encoder: set data.prepare.image .* image_encoder/"):

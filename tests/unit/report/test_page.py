@@ -28,6 +28,7 @@ from geoalign.report.held_out import comparisons
 from geoalign.report.page import report_page, write_report
 from geoalign.report.run_folder import read_run
 from geoalign.report.samples import choose_samples
+from geoalign.report.state import seconds_per_iteration
 from geoalign.report.svg import number, smooth, ticks
 from geoalign.report.words import CURVES
 
@@ -318,6 +319,16 @@ def test_a_live_run_shows_how_far_it_is_and_what_is_missing(folder: Path) -> Non
     os.utime(folder / "metrics.jsonl", (old, old))
     with writer_lock(folder, "run"):
         assert "it may hang" in report_page(read_run(folder), samples=0)
+
+
+@pytest.mark.parametrize("rows", [1, 6, 20, 21, 45])
+def test_only_the_set_up_of_the_run_is_left_out_of_its_pace(rows: int, folder: Path) -> None:
+    """Iterations of 2 s with 1 s in between, after a set-up of 100 s that no later iteration has."""
+    lines = [{"iteration": i, "time/iteration_s": 2.0, "time/between_s": 1.0 if i else 100.0} for i in range(rows)]
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    recent = min(rows, 20)
+    expected = 2 + (recent - (rows <= 20)) / recent
+    assert seconds_per_iteration(read_run(folder)) == pytest.approx(expected, rel=1e-12)
 
 
 def test_the_newest_checkpoint_is_one_that_resume_would_take(folder: Path) -> None:

@@ -14,6 +14,8 @@ from geoalign.config.load import load_config, to_yaml
 from geoalign.config.schema import Config
 from geoalign.report.page import report_page
 from geoalign.report.run_folder import read_run
+from geoalign.report.words import SETS
+from geoalign.world.motion import PRESETS
 
 
 def test_what_the_run_is_comes_from_its_own_settings_and_numbers(folder: Path) -> None:
@@ -26,6 +28,14 @@ def test_what_the_run_is_comes_from_its_own_settings_and_numbers(folder: Path) -
     page = report_page(read_run(folder), samples=0)
     assert "In each of 7 iterations it makes 4 retakes of each of 1 request." in page and "runs/&lt;b&gt;" in page
     assert "9 frames of 64 \N{MULTIPLICATION SIGN} 48 pixels and takes 6 denoising steps." in page
+
+
+def test_the_named_movements_are_ones_that_the_world_flies() -> None:
+    """The world of these sets has a gimbal: no pan, tilt or dolly."""
+    listed = re.search(r"\((.+), \.\.\.\)", SETS["presets"])
+    assert listed is not None and len(listed[1].split(", ")) > 3
+    kinds = {name.split("_")[0] for name in PRESETS}
+    assert [word for word in listed[1].split(", ") if word not in kinds] == []
 
 
 SIZES = {"data": {"num_frames": 81, "height": 480, "width": 832}, "flow": {"steps": 25}, "optim": {"trainable": "x"}}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 from dataclasses import replace
 from pathlib import Path
@@ -20,6 +21,7 @@ from geoalign.errors import DataError, UsageError
 from geoalign.files.locks import writer_lock
 from geoalign.geometry import so3
 from geoalign.geometry.plane import ground_axes, intersect_plane, pixel_grid, pixel_rays
+from geoalign.geometry.presets import preset
 from geoalign.jobs.evaluate import psnr_db
 from geoalign.models.codec import PatchCodec, lapped_transform
 from geoalign.world.dataset import draw_clips, is_complete, write_world
@@ -54,11 +56,30 @@ def test_presets_do_what_their_names_say() -> None:
     assert end["slide_right"][0] > 1 and end["slide_left"][0] < -1
     assert end["fly_forward"][1] < -1 and end["fly_backward"][1] > 1  # e2 points to the bottom of the picture
     assert end["descend"][2] > 1 and end["climb"][2] < -1
-    assert end["sweep_right"][3] > 0.1 and end["arc_left"][3] < -0.1
+    assert end["sweep_right"][3] > 0.1 and end["sweep_left"][3] < -0.1
+    for side, sign in (
+        ("right", 1),
+        ("left", -1),
+    ):  # outward and backward, where the published arcs turn in and close in
+        published = preset(f"arc_{side}", dtype=torch.float64).c2w[-1]
+        assert sign * published[0, 3] > 1 and published[2, 3] > 0.5 and sign * published[0, 2] < -0.4
+        arc = end[f"arc_back_{side}"]
+        heading = -to_c2w(arc, WORLD)[:3, 1]  # what is up in the picture of a camera that looks down
+        assert sign * arc[0] > 1 and sign * heading[0] > 0.1
+        assert float(arc[1]) == pytest.approx(0.4 * (1 - math.cos(1.4)) * sign * float(arc[0]), rel=1e-5)
     # The point on the optical axis of the first view moves down the picture of a camera that flies forward.
     c2w = to_c2w(end["fly_forward"], WORLD)
     local = c2w[:3, :3].T @ (torch.tensor([0.0, 0.0, 10.0]) - c2w[:3, 3])
     assert local[1] / local[2] > 0.05
+
+
+def test_the_bounds_of_random_curves_hold_anywhere_on_the_path_and_not_at_its_end() -> None:
+    motion = random_curves(2000, 5, generator())
+    distance, turn = motion[..., :3].norm(dim=-1), motion[..., 3].abs().amax(1)
+    reach = distance.amax(1)
+    assert float(reach.min()) == pytest.approx(0.6, rel=1e-5) and float(reach.max()) == pytest.approx(2.4, rel=1e-5)
+    assert float(turn.max()) == pytest.approx(0.35, rel=1e-4) and math.degrees(0.35) < 20.1
+    assert (distance[:, -1] < 0.59).any() and (distance[:, -1] < 0.99 * reach).any()
 
 
 @pytest.mark.parametrize("streets", [False, True])
