@@ -44,8 +44,7 @@ def temporal_weights(
         ``[F]`` or ``[K]`` float32.
 
     Raises:
-        DataError: unknown kind, no frames, an exponent that is not positive, or so large that no evaluated frame has a
-            weight.
+        DataError: unknown kind, no frames, or an exponent that is not positive.
     """
     if num_frames < 1:
         raise DataError(f"temporal weights need at least one frame, got {num_frames}")
@@ -64,9 +63,7 @@ def temporal_weights(
         raise DataError(f"unknown temporal weights {kind!r}; choose linear, power, exponential or constant")
     if frame_indices is not None:
         weights = weights.to(frame_indices.device)[frame_indices]
-    if not (total := weights.sum()):
-        raise DataError(f"temporal weights {kind} are all 0 at these frames: exponent {exponent:g} is too large")
-    return (weights / total).to(device=device, dtype=torch.float32)
+    return (weights / weights.sum()).to(device=device, dtype=torch.float32)
 
 
 def translation_errors(estimate: Tensor, target: Tensor) -> Tensor:

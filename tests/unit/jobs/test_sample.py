@@ -213,7 +213,7 @@ def test_tiled_reaches_the_autoencoder(
         ("--trajectory none.json", "none.json"),
         ("--out retake.txt", ".mp4"),
         ("--out /proc/none/out.mp4", "cannot be written"),
-        ("--negative-prompt @none.txt", "none.txt"),
+        ("--negative-prompt @none.txt", "drop --negative-prompt"),  # the model reads none
         ("--source-estimator mapanything --estimator-weights none", "hf download facebook/map-anything-apache"),
         (
             "--best-of 2 --reward hpsv3 --set checkpoint=HPSv3.safetensors --set tokenizer=none",
