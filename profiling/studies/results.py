@@ -40,7 +40,7 @@ PAGES: dict[Path, Callable[[Path], str]] = {
     levers.PAGE: levers.page,
 }
 
-PENDING = ("rung",)
+PENDING: tuple[str, ...] = ()
 """How the names of runs begin whose results are not committed yet; their tables say so. `make results` makes them."""
 
 
