@@ -12,7 +12,7 @@ import importlib.util
 import os
 from pathlib import Path
 
-# Before anything imports torch: two workers share two cores, and a reduction must not depend on the number of cores.
+# Before anything imports torch: workers share the cores, and a reduction must not depend on the number of cores.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("MKL_NUM_THREADS", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")

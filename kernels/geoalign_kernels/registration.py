@@ -50,9 +50,8 @@ def define(
 
     The first tensor argument decides the device. ``fake`` says shapes and dtypes; its strides, like those of every
     implementation, do not matter (see above). ``implementation`` runs in place of what ``dispatch`` would choose.
-    ``guard`` may refuse a call by raising, also one of a compiled graph,
-    which no check in Python around the op would see. ``backward`` and ``setup_context`` are those of
-    ``torch.library.register_autograd``.
+    ``guard`` may refuse a call by raising, also one of a compiled graph, which no check in Python around the op would
+    see. ``backward`` and ``setup_context`` are those of ``torch.library.register_autograd``.
     """
     library.define(f"{name}{schema}", tags=(torch.Tag.pt2_compliant_tag,))
 

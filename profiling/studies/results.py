@@ -40,9 +40,6 @@ PAGES: dict[Path, Callable[[Path], str]] = {
     levers.PAGE: levers.page,
 }
 
-PENDING: tuple[str, ...] = ()
-"""How the names of runs begin whose results are not committed yet; their tables say so. `make results` makes them."""
-
 
 @dataclass(frozen=True)
 class Run:

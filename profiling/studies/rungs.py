@@ -14,7 +14,7 @@ from typing import Any
 import learning
 import time_to_quality as timed
 from record import WHOLE, Scale
-from time_to_quality_tables import span
+from time_to_quality_tables import made_at, span
 
 from geoalign.jobs.ladder import RUNGS
 
@@ -72,6 +72,7 @@ def table(root: Path) -> str:
         "Mean over three seeds (smallest to largest); base, sampler and groups as above, "
         "16 rollouts an iteration: far from converged, so this finds a rung that teaches something else, not one that "
         "costs a few per cent. int8 is emulated on a CPU."
+        f"{made_at(run for made in runs.values() for run in made if run)}"
     )
     return "\n\n".join(["\n".join(lines), note])
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -55,14 +55,16 @@ def table(root: Path) -> str:
 
 def _provenance(root: Path, found: Runs) -> str:
     """Hardware and commits of the curves and of the pace."""
-    if not found:
-        return ""
     timed = read(root / pace.RESULT)
-    devices = sorted({f"{run['device']}, {run['cores']} cores" for run in found.values()})
-    commits = ", ".join(sorted({run["commit"] for run in found.values()}))
-    return f" {'; '.join(devices)}; commit {commits}" + (
-        f", timed at {timed['environment']['commit']}." if timed else "."
-    )
+    return made_at(found.values(), f", timed at {timed['environment']['commit']}" if timed else "")
+
+
+def made_at(runs: Iterable[Mapping[str, Any]], also: str = "") -> str:
+    """Hardware and commits of runs, ``also`` behind them, as the last sentence of a note; empty without runs."""
+    made = list(runs)
+    devices = sorted({f"{run['device']}, {run['cores']} cores" for run in made})
+    commits = ", ".join(sorted({run["commit"] for run in made}))
+    return f" {'; '.join(devices)}; commit {commits}{also}." if made else ""
 
 
 def _ended_early(found: Runs) -> str:

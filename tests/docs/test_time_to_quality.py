@@ -78,6 +78,7 @@ def test_a_rung_stands_beside_the_exact_run_of_its_seed(tmp_path: Path) -> None:
         "+0.100 (+0.100 to +0.100)",
     ]
     assert cells(table, "control: a tail of one step")[1] == "not run"
+    assert table.endswith("emulated on a CPU. a CPU, 2 cores; commit abc.")
 
 
 def test_the_fast_arm_is_the_fast_preset_as_far_as_a_cpu_profits() -> None:
